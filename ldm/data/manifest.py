@@ -1,0 +1,162 @@
+"""What a shard directory holds (``manifest.json``), and proof that it still does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import LdmError, UsageError
+from ldm.files import read_json, require_folder, write_json
+
+MANIFEST_NAME = "manifest.json"
+IMAGE_SHARDS = "ldm-image-shards"
+LATENT_SHARDS = "ldm-latent-shards"
+VERSION = 1
+
+_MENDS = {IMAGE_SHARDS: "run `ldm shards index {folder}`", LATENT_SHARDS: "run `ldm latents export` again"}
+_RESERVED = ("format", "version", "shards", "samples", "bytes")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar: its file name in the folder, how many samples it holds, its size in bytes, its hex sha256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a shard folder: where (a file name, or ``file: key``), what, and what to do about it."""
+
+    where: str
+    what: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.what}; {self.mend}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a shard folder. ``extra`` is whatever the writer adds (image size, autoencoder hash, ...)."""
+
+    format: str
+    shards: tuple[ShardEntry, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        taken = [key for key in _RESERVED if key in self.extra]
+        if taken:
+            raise ValueError(f"extra must not hold the manifest's own keys: {', '.join(taken)}")
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def hash(self) -> str:
+        """Hex sha256 of the shard list (names, counts, sizes, hashes): the identity of the data, in this order."""
+        shards = [asdict(shard) for shard in self.shards]
+        return hashlib.sha256(json.dumps(shards, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write ``folder/manifest.json`` atomically and return its path."""
+        path = Path(folder) / MANIFEST_NAME
+        value = {"format": self.format, "version": VERSION, "shards": [asdict(shard) for shard in self.shards]}
+        write_json(path, value | {"samples": self.samples, "bytes": self.bytes} | self.extra)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, format: str | None = None) -> Manifest:
+        """Read ``folder/manifest.json``; ``format`` is the one the caller can use (None: either).
+
+        Raises :class:`UsageError` where the folder is missing, has no manifest or holds another format, and
+        :class:`LdmError` where the manifest is broken or of an unknown version. Looks at no shard: see
+        :meth:`check_cheap`.
+        """
+        folder = require_folder(folder, "a folder of shards (.tar files and their manifest.json)")
+        path = folder / MANIFEST_NAME
+        mend = _MENDS.get(format or IMAGE_SHARDS, "").format(folder=folder)
+        if not path.exists():
+            raise UsageError(f"{folder} has no {MANIFEST_NAME}; {mend}")
+        value = read_json(path)
+        if not isinstance(value, dict) or value.get("format") not in (IMAGE_SHARDS, LATENT_SHARDS):
+            raise LdmError(f'{path} is not a manifest of shards (no known "format"); {mend}')
+        if value.get("version") != VERSION:
+            raise LdmError(
+                f"{path} has version {value.get('version')!r}, this ldm reads version {VERSION}; "
+                f"use the ldm that wrote it, or {mend}"
+            )
+        if format is not None and value["format"] != format:
+            raise UsageError(f"{path} describes {value['format']}, but {format} are needed here; give another folder")
+        shards = tuple(_entry(item, path, mend) for item in _list(value, path, mend))
+        names = [shard.name for shard in shards]
+        if len(set(names)) != len(names):
+            raise LdmError(f"{path} lists a shard twice; {mend}")
+        manifest = cls(value["format"], shards, {k: v for k, v in value.items() if k not in _RESERVED})
+        for total in ("samples", "bytes"):
+            if value.get(total) != getattr(manifest, total):
+                raise LdmError(
+                    f'{path}: "{total}" is {value.get(total)!r}, its shards sum to {getattr(manifest, total)}; {mend}'
+                )
+        return manifest
+
+    def cheap_problems(self, folder: str | os.PathLike) -> Iterator[Problem]:
+        """What a look at file names and sizes shows: missing, resized and unlisted shards."""
+        folder = Path(folder)
+        mend = _MENDS.get(self.format, "").format(folder=folder)
+        if not self.shards:
+            yield Problem(MANIFEST_NAME, "lists no shard", mend)
+        for shard in self.shards:
+            path = folder / shard.name
+            if not path.is_file():
+                yield Problem(shard.name, "is listed in the manifest but missing", f"restore it, or {mend}")
+            elif (size := path.stat().st_size) != shard.bytes:
+                what = f"has {size} bytes, the manifest says {shard.bytes}"
+                yield Problem(shard.name, what, f"restore it, or {mend}")
+        for name in sorted({path.name for path in tar_paths(folder)} - {shard.name for shard in self.shards}):
+            yield Problem(name, "is not listed in the manifest", f"remove it, or {mend}")
+
+    def check_cheap(self, folder: str | os.PathLike) -> None:
+        """Raise :class:`LdmError` unless every shard stands there with the stated size, and no other tar does."""
+        for problem in self.cheap_problems(folder):
+            raise LdmError(f"{folder}: {problem}")
+
+
+def tar_paths(folder: str | os.PathLike) -> list[Path]:
+    """The folder's ``*.tar`` files by name; hidden ones (temporary files, macOS ``._x``) are not shards."""
+    return sorted(path for path in Path(folder).glob("*.tar") if path.is_file() and not path.name.startswith("."))
+
+
+def _list(value: dict[str, Any], path: Path, mend: str) -> list[Any]:
+    shards = value.get("shards")
+    if not isinstance(shards, list):
+        raise LdmError(f'{path}: "shards" is not a list; {mend}')
+    return shards
+
+
+def _entry(item: Any, path: Path, mend: str) -> ShardEntry:
+    try:
+        entry = ShardEntry(**item)
+    except TypeError:
+        raise LdmError(f"{path}: a shard needs name, samples, bytes and sha256, not {item!r}; {mend}") from None
+    # A manifest may come from elsewhere: its names must stay inside the folder.
+    plain_name = isinstance(entry.name, str) and Path(entry.name).name == entry.name and entry.name.endswith(".tar")
+    counts = all(type(number) is int and number >= 0 for number in (entry.samples, entry.bytes))
+    if not (plain_name and counts and isinstance(entry.sha256, str)):
+        raise LdmError(f"{path}: not a shard entry: {item!r}; {mend}")
+    return entry

