@@ -198,15 +198,12 @@ class Report:
         kinds = [' class="number"' if number else "" for number in numeric]
         head = "".join(f"<th{kind}>{_text(c)}</th>" for kind, c in zip(kinds, columns, strict=True))
         body = "".join(
-            "<tr>" + "".join(f"<td{kind}>{_text(v)}</td>" for kind, v in zip(kinds, row, strict=True)) + "</tr>"
-            for row in rows
+            "<tr>" + "".join(f"<td{kind}>{_text(v)}</td>" for kind, v in zip(kinds, row, strict=True)) + "</tr>" for row in rows
         )
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         self._section(title, f'<div class="scroll">{table}</div>')
 
-    def curve(
-        self, title: str, series: Series, x_label: str, y_label: str, log_y: bool = False, smooth: int = 0
-    ) -> None:
+    def curve(self, title: str, series: Series, x_label: str, y_label: str, log_y: bool = False, smooth: int = 0) -> None:
         """A line chart of named (x, y) series, with the last value of each in the legend.
 
         Points that are not finite (or, with ``log_y``, not positive) are left out and counted in the legend. Above
@@ -270,7 +267,7 @@ def _text(value: object) -> str:
     if isinstance(value, bool | np.bool_):
         value = "yes" if value else "no"
     elif value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
-        value = "–"  # noqa: RUF001
+        value = "–"
     elif isinstance(value, int | np.integer):
         value = f"{value:,}"
     elif isinstance(value, float | np.floating):

@@ -134,9 +134,7 @@ def test_a_grid_that_does_not_add_up_is_refused():
 def test_paired_rows_stand_above_each_other():
     red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     page = np.asarray(paired_grid([("original", [red, red]), ("reconstruction", [blue])], cell=64))
-    (red_rows, red_columns), (blue_rows, blue_columns) = (
-        np.nonzero((page == c).all(-1)) for c in ((255, 0, 0), (0, 0, 255))
-    )
+    (red_rows, red_columns), (blue_rows, blue_columns) = (np.nonzero((page == c).all(-1)) for c in ((255, 0, 0), (0, 0, 255)))
     assert red_rows.max() < blue_rows.min() and red_columns.min() == blue_columns.min()
 
 

@@ -27,9 +27,7 @@ class DecodeError(LdmError):
     """An image or caption that cannot be used; the message is a short reason, to be put behind the file's name."""
 
 
-def decode_image(
-    data: bytes, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = (255, 255, 255)
-) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to an 8-bit RGB image, (H, W, 3) as an array, values 0..255.
 
     The EXIF orientation is applied, transparency is composited on ``background``, 16-bit grey is scaled to 8 bits.

@@ -158,9 +158,7 @@ def _require_columns(path: Path, columns: list[str], where: str = "") -> None:
     lacking = [column for column in ("file", "caption") if column not in columns]
     if lacking:
         found = ", ".join(map(str, columns)) or "none"
-        raise UsageError(
-            f"{path}{where} lacks the column {' and '.join(lacking)} (found: {found}); it needs file and caption"
-        )
+        raise UsageError(f"{path}{where} lacks the column {' and '.join(lacking)} (found: {found}); it needs file and caption")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

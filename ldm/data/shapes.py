@@ -306,6 +306,13 @@ def _generate(count: int, size: int, seed: int, preset: str, held_out: bool) -> 
         yield Sample(f"{index:08d}", draw(scene, size, rng), scene.caption)
 
 
+def seen_prompts(preset: str, count: int, seed: int = 0) -> list[str]:
+    """``count`` captions of scenes of the kind that is trained on."""
+    check_preset(preset)
+    rng = np.random.default_rng([seed, 1])
+    return [random_scene(rng, preset).caption for _ in range(count)]
+
+
 def held_out_prompts(preset: str, count: int, seed: int = 0) -> list[str]:
     """``count`` captions of held-out scenes, no two alike while there are enough of them.
 

@@ -56,9 +56,7 @@ class ShardWriter:
     exception the unfinished one disappears. No time, user or mode of this machine enters the bytes.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike, prefix: str, samples_per_shard: int = 1000, first_index: int = 0
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike, prefix: str, samples_per_shard: int = 1000, first_index: int = 0) -> None:
         if samples_per_shard < 1:
             raise UsageError(f"samples per shard must be 1 or more, not {samples_per_shard}")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
@@ -107,9 +105,7 @@ class ShardWriter:
 
         self._path = self.folder / f"{self.prefix}-{self._first_index + len(self.entries):05d}.tar"
         file = self._open.enter_context(atomic_file(self._path))
-        self._writer = self._open.enter_context(
-            TarWriter(file, user="ldm", group="ldm", mode=0o644, encoder=False, mtime=0)
-        )
+        self._writer = self._open.enter_context(TarWriter(file, user="ldm", group="ldm", mode=0o644, encoder=False, mtime=0))
 
     def _finish_shard(self) -> None:
         if self._writer is None:

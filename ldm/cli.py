@@ -1,0 +1,350 @@
+"""The command line: arguments -> the floors below. Every error that a user can mend is one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import __version__
+from ldm.errors import LdmError, UsageError
+from ldm.progress import Progress
+
+EXAMPLE = """example:
+  ldm quickstart --out quickstart          the whole path on built-in pictures, with a report to look at
+  ldm shards pack photos shards --size 256
+  ldm autoencoder fit --config configs/emoji/autoencoder.yaml --out runs/autoencoder
+  ldm latents export --autoencoder runs/autoencoder/autoencoder --shards shards --out latents
+  ldm denoiser fit --config configs/emoji/denoiser.yaml --out runs/denoiser
+  ldm sample runs/denoiser/pipeline "red heart" --out pictures
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, as every other error of ours."""
+
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command but the two ``fit``, which LightningCLI parses."""
+    parser = Parser("ldm", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"ldm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(group: argparse._SubParsersAction, name: str, run: object, help: str, example: str) -> Parser:
+        added = group.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    def group(name: str, help: str) -> argparse._SubParsersAction:
+        return commands.add_parser(name, help=help).add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    quickstart = command(
+        commands,
+        "quickstart",
+        run_quickstart,
+        "the whole path on the built-in shapes, with a report",
+        "ldm quickstart --minutes 10",
+    )
+    quickstart.add_argument("--out", default="quickstart", help="folder of everything it makes (default: quickstart)")
+    quickstart.add_argument(
+        "--minutes", type=float, default=10.0, help="time to aim at; more gives better pictures (default: 10)"
+    )
+    quickstart.add_argument("--seed", type=int, default=0)
+
+    shards = group("shards", "image shards: draw, pack, index, check")
+    shapes = command(
+        shards, "shapes", run_shapes, "draw the built-in data set", "ldm shards shapes shards --count 10000 --size 64"
+    )
+    shapes.add_argument("out")
+    shapes.add_argument("--count", type=int, default=10_000, help="pictures")
+    shapes.add_argument("--size", type=int, default=64, help="side in pixels")
+    shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument("--preset", choices=["one", "two"], default="one", help="objects per picture")
+    shapes.add_argument("--shard-size", type=int, default=1000, help="samples per shard")
+    shapes.add_argument("--held-out", action="store_true", help="just the colour-shape pairs that are never drawn otherwise")
+    pack = command(shards, "pack", run_pack, "pack a folder of captioned images", "ldm shards pack photos shards --size 256")
+    pack.add_argument("src", help="folder of images, each with a .txt of the same name unless --captions is given")
+    pack.add_argument("out")
+    pack.add_argument("--captions", help="one CSV, JSONL or Parquet file with columns file, caption")
+    pack.add_argument("--size", type=int, help="scale the shorter side to this and cut the centre, in pixels")
+    pack.add_argument("--shard-size", type=int, default=1000, help="samples per shard")
+    index = command(shards, "index", run_index, "make the manifest of tars from elsewhere", "ldm shards index shards")
+    index.add_argument("dir")
+    check = command(shards, "check", run_check, "prove that a shard folder is whole", "ldm shards check shards --deep")
+    check.add_argument("dir")
+    check.add_argument("--deep", action="store_true", help="also hashes, counts, and every picture decoded")
+
+    latents = group("latents", "latent shards: export")
+    export = command(
+        latents,
+        "export",
+        run_export,
+        "encode image shards and their captions once",
+        "ldm latents export --autoencoder runs/autoencoder/autoencoder --shards shards --out latents",
+    )
+    export.add_argument("--autoencoder", required=True, help="directory of an AutoencoderKL")
+    export.add_argument("--shards", required=True, help="folder of image shards")
+    export.add_argument("--out", required=True)
+    export.add_argument("--text-encoder", default="minilm", help="minilm, a directory or a hub name (default: minilm)")
+    export.add_argument("--batch-size", type=int, default=64)
+    export.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of what is stored")
+    export.add_argument("--image-size", type=int, help="fit pictures to this side in pixels")
+
+    sample = command(
+        commands,
+        "sample",
+        run_sample,
+        "draw pictures from words",
+        'ldm sample pipeline "a red ring" --out pictures --seed 1',
+    )
+    sample.add_argument("model", help="pipeline directory")
+    sample.add_argument("prompts", nargs="+", metavar="prompt")
+    sample.add_argument("--out", required=True, help="new folder for the pictures and their grid")
+    sample.add_argument("--steps", type=int, default=30, help="calls of the denoiser (default: 30)")
+    sample.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none (default: 3)")
+    sample.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
+    sample.add_argument("--count", type=int, default=1, help="pictures per prompt")
+    sample.add_argument("--negative", default="", help="what to lead away from")
+
+    evaluate = group("evaluate", "figures of a trained model")
+    autoencoder = command(
+        evaluate,
+        "autoencoder",
+        run_evaluate_autoencoder,
+        "PSNR, SSIM and LPIPS of reconstructions",
+        "ldm evaluate autoencoder runs/autoencoder/autoencoder --shards validation",
+    )
+    autoencoder.add_argument("model", help="directory of an AutoencoderKL")
+    autoencoder.add_argument("--shards", required=True)
+    autoencoder.add_argument("--samples", type=int, default=256)
+    autoencoder.add_argument("--image-size", type=int)
+    autoencoder.add_argument("--lpips", default="random", help="weights of LPIPS: random, pretrained or a path")
+    pipeline = command(
+        evaluate,
+        "pipeline",
+        run_evaluate_pipeline,
+        "prompt accuracy on held-out shapes, read back from the pixels",
+        "ldm evaluate pipeline quickstart/pipeline --prompts 256",
+    )
+    pipeline.add_argument("model", help="pipeline directory")
+    pipeline.add_argument("--preset", choices=["one", "two"], default="one")
+    pipeline.add_argument("--prompts", type=int, default=256, help="how many")
+    pipeline.add_argument("--seen", action="store_true", help="prompts of the kind trained on, instead of held-out ones")
+    pipeline.add_argument("--steps", type=int, default=30)
+    pipeline.add_argument("--guidance", type=float, default=3.0)
+    pipeline.add_argument("--seed", type=int, default=0)
+    for name, what in (("autoencoder", "stage one"), ("denoiser", "stage two")):
+        commands.add_parser(name, help=f"{what}: ldm {name} fit --config FILE --out DIR")
+    return parser
+
+
+def run_quickstart(options: argparse.Namespace) -> None:
+    from ldm.quickstart import quickstart
+
+    quickstart(Path(options.out), options.minutes, options.seed, run=dispatch)
+
+
+def run_shapes(options: argparse.Namespace) -> None:
+    from ldm.data.shapes import generate
+    from ldm.data.shards import write_images
+
+    drawn = generate(options.count, options.size, options.seed, options.preset, options.held_out)
+    extra = {
+        "source": f"shapes, preset {options.preset}, seed {options.seed}" + (", held out" if options.held_out else ""),
+        "image_size": options.size,
+        "captioned": options.count,
+    }
+    with Progress("drawing shapes", options.count) as progress:
+        manifest = write_images(
+            options.out, "shapes", drawn, options.shard_size, extra, options.count, on_progress=progress.update
+        )
+    print(f"{manifest.samples} pictures in {len(manifest.shards)} shards: {options.out}")
+
+
+def run_pack(options: argparse.Namespace) -> None:
+    from ldm.data.pack import QUARANTINE_NAME, pack
+
+    with Progress("packing") as progress:
+        result = pack(options.src, options.out, options.captions, options.size, options.shard_size, on_progress=progress.update)
+    print(f"{result.packed} of {result.found} pictures in {len(result.manifest.shards)} shards: {options.out}")
+    if result.quarantined:
+        print(f"{result.quarantined} could not be used; {Path(options.out) / QUARANTINE_NAME} says why")
+
+
+def run_index(options: argparse.Namespace) -> None:
+    from ldm.data.shards import index_folder
+
+    with Progress("indexing") as progress:
+        manifest = index_folder(options.dir, on_progress=progress.update)
+    print(f"{manifest.samples} samples in {len(manifest.shards)} shards: {manifest.save(options.dir)}")
+
+
+def run_check(options: argparse.Namespace) -> None:
+    from ldm.data.shards import check_folder
+
+    with Progress("checking") as progress:
+        problems = check_folder(options.dir, options.deep, on_progress=progress.update)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise LdmError(f"{options.dir}: {len(problems)} problem(s)")
+    print(f"{options.dir} is whole")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    import torch
+
+    from ldm.export import export_latents
+
+    with Progress("exporting latents") as progress:
+        manifest = export_latents(
+            options.autoencoder,
+            options.shards,
+            options.out,
+            options.text_encoder,
+            options.batch_size,
+            options.dtype,
+            options.image_size,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            on_progress=progress.update,
+        )
+    print(f"{manifest.samples} latents in {len(manifest.shards)} shards: {options.out}")
+
+
+def run_sample(options: argparse.Namespace) -> None:
+    from ldm.evaluate import draw
+    from ldm.files import atomic_folder, require_new_folder
+    from ldm.report import captioned_grid
+
+    for name, least in (("steps", 1), ("count", 1)):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name} is {getattr(options, name)}; give {least} or more")
+    out = require_new_folder(options.out, "the pictures")
+    pipeline = load_pipeline(options.model)
+    prompts = [prompt for prompt in options.prompts for _ in range(options.count)]
+    for prompt in options.prompts:
+        pipeline.check_prompt(prompt)
+    with Progress("drawing", len(prompts)) as progress:
+        pictures = draw(
+            pipeline,
+            prompts,
+            options.seed,
+            negative_prompt=options.negative,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            on_progress=progress.update,
+        )
+    with atomic_folder(out) as folder:
+        for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            words = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:60]
+            picture.save(folder / f"{number:04d}-{words}.png")
+        captioned_grid(pictures, prompts, columns=options.count if options.count > 1 else None).save(folder / "grid.png")
+    print(f"{len(pictures)} pictures and grid.png: {out}")
+
+
+def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
+    from ldm.data.images import ImageDataset
+    from ldm.evaluate import reconstruction_figures
+    from ldm.losses import PerceptualLoss
+    from ldm.models.autoencoder import load_autoencoder
+
+    perceptual = PerceptualLoss("alex", options.lpips)
+    autoencoder, dataset = load_autoencoder(options.model), ImageDataset(options.shards, options.image_size)
+    with Progress("reconstructing") as progress:
+        figures = reconstruction_figures(autoencoder, dataset, perceptual, options.samples, on_progress=progress.update)
+    print_figures(figures | {})
+    print(f"lpips is {perceptual.description}")
+
+
+def run_evaluate_pipeline(options: argparse.Namespace) -> None:
+    from ldm.data.shapes import held_out_prompts, seen_prompts
+    from ldm.evaluate import draw, shape_accuracy
+
+    pipeline = load_pipeline(options.model)
+    prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset, options.prompts, options.seed)
+    with Progress("drawing", len(prompts)) as progress:
+        pictures = draw(
+            pipeline,
+            prompts,
+            options.seed,
+            batch_size=64,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            on_progress=progress.update,
+        )
+    print_figures(shape_accuracy(pictures, prompts))
+
+
+def load_pipeline(path: str) -> object:
+    """A pipeline on the device at hand; anything else at ``path`` is a :class:`UsageError`."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if not (Path(path) / "model_index.json").is_file():
+        raise UsageError(f"{path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be opened as a pipeline: {str(error).splitlines()[0]}") from error
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def print_figures(figures: dict[str, float]) -> None:
+    """A table of names and figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+
+
+def run_fit(stage: str, arguments: list[str]) -> None:
+    """``ldm autoencoder fit`` and ``ldm denoiser fit``."""
+    from jsonargparse import ArgumentError
+
+    from ldm.training.autoencoder import AutoencoderTraining
+    from ldm.training.denoiser import DenoiserTraining
+    from ldm.training.run import FitCLI
+
+    try:
+        FitCLI({"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[stage], arguments)
+    except ArgumentError as error:
+        raise UsageError(f"ldm {stage}: {' '.join(str(error).split())}; see ldm {stage} fit --help") from error
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Run one command line, errors as exceptions."""
+    arguments = list(arguments)
+    if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
+        run_fit(arguments[0], arguments[1:] or ["--help"])
+        return
+    options = build_parser().parse_args(arguments)
+    options.run(options)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: run, and leave with 0, 1 (failed), 2 (bad usage) or 130 (interrupted)."""
+    debug = bool(os.environ.get("LDM_DEBUG"))
+    try:
+        dispatch(sys.argv[1:] if arguments is None else arguments)
+    except (LdmError, OSError) as error:
+        if debug:
+            raise
+        print(f"ldm: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+    except KeyboardInterrupt:
+        print("ldm: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,131 @@
+"""Words -> pictures, in diffusers' own terms: ``DiffusionPipeline.from_pretrained`` opens what training saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ldm.diffusion.guidance import ClassifierFreeGuidance, Condition
+from ldm.errors import UsageError
+from ldm.models.autoencoder import decode_latents, images_to_pictures
+from ldm.models.text import encode_captions, max_tokens
+
+Step = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class LatentDiffusionPipeline(DiffusionPipeline):
+    """Text encoder, denoiser, scheduler and autoencoder of one trained model."""
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse a prompt that would not be drawn as written.
+
+        Raises:
+            UsageError: when it is empty or longer than the text encoder takes.
+        """
+        if not prompt.strip():
+            raise UsageError("the prompt is empty; say what to draw")
+        length, limit = len(self.tokenizer(prompt)["input_ids"]), max_tokens(self.tokenizer)
+        if length > limit:
+            raise UsageError(f"the prompt {prompt[:40]!r}… has {length} tokens, the text encoder takes {limit}; shorten it")
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """The condition of prompts; the empty string is the null condition."""
+        return Condition(*encode_captions(self.tokenizer, self.text_encoder, prompts))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        num_inference_steps: int = 30,
+        guidance_scale: float = 3.0,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Step | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """
+        Args:
+            prompt: one or several.
+            negative_prompt: what guidance leads away from; one for all, or one per prompt.
+            num_inference_steps: calls of the denoiser.
+            guidance_scale: w of ``null + w·(cond − null)``; 1 is no guidance.
+            num_images_per_prompt: pictures per prompt.
+            height, width: in pixels; the size trained on unless given.
+            generator: one, or one per picture (then a picture does not depend on the batch it was drawn in).
+            latents: starting noise (B, C, h, w) of unit variance, instead of drawing it.
+            output_type: ``pil``; ``pt`` for (B, 3, H, W) in [0, 1]; ``latent`` for normalised latents.
+            callback_on_step_end: called as ``(pipeline, step, timestep, {"latents": …})`` after each step.
+
+        Raises:
+            UsageError: for a prompt or a size that cannot be drawn.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        for text in prompts:
+            self.check_prompt(text)
+        if len(negatives) != len(prompts):
+            raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one per prompt")
+        device = self._execution_device
+        if latents is None:
+            shape = self._latent_shape(len(prompts) * num_images_per_prompt, height, width)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        condition = self.encode(prompts).repeat(num_images_per_prompt)
+        null = self.encode(negatives).repeat(num_images_per_prompt)
+        guided = ClassifierFreeGuidance(self.transformer, condition, null, guidance_scale)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        # flow schedulers have no scaling of the model's input: their path needs none
+        scale = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                prediction = guided(scale(latents, timestep), timestep.expand(len(latents))).float()
+                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
+                progress.update()
+        images = self._finish(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        config, factor = self.transformer.config, self.vae_scale_factor
+        height, width = height or config.sample_size * factor, width or config.sample_size * factor
+        unit = factor * config.patch_size
+        if height % unit or width % unit:
+            raise UsageError(f"a picture of {width}x{height} cannot be drawn: give multiples of {unit} pixels")
+        return batch, config.in_channels, height // factor, width // factor
+
+    def _finish(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        images = decode_latents(self.vae, latents)
+        return images_to_pictures(images) if output_type == "pil" else (images + 1) / 2

@@ -1,0 +1,101 @@
+"""What both stages share: the optimiser's settings, the average, and the plain directory at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.optimization import get_scheduler
+from lightning import LightningModule
+from PIL import Image
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ldm.training.ema import Average
+
+
+@dataclass
+class OptimiserConfig:
+    """AdamW with warm-up.
+
+    Attributes:
+        learning_rate: as given; never scaled by batch size or number of processes.
+        betas: of Adam.
+        weight_decay: decoupled.
+        schedule: after the warm-up, over the run's ``max_steps``.
+        warmup_steps: in batches.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+
+    def build(self, network: nn.Module, num_steps: int) -> tuple[Optimizer, LRScheduler]:
+        """The optimiser of ``network``'s parameters and its schedule, stepped once a batch."""
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimiser = AdamW(parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+        return optimiser, get_scheduler(
+            self.schedule, optimiser, num_warmup_steps=self.warmup_steps, num_training_steps=num_steps
+        )
+
+
+class Stage(LightningModule):
+    """A LightningModule that averages one network and can draw a preview and export itself."""
+
+    #: `ldm COMMAND fit` trains it; what that leaves behind, as the name of its folder
+    command, product = "stage", "model"
+
+    def averaged(self) -> nn.Module:
+        """The network whose average is kept."""
+        raise NotImplementedError
+
+    def preview(self) -> list[tuple[str, list[Image.Image]]]:
+        """Rows of pictures with their labels, from fixed samples and seeds."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write the plain directory into the empty ``folder``; called under the average."""
+        raise NotImplementedError
+
+    def start_average(self, decay: float) -> None:
+        """Begin to keep the average of :meth:`averaged`."""
+        self.average = Average(self.averaged(), decay)
+
+    @contextmanager
+    def average_applied(self) -> Iterator[None]:
+        """The averaged weights in evaluation mode, for validation, previews and export."""
+        network = self.averaged()
+        was_training = network.training
+        network.eval()
+        try:
+            with self.average.applied(), torch.no_grad():
+                yield
+        finally:
+            network.train(was_training)
+
+    def on_fit_start(self) -> None:
+        self.average.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["average"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.average.load_state_dict(checkpoint["average"])
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self._validating = self.average_applied()
+        self._validating.__enter__()
+
+    def on_validation_model_train(self) -> None:
+        self._validating.__exit__(None, None, None)
+        super().on_validation_model_train()

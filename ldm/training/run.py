@@ -1,0 +1,113 @@
+"""``fit`` as one run: its folder, its trainer, and the plain directory that it leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from ldm.data.datamodule import ShardDataModule
+from ldm.errors import UsageError
+from ldm.files import atomic_folder, require_new_folder
+from ldm.machine import bf16_pays
+from ldm.training.base import Stage
+from ldm.training.callbacks import PreviewGrid, ProgressLine
+
+# The loader is endless and the trainer counts steps, so Lightning's hints about epochs and workers mislead here.
+EXPECTED_WARNINGS = (
+    ".*LightningCLI's args parameter.*",
+    ".*The parameter 'pretrained' is deprecated.*",
+    ".*Arguments other than a weight enum.*",
+    ".*in eval mode at the start of training.*",  # LPIPS, frozen
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*LeafSpec.*",
+    ".*GPU available but not used.*",
+    ".*available.*val_check_interval.*",
+    ".*You defined a `validation_step` but have no `val_dataloader`.*",
+)
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI for a :class:`Stage`, with ``--out``: where the run and its product go."""
+
+    def __init__(self, stage: type[Stage], arguments: list[str]):
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+        super().__init__(
+            stage,
+            ShardDataModule,
+            args=arguments,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": f"ldm {stage.command}", "exit_on_error": False},
+            # the loader never ends: a run is so many steps, and validation comes every so many
+            trainer_defaults={"max_epochs": -1, "max_steps": 1000, "check_val_every_n_epoch": None},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", required=True, type=str, help="new folder of the run: config, logs, previews, checkpoints")
+        parser.add_argument("--export", type=str, help="where the plain directory goes at the end (default: inside OUT)")
+        parser.add_argument("--title", type=str, help="what the line of progress says")
+
+    @property
+    def options(self) -> Any:
+        """The parsed options of ``fit``."""
+        return self.config[self.config.subcommand]
+
+    @property
+    def product(self) -> Path:
+        """Where the plain directory goes."""
+        return Path(self.options.export or Path(self.options.out) / self._model_class.product)
+
+    def before_instantiate_classes(self) -> None:
+        options = self.options
+        if not options.ckpt_path:
+            require_new_folder(options.out, "the run")
+        require_new_folder(self.product, "what the run makes")
+        for split in ("train", "validation"):
+            if not Path(folder := options.data[split]).is_dir():
+                raise UsageError(
+                    f"data.{split}: {folder} is not a folder of shards; make one with ldm shards, or change the path"
+                )
+        if options.trainer.precision is None:
+            options.trainer.precision = "bf16-mixed" if bf16_pays() else "32-true"
+        options.trainer.default_root_dir = options.out
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        out, settings = Path(self.options.out), self.config_init[self.config.subcommand].trainer
+        return super().instantiate_trainer(
+            logger=[CSVLogger(out, name="", version="logs"), TensorBoardLogger(out, name="", version="logs")],
+            callbacks=[
+                *(settings.callbacks or []),
+                ProgressLine(self.options.title or self._model_class.product),
+                PreviewGrid(out / "previews"),
+                # at every validation; Lightning's time interval saves nothing under manual optimisation
+                ModelCheckpoint(out / "checkpoints", filename="{step:08d}", save_last=True, save_on_train_epoch_end=False),
+            ],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            # the plan deals samples to the ranks itself
+            use_distributed_sampler=False,
+        )
+
+    def after_fit(self) -> None:
+        """Write the plain directory, with the averaged weights."""
+        if self.trainer.is_global_zero and not self.trainer.interrupted:
+            with atomic_folder(self.product) as folder, self.model.average_applied():
+                self.model.save(folder)
+            print(f"{self._model_class.product}: {self.product}")
