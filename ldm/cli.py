@@ -225,6 +225,7 @@ def run_export(options: argparse.Namespace) -> None:
 def run_sample(options: argparse.Namespace) -> None:
     from ldm.evaluate import draw
     from ldm.files import atomic_folder, require_new_folder
+    from ldm.pipeline import load_pipeline
     from ldm.report import captioned_grid
 
     for name, least in (("steps", 1), ("count", 1)):
@@ -263,13 +264,14 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
     autoencoder, dataset = load_autoencoder(options.model), ImageDataset(options.shards, options.image_size)
     with Progress("reconstructing") as progress:
         figures = reconstruction_figures(autoencoder, dataset, perceptual, options.samples, on_progress=progress.update)
-    print_figures(figures | {})
+    print_figures(figures)
     print(f"lpips is {perceptual.description}")
 
 
 def run_evaluate_pipeline(options: argparse.Namespace) -> None:
     from ldm.data.shapes import held_out_prompts, seen_prompts
     from ldm.evaluate import draw, shape_accuracy
+    from ldm.pipeline import load_pipeline
 
     pipeline = load_pipeline(options.model)
     prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset, options.prompts, options.seed)
@@ -284,20 +286,6 @@ def run_evaluate_pipeline(options: argparse.Namespace) -> None:
             on_progress=progress.update,
         )
     print_figures(shape_accuracy(pictures, prompts))
-
-
-def load_pipeline(path: str) -> object:
-    """A pipeline on the device at hand; anything else at ``path`` is a :class:`UsageError`."""
-    import torch
-    from diffusers import DiffusionPipeline
-
-    if not (Path(path) / "model_index.json").is_file():
-        raise UsageError(f"{path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be opened as a pipeline: {str(error).splitlines()[0]}") from error
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def print_figures(figures: dict[str, float]) -> None:
@@ -327,6 +315,12 @@ def run_fit(stage: str, arguments: list[str]) -> None:
 
 def dispatch(arguments: Sequence[str]) -> None:
     """Run one command line, errors as exceptions."""
+    import diffusers
+    import transformers
+
+    # their bars and hints would tear ours; their errors still reach the user
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     arguments = list(arguments)
     if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
         run_fit(arguments[0], arguments[1:] or ["--help"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from ldm.data.images import ImageDataset
 from ldm.data.shapes_scorer import score
 from ldm.losses import PerceptualLoss
 from ldm.models.autoencoder import images_to_pictures, pixels_to_images
-from ldm.pipeline import LatentDiffusionPipeline
+
+if TYPE_CHECKING:
+    from ldm.pipeline import LatentDiffusionPipeline
 
 Progress = Callable[[int, int], None]
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ldm.data.images import ImageDataset
-from ldm.data.latents import LatentDataset, LatentInfo, write_chunk, write_null_text
+from ldm.data.latents import LatentDataset, LatentInfo, read_texts, write_chunk, write_null_text
 from ldm.data.manifest import LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.shards import ShardWriter
 from ldm.errors import LdmError, UsageError
@@ -33,10 +33,7 @@ class CaptionCache:
 
     def __call__(self, captions: list[str]) -> list[np.ndarray]:
         """(L_i, D) per caption, unpadded."""
-        missing = list(dict.fromkeys(caption for caption in captions if caption not in self.known))
-        if len(self.known) + len(missing) > self.capacity:
-            self.known.clear()
-            missing = list(dict.fromkeys(captions))
+        missing = self._make_room(captions)
         # by length, so that little is computed on padding
         missing.sort(key=len)
         for start in range(0, len(missing), 64):
@@ -45,6 +42,20 @@ class CaptionCache:
             for caption, embedding, length in zip(few, embeddings, mask.sum(1).tolist(), strict=True):
                 self.known[caption] = embedding[:length].cpu().numpy().astype(self.dtype)
         return [self.known[caption] for caption in captions]
+
+    def remember(self, captions: list[str], texts: list[np.ndarray]) -> None:
+        """Take over what a call gave before an interruption: an embedding's last bit depends on its batch, so the calls
+        that follow must find the same captions missing for the same bytes to come out."""
+        self._make_room(captions)
+        self.known.update(zip(captions, texts, strict=True))
+
+    def _make_room(self, captions: list[str]) -> list[str]:
+        """The captions to encode, each once."""
+        missing = list(dict.fromkeys(caption for caption in captions if caption not in self.known))
+        if len(self.known) + len(missing) > self.capacity:
+            self.known.clear()
+            missing = list(dict.fromkeys(captions))
+        return missing
 
 
 def export_latents(
@@ -95,6 +106,8 @@ def export_latents(
         record = out / f".latents-{number:05d}.json"
         if record.is_file():
             entries.append(ShardEntry(**read_json(record)))
+            for words, texts in read_texts(out / entries[-1].name):
+                captions.remember(words, texts)
         else:
             samples = range(int(dataset.starts[number]), int(dataset.starts[number + 1]))
             # the latents of a chunk of a shard's samples, one chunk at a time
@@ -156,8 +169,8 @@ def _write_samples(
 def _finish(out: Path, entries: list[ShardEntry], request: dict, text_width: int) -> Manifest:
     """Measure the whole set and write the manifest."""
     draft = Manifest(LATENT_SHARDS, tuple(entries))
-    draft.save(out)
-    dataset = LatentDataset(out)
+    # the manifest is written last: where it stands, the export is whole
+    dataset = LatentDataset(out, draft)
     mean, std = latent_statistics(dataset)
     shape = dataset[0]["mean"].shape
     info = LatentInfo(

@@ -6,6 +6,7 @@ means in latent diffusion (Rombach et al. 2022), where both are sums over a pict
 
 from __future__ import annotations
 
+import pickle
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal
@@ -86,11 +87,11 @@ def _load_trunk(trunk: nn.Module, checkpoint: Path) -> None:
     """Load a torchvision classifier's convolutions; lpips cuts them into slices but keeps their numbers."""
     if not checkpoint.is_file():
         raise UsageError(f"{checkpoint} does not exist; model.perceptual.init_args.weights needs a torchvision checkpoint")
-    weights = torch.load(checkpoint, weights_only=True, map_location="cpu")
     try:
+        weights = torch.load(checkpoint, weights_only=True, map_location="cpu")
         trunk.load_state_dict({name: weights["features." + name.split(".", 1)[1]] for name in trunk.state_dict()})
-    except (KeyError, RuntimeError) as error:
-        raise UsageError(f"{checkpoint} is not the checkpoint of this LPIPS trunk ({error})") from error
+    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UsageError(f"{checkpoint} is not the checkpoint of this LPIPS trunk; give torchvision's own") from error
 
 
 def kl_per_pixel_value(posterior: DiagonalGaussianDistribution, images: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,3 +131,18 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             return latents
         images = decode_latents(self.vae, latents)
         return images_to_pictures(images) if output_type == "pil" else (images + 1) / 2
+
+
+def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
+    """The pipeline of a directory, on the GPU where there is one.
+
+    Raises:
+        UsageError: when ``path`` is anything else.
+    """
+    if not (Path(path) / "model_index.json").is_file():
+        raise UsageError(f"{path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
+    try:
+        pipeline = LatentDiffusionPipeline.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be opened as a pipeline of ours: {str(error).splitlines()[0]}") from error
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,14 +25,16 @@ from ldm.files import atomic_file, read_json, require_new_folder, write_json
 from ldm.losses import PerceptualLoss
 from ldm.machine import describe
 from ldm.models.autoencoder import load_autoencoder
+from ldm.pipeline import load_pipeline
 from ldm.progress import Progress, duration
 from ldm.report import Report, captioned_grid, paired_grid
 
 Run = Callable[[Sequence[str]], None]
 
-# Training pictures and the size of the pictures; 2,240 captions, so every one comes about five times.
-TRAIN_PICTURES, VALIDATION_PICTURES, SIZE = 12_000, 256, 64
-SCORED_PROMPTS, SHOWN_PROMPTS = 256, 32
+SIZE = 32  # pixels; four times as many cost four times the minutes
+# 10,000 pictures in ten minutes: the 2,240 captions come about five times each
+PICTURES_PER_MINUTE, MOST_PICTURES, LEAST_PICTURES, VALIDATION_PICTURES = 1000, 20_000, 640, 256
+SHOWN_PROMPTS = 32
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 3.0}
 
 # Where the minutes go: measured shares of a run; the rest is drawing, export, sampling and start-up.
@@ -153,12 +155,12 @@ def quickstart(out: Path, minutes: float, seed: int, run: Run) -> None:
     """
     if minutes <= 0:
         raise UsageError(f"--minutes is {minutes:g}; give more than 0")
-    start = time.monotonic()
     quick = Quickstart(out, minutes, seed, run)
     quick.claim()
     places = {name: out / name for name in ("shards", "shards-validation", "autoencoder", "latents", "latents-validation")}
+    pictures = round(min(max(minutes * PICTURES_PER_MINUTE, LEAST_PICTURES), MOST_PICTURES))
     for name, count, its_seed, few in (
-        ("shards", TRAIN_PICTURES, seed, []),
+        ("shards", pictures, seed, []),
         ("shards-validation", VALIDATION_PICTURES, seed + 1, ["--held-out"]),
     ):
         arguments = ["shards", "shapes", str(places[name]), "--count", str(count), "--size", str(SIZE)]
@@ -184,13 +186,11 @@ def quickstart(out: Path, minutes: float, seed: int, run: Run) -> None:
         {"train": str(places["latents"]), "validation": str(places["latents-validation"])},
         lambda steps: {"model.autoencoder": str(places["autoencoder"])},
     )
-    score_and_report(quick, start)
+    score_and_report(quick)
 
 
-def score_and_report(quick: Quickstart, start: float) -> None:
+def score_and_report(quick: Quickstart) -> None:
     """Draw the held-out prompts, read them back, and write samples.png, report.json and report.html."""
-    from ldm.cli import load_pipeline
-
     out, seed = quick.out, quick.seed
     began = time.monotonic()
     dataset, autoencoder = ImageDataset(out / "shards-validation"), load_autoencoder(out / "autoencoder")
@@ -198,10 +198,8 @@ def score_and_report(quick: Quickstart, start: float) -> None:
     figures = reconstruction_figures(autoencoder, dataset, perceptual)
     pipeline = load_pipeline(out / "pipeline")
     drawn, accuracy = {}, {}
-    for kind, prompts in (
-        ("held-out", held_out_prompts("one", SCORED_PROMPTS, seed)),
-        ("seen", seen_prompts("one", SCORED_PROMPTS // 4, seed)),
-    ):
+    count = 256 if quick.minutes >= 5 else 64
+    for kind, prompts in (("held-out", held_out_prompts("one", count, seed)), ("seen", seen_prompts("one", count // 4, seed))):
         with Progress(f"drawing {kind} prompts", len(prompts)) as progress:
             drawn[kind] = draw(pipeline, prompts, seed, 64, on_progress=progress.update, **SAMPLING), prompts
         accuracy[kind] = shape_accuracy(*drawn[kind])
@@ -210,8 +208,14 @@ def score_and_report(quick: Quickstart, start: float) -> None:
     samples = captioned_grid(pictures, prompts, columns=8, marks=right)
     with atomic_file(out / "samples.png") as file:
         samples.save(file, "PNG")
-    quick.state["seconds"].setdefault("sample and score", round(time.monotonic() - began, 1))
-    quick.state["seconds"].setdefault("start and report", 0.0)
+    quick.state["seconds"]["sample and score"] = round(time.monotonic() - began, 1)
+    sampling = f"--steps {SAMPLING['num_inference_steps']} --guidance {SAMPLING['guidance_scale']} --seed {seed}"
+    commands = [
+        *quick.state["commands"],
+        ["measure the reconstructions", f"ldm evaluate autoencoder {out / 'autoencoder'} --shards {out / 'shards-validation'}"],
+        ["score held-out prompts", f"ldm evaluate pipeline {out / 'pipeline'} --prompts {count} {sampling}"],
+        ["score prompts of pairs seen", f"ldm evaluate pipeline {out / 'pipeline'} --seen --prompts {count // 4} {sampling}"],
+    ]
     quick.remember()
     originals, again = reconstruct(autoencoder, dataset, 8)
     total = sum(quick.state["seconds"].values())
@@ -226,12 +230,13 @@ def score_and_report(quick: Quickstart, start: float) -> None:
         "seconds_total": round(total, 1),
         "asked": quick.state["asked"],
         "machine": describe(),
-        "commands": [command for _, command in quick.state["commands"]],
+        "prompts": count,
+        "commands": commands,
     }
     write_json(out / "report.json", record)
     write_report(quick, record, samples, paired_grid([("original", originals), ("reconstruction", again)]))
     print(
-        f"prompt accuracy {record['prompt_accuracy']:.3f} on {SCORED_PROMPTS} prompts never seen, "
+        f"prompt accuracy {record['prompt_accuracy']:.3f} on {count} prompts of pairs never seen, "
         f"PSNR {figures['psnr']:.1f} dB, {duration(total)} in all\n"
         f"look at {out / 'report.html'} and {out / 'samples.png'}; draw more: "
         f'ldm sample {out / "pipeline"} "a large pink ring at the top on a gray background" --out pictures'
@@ -275,7 +280,7 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
     rows = [[name, duration(seconds)] for name, seconds in record["seconds"].items()]
     page.table("Time", ["step", "m:ss"], rows)
     page.table("Machine and versions", ["", ""], [[name, value] for name, value in record["machine"].items()])
-    page.commands("Do each step again", [(comment, command) for comment, command in quick.state["commands"]])
+    page.commands("Do each step again", [(comment, command) for comment, command in record["commands"]])
     page.save(out / "report.html")
 
 

@@ -126,12 +126,26 @@ def map_tensors(path: str | Path, offset: int, size: int) -> dict[str, np.ndarra
     return views
 
 
+def read_texts(path: str | Path) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Captions and their embeddings (L_i, D), chunk by chunk, from one shard."""
+    reader = ShardReader(path, ("json", "safetensors"))
+    for index, words in enumerate(ShardReader(path, ("json",))):
+        tensors = map_tensors(path, *reader.spans(index)["safetensors"])
+        texts = np.split(np.array(tensors["text"]), tensors["text_start"][1:-1])
+        yield json.loads(words.files["json"])["captions"], texts
+
+
 class LatentDataset(Dataset):
     """Latents by sample number, in the order of the manifest."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, manifest: Manifest | None = None):
+        """
+        Args:
+            folder: latent shards.
+            manifest: of them, where it is not written yet.
+        """
         self.folder = Path(folder)
-        manifest = Manifest.load(self.folder, LATENT_SHARDS)
+        manifest = manifest or Manifest.load(self.folder, LATENT_SHARDS)
         manifest.check_cheap(self.folder)
         self.chunks: list[tuple[Path, int, int]] = []  # path, offset, size
         starts = [0]

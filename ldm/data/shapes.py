@@ -47,7 +47,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "beige": (232, 214, 178),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
-RADII: dict[str, float] = {"small": 0.13, "large": 0.21}
+RADII: dict[str, float] = {"small": 0.15, "large": 0.21}
 PLACES: dict[str, tuple[float, float]] = {
     "left": (0.26, 0.5),
     "right": (0.74, 0.5),

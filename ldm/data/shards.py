@@ -7,6 +7,7 @@ A shard is an uncompressed tar. A sample is the set of its members that share a 
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import tarfile
@@ -255,12 +256,18 @@ def _deep_problems(path: Path, entry: ShardEntry, images: bool) -> Iterator[Prob
     if sha256_file(path) != entry.sha256:
         yield Problem(entry.name, "has other bytes than the manifest's sha256", "restore it")
     try:
-        reader = ShardReader(path)
+        reader = ShardReader(path, EXTENSIONS if images else ("json",))
     except LdmError as error:
         yield Problem(entry.name, f"cannot be read: {error}", "restore it")
         return
-    if len(reader) != entry.samples:
-        yield Problem(entry.name, f"holds {len(reader)} samples, the manifest says {entry.samples}", "restore it")
+    try:
+        # a latent shard's tar samples are chunks, each with a list of the keys in it
+        held = len(reader) if images else sum(len(json.loads(chunk.files["json"])["keys"]) for chunk in reader)
+    except (KeyError, TypeError, ValueError):
+        yield Problem(entry.name, "has a chunk without its list of keys", "restore it")
+        return
+    if held != entry.samples:
+        yield Problem(entry.name, f"holds {held} samples, the manifest says {entry.samples}", "restore it")
     for sample in reader if images else ():
         where = f"{entry.name}: {sample.key}"
         try:

@@ -1,0 +1,112 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.images import ImageDataset
+from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.shapes import generate
+from ldm.data.shards import ShardWriter, encode_png, write_images
+from ldm.errors import LdmError, UsageError
+
+
+def write(folder, samples):
+    """Shards of two samples each, from bytes."""
+    folder.mkdir(exist_ok=True)
+    with ShardWriter(folder, "x", samples_per_shard=2) as writer:
+        for key, files in samples:
+            writer.write(key, files)
+    Manifest(IMAGE_SHARDS, tuple(writer.entries)).save(folder)
+    return folder
+
+
+def png(size, colour="red"):
+    return encode_png(Image.new("RGB", size, colour))
+
+
+def test_samples_come_in_the_order_of_the_manifest(image_shards):
+    dataset = ImageDataset(image_shards)
+    drawn = list(generate(10, 32, seed=0))
+    assert len(dataset) == 10 and len(dataset.manifest.shards) == 3
+    for index in [*range(10), 7, 0]:  # and in any order
+        sample = dataset[index]
+        assert sample["key"] == drawn[index].key and sample["caption"] == drawn[index].caption
+        assert sample["image"].dtype == np.uint8 and np.array_equal(sample["image"].transpose(1, 2, 0), drawn[index].image)
+    for index in (-1, 10):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_manifest_order_counts_not_that_of_the_names(image_shards, tmp_path):
+    write_images(tmp_path / "x", "x", generate(4, 32, seed=0), samples_per_shard=2)
+    manifest = Manifest.load(tmp_path / "x")
+    Manifest(IMAGE_SHARDS, manifest.shards[::-1]).save(tmp_path / "x")
+    keys = [ImageDataset(tmp_path / "x")[index]["key"] for index in range(4)]
+    assert keys == ["00000002", "00000003", "00000000", "00000001"]
+
+
+def test_pictures_are_fitted_by_cutting_the_longer_side(tmp_path):
+    image = np.zeros((8, 24, 3), np.uint8)
+    image[:, 8:16] = 255  # the centre third
+    folder = write(tmp_path / "x", [("a", {"png": encode_png(Image.fromarray(image))}), ("b", {"png": png((8, 8))})])
+    dataset = ImageDataset(folder, image_size=8)
+    assert np.array_equal(dataset[0]["image"], np.full((3, 8, 8), 255))
+    assert dataset[1]["image"].shape == (3, 8, 8)
+    assert ImageDataset(folder, image_size=4)[1]["image"].shape == (3, 4, 4)
+    assert ImageDataset(folder)[0]["image"].shape == (3, 8, 24)
+
+
+def test_a_batch_is_uint8_pictures_and_lists(image_shards):
+    dataset = ImageDataset(image_shards)
+    batch = dataset.collate([dataset[1], dataset[5]])
+    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (2, 3, 32, 32)
+    assert batch["key"] == ["00000001", "00000005"] and batch["caption"] == [dataset[1]["caption"], dataset[5]["caption"]]
+
+
+def test_several_sizes_in_a_batch_say_how_to_mend_it_in_one_line(tmp_path):
+    dataset = ImageDataset(write(tmp_path / "x", [("a", {"png": png((8, 8))}), ("b", {"png": png((9, 8))})]))
+    with pytest.raises(LdmError) as error:
+        dataset.collate([dataset[0], dataset[1]])
+    assert "(3, 8, 8), (3, 8, 9)" in str(error.value) and "set data.image_size" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "files, reason",
+    [
+        ({"png": b"no picture at all"}, "not a JPEG, PNG or WebP image"),
+        ({"png": png((8, 8))[:-30]}, "cannot be decoded"),
+        ({"png": png((8, 8)), "txt": b"\xff\xfe"}, "caption is not UTF-8"),
+        ({"txt": b"a caption"}, "has no image"),
+    ],
+)
+def test_a_sample_that_cannot_be_used_names_its_shard_and_key(tmp_path, files, reason):
+    whole = {"png": png((8, 8)), "txt": b"fine"}
+    dataset = ImageDataset(write(tmp_path / "x", [("a", whole), ("b", whole), ("c", whole), ("bad", files)]))
+    assert dataset[2]["caption"] == "fine"
+    with pytest.raises(LdmError) as error:
+        dataset[3]
+    message = str(error.value)
+    assert "x-00001.tar: sample bad" in message and reason in message and "\n" not in message
+
+
+def test_a_sample_may_lack_its_caption(tmp_path):
+    assert ImageDataset(write(tmp_path / "x", [("a", {"png": png((8, 8))})]))[0]["caption"] == ""
+
+
+def test_folders_that_do_not_serve_are_refused(image_shards, tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere is not a folder"):
+        ImageDataset(tmp_path / "nowhere")
+    write_images(tmp_path / "x", "x", generate(4, 32, seed=0), samples_per_shard=2)
+    (tmp_path / "x" / "x-00001.tar").unlink()
+    with pytest.raises(LdmError, match=r"x-00001.tar is listed in the manifest but missing"):
+        ImageDataset(tmp_path / "x")
+
+
+def test_it_can_be_sent_to_another_process_while_its_shards_are_open(image_shards):
+    dataset = ImageDataset(image_shards)
+    expected = dataset[9]
+    again = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(again[9]["image"], expected["image"]) and again[0]["key"] == "00000000"

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: bad input is one line that names the thing and the mend, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm.cli import main
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout, and what ``ldm:`` said on stderr."""
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as leave:
+        code = leave.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, "\n".join(line for line in captured.err.splitlines() if line.startswith("ldm:"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (80 * number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"red number {number}")
+    return folder
+
+
+def test_python_dash_m_is_the_command() -> None:
+    said = subprocess.run([sys.executable, "-m", "ldm", "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("ldm ")
+
+
+def test_bad_usage_is_one_line_and_two(capsys: pytest.CaptureFixture) -> None:
+    code, _, said = run(capsys, "shards", "shapes")
+    assert code == 2 and said.count("\n") == 0 and "out" in said and "--help" in said
+
+
+def test_shapes_pack_index_check(capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path) -> None:
+    assert run(capsys, "shards", "shapes", tmp_path / "s", "--count", "25", "--size", "32", "--shard-size", "10")[0] == 0
+    manifest = json.loads((tmp_path / "s/manifest.json").read_text())
+    assert [shard["samples"] for shard in manifest["shards"]] == [10, 10, 5]
+    assert run(capsys, "shards", "pack", photos, tmp_path / "p", "--size", "32")[0] == 0
+    (tmp_path / "p/manifest.json").unlink()
+    assert run(capsys, "shards", "index", tmp_path / "p")[0] == 0
+    assert run(capsys, "shards", "check", tmp_path / "p", "--deep")[0] == 0
+    shard = next((tmp_path / "p").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    code, out, said = run(capsys, "shards", "check", tmp_path / "p", "--deep")
+    assert code == 1 and shard.name in out and "problem" in said
+
+
+@pytest.mark.parametrize("kind", ["missing", "no images", "captions without columns", "captions name a missing image"])
+def test_pack_refuses_in_one_line_and_writes_nothing(
+    capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path, kind: str
+) -> None:
+    source, extra, named = photos, [], ""
+    if kind == "missing":
+        source = named = tmp_path / "nowhere"
+    elif kind == "no images":
+        source = named = tmp_path / "empty"
+        source.mkdir()
+    else:
+        named = tmp_path / "captions.csv"
+        rows = "name,words\n0.png,hello\n" if "columns" in kind else "file,caption\n0.png,hello\ngone.png,bye\n"
+        named.write_text(rows)
+        extra = ["--captions", named]
+    code, _, said = run(capsys, "shards", "pack", source, tmp_path / "out", *extra)
+    assert code in (1, 2) and said.count("\n") == 0 and str(named) in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_with_other_work_is_not_touched(capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    config = Path(__file__).parents[1] / "configs/shapes/autoencoder.yaml"
+    for arguments in (
+        ["shards", "pack", photos, out],
+        ["shards", "shapes", out, "--count", "3"],
+        ["quickstart", "--out", out],
+        ["autoencoder", "fit", "--config", config, "--out", out],
+        ["sample", out, "a red ring", "--out", out],
+    ):
+        code, _, said = run(capsys, *arguments)
+        assert code == 2 and str(out) in said, arguments
+        assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_sample_refuses_a_model_that_is_none(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    code, _, said = run(capsys, "sample", tmp_path, "a red ring", "--out", tmp_path / "pictures")
+    assert code == 2 and "model_index.json" in said and str(tmp_path) in said
+    (tmp_path / "model_index.json").write_text("{}")
+    code, _, said = run(capsys, "sample", tmp_path, "a red ring", "--out", tmp_path / "pictures")
+    assert code == 2 and said.count("\n") == 0 and str(tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["--data.train", "/nowhere"], "data.train"),
+        (["--model.discriminator_start", "999999"], "model.discriminator_start"),
+        (["--model.autoencoder.sample_size", "50"], "sample_size"),
+        (["--model.no_such_key", "1"], "no_such_key"),
+        (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
+    ],
+)
+def test_fit_refuses_before_work_starts(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).parents[1] / "configs/shapes/autoencoder.yaml"
+    main(["shards", "shapes", "shapes", "--count", "20", "--size", "64"])
+    main(["shards", "shapes", "shapes-validation", "--count", "4", "--size", "64"])
+    code, _, said = run(capsys, "autoencoder", "fit", "--config", config, "--out", "run", *changes)
+    assert code == 2 and named in said and said.count("\n") == 0
+    assert not list(tmp_path.glob("run/autoencoder*"))

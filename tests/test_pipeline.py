@@ -1,0 +1,220 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from ldm.diffusion.path import VariancePreserving
+from ldm.diffusion.prediction import V
+from ldm.diffusion.scheduler import matching_scheduler
+from ldm.errors import UsageError
+from ldm.models.autoencoder import decode_latents, set_latent_statistics
+from ldm.models.dit import DiT
+from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
+
+PROMPTS = ["a red circle", "a tiny blue star at the top left of a dark green background", "a ring"]
+QUICK = {"num_inference_steps": 4, "guidance_scale": 4.0}
+
+
+@pytest.fixture
+def pipeline(tiny_autoencoder, minilm):
+    """Random everywhere but in its words; pictures of 16 pixels. Small steps away from zero keep the pictures unsaturated."""
+    set_latent_statistics(tiny_autoencoder, [0.1, -0.1, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
+    torch.manual_seed(0)
+    dit = DiT(sample_size=8, width=32, num_layers=2, num_heads=2)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    made = LatentDiffusionPipeline(
+        vae=tiny_autoencoder,
+        text_encoder=minilm.model,
+        tokenizer=minilm.tokenizer,
+        transformer=dit.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(picture).astype(int) for picture in pictures])
+
+
+def draw(pipeline, prompt=PROMPTS, generators=(0, 1, 2), **changes):
+    return pixels(pipeline(prompt, generator=seeds(*generators), **QUICK | changes).images)
+
+
+FRESH = """
+import sys
+import numpy as np, torch
+from diffusers import AutoencoderKL
+folder, out, prompt = sys.argv[1:]
+assert "ldm" not in sys.modules
+vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+assert "ldm" not in sys.modules
+with torch.no_grad():
+    decoded = vae.decode(torch.linspace(-1, 1, 256).view(1, 4, 8, 8)).sample
+
+import ldm
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(folder)
+pipeline.set_progress_bar_config(disable=True)
+picture = pipeline(prompt, num_inference_steps=4, guidance_scale=4.0, generator=torch.Generator().manual_seed(0)).images[0]
+np.savez(out, decoded=decoded.numpy(), picture=np.asarray(picture), name=type(pipeline).__module__)
+"""
+
+
+def test_a_saved_pipeline_opens_in_another_process_through_diffusers(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "saved")
+    parts = {"scheduler", "text_encoder", "tokenizer", "transformer", "vae"}
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == parts | {"model_index.json"}
+    assert not list((tmp_path / "saved").rglob("*.bin")) and not list((tmp_path / "saved").rglob("*.py"))
+    arguments = [str(tmp_path / "saved"), str(tmp_path / "out.npz"), PROMPTS[0]]
+    done = subprocess.run([sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "out.npz")
+    here = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), **QUICK).images[0]
+    assert np.array_equal(found["picture"], np.asarray(here)) and found["name"] == "ldm.pipeline"
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(torch.linspace(-1, 1, 256).view(1, 4, 8, 8)).sample
+    np.testing.assert_allclose(found["decoded"], decoded, rtol=1e-5, atol=1e-6)
+
+
+def test_load_pipeline_opens_what_was_saved_and_names_what_was_not(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = load_pipeline(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert type(again) is LatentDiffusionPipeline and list(again.vae.config.latents_std) == [0.5, 0.6, 0.7, 0.8]
+    if not torch.cuda.is_available():
+        assert np.array_equal(draw(again), draw(pipeline))
+    with pytest.raises(UsageError, match=r"nowhere is not a pipeline directory \(no model_index.json\)"):
+        load_pipeline(tmp_path / "nowhere")
+    (tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"saved cannot be opened as a pipeline of ours"):
+        load_pipeline(tmp_path / "saved")
+
+
+def test_a_picture_does_not_depend_on_the_batch_it_was_drawn_in(pipeline):
+    together = draw(pipeline)
+    assert together.shape == (3, 16, 16, 3)
+    assert together.std() > 10 and np.abs(together[0] - together[1]).max() > 10  # pictures, and not all the same
+    for row, prompt in enumerate(PROMPTS):
+        assert np.abs(draw(pipeline, prompt, [row])[0] - together[row]).max() <= 1
+    backwards = draw(pipeline, PROMPTS[::-1], [2, 1, 0])
+    assert np.abs(backwards[::-1] - together).max() <= 1
+
+
+def test_words_and_seeds_change_the_picture_and_nothing_else_does(pipeline):
+    plain = draw(pipeline, PROMPTS[0], [0])
+    assert np.array_equal(draw(pipeline, PROMPTS[0], [0]), plain)
+    assert np.abs(draw(pipeline, PROMPTS[1], [0]) - plain).max() > 2
+    assert np.abs(draw(pipeline, PROMPTS[0], [1]) - plain).max() > 10
+
+
+def test_guidance_is_that_of_two_calls_by_hand(pipeline):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    found = pipeline(PROMPTS[0], latents=noise, output_type="latent", num_inference_steps=5, guidance_scale=2.5).images
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    x = noise
+    with torch.no_grad():
+        for sigma, following in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
+            time = (sigma * 1000).view(1)
+            conditional, null = (
+                pipeline.transformer(x, *[encoded[0]], time, encoded[1]).sample
+                for encoded in (pipeline.encode([PROMPTS[0]]), pipeline.encode([""]))
+            )
+            x = x + (following - sigma) * (null + 2.5 * (conditional - null))
+    torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-4)
+
+
+def test_a_negative_prompt_leads_away_and_guidance_1_ignores_it(pipeline):
+    plain, negative = draw(pipeline), draw(pipeline, negative_prompt="a red circle")
+    assert np.abs(negative - plain).max() > 2
+    assert np.array_equal(draw(pipeline, negative_prompt=["a red circle"] * 3), negative)
+    unguided = draw(pipeline, guidance_scale=1.0)
+    assert np.array_equal(draw(pipeline, guidance_scale=1.0, negative_prompt="a red circle"), unguided)
+    # led away from itself by any strength, a prompt stays what it is without guidance
+    assert np.abs(draw(pipeline, negative_prompt=PROMPTS, guidance_scale=6.0) - unguided).max() <= 1
+    with pytest.raises(UsageError, match="2 negative prompts for 3 prompts"):
+        draw(pipeline, negative_prompt=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "prompt, why",
+    [("", "the prompt is empty"), (" \n", "the prompt is empty"), ("circle " * 600, r"has \d+ tokens, the text encoder takes")],
+)
+def test_prompts_that_would_not_be_drawn_as_written_are_refused(pipeline, prompt, why):
+    for prompts in (prompt, [PROMPTS[0], prompt]):
+        with pytest.raises(UsageError, match=why) as error:
+            pipeline(prompts, **QUICK)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("height, width", [(18, 16), (16, 30), (15, 16)])
+def test_sizes_that_cannot_be_drawn_are_refused(pipeline, height, width):
+    with pytest.raises(UsageError, match=f"a picture of {width}x{height} cannot be drawn: give multiples of 4 pixels"):
+        pipeline(PROMPTS[0], height=height, width=width, **QUICK)
+
+
+def test_other_sizes_than_that_trained_on_can_be_drawn(pipeline):
+    (picture,) = pipeline(PROMPTS[0], height=12, width=32, **QUICK).images
+    assert picture.size == (32, 12)
+
+
+def test_output_types_are_one_picture_in_three_forms(pipeline):
+    def drawn(output_type):
+        return pipeline(PROMPTS, generator=seeds(0, 1, 2), output_type=output_type, **QUICK).images
+
+    latents, tensors, pictures = (drawn(kind) for kind in ("latent", "pt", "pil"))
+    assert latents.shape == (3, 4, 8, 8) and tensors.shape == (3, 3, 16, 16)
+    assert tensors.min() >= 0 and tensors.max() <= 1 and all(isinstance(picture, Image.Image) for picture in pictures)
+    with torch.no_grad():
+        torch.testing.assert_close((decode_latents(pipeline.vae, latents) + 1) / 2, tensors)
+    assert np.array_equal((tensors.permute(0, 2, 3, 1) * 255).round().int().numpy(), pixels(pictures))
+    (as_tuple,) = pipeline(PROMPTS, generator=seeds(0, 1, 2), return_dict=False, **QUICK)
+    assert np.array_equal(pixels(as_tuple), pixels(pictures))
+
+
+def test_each_prompt_has_its_pictures_side_by_side(pipeline):
+    many = draw(pipeline, PROMPTS[:2], range(4), num_images_per_prompt=2)
+    each = [draw(pipeline, PROMPTS[row // 2], [row])[0] for row in range(4)]
+    assert np.abs(many - np.stack(each)).max() <= 1
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(pipeline):
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        assert pipe is pipeline
+        seen.append((step, timestep.item(), tensors["latents"].clone()))
+        return {}
+
+    final = pipeline(PROMPTS[0], generator=seeds(0), callback_on_step_end=look, output_type="latent", **QUICK).images
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+    assert [time for _, time, _ in seen] == sorted((time for _, time, _ in seen), reverse=True)
+    assert torch.equal(seen[-1][2], final)
+
+    def blank(pipe, step, timestep, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    assert not pipeline(PROMPTS[0], callback_on_step_end=blank, output_type="latent", **QUICK).images.any()
+
+
+def test_starting_noise_may_be_given(pipeline):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = pixels(pipeline(PROMPTS[0], latents=noise, **QUICK).images)
+    assert np.array_equal(given, draw(pipeline, PROMPTS[0], [0]))
+
+
+def test_other_schedulers_serve_as_well(pipeline):
+    pipeline.scheduler = matching_scheduler(VariancePreserving(), V())
+    pictures = draw(pipeline)
+    assert pictures.std() > 10 and np.array_equal(draw(pipeline), pictures)

@@ -1,0 +1,96 @@
+"""A miniature quickstart, every stage through the real command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+
+from ldm import cli
+from ldm.quickstart import quickstart
+
+MINUTES = 0.05
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quickstart that was interrupted before stage two and run again."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    ran: list[str] = []
+
+    def stumble(arguments: list[str]) -> None:
+        if arguments[0] == "denoiser":
+            raise KeyboardInterrupt
+        ran.append(" ".join(arguments[:2]))
+        cli.dispatch(arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        quickstart(out, MINUTES, 3, run=stumble)
+    assert "latents export" in ran and (out / "autoencoder/config.json").is_file()
+    stamp = (out / "autoencoder/config.json").stat().st_mtime_ns
+    cli.main(["quickstart", "--out", str(out), "--minutes", str(MINUTES), "--seed", "3"])
+    # it went on: the finished stages were not run again
+    assert (out / "autoencoder/config.json").stat().st_mtime_ns == stamp
+    return out
+
+
+def test_everything_promised_is_there(finished: Path) -> None:
+    for name in ("shards/manifest.json", "latents/manifest.json", "pipeline/model_index.json", "samples.png", "report.html"):
+        assert (finished / name).is_file(), name
+    assert AutoencoderKL.from_pretrained(finished / "autoencoder").config.latent_channels == 4
+    with Image.open(finished / "samples.png") as grid:
+        assert min(grid.size) > 300
+
+
+def test_report_says_the_same_figures_and_asks_nothing_of_the_network(finished: Path) -> None:
+    record = json.loads((finished / "report.json").read_text())
+    page = (finished / "report.html").read_text()
+    assert f"{record['reconstruction']['psnr']:.2f}" in page
+    assert f"{record['prompt_accuracy']:.3f}" in page
+    assert 0 <= record["prompt_accuracy"] <= 1
+    assert not re.search(r"""(src|href)=["']?https?:""", page)
+    for _, command in record["commands"]:
+        assert command in page
+    assert record["seconds_total"] == pytest.approx(sum(record["seconds"].values()), abs=0.11)
+
+
+def test_its_commands_repeat_its_steps(finished: Path, tmp_path: Path) -> None:
+    """The report's command for the latents, pointed at another folder, makes the same bytes."""
+    record = json.loads((finished / "report.json").read_text())
+    command = next(line for _, line in record["commands"] if line.startswith("ldm latents export") and "validation" in line)
+    arguments = command.split()[1:]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "again")
+    cli.main(arguments)
+    for shard in (tmp_path / "again").glob("*.tar"):
+        assert shard.read_bytes() == (finished / "latents-validation" / shard.name).read_bytes()
+
+
+def test_evaluate_repeats_the_reported_accuracy(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    record = json.loads((finished / "report.json").read_text())
+    command = next(line for _, line in record["commands"] if line.startswith("ldm evaluate pipeline"))
+    capsys.readouterr()
+    cli.main(command.split()[1:])
+    shown = re.search(r"prompt_accuracy\W+([\d.]+)", capsys.readouterr().out)
+    assert float(shown[1]) == pytest.approx(record["prompt_accuracy"], abs=1e-4)
+
+
+def test_the_pipeline_draws_held_out_prompts(finished: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(finished / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    prompt = "a large red circle at the center on a white background"
+    first, second = (
+        pipeline(prompt, num_inference_steps=4, generator=torch.Generator().manual_seed(7)).images[0] for _ in range(2)
+    )
+    assert first.tobytes() == second.tobytes()
+    assert first.size == (32, 32)
+
+
+def test_another_quickstart_in_the_same_folder_is_refused(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["quickstart", "--out", str(finished), "--minutes", str(MINUTES), "--seed", "4"])
+    assert left.value.code == 2 and str(finished) in capsys.readouterr().err

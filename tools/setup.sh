@@ -1,0 +1,25 @@
+# Sourced by quickstart.sh and test.sh: makes .venv in the checkout and installs what is missing, with plain pip.
+# A stamp keeps a second run from asking pip again while pyproject.toml and constraints.txt stay as they were.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+setup() { # setup EXTRAS
+    local python stamp
+    if [ ! -x .venv/bin/python ]; then
+        python="${PYTHON:-python3}"
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+            echo "ldm needs Python 3.11 or newer; $python is $("$python" -V 2>&1). Set PYTHON=/path/to/python3.11" >&2
+            exit 1
+        }
+        "$python" -m venv .venv || {
+            echo "could not make .venv; on Debian: apt-get install python3-venv" >&2
+            exit 1
+        }
+    fi
+    stamp=".venv/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)-${1//,/-}"
+    if [ ! -e "$stamp" ]; then
+        echo "installing ldm[$1] into .venv (once, some minutes)" >&2
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$1]"
+        touch "$stamp"
+    fi
+}
