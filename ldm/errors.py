@@ -17,3 +17,8 @@ class UsageError(LdmError):
     """A request that cannot be carried out as it was made (arguments, config, prompt). Exit code 2."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line: for messages that pass on another library's complaint."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from ldm.errors import UsageError
+from ldm.errors import UsageError, first_line
 
 ADAPTIVE_WEIGHT_LIMIT = 1e4  # Esser et al. 2021, arXiv 2012.09841
 
@@ -63,7 +63,7 @@ class PerceptualLoss(nn.Module):
                 self.network = lpips.LPIPS(net=trunk, verbose=False)
             except (OSError, RuntimeError) as error:
                 raise UsageError(
-                    f"the pretrained {trunk} trunk of LPIPS cannot be had ({str(error).splitlines()[0]}); set "
+                    f"the pretrained {trunk} trunk of LPIPS cannot be had ({first_line(error)}); set "
                     "model.perceptual.init_args.weights to the path of torchvision's checkpoint, or to 'random'"
                 ) from error
         else:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ldm.diffusion.guidance import ClassifierFreeGuidance, Condition
-from ldm.errors import UsageError
+from ldm.errors import UsageError, first_line
+from ldm.files import read_json
 from ldm.models.autoencoder import decode_latents, images_to_pictures
 from ldm.models.text import encode_captions, max_tokens
 
@@ -94,6 +95,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         for text in prompts:
             self.check_prompt(text)
+        if num_inference_steps < 1:
+            raise UsageError(f"num_inference_steps is {num_inference_steps}; give 1 or more")
         if len(negatives) != len(prompts):
             raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one per prompt")
         device = self._execution_device
@@ -139,10 +142,16 @@ def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
     Raises:
         UsageError: when ``path`` is anything else.
     """
-    if not (Path(path) / "model_index.json").is_file():
+    index = Path(path) / "model_index.json"
+    if not index.is_file():
         raise UsageError(f"{path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
+    kind = read_json(index).get("_class_name")
+    if kind != LatentDiffusionPipeline.__name__:
+        raise UsageError(
+            f"{index} is of a {kind}; give the directory of a LatentDiffusionPipeline, as ldm denoiser fit makes it"
+        )
     try:
         pipeline = LatentDiffusionPipeline.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be opened as a pipeline of ours: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path} cannot be opened ({first_line(error)}); restore it or train it again") from error
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

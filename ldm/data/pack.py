@@ -31,7 +31,7 @@ from ldm.data.decode import (
 )
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.shards import ShardWriter, encode_png
-from ldm.errors import UsageError
+from ldm.errors import UsageError, first_line
 from ldm.files import atomic_folder, require_folder, require_new_folder
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -198,7 +198,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"caption file {path} is not readable Parquet ({str(error).splitlines()[0]})") from None
+        raise UsageError(f"caption file {path} is not readable Parquet ({first_line(error)})") from None
 
 
 def _find(src: Path) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, Path, RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import Epsilon, Prediction, Sample, V, Velocity
 from ldm.errors import UsageError
 
+LEAST_ALPHA_FOR_EPSILON = 1e-3
 DDIM_PREDICTIONS = {Epsilon: "epsilon", Sample: "sample", V: "v_prediction"}
 
 
@@ -20,6 +22,12 @@ def matching_scheduler(path: Path, prediction: Prediction) -> SchedulerMixin:
     if isinstance(path, RectifiedFlow) and isinstance(prediction, Velocity):
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS)
     if isinstance(path, VariancePreserving) and type(prediction) in DDIM_PREDICTIONS:
+        # x0 = (x_t − sigma·eps) / alpha: at the first step an error of 2 % in eps would be magnified alpha⁻¹-fold
+        if isinstance(prediction, Epsilon) and path.alpha(torch.ones(1)) < LEAST_ALPHA_FOR_EPSILON:
+            raise UsageError(
+                f"Epsilon says nothing of the picture where the schedule {path.scheduler_config['beta_schedule']} begins "
+                "(alpha = 0); set model.prediction to V or Sample, or the schedule to linear or scaled_linear"
+            )
         return DDIMScheduler(
             **path.scheduler_config,
             prediction_type=DDIM_PREDICTIONS[type(prediction)],

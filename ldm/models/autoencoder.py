@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.errors import UsageError
+from ldm.errors import UsageError, first_line
 from ldm.models.identity import network_hash
 
 
@@ -100,7 +100,7 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
     try:
         autoencoder = AutoencoderKL.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
     return autoencoder.eval().requires_grad_(False)
 
 

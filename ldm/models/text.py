@@ -18,7 +18,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import sha256_file
 from ldm.models.identity import network_hash
 
@@ -88,7 +88,7 @@ class TextEncoder:
             model = ENCODER_CLASSES.get(config.model_type, AutoModel).from_pretrained(source)
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"text encoder {name_or_path!r} cannot be loaded ({str(error).splitlines()[0]}); "
+                f"text encoder {name_or_path!r} cannot be loaded ({first_line(error)}); "
                 "give the directory of a transformers encoder, or 'minilm'"
             ) from error
         return cls(tokenizer, model.eval().requires_grad_(False).to(device), name_or_path)

@@ -125,10 +125,10 @@ class AutoencoderTraining(Stage):
         loss = faithful_and_alike + self.kl_weight * kl
         figures = {"rec": faithful, "lpips": perceptual, "kl": kl}
         if (ramp := self.adversarial_ramp(step)) > 0:
-            # the discriminator judges here and learns nothing: its parameters take no part in this graph
-            self.discriminator.requires_grad_(False)
+            # the discriminator judges here and learns nothing: neither its parameters nor its spectral norms' estimates move
+            self.discriminator.eval().requires_grad_(False)
             generator = self.adversarial.generator(self.discriminator(reconstruction))
-            self.discriminator.requires_grad_(True)
+            self.discriminator.train().requires_grad_(True)
             last_layer = self.autoencoder.decoder.conv_out.weight
             weight = adaptive_weight(faithful_and_alike, generator, last_layer).clamp(max=self.max_adaptive_weight)
             loss = loss + self.adversarial_weight * ramp * weight * generator

@@ -11,6 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import UsageError
@@ -75,9 +76,11 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.options
-        if not options.ckpt_path:
-            require_new_folder(options.out, "the run")
-        require_new_folder(self.product, "what the run makes")
+        # the first process alone: by the time another one looks, the folder is already this run's
+        if rank_zero_only.rank == 0:
+            require_new_folder(self.product, "what the run makes")
+            if not options.ckpt_path:
+                require_new_folder(options.out, "the run")
         for split in ("train", "validation"):
             if not Path(folder := options.data[split]).is_dir():
                 raise UsageError(
