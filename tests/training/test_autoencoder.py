@@ -111,3 +111,18 @@ def test_reconstruction_improves(image_shards: Path, tmp_path: Path) -> None:
         fit(module, image_shards, tmp_path, 60)
         after = module.reconstruct(images).sub(images).square().mean()
     assert after < before / 4
+
+
+def test_bf16_keeps_fp32_master_weights(image_shards: Path, tmp_path: Path) -> None:
+    module = make(discriminator_start=0, adversarial_delay=0, adversarial_warmup=1)
+    torch.manual_seed(1)
+    trainer = Trainer(
+        max_steps=3, max_epochs=-1, accelerator="cpu", devices=1, precision="bf16-mixed", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        check_val_every_n_epoch=None, val_check_interval=3, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, ShardDataModule(str(image_shards), str(image_shards), batch_size=4))
+    networks = (*module.autoencoder.parameters(), *module.discriminator.parameters())
+    assert {parameter.dtype for parameter in networks} == {torch.float32}
+    assert all(torch.isfinite(parameter).all() for parameter in networks)
+    assert torch.isfinite(trainer.callback_metrics["val/psnr"])

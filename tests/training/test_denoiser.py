@@ -1,0 +1,124 @@
+"""Stage two: what it refuses, what it learns, and that its preview is what its pipeline draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from lightning import Trainer
+
+from ldm.data.datamodule import ShardDataModule
+from ldm.diffusion.path import RectifiedFlow, VariancePreserving
+from ldm.diffusion.prediction import V, Velocity
+from ldm.diffusion.timesteps import LogitNormal, Uniform
+from ldm.errors import UsageError
+from ldm.export import export_latents
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.dit import DiT
+from ldm.training.base import OptimiserConfig
+from ldm.training.denoiser import DenoiserTraining
+
+
+def new_autoencoder(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An untrained autoencoder and the latents made with it: (16, 16) each, of ten shapes."""
+    folder = tmp_path_factory.mktemp("exported")
+    autoencoder = new_autoencoder(folder / "autoencoder", 0)
+    export_latents(autoencoder, image_shards, folder / "latents")
+    return autoencoder, folder / "latents"
+
+
+def make(autoencoder: Path, **changes: object) -> DenoiserTraining:
+    torch.manual_seed(0)
+    settings = {
+        "denoiser": DiT(in_channels=4, sample_size=16, patch_size=4, width=32, num_layers=2, num_heads=2, text_width=384),
+        "autoencoder": str(autoencoder),
+        "path": RectifiedFlow(),
+        "prediction": Velocity(),
+        "timesteps": LogitNormal(),
+        "optimiser": OptimiserConfig(3e-3),
+        "ema_decay": 0.9,
+        "preview_prompts": ["a red ring", "a blue star"],
+        "preview_steps": 3,
+    }
+    return DenoiserTraining(**settings | changes)
+
+
+def fit(module: DenoiserTraining, latents: Path, folder: Path, steps: int, **trainer: object) -> Trainer:
+    torch.manual_seed(1)
+    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False} | trainer
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        check_val_every_n_epoch=None, val_check_interval=steps, default_root_dir=folder, use_distributed_sampler=False,
+        **settings,
+    )  # fmt: skip
+    trainer.fit(module, ShardDataModule(str(latents), str(latents), batch_size=8))
+    return trainer
+
+
+@pytest.mark.parametrize("diffusion", [(RectifiedFlow(), Velocity(), LogitNormal()), (VariancePreserving(), V(), Uniform())])
+def test_the_loss_falls(exported: tuple[Path, Path], tmp_path: Path, diffusion: tuple) -> None:
+    path, prediction, timesteps = diffusion
+    short = fit(make(exported[0], path=path, prediction=prediction, timesteps=timesteps), exported[1], tmp_path, 2)
+    long = fit(make(exported[0], path=path, prediction=prediction, timesteps=timesteps), exported[1], tmp_path, 150)
+    assert long.callback_metrics["val/loss"] < 0.8 * short.callback_metrics["val/loss"]
+
+
+def test_bf16_keeps_fp32_master_weights(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(exported[0])
+    trainer = fit(module, exported[1], tmp_path, 2, precision="bf16-mixed")
+    assert {parameter.dtype for parameter in module.denoiser.parameters()} == {torch.float32}
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
+
+
+def test_preview_is_what_the_saved_pipeline_draws(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(exported[0])
+    fit(module, exported[1], tmp_path, 20)
+    with module.average_applied():
+        preview = [pictures[0] for _, pictures in module.preview()]
+        module.save(tmp_path / "pipeline")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        module.preview_prompts, num_inference_steps=3, generator=[torch.Generator().manual_seed(seed) for seed in range(2)]
+    ).images
+    for ours, theirs in zip(preview, drawn, strict=True):
+        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+
+def test_another_autoencoder_is_refused_and_both_are_named(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    other = new_autoencoder(tmp_path / "other", 1)
+    with pytest.raises(UsageError) as refused:
+        fit(make(other), exported[1], tmp_path, 1)
+    assert str(other) in str(refused.value) and str(exported[1]) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "named"),
+    [({"in_channels": 8}, "in_channels"), ({"sample_size": 8}, "sample_size"), ({"text_width": 64}, "text_width")],
+)
+def test_sizes_that_do_not_fit_the_latents_are_refused(
+    exported: tuple[Path, Path], tmp_path: Path, denoiser: dict, named: str
+) -> None:
+    sizes = {"in_channels": 4, "sample_size": 16, "text_width": 384} | denoiser
+    module = make(exported[0], denoiser=DiT(patch_size=4, width=32, num_layers=1, num_heads=2, **sizes))
+    with pytest.raises(UsageError, match=named):
+        fit(module, exported[1], tmp_path, 1)
+
+
+def test_frozen_parts_are_in_no_checkpoint(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(exported[0])
+    trainer = fit(module, exported[1], tmp_path, 1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(name.startswith("denoiser.") for name in state["state_dict"])
+    assert set(state["average"]) >= {"shadow_params", "optimization_step"}
