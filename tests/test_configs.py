@@ -27,7 +27,7 @@ def test_every_recipe_is_tried_here() -> None:
 @pytest.mark.parametrize("recipes", ["shapes", "emoji"])
 def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipes: str) -> None:
     monkeypatch.chdir(tmp_path)
-    size = "32" if recipes == "shapes" else "64"
+    size = "40" if recipes == "shapes" else "64"
     main(["shards", "shapes", "shards", "--count", "24", "--size", size])
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "4"]
     few = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "3"]

@@ -87,7 +87,7 @@ def test_the_pipeline_draws_held_out_prompts(finished: Path) -> None:
         pipeline(prompt, num_inference_steps=4, generator=torch.Generator().manual_seed(7)).images[0] for _ in range(2)
     )
     assert first.tobytes() == second.tobytes()
-    assert first.size == (32, 32)
+    assert first.size == (40, 40)
 
 
 def test_another_quickstart_in_the_same_folder_is_refused(finished: Path, capsys: pytest.CaptureFixture) -> None:

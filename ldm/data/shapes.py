@@ -47,7 +47,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "beige": (232, 214, 178),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
-RADII: dict[str, float] = {"small": 0.15, "large": 0.21}
+RADII: dict[str, float] = {"small": 0.165, "large": 0.225}
 PLACES: dict[str, tuple[float, float]] = {
     "left": (0.26, 0.5),
     "right": (0.74, 0.5),
@@ -68,9 +68,9 @@ SIZE_RANGE = (32, 256)
 # Jitter, in fractions: of the radius, and of the side. Small objects have room to move further; the axis of a
 # relation leaves less room than the line across it. With these no object leaves the picture or touches the other,
 # and sizes and places keep a clear gap between them.
-_RADIUS_JITTER = 0.06
+_RADIUS_JITTER = 0.04
 _PLACE_JITTER = {"small": 0.05, "large": 0.02}
-_ALONG_JITTER = {"small": 0.05, "large": 0.015}
+_ALONG_JITTER = {"small": 0.05, "large": 0.005}
 _ACROSS_JITTER = 0.08
 # PIL rounds outlines to whole pixels, so they are drawn on a canvas of about this many pixels a side, then reduced.
 _CANVAS = 512
