@@ -38,9 +38,9 @@ SHOWN_PROMPTS = 32
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 3.0}
 
 # Where the minutes go; the rest is drawing, export, previews, sampling and start-up.
-SHARES = {"autoencoder": 0.27, "denoiser": 0.48}
+SHARES = {"autoencoder": 0.32, "denoiser": 0.44}
 # A ten-minute run takes at least these steps, however slow the machine: with fewer the words are not learnt.
-LEAST_STEPS = {"autoencoder": 2200, "denoiser": 1500}
+LEAST_STEPS = {"autoencoder": 3000, "denoiser": 1400}
 CALIBRATION_STEPS = 12
 
 

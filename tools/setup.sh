@@ -1,5 +1,5 @@
 # Sourced by quickstart.sh and test.sh: makes .venv in the checkout and installs what is missing, with plain pip.
-# A stamp keeps a second run from asking pip again while pyproject.toml and constraints.txt stay as they were.
+# A stamp keeps a second run from asking pip again while pyproject.toml and tools/constraints.txt stay as they were.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,10 +16,10 @@ setup() { # setup EXTRAS
             exit 1
         }
     fi
-    stamp=".venv/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)-${1//,/-}"
+    stamp=".venv/.installed-$(cat pyproject.toml tools/constraints.txt | sha256sum | cut -c1-16)-${1//,/-}"
     if [ ! -e "$stamp" ]; then
         echo "installing ldm[$1] into .venv (once, some minutes)" >&2
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$1]"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e ".[$1]"
         touch "$stamp"
     fi
 }

@@ -84,6 +84,9 @@ class Stage(LightningModule):
 
     def on_fit_start(self) -> None:
         self.average.to(self.device)
+        # every process was seeded alike, so that weights begin alike; from here on noise and dropout must differ
+        if self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["average"] = self.average.state_dict()

@@ -29,6 +29,7 @@ EXPECTED_WARNINGS = (
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*LeafSpec.*",
+    ".*sync_dist=True.*",  # every process validates on the same samples
     ".*GPU available but not used.*",
     ".*available.*val_check_interval.*",
     ".*You defined a `validation_step` but have no `val_dataloader`.*",
