@@ -7,6 +7,7 @@ product stands is not run again, so that an interrupted quickstart goes on from 
 from __future__ import annotations
 
 import csv
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ldm.data.images import ImageDataset
 from ldm.data.shapes import held_out_prompts, seen_prompts
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.evaluate import draw, reconstruct, reconstruction_figures, shape_accuracy
 from ldm.files import atomic_file, read_json, require_new_folder, write_json
 from ldm.losses import PerceptualLoss
@@ -68,7 +69,7 @@ class Quickstart:
                 raise UsageError(f"{self.out} holds a quickstart of {self.state.get('asked')}; give a new --out for {asked}")
             return
         require_new_folder(self.out, "the quickstart")
-        self.state = {"asked": asked, "seconds": {}, "commands": []}
+        self.state = {"asked": asked, "seconds": {}, "commands": {}}
         self.out.mkdir(parents=True, exist_ok=True)
         self.remember()
 
@@ -80,10 +81,12 @@ class Quickstart:
         if not product.exists():
             if leftover is not None and leftover.exists():
                 shutil.rmtree(leftover)
+            self.state["commands"][comment] = shlex.join(["ldm", *arguments])
             start = time.monotonic()
             self.run(arguments)
+            if not product.exists():  # Lightning ends an interrupted fit in peace
+                raise LdmError(f"{comment}: interrupted; run the same quickstart again to go on from here")
             self.state["seconds"][comment] = round(time.monotonic() - start, 1)
-            self.state["commands"].append([comment, "ldm " + " ".join(arguments)])
             self.remember()
 
     def recipe(self, stage: str, changes: dict[str, Any]) -> Path:
@@ -213,7 +216,7 @@ def score_and_report(quick: Quickstart) -> None:
     quick.state["seconds"]["sample and score"] = round(time.monotonic() - began, 1)
     sampling = f"--steps {SAMPLING['num_inference_steps']} --guidance {SAMPLING['guidance_scale']} --seed {seed}"
     commands = [
-        *quick.state["commands"],
+        *map(list, quick.state["commands"].items()),
         ["measure the reconstructions", f"ldm evaluate autoencoder {out / 'autoencoder'} --shards {out / 'shards-validation'}"],
         ["score held-out prompts", f"ldm evaluate pipeline {out / 'pipeline'} --prompts {count} {sampling}"],
         ["score prompts of pairs seen", f"ldm evaluate pipeline {out / 'pipeline'} --seen --prompts {count // 4} {sampling}"],
