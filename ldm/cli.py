@@ -159,6 +159,8 @@ def run_shapes(options: argparse.Namespace) -> None:
     from ldm.data.shapes import generate
     from ldm.data.shards import write_images
 
+    if options.count < 1:
+        raise UsageError(f"--count is {options.count}; give 1 or more")
     drawn = generate(options.count, options.size, options.seed, options.preset, options.held_out)
     extra = {
         "source": f"shapes, preset {options.preset}, seed {options.seed}" + (", held out" if options.held_out else ""),
@@ -231,10 +233,12 @@ def run_sample(options: argparse.Namespace) -> None:
     for name, least in (("steps", 1), ("count", 1)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name} is {getattr(options, name)}; give {least} or more")
+    if not 0 <= options.seed < 2**63:
+        raise UsageError(f"--seed is {options.seed}; give a number from 0 to {2**63 - 1}")
     out = require_new_folder(options.out, "the pictures")
     pipeline = load_pipeline(options.model)
     prompts = [prompt for prompt in options.prompts for _ in range(options.count)]
-    for prompt in options.prompts:
+    for prompt in (*options.prompts, *filter(None, [options.negative])):
         pipeline.check_prompt(prompt)
     with Progress("drawing", len(prompts)) as progress:
         pictures = draw(
@@ -309,6 +313,11 @@ def run_fit(stage: str, arguments: list[str]) -> None:
 
     try:
         FitCLI({"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[stage], arguments)
+    except SystemExit as leave:
+        # Lightning, interrupted, puts its house in order and leaves with 1
+        if leave.code == 1:
+            raise KeyboardInterrupt from None
+        raise
     except ArgumentError as error:
         raise UsageError(f"ldm {stage}: {' '.join(str(error).split())}; see ldm {stage} fit --help") from error
 

@@ -85,6 +85,8 @@ def export_latents(
         UsageError: for folders that do not serve.
         LdmError: for a broken shard, a sample without a caption, or latents that are not finite.
     """
+    if batch_size < 1:
+        raise UsageError(f"--batch-size is {batch_size}; give 1 or more")
     out = Path(out)
     dataset = ImageDataset(shards, image_size)
     autoencoder = load_autoencoder(autoencoder_path).to(device)

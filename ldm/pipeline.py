@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -93,7 +94,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        for text in prompts:
+        for text in (*prompts, *filter(None, negatives)):
             self.check_prompt(text)
         if num_inference_steps < 1:
             raise UsageError(f"num_inference_steps is {num_inference_steps}; give 1 or more")
@@ -145,13 +146,14 @@ def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
     index = Path(path) / "model_index.json"
     if not index.is_file():
         raise UsageError(f"{path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
-    kind = read_json(index).get("_class_name")
+    content = read_json(index)
+    kind = content.get("_class_name") if isinstance(content, dict) else None
     if kind != LatentDiffusionPipeline.__name__:
         raise UsageError(
             f"{index} is of a {kind}; give the directory of a LatentDiffusionPipeline, as ldm denoiser fit makes it"
         )
     try:
         pipeline = LatentDiffusionPipeline.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be opened ({first_line(error)}); restore it or train it again") from error
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,6 +7,7 @@ product stands is not run again, so that an interrupted quickstart goes on from 
 from __future__ import annotations
 
 import csv
+import math
 import shlex
 import shutil
 import time
@@ -82,12 +83,16 @@ class Quickstart:
             if leftover is not None and leftover.exists():
                 shutil.rmtree(leftover)
             self.state["commands"][comment] = shlex.join(["ldm", *arguments])
-            start = time.monotonic()
-            self.run(arguments)
-            if not product.exists():  # Lightning ends an interrupted fit in peace
-                raise LdmError(f"{comment}: interrupted; run the same quickstart again to go on from here")
-            self.state["seconds"][comment] = round(time.monotonic() - start, 1)
             self.remember()
+            start = time.monotonic()
+            try:
+                self.run(arguments)
+            except KeyboardInterrupt:
+                raise LdmError(f"interrupted ({comment}); run the same quickstart again to go on from here") from None
+            finally:
+                spent = self.state["seconds"].get(comment, 0) + time.monotonic() - start
+                self.state["seconds"][comment] = round(spent, 1)
+                self.remember()
 
     def recipe(self, stage: str, changes: dict[str, Any]) -> Path:
         """The shipped recipe of a stage with this run's paths, steps and seed, as a YAML file of its own."""
@@ -158,8 +163,10 @@ def quickstart(out: Path, minutes: float, seed: int, run: Run) -> None:
     Raises:
         UsageError: when ``out`` holds other work.
     """
-    if minutes <= 0:
-        raise UsageError(f"--minutes is {minutes:g}; give more than 0")
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise UsageError(f"--minutes is {minutes:g}; give a number above 0")
+    if not 0 <= seed < 2**32 - 1:
+        raise UsageError(f"--seed is {seed}; give 0 to {2**32 - 2}")
     quick = Quickstart(out, minutes, seed, run)
     quick.claim()
     places = {name: out / name for name in ("shards", "shards-validation", "autoencoder", "latents", "latents-validation")}
@@ -214,12 +221,14 @@ def score_and_report(quick: Quickstart) -> None:
     with atomic_file(out / "samples.png") as file:
         samples.save(file, "PNG")
     quick.state["seconds"]["sample and score"] = round(time.monotonic() - began, 1)
-    sampling = f"--steps {SAMPLING['num_inference_steps']} --guidance {SAMPLING['guidance_scale']} --seed {seed}"
+    measure = ["ldm", "evaluate", "autoencoder", f"{out / 'autoencoder'}", "--shards", f"{out / 'shards-validation'}"]
+    ask = ["ldm", "evaluate", "pipeline", f"{out / 'pipeline'}", "--seed", f"{seed}"]
+    ask += ["--steps", f"{SAMPLING['num_inference_steps']}", "--guidance", f"{SAMPLING['guidance_scale']}"]
     commands = [
         *map(list, quick.state["commands"].items()),
-        ["measure the reconstructions", f"ldm evaluate autoencoder {out / 'autoencoder'} --shards {out / 'shards-validation'}"],
-        ["score held-out prompts", f"ldm evaluate pipeline {out / 'pipeline'} --prompts {count} {sampling}"],
-        ["score prompts of pairs seen", f"ldm evaluate pipeline {out / 'pipeline'} --seen --prompts {count // 4} {sampling}"],
+        ["measure the reconstructions", shlex.join(measure)],
+        ["score held-out prompts", shlex.join([*ask, "--prompts", f"{count}"])],
+        ["score prompts of pairs seen", shlex.join([*ask, "--prompts", f"{count // 4}", "--seen"])],
     ]
     quick.remember()
     originals, again = reconstruct(autoencoder, dataset, 8)
@@ -244,7 +253,7 @@ def score_and_report(quick: Quickstart) -> None:
         f"prompt accuracy {record['prompt_accuracy']:.3f} on {count} prompts of pairs never seen, "
         f"PSNR {figures['psnr']:.1f} dB, {duration(total)} in all\n"
         f"look at {out / 'report.html'} and {out / 'samples.png'}; draw more: "
-        f'ldm sample {out / "pipeline"} "a large pink ring at the top on a gray background" --out pictures'
+        f'ldm sample {shlex.quote(str(out / "pipeline"))} "a large pink ring at the top on a gray background" --out pictures'
     )
 
 
@@ -283,9 +292,14 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
     for path in previews:
         page.picture(f"Stage two at batch {int(path.stem.split('-')[1])}", Image.open(path))
     rows = [[name, duration(seconds)] for name, seconds in record["seconds"].items()]
-    page.table("Time", ["step", "m:ss"], rows)
+    page.table("Time, without the seconds of starting up", ["step", "m:ss"], rows)
     page.table("Machine and versions", ["", ""], [[name, value] for name, value in record["machine"].items()])
-    page.commands("Do each step again", [(comment, command) for comment, command in record["commands"]])
+    page.text(
+        "Do each step again",
+        f"In {Path.cwd()}, with .venv activated. A command makes no folder anew that stands already: move this run away first, "
+        "or give another --out (to fit also --export).",
+    )
+    page.commands("The commands", [(comment, command) for comment, command in record["commands"]])
     page.save(out / "report.html")
 
 

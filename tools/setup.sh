@@ -5,13 +5,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 setup() { # setup EXTRAS
     local python stamp
-    if [ ! -x .venv/bin/python ]; then
-        python="${PYTHON:-python3}"
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-            echo "ldm needs Python 3.11 or newer; $python is $("$python" -V 2>&1). Set PYTHON=/path/to/python3.11" >&2
-            exit 1
-        }
-        "$python" -m venv .venv || {
+    # pip, not python: a venv whose making failed has the one without the other
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        for python in ${PYTHON:-python3 python3.13 python3.12 python3.11} ""; do
+            [ -n "$python" ] || {
+                echo "ldm needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2
+                exit 1
+            }
+            "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+        done
+        "$python" -m venv --clear .venv || {
+            rm -rf .venv
             echo "could not make .venv; on Debian: apt-get install python3-venv" >&2
             exit 1
         }

@@ -31,6 +31,8 @@ class Plan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"data.batch_size is {self.batch_size}; give 1 or more")
         if self.samples < self.batch_size * self.world_size:
             raise UsageError(
                 f"{self.samples} samples do not fill one batch of data.batch_size {self.batch_size} on "

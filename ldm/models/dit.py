@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.errors import UsageError
 from ldm.models.layers import Attention, FeedForward, Modulation, modulate, position_embedding
 
 
@@ -73,7 +74,7 @@ class DiT(ModelMixin, ConfigMixin):
         """
         super().__init__()
         if sample_size % patch_size:
-            raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
+            raise UsageError(f"model.denoiser: sample_size {sample_size} is not a multiple of patch_size {patch_size}")
         self.gradient_checkpointing = False
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)

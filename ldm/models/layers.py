@@ -14,6 +14,8 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ldm.errors import UsageError
+
 
 class Modulation(NamedTuple):
     """What a block does to its input: ``gate · f(x · (1 + scale) + shift)``, each (B, 1, D) (Peebles & Xie 2022)."""
@@ -45,7 +47,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, context_width: int | None = None):
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
+            raise UsageError(f"model.denoiser: width {width} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.is_cross = context_width is not None
         if self.is_cross:

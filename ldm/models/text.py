@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     CLIPTextModel,
     PreTrainedModel,
@@ -85,13 +87,21 @@ class TextEncoder:
         try:
             config = AutoConfig.from_pretrained(source)
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = ENCODER_CLASSES.get(config.model_type, AutoModel).from_pretrained(source)
-        except (OSError, ValueError) as error:
+            encoder_class = ENCODER_CLASSES.get(config.model_type)
+            if encoder_class is None:
+                has_encoder = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+                encoder_class = AutoModelForTextEncoding if has_encoder else AutoModel
+            model = encoder_class.from_pretrained(source)
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise UsageError(
                 f"text encoder {name_or_path!r} cannot be loaded ({first_line(error)}); "
                 "give the directory of a transformers encoder, or 'minilm'"
             ) from error
-        return cls(tokenizer, model.eval().requires_grad_(False).to(device), name_or_path)
+        if not hasattr(model.config, "hidden_size") or model.config.is_encoder_decoder:
+            raise UsageError(f"{name_or_path} holds a {type(model).__name__}, not a text encoder; give an encoder's directory")
+        # whole, so that the latents' manifest names it from whichever folder stage two is started
+        name = str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
+        return cls(tokenizer, model.eval().requires_grad_(False).to(device), name)
 
     @property
     def hash(self) -> str:

@@ -90,6 +90,13 @@ class Stage(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["average"] = self.average.state_dict()
+        # Lightning saves at the end of a validation, while the average still stands in: the checkpoint wants what is trained
+        trained = self.average.trained()
+        if trained is not None:
+            network = self.averaged()
+            prefix = next(name for name, module in self.named_modules() if module is network)
+            names = [f"{prefix}.{name}" for name, _ in network.named_parameters()]
+            checkpoint["state_dict"] |= dict(zip(names, trained, strict=True))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.average.load_state_dict(checkpoint["average"])

@@ -73,6 +73,13 @@ class DenoiserTraining(Stage):
         """Load what the latents were made with, and refuse anything else."""
         folder = self.trainer.datamodule.train
         _, info = latent_manifest(folder)
+        _, other = latent_manifest(self.trainer.datamodule.validation)
+        for name in ("autoencoder", "text_encoder_hash", "latent_shape"):
+            if getattr(other, name) != getattr(info, name):
+                raise UsageError(
+                    f"data.validation {self.trainer.datamodule.validation} has another {name} than data.train {folder} "
+                    f"({getattr(other, name)}, {getattr(info, name)}); export both with the same"
+                )
         autoencoder = load_autoencoder(self.autoencoder_path)
         if (found := autoencoder_hash(autoencoder)) != info.autoencoder:
             raise UsageError(

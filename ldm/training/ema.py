@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 
 
 class Average:
@@ -32,6 +32,10 @@ class Average:
             yield
         finally:
             self.ema.restore(self.network.parameters())
+
+    def trained(self) -> list[Tensor] | None:
+        """The trained parameters while the average stands in their place, else None."""
+        return self.ema.temp_stored_params
 
     def to(self, device: object) -> None:
         self.ema.to(device=device)

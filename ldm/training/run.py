@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_new_folder
 from ldm.machine import bf16_pays
 from ldm.training.base import Stage
@@ -77,11 +78,14 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.options
+        self.fresh = not options.ckpt_path
         # the first process alone: by the time another one looks, the folder is already this run's
         if rank_zero_only.rank == 0:
             require_new_folder(self.product, "what the run makes")
-            if not options.ckpt_path:
+            if self.fresh:
                 require_new_folder(options.out, "the run")
+            elif not (Path(options.out) / "checkpoints").is_dir():
+                raise UsageError(f"{options.out} is not the folder of a run; give the one that ckpt_path came from as --out")
         for split in ("train", "validation"):
             if not Path(folder := options.data[split]).is_dir():
                 raise UsageError(
@@ -109,9 +113,19 @@ class FitCLI(LightningCLI):
             use_distributed_sampler=False,
         )
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """A run that was refused before its first step leaves nothing behind, so that it can be asked for again."""
+        try:
+            super()._run_subcommand(subcommand)
+        except LdmError:
+            if self.fresh and self.trainer.is_global_zero and self.trainer.global_step == 0:
+                shutil.rmtree(self.options.out, ignore_errors=True)
+            raise
+
     def after_fit(self) -> None:
-        """Write the plain directory, with the averaged weights."""
-        if self.trainer.is_global_zero and not self.trainer.interrupted:
+        """Write the last checkpoint and the plain directory, the latter with the averaged weights."""
+        self.trainer.save_checkpoint(Path(self.options.out) / "checkpoints" / "last.ckpt")
+        if self.trainer.is_global_zero:
             with atomic_folder(self.product) as folder, self.model.average_applied():
                 self.model.save(folder)
             print(f"{self._model_class.product}: {self.product}")

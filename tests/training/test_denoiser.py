@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.diffusion.path import RectifiedFlow, VariancePreserving
@@ -122,3 +123,24 @@ def test_frozen_parts_are_in_no_checkpoint(exported: tuple[Path, Path], tmp_path
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert all(name.startswith("denoiser.") for name in state["state_dict"])
     assert set(state["average"]) >= {"shadow_params", "optimization_step"}
+
+
+def test_validation_latents_of_another_autoencoder_are_refused(
+    exported: tuple[Path, Path], image_shards: Path, tmp_path: Path
+) -> None:
+    export_latents(new_autoencoder(tmp_path / "other", 1), image_shards, tmp_path / "latents")
+    trainer = Trainer(max_steps=1, max_epochs=-1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(UsageError, match=r"data\.validation"):
+        trainer.fit(make(exported[0]), ShardDataModule(str(exported[1]), str(tmp_path / "latents"), batch_size=8))
+
+
+def test_checkpoints_hold_the_trained_weights_beside_the_average(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """Lightning saves at the end of a validation, when the average still stands in the trained weights' place."""
+    module = make(exported[0])
+    saver = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=False)
+    fit(module, exported[1], tmp_path, 6, enable_checkpointing=True, callbacks=[saver])
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for (name, trained), average in zip(module.denoiser.named_parameters(), state["average"]["shadow_params"], strict=True):
+        saved = state["state_dict"][f"denoiser.{name}"]
+        assert torch.equal(saved, trained)
+        assert trained.grad is None or not torch.equal(saved, average)
