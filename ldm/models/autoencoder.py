@@ -73,8 +73,8 @@ class AutoencoderConfig:
 def _initialise(autoencoder: AutoencoderKL) -> None:
     """Start as a chain of orthogonal convolutions with silent residual branches and a narrow posterior.
 
-    From torch's default a small autoencoder finds luminance first and leaves objects grey for long: on the built-in shapes at 64
-    px it stood at 19.0 dB after 120 steps, from here at 22.3 (batch 8, one seed). A posterior of standard deviation 1 would
+    From torch's default a small autoencoder finds luminance first and leaves objects grey for long: on the built-in shapes at
+    64 px it stood at 19.0 dB after 120 steps, from here at 22.3 (batch 8, one seed). A posterior of standard deviation 1 would
     drown the latents in noise until they have grown.
     """
     for name, module in autoencoder.named_modules():
