@@ -240,17 +240,18 @@ def run_sample(options: argparse.Namespace) -> None:
     prompts = [prompt for prompt in options.prompts for _ in range(options.count)]
     for prompt in (*options.prompts, *filter(None, [options.negative])):
         pipeline.check_prompt(prompt)
-    with Progress("drawing", len(prompts)) as progress:
-        pictures = draw(
-            pipeline,
-            prompts,
-            options.seed,
-            negative_prompt=options.negative,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
-            on_progress=progress.update,
-        )
+    # the folder first: that it cannot be written should be known before an hour of drawing
     with atomic_folder(out) as folder:
+        with Progress("drawing", len(prompts)) as progress:
+            pictures = draw(
+                pipeline,
+                prompts,
+                options.seed,
+                negative_prompt=options.negative,
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance,
+                on_progress=progress.update,
+            )
         for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
             words = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:60]
             picture.save(folder / f"{number:04d}-{words}.png")
