@@ -87,8 +87,6 @@ class Quickstart:
             start = time.monotonic()
             try:
                 self.run(arguments)
-            except KeyboardInterrupt:
-                raise LdmError(f"interrupted ({comment}); run the same quickstart again to go on from here") from None
             finally:
                 spent = self.state["seconds"].get(comment, 0) + time.monotonic() - start
                 self.state["seconds"][comment] = round(spent, 1)
@@ -169,6 +167,16 @@ def quickstart(out: Path, minutes: float, seed: int, run: Run) -> None:
         raise UsageError(f"--seed is {seed}; give 0 to {2**32 - 2}")
     quick = Quickstart(out, minutes, seed, run)
     quick.claim()
+    try:
+        run_stages(quick)
+    except KeyboardInterrupt:
+        raise LdmError(f"interrupted; run the same quickstart again to go on in {out} from its last finished stage") from None
+    score_and_report(quick)
+
+
+def run_stages(quick: Quickstart) -> None:
+    """All that is trained or written before anything is scored."""
+    out, minutes, seed = quick.out, quick.minutes, quick.seed
     places = {name: out / name for name in ("shards", "shards-validation", "autoencoder", "latents", "latents-validation")}
     pictures = round(min(max(minutes * PICTURES_PER_MINUTE, LEAST_PICTURES), MOST_PICTURES))
     for name, count, its_seed, few in (
@@ -198,7 +206,6 @@ def quickstart(out: Path, minutes: float, seed: int, run: Run) -> None:
         {"train": str(places["latents"]), "validation": str(places["latents-validation"])},
         lambda steps: {"model.autoencoder": str(places["autoencoder"])},
     )
-    score_and_report(quick)
 
 
 def score_and_report(quick: Quickstart) -> None:

@@ -9,6 +9,7 @@ from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.timesteps import Uniform
+from ldm.errors import UsageError
 from ldm.models.dit import DiT
 
 SIZES = {"sample_size": 8, "width": 32, "num_layers": 2, "num_heads": 2, "text_width": 16}
@@ -60,9 +61,9 @@ def test_a_token_is_drawn_where_it_was_read(patch_size, height, width):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="9 is not a multiple of patch_size 2"):
+    with pytest.raises(UsageError, match="9 is not a multiple of patch_size 2"):
         DiT(sample_size=9)
-    with pytest.raises(ValueError, match="width 30 is not a multiple of num_heads 4"):
+    with pytest.raises(UsageError, match="width 30 is not a multiple of num_heads 4"):
         DiT(**SIZES | {"width": 30, "num_heads": 4})
     with pytest.raises(ValueError, match=r"\(8, 7\) are not divisible by patch_size 2"):
         denoise(DiT(**SIZES), *inputs(1, 8, 7))
