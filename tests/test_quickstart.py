@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_everything_promised_is_there(finished: Path) -> None:
 
 def test_report_says_the_same_figures_and_asks_nothing_of_the_network(finished: Path) -> None:
     record = json.loads((finished / "report.json").read_text())
-    page = (finished / "report.html").read_text()
+    page = html.unescape((finished / "report.html").read_text())
     assert f"{record['reconstruction']['psnr']:.2f}" in page
     assert f"{record['prompt_accuracy']:.3f}" in page
     assert 0 <= record["prompt_accuracy"] <= 1
