@@ -16,7 +16,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from ldm.data.images import ImageDataset
 from ldm.data.shapes_scorer import score
 from ldm.losses import PerceptualLoss
-from ldm.models.autoencoder import images_to_pictures, pixels_to_images
+from ldm.models.autoencoder import images_to_pictures, pixels_to_images, reconstruct
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
@@ -65,7 +65,7 @@ def reconstruction_figures(
     done = 0
     for batch in DataLoader(few, batch_size, collate_fn=dataset.collate):
         images = pixels_to_images(batch["image"].to(autoencoder.device))
-        again = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample.float().clamp(-1, 1)
+        again = reconstruct(autoencoder, images)
         psnr.update(again.cpu(), images.cpu())
         ssim.update(again.cpu(), images.cpu())
         if perceptual is not None:
@@ -78,12 +78,13 @@ def reconstruction_figures(
 
 
 @torch.inference_mode()
-def reconstruct(autoencoder: AutoencoderKL, dataset: ImageDataset, samples: int) -> tuple[list[Image.Image], list[Image.Image]]:
+def original_and_reconstruction(
+    autoencoder: AutoencoderKL, dataset: ImageDataset, samples: int
+) -> tuple[list[Image.Image], list[Image.Image]]:
     """The first ``samples`` pictures and their reconstructions."""
     batch = dataset.collate([dataset[index] for index in range(samples)])
     images = pixels_to_images(batch["image"].to(autoencoder.device))
-    again = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample
-    return images_to_pictures(images), images_to_pictures(again)
+    return images_to_pictures(images), images_to_pictures(reconstruct(autoencoder, images))
 
 
 def shape_accuracy(pictures: Sequence[Image.Image | Path], prompts: Sequence[str]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from PIL import Image
 from ldm.data.images import ImageDataset
 from ldm.data.shapes import held_out_prompts, seen_prompts
 from ldm.errors import LdmError, UsageError
-from ldm.evaluate import draw, reconstruct, reconstruction_figures, shape_accuracy
+from ldm.evaluate import draw, original_and_reconstruction, reconstruction_figures, shape_accuracy
 from ldm.files import atomic_file, read_json, require_new_folder, write_json
 from ldm.losses import PerceptualLoss
 from ldm.machine import describe
@@ -238,7 +238,7 @@ def score_and_report(quick: Quickstart) -> None:
         ["score prompts of pairs seen", shlex.join([*ask, "--prompts", f"{count // 4}", "--seen"])],
     ]
     quick.remember()
-    originals, again = reconstruct(autoencoder, dataset, 8)
+    originals, again = original_and_reconstruction(autoencoder, dataset, 8)
     total = sum(quick.state["seconds"].values())
     record = {
         "prompt_accuracy": accuracy["held-out"]["prompt_accuracy"],

@@ -121,6 +121,12 @@ def images_to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
 
 
+def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images through the posterior's mode and back, (B, 3, H, W) in [−1, 1]."""
+    z = autoencoder.encode(images).latent_dist.mode()
+    return autoencoder.decode(z).sample.float().clamp(-1, 1)
+
+
 def set_latent_statistics(autoencoder: AutoencoderKL, mean: list[float], std: list[float]) -> None:
     """Keep the per-channel mean and standard deviation of the training set's latents in the autoencoder's own config."""
     autoencoder.register_to_config(latents_mean=list(mean), latents_std=list(std))

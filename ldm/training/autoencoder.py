@@ -16,7 +16,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.errors import UsageError
 from ldm.losses import AdversarialLoss, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
-from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images
+from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images, reconstruct
 from ldm.training.base import OptimiserConfig, Stage
 
 PREVIEW_PICTURES = 8
@@ -185,8 +185,7 @@ class AutoencoderTraining(Stage):
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Through the posterior's mode and back, (B, 3, H, W) in [−1, 1]."""
-        z = self.autoencoder.encode(images).latent_dist.mode()
-        return self.autoencoder.decode(z).sample.float().clamp(-1, 1)
+        return reconstruct(self.autoencoder, images)
 
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
         return [
