@@ -12,8 +12,10 @@ from diffusers import AutoencoderKL
 
 from ldm.data.images import ImageDataset
 from ldm.data.latents import LatentDataset, LatentInfo, read_texts, write_chunk, write_null_text
-from ldm.data.manifest import LATENT_SHARDS, Manifest, ShardEntry
-from ldm.data.shards import ShardWriter
+from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
+from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
+from ldm.data.sources import folder_source, open_source
+from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, require_new_folder, write_json
 from ldm.models.autoencoder import autoencoder_hash, load_autoencoder, pixels_to_images
@@ -88,14 +90,15 @@ def export_latents(
     if batch_size < 1:
         raise UsageError(f"--batch-size is {batch_size}; give 1 or more")
     out = Path(out)
-    dataset = ImageDataset(shards, image_size)
+    source = open_source(shards, IMAGE_SHARDS)
+    dataset = ImageDataset(source, image_size)
     autoencoder = load_autoencoder(autoencoder_path).to(device)
     encoder = TextEncoder.load(text_encoder, device)
     request = {
         "autoencoder": autoencoder_hash(autoencoder),
         "text_encoder": encoder.name,
         "text_encoder_hash": encoder.hash,
-        "source": dataset.manifest.hash,
+        "source": source.manifest.hash,
         "dtype": dtype,
         "image_size": image_size,
     }
@@ -103,29 +106,38 @@ def export_latents(
     captions = CaptionCache(encoder, dtype)
     write_null_text(out, captions([""])[0])
     entries: list[ShardEntry] = []
+    # made anew from the records of the finished shards where an export goes on
+    (out / QUARANTINE_NAME).unlink(missing_ok=True)
+    quarantine = Quarantine(len(dataset), file=out / QUARANTINE_NAME, config=None)
     done = 0
-    for number, shard in enumerate(dataset.manifest.shards):
+    for number, shard in enumerate(source.manifest.shards):
         record = out / f".latents-{number:05d}.json"
         if record.is_file():
-            entries.append(ShardEntry(**read_json(record)))
-            for words, texts in read_texts(out / entries[-1].name):
-                captions.remember(words, texts)
+            finished = read_json(record)
+            quarantine.add(tried for bad in finished["bad"] for tried in ([BadSample(*bad)], []))
+            if finished["entry"]:
+                entries.append(entry := ShardEntry(**finished["entry"]))
+                for words, texts in read_texts(out / entry.name, entry.samples):
+                    captions.remember(words, texts)
         else:
+            tried: list[list[BadSample]] = []
             samples = range(int(dataset.starts[number]), int(dataset.starts[number + 1]))
             # the latents of a chunk of a shard's samples, one chunk at a time
             with ShardWriter(out, "latents", samples_per_shard=len(samples), first_index=number) as writer:
                 for chunk, start in enumerate(range(0, len(samples), CHUNK_SAMPLES)):
                     few = samples[start : start + CHUNK_SAMPLES]
-                    _write_samples(writer, f"{chunk:08d}", dataset, few, autoencoder, captions, batch_size, dtype)
+                    tried += _write_samples(writer, f"{chunk:08d}", dataset, few, autoencoder, captions, batch_size, dtype)
                     if on_progress is not None:
                         on_progress(done + start + len(few), len(dataset))
-            entry = replace(writer.entries[0], samples=len(samples))
-            write_json(record, entry.__dict__)
-            entries.append(entry)
+            quarantine.add(tried)
+            bad = [sample for none_or_one in tried for sample in none_or_one]
+            entry = replace(writer.entries[0], samples=len(samples) - len(bad)) if writer.entries else None
+            write_json(record, {"entry": entry and entry.__dict__, "bad": bad})
+            entries += [entry] if entry else []
         done += shard.samples
         if on_progress is not None:
             on_progress(done, len(dataset))
-    return _finish(out, entries, request, encoder.width)
+    return _finish(out, entries, request, encoder.width, quarantine)
 
 
 def _claim(out: Path, request: dict) -> None:
@@ -149,30 +161,38 @@ def _write_samples(
     captions: CaptionCache,
     batch_size: int,
     dtype: str,
-) -> None:
-    """Encode and append one chunk."""
-    means, stds, keys, texts = [], [], [], []
+) -> list[list[BadSample]]:
+    """Encode and append one chunk; returns for every sample the record of why it cannot be used, or nothing."""
+    means, stds, keys, texts, tried = [], [], [], [], []
     for start in range(0, len(indices), batch_size):
-        batch = dataset.collate([dataset[index] for index in indices[start : start + batch_size]])
+        attempts = [dataset.attempt(index) for index in indices[start : start + batch_size]]
+        tried += [[sample] if isinstance(sample, BadSample) else [] for sample in attempts]
+        good = [sample for sample in attempts if not isinstance(sample, BadSample)]
+        if not good:
+            continue
+        batch = dataset.collate(good)
         for key, caption in zip(batch["key"], batch["caption"], strict=True):
             if not caption:
-                raise LdmError(f"{dataset.folder}: sample {key} has no caption; stage two needs one for every picture")
+                raise LdmError(f"{dataset.sources[0].spec}: sample {key} has no caption; stage two needs one for every picture")
         with torch.inference_mode():
             posterior = autoencoder.encode(pixels_to_images(batch["image"].to(autoencoder.device))).latent_dist
         if not (torch.isfinite(posterior.mean).all() and torch.isfinite(posterior.std).all()):
-            raise LdmError(f"{dataset.folder}: latents near sample {batch['key'][0]} are not finite; is the autoencoder whole?")
+            where = f"{dataset.sources[0].spec}: latents near sample {batch['key'][0]}"
+            raise LdmError(f"{where} are not finite; is the autoencoder whole?")
         means.append(posterior.mean.float().cpu().numpy().astype(dtype))
         stds.append(posterior.std.float().cpu().numpy().astype(dtype))
         keys += batch["key"]
         texts += batch["caption"]
-    write_chunk(writer, name, np.concatenate(means), np.concatenate(stds), captions(texts), keys, texts)
+    if keys:
+        write_chunk(writer, name, np.concatenate(means), np.concatenate(stds), captions(texts), keys, texts)
+    return tried
 
 
-def _finish(out: Path, entries: list[ShardEntry], request: dict, text_width: int) -> Manifest:
+def _finish(out: Path, entries: list[ShardEntry], request: dict, text_width: int, quarantine: Quarantine) -> Manifest:
     """Measure the whole set and write the manifest."""
     draft = Manifest(LATENT_SHARDS, tuple(entries))
     # the manifest is written last: where it stands, the export is whole
-    dataset = LatentDataset(out, draft)
+    dataset = LatentDataset(folder_source(out, draft))
     mean, std = latent_statistics(dataset)
     shape = dataset[0]["mean"].shape
     info = LatentInfo(
@@ -186,7 +206,7 @@ def _finish(out: Path, entries: list[ShardEntry], request: dict, text_width: int
         latents_std=tuple(std.tolist()),
         source=request["source"],
     )
-    manifest = replace(draft, extra=info.as_extra())
+    manifest = replace(draft, extra=info.as_extra() | {"quarantined": len(quarantine)})
     manifest.save(out)
     for leftover in (out / UNFINISHED_NAME, *out.glob(".latents-*.json")):
         leftover.unlink()

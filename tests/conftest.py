@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.data.shapes import generate
-from ldm.data.shards import write_images
+from ldm.data.writer import write_images
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.dit import DiT
 from ldm.models.text import TextEncoder

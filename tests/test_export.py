@@ -7,7 +7,8 @@ from ldm.data.images import ImageDataset
 from ldm.data.latents import LatentDataset, latent_manifest, read_null_text
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.shapes import generate
-from ldm.data.shards import check_folder, write_images
+from ldm.data.check import check_folder
+from ldm.data.writer import write_images
 from ldm.errors import LdmError, UsageError
 from ldm.export import UNFINISHED_NAME, CaptionCache, export_latents, latent_statistics
 from ldm.models.autoencoder import (

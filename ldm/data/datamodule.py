@@ -1,27 +1,39 @@
-"""One DataModule for both stages: image shards or latent shards, as the folder's manifest says. Knows no models."""
+"""One DataModule for both stages: image shards or latent shards, as their manifests say. Knows no models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
-from ldm.data.images import ImageDataset
-from ldm.data.latents import LatentDataset
-from ldm.data.manifest import LATENT_SHARDS, Manifest
-from ldm.data.plan import Plan
+from ldm.data.images import Augmentation, ImageDataset
+from ldm.data.latents import LatentDataset, read_null_text
+from ldm.data.loader import PlainLoader, ShardLoader
+from ldm.data.manifest import LATENT_SHARDS
+from ldm.data.plan import WINDOW, Plan, sizes_and_weights
+from ldm.data.quarantine import QUARANTINE_NAME, Quarantine
+from ldm.data.sources import ShardCache, ShardSource, open_source
+from ldm.errors import UsageError
+
+GIB = 2**30
 
 
-class PlannedBatches:
-    """A batch sampler that deals out a plan, epoch after epoch, without end."""
+@dataclass
+class Source:
+    """One of several folders to train on.
 
-    def __init__(self, plan: Plan, rank: int = 0):
-        self.plan, self.rank = plan, rank
+    Attributes:
+        path: a folder of shards, a pattern of tars (``data/{000..099}.tar``) or a URL (http, https, s3) of either.
+        weight: how often its samples come in an epoch: 2 is twice, 0.5 every other epoch.
+    """
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.plan.batches(self.rank)
+    path: str
+    weight: float = 1.0
 
 
 class ShardDataModule(LightningDataModule):
@@ -29,55 +41,156 @@ class ShardDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str,
+        train: str | list[Source],
         validation: str,
         batch_size: int = 16,
         validation_samples: int = 256,
         image_size: int | None = None,
+        crop: Literal["centre", "random"] = "centre",
+        flip: float = 0.0,
+        caption: Literal["first", "random"] = "first",
+        caption_dropout: float = 0.0,
+        require_captions: bool = True,
         workers: int = 0,
         seed: int = 0,
+        shuffle_window: int = WINDOW,
+        max_bad_share: float = 0.01,
+        max_bad_in_a_row: int = 100,
+        cache: str | None = None,
+        cache_gib: float = 50.0,
     ):
         """
         Args:
-            train: folder of image shards (stage one) or latent shards (stage two).
-            validation: folder of the same kind.
+            train: image shards (stage one) or latent shards (stage two): a folder, a pattern of tars or a URL of either, or a
+                list of such, with weights.
+            validation: of the same kind.
             batch_size: samples per step and process.
             validation_samples: how many of the validation samples to use; the first ones, always the same.
             image_size: fit pictures to this side in pixels; needed where the shards hold pictures of several sizes.
+            crop: where training pictures are cut that are not square.
+            flip: probability of a mirrored training picture.
+            caption: which of several captions is trained on.
+            caption_dropout: share of captions replaced by the empty one, so that guidance can be had.
+            require_captions: leave out pictures without a caption, in folders where others have one.
             workers: loader processes; 0 reads in the training process.
-            seed: of the order.
+            seed: of the order, and of crops, flips and captions.
+            shuffle_window: samples mixed together; of remote shards, as many as half the cache holds.
+            max_bad_share: unusable samples to bear, as a share of all; more stop the run.
+            max_bad_in_a_row: unusable samples to bear one after another.
+            cache: folder that keeps remote shards (default: $LDM_CACHE or ~/.cache/ldm/shards).
+            cache_gib: its bound in GiB.
         """
         super().__init__()
-        self.train, self.validation = Path(train), Path(validation)
-        self.batch_size, self.validation_samples = batch_size, validation_samples
-        self.image_size, self.workers, self.seed = image_size, workers, seed
+        self.train = train if isinstance(train, str | Path) else [Source(**vars(source)) for source in train]
+        self.validation = validation
+        for name, value in (("flip", flip), ("caption_dropout", caption_dropout), ("max_bad_share", max_bad_share)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"data.{name} is {value}; give 0 to 1")
+        self.batch_size, self.validation_samples, self.image_size = batch_size, validation_samples, image_size
+        self.augmentation = Augmentation(crop, flip, caption, caption_dropout, seed)
+        self.require_captions, self.workers, self.seed, self.shuffle_window = require_captions, workers, seed, shuffle_window
+        self.max_bad_share, self.max_bad_in_a_row = max_bad_share, max_bad_in_a_row
+        self.cache = replace(ShardCache(), max_bytes=int(cache_gib * GIB), **({"folder": Path(cache)} if cache else {}))
+        self.loader: ShardLoader | None = None
+        self._counted = 0  # bad samples, as the log has them
 
-    def _dataset(self, folder: Path) -> Dataset:
-        if Manifest.load(folder).format == LATENT_SHARDS:
-            return LatentDataset(folder)
-        return ImageDataset(folder, self.image_size)
+    def sources(self) -> list[ShardSource]:
+        """The training sources, opened; all of one kind."""
+        return self._open([source.path for source in self._weighted()])
+
+    def _weighted(self) -> list[Source]:
+        return [Source(str(self.train))] if isinstance(self.train, str | Path) else self.train
+
+    def _open(self, paths: Sequence[str]) -> list[ShardSource]:
+        sources = [open_source(path, cache=self.cache) for path in paths]
+        kinds = {source.manifest.format for source in sources}
+        if len(kinds) != 1:
+            raise UsageError(f"data.train mixes image shards and latent shards ({', '.join(paths)}); give one kind")
+        return sources
+
+    def _dataset(self, sources: list[ShardSource], augmentation: Augmentation) -> ImageDataset | LatentDataset:
+        if sources[0].manifest.format != LATENT_SHARDS:
+            dataset = ImageDataset(sources, self.image_size, augmentation, self.require_captions)
+        else:
+            for name, value, without in (("flip", augmentation.flip, 0), ("crop", augmentation.crop, "centre")):
+                if value != without:
+                    raise UsageError(
+                        f"data.{name} is {value}, but {sources[0].spec} holds latents, exported without; set it to {without}"
+                    )
+            dataset = LatentDataset(sources, augmentation, read_null_text(sources[0]))
+        dataset.max_in_a_row = self.max_bad_in_a_row
+        return dataset
 
     def setup(self, stage: str) -> None:
-        self.validation_set = self._dataset(self.validation)
+        """Open what is needed, and refuse folders whose names and sizes disagree with their manifests."""
+        self.validation_set = self._dataset(self._open([str(self.validation)]), Augmentation())
+        few = min(self.validation_samples, len(self.validation_set))
+        self.validation_quarantine = Quarantine(few, self.max_bad_share, self.max_bad_in_a_row)
         if stage == "fit":
-            self.train_set = self._dataset(self.train)
+            self.train_set = self._dataset(self.sources(), self.augmentation)
 
-    def _loader(self, dataset: Dataset, collate: object, **how: object) -> DataLoader:
-        return DataLoader(
-            dataset,
-            collate_fn=collate,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            **how,
-        )
-
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> ShardLoader:
+        """The loader of this rank; it keeps its place through checkpoints."""
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        plan = Plan(len(self.train_set), self.batch_size, self.seed, world_size)
-        return self._loader(self.train_set, self.train_set.collate, batch_sampler=PlannedBatches(plan, rank))
+        sources = self.train_set.sources
+        sizes = [[shard.samples for shard in source.manifest.shards] for source in sources]
+        weights = [source.weight for source in self._weighted()]
+        sizes, by_shard = sizes_and_weights(sizes, weights)
+        plan = Plan(sizes, None if set(weights) == {1.0} else by_shard, self.seed, self._window(sources))
+        folder = Path(self.trainer.default_root_dir) if self.trainer else None
+        quarantine = Quarantine(
+            len(self.train_set),  # in time every process comes across all of them
+            self.max_bad_share,
+            self.max_bad_in_a_row,
+            folder and folder / (QUARANTINE_NAME if rank == 0 else f"{rank}-{QUARANTINE_NAME}"),
+        )
+        identity = [[source.manifest.hash, weight] for source, weight in zip(sources, weights, strict=True)]
+        self.loader = ShardLoader(
+            self.train_set,
+            plan,
+            self.batch_size,
+            rank,
+            world_size,
+            self.workers,
+            self._on_gpu,
+            quarantine,
+            hashlib.sha256(repr((identity, plan.window)).encode()).hexdigest(),
+            confirm=self.trainer is not None,
+        )
+        return self.loader
+
+    def _window(self, sources: Sequence[ShardSource]) -> int:
+        """The shuffle window; two windows of remote shards must fit the cache, or every epoch fetches them again and again."""
+        remote = [source.manifest for source in sources if source.is_remote]
+        if not remote:
+            return self.shuffle_window
+        average = sum(manifest.bytes for manifest in remote) / max(sum(manifest.samples for manifest in remote), 1)
+        return max(1, min(self.shuffle_window, int(self.cache.max_bytes / 2 / max(average, 1))))
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """A training batch has reached its step: from here on it counts as consumed."""
+        if (bad := batch.pop("bad", None)) is not None:  # of validation: the training loader sees to its own
+            self.validation_quarantine.add(bad)
+        if (position := batch.pop("position", None)) is not None:
+            self.loader.consumed(position)
+            if len(self.loader.quarantine) > self._counted:
+                self._counted = len(self.loader.quarantine)
+                for logger in self.trainer.loggers:
+                    logger.log_metrics({"data/quarantined": self._counted}, step=self.trainer.global_step)
+        return batch
 
     def val_dataloader(self) -> DataLoader:
         # every process validates on the same samples, so that no figure depends on how many there are
         few = Subset(self.validation_set, range(min(self.validation_samples, len(self.validation_set))))
-        return self._loader(few, self.validation_set.collate, batch_size=self.batch_size)
+        return PlainLoader(
+            few,
+            batch_size=self.batch_size,
+            collate_fn=self.validation_set.collate,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self._on_gpu,
+        )

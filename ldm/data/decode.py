@@ -1,26 +1,57 @@
 """Bytes to images and captions: named formats only, and no more memory than agreed beforehand.
 
-Whatever a shard or a folder holds may come from anyone. The header is read before the pixels, the formats are listed
-here, and whatever cannot be used is a :class:`DecodeError` with a short reason.
+Whatever a shard or a folder holds may come from anyone. The format is told by the bytes, never by a name; the header is
+read before the pixels; and whatever cannot be used is a :class:`DecodeError` with a short reason.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json as jsonlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
+from ldm.data.colour import as_mode, is_srgb, to_srgb
+from ldm.data.jpeg import can_hold, decode_plain, has_too_many_scans, plain_size
 from ldm.errors import LdmError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE_BYTES = 128 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10
-# 8192 x 8192: about 270 MB while an RGBA image is composited. Pillow alone would say nothing at 89 megapixels.
+MAX_JSON_BYTES = 2**20
+# 8192 x 8192: a JPEG takes up to 0.4 GB, CMYK or RGBA 0.8, RGBA with a profile 1.1. Pillow says nothing at 89 megapixels.
 MAX_PIXELS = 2**26
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WebP": b"RIFF"}
+# What lies under an image's name when it is none; only to say so.
+_OTHERS = (
+    (b"<", "an HTML or XML page"),
+    (b"{", "JSON"),
+    (b"\0\0\0\0", "zero bytes"),
+    (b"\x1f\x8b", "gzip data"),
+    (b"PK\3\4", "a zip archive"),
+    *((bytes((0x80, protocol)), "a pickle") for protocol in (2, 3, 4, 5)),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+)
+# EXIF orientation => what sets the picture upright; 1 is upright already
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DecodeError(LdmError):
@@ -28,43 +59,78 @@ class DecodeError(LdmError):
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Decode JPEG, PNG or WebP bytes to an 8-bit RGB image, (H, W, 3) as an array, values 0..255.
+    """Decode JPEG, PNG or WebP bytes to an 8-bit RGB image in sRGB, (H, W, 3) as an array, values 0..255.
 
-    The EXIF orientation is applied, transparency is composited on ``background``, 16-bit grey is scaled to 8 bits.
-    Raises :class:`DecodeError` for other formats, broken files, animations and more than ``max_pixels`` pixels.
+    The EXIF orientation is applied, colours are converted as an embedded ICC profile says, transparency is composited
+    on ``background``, 16-bit grey is scaled to 8 bits. Raises :class:`DecodeError` for other formats, broken files,
+    animations and more than ``max_pixels`` pixels.
     """
-    if len(data) > MAX_IMAGE_BYTES:
-        raise DecodeError(f"image file of {len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
-    if not data:
-        raise DecodeError("empty file")
+    with _opened(data, max_pixels) as image:
+        image.load()
+        turn = _turn(image)
+        rgb = _to_rgb(image if turn is None else image.transpose(turn), background)
+        # What the file carried along (EXIF with places and names, comments) must not reach files written later.
+        rgb.info.clear()
+        return rgb
+
+
+def decode_pixels(
+    data: bytes, out: np.ndarray | None = None, min_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """The pixels of :func:`decode_image`, as fast as they come: uint8 (H, W, 3), values 0..255, C-contiguous.
+
+    Plain JPEGs (:func:`is_plain_rgb`) are decompressed by libjpeg-turbo without Pillow, to the same pixels. Of these,
+    a broken one is refused wherever the decompressor has a complaint; Pillow lets damage pass as long as the stream
+    goes on to the end.
+
+    Args:
+        data: JPEG, PNG or WebP bytes.
+        out: uint8 (H, W, 3), C-contiguous. Where the picture has just this size it is written there and ``out`` itself
+            is returned; otherwise ``out`` is left alone and the result is a new array. After an error ``out`` may hold
+            part of the picture.
+        min_side: the side in pixels that the shorter side is to be scaled down to by the caller. A large plain JPEG may
+            then come at 1/2, 1/4 or 1/8 of its size (rounded up), but no smaller than twice ``min_side``. After scaling
+            the difference is small (45 dB and more for photographs); where a side was rounded, its far end moves by less
+            than half a pixel of the result.
+        max_pixels: more than these are refused by the header.
+
+    Raises :class:`DecodeError` as :func:`decode_image` does.
+    """
+    size = plain_size(data) if len(data) <= MAX_IMAGE_BYTES else None
+    if size is None:
+        pixels = np.asarray(decode_image(data, max_pixels))
+        if out is None or not can_hold(out, pixels.shape):
+            return pixels.copy()  # Pillow's is read-only
+        np.copyto(out, pixels)
+        return out
+    _check_size(*size, max_pixels)
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DecodeError(f"{width} x {height} pixels, the limit is {max_pixels}")
-            # A JPEG with a second picture inside (MPO: depth or gain map of a phone) is not an animation.
-            if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
-                raise DecodeError(f"animated ({image.n_frames} frames); still images only")
-            image.load()
-            upright = image
-            # Many real files carry a broken EXIF block around good pixels.
-            with contextlib.suppress(Exception):
-                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                    upright = ImageOps.exif_transpose(image)
-            rgb = _to_rgb(upright, background)
-            # What the file carried along (EXIF with places and names, comments) must not reach files written later.
-            rgb.info.clear()
-            return rgb
+        return decode_plain(data, size, out, min_side)
+    except ValueError as error:
+        raise DecodeError(f"cannot be decoded ({error})") from None
+
+
+def is_plain_rgb(data: bytes) -> bool:
+    """Whether any reader sees the picture that :func:`decode_image` sees, so that the bytes may be kept as they are.
+
+    True for a still JPEG, PNG or WebP of 8-bit RGB or grey, upright, opaque, without an ICC profile or with one that
+    means sRGB, within the limits. The header alone is read: whether the pixels are whole, :func:`decode_pixels` tells.
+    Kept bytes keep their EXIF too, places and names included.
+    """
+    if len(data) <= MAX_IMAGE_BYTES and (size := plain_size(data)) is not None:
+        return size[0] * size[1] <= MAX_PIXELS
+    try:
+        with _opened(data, MAX_PIXELS) as image:
+            return (
+                image.format in ("PNG", "WEBP")
+                and image.mode in ("L", "RGB")
+                and not (image.format == "PNG" and data[24] != 8)  # bits, in IHDR
+                and not image.has_transparency_data
+                and is_srgb(image.info.get("icc_profile"), image.mode)
+                and _turn(image) is None
+            )
     except DecodeError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DecodeError(f"more pixels than the limit of {max_pixels}") from None
-    except Image.UnidentifiedImageError:
-        raise DecodeError("not a JPEG, PNG or WebP image") from None
-    # Broken bytes raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and more from Pillow.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DecodeError(f"cannot be decoded ({reason})") from None
+        return False
 
 
 def decode_text(data: bytes) -> str:
@@ -80,12 +146,113 @@ def decode_text(data: bytes) -> str:
     return text.strip()
 
 
+def decode_json(data: bytes, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Decode a sample's ``.json`` member: one object in strict UTF-8, of at most ``max_bytes`` bytes."""
+    if len(data) > max_bytes:
+        raise DecodeError(f"json of {len(data)} bytes, the limit is {max_bytes}")
+    try:
+        value = jsonlib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DecodeError(f"json is not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise DecodeError("json is nested too deeply") from None
+    except ValueError as error:
+        raise DecodeError(f"json cannot be decoded ({error})") from None
+    if not isinstance(value, dict):
+        raise DecodeError("json is not an object")
+    return value
+
+
+def captions_of(txt: bytes | None, json: bytes | None) -> list[str]:
+    """All captions of a sample, from its ``.txt`` and ``.json`` members; empty ones are dropped.
+
+    The list ``"captions"`` of the json where there is one, else the txt, else ``"caption"`` of the json (img2dataset).
+    Raises :class:`DecodeError` where these are no text, and for any broken member.
+    """
+    fields = {} if json is None else decode_json(json)
+    captions = fields.get("captions")
+    if captions is None:
+        captions = [fields.get("caption") if txt is None else decode_text(txt)]
+    elif not isinstance(captions, list):
+        raise DecodeError('"captions" in its json is not a list')
+    return [text for text in map(_caption, captions) if text]
+
+
+def _caption(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DecodeError(f"caption in its json is not a text ({type(value).__name__})")
+    try:
+        return decode_text(value.encode())
+    except UnicodeEncodeError:
+        raise DecodeError("caption in its json holds half a surrogate pair") from None
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The image as its header tells, judged before a pixel is read; a failure inside the block is a DecodeError."""
+    if len(data) > MAX_IMAGE_BYTES:
+        raise DecodeError(f"image file of {len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
+    if not data:
+        raise DecodeError("empty file")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            _check_size(height, width, max_pixels)
+            # A JPEG with a second picture inside (MPO: depth or gain map of a phone) is not an animation.
+            if image.format in ("PNG", "WEBP"):
+                if getattr(image, "n_frames", 1) > 1:
+                    raise DecodeError(f"animated ({image.n_frames} frames); still images only")
+            elif has_too_many_scans(data):
+                raise DecodeError("cannot be decoded (too many scans)")
+            yield image
+    except DecodeError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DecodeError(f"more pixels than the limit of {max_pixels}") from None
+    except Image.UnidentifiedImageError:
+        raise DecodeError(_what_else(data)) from None
+    # Broken bytes raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and more from Pillow.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DecodeError(f"cannot be decoded ({reason})") from None
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise DecodeError(f"{width} x {height} pixels, the limit is {max_pixels}")
+
+
+def _what_else(data: bytes) -> str:
+    """Why bytes are no image that is read here."""
+    for name, signature in _SIGNATURES.items():
+        if data.startswith(signature):
+            return f"broken header of a {name} file"
+    start = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    guess = next((f" (but {name})" for signature, name in _OTHERS if start.startswith(signature)), "")
+    return f"not a JPEG, PNG or WebP image{guess}"
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What sets the image upright; None where it is."""
+    with contextlib.suppress(Exception):  # many real files carry a broken EXIF block around good pixels
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return None
+
+
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255.
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)  # (H, W)
         image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    colours = image.mode if image.mode in ("RGB", "CMYK") else "L" if image.mode in ("1", "L", "LA") else "RGB"
+    if not image.has_transparency_data:
+        return to_srgb(as_mode(image, colours), profile)
+    rgba = as_mode(image, "RGBA")
+    if not is_srgb(profile, colours):
+        rgb = to_srgb(rgba.convert(colours), profile)
+        rgb.putalpha(rgba.getchannel("A"))
+        rgba = rgb
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")

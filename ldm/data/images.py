@@ -2,66 +2,135 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
-from torch.utils.data import Dataset
+from PIL import Image
+from torch.utils.data import default_collate
 
-from ldm.data.decode import DecodeError, decode_image, decode_text
-from ldm.data.manifest import IMAGE_SHARDS, Manifest
-from ldm.data.shards import ShardReader
+from ldm.data.decode import DecodeError, captions_of, decode_pixels
+from ldm.data.manifest import IMAGE_SHARDS, ShardEntry
+from ldm.data.samples import ShardSamples
+from ldm.data.shards import Sample, ShardReader
+from ldm.data.sources import ShardSource
 from ldm.errors import LdmError
 
 
-class ImageDataset(Dataset):
-    """Random access to the images and captions of a shard folder, in the order of the manifest."""
+@dataclass(frozen=True)
+class Augmentation:
+    """What is random about a sample; the default is nothing. It depends on the seed and the draw alone.
 
-    def __init__(self, folder: str | Path, image_size: int | None = None):
+    Attributes:
+        crop: where the square is cut out of a picture that is longer than wide or wider than long.
+        flip: probability of a mirrored picture.
+        caption: which of several captions is taken.
+        caption_dropout: probability of the empty caption.
+        seed: of all this.
+    """
+
+    crop: Literal["centre", "random"] = "centre"
+    flip: float = 0.0
+    caption: Literal["first", "random"] = "first"
+    caption_dropout: float = 0.0
+    seed: int = 0
+
+    def random(self, draw: int | None) -> np.random.Generator | None:
+        """The random numbers of one draw; None where nothing is random."""
+        nothing = self.crop == "centre" and self.caption == "first" and self.flip == self.caption_dropout == 0
+        return None if draw is None or nothing else np.random.default_rng([self.seed, draw])
+
+
+NOTHING_RANDOM = Augmentation()
+
+
+class ImageDataset(ShardSamples[ShardReader]):
+    """Random access to the images and captions of image shards."""
+
+    format = IMAGE_SHARDS
+    # simplejpeg and Pillow let go of the interpreter's lock
+    decode_threads = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+    def __init__(
+        self,
+        sources: str | Path | ShardSource | Sequence[ShardSource],
+        image_size: int | None = None,
+        augmentation: Augmentation = NOTHING_RANDOM,
+        require_captions: bool = True,
+    ):
         """
         Args:
-            folder: image shards and their manifest.
-            image_size: fit every picture to this side by scaling and cutting the centre; None: they have one size already.
+            sources: a folder of image shards with its manifest, or opened sources.
+            image_size: fit every picture to this side by scaling and cutting; None: they have one size already.
+            augmentation: what is random about a draw.
+            require_captions: where a folder has captions at all, a sample without one cannot be used.
         """
-        self.folder, self.image_size = Path(folder), image_size
-        self.manifest = Manifest.load(self.folder, IMAGE_SHARDS)
-        self.manifest.check_cheap(self.folder)
-        self.starts = np.cumsum([0] + [shard.samples for shard in self.manifest.shards])
-        self._readers: dict[int, ShardReader] = {}
+        super().__init__(sources)
+        self.image_size, self.augmentation = image_size, augmentation
+        self.require_captions = require_captions
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
+    def open_shard(self, path: Path, entry: ShardEntry) -> ShardReader:
+        return ShardReader(path)
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def key(self, shard: ShardReader, row: int) -> str:
+        return shard.key(row) if row < len(shard) else f"#{row}"
+
+    def read(self, source: ShardSource, shard: ShardReader, row: int) -> tuple[Sample, bool]:
+        """The sample's bytes, and whether it needs a caption."""
+        if row >= len(shard):
+            raise DecodeError(f"is missing: the shard {shard.damage or f'holds {len(shard)} samples'}")
+        return shard[row], self.require_captions and bool(source.manifest.extra.get("captioned"))
+
+    def decode(self, raw: tuple[Sample, bool], draw: int | None) -> dict[str, Any]:
         """``image`` uint8 (3, H, W), ``caption`` (empty where there is none) and ``key``."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        if shard not in self._readers:
-            self._readers[shard] = ShardReader(self.folder / self.manifest.shards[shard].name)
-        reader = self._readers[shard]
-        sample = reader[index - int(self.starts[shard])]
-        try:
-            if sample.image is None:
-                raise DecodeError("has no image")
-            image = decode_image(sample.image)
-            caption = decode_text(sample.caption) if sample.caption is not None else ""
-        except DecodeError as error:
-            raise LdmError(f"{reader.path}: sample {sample.key} {error}; pack the shards again without it") from error
-        if self.image_size is not None and image.size != (self.image_size, self.image_size):
-            image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.LANCZOS)
-        return {"image": np.asarray(image).transpose(2, 0, 1), "caption": caption, "key": sample.key}
+        sample, captioned = raw
+        if sample.image is None:
+            raise DecodeError("has no image")
+        captions = captions_of(sample.caption, sample.files.get("json"))
+        if not captions and captioned:
+            raise DecodeError("has no caption")
+        how = self.augmentation
+        random = how.random(draw)
+        pixels = decode_pixels(sample.image, min_side=self.image_size)  # (H, W, 3)
+        if self.image_size is not None:
+            pixels = fit(pixels, self.image_size, random if how.crop == "random" else None)
+        caption = captions[0] if captions else ""
+        if random is not None:
+            if random.random() < how.flip:
+                pixels = pixels[:, ::-1]
+            if how.caption == "random" and captions:
+                caption = captions[random.integers(len(captions))]
+            if random.random() < how.caption_dropout:
+                caption = ""
+        return {"image": pixels.transpose(2, 0, 1), "caption": caption, "key": sample.key}
 
     @staticmethod
-    def collate(samples: list[dict]) -> dict[str, Tensor | list[str]]:
-        """``image`` uint8 (B, 3, H, W), ``caption`` and ``key`` lists of B."""
+    def collate(samples: list[dict]) -> dict[str, Any]:
+        """``image`` uint8 (B, 3, H, W), ``caption`` and ``key`` lists of B, and ``bad`` where the loader asked for it.
+
+        The image's channels lie last in memory, as decoders write them: whoever makes floats of them sorts that out, on
+        the device where it costs least.
+        """
         sizes = {sample["image"].shape for sample in samples}
         if len(sizes) > 1:
             raise LdmError(f"one batch holds pictures of sizes {sorted(sizes)}; set data.image_size to fit them to one")
-        return {
-            "image": torch.from_numpy(np.stack([sample["image"] for sample in samples])),
-            "caption": [sample["caption"] for sample in samples],
-            "key": [sample["key"] for sample in samples],
+        # default_collate writes to shared memory where a loader worker calls it
+        images = default_collate([np.ascontiguousarray(sample["image"].transpose(1, 2, 0)) for sample in samples])
+        return {"image": images.permute(0, 3, 1, 2)} | {
+            name: [sample[name] for sample in samples] for name in ("caption", "key", "bad") if name in samples[0]
         }
+
+
+def fit(pixels: np.ndarray, size: int, random: np.random.Generator | None = None) -> np.ndarray:
+    """Scale the shorter side of (H, W, 3) to ``size`` and cut (size, size, 3): the centre, or anywhere along the longer."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    left, top = (0.5, 0.5) if random is None else random.random(2)
+    x, y = left * (width - side), top * (height - side)
+    if side == size:
+        return pixels[int(y) : int(y) + size, int(x) : int(x) + size]
+    box = (x, y, x + side, y + side)
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS, box=box))

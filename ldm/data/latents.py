@@ -16,19 +16,22 @@ Nothing but ``tarfile`` and ``safetensors`` is needed to read it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save
-from torch import Tensor
-from torch.utils.data import Dataset
+from safetensors.numpy import load, save
 
-from ldm.data.manifest import LATENT_SHARDS, Manifest
-from ldm.data.shards import ShardReader, ShardWriter
+from ldm.data.decode import DecodeError
+from ldm.data.images import NOTHING_RANDOM, Augmentation
+from ldm.data.manifest import LATENT_SHARDS, Manifest, ShardEntry
+from ldm.data.samples import ShardSamples
+from ldm.data.shards import ShardReader
+from ldm.data.sources import ShardSource, open_source
+from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_file
 
@@ -78,12 +81,9 @@ def write_null_text(folder: str | Path, text: np.ndarray) -> None:
         file.write(save({"text": np.ascontiguousarray(text)}))
 
 
-def read_null_text(folder: str | Path) -> Tensor:
+def read_null_text(source: ShardSource) -> np.ndarray:
     """The encoded empty caption, (L, D) float32."""
-    path = Path(folder) / NULL_TEXT_NAME
-    if not path.is_file():
-        raise LdmError(f"{path} does not exist; export the latents again: ldm latents export")
-    return torch.from_numpy(load_file(path)["text"].astype(np.float32))
+    return load(source.read(NULL_TEXT_NAME))["text"].astype(np.float32)
 
 
 def write_chunk(
@@ -107,90 +107,153 @@ def write_chunk(
     writer.write(name, members)
 
 
-def map_tensors(path: str | Path, offset: int, size: int) -> dict[str, np.ndarray]:
-    """Read-only views of the tensors in a safetensors file that lies inside ``path``; nothing is copied.
+def tensors_in(data: np.ndarray) -> dict[str, np.ndarray]:
+    """Read-only views of the tensors in the bytes of a safetensors file, uint8 (n,); nothing is copied.
 
     The format: 8 bytes little-endian header length, a JSON header with dtype, shape and offsets, the data.
+    Raises :class:`DecodeError` where the bytes are none.
     """
-    data = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(size,))
-    header_size = int(data[:8].view("<u8")[0])
     try:
+        header_size = int(data[:8].view("<u8")[0])
         header = json.loads(bytes(data[8 : 8 + header_size]))
         views = {}
         for name, entry in header.items():
             if name != "__metadata__":
                 start, stop = (8 + header_size + position for position in entry["data_offsets"])
                 views[name] = data[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LdmError(f"{path}: the chunk at byte {offset} is no safetensors of latents ({error}); export again") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise DecodeError(f"is in a chunk that is no safetensors of latents ({error})") from None
     return views
 
 
-def read_texts(path: str | Path) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-    """Captions and their embeddings (L_i, D), chunk by chunk, from one shard."""
-    reader = ShardReader(path, ("json", "safetensors"))
-    for index, words in enumerate(ShardReader(path, ("json",))):
-        tensors = map_tensors(path, *reader.spans(index)["safetensors"])
+class LatentShard:
+    """The chunks of one latent shard, its file mapped into memory."""
+
+    def __init__(self, path: Path, samples: int):
+        """Raises :class:`LdmError` unless the shard is whole and holds so many ``samples``."""
+        with ShardReader(path, ("json", "safetensors")) as reader:
+            if reader.damage:
+                raise LdmError(f"{path} {reader.damage}; export again")
+            self.spans = [reader.spans(index) for index in range(len(reader))]
+        self.reopen(path)
+        self.starts = np.cumsum([0] + [len(self.tensors(chunk)["text_start"]) - 1 for chunk in range(len(self.spans))])
+        if self.starts[-1] != samples:
+            raise LdmError(f"{path} holds {self.starts[-1]} latents, its manifest says {samples}; export again")
+
+    def reopen(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.data = np.memmap(path, dtype=np.uint8, mode="r")
+        except OSError as error:
+            raise LdmError(f"{path} cannot be read ({error.strerror}); restore it") from None
+        self._mapped: dict[int, dict[str, np.ndarray]] = {}
+
+    def close(self) -> None:
+        del self.data, self._mapped
+
+    def tensors(self, chunk: int) -> dict[str, np.ndarray]:
+        """What chunk number ``chunk`` holds; see the schema above. Raises :class:`DecodeError` where it is broken."""
+        if chunk not in self._mapped:
+            tensors = tensors_in(self._member(chunk, "safetensors"))
+            try:
+                starts, text = tensors["text_start"], tensors["text"]
+                samples = {len(tensors["mean"]), len(tensors["std"]), len(starts) - 1}
+                whole = len(samples) == 1 and starts[0] == 0 and starts[-1] == len(text) and (np.diff(starts) >= 0).all()
+            except (KeyError, TypeError, IndexError) as error:
+                raise DecodeError(f"is in a chunk whose tensors are not those of latents ({error})") from None
+            if not whole:
+                raise DecodeError("is in a chunk whose tensors disagree about its samples")
+            self._mapped[chunk] = tensors
+        return self._mapped[chunk]
+
+    def words(self, chunk: int) -> dict[str, list[str]]:
+        """``keys`` and ``captions`` of a chunk. Raises :class:`DecodeError` where they are broken."""
+        try:
+            words = json.loads(bytes(self._member(chunk, "json")))
+            samples = {len(words["keys"]), len(words["captions"]), len(self.tensors(chunk)["mean"])}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            samples = set()
+        if len(samples) != 1:
+            raise DecodeError("is in a chunk without its keys and captions")
+        return words
+
+    def _member(self, chunk: int, extension: str) -> np.ndarray:
+        """The bytes of one of a chunk's two members, uint8 (n,)."""
+        if extension not in self.spans[chunk]:
+            raise DecodeError(f"is in a chunk without its .{extension}")
+        offset, size = self.spans[chunk][extension]
+        return self.data[offset : offset + size]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The chunk that holds sample ``row`` of the shard, and its row there."""
+        chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return chunk, row - int(self.starts[chunk])
+
+
+def read_texts(path: str | Path, samples: int) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Captions and their embeddings (L_i, D), chunk by chunk, from one shard of so many samples."""
+    shard = LatentShard(Path(path), samples)
+    for chunk in range(len(shard.spans)):
+        tensors = shard.tensors(chunk)
         texts = np.split(np.array(tensors["text"]), tensors["text_start"][1:-1])
-        yield json.loads(words.files["json"])["captions"], texts
+        yield shard.words(chunk)["captions"], texts
 
 
-class LatentDataset(Dataset):
+class LatentDataset(ShardSamples[LatentShard]):
     """Latents by sample number, in the order of the manifest."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest | None = None):
+    format = LATENT_SHARDS
+
+    def __init__(
+        self,
+        sources: str | Path | ShardSource | Sequence[ShardSource],
+        augmentation: Augmentation = NOTHING_RANDOM,
+        null_text: np.ndarray | None = None,
+    ):
         """
         Args:
-            folder: latent shards.
-            manifest: of them, where it is not written yet.
+            sources: a folder of latent shards with its manifest, or opened sources.
+            augmentation: its ``caption_dropout``; the rest was settled when the latents were exported.
+            null_text: the encoded empty caption, (L, D): what a dropped caption becomes.
         """
-        self.folder = Path(folder)
-        manifest = manifest or Manifest.load(self.folder, LATENT_SHARDS)
-        manifest.check_cheap(self.folder)
-        self.chunks: list[tuple[Path, int, int]] = []  # path, offset, size
-        starts = [0]
-        for shard in manifest.shards:
-            reader = ShardReader(self.folder / shard.name)
-            for index in range(len(reader)):
-                offset, size = reader.spans(index)["safetensors"]
-                self.chunks.append((reader.path, offset, size))
-                starts.append(starts[-1] + len(self._tensors(len(self.chunks) - 1)["text_start"]) - 1)
-        self.starts = np.array(starts)  # first sample of each chunk, and the total
-        if self.starts[-1] != manifest.samples:
-            raise LdmError(f"{self.folder} holds {self.starts[-1]} latents, its manifest says {manifest.samples}; export again")
+        super().__init__(sources)
+        self.augmentation, self.null_text = augmentation, null_text
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
+    def open_shard(self, path: Path, entry: ShardEntry) -> LatentShard:
+        return LatentShard(path, entry.samples)
 
-    def _tensors(self, chunk: int) -> dict[str, np.ndarray]:
-        # Kept per process once mapped: a mapping costs address space, not memory.
-        cache = self.__dict__.setdefault("_mapped", {})
-        if chunk not in cache:
-            cache[chunk] = map_tensors(*self.chunks[chunk])
-        return cache[chunk]
+    def key(self, shard: LatentShard, row: int) -> str:
+        chunk, row = shard.locate(row)
+        return shard.words(chunk)["keys"][row]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_mapped"}
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """``mean`` and ``std`` (C, h, w), ``text`` (L, D)."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        chunk = int(np.searchsorted(self.starts, index, side="right")) - 1
-        row = index - int(self.starts[chunk])
-        tensors = self._tensors(chunk)
+    def read(self, source: ShardSource, shard: LatentShard, row: int) -> dict[str, np.ndarray]:
+        """``mean`` and ``std`` (C, h, w), ``text`` (L, D): views of the mapped file."""
+        chunk, row = shard.locate(row)
+        tensors = shard.tensors(chunk)
         start, stop = tensors["text_start"][row : row + 2]
         return {"mean": tensors["mean"][row], "std": tensors["std"][row], "text": tensors["text"][start:stop]}
 
+    def decode(self, raw: dict[str, np.ndarray], draw: int | None) -> dict[str, Any]:
+        """The same, the caption dropped now and then."""
+        random = self.augmentation.random(draw)
+        if random is not None and random.random() < self.augmentation.caption_dropout:
+            return raw | {"text": self.null_text}
+        return raw
+
     def chunked(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Mean and std of every sample, chunk by chunk: (n, C, h, w) float64 each."""
-        for chunk in range(len(self.chunks)):
-            tensors = self._tensors(chunk)
-            yield tensors["mean"].astype(np.float64), tensors["std"].astype(np.float64)
+        for number in range(len(self.shards)):
+            shard = self._open(number)
+            for chunk in range(len(shard.spans)):
+                tensors = shard.tensors(chunk)
+                yield tensors["mean"].astype(np.float64), tensors["std"].astype(np.float64)
 
     @staticmethod
-    def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-        """``mean``, ``std`` (B, C, h, w), ``text`` (B, L, D) padded with zeros, ``text_mask`` (B, L) int64; float32."""
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """``mean``, ``std`` (B, C, h, w), ``text`` (B, L, D) padded with zeros, ``text_mask`` (B, L) int64; float32.
+
+        And ``bad`` where the loader asked for it.
+        """
         lengths = [len(sample["text"]) for sample in samples]
         text = np.zeros((len(samples), max(lengths), samples[0]["text"].shape[1]), np.float32)
         mask = np.zeros((len(samples), max(lengths)), np.int64)
@@ -198,14 +261,46 @@ class LatentDataset(Dataset):
             text[row, :length] = sample["text"]
             mask[row, :length] = 1
         stacked = {name: np.stack([sample[name] for sample in samples]).astype(np.float32) for name in ("mean", "std")}
-        batch = stacked | {"text": text, "text_mask": mask}
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        batch: dict[str, Any] = {
+            name: torch.from_numpy(array) for name, array in (stacked | {"text": text, "text_mask": mask}).items()
+        }
+        return batch | {name: [sample[name] for sample in samples] for name in ("bad",) if name in samples[0]}
+
+
+def latent_info(source: ShardSource) -> LatentInfo:
+    """What the manifest of a latent source knows."""
+    try:
+        return LatentInfo.of(source.manifest)
+    except KeyError as error:
+        raise UsageError(f"the manifest of {source.spec} lacks {error}; export again: ldm latents export") from None
+
+
+def common_info(sources: Sequence[ShardSource]) -> LatentInfo:
+    """What several latent sources know together: one autoencoder, one text encoder, one shape, statistics over all samples.
+
+    Raises :class:`UsageError` naming both where two do not go together.
+    """
+    infos = [latent_info(source) for source in sources]
+    first = infos[0]
+    for source, info in zip(sources, infos, strict=True):
+        for name in ("autoencoder", "text_encoder_hash", "latent_shape"):
+            if getattr(info, name) != getattr(first, name):
+                raise UsageError(
+                    f"{source.spec} has another {name} than {sources[0].spec} ({getattr(info, name)}, {getattr(first, name)}); "
+                    "export both with the same"
+                )
+    counts = np.array([source.manifest.samples for source in sources], np.float64)
+    share = (counts / counts.sum())[:, None]
+    means, stds = (np.array([getattr(info, name) for info in infos]) for name in ("latents_mean", "latents_std"))  # (n, C)
+    mean = (share * means).sum(0)
+    # the variance within the sources and that between them
+    std = np.sqrt((share * (stds**2 + (means - mean) ** 2)).sum(0))
+    if len(sources) == 1:  # to the last bit
+        return first
+    return replace(first, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
 
 
 def latent_manifest(folder: str | Path) -> tuple[Manifest, LatentInfo]:
     """The manifest of a latent folder and what it knows."""
-    manifest = Manifest.load(folder, LATENT_SHARDS)
-    try:
-        return manifest, LatentInfo.of(manifest)
-    except KeyError as error:
-        raise UsageError(f"{Path(folder) / 'manifest.json'} lacks {error}; export again: ldm latents export") from None
+    source = open_source(folder, LATENT_SHARDS)
+    return source.manifest, latent_info(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,11 +35,13 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a shard folder: where (a file name, or ``file: key``), what, and what to do about it."""
+    """One thing wrong with a shard folder: where (a file name, or ``file: key``), what, what to do about it, and how many
+    samples are unusable for it."""
 
     where: str
     what: str
     mend: str
+    samples: int = 0
 
     def __str__(self) -> str:
         return f"{self.where} {self.what}; {self.mend}"
@@ -68,6 +71,11 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     @property
+    def location(self) -> str | None:
+        """Where the shards stand if not beside the manifest: a URL, or a path relative to the manifest's folder."""
+        return self.extra.get("location")
+
+    @property
     def hash(self) -> str:
         """Hex sha256 of the shard list (names, counts, sizes, hashes): the identity of the data, in this order."""
         shards = [asdict(shard) for shard in self.shards]
@@ -90,10 +98,14 @@ class Manifest:
         """
         folder = require_folder(folder, "a folder of shards (.tar files and their manifest.json)")
         path = folder / MANIFEST_NAME
-        mend = _MENDS.get(format or IMAGE_SHARDS, "").format(folder=folder)
         if not path.exists():
-            raise UsageError(f"{folder} has no {MANIFEST_NAME}; {mend}")
-        value = read_json(path)
+            raise UsageError(f"{folder} has no {MANIFEST_NAME}; {_mend(format, folder)}")
+        return cls.parse(read_json(path), folder, format)
+
+    @classmethod
+    def parse(cls, value: Any, folder: str | os.PathLike, format: str | None = None) -> Manifest:
+        """Check what a ``manifest.json`` held; ``folder`` (a path or a URL) is for messages. Raises as :meth:`load` does."""
+        path, mend = f"{folder}/{MANIFEST_NAME}", _mend(format, folder)
         if not isinstance(value, dict) or value.get("format") not in (IMAGE_SHARDS, LATENT_SHARDS):
             raise LdmError(f'{path} is not a manifest of shards (no known "format"); {mend}')
         if value.get("version") != VERSION:
@@ -107,6 +119,8 @@ class Manifest:
         names = [shard.name for shard in shards]
         if len(set(names)) != len(names):
             raise LdmError(f"{path} lists a shard twice; {mend}")
+        if not isinstance(value.get("location"), str | None):
+            raise LdmError(f'{path}: "location" is not a path or URL; {mend}')
         manifest = cls(value["format"], shards, {k: v for k, v in value.items() if k not in _RESERVED})
         for total in ("samples", "bytes"):
             if value.get(total) != getattr(manifest, total):
@@ -115,10 +129,10 @@ class Manifest:
                 )
         return manifest
 
-    def cheap_problems(self, folder: str | os.PathLike) -> Iterator[Problem]:
-        """What a look at file names and sizes shows: missing, resized and unlisted shards."""
+    def cheap_problems(self, folder: str | os.PathLike, unlisted: bool = True) -> Iterator[Problem]:
+        """What a look at file names and sizes shows: missing, resized and (if asked for) unlisted shards."""
         folder = Path(folder)
-        mend = _MENDS.get(self.format, "").format(folder=folder)
+        mend = _mend(self.format, folder)
         if not self.shards:
             yield Problem(MANIFEST_NAME, "lists no shard", mend)
         for shard in self.shards:
@@ -128,12 +142,13 @@ class Manifest:
             elif (size := path.stat().st_size) != shard.bytes:
                 what = f"has {size} bytes, the manifest says {shard.bytes}"
                 yield Problem(shard.name, what, f"restore it, or {mend}")
-        for name in sorted({path.name for path in tar_paths(folder)} - {shard.name for shard in self.shards}):
+        stray = {path.name for path in tar_paths(folder)} - {shard.name for shard in self.shards} if unlisted else ()
+        for name in sorted(stray):
             yield Problem(name, "is not listed in the manifest", f"remove it, or {mend}")
 
-    def check_cheap(self, folder: str | os.PathLike) -> None:
-        """Raise :class:`LdmError` unless every shard stands there with the stated size, and no other tar does."""
-        for problem in self.cheap_problems(folder):
+    def check_cheap(self, folder: str | os.PathLike, unlisted: bool = True) -> None:
+        """Raise :class:`LdmError` unless every shard stands there with the stated size, and (if asked for) no other tar."""
+        for problem in self.cheap_problems(folder, unlisted):
             raise LdmError(f"{folder}: {problem}")
 
 
@@ -142,21 +157,27 @@ def tar_paths(folder: str | os.PathLike) -> list[Path]:
     return sorted(path for path in Path(folder).glob("*.tar") if path.is_file() and not path.name.startswith("."))
 
 
-def _list(value: dict[str, Any], path: Path, mend: str) -> list[Any]:
+def _mend(format: str | None, folder: str | os.PathLike) -> str:
+    where = f"{folder} --out DIR" if "://" in str(folder) else folder
+    return _MENDS.get(format or IMAGE_SHARDS, "").format(folder=where)
+
+
+def _list(value: dict[str, Any], path: str, mend: str) -> list[Any]:
     shards = value.get("shards")
     if not isinstance(shards, list):
         raise LdmError(f'{path}: "shards" is not a list; {mend}')
     return shards
 
 
-def _entry(item: Any, path: Path, mend: str) -> ShardEntry:
+def _entry(item: Any, path: str, mend: str) -> ShardEntry:
     try:
         entry = ShardEntry(**item)
     except TypeError:
         raise LdmError(f"{path}: a shard needs name, samples, bytes and sha256, not {item!r}; {mend}") from None
-    # A manifest may come from elsewhere: its names must stay inside the folder.
+    # A manifest may come from elsewhere: its names must stay inside the folder, its hashes name files of the cache.
     plain_name = isinstance(entry.name, str) and Path(entry.name).name == entry.name and entry.name.endswith(".tar")
     counts = all(type(number) is int and number >= 0 for number in (entry.samples, entry.bytes))
-    if not (plain_name and counts and isinstance(entry.sha256, str)):
+    plain_hash = isinstance(entry.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", entry.sha256)
+    if not (plain_name and counts and plain_hash):
         raise LdmError(f"{path}: not a shard entry: {item!r}; {mend}")
     return entry

@@ -1,59 +1,205 @@
-"""Which sample goes where: a pure function of (samples, seed, epoch, batch size, world size, rank)."""
+"""Which sample goes where: a pure function of (shard sizes, seed, position, batch size, ranks). No file is looked at.
+
+The plan is one endless stream of draws. An epoch is a stretch of it in which every sample comes exactly once (or as often
+as its weight says); epochs follow one another without a seam, so a batch may begin in one epoch and end in the next, nothing
+is dropped or padded, and all ranks take equally many steps whatever the sizes of the shards. Step k of all ranks together
+takes the next ``batch_size * world_size`` draws, rank r the r-th ``batch_size`` of them; loader workers take whole batches in
+turn and deliver them in order, so their number changes nothing.
+
+How it mixes: in every epoch the shards come in a new order; they are taken together until ``window`` samples are in hand,
+and all of these are permuted. A set of up to ``window`` samples is thus permuted as a whole; of a larger one no more than a
+window's shards are open at a time, and what comes before a position is skipped by arithmetic, never read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 
 from ldm.errors import UsageError
 
+#: samples permuted together: enough to mix well, few enough that a window's shards can be held open or cached
+WINDOW = 2**20
+
+# what a random stream is for: part of its seed, so that no two uses share one
+_SHARD_ORDER, _WITHIN_WINDOW, _WITHIN_SHARD = range(3)
+
+
+class Draw(NamedTuple):
+    """One sample drawn.
+
+    Attributes:
+        sample: its number, shard by shard in the order of the manifest.
+        number: of the draw, counted from the start of training: the seed of whatever is random about it.
+    """
+
+    sample: int
+    number: int
+
+
+class Position(NamedTuple):
+    """How far training has come: ``consumed`` draws of ``epoch``, over all ranks."""
+
+    epoch: int = 0
+    consumed: int = 0
+
+
+START = Position()
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The order in which one training run sees its samples, without end.
-
-    Every epoch is a new permutation of all samples; the global batch is cut from it and dealt to the ranks, so that all
-    ranks take equally many steps whatever the sizes of the shards. What is left at an epoch's end and fills no global
-    batch is dropped for that epoch (less than one batch, other samples each time).
+    """The stream of draws from shards of these sizes.
 
     Attributes:
-        samples: how many there are.
-        batch_size: per rank.
-        seed: of the permutations.
-        world_size: number of ranks.
+        shard_samples: how many samples each shard holds.
+        weights: how often the samples of each shard come in an epoch (2: twice; 0.5: every other epoch); None: once.
+        seed: of the order.
+        window: samples permuted together.
     """
 
-    samples: int
-    batch_size: int
+    shard_samples: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
     seed: int = 0
-    world_size: int = 1
+    window: int = WINDOW
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"data.batch_size is {self.batch_size}; give 1 or more")
-        if self.samples < self.batch_size * self.world_size:
+        if self.weights is not None and (len(self.weights) != len(self.shard_samples) or min(self.weights) < 0):
+            raise ValueError("a plan needs one weight of 0 or more for each shard")
+        if not any(size * weight > 0 for size, weight in zip(self.shard_samples, self.weights or repeat(1), strict=False)):
+            raise UsageError("there is no sample to train on; add samples, or weights above 0")
+
+    @cached_property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(self.shard_samples)
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:  # (S,)
+        return np.array(self.shard_samples, np.int64)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:  # (S + 1,)
+        return np.concatenate([[0], np.cumsum(self._sizes)])
+
+    def epoch_samples(self, epoch: int) -> int:
+        """Draws in ``epoch``: the number of samples, where all have weight 1."""
+        if self.weights is None:
+            return self.samples
+        return self.draws_before(epoch + 1) - self.draws_before(epoch)
+
+    def draws_before(self, epoch: int) -> int:
+        """Draws in all epochs before this one."""
+        return int(self._passes(epoch).sum())
+
+    def order(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Sample numbers of ``epoch`` from its draw ``start`` on, window by window: int64 arrays."""
+        first, last = self._passes(epoch), self._passes(epoch + 1)
+        shards = self._random(_SHARD_ORDER, epoch).permutation(len(self.shard_samples))
+        ends = np.cumsum((last - first)[shards])
+        begin = 0  # of the window, among the permuted shards
+        while begin < len(shards):
+            before = int(ends[begin - 1]) if begin else 0
+            end = min(int(np.searchsorted(ends, before + self.window)) + 1, len(shards))
+            if start < ends[end - 1]:
+                rows = [self._starts[shard] + self._rows(shard, first[shard], last[shard]) for shard in shards[begin:end]]
+                mixed = self._random(_WITHIN_WINDOW, epoch, begin).permutation(np.concatenate(rows))
+                yield mixed[max(start - before, 0) :]
+            begin = end
+
+    def draws(self, position: Position = START) -> Iterator[tuple[Position, np.ndarray]]:
+        """Sample numbers from ``position`` on, without end, each array with the position of its first draw."""
+        epoch, consumed = position
+        while True:
+            for samples in self.order(epoch, consumed):
+                yield Position(epoch, consumed), samples
+                consumed += len(samples)
+            epoch, consumed = epoch + 1, 0
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1, position: Position = START) -> Iterator[list[Draw]]:
+        """The batches of ``rank`` from ``position`` on, without end."""
+        share = slice(rank * batch_size, (rank + 1) * batch_size)
+        together = batch_size * world_size
+        self.require(together)
+        samples = numbers = np.empty(0, np.int64)
+        for (epoch, consumed), more in self.draws(position):
+            first = self.draws_before(epoch) + consumed
+            samples = np.concatenate([samples, more])
+            numbers = np.concatenate([numbers, np.arange(first, first + len(more))])
+            whole = len(samples) // together * together
+            for start in range(0, whole, together):
+                mine = slice(start + share.start, start + share.stop)
+                yield [Draw(*draw) for draw in zip(samples[mine].tolist(), numbers[mine].tolist(), strict=True)]
+            samples, numbers = samples[whole:], numbers[whole:]
+
+    def advance(self, position: Position, draws: int) -> Position:
+        """The position after so many more draws."""
+        epoch, consumed = position.epoch, position.consumed + draws
+        while consumed >= (size := self.epoch_samples(epoch)):
+            epoch, consumed = epoch + 1, consumed - size
+        return Position(epoch, consumed)
+
+    def with_seed(self, seed: int) -> Plan:
+        """The same shards in another order."""
+        return self if seed == self.seed else replace(self, seed=seed)
+
+    def require(self, batch: int) -> None:
+        """Raise :class:`UsageError` where an epoch does not fill one batch of all ranks together."""
+        if batch < 1:
+            raise UsageError(f"the batch of all processes together is {batch}; give data.batch_size 1 or more")
+        if self.samples < batch:
             raise UsageError(
-                f"{self.samples} samples do not fill one batch of data.batch_size {self.batch_size} on "
-                f"{self.world_size} process(es); lower data.batch_size or add samples"
+                f"{self.samples} samples do not fill one batch of {batch} (data.batch_size times processes); "
+                "lower data.batch_size or add samples"
             )
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches that each rank takes per epoch."""
-        return self.samples // (self.batch_size * self.world_size)
+    def _passes(self, epoch: int) -> np.ndarray:
+        """Draws of each shard in all epochs before this one, (S,): whole ones, so that weights hold in the long run."""
+        if self.weights is None:
+            return self._sizes * epoch
+        # the small term: 3 · 0.1 · 10 should be 3 and not 2.9999…
+        return np.floor(self._sizes * np.array(self.weights) * epoch + 1e-6).astype(np.int64)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The permutation of ``epoch``, (samples,) int64."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+    def _rows(self, shard: int, first: int, last: int) -> np.ndarray:
+        """Rows of a shard for its draws ``first`` to ``last``, counted over all epochs: pass after pass through the shard."""
+        size = self.shard_samples[shard]
+        rows = []
+        while first < last:
+            number, start = divmod(int(first), size)
+            stop = min(size, start + int(last - first))
+            whole = stop - start == size  # then the order within does not matter: the window is permuted
+            rows.append(np.arange(size) if whole else self._random(_WITHIN_SHARD, shard, number).permutation(size)[start:stop])
+            first += stop - start
+        return np.concatenate(rows) if rows else np.empty(0, np.int64)
 
-    def batches(self, rank: int = 0, first_step: int = 0) -> Iterator[list[int]]:
-        """Batches of sample numbers for ``rank`` from ``first_step`` on, epoch after epoch, without end."""
-        epoch, step = divmod(first_step, self.steps_per_epoch)
-        while True:
-            order = self.order(epoch)
-            for position in range(step, self.steps_per_epoch):
-                start = (position * self.world_size + rank) * self.batch_size
-                yield order[start : start + self.batch_size].tolist()
-            epoch, step = epoch + 1, 0
+    def _random(self, use: int, *what: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, use, *map(int, what)])
+
+
+def mixing(plan: Plan, batch_size: int, epoch: int = 0) -> dict[str, float]:
+    """How well an epoch is mixed.
+
+    Returns ``rank_correlation``: Spearman's, between a sample's place in the files and in the order of delivery (0: none left);
+    ``shards_per_batch``: different shards in a batch on average; ``shards_per_batch_ideal``: the same were every batch drawn
+    from the whole set at random.
+    """
+    order = np.concatenate(list(plan.order(epoch)))
+    shards = np.repeat(np.arange(len(plan.shard_samples)), plan.shard_samples)
+    batches = shards[order][: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    share = np.array(plan.shard_samples) / plan.samples
+    return {
+        "rank_correlation": float(np.corrcoef(order, np.arange(len(order)))[0, 1]),
+        "shards_per_batch": float(np.mean([len(np.unique(batch)) for batch in batches])),
+        "shards_per_batch_ideal": float(np.sum(1 - (1 - share) ** batch_size)),
+    }
+
+
+def sizes_and_weights(sizes: Sequence[Sequence[int]], weights: Sequence[float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Shard sizes and weights of several folders, one after another: what :class:`Plan` takes."""
+    flat = tuple(size for folder in sizes for size in folder)
+    return flat, tuple(weight for folder, weight in zip(sizes, weights, strict=True) for _ in folder)

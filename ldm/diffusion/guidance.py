@@ -1,4 +1,4 @@
-"""Conditions: dropping them in training, and guidance as a wrapper round a denoiser in sampling.
+"""Conditions, and guidance as a wrapper round a denoiser in sampling; the data drop captions in training.
 
 Guidance counts ``w`` as diffusers does: ``null + w·(cond − null)``, neutral at 1. Papers that write
 ``(1 + w')·cond − w'·null`` (Ho & Salimans 2022, arXiv 2207.12598) mean w' = w − 1.
@@ -34,22 +34,6 @@ def concatenate(first: Condition, second: Condition) -> Condition:
     length = max(first.mask.shape[1], second.mask.shape[1])
     first, second = first.pad(length), second.pad(length)
     return Condition(torch.cat([first.embeddings, second.embeddings]), torch.cat([first.mask, second.mask]))
-
-
-def drop_condition(
-    condition: Condition, null: Condition, probability: float, generator: torch.Generator | None = None
-) -> Condition:
-    """Replace each caption by the ``null`` one (a batch of 1) with this probability: trains both models at once."""
-    if probability <= 0:
-        return condition
-    batch = condition.mask.shape[0]
-    length = max(condition.mask.shape[1], null.mask.shape[1])
-    condition, null = condition.pad(length), null.pad(length)
-    drop = torch.rand(batch, device=condition.mask.device, generator=generator) < probability  # (B,)
-    return Condition(
-        torch.where(drop[:, None, None], null.embeddings.to(condition.embeddings), condition.embeddings),
-        torch.where(drop[:, None], null.mask.to(condition.mask), condition.mask),
-    )
 
 
 def denoise(denoiser: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:

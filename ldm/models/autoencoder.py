@@ -111,8 +111,10 @@ def autoencoder_hash(autoencoder: AutoencoderKL) -> str:
 
 
 def pixels_to_images(pixels: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 in [−1, 1]."""
-    return pixels.float() / 127.5 - 1
+    """uint8 (B, 3, H, W), in whatever memory order -> float32 in [−1, 1], contiguous."""
+    images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    # in place, and no division: at 256 px this costs nearly half of what decoding the JPEG does
+    return images.copy_(pixels).sub_(127.5).mul_(1 / 127.5)
 
 
 def images_to_pictures(images: Tensor) -> list[Image.Image]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.manifest import IMAGE_SHARDS
 from ldm.errors import UsageError
 from ldm.losses import AdversarialLoss, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
 from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images, reconstruct
@@ -89,8 +89,10 @@ class AutoencoderTraining(Stage):
 
     def setup(self, stage: str) -> None:
         """Refuse anything but pictures."""
-        for folder in (self.trainer.datamodule.train, self.trainer.datamodule.validation):
-            Manifest.load(folder, IMAGE_SHARDS)
+        data = self.trainer.datamodule
+        for source in (*data.train_set.sources, *data.validation_set.sources):
+            if source.manifest.format != IMAGE_SHARDS:
+                raise UsageError(f"{source.spec} holds {source.manifest.format}; stage one needs {IMAGE_SHARDS}")
 
     def configure_optimizers(self) -> tuple[list, list]:
         num_steps = self.trainer.max_steps

@@ -10,8 +10,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.data.latents import latent_manifest, read_null_text
-from ldm.diffusion.guidance import Condition, drop_condition
+from ldm.data.latents import common_info
+from ldm.diffusion.guidance import Condition
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import Path
 from ldm.diffusion.prediction import Prediction
@@ -37,7 +37,6 @@ class DenoiserTraining(Stage):
         prediction: Prediction,
         timesteps: TimestepSampler,
         optimiser: OptimiserConfig,
-        caption_dropout: float = 0.1,
         ema_decay: float = 0.9999,
         preview_prompts: list[str] | None = None,
         preview_steps: int = 30,
@@ -49,7 +48,6 @@ class DenoiserTraining(Stage):
             autoencoder: the directory that the latents were made with; it decodes previews and goes into the pipeline.
             path, prediction, timesteps: the diffusion; see :mod:`ldm.diffusion`.
             optimiser: of the denoiser.
-            caption_dropout: share of captions replaced by the encoded empty one.
             ema_decay: of the average of the denoiser's weights.
             preview_prompts: drawn at every validation, always from the same noise.
             preview_steps: sampling steps of a preview.
@@ -61,7 +59,6 @@ class DenoiserTraining(Stage):
         self.objective = DenoisingObjective(path, prediction, timesteps)
         self.scheduler = matching_scheduler(path, prediction)
         self.optimiser = optimiser
-        self.caption_dropout = caption_dropout
         self.preview_prompts = preview_prompts or []
         self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
         self.start_average(ema_decay)
@@ -71,15 +68,10 @@ class DenoiserTraining(Stage):
 
     def setup(self, stage: str) -> None:
         """Load what the latents were made with, and refuse anything else."""
-        folder = self.trainer.datamodule.train
-        _, info = latent_manifest(folder)
-        _, other = latent_manifest(self.trainer.datamodule.validation)
-        for name in ("autoencoder", "text_encoder_hash", "latent_shape"):
-            if getattr(other, name) != getattr(info, name):
-                raise UsageError(
-                    f"data.validation {self.trainer.datamodule.validation} has another {name} than data.train {folder} "
-                    f"({getattr(other, name)}, {getattr(info, name)}); export both with the same"
-                )
+        data = self.trainer.datamodule
+        info = common_info(data.train_set.sources)
+        common_info((*data.train_set.sources, *data.validation_set.sources))
+        folder = data.train_set.sources[0].spec
         autoencoder = load_autoencoder(self.autoencoder_path)
         if (found := autoencoder_hash(autoencoder)) != info.autoencoder:
             raise UsageError(
@@ -106,22 +98,16 @@ class DenoiserTraining(Stage):
             raise UsageError(f"{folder} was exported with other weights of text encoder {info.text_encoder}; export again")
         # in a namespace: frozen parts belong neither in checkpoints nor in the optimiser
         self.frozen = SimpleNamespace(autoencoder=autoencoder, text_encoder=text_encoder)
-        null = read_null_text(folder)[None]  # (1, L, D)
-        self.null = Condition(null, torch.ones(null.shape[:2], dtype=torch.int64))
 
     def configure_optimizers(self) -> dict:
         optimiser, schedule = self.optimiser.build(self.denoiser, self.trainer.max_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.null = Condition(*(part.to(self.device) for part in self.null))
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         z = batch["mean"] + batch["std"] * torch.randn_like(batch["mean"])
         x0 = normalise_latents(self.frozen.autoencoder, z)
-        condition = drop_condition(Condition(batch["text"], batch["text_mask"]), self.null, self.caption_dropout)
-        loss = self.objective(self.denoiser, x0, condition).loss.mean()
+        # captions dropped now and then come from the loader as the encoded empty one
+        loss = self.objective(self.denoiser, x0, Condition(batch["text"], batch["text_mask"])).loss.mean()
         self.log("train/loss", loss)
         return loss
 

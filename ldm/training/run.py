@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.data.datamodule import ShardDataModule
+from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_new_folder
 from ldm.machine import bf16_pays
@@ -87,10 +88,14 @@ class FitCLI(LightningCLI):
             elif not (Path(options.out) / "checkpoints").is_dir():
                 raise UsageError(f"{options.out} is not the folder of a run; give the one that ckpt_path came from as --out")
         for split in ("train", "validation"):
-            if not Path(folder := options.data[split]).is_dir():
-                raise UsageError(
-                    f"data.{split}: {folder} is not a folder of shards; make one with ldm shards, or change the path"
-                )
+            given = options.data[split]
+            for path in [given] if isinstance(given, str) else [source.path for source in given]:
+                try:
+                    open_source(path)
+                except UsageError as error:
+                    raise UsageError(f"data.{split}: {error}") from None
+        if options.trainer.max_epochs not in (None, -1):
+            raise UsageError("trainer.max_epochs: the loader never ends; say with trainer.max_steps how many batches to train")
         if options.trainer.precision is None:
             options.trainer.precision = "bf16-mixed" if bf16_pays() else "32-true"
         options.trainer.default_root_dir = options.out

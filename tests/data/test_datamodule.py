@@ -1,15 +1,18 @@
-from itertools import islice
+from collections import Counter
+from itertools import chain, islice
 
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ldm.data.datamodule import ShardDataModule
+from ldm.data.datamodule import ShardDataModule, Source
 from ldm.data.images import ImageDataset
-from ldm.data.latents import LatentDataset, write_chunk
+from ldm.data.latents import LatentDataset, write_chunk, write_null_text
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.plan import Plan
-from ldm.data.shards import ShardWriter
+from ldm.data.writer import ShardWriter, write_images
 from ldm.errors import UsageError
 
 
@@ -22,6 +25,7 @@ def latent_shards(tmp_path_factory):
         keys = [str(index) for index in range(10)]
         write_chunk(writer, "0", mean, std, texts, keys, keys)
     (entry,) = writer.entries
+    write_null_text(folder, np.full((2, 6), 7.0, np.float32))
     Manifest(LATENT_SHARDS, (type(entry)(entry.name, 10, entry.bytes, entry.sha256),)).save(folder)
     return folder
 
@@ -43,8 +47,9 @@ def same(a, b):
 
 
 def take(loader, count):
-    """The first batches; an endless loader's workers end with its iterator."""
-    return list(islice(iter(loader), count))
+    """The first batches, without what the loader adds; an endless loader's workers end with its iterator."""
+    batches = list(islice(iter(loader), count))
+    return [{name: value for name, value in batch.items() if name != "position"} for batch in batches]
 
 
 def test_training_batches_follow_the_plan_without_end(folder):
@@ -52,17 +57,19 @@ def test_training_batches_follow_the_plan_without_end(folder):
     kind = LatentDataset if "latents" in str(folder) else ImageDataset
     dataset = kind(folder)
     assert type(made.train_set) is kind
-    found = take(made.train_dataloader(), 8)  # three to an epoch
-    for batch, indices in zip(found, islice(Plan(10, 3, seed=5).batches(), 8), strict=True):
-        assert same(batch, dataset.collate([dataset[index] for index in indices]))
+    found = take(made.train_dataloader(), 8)
+    plan = Plan(tuple(shard.samples for shard in Manifest.load(folder).shards), seed=5)
+    for batch, draws in zip(found, islice(plan.batches(3), 8), strict=True):
+        assert same(batch, dataset.collate([dataset[draw.sample] for draw in draws]))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_workers_change_no_batch(folder):
-    plain, workers = module(folder), module(folder, workers=2)
-    for ours, theirs in zip(take(plain.train_dataloader(), 7), take(workers.train_dataloader(), 7), strict=True):
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_change_no_batch(folder, workers):
+    plain, parallel = module(folder), module(folder, workers=workers)
+    for ours, theirs in zip(take(plain.train_dataloader(), 7), take(parallel.train_dataloader(), 7), strict=True):
         assert same(ours, theirs)
-    for ours, theirs in zip(plain.val_dataloader(), workers.val_dataloader(), strict=True):
+    for ours, theirs in zip(plain.val_dataloader(), parallel.val_dataloader(), strict=True):
         assert same(ours, theirs)
 
 
@@ -74,7 +81,9 @@ def test_validation_is_the_first_samples_always_in_order(folder):
     for batch, again in zip(made.val_dataloader(), made.val_dataloader(), strict=True):
         assert same(batch, again)
     dataset = made.validation_set
-    assert same(next(iter(made.val_dataloader())), dataset.collate([dataset[index] for index in range(3)]))
+    batch = next(iter(made.val_dataloader()))
+    assert batch.pop("bad") == [[], [], []]
+    assert same(batch, dataset.collate([dataset[index] for index in range(3)]))
     assert sum(1 for _ in module(folder, validation_samples=1000).val_dataloader()) == 4
 
 
@@ -93,5 +102,135 @@ def test_pictures_are_fitted_to_the_size_asked_for(image_shards):
 def test_too_few_samples_are_refused(folder):
     made = ShardDataModule(str(folder), str(folder), batch_size=11)
     made.setup("fit")
-    with pytest.raises(UsageError, match=r"10 samples do not fill one batch of data.batch_size 11"):
+    with pytest.raises(UsageError, match=r"10 samples do not fill one batch of 11"):
         made.train_dataloader()
+
+
+def test_dropped_captions_are_the_null_text_at_the_rate_asked_for(latent_shards, image_shards):
+    latents = module(latent_shards, caption_dropout=0.3)
+    texts = [
+        text[mask.bool()]
+        for batch in take(latents.train_dataloader(), 200)
+        for text, mask in zip(batch["text"], batch["text_mask"], strict=True)
+    ]
+    dropped = [torch.equal(text, torch.full((2, 6), 7.0)) for text in texts]
+    assert abs(np.mean(dropped) - 0.3) < 4 * (0.3 * 0.7 / 600) ** 0.5
+    captions = [
+        caption
+        for batch in take(module(image_shards, caption_dropout=0.3).train_dataloader(), 200)
+        for caption in batch["caption"]
+    ]
+    assert abs(captions.count("") / 600 - 0.3) < 4 * (0.3 * 0.7 / 600) ** 0.5
+    assert all(all(batch["caption"]) for batch in module(image_shards, caption_dropout=1.0).val_dataloader())
+
+
+def test_flips_mirror_half_the_pictures_and_workers_agree(image_shards):
+    made, parallel = module(image_shards, flip=0.5), module(image_shards, flip=0.5, workers=2)
+    plain = {sample["key"]: sample["image"] for sample in (made.train_set[index] for index in range(10))}
+    batches = take(made.train_dataloader(), 60)
+    flipped = []
+    for batch in batches:
+        for key, image in zip(batch["key"], batch["image"].numpy(), strict=True):
+            mirrored = np.array_equal(image, plain[key][:, :, ::-1])
+            assert mirrored or np.array_equal(image, plain[key])
+            flipped.append(mirrored)
+    assert abs(np.mean(flipped) - 0.5) < 4 * 0.5 / 180**0.5
+    for ours, theirs in zip(batches[:9], take(parallel.train_dataloader(), 9), strict=True):
+        assert same(ours, theirs)
+
+
+def test_a_mixture_holds_its_weights(tmp_path):
+    for name, count in (("a", 8), ("b", 4)):
+        pictures = [(f"{name}{index}", np.full((8, 8, 3), index, np.uint8), name) for index in range(count)]
+        write_images(tmp_path / name, name, pictures, samples_per_shard=3)
+    sources = [Source(str(tmp_path / "a"), 0.5), Source(str(tmp_path / "b"), 2.0)]
+    made = ShardDataModule(sources, str(tmp_path / "a"), batch_size=3)
+    made.setup("fit")
+    counts = Counter(key for batch in take(made.train_dataloader(), 8) for key in batch["key"])  # two epochs of 12
+    assert counts == {f"a{index}": 1 for index in range(8)} | {f"b{index}": 4 for index in range(4)}
+
+
+def test_kinds_are_not_mixed_and_latents_take_no_flips(image_shards, latent_shards):
+    with pytest.raises(UsageError, match="mixes image shards and latent shards"):
+        ShardDataModule([Source(str(image_shards)), Source(str(latent_shards))], str(image_shards)).setup("fit")
+    with pytest.raises(UsageError, match=r"data.flip is 0.5, but .* holds latents"):
+        module(latent_shards, flip=0.5)
+    with pytest.raises(UsageError, match=r"data.caption_dropout is 1.5; give 0 to 1"):
+        module(image_shards, caption_dropout=1.5)
+
+
+class Recorder(LightningModule):
+    """Trains nothing; writes down what it is given, and may be killed."""
+
+    def __init__(self, die_after=None):
+        super().__init__()
+        self.weight, self.seen, self.die_after = torch.nn.Parameter(torch.zeros(())), [], die_after
+
+    def training_step(self, batch, batch_idx):
+        if len(self.seen) == self.die_after:
+            raise InterruptedError
+        self.seen.append(batch["key"])
+        return self.weight * 0.0
+
+    def validation_step(self, batch, batch_idx):
+        assert "position" not in batch and "bad" not in batch
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(folder, out, steps, die_after=None, resume=None, batch_size=3, **settings):
+    """Train, a checkpoint after every step; returns the keys of the batches in order."""
+    data = ShardDataModule(str(folder), str(folder), batch_size=batch_size, seed=5, **settings)
+    recorder = Recorder(die_after)
+    trainer = Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+        num_sanity_val_steps=0,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        callbacks=[
+            ModelCheckpoint(out, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+        ],
+    )
+    try:
+        trainer.fit(recorder, data, ckpt_path=resume, weights_only=True)
+    except InterruptedError:
+        assert die_after is not None
+    return recorder.seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_any_step_and_resumed_twice_is_never_killed(image_shards, tmp_path, workers):
+    whole = fit(image_shards, tmp_path / "whole", 9)
+    assert len(whole) == 9
+    for first, second in ((1, 2), (3, 4), (4, 2)) if workers == 0 else ((3, 2),):
+        out = tmp_path / f"{first}-{second}"
+        before = fit(image_shards, out, 9, die_after=first, workers=workers)
+        between = fit(image_shards, out, 9, second, out / f"step={first}.ckpt", workers=workers)
+        after = fit(image_shards, out, 9, None, out / f"step={first + second}.ckpt", workers=workers)
+        assert before + between + after == whole
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resumed_with_another_batch_size_each_sample_left_comes_exactly_once(image_shards, tmp_path):
+    before = fit(image_shards, tmp_path, 2)  # six of ten
+    after = fit(image_shards, tmp_path, 4, resume=tmp_path / "step=2.ckpt", batch_size=2)
+    keys = [*chain.from_iterable(before + after)]
+    assert len(keys) == 10 == len(set(keys))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resumed_on_other_data_an_epoch_begins_and_the_log_says_so(image_shards, tmp_path, caplog):
+    fit(image_shards, tmp_path / "run", 2)
+    pictures = [(f"{index}", np.full((32, 32, 3), index, np.uint8), "x") for index in range(9)]
+    write_images(tmp_path / "others", "x", pictures)
+    after = fit(tmp_path / "others", tmp_path / "run", 5, resume=tmp_path / "run" / "step=2.ckpt")
+    assert sorted(chain.from_iterable(after)) == sorted(key for key, _, _ in pictures)
+    assert "training data changed since the checkpoint" in caplog.text

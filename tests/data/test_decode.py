@@ -1,11 +1,22 @@
+import gzip
 import io
+import json
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.data import decode
-from ldm.data.decode import DecodeError, decode_image, decode_text
+from ldm.data.decode import (
+    DecodeError,
+    captions_of,
+    decode_image,
+    decode_json,
+    decode_pixels,
+    decode_text,
+    is_plain_rgb,
+)
 
 
 def encoded(image, format="PNG", **options):
@@ -122,3 +133,178 @@ def test_text_is_strict_utf8_and_stripped():
     for bad in (b"caf\xe9", "a dog".encode("utf-16"), b"a\0b"):
         with pytest.raises(DecodeError):
             decode_text(bad)
+
+
+class Explosive:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was opened",)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<!DOCTYPE html><title>503 Service Unavailable</title>", "HTML"),
+        (b"\xef\xbb\xbf\r\n <html><body>Not found", "HTML"),
+        (b'{"error": "no such key"}', "JSON"),
+        *((pickle.dumps(Explosive(), protocol), "pickle") for protocol in range(2, 6)),
+        (gzip.compress(bytes(1000)), "gzip"),
+        (bytes(1000), "zero bytes"),
+        (b"PK\x03\x04" + bytes(100), "zip"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '|O'", "NumPy"),
+        (b"\xff\xd8\xff\xe0" + bytes(10), "broken header of a JPEG"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(10), "broken header of a PNG"),
+        (b"just words", "not a JPEG, PNG or WebP image$"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_the_right_reason(data, reason):
+    for way in (decode_image, decode_pixels):
+        with pytest.raises(DecodeError, match=reason):
+            way(data)
+    assert not is_plain_rgb(data)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+def test_the_limit_of_pixels_holds_for_every_format(picture, format):
+    data = encoded(Image.fromarray(picture), format)
+    assert decode_image(data, max_pixels=48).size == decode_pixels(data, max_pixels=48).shape[1::-1] == (8, 6)
+    for way in (decode_image, decode_pixels):
+        with pytest.raises(DecodeError, match="8 x 6 pixels, the limit is 47"):
+            way(data, max_pixels=47)
+
+
+PLAIN = {
+    ("RGB", "PNG"): True,
+    ("RGB", "WEBP"): True,
+    ("RGB", "JPEG"): True,
+    ("L", "PNG"): True,
+    ("L", "JPEG"): True,
+    ("1", "PNG"): False,
+    ("P", "PNG"): False,
+    ("LA", "PNG"): False,
+    ("RGBA", "PNG"): False,
+    ("RGBA", "WEBP"): False,
+    ("I;16", "PNG"): False,
+    ("CMYK", "JPEG"): False,
+}
+
+
+@pytest.mark.parametrize(("mode", "format"), PLAIN)
+def test_bytes_may_be_kept_where_decoding_changes_nothing(picture, mode, format):
+    image = Image.fromarray(picture)
+    if mode == "RGBA":
+        image.putalpha(128)
+    if mode == "I;16":
+        image = Image.fromarray(picture[..., 0].astype(np.uint16) * 256)
+    data = encoded(
+        image if image.mode == mode else image.convert(mode), format, **({"lossless": True} if format == "WEBP" else {})
+    )
+    assert is_plain_rgb(data) == PLAIN[mode, format]
+    if PLAIN[mode, format]:
+        assert np.array_equal(np.asarray(decode_image(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+def test_bytes_may_not_be_kept_where_the_picture_lies_on_its_side(picture, format):
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        assert is_plain_rgb(encoded(Image.fromarray(picture), format, exif=exif)) == (orientation == 1)
+
+
+def test_bytes_may_not_be_kept_with_transparent_colours_frames_or_too_many_pixels(picture, monkeypatch):
+    image = Image.fromarray(picture)
+    assert not is_plain_rgb(encoded(image, transparency=(0, 0, 0)))
+    assert not is_plain_rgb(encoded(image, save_all=True, append_images=[Image.new("RGB", image.size)]))
+    monkeypatch.setattr(decode, "MAX_PIXELS", 47)
+    assert not is_plain_rgb(encoded(image)) and not is_plain_rgb(encoded(image, "JPEG"))
+    monkeypatch.setattr(decode, "MAX_PIXELS", 48)
+    assert is_plain_rgb(encoded(image)) and is_plain_rgb(encoded(image, "JPEG"))
+
+
+def test_orientations_undo_what_they_say(picture):
+    # orientation n means: this transformation of the stored pixels is the picture
+    upright = {
+        1: picture,
+        2: picture[:, ::-1],
+        3: picture[::-1, ::-1],
+        4: picture[::-1],
+        5: picture.transpose(1, 0, 2),
+        6: np.rot90(picture, -1),
+        7: np.rot90(picture, 2).transpose(1, 0, 2),
+        8: np.rot90(picture),
+    }
+    for orientation, expected in upright.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert np.array_equal(np.asarray(decode_image(encoded(Image.fromarray(picture), exif=exif))), expected)
+
+
+def test_json_is_an_object_in_utf8():
+    assert decode_json('\ufeff{"caption": "a café", "width": 3}'.encode()) == {"caption": "a café", "width": 3}
+    assert decode_json(b"{}") == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'{"caption": "caf\xe9"}', "UTF-8"),
+        (b"", "cannot be decoded"),
+        (b'{"caption": ', "cannot be decoded"),
+        (b'["a"]', "not an object"),
+        (b"null", "not an object"),
+        (b"[" * 200_000, "nested"),
+        (b'{"a":' * 150_000, "nested"),
+        (b'{"a": ' + b"9" * 100_000 + b"}", "cannot be decoded"),
+        (b'{"a": "' + bytes(2**20) + b'"}', "limit is 1048576"),
+    ],
+    ids=["latin-1", "empty", "cut", "list", "null", "deep list", "deep object", "long number", "large"],
+)
+def test_json_that_cannot_be_used(data, reason):
+    with pytest.raises(DecodeError, match=reason) as caught:
+        decode_json(data)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    with pytest.raises(DecodeError):
+        captions_of(b"a dog", data)
+
+
+def test_json_has_the_limit_that_it_is_given():
+    with pytest.raises(DecodeError, match="limit is 10"):
+        decode_json(b'{"a": 12345}', max_bytes=10)
+
+
+@pytest.mark.parametrize(
+    ("txt", "fields", "captions"),
+    [
+        (None, None, []),
+        (b" a dog\n", None, ["a dog"]),
+        (b" \n", None, []),
+        (b"a dog", {"caption": "a cat"}, ["a dog"]),
+        (None, {"caption": " a cat "}, ["a cat"]),
+        (None, {"caption": None}, []),
+        (None, {"width": 3}, []),
+        (b"a dog", {"width": 3}, ["a dog"]),
+        (b"a dog", {"captions": ["a dog", " a hound ", "", None], "caption": "a cat"}, ["a dog", "a hound"]),
+        (b"a dog", {"captions": None}, ["a dog"]),
+        (b"a dog", {"captions": []}, []),
+    ],
+)
+def test_all_captions_of_a_sample(txt, fields, captions):
+    assert captions_of(txt, None if fields is None else json.dumps(fields).encode()) == captions
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"captions": "a dog"},
+        {"captions": [["a dog"]]},
+        {"captions": {"a": "dog"}},
+        {"caption": 3},
+        {"caption": "a\0dog"},
+        {"caption": "\ud800"},
+        {"caption": "a" * (decode.MAX_TEXT_BYTES + 1)},
+    ],
+)
+def test_captions_that_are_no_text(fields):
+    with pytest.raises(DecodeError, match="caption"):
+        captions_of(None, json.dumps(fields).encode())

@@ -1,3 +1,5 @@
+import io
+import json
 import pickle
 
 import numpy as np
@@ -5,20 +7,22 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.images import ImageDataset
+from ldm.data.images import Augmentation, ImageDataset, fit
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.plan import Draw
+from ldm.data.quarantine import BadSample
 from ldm.data.shapes import generate
-from ldm.data.shards import ShardWriter, encode_png, write_images
+from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
 
 
-def write(folder, samples):
+def write(folder, samples, **extra):
     """Shards of two samples each, from bytes."""
     folder.mkdir(exist_ok=True)
     with ShardWriter(folder, "x", samples_per_shard=2) as writer:
         for key, files in samples:
             writer.write(key, files)
-    Manifest(IMAGE_SHARDS, tuple(writer.entries)).save(folder)
+    Manifest(IMAGE_SHARDS, tuple(writer.entries), extra).save(folder)
     return folder
 
 
@@ -29,7 +33,7 @@ def png(size, colour="red"):
 def test_samples_come_in_the_order_of_the_manifest(image_shards):
     dataset = ImageDataset(image_shards)
     drawn = list(generate(10, 32, seed=0))
-    assert len(dataset) == 10 and len(dataset.manifest.shards) == 3
+    assert len(dataset) == 10 and len(dataset.sources[0].manifest.shards) == 3
     for index in [*range(10), 7, 0]:  # and in any order
         sample = dataset[index]
         assert sample["key"] == drawn[index].key and sample["caption"] == drawn[index].caption
@@ -89,11 +93,64 @@ def test_a_sample_that_cannot_be_used_names_its_shard_and_key(tmp_path, files, r
     with pytest.raises(LdmError) as error:
         dataset[3]
     message = str(error.value)
-    assert "x-00001.tar: sample bad" in message and reason in message and "\n" not in message
+    assert f"{tmp_path}/x/x-00001.tar: bad " in message and reason in message and "\n" not in message
+    record = dataset.attempt(3)
+    assert record[:2] == BadSample(f"{tmp_path}/x/x-00001.tar", "bad", "")[:2] and reason in record.reason
 
 
 def test_a_sample_may_lack_its_caption(tmp_path):
     assert ImageDataset(write(tmp_path / "x", [("a", {"png": png((8, 8))})]))[0]["caption"] == ""
+
+
+def test_a_sample_without_a_caption_cannot_be_used_where_others_have_one(tmp_path):
+    samples = [
+        ("a", {"png": png((8, 8)), "txt": b"a"}),
+        ("b", {"png": png((8, 8)), "txt": b" \n"}),
+        ("c", {"png": png((8, 8))}),
+    ]
+    folder = write(tmp_path / "x", samples, captioned=1)
+    dataset = ImageDataset(folder)
+    assert dataset[0]["caption"] == "a"
+    assert [dataset.attempt(index)[1:] for index in (1, 2)] == [("b", "has no caption"), ("c", "has no caption")]
+    assert ImageDataset(folder, require_captions=False)[2]["caption"] == ""
+
+
+def test_one_of_several_captions_is_drawn_and_the_draw_alone_says_which(tmp_path):
+    captions = ["one", "two", "three"]
+    files = {"png": png((8, 8)), "txt": b"one", "json": json.dumps({"captions": captions}).encode()}
+    folder = write(tmp_path / "x", [("a", files)])
+    dataset = ImageDataset(folder, augmentation=Augmentation(caption="random", seed=1))
+    assert dataset[0]["caption"] == "one" == ImageDataset(folder).__getitems__([Draw(0, 7)])[0]["caption"]
+    draws = [Draw(0, number) for number in range(300)]
+    drawn = [sample["caption"] for sample in dataset.__getitems__(draws)]
+    assert drawn[::-1] == [sample["caption"] for sample in dataset.__getitems__(draws[::-1])]
+    for caption in captions:
+        assert abs(drawn.count(caption) / 300 - 1 / 3) < 4 * (2 / 9 / 300) ** 0.5
+
+
+def test_random_cuts_lie_anywhere_along_the_longer_side_and_other_cuts_in_the_centre(tmp_path):
+    ramp = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None], (40, 8, 3))  # (H, W, 3), rows numbered
+    folder = write(tmp_path / "x", [("a", {"png": encode_png(Image.fromarray(np.ascontiguousarray(ramp)))})])
+    dataset = ImageDataset(folder, image_size=8, augmentation=Augmentation(crop="random"))
+    firsts = []
+    for sample in dataset.__getitems__([Draw(0, number) for number in range(200)]):
+        rows = sample["image"][0, :, 0]
+        assert sample["image"].shape == (3, 8, 8) and np.array_equal(rows, rows[0] + np.arange(8))
+        firsts.append(int(rows[0]))
+    assert min(firsts) <= 1 and max(firsts) >= 30 and abs(np.mean(firsts) - 16) < 4 * 9.3 / 200**0.5
+    for centred in (dataset[0], ImageDataset(folder, image_size=8).__getitems__([Draw(0, 3)])[0]):
+        assert centred["image"][0, 0, 0] == 16
+
+
+def test_what_is_scaled_while_it_is_decompressed_looks_the_same(tmp_path):
+    """libjpeg-turbo's own scaling and ours on top of it, against ours alone."""
+    y, x = np.mgrid[:256, :320] / 40
+    picture = (127.5 + 120 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=95)
+    dataset = ImageDataset(write(tmp_path / "x", [("a", {"jpg": buffer.getvalue()})]), image_size=32)
+    found = dataset[0]["image"].transpose(1, 2, 0).astype(int)
+    assert found.shape == (32, 32, 3) and np.abs(found - fit(picture, 32)).max() <= 6
 
 
 def test_folders_that_do_not_serve_are_refused(image_shards, tmp_path):

@@ -1,67 +1,169 @@
+"""The planner: every sample exactly once per epoch, whoever shares the work and wherever it was cut."""
+
 from itertools import chain, islice
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data.plan import Plan
+from ldm.data.plan import START, Plan, Position, mixing, sizes_and_weights
 from ldm.errors import UsageError
+
+sizes = st.lists(st.integers(0, 12), min_size=1, max_size=7).filter(any)
+windows = st.sampled_from([1, 5, 17, 10_000])
 
 
 @st.composite
-def plans(draw):
-    batch_size, world_size = draw(st.integers(1, 7)), draw(st.integers(1, 4))
-    least = batch_size * world_size
-    return Plan(draw(st.integers(least, least + 60)), batch_size, draw(st.integers(0, 2**31)), world_size)
+def plans(draw, weighted=False):
+    shards = tuple(draw(sizes))
+    weights = None
+    if weighted:
+        weights = tuple(draw(st.lists(st.sampled_from([0.1, 0.5, 1, 1.3, 2, 3]), min_size=len(shards), max_size=len(shards))))
+    return Plan(shards, weights, draw(st.integers(0, 2**31)), draw(windows))
 
 
-def epoch_of(plan, rank, epoch):
-    return list(islice(plan.batches(rank, epoch * plan.steps_per_epoch), plan.steps_per_epoch))
+@st.composite
+def shares(draw, plan):
+    """A batch size and a world size that the plan can fill."""
+    together = draw(st.integers(1, plan.samples))
+    world_size = draw(st.sampled_from([n for n in (1, 2, 3, 4) if n <= together]))
+    return together // world_size, world_size
+
+
+def delivered(plan, batch_size, world_size, steps, position=START):
+    """The draws of all ranks in step order, [step][rank] -> batch."""
+    ranks = [plan.batches(batch_size, rank, world_size, position) for rank in range(world_size)]
+    return [[next(rank) for rank in ranks] for _ in range(steps)]
 
 
 @given(plans(), st.integers(0, 5))
+@settings(max_examples=250, deadline=None)
+def test_an_epoch_is_every_sample_once(plan, epoch):
+    order = np.concatenate(list(plan.order(epoch)))
+    assert sorted(order.tolist()) == list(range(plan.samples))
+    assert plan.epoch_samples(epoch) == plan.samples
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_ranks_share_every_epoch_without_overlap_or_gap_in_equal_steps(data):
+    plan = data.draw(plans())
+    batch_size, world_size = data.draw(shares(plan))
+    epochs = 3
+    steps = -(-plan.samples * epochs // (batch_size * world_size))
+    dealt = delivered(plan, batch_size, world_size, steps)
+    assert {len(batch) for ranks in dealt for batch in ranks} == {batch_size}  # no rank waits for another
+    draws = list(chain.from_iterable(chain.from_iterable(dealt)))
+    assert [draw.number for draw in draws] == list(range(len(draws)))  # each draw once, to one rank
+    for epoch in range(epochs):
+        seen = [draw.sample for draw in draws[epoch * plan.samples : (epoch + 1) * plan.samples]]
+        assert sorted(seen) == list(range(plan.samples))
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_killed_and_resumed_twice_is_never_killed(data):
+    plan = data.draw(plans(weighted=True))
+    batch_size, world_size = data.draw(shares(plan))
+    cuts = sorted(data.draw(st.lists(st.integers(0, 25), min_size=2, max_size=2)))
+    whole = delivered(plan, batch_size, world_size, cuts[1] + 4)
+    position, at = Position(), 0
+    for cut in cuts:
+        assert delivered(plan, batch_size, world_size, cut - at, position) == whole[at:cut]
+        for _ in range(cut - at):
+            position = plan.advance(position, batch_size * world_size)
+        at = cut
+    assert delivered(plan, batch_size, world_size, 4, position) == whole[at : at + 4]
+
+
+@given(st.data())
+@settings(max_examples=250, deadline=None)
+def test_resumed_on_other_ranks_and_batches_what_is_left_comes_exactly_once(data):
+    plan = data.draw(plans())
+    first, second = data.draw(shares(plan)), data.draw(shares(plan))
+    steps = data.draw(st.integers(0, 12))
+    before = [draw for ranks in delivered(plan, *first, steps) for batch in ranks for draw in batch]
+    position = plan.advance(Position(), steps * first[0] * first[1])
+    more = -(-2 * plan.samples // (second[0] * second[1]))
+    after = [draw for ranks in delivered(plan, *second, more, position) for batch in ranks for draw in batch]
+    draws = before + after
+    assert [draw.number for draw in draws] == list(range(len(draws)))
+    for epoch in range(len(draws) // plan.samples):
+        seen = [draw.sample for draw in draws[epoch * plan.samples : (epoch + 1) * plan.samples]]
+        assert sorted(seen) == list(range(plan.samples))
+
+
+@given(plans(weighted=True), st.integers(1, 12))
+@settings(max_examples=200, deadline=None)
+def test_weights_hold_exactly_in_the_long_run(plan, epochs):
+    if not plan.epoch_samples(0):  # weights so small that the first epochs are empty
+        epochs = 10 * epochs
+    draws = [sample for epoch in range(epochs) for window in plan.order(epoch) for sample in window.tolist()]
+    assert len(draws) == plan.draws_before(epochs)
+    counts = np.bincount(draws, minlength=plan.samples)
+    starts = np.cumsum([0, *plan.shard_samples])
+    for shard, weight in enumerate(plan.weights):
+        of_shard = counts[starts[shard] : starts[shard + 1]]
+        if len(of_shard):
+            assert of_shard.max() - of_shard.min() <= 1  # no sample falls behind
+            assert abs(of_shard.sum() - weight * epochs * len(of_shard)) <= 1
+
+
+@given(plans(), st.integers(0, 3), st.integers(0, 60))
 @settings(max_examples=100, deadline=None)
-def test_an_epoch_is_a_permutation_dealt_to_the_ranks(plan, epoch):
-    assert sorted(plan.order(epoch).tolist()) == list(range(plan.samples))
-    by_rank = [epoch_of(plan, rank, epoch) for rank in range(plan.world_size)]
-    assert {len(batches) for batches in by_rank} == {plan.steps_per_epoch}  # no rank waits for another
-    assert {len(batch) for batches in by_rank for batch in batches} == {plan.batch_size}
-    seen = [sample for batches in by_rank for batch in batches for sample in batch]
-    assert len(seen) == len(set(seen))  # nothing twice, on whatever rank
-    assert 0 <= plan.samples - len(seen) < plan.batch_size * plan.world_size  # less than one global batch is left out
-
-
-@given(plans(), st.integers(0, 40), st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
-def test_a_run_resumed_at_a_step_goes_on_as_if_it_had_never_stopped(plan, step, rank):
-    rank %= plan.world_size
-    whole = list(islice(plan.batches(rank), step + 5))
-    assert list(islice(plan.batches(rank, first_step=step), 5)) == whole[step:]
-
-
-@given(plans(), st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
-def test_the_global_batch_is_the_same_samples_however_many_ranks_share_it(plan, epoch):
-    alone = Plan(plan.samples, plan.batch_size * plan.world_size, plan.seed)
-    shared = zip(*(epoch_of(plan, rank, epoch) for rank in range(plan.world_size)), strict=True)
-    assert [list(chain(*batches)) for batches in shared] == epoch_of(alone, 0, epoch)
+def test_an_order_entered_in_the_middle_is_the_rest_of_it(plan, epoch, start):
+    start %= plan.samples
+    whole = np.concatenate(list(plan.order(epoch)))
+    assert np.array_equal(np.concatenate(list(plan.order(epoch, start))), whole[start:])
 
 
 def test_epochs_and_seeds_differ_and_are_repeatable():
-    plan = Plan(100, 10, seed=3)
-    orders = [Plan(100, 10, seed).order(epoch).tolist() for seed in (3, 4) for epoch in (0, 1)]
-    assert len({tuple(order) for order in orders}) == 4
-    assert plan.order(1).tolist() == orders[1]
+    def orders(seed, epoch):
+        return tuple(np.concatenate(list(Plan((40, 60), None, seed).order(epoch))).tolist())
+
+    assert len({orders(seed, epoch) for seed in (3, 4) for epoch in (0, 1)}) == 4
+    assert orders(3, 1) == orders(3, 1)
 
 
-def test_every_sample_is_seen_in_the_long_run():
-    plan = Plan(11, 4)  # three left out per epoch
-    seen = {sample for batch in islice(plan.batches(), 2 * 30) for sample in batch}
-    assert seen == set(range(11))
+def test_a_set_within_the_window_is_mixed_as_if_drawn_at_random():
+    found = mixing(Plan((100,) * 50), batch_size=32)
+    # the standard error of a rank correlation over n samples is 1/sqrt(n - 1)
+    assert abs(found["rank_correlation"]) < 4 / 5000**0.5
+    assert abs(found["shards_per_batch"] - found["shards_per_batch_ideal"]) < 0.5
 
 
-@given(st.integers(1, 8), st.integers(1, 4))
-def test_too_few_samples_for_one_batch_are_refused(batch_size, world_size):
-    with pytest.raises(UsageError, match=f"data.batch_size {batch_size} on {world_size} process"):
-        Plan(batch_size * world_size - 1, batch_size, 0, world_size)
-    assert Plan(batch_size * world_size, batch_size, 0, world_size).steps_per_epoch == 1
+def test_a_window_bounds_the_shards_in_hand_and_still_mixes():
+    plan = Plan((100,) * 64, window=800)  # eight shards at a time
+    found = mixing(plan, batch_size=32)
+    assert abs(found["rank_correlation"]) < 0.5  # shards come in random order; within eight of them all is mixed
+    assert 7 < found["shards_per_batch"] <= 8
+    for window in plan.order(0):
+        assert len(set((window // 100).tolist())) <= 8
+    first, second = (next(iter(plan.order(epoch))) for epoch in (0, 1))
+    assert set((first // 100).tolist()) != set((second // 100).tolist())  # other shards meet in the next epoch
+
+
+def test_skipping_ahead_in_a_huge_set_is_arithmetic():
+    plan = Plan((1000,) * 100_000, window=20_000)  # a hundred million samples: seconds here would be hours of reading
+    windows = plan.order(0, start=99_999_990)
+    assert len(np.concatenate(list(windows))) == 10
+    assert len(next(plan.batches(8, 0, 2, Position(3, 50_000_000)))) == 8
+
+
+def test_too_few_samples_for_one_batch_are_refused():
+    with pytest.raises(UsageError, match=r"10 samples do not fill one batch of 12 .*lower data.batch_size"):
+        next(Plan((4, 6)).batches(6, 0, 2))
+    assert len(next(Plan((4, 6)).batches(5, 0, 2))) == 5
+    with pytest.raises(UsageError, match="no sample to train on"):
+        Plan((0, 0))
+
+
+def test_folders_are_laid_out_one_after_another():
+    assert sizes_and_weights([[3, 4], [5]], [1.0, 0.5]) == ((3, 4, 5), (1.0, 1.0, 0.5))
+
+
+def test_a_batch_may_span_epochs():
+    batch = list(islice(Plan((3,), seed=1).batches(2), 3))
+    samples = [draw.sample for draws in batch for draw in draws]
+    assert sorted(samples[:3]) == sorted(samples[3:]) == [0, 1, 2]

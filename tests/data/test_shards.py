@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.decode import decode_image
+from ldm.data.check import check_folder
+from ldm.data.decode import DecodeError, decode_image
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
-from ldm.data.shards import ShardReader, ShardWriter, check_folder, encode_png, index_folder, write_images
+from ldm.data.shards import ShardReader
+from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
 
 
@@ -36,7 +38,8 @@ def test_what_is_written_is_read_back(folder):
     for sample, (key, image, caption) in zip(samples, items(7), strict=True):
         assert sample.key == key and sample.caption == caption.encode()
         assert np.array_equal(np.asarray(decode_image(sample.image)), image)
-    assert check_folder(folder, deep=True) == []
+    problems, shards = check_folder(folder, deep=True)
+    assert problems == [] and [(shard.good, shard.problems) for shard in shards] == [(3, ()), (3, ()), (1, ())]
 
 
 def test_webdataset_reads_our_shards(folder):
@@ -90,8 +93,9 @@ def test_reader_survives_fork_and_pickle(folder):
     reader = ShardReader(folder / "x-00000.tar")
     first = reader[0]
     copy = pickle.loads(pickle.dumps(reader))
-    reader.close()
     assert copy[0] == first == reader[0] and copy[-1].key == "0002"
+    reader.reopen(reader.path)
+    assert copy[0] == first == reader[0]  # each has its own file open
     offset, size = reader.spans(0)["txt"]
     assert (folder / "x-00000.tar").read_bytes()[offset : offset + size] == first.caption
     child = os.fork()
@@ -102,25 +106,33 @@ def test_reader_survives_fork_and_pickle(folder):
         reader[3]
 
 
-def test_every_cut_of_a_shard_is_seen(folder):
+def test_every_cut_of_a_shard_is_seen_and_what_is_whole_is_read(folder):
     path = folder / "x-00000.tar"
-    data = path.read_bytes()
+    data, whole = path.read_bytes(), list(ShardReader(path))
     with tarfile.open(path) as tar:
         end = max(member.offset_data + member.size for member in tar)
     end += -end % 512
     for cut in range(0, end + 512, 128):
         path.write_bytes(data[:cut])
-        with pytest.raises(LdmError, match=r"x-00000\.tar"):
-            ShardReader(path)
+        reader = ShardReader(path)
+        assert reader.damage is not None
+        for sample, before in zip(reader, whole, strict=False):
+            # of the sample that was cut, the members that are left
+            assert sample.key == before.key and sample.files.items() <= before.files.items()
     path.write_bytes(data[: end + 512])  # the end block alone is padding
-    assert len(ShardReader(path)) == 3
+    reader = ShardReader(path)
+    assert list(reader) == whole and reader.damage is None
 
 
-def test_compressed_and_missing_shards_are_named(tmp_path):
+def test_what_is_no_tar_is_damage_and_what_is_not_there_an_error(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
-        tar.addfile(tarfile.TarInfo("a.txt"))
-    for name in ("a.tar", "b.tar"):
-        with pytest.raises(LdmError, match=name):
+        member = tarfile.TarInfo("a.txt")
+        member.size = 1000
+        tar.addfile(member, io.BytesIO(os.urandom(1000)))
+    reader = ShardReader(tmp_path / "a.tar")
+    assert len(reader) == 0 and reader.damage == "is not an uncompressed tar at byte 0"
+    for name, words in (("b.tar", "does not exist"), ("", "cannot be read")):
+        with pytest.raises(LdmError, match=f"{tmp_path / name} {words}.*; restore it"):
             ShardReader(tmp_path / name)
 
 
@@ -151,41 +163,62 @@ def test_tars_from_elsewhere_are_read_as_webdataset_reads_them(tmp_path):
     assert set(reader.keys) <= theirs
 
 
-def test_index_makes_a_manifest_that_checks(tmp_path):
-    png = encode_png(Image.new("RGB", (4, 4)))
-    foreign(tmp_path / "00000.tar", [("1.png", png), ("1.txt", b"one"), ("2.png", png)])
-    (tmp_path / "00000_stats.json").write_text("{}")
-    manifest = index_folder(tmp_path)
-    assert (manifest.samples, manifest.extra["captioned"]) == (2, 1)
-    manifest.save(tmp_path)
-    assert check_folder(tmp_path, deep=True) == []
+def test_a_sample_that_comes_twice_or_is_too_large_cannot_be_used(tmp_path, monkeypatch):
+    members = [("1.png", b"first"), ("2.png", b"fine"), ("1.txt", b"one"), ("1.PNG", b"again"), ("3.txt", b"0123456789")]
+    foreign(tmp_path / "a.tar", members)
+    reader = ShardReader(tmp_path / "a.tar")
+    assert reader.keys == ("1", "2", "3")
+    for look in (reader.spans, reader.__getitem__):
+        with pytest.raises(DecodeError, match=r"^comes twice in the shard \(two \.png\)$"):
+            look(0)
+    assert reader[1].files == {"png": b"fine"} and reader[2].caption == b"0123456789"
+    monkeypatch.setattr("ldm.data.shards.MAX_MEMBER_BYTES", 9)
+    with pytest.raises(DecodeError, match="has a member of 10 bytes, the limit is 9"):
+        reader[2]
+    assert reader[1].image == b"fine"
 
 
-def test_index_refuses_what_cannot_be_trained_on(tmp_path):
-    with pytest.raises(UsageError, match=r"holds no \.tar shard"):
-        index_folder(tmp_path)
-    for members, words in [
-        ([("1.txt", b"")], "1 samples without an image"),
-        ([("1.npy", b"")], "no sample"),
-        ([("1.safetensors", b"")], "holds latents"),
-        ([("1.png", b""), ("1.png", b"")], "twice"),
-    ]:
-        foreign(tmp_path / "a.tar", members)
-        with pytest.raises(LdmError, match=words):
-            index_folder(tmp_path)
+def test_only_the_extensions_asked_for_are_read(tmp_path):
+    foreign(tmp_path / "a.tar", [("1.png", b"p"), ("1.txt", b"t"), ("2.json", b"{}"), ("2.JSON.gz", b""), ("2.npy", b"")])
+    assert [sample.files for sample in ShardReader(tmp_path / "a.tar")] == [{"png": b"p", "txt": b"t"}, {"json": b"{}"}]
+    assert [sample.files for sample in ShardReader(tmp_path / "a.tar", ["txt"])] == [{"txt": b"t"}]
 
 
-def test_deep_check_finds_one_flipped_bit_and_undecodable_images(folder):
-    path = folder / "x-00001.tar"
-    data = bytearray(path.read_bytes())
-    offset, _ = ShardReader(path).spans(1)["png"]
-    data[offset] ^= 1  # the PNG signature
-    path.write_bytes(data)
-    assert check_folder(folder) == []
-    problems = [(problem.where, problem.what) for problem in check_folder(folder, deep=True)]
-    assert problems == [
-        ("x-00001.tar", "has other bytes than the manifest's sha256"),
-        ("x-00001.tar: 0004", "not a JPEG, PNG or WebP image"),
-    ]
-    path.write_bytes(bytes(len(data)))
-    assert "holds 0 samples" in " ".join(problem.what for problem in check_folder(folder, deep=True))
+def test_keys_that_are_no_text_are_shown_as_escapes(tmp_path):
+    foreign(tmp_path / "a.tar", [("gr\udcfc\udcdf.png", b""), ("grüß.png", b"")])
+    assert ShardReader(tmp_path / "a.tar").keys == (r"gr\xfc\xdf", "grüß")
+
+
+def test_a_closed_reader_opens_again_at_another_place_and_knows_its_shard(folder, tmp_path):
+    with ShardReader(folder / "x-00000.tar") as reader:
+        samples = list(reader)
+    assert reader.keys == ("0000", "0001", "0002")  # what is known stays
+    (folder / "x-00000.tar").rename(tmp_path / "moved.tar")
+    reader.reopen(tmp_path / "moved.tar")
+    assert list(reader) == samples
+    reader.close()
+    with pytest.raises(LdmError, match=r"x-00000.tar does not exist; restore it"):
+        reader.reopen(folder / "x-00000.tar")
+
+
+def test_a_shard_that_shrinks_while_it_is_open_is_named(folder):
+    reader = ShardReader(folder / "x-00000.tar")
+    os.truncate(folder / "x-00000.tar", 600)
+    with pytest.raises(LdmError, match=r"x-00000.tar became shorter while it was read; restore it"):
+        reader[2]
+
+
+def test_readers_leave_no_file_open(folder):
+    def open_files():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = open_files()
+    for _ in range(3):
+        reader = ShardReader(folder / "x-00000.tar")
+        assert open_files() == before + 1
+        copy = pickle.loads(pickle.dumps(reader))
+        reader.reopen(folder / "x-00001.tar")
+        del copy
+        assert reader[0].key == "0000" and open_files() == before + 1  # the copy had a file of its own
+        del reader
+    assert open_files() == before

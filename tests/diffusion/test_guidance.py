@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.diffusion.guidance import ClassifierFreeGuidance, Condition, concatenate, denoise, drop_condition
+from ldm.diffusion.guidance import ClassifierFreeGuidance, Condition, concatenate, denoise
 
 
 def condition(batch, length, value=None):
@@ -52,42 +52,6 @@ def test_guidance_is_linear_in_w(tiny_dit, inputs, captions):
 def test_all_channels_are_guided(tiny_dit, inputs, captions):
     change = guided(tiny_dit, captions, inputs, 4.0) - guided(tiny_dit, captions, inputs, 1)
     assert (change.abs().mean((0, 2, 3)) > 1e-3).all()
-
-
-def test_dropping_never_and_always():
-    captions, null = condition(4, 3), condition(1, 2)
-    kept = drop_condition(captions, null, 0.0)
-    assert all(map(torch.equal, kept, captions))
-    dropped = drop_condition(captions, null, 1.0)
-    for row in range(4):
-        length = dropped.mask[row].sum()
-        assert length == 2 and torch.equal(dropped.embeddings[row, :length], null.embeddings[0])
-        assert torch.equal(dropped.mask[row], torch.tensor([1, 1, 0])) and not dropped.embeddings[row, 2:].any()
-
-
-def test_a_null_longer_than_the_captions_fits_in():
-    captions, null = condition(50, 2, 1.0), condition(1, 4, 9.0)
-    some = drop_condition(captions, null, 0.5, torch.Generator().manual_seed(0))
-    assert some.embeddings.shape == (50, 4, 16) and some.mask.shape == (50, 4)
-    lengths = some.mask.sum(1)
-    assert set(lengths.tolist()) == {2, 4}
-    # each row is one or the other whole, and its mask goes with it
-    for embedding, length in zip(some.embeddings, lengths, strict=True):
-        assert torch.equal(embedding[:length], torch.full((length, 16), 1.0 if length == 2 else 9.0))
-        assert not embedding[length:].any()
-
-
-def test_the_rate_of_dropping_is_the_probability():
-    captions, null = (
-        Condition(torch.zeros(20_000, 1, 1), torch.ones(20_000, 1)),
-        Condition(torch.ones(1, 1, 1), torch.ones(1, 1)),
-    )
-    for probability in (0.1, 0.5):
-        draws = [drop_condition(captions, null, probability, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-        rate = draws[0].embeddings.mean().item()
-        assert abs(rate - probability) < 4 * (probability * (1 - probability) / 20_000) ** 0.5
-        assert torch.equal(draws[0].embeddings, draws[1].embeddings)
-        assert not torch.equal(draws[0].embeddings, draws[2].embeddings)
 
 
 def test_conditions_are_padded_stacked_and_repeated(tiny_dit, inputs):

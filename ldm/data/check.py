@@ -1,0 +1,189 @@
+"""Proof that a shard folder holds what its manifest says, and the manifest of tars that came without one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of, decode_pixels
+from ldm.data.latents import LatentShard
+from ldm.data.manifest import IMAGE_SHARDS, MANIFEST_NAME, Manifest, Problem, ShardEntry, tar_paths
+from ldm.data.remote import fetch
+from ldm.data.shards import ShardReader
+from ldm.data.sources import remote_files
+from ldm.errors import LdmError, UsageError
+from ldm.files import atomic_folder, require_folder, require_new_folder, sha256_file
+
+MAX_SHARD_BYTES = 2**40
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found of one shard: samples in it that are good, and what is wrong."""
+
+    entry: ShardEntry
+    good: int
+    problems: tuple[Problem, ...]
+
+
+def index_folder(folder: str | os.PathLike, on_progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """Make the manifest of image shards from elsewhere (img2dataset, ...); the caller saves it. Nothing is rewritten.
+
+    ``extra`` tells how many samples have a caption, and how many cannot be used because they lack an image or come twice:
+    those are counted among the samples, and left out by whoever reads them. ``on_progress(shards_done, shards)``.
+
+    Raises :class:`UsageError` where there is no tar, and :class:`LdmError` where a shard is damaged or has no sample.
+    """
+    folder = require_folder(folder, "a folder of .tar shards")
+    paths = tar_paths(folder)
+    if not paths:
+        raise UsageError(f"{folder} holds no .tar shard; `ldm shards pack` makes them from a folder of images")
+    entries, captioned, unusable = [], 0, 0
+    for done, path in enumerate(paths, start=1):
+        entry, with_caption, without_image = index_shard(path)
+        entries.append(entry)
+        captioned += with_caption
+        unusable += without_image
+        if on_progress is not None:
+            on_progress(done, len(paths))
+    return Manifest(IMAGE_SHARDS, tuple(entries), {"source": "index", "captioned": captioned, "unusable": unusable})
+
+
+def index_remote(
+    spec: str, out: str | os.PathLike, on_progress: Callable[[int, int], None] | None = None
+) -> tuple[Manifest, Path]:
+    """Make the manifest of tars at a URL (``https://host/train-{000..099}.tar``) and save it in the new folder ``out``.
+
+    Every shard is downloaded once, one at a time, and not kept; the manifest's ``location`` says where they stand, and
+    ``out`` may be trained on like any folder of shards. Credentials are not stored. Raises as :func:`index_folder`.
+    """
+    location, files = remote_files(spec)
+    out = require_new_folder(out, "the manifest")
+    entries, captioned, unusable = [], 0, 0
+    with atomic_folder(out) as folder:
+        for done, (name, url) in enumerate(files, start=1):
+            path = folder / name
+            fetch(url, MAX_SHARD_BYTES, partial(_store, path))
+            entry, with_caption, without_image = index_shard(path)
+            path.unlink()
+            entries.append(entry)
+            captioned += with_caption
+            unusable += without_image
+            if on_progress is not None:
+                on_progress(done, len(files))
+        extra = {"source": "index", "location": location, "captioned": captioned, "unusable": unusable}
+        manifest = Manifest(IMAGE_SHARDS, tuple(entries), extra)
+        manifest.save(folder)
+    return manifest, out / MANIFEST_NAME
+
+
+def _store(path: Path, chunks: Iterator[bytes]) -> None:
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+
+
+def index_shard(path: Path) -> tuple[ShardEntry, int, int]:
+    """One tar's entry; how many of its samples have a caption, and how many cannot be used."""
+    with ShardReader(path) as reader:
+        if reader.damage:
+            raise LdmError(f"{path} {reader.damage} after {len(reader)} samples; restore it")
+        captioned = images = 0
+        for index in range(len(reader)):
+            try:
+                files = reader.spans(index)
+            except DecodeError:
+                continue
+            if "safetensors" in files:
+                raise UsageError(f"{path} holds latents, not images; run `ldm latents export` again for their manifest")
+            images += not files.keys().isdisjoint(IMAGE_EXTENSIONS)
+            # img2dataset puts the caption into both
+            captioned += "txt" in files
+        if not images:
+            raise LdmError(f"{path} holds no image; each sample needs one of .{', .'.join(IMAGE_EXTENSIONS)}")
+        entry = ShardEntry(path.name, len(reader), path.stat().st_size, sha256_file(path))
+        return entry, captioned, len(reader) - images
+
+
+def check_folder(
+    folder: str | os.PathLike, deep: bool = False, on_progress: Callable[[int, int], None] | None = None
+) -> tuple[list[Problem], list[Checked]]:
+    """Hold a shard folder against its manifest: what is wrong with the folder, and what was found of every shard.
+
+    Names, sizes, hashes and counts; ``deep``: every sample decoded as well. All is well where there is no problem in
+    either. ``on_progress(samples_done, samples)``. Raises as :meth:`Manifest.load` does.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    cheap = list(manifest.cheap_problems(folder))
+    checked, done = [], 0
+    for entry in manifest.shards:
+        problems = tuple(problem for problem in cheap if problem.where == entry.name)
+        if problems:
+            checked.append(Checked(entry, 0, problems))
+        else:
+            problems = tuple(_problems(folder / entry.name, entry, manifest, deep))
+            bad = sum(problem.samples for problem in problems)
+            checked.append(Checked(entry, max(entry.samples - bad, 0), problems))
+        done += entry.samples
+        if on_progress is not None:
+            on_progress(done, manifest.samples)
+    listed = {entry.name for entry in manifest.shards}
+    return [problem for problem in cheap if problem.where not in listed], checked
+
+
+def _problems(path: Path, entry: ShardEntry, manifest: Manifest, deep: bool) -> Iterator[Problem]:
+    """What is wrong with a shard that is there and has the right size."""
+    if sha256_file(path) != entry.sha256:
+        yield Problem(entry.name, "has other bytes than the manifest's sha256", "restore it")
+    images = manifest.format == IMAGE_SHARDS
+    with ShardReader(path) as reader:
+        if reader.damage:
+            yield Problem(entry.name, reader.damage, "restore it")
+        try:
+            # a latent shard's tar samples are chunks, each with a list of the keys in it
+            held = len(reader) if images else sum(len(json.loads(chunk.files["json"])["keys"]) for chunk in reader)
+        except (KeyError, TypeError, ValueError, DecodeError):
+            yield Problem(entry.name, "has a chunk without its list of keys", "restore it", entry.samples)
+            return
+        if held != entry.samples:
+            what = f"holds {held} samples, the manifest says {entry.samples}"
+            yield Problem(entry.name, what, "restore it", max(entry.samples - held, 0))
+        again = "restore the shard, or leave the sample out and run `ldm shards index` again"
+        for index in range(min(held, entry.samples)) if images else ():
+            try:
+                check_sample(reader, index, bool(manifest.extra.get("captioned")), deep)
+            except DecodeError as error:
+                yield Problem(f"{entry.name}: {reader.key(index)}", str(error), again, 1)
+    if deep and not images:
+        yield from _latent_problems(path, entry)
+
+
+def _latent_problems(path: Path, entry: ShardEntry) -> Iterator[Problem]:
+    again = "restore it, or export the latents again"
+    try:
+        shard = LatentShard(path, entry.samples)
+        for chunk in range(len(shard.spans)):
+            tensors = shard.tensors(chunk)
+            finite = np.isfinite(tensors["mean"]) & np.isfinite(tensors["std"])  # (n, C, h, w)
+            if bad := int((~finite.all((1, 2, 3))).sum()):
+                yield Problem(entry.name, f"holds {bad} latents that are not finite", again, bad)
+    except (DecodeError, KeyError, LdmError) as error:
+        yield Problem(entry.name, f"cannot be read ({error})", again, entry.samples)
+
+
+def check_sample(reader: ShardReader, index: int, captioned: bool, deep: bool = True) -> None:
+    """Look for what training needs of a sample, ``deep``: and decode it; :class:`DecodeError` where that fails."""
+    if reader.spans(index).keys().isdisjoint(IMAGE_EXTENSIONS):
+        raise DecodeError("has no image")
+    if deep:
+        sample = reader[index]
+        if not captions_of(sample.caption, sample.files.get("json")) and captioned:
+            raise DecodeError("has no caption")
+        decode_pixels(sample.image)

@@ -1,0 +1,119 @@
+"""Training batches without end, from a plan: stateful, resumed by arithmetic, with bad samples counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ldm.data.plan import Draw, Plan, Position
+from ldm.data.quarantine import Quarantine
+from ldm.data.samples import ShardSamples
+from ldm.errors import LdmError
+
+log = logging.getLogger(__name__)
+
+
+class PlainLoader(DataLoader):
+    """A loader whose workers' errors say what they said there: torch hides it at the end of a traceback of many lines."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except LdmError as error:
+            *traceback, last = str(error).strip().splitlines()
+            if not traceback:
+                raise
+            raise type(error)(last.partition(": ")[2]) from error
+
+
+class PlannedBatches:
+    """A batch sampler that deals out a plan's batches for one rank, from a position on, without end."""
+
+    def __init__(self, plan: Plan, batch_size: int, rank: int, world_size: int, position: Position):
+        self.arguments = (batch_size, rank, world_size, position)
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return self.plan.batches(*self.arguments)
+
+
+class ShardLoader:
+    """Batches of a plan for one rank, without end; each carries ``position``, how far training is once it is consumed.
+
+    Iterated anew it goes on where it stands. Its state is that of all ranks alike (seed, epoch, samples consumed, what the
+    data were), so one rank's copy serves all, and a run may go on with other ranks, workers or another batch size: what an
+    epoch has left still comes exactly once.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardSamples,
+        plan: Plan,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+        quarantine: Quarantine | None = None,
+        data_hash: str = "",
+        confirm: bool = False,
+    ):
+        """
+        Args:
+            dataset: samples by number.
+            plan: their order.
+            batch_size: samples per batch of one rank.
+            rank, world_size: which of how many processes this is.
+            workers: loader processes; 0 reads in this one.
+            pin_memory: copy batches to page-locked memory, for the way to a GPU.
+            quarantine: told of every bad sample.
+            data_hash: identity of the data, kept in the state.
+            confirm: batches count as consumed when :meth:`consumed` says so, for a trainer that fetches ahead; otherwise
+                when they are handed out.
+        """
+        plan.require(batch_size * world_size)
+        self.dataset, self.plan, self.batch_size = dataset, plan, batch_size
+        self.rank, self.world_size, self.workers, self.pin_memory = rank, world_size, workers, pin_memory
+        self.quarantine = quarantine if quarantine is not None else Quarantine(len(dataset))
+        self.data_hash, self.confirm = data_hash, confirm
+        self.position = Position()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        position = self.position
+        sampler = PlannedBatches(self.plan, self.batch_size, self.rank, self.world_size, position)
+        loader = PlainLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            collate_fn=self.dataset.collate,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.pin_memory,
+        )
+        for batch in loader:
+            self.quarantine.add(batch.pop("bad"))
+            position = self.plan.advance(position, self.batch_size * self.world_size)
+            if not self.confirm:
+                self.position = position
+            yield batch | {"position": position}
+
+    def consumed(self, position: Position) -> None:
+        """The batch that carried this ``position`` reached the training step."""
+        self.position = Position(*position)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seed, epoch, samples consumed in it, and the identity of the data; the same on every rank."""
+        epoch, consumed = self.position
+        return {"seed": self.plan.seed, "epoch": epoch, "samples_consumed": consumed, "data": self.data_hash}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state. Where the data are others now, from the start of the next epoch, and the log says so."""
+        self.plan = self.plan.with_seed(state["seed"])
+        self.position = Position(state["epoch"], state["samples_consumed"])
+        if state["data"] != self.data_hash:
+            self.position = Position(state["epoch"] + 1, 0)
+            log.warning(
+                "the training data changed since the checkpoint: going on from the start of epoch %d", state["epoch"] + 1
+            )

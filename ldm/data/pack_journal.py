@@ -1,0 +1,173 @@
+"""The journal of a pack that is under way: killed at any moment and asked again, it goes on where it was.
+
+While a folder is being packed it holds whole shards, ``quarantine.jsonl`` as far as it goes, and the journal: a line
+that says what was asked of which listing, and one line for each shard that stands, synced after it. What was done
+since the last such line is done again. The manifest comes last; the journal then goes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from ldm.data.manifest import Manifest, ShardEntry
+from ldm.data.quarantine import QUARANTINE_NAME
+from ldm.errors import LdmError, UsageError
+from ldm.files import fsync_folder, require_new_folder
+
+JOURNAL_NAME = ".pack.jsonl"
+
+_VERSION = 1
+
+
+class Journal:
+    """A context manager that claims ``out``, new or with the same pack unfinished in it, for this process alone.
+
+    Left by an exception, all is kept for the next run.
+
+    Attributes:
+        entries: the shards that stand; the writer shares the list.
+        consumed: items of the listing dealt with, packed and quarantined; the caller counts on.
+        enlarged: images that were scaled up; the caller counts on.
+    """
+
+    def __init__(self, out: Path, request: dict[str, Any], listing: str) -> None:
+        """
+        Args:
+            out: the folder.
+            request: every choice that shapes the bytes; JSON values.
+            listing: hash of what is to be packed.
+        """
+        self.out = out
+        self.entries: list[ShardEntry] = []
+        self.consumed = self.enlarged = 0
+        self._header = {"version": _VERSION, "request": request, "listing": listing}
+        self._quarantine_bytes = 0
+
+    def __enter__(self) -> Journal:
+        """
+        Raises:
+            UsageError: ``out`` holds other work, an unfinished pack of other things, or one that is at work now.
+            LdmError: its journal or its shards are damaged.
+        """
+        require_claimable(self.out)
+        self._made = not self.out.exists()
+        self.out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open(self.out / JOURNAL_NAME, "a+b"))
+            self._lock()
+            try:
+                self._read()
+            except (ValueError, KeyError, TypeError):
+                raise LdmError(f"{self.out / JOURNAL_NAME} is damaged; remove {self.out} and pack again") from None
+            self._quarantine = stack.enter_context(open(self.out / QUARANTINE_NAME, "ab"))
+            self._check_files()
+            self._quarantine.truncate(self._quarantine_bytes)
+            self._quarantine.seek(0, os.SEEK_END)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._open.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another ldm packs into {self.out}; wait for it, or give another folder") from None
+        # the process that held it may have finished since, and taken its journal away
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            require_new_folder(self.out, "image shards")
+            raise UsageError(f"another ldm packed into {self.out} until now; try again")
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data.rfind(b"\n") + 1
+        self._file.truncate(whole)  # the line that was being written when it was killed
+        if not whole:
+            self._begin()
+            return
+        header, *lines = map(json.loads, data[:whole].splitlines())
+        self._require_same(header)
+        for line in lines:
+            self.entries.append(ShardEntry(**line["shard"]))
+            self.consumed, self.enlarged, self._quarantine_bytes = line["consumed"], line["enlarged"], line["quarantine_bytes"]
+
+    def _begin(self) -> None:
+        if any(path.name != JOURNAL_NAME for path in self.out.iterdir()):
+            (self.out / JOURNAL_NAME).unlink()
+            require_new_folder(self.out, "image shards")
+        self._append(self._header)
+        fsync_folder(self.out)
+
+    def _require_same(self, header: dict[str, Any]) -> None:
+        unfinished = f"{self.out} holds an unfinished pack"
+        ways_out = f"give another folder, or remove {self.out} to start over"
+        if header["version"] != _VERSION:
+            raise UsageError(f"{unfinished} of another version of ldm; {ways_out}")
+        for name, asked in self._header["request"].items():
+            before = header["request"].get(name)
+            if before != asked:
+                raise UsageError(f"{unfinished} with {name} {before}, not {asked}; ask for the same to go on, {ways_out}")
+        if header["listing"] != self._header["listing"]:
+            raise UsageError(f"{unfinished}, and what was to be packed has changed since; {ways_out}")
+
+    def _check_files(self) -> None:
+        sizes = {entry.name: entry.bytes for entry in self.entries} | {QUARANTINE_NAME: self._quarantine_bytes}
+        for name, size in sizes.items():
+            path = self.out / name
+            there = path.stat().st_size if path.is_file() else 0
+            # the quarantine may have grown after the last shard
+            if there < size or (there != size and name != QUARANTINE_NAME):
+                raise LdmError(f"{path} is missing or was changed; restore it, or remove {self.out} and pack again")
+        for left in self.out.glob(".*.tmp"):  # of a run that was killed
+            left.unlink()
+
+    @property
+    def packed(self) -> int:
+        """Samples in the shards that stand."""
+        return sum(entry.samples for entry in self.entries)
+
+    def quarantine(self, file: str, reason: str) -> None:
+        """Put an item that cannot be used on record."""
+        self._quarantine.write(json.dumps({"file": file, "reason": reason}, ensure_ascii=False).encode() + b"\n")
+
+    def record(self, entry: ShardEntry) -> None:
+        """A shard stands. It, those before it and the quarantine hold all the items consumed so far."""
+        _sync(self._quarantine)
+        counts = {"consumed": self.consumed, "enlarged": self.enlarged, "quarantine_bytes": self._quarantine.tell()}
+        self._append({"shard": asdict(entry)} | counts)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        _sync(self._file)
+
+    def finish(self, manifest: Manifest) -> None:
+        """All is done: write the manifest, and remove the journal."""
+        manifest.save(self.out)
+        (self.out / JOURNAL_NAME).unlink()
+        fsync_folder(self.out)
+
+    def abandon(self) -> None:
+        """There is nothing to pack: leave ``out`` as it was."""
+        (self.out / QUARANTINE_NAME).unlink()
+        (self.out / JOURNAL_NAME).unlink()
+        if self._made:
+            self.out.rmdir()
+
+
+def require_claimable(out: Path) -> None:
+    """Raise :class:`UsageError` where ``out`` holds other work than an unfinished pack."""
+    if not (out / JOURNAL_NAME).is_file():
+        require_new_folder(out, "image shards")
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,142 @@
+"""One image file and its captions => the members of a sample.
+
+A sample is ``jpg``, ``png`` or ``webp``, ``txt`` (the first caption) and ``json``: the file it came from, the size that
+it had, and where there are several captions, all of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageColor, ImageOps
+
+from ldm.data.decode import MAX_JSON_BYTES, MAX_PIXELS, DecodeError, decode_image, decode_pixels, decode_text, is_plain_rgb
+from ldm.data.writer import encode_png
+from ldm.errors import UsageError
+
+RESIZES = ("square", "shorter", "none")
+FORMATS = ("auto", "jpg", "png", "webp")
+MAX_SIZE = 4096
+PNG_UP_TO = 128
+
+_SIGNATURES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample's members, and whether its image had to be scaled up."""
+
+    files: dict[str, bytes]
+    enlarged: bool
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to every image. The EXIF orientation is applied, colours become sRGB, metadata stay behind.
+
+    Attributes:
+        size: pixels, see ``resize``.
+        resize: ``square`` (the usual one with ``size``): the shorter side is scaled to ``size`` and the centre cut out.
+            ``shorter``: the same without the cut. ``none`` (the usual one without ``size``): as it is. Lanczos.
+        min_size: images whose shorter side has fewer pixels are refused.
+        keep_bytes: where nothing has to change, the file's own bytes stay as they are, its metadata with them.
+        format: ``jpg``, ``png``, ``webp``; ``auto``: PNG up to 128 pixels a side (lossless, and as small), else JPEG.
+        quality: of JPEG (without chroma subsampling) and WebP, 1 to 100.
+        background: the colour that transparent images are put on: a name or ``#rrggbb``.
+    """
+
+    size: int | None = None
+    resize: str | None = None
+    min_size: int | None = None
+    keep_bytes: bool = False
+    format: str = "auto"
+    quality: int = 95
+    background: str = "white"
+
+    def checked(self) -> Preparation:
+        """The same, with ``resize`` chosen. Raises :class:`UsageError` for values that make no sense."""
+        sizes = (("size", self.size, MAX_SIZE), ("min-size", self.min_size, MAX_SIZE), ("quality", self.quality, 100))
+        for name, value, most in sizes:
+            if value is not None and not 1 <= value <= most:
+                raise UsageError(f"{name} must be 1 to {most}, not {value}")
+        for name, value, values in (("resize", self.resize or "none", RESIZES), ("format", self.format, FORMATS)):
+            if value not in values:
+                raise UsageError(f"{name} must be one of {', '.join(values)}, not {value}")
+        if self.resize not in (None, "none") and self.size is None:
+            raise UsageError(f"resize {self.resize} needs a size in pixels; give --size")
+        if self.resize == "none" and self.size is not None:
+            raise UsageError(f"resize none leaves images as they are, but size is {self.size}; give one of the two")
+        self.colour()
+        return replace(self, resize=self.resize or ("none" if self.size is None else "square"))
+
+    def colour(self) -> tuple[int, int, int]:
+        """``background`` as RGB, 0..255."""
+        try:
+            colour = ImageColor.getrgb(self.background)
+        except ValueError:
+            colour = ()
+        if len(colour) != 3:
+            raise UsageError(f"background must be white, black or #rrggbb, not {self.background}")
+        return colour
+
+    def __call__(self, file: str, data: bytes, captions: Sequence[str]) -> Prepared:
+        """Prepare the image ``data`` that is called ``file``. Raises :class:`DecodeError`."""
+        texts = [text for text in map(_clean, captions) if text]
+        if not texts:
+            raise DecodeError("empty caption")
+        # Told by the header. decode_pixels lets other threads run meanwhile, and refuses broken JPEGs that Pillow lets pass.
+        plain = (self.keep_bytes or data.startswith(b"\xff\xd8")) and is_plain_rgb(data)
+        image = Image.fromarray(decode_pixels(data)) if plain else decode_image(data, background=self.colour())
+        if min(image.size) < (self.min_size or 1):
+            raise DecodeError(f"{image.width} x {image.height} pixels, smaller than the least size of {self.min_size}")
+        resized = self._resized(image)
+        origin = {"file": file, "width": image.width, "height": image.height}
+        about = json.dumps(origin | ({"captions": texts} if len(texts) > 1 else {}), ensure_ascii=False).encode()
+        if len(about) > MAX_JSON_BYTES:
+            raise DecodeError(f"captions of {len(about)} bytes, the limit is {MAX_JSON_BYTES}")
+        kind = _SIGNATURES.get(data[:2])
+        keep = self.keep_bytes and plain and resized.size == image.size and self.format in ("auto", kind)
+        files = {kind: data} if keep else self._encoded(resized)
+        enlarged = min(resized.size) > min(image.size)
+        return Prepared({**files, "txt": texts[0].encode(), "json": about}, enlarged)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        if self.resize == "none":
+            return image
+        if self.resize == "square":
+            return ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
+        width, height = (round(side * self.size / min(image.size)) for side in image.size)
+        if width * height > MAX_PIXELS:  # a long thin line, scaled up
+            raise DecodeError(
+                f"{image.width} x {image.height} pixels would become {width} x {height}, the limit is {MAX_PIXELS}"
+            )
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+
+    def _encoded(self, image: Image.Image) -> dict[str, bytes]:
+        kind = self.format
+        if kind == "auto":
+            kind = "png" if max(image.size) <= PNG_UP_TO else "jpg"
+        if kind == "png":
+            return {"png": encode_png(image)}
+        try:
+            if kind == "jpg":
+                # as Pillow's, but other threads run meanwhile
+                pixels = np.asarray(image)
+                return {kind: simplejpeg.encode_jpeg(pixels, self.quality, colorsubsampling="444", fastdct=False)}
+            buffer = io.BytesIO()
+            image.save(buffer, "WEBP", quality=self.quality)
+            return {kind: buffer.getvalue()}
+        except (OSError, ValueError) as error:  # sides that the format cannot hold
+            raise DecodeError(f"{image.width} x {image.height} pixels cannot be written as {kind} ({error})") from None
+
+
+def _clean(caption: str) -> str:
+    try:
+        return decode_text(caption.encode())
+    except UnicodeEncodeError:
+        raise DecodeError("caption is not UTF-8 text") from None

@@ -1,0 +1,103 @@
+"""Samples that cannot be used: put on record, counted, and too many of them end the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ldm.errors import LdmError
+
+QUARANTINE_NAME = "quarantine.jsonl"
+MAX_IN_A_ROW = 100
+_SHOWN = 5
+
+log = logging.getLogger(__name__)
+
+
+class BadSample(NamedTuple):
+    """A sample that cannot be used: its shard (as the user would find it), its key, and a short reason."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key} {self.reason}"
+
+
+def too_many_in_a_row(number: int, last: BadSample, config: str | None = "data") -> LdmError:
+    """The end of a run; arguments as those of :class:`Quarantine`."""
+    return LdmError(
+        f"{number} samples in a row cannot be used, the last one {last}; mend or leave out the shard "
+        f"(`ldm shards check` names what is wrong){_or_raise('max_bad_in_a_row', config)}"
+    )
+
+
+def _or_raise(key: str, config: str | None) -> str:
+    return f", or raise {config}.{key}" if config else ""
+
+
+class Quarantine:
+    """The bad samples that one process came across, each once.
+
+    Every one is a line of ``file`` (JSON: shard, key, reason), the first few are said in the log. :meth:`add` raises
+    :class:`LdmError` where too many came in a row or in all.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        max_share: float = 0.01,
+        max_in_a_row: int = MAX_IN_A_ROW,
+        file: str | Path | None = None,
+        config: str | None = "data",
+    ):
+        """
+        Args:
+            samples: how many this process may come across in all its epochs; ``max_share`` is a share of these.
+            max_share: bad samples to bear, 0 to 1.
+            max_in_a_row: bad samples to bear one after another.
+            file: where to put them on record; appended to.
+            config: the section of the config that has ``max_bad_share`` and ``max_bad_in_a_row``; None: nobody can set them.
+        """
+        self.samples, self.max_share, self.max_in_a_row, self.config = samples, max_share, max_in_a_row, config
+        self.file = None if file is None else Path(file)
+        self.known: set[BadSample] = set()
+        self._in_a_row = 0
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def add(self, tried: Iterable[list[BadSample]]) -> None:
+        """Take note of what each draw of a batch came across before it found a good sample: mostly nothing."""
+        for bad in tried:
+            if not bad:
+                self._in_a_row = 0
+                continue
+            self._in_a_row += len(bad)
+            new = [sample for sample in dict.fromkeys(bad) if sample not in self.known]
+            self.known.update(new)
+            self._record(new)
+            last = bad[-1]
+            if self._in_a_row > self.max_in_a_row:
+                raise too_many_in_a_row(self._in_a_row, last, self.config)
+            if len(self.known) > self.max_share * self.samples:
+                raise LdmError(
+                    f"{len(self.known)} of {self.samples} samples cannot be used, more than {self.max_share:.2%}, the last one "
+                    f"{last}; mend or leave them out (`ldm shards check --deep` names them all)"
+                    f"{_or_raise('max_bad_share', self.config)}"
+                )
+
+    def _record(self, new: list[BadSample]) -> None:
+        for number, sample in enumerate(new, start=len(self.known) - len(new)):
+            if number < _SHOWN:
+                log.warning("left out %s", sample)
+            elif number == _SHOWN:
+                log.warning("more samples are left out; %s", f"{self.file} lists them" if self.file else "no more are named")
+        if new and self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in new)

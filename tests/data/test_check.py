@@ -1,0 +1,194 @@
+"""A shard folder is proved against its manifest, and tars from elsewhere are given one."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save
+
+from ldm.data.check import check_folder, index_folder
+from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
+from ldm.data.shards import ShardReader
+from ldm.data.writer import ShardWriter, encode_png, write_images
+from ldm.errors import LdmError, UsageError
+
+PNG = encode_png(Image.new("RGB", (4, 4)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven pictures in shards of 3, 3 and 1, all with captions."""
+    items = ((f"{index:04d}", np.full((5, 7, 3), index, np.uint8), f"picture {index}") for index in range(7))
+    write_images(tmp_path / "out", "x", items, samples_per_shard=3, extra={"captioned": 7})
+    return tmp_path / "out"
+
+
+def foreign(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def found(folder, deep=False):
+    """All problems, as (where, what), and the good samples of each shard."""
+    problems, shards = check_folder(folder, deep)
+    every = [*problems, *(problem for shard in shards for problem in shard.problems)]
+    assert all(problem.mend for problem in every)
+    return [(problem.where, problem.what) for problem in every], [shard.good for shard in shards]
+
+
+def count_anew(folder, **samples):
+    """Give the shards x-NNNNN.tar of the manifest other sample counts, by number."""
+    manifest = Manifest.load(folder)
+    changed = {int(name[1:]): count for name, count in samples.items()}
+    shards = [replace(entry, samples=changed.get(n, entry.samples)) for n, entry in enumerate(manifest.shards)]
+    replace(manifest, shards=tuple(shards)).save(folder)
+
+
+def test_a_whole_folder_has_no_problem_and_progress_counts_samples(folder):
+    steps = []
+    problems, shards = check_folder(folder, deep=True, on_progress=lambda *step: steps.append(step))
+    assert problems == [] and all(shard.problems == () for shard in shards)
+    assert [shard.entry for shard in shards] == list(Manifest.load(folder).shards)
+    assert steps == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_missing_resized_and_unlisted_shards_are_found_beside_the_whole_one(folder):
+    (folder / "x-00000.tar").unlink()
+    with open(folder / "x-00001.tar", "ab") as file:
+        file.write(bytes(512))
+    foreign(folder / "y.tar", [("1.png", PNG)])
+    size = (folder / "x-00001.tar").stat().st_size
+    assert found(folder) == (
+        [
+            ("y.tar", "is not listed in the manifest"),
+            ("x-00000.tar", "is listed in the manifest but missing"),
+            ("x-00001.tar", f"has {size} bytes, the manifest says {size - 512}"),
+        ],
+        [0, 0, 1],
+    )
+
+
+def test_the_hash_finds_one_flipped_bit_and_the_deep_check_what_no_longer_decodes(folder):
+    path = folder / "x-00001.tar"
+    data = bytearray(path.read_bytes())
+    offset, _ = ShardReader(path).spans(1)["png"]
+    data[offset] ^= 1  # the PNG signature
+    path.write_bytes(data)
+    other = ("x-00001.tar", "has other bytes than the manifest's sha256")
+    assert found(folder) == ([other], [3, 3, 1])
+    assert found(folder, deep=True) == ([other, ("x-00001.tar: 0004", "not a JPEG, PNG or WebP image")], [3, 2, 1])
+    path.write_bytes(bytes(len(data)))
+    assert found(folder) == ([other, ("x-00001.tar", "holds 0 samples, the manifest says 3")], [3, 0, 1])
+
+
+def test_counts_that_disagree_are_found_either_way(folder):
+    count_anew(folder, n0=2, n1=5)
+    assert found(folder) == (
+        [
+            ("x-00000.tar", "holds 3 samples, the manifest says 2"),
+            ("x-00001.tar", "holds 3 samples, the manifest says 5"),
+        ],
+        [2, 3, 1],
+    )
+
+
+def test_halves_and_twins_are_found_without_decoding_and_captions_where_the_folder_has_them(tmp_path):
+    members = [("1.png", PNG), ("1.txt", b"one"), ("2.txt", b"two"), ("3.png", PNG), ("3.png", PNG), ("4.png", PNG)]
+    foreign(tmp_path / "a.tar", members)
+    manifest = index_folder(tmp_path)
+    assert (manifest.samples, manifest.extra["captioned"], manifest.extra["unusable"]) == (4, 2, 2)
+    manifest.save(tmp_path)
+    halves = [("a.tar: 2", "has no image"), ("a.tar: 3", "comes twice in the shard (two .png)")]
+    assert found(tmp_path) == (halves, [2])
+    assert found(tmp_path, deep=True) == ([*halves, ("a.tar: 4", "has no caption")], [1])
+    replace(manifest, extra={"captioned": 0}).save(tmp_path)
+    assert found(tmp_path, deep=True) == (halves, [2])
+
+
+def test_index_makes_a_manifest_that_checks(tmp_path):
+    foreign(tmp_path / "00000.tar", [("1.png", PNG), ("1.txt", b"one"), ("2.png", PNG), ("2.txt", b"two")])
+    foreign(tmp_path / "00001.tar", [("1.png", PNG), ("1.txt", b"one"), ("1.json", b"{}")])
+    (tmp_path / "00000_stats.json").write_text("{}")
+    steps = []
+    manifest = index_folder(tmp_path, on_progress=lambda *step: steps.append(step))
+    assert manifest.format == IMAGE_SHARDS and [entry.samples for entry in manifest.shards] == [2, 1]
+    assert (manifest.extra["captioned"], manifest.extra["unusable"]) == (3, 0) and steps == [(1, 2), (2, 2)]
+    manifest.save(tmp_path)
+    assert found(tmp_path, deep=True) == ([], [2, 1])
+
+
+def test_index_refuses_what_cannot_be_trained_on(tmp_path):
+    with pytest.raises(UsageError, match=r"holds no \.tar shard"):
+        index_folder(tmp_path)
+    for members, words in [
+        ([("1.txt", b"")], r"a\.tar holds no image; each sample needs one of \.jpg"),
+        ([("1.npy", b"")], r"a\.tar holds no image"),
+        ([("1.safetensors", b"")], r"a\.tar holds latents, not images"),
+        ([("1.png", b""), ("1.png", b"")], r"a\.tar holds no image"),  # the only one comes twice
+    ]:
+        foreign(tmp_path / "a.tar", members)
+        with pytest.raises(LdmError, match=words):
+            index_folder(tmp_path)
+    foreign(tmp_path / "a.tar", [("1.png", PNG), ("2.png", PNG)])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:1024])
+    with pytest.raises(LdmError, match=r"a\.tar is cut short at byte 1024 after 1 samples; restore it"):
+        index_folder(tmp_path)
+
+
+def latents(folder, **changes):
+    """A shard of latents in two chunks of three: the bytes of both may be changed."""
+    folder.mkdir()
+    with ShardWriter(folder, "latents") as writer:
+        for chunk in range(2):
+            tensors = {name: np.ones((3, 4, 2, 2), np.float32) for name in ("mean", "std")}
+            tensors |= {"text": np.ones((3, 6), np.float32), "text_start": np.arange(4, dtype=np.int64)}
+            if chunk:
+                tensors |= changes.get("tensors", {})
+            words = {"keys": [f"{chunk}{row}" for row in range(3)], "captions": ["a"] * 3}
+            members = {"safetensors": save(tensors), "json": json.dumps(words).encode()}
+            writer.write(f"{chunk:08d}", members | (changes.get("members", {}) if chunk else {}))
+    Manifest(LATENT_SHARDS, (replace(writer.entries[0], samples=6),)).save(folder)
+    return folder
+
+
+def test_latents_are_counted_by_sample_and_looked_at_by_the_deep_check(tmp_path):
+    assert found(latents(tmp_path / "whole"), deep=True) == ([], [6])
+    mean = np.ones((3, 4, 2, 2), np.float32)
+    mean[1, 0, 0, 0], mean[1, 1, 0, 0], mean[2, 0, 0, 0] = np.nan, np.inf, -np.inf
+    folder = latents(tmp_path / "nan", tensors={"mean": mean})
+    assert found(folder) == ([], [6])
+    assert found(folder, deep=True) == ([("latents-00000.tar", "holds 2 latents that are not finite")], [4])
+
+
+@pytest.mark.parametrize(
+    ("members", "shallow", "words"),
+    [
+        ({"safetensors": b"none at all"}, 6, "is in a chunk that is no safetensors of latents"),
+        ({"json": b"[]"}, 0, "has a chunk without its list of keys"),
+        ({"json": b"{"}, 0, "has a chunk without its list of keys"),
+    ],
+)
+def test_a_broken_chunk_of_latents_is_found(tmp_path, members, shallow, words):
+    folder = latents(tmp_path / "x", members=members)
+    assert found(folder)[1] == [shallow]
+    problems, good = found(folder, deep=True)
+    assert any(where == "latents-00000.tar" and words in what for where, what in problems) and good == [0]
+
+
+def test_a_cut_shard_of_latents_has_no_less_than_no_sample(tmp_path):
+    folder = latents(tmp_path / "x")
+    path = folder / "latents-00000.tar"
+    offset, _ = ShardReader(path).spans(1)["safetensors"]
+    path.write_bytes(path.read_bytes()[: offset + 100])
+    manifest = Manifest.load(folder)
+    replace(manifest, shards=(replace(manifest.shards[0], bytes=path.stat().st_size),)).save(folder)
+    problems, good = found(folder, deep=True)
+    assert any("is cut short" in what for _, what in problems) and good == [0]

@@ -1,0 +1,211 @@
+"""Loading speed, side by side: our loader against raw webdataset + Pillow, torchvision's ImageFolder, litdata and streaming.
+
+    python tools/bench/data.py [--quick] [--images N] [--rounds R]
+
+All read the same JPEGs and end with the same batch: float32 (32, 3, 256, 256) in [−1, 1], normalisation included. Every
+round times every loader once, in turn, with 0 and with 2 workers, after one untimed pass that fills the page cache and
+starts the workers. litdata and mosaicml-streaming are measured where they are installed. Ends with
+`ratio NAME MEDIAN MIN MAX`: our images per second over the peer's in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from ldm.data.images import ImageDataset
+from ldm.data.loader import ShardLoader
+from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.plan import Plan, mixing
+from ldm.data.writer import ShardWriter
+from ldm.machine import describe
+from ldm.models.autoencoder import pixels_to_images
+
+warnings.filterwarnings("ignore")
+BATCH, SIZE = 32, 256
+PEERS = [name for name in ("litdata", "streaming") if importlib.util.find_spec(name)]
+
+
+def jpegs(count: int, size: int, quality: int = 90) -> Iterator[bytes]:
+    """Pictures with the spectrum of photographs (amplitude falls with frequency) and edges: as hard to decode."""
+    rng = np.random.default_rng(size)
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])  # (S, S/2 + 1)
+    frequency[0, 0] = 1
+    for _ in range(count):
+        planes = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(3, size, size))) / frequency**1.2, s=(size, size))
+        planes += 2 * planes[:1]  # colours go together
+        x, y = rng.integers(0, size // 2, 2)
+        planes[:, y : y + size // 3, x : x + size // 3] += rng.normal(size=(3, 1, 1)) * planes.std()
+        pixels = np.clip(128 + 50 * planes / planes.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+        yield buffer.getvalue()
+
+
+def jpeg_of(folder: str, number: int) -> dict:
+    """For litdata, which keeps JPEG files as they are and decodes them itself."""
+    from PIL import JpegImagePlugin
+
+    return {"image": JpegImagePlugin.JpegImageFile(f"{folder}/{number:09d}.jpg")}
+
+
+def write(folder: Path, images: list[bytes]) -> None:
+    """The same files in every layout that is compared."""
+    shards, plain = folder / "shards", folder / "folder" / "class"
+    for made in (shards, plain):
+        made.mkdir(parents=True)
+    with ShardWriter(shards, "images", 128) as writer:
+        for number, image in enumerate(images):
+            writer.write(f"{number:09d}", {"jpg": image, "txt": b"a caption"})
+            (plain / f"{number:09d}.jpg").write_bytes(image)
+    Manifest(IMAGE_SHARDS, tuple(writer.entries), {"captioned": len(images)}).save(shards)
+    if "litdata" in PEERS:
+        import litdata
+
+        how = {"chunk_bytes": "8MB", "num_workers": 1, "verbose": False}
+        litdata.optimize(partial(jpeg_of, str(plain)), list(range(len(images))), str(folder / "litdata"), **how)
+    if "streaming" in PEERS:
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(folder / "mds"), columns={"image": "jpeg"}, size_limit="8MB") as writer:
+            for image in images:
+                writer.write({"image": Image.open(io.BytesIO(image))})
+
+
+def peers_transform() -> transforms.Compose:
+    """What training scripts everywhere do to a Pillow image."""
+    return transforms.Compose(
+        [transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+    )
+
+
+def ours(folder: Path, workers: int) -> Iterator[Tensor]:
+    """Image shards by plan; bytes become floats batch by batch, as in the training step."""
+    dataset = ImageDataset(folder / "shards", SIZE)
+    plan = Plan(tuple(shard.samples for shard in dataset.sources[0].manifest.shards))
+    for batch in ShardLoader(dataset, plan, BATCH, workers=workers):
+        yield pixels_to_images(batch["image"])
+
+
+def webdataset(folder: Path, workers: int) -> Iterator[Tensor]:
+    """The same tars, as webdataset's own examples read them."""
+    import webdataset as wds
+
+    urls, transform = [str(path) for path in sorted((folder / "shards").glob("*.tar"))], peers_transform()
+    dataset = wds.WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(1000, initial=100).decode("pil").to_tuple("jpg")
+    dataset = dataset.map_tuple(transform).batched(BATCH, partial=False).repeat(2)
+    for (images,) in wds.WebLoader(dataset, batch_size=None, num_workers=workers):
+        yield images
+
+
+def imagefolder(folder: Path, workers: int) -> Iterator[Tensor]:
+    """Single files."""
+    dataset = ImageFolder(str(folder / "folder"), peers_transform())
+    for images, _ in DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers):
+        yield images
+
+
+def litdata(folder: Path, workers: int) -> Iterator[Tensor]:
+    """Its own chunks, which hold the JPEG files and give uint8 tensors."""
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    resize = transforms.Compose([transforms.Resize(SIZE, antialias=True), transforms.CenterCrop(SIZE)])
+    dataset = StreamingDataset(
+        str(folder / "litdata"), shuffle=True, drop_last=True, transform=lambda sample: resize(sample["image"])
+    )
+    for images in StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, drop_last=True):
+        yield images.float().div_(127.5).sub_(1)
+
+
+def streaming(folder: Path, workers: int) -> Iterator[Tensor]:
+    """mosaicml-streaming's own shards, which hold the JPEG files and give Pillow images."""
+    from streaming import StreamingDataset
+
+    class Pictures(StreamingDataset):
+        transform = peers_transform()
+
+        def __getitem__(self, index: int) -> Tensor:
+            return self.transform(super().__getitem__(index)["image"])
+
+    dataset = Pictures(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
+    yield from DataLoader(dataset, BATCH, drop_last=True, num_workers=workers)
+
+
+LOADERS = {loader.__name__: loader for loader in (ours, webdataset, imagefolder, litdata, streaming)}
+
+
+def rate(loader: object, folder: Path, workers: int, batches: int) -> float:
+    """Images per second after the first batch, when workers stand and all have begun to read ahead.
+
+    Three quarters of a pass, so that no loader is timed while some of its workers have run out of shards.
+    """
+    iterator = iter(loader(folder, workers))
+    first = next(iterator)
+    assert first.dtype == torch.float32 and first.shape == (BATCH, 3, SIZE, SIZE), (first.dtype, first.shape)
+    assert -1 <= first.min() < -0.5 < 0.5 < first.max() <= 1
+    began = time.perf_counter()
+    for _ in range(batches - 1):
+        next(iterator)
+    seconds = time.perf_counter() - began
+    iterator.close()
+    return (batches - 1) * BATCH / seconds
+
+
+def main() -> None:
+    """Measure, and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer images and rounds: under 50 s")
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    count, rounds = (512, 2) if options.quick else (options.images, options.rounds)
+    sizes = (256,) if options.quick else (256, 512)
+    print(
+        describe(),
+        "images",
+        count,
+        "rounds",
+        rounds,
+        "not installed:",
+        [name for name in ("litdata", "streaming") if name not in PEERS],
+    )
+    found = mixing(Plan((1000,) * 100), BATCH)
+    print("mixing of 100 shards of 1000:", {name: round(value, 4) for name, value in found.items()})
+    loaders = {name: loader for name, loader in LOADERS.items() if name not in ("litdata", "streaming") or name in PEERS}
+    ratios: dict[str, list[float]] = {}
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            images = list(jpegs(count, size))
+            print(f"{size} px JPEG -> {SIZE}: {statistics.mean(map(len, images)) / 1024:.0f} KiB each")
+            write(folder, images)
+            for workers in (0, 2):
+                for turn in range(rounds + 1):
+                    rates = {name: rate(loader, folder, workers, count // BATCH * 3 // 4) for name, loader in loaders.items()}
+                    if turn == 0:
+                        continue  # fills caches
+                    print(f"{size} px, {workers} workers:", {name: round(value) for name, value in rates.items()}, flush=True)
+                    for name in rates.keys() - {"ours"}:
+                        ratios.setdefault(f"{name}_{size}px_{workers}workers", []).append(rates["ours"] / rates[name])
+    for name, values in sorted(ratios.items()):
+        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+
+
+if __name__ == "__main__":
+    main()
