@@ -1,13 +1,17 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
+from ldm.data.check import check_folder
 from ldm.data.images import ImageDataset
 from ldm.data.latents import LatentDataset, latent_manifest, read_null_text
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.shapes import generate
-from ldm.data.check import check_folder
+from ldm.data.shards import ShardReader
+from ldm.data.sources import open_source
 from ldm.data.writer import write_images
 from ldm.errors import LdmError, UsageError
 from ldm.export import UNFINISHED_NAME, CaptionCache, export_latents, latent_statistics
@@ -34,6 +38,11 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def is_whole(folder):
+    problems, shards = check_folder(folder, deep=True)
+    return not problems and all(shard.good == shard.entry.samples and not shard.problems for shard in shards)
+
+
 def test_latents_are_what_the_encoders_say(autoencoder, image_shards, minilm, tmp_path):
     seen = []
     manifest = export_latents(
@@ -42,10 +51,10 @@ def test_latents_are_what_the_encoders_say(autoencoder, image_shards, minilm, tm
     images, latents, network = ImageDataset(image_shards), LatentDataset(tmp_path / "out"), load_autoencoder(autoencoder)
     # conservation: as many as there were, shard by shard, in the same order
     assert manifest.shards == Manifest.load(tmp_path / "out", LATENT_SHARDS).shards
-    assert [entry.samples for entry in manifest.shards] == [entry.samples for entry in images.manifest.shards]
+    assert [entry.samples for entry in manifest.shards] == [entry.samples for entry in images.sources[0].manifest.shards]
     assert len(latents) == len(images) == 10
     assert seen[-1] == (10, 10) and sorted(seen) == seen
-    assert check_folder(tmp_path / "out", deep=True) == []
+    assert is_whole(tmp_path / "out")
     for index in range(10):
         sample, latent = images[index], latents[index]
         with torch.no_grad():
@@ -54,7 +63,7 @@ def test_latents_are_what_the_encoders_say(autoencoder, image_shards, minilm, tm
         np.testing.assert_allclose(latent["std"], posterior.std[0], rtol=1e-4, atol=1e-5)
         embedding, _ = minilm.encode([sample["caption"]])
         np.testing.assert_allclose(latent["text"], embedding[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(read_null_text(tmp_path / "out"), minilm.encode([""])[0][0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(read_null_text(open_source(tmp_path / "out")), minilm.encode([""])[0][0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_manifest_says_what_made_it(autoencoder, image_shards, minilm, tmp_path):
@@ -185,3 +194,20 @@ def test_pictures_are_fitted_where_a_size_is_asked_for(autoencoder, image_shards
     export_latents(autoencoder, image_shards, tmp_path / "out", image_size=16)
     assert LatentDataset(tmp_path / "out")[0]["mean"].shape == (4, 8, 8)
     assert load_file(tmp_path / "out" / "null_text.safetensors")["text"].dtype == np.float16
+
+
+def test_samples_that_cannot_be_used_are_left_out_and_on_record(autoencoder, tmp_path):
+    items = [(f"{index:03d}", picture, caption) for index, (_, picture, caption) in enumerate(generate(120, 32, seed=0))]
+    write_images(tmp_path / "images", "x", items, samples_per_shard=50, extra={"captioned": 120})
+    shard = tmp_path / "images" / "x-00001.tar"
+    data = bytearray(shard.read_bytes())
+    with ShardReader(shard) as reader:
+        offset, _ = reader.spans(7)["png"]
+    data[offset] ^= 1
+    shard.write_bytes(data)
+    manifest = export_latents(autoencoder, tmp_path / "images", tmp_path / "out")
+    assert manifest.samples + manifest.extra["quarantined"] == 120 and manifest.extra["quarantined"] == 1
+    assert [entry.samples for entry in manifest.shards] == [50, 49, 20]
+    (line,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert line == {"shard": str(shard), "key": "057", "reason": "not a JPEG, PNG or WebP image"}
+    assert is_whole(tmp_path / "out")

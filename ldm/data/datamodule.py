@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ldm.data.images import Augmentation, ImageDataset
 from ldm.data.latents import LatentDataset, read_null_text
-from ldm.data.loader import PlainLoader, ShardLoader
+from ldm.data.loader import ShardLoader, batch_loader
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.plan import WINDOW, Plan, sizes_and_weights
 from ldm.data.quarantine import QUARANTINE_NAME, Quarantine
@@ -186,10 +186,10 @@ class ShardDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         # every process validates on the same samples, so that no figure depends on how many there are
         few = Subset(self.validation_set, range(min(self.validation_samples, len(self.validation_set))))
-        return PlainLoader(
+        return batch_loader(
             few,
+            self.validation_set.collate,
             batch_size=self.batch_size,
-            collate_fn=self.validation_set.collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self._on_gpu,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.plan import Draw, Plan, Position
 from ldm.data.quarantine import Quarantine
@@ -16,17 +16,40 @@ from ldm.errors import LdmError
 log = logging.getLogger(__name__)
 
 
-class PlainLoader(DataLoader):
-    """A loader whose workers' errors say what they said there: torch hides it at the end of a traceback of many lines."""
+class _Batches(Dataset):
+    """Whole batches by their samples' numbers, or the error that a user can mend in their place."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Any]):
+        self.dataset, self.collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, draws: list[Any]) -> Any:
         try:
-            yield from super().__iter__()
+            return self.collate(self.dataset.__getitems__(draws))
         except LdmError as error:
-            *traceback, last = str(error).strip().splitlines()
-            if not traceback:
-                raise
-            raise type(error)(last.partition(": ")[2]) from error
+            return error
+
+
+class _PlainLoader(DataLoader):
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, LdmError):
+                raise batch
+            yield batch
+
+
+def batch_loader(dataset: Dataset, collate: Callable[[list[Any]], Any], **options: Any) -> DataLoader:
+    """A loader whose workers' errors reach the caller as they are, one line.
+
+    Raised there, torch would hand them on as a traceback of many lines, and each worker would take five seconds to end.
+    """
+    return _PlainLoader(_Batches(dataset, collate), collate_fn=_unchanged, **options)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 class PlannedBatches:
@@ -84,12 +107,11 @@ class ShardLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         position = self.position
         sampler = PlannedBatches(self.plan, self.batch_size, self.rank, self.world_size, position)
-        loader = PlainLoader(
+        loader = batch_loader(
             self.dataset,
+            self.dataset.collate,
             batch_sampler=sampler,
-            collate_fn=self.dataset.collate,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
+            num_workers=self.workers,  # they live as long as this iteration, which does not end with an epoch
             pin_memory=self.pin_memory,
         )
         for batch in loader:

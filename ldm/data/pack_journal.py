@@ -28,7 +28,7 @@ _VERSION = 1
 class Journal:
     """A context manager that claims ``out``, new or with the same pack unfinished in it, for this process alone.
 
-    Left by an exception, all is kept for the next run.
+    Left by an exception, all is kept for the next run; an OSError becomes an :class:`LdmError` that says so.
 
     Attributes:
         entries: the shards that stand; the writer shares the list.
@@ -72,8 +72,14 @@ class Journal:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._open.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self._open.close()
+        except OSError as failed:  # what was left to write did not go onto a full disk
+            error = failed
+        if isinstance(error, OSError):
+            mend = "see to that and give the same command again, it goes on"
+            raise LdmError(f"{self.out} cannot be written ({error.strerror}); {mend}") from error
 
     def _lock(self) -> None:
         try:

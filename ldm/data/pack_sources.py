@@ -7,16 +7,12 @@ captions. However long it is, the listing is never held in memory.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +29,7 @@ from ldm.data.decode import (
 )
 from ldm.data.manifest import tar_paths
 from ldm.data.pack_tables import read_table, texts_of
+from ldm.data.pack_walk import walk
 from ldm.errors import UsageError, first_line
 from ldm.files import require_folder
 
@@ -43,8 +40,6 @@ _ALLOWED = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 # Images of kinds that are not read: on record in the quarantine, so that nobody wonders where they went.
 _OTHER_IMAGES = frozenset((".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg"))
 _IMAGES = _ALLOWED | _OTHER_IMAGES
-# Names of one folder that are sorted in memory; more of them are sorted by way of temporary files.
-_NAMES_AT_ONCE = 100_000
 _ROWS_AT_ONCE = 1000
 
 
@@ -243,49 +238,6 @@ def open_pack_source(
     if image_column or caption_columns:
         raise UsageError(f"columns are named, but {src} is a folder of images; give the table they are in with --captions")
     return FolderSource(src)
-
-
-def walk(folder: str | os.PathLike, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Paths of all files under ``folder``, relative and with /, sorted; hidden ones and hidden folders left out.
-
-    Links are followed, but for those to a folder that they lie in. Raises :class:`UsageError` for a folder that cannot
-    be read.
-    """
-    with ExitStack() as stack:
-        try:
-            about = os.stat(folder)
-            here = (about.st_dev, about.st_ino)
-            if here in above:
-                return
-            with os.scandir(folder) as entries:
-                names = _sorted((_name(entry) for entry in entries if not entry.name.startswith(".")), stack)
-        except OSError as error:  # os.walk would pass over it in silence
-            raise UsageError(f"{error.filename} cannot be read ({error.strerror}); correct its permissions") from None
-        for name in names:
-            if name.endswith("/"):
-                yield from walk(os.path.join(folder, name[:-1]), inside + name, above | {here})
-            else:
-                yield inside + name
-
-
-def _name(entry: os.DirEntry[str]) -> str:
-    # a folder's / takes part in the order, so that whole paths come sorted; isdir knows links that lead in circles
-    is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-    return f"{entry.name}/" if is_folder else entry.name
-
-
-def _sorted(names: Iterator[str], stack: ExitStack) -> Iterator[str]:
-    """The names in order, in bounded memory: what is too much at once is sorted in pieces, which are merged."""
-    pieces: list[Iterable[str]] = []
-    while piece := sorted(islice(names, _NAMES_AT_ONCE)):
-        if len(piece) < _NAMES_AT_ONCE:
-            pieces.append(piece)
-            break
-        file = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115 (the caller's stack closes it)
-        file.writelines(json.dumps(name) + "\n" for name in piece)  # a name may hold a line break
-        file.seek(0)
-        pieces.append(map(json.loads, file))
-    return heapq.merge(*pieces)
 
 
 def _choose(asked: Sequence[str], usual: Sequence[str], columns: Sequence[str], where: str, what: str) -> list[str]:

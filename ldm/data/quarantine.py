@@ -77,13 +77,14 @@ class Quarantine:
             if not bad:
                 self._in_a_row = 0
                 continue
-            self._in_a_row += len(bad)
+            self._in_a_row += 1
             new = [sample for sample in dict.fromkeys(bad) if sample not in self.known]
             self.known.update(new)
             self._record(new)
             last = bad[-1]
-            if self._in_a_row > self.max_in_a_row:
-                raise too_many_in_a_row(self._in_a_row, last, self.config)
+            # one draw after another, or one place after another in search of a good one
+            if (in_a_row := max(self._in_a_row, len(bad))) > self.max_in_a_row:
+                raise too_many_in_a_row(in_a_row, last, self.config)
             if len(self.known) > self.max_share * self.samples:
                 raise LdmError(
                     f"{len(self.known)} of {self.samples} samples cannot be used, more than {self.max_share:.2%}, the last one "

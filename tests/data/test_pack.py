@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import io
 import json
@@ -321,6 +322,24 @@ def test_a_damaged_unfinished_pack_is_refused(src, tmp_path):
     refused(JOURNAL_NAME, whole[JOURNAL_NAME] + b"{}\n", "is damaged")
     refused(JOURNAL_NAME, b"[\n", "is damaged")
     assert pack(src, out, shard_size=1).packed == 3
+
+
+@pytest.mark.parametrize("good", range(3))
+def test_a_full_disk_is_one_line_and_the_pack_goes_on(many, tmp_path, monkeypatch, good):
+    def replace(temporary, path, real=os.replace):
+        if path.name == f"images-{good:05d}.tar":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(temporary, path)
+
+    pack(many, tmp_path / "whole", shard_size=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(LdmError, match="No space left on device") as error:
+            pack(many, tmp_path / "out", shard_size=3)
+    assert str(tmp_path / "out") in str(error.value) and "goes on" in str(error.value)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [f"images-{n:05d}.tar" for n in range(good)]
+    pack(many, tmp_path / "out", shard_size=3)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_two_at_once_do_not_share_a_folder(src, tmp_path):

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from ldm.data import pack_sources
+from ldm.data import pack_sources, pack_walk
 from ldm.data.manifest import Manifest
 from ldm.data.pack import pack
-from ldm.data.pack_sources import open_pack_source, walk
+from ldm.data.pack_sources import open_pack_source
+from ldm.data.pack_walk import walk
 from ldm.data.shards import ShardReader
 from ldm.errors import UsageError
 
@@ -52,7 +53,7 @@ def quarantine(out):
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100_000])
 def test_the_walk_is_sorted_whatever_fits_into_memory(tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(pack_sources, "_NAMES_AT_ONCE", at_once)
+    monkeypatch.setattr(pack_walk, "_NAMES_AT_ONCE", at_once)
     names = ["b", "a/x", "a/y", "a-b", "a.b", "ab/c/d", "B", "ab/c.d", "line\nbreak", os.fsdecode(b"caf\xe9"), "é/é", "a b"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -60,19 +60,20 @@ def test_a_share_of_the_samples_is_borne_and_one_more_is_not():
 
 def test_so_many_in_a_row_are_borne_and_one_more_is_not():
     quarantine = Quarantine(1000, max_share=1.0, max_in_a_row=4)
-    quarantine.add([[bad(1), bad(2)], [bad(3), bad(4)], [], [bad(5)]])
-    quarantine.add([[bad(6)], [bad(7), bad(8)], []])  # across batches, and ended by a good one
-    quarantine.add([[bad(9), bad(10), bad(11)], [bad(12)]])
+    quarantine.add([[bad(1), bad(2), bad(3), bad(4)], [bad(2), bad(3), bad(4)]])  # the same row, entered twice
+    quarantine.add([[bad(6)], [bad(7)], []])  # four draws, ended by a good one
+    quarantine.add([[bad(9)], [bad(10)], [bad(11)], [bad(12)]])
+    expected = (
+        "5 samples in a row cannot be used, the last one x.tar: 13 is broken; mend or leave out the shard "
+        "(`ldm shards check` names what is wrong), or raise data.max_bad_in_a_row"
+    )
+    assert str(too_many_in_a_row(5, bad(13))) == expected
     with pytest.raises(LdmError) as error:
         quarantine.add([[bad(13)]])
-    assert (
-        str(error.value)
-        == str(too_many_in_a_row(5, bad(13)))
-        == (
-            "5 samples in a row cannot be used, the last one x.tar: 13 is broken; mend or leave out the shard "
-            "(`ldm shards check` names what is wrong), or raise data.max_bad_in_a_row"
-        )
-    )
+    assert str(error.value) == expected
+    with pytest.raises(LdmError) as error:
+        Quarantine(1000, 1.0, 4).add([[], [bad(9), bad(10), bad(11), bad(12), bad(13)]])
+    assert str(error.value) == expected
 
 
 def test_where_nobody_can_set_the_limits_no_key_is_named():

@@ -1,0 +1,251 @@
+"""The training loader: where it stands, how it goes on, what it costs."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm.data.datamodule import ShardDataModule
+from ldm.data.images import ImageDataset
+from ldm.data.loader import ShardLoader, batch_loader
+from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.plan import Plan, Position
+from ldm.data.sources import ShardSource
+from ldm.data.writer import ShardWriter, encode_png
+from ldm.errors import LdmError, UsageError
+
+SIZES = (5, 1, 4, 7)
+TOTAL = sum(SIZES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seventeen pictures in four uneven shards."""
+    folder, number, entries = tmp_path_factory.mktemp("shards"), 0, []
+    for shard, size in enumerate(SIZES):
+        with ShardWriter(folder, "x", first_index=shard) as writer:
+            for _ in range(size):
+                writer.write(f"{number:02d}", {"png": encode_png(Image.new("RGB", (4, 4), (number, 0, 0)))})
+                number += 1
+        entries += writer.entries
+    Manifest(IMAGE_SHARDS, tuple(entries)).save(folder)
+    return folder
+
+
+def make(folder, batch_size=3, rank=0, world_size=1, seed=0, **settings):
+    dataset = ImageDataset(folder)
+    plan = Plan(tuple(entry.samples for entry in dataset.sources[0].manifest.shards), seed=seed)
+    return ShardLoader(dataset, plan, batch_size, rank, world_size, **settings)
+
+
+def keys(loader, count):
+    return [batch["key"] for batch in islice(loader, count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_anywhere_and_loaded_elsewhere_it_goes_on_as_if_never_stopped(folder, workers):
+    whole = keys(make(folder), 20)
+    for cuts in ((1, 2), (5, 6), (6, 11)) if workers else ((0, 3), (1, 1), (5, 6), (6, 7), (11, 2)):
+        seen, state = [], None
+        for cut in (*cuts, 20 - sum(cuts)):
+            loader = make(folder, seed=99, workers=workers) if state else make(folder, workers=workers)
+            if state:
+                loader.load_state_dict(json.loads(json.dumps(state)))  # nothing but names and numbers
+            seen += keys(loader, cut)
+            state = loader.state_dict()
+        assert seen == whole
+
+
+def test_iterated_anew_it_goes_on_where_it_stands(folder):
+    loader = make(folder)
+    assert keys(loader, 4) + keys(loader, 9) == keys(make(folder), 13)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_confirmation_only_what_was_consumed_counts(folder, workers):
+    """A trainer fetches a batch ahead, and the workers more: these are not lost when it is killed."""
+    loader = make(folder, workers=workers, confirm=True)
+    batches = iter(loader)
+    first, second = next(batches), next(batches)
+    assert loader.state_dict()["samples_consumed"] == 0
+    loader.consumed(first["position"])
+    assert loader.state_dict() == make(folder).state_dict() | {"samples_consumed": 3}
+    resumed = make(folder)
+    resumed.load_state_dict(loader.state_dict())
+    assert keys(resumed, 1) == [second["key"]]
+
+
+def test_positions_count_epochs(folder):
+    found = [batch["position"] for batch in islice(make(folder, world_size=2), 9)]
+    assert found == [Position(draws // TOTAL, draws % TOTAL) for draws in range(6, 60, 6)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_take_equally_many_batches_and_share_each_epoch(folder, world_size):
+    steps = 2 * TOTAL  # so that all ranks together end with an epoch: each has batches of one
+    ranks = [keys(make(folder, 1, rank, world_size), steps) for rank in range(world_size)]
+    draws = [key for step in zip(*ranks, strict=True) for batch in step for key in batch]
+    for epoch in range(2 * world_size):
+        assert sorted(draws[epoch * TOTAL : (epoch + 1) * TOTAL]) == [f"{number:02d}" for number in range(TOTAL)]
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 3), (3, 1)), ((1, 4), (2, 2)), ((3, 2), (1, 1))])
+def test_the_state_is_that_of_all_ranks_and_fits_any_number_of_them(folder, before, after):
+    (batch_size, world_size), drawn, states = before, [], []
+    for rank in range(world_size):
+        loader = make(folder, batch_size, rank, world_size)
+        drawn += keys(loader, 2)
+        states.append(loader.state_dict())
+    assert all(state == states[0] for state in states)
+    batch_size, world_size = after
+    left = TOTAL - 2 * before[0] * before[1]
+    for rank in range(world_size):
+        loader = make(folder, batch_size, rank, world_size)
+        loader.load_state_dict(states[-1 - rank % len(states)])
+        drawn += keys(loader, left // (batch_size * world_size))
+    # what was left came once; the rest of it is less than a batch of all
+    found = sum(drawn, [])
+    assert len(set(found)) == len(found) > TOTAL - batch_size * world_size
+
+
+def test_other_data_begin_an_epoch(folder, caplog):
+    loader = make(folder, data_hash="a")
+    keys(loader, 4)
+    state = loader.state_dict()
+    assert state == {"seed": 0, "epoch": 0, "samples_consumed": 12, "data": "a"}
+    same, other = make(folder, data_hash="a"), make(folder, data_hash="b")
+    same.load_state_dict(state)
+    assert same.position == (0, 12) and not caplog.text
+    other.load_state_dict(state)
+    assert other.position == (1, 0) and "the training data changed since the checkpoint" in caplog.text
+
+
+def test_too_few_samples_for_all_ranks_are_refused(folder):
+    with pytest.raises(UsageError, match=r"17 samples do not fill one batch of 18"):
+        make(folder, 6, 0, 3)
+
+
+class Broken(ImageDataset):
+    """Meets an error that the user can mend, or a defect of ours."""
+
+    error: Exception
+
+    def __getitems__(self, draws):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_worker_says_what_it_said_there_and_the_workers_end_at_once(folder, workers):
+    dataset = Broken(folder)
+    for error in (LdmError("x.tar does not exist; restore it"), UsageError("give another")):
+        dataset.error = error
+        start = time.monotonic()
+        with pytest.raises(type(error)) as raised:
+            next(iter(ShardLoader(dataset, Plan(SIZES), 3, workers=workers)))
+        assert str(raised.value) == str(error) and type(raised.value) is type(error)
+        raised = None
+        assert time.monotonic() - start < 8  # torch waits five seconds for each worker that it lost sight of
+    dataset.error = ValueError("a defect")
+    with pytest.raises(ValueError, match="a defect"):
+        next(iter(batch_loader(dataset, dataset.collate, batch_size=2, num_workers=workers)))
+
+
+def huge(folder, cache, shards=100_000):
+    """A manifest of a hundred million samples far away. All shards have the same bytes, so the cache holds them all in one."""
+    for place in (folder, cache):
+        place.mkdir()
+    with ShardWriter(cache, "x", samples_per_shard=None) as writer:
+        image = encode_png(Image.new("RGB", (4, 4)))
+        for number in range(1000):
+            writer.write(f"{number:03d}", {"png": image})
+    (entry,) = writer.entries
+    (cache / entry.name).rename(cache / f"{entry.sha256}.tar")
+    entries = tuple(replace(entry, name=f"{number:05d}.tar") for number in range(shards))
+    Manifest(IMAGE_SHARDS, entries, {"location": "https://nowhere.invalid/shards"}).save(folder)
+    return folder
+
+
+def test_going_to_the_middle_of_an_epoch_of_a_huge_set_asks_for_no_shard_but_those_needed(folder, tmp_path, monkeypatch):
+    asked = []
+    path = ShardSource.path
+    monkeypatch.setattr(ShardSource, "path", lambda self, number: asked.append(number) or path(self, number))
+    data = ShardDataModule(
+        str(huge(tmp_path / "huge", tmp_path / "cache")), str(folder), batch_size=32, cache=str(tmp_path / "cache"), seed=3
+    )
+    start = time.process_time()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    state = loader.state_dict() | {"epoch": 3, "samples_consumed": 50_000_000}
+    loader.load_state_dict(state)
+    batches = list(islice(loader, 3))
+    seconds = time.process_time() - start
+    assert loader.state_dict() == state | {"samples_consumed": 50_000_096}
+    draws = [draw for batch in islice(loader.plan.batches(32, position=Position(3, 50_000_000)), 3) for draw in batch]
+    assert [f"{draw.sample % 1000:03d}" for draw in draws] == [key for batch in batches for key in batch["key"]]
+    assert draws[0].number == 350_000_000
+    needed = {draw.sample // 1000 for draw in draws}
+    assert set(asked) == needed and len(asked) == len(needed)
+    assert seconds < 20  # two to four on a machine at rest, most of it for reading twenty megabytes of manifest
+
+
+STREAM = """
+import sys, multiprocessing
+from itertools import islice
+from ldm.data.datamodule import ShardDataModule
+
+def kilobytes(pid):
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+def resident():
+    return kilobytes("self") + sum(kilobytes(child.pid) for child in multiprocessing.active_children())
+
+folder, workers = sys.argv[1], int(sys.argv[2])
+data = ShardDataModule(folder, folder, batch_size=100, workers=workers, shuffle_window=10_000)
+data.setup("fit")
+for number, batch in enumerate(islice(data.train_dataloader(), 1000), start=1):
+    assert len(batch["key"]) == 100
+    if number == 100:
+        before = resident()
+print(before, resident())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_hundred_thousand_samples_leave_nothing_behind(tmp_path, workers):
+    """A hundred shards of a thousand, which come into use ten by ten: memory after 100,000 samples as after 10,000."""
+    with ShardWriter(tmp_path, "x", samples_per_shard=None) as writer:
+        image = encode_png(Image.new("RGB", (16, 16), "red"))
+        for number in range(1000):
+            writer.write(f"{number:04d}", {"png": image, "txt": b"a red square"})
+    (entry,) = writer.entries
+    names = [f"{number:03d}.tar" for number in range(100)]
+    for name in names:
+        os.link(tmp_path / entry.name, tmp_path / name)
+    (tmp_path / entry.name).unlink()
+    Manifest(IMAGE_SHARDS, tuple(replace(entry, name=name) for name in names), {"captioned": 100_000}).save(tmp_path)
+    said = subprocess.run(
+        [sys.executable, "-c", STREAM, tmp_path, str(workers)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+        timeout=300,
+    )
+    before, after = map(int, said.stdout.split())
+    print(f"{workers} workers: {(after - before) / 1024:.1f} MB")
+    assert (after - before) / 1024 < 50
+
+
+def test_a_batch_of_errors_and_all_can_be_sent_between_processes():
+    error = pickle.loads(pickle.dumps(UsageError("give another")))
+    assert type(error) is UsageError and str(error) == "give another"
