@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -50,14 +53,38 @@ def test_shapes_pack_index_check(capsys: pytest.CaptureFixture, tmp_path: Path, 
     assert [shard["samples"] for shard in manifest["shards"]] == [10, 10, 5]
     assert run(capsys, "shards", "pack", photos, tmp_path / "p", "--size", "32")[0] == 0
     (tmp_path / "p/manifest.json").unlink()
-    assert run(capsys, "shards", "index", tmp_path / "p")[0] == 0
-    assert run(capsys, "shards", "check", tmp_path / "p", "--deep")[0] == 0
+    code, out, _ = run(capsys, "shards", "index", tmp_path / "p")
+    assert code == 0 and "3 samples in 1 shards" in out and "left out" not in out
+    code, out, _ = run(capsys, "shards", "check", tmp_path / "p", "--deep")
+    assert code == 0 and "is whole: every sample decodes" in out
     shard = next((tmp_path / "p").glob("*.tar"))
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
     shard.write_bytes(data)
     code, out, said = run(capsys, "shards", "check", tmp_path / "p", "--deep")
     assert code == 1 and shard.name in out and "problem" in said
+
+
+def test_index_and_check_say_what_cannot_be_used(capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path) -> None:
+    """One sample of four has a picture that is none, another no picture: a table, a line for each, and exit code 1."""
+    image, folder = (photos / "0.png").read_bytes(), tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, content in (("0.png", image), ("1.png", b"none"), ("2.json", b"{}"), ("3.png", image)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    code, out, _ = run(capsys, "shards", "index", folder)
+    assert code == 0 and "4 samples in 1 shards" in out and "1 of them have no image or come twice" in out
+    for deep, usable, problems in (
+        ([], 3, ["a.tar: 2 has no image"]),
+        (["--deep"], 2, ["a.tar: 1 not a", "a.tar: 2 has"]),
+    ):
+        code, out, said = run(capsys, "shards", "check", folder, *deep)
+        assert code == 1 and said == f"ldm: {folder}: {len(problems)} problem(s)"
+        assert all(any(line.startswith(problem) for line in out.splitlines()) for problem in problems)
+        row = next(line for line in out.splitlines() if "problem(s)" in line)
+        assert [cell.strip() for cell in re.split("[│|]", row)[1:4]] == ["a.tar", "4", str(usable)]
 
 
 @pytest.mark.parametrize("kind", ["missing", "no images", "captions without columns", "captions name a missing image"])

@@ -3,16 +3,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 from ldm.data.check import check_folder
 from ldm.data.images import ImageDataset
 from ldm.data.latents import LatentDataset, latent_manifest, read_null_text
-from ldm.data.manifest import LATENT_SHARDS, Manifest
+from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
+from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.data.shapes import generate
-from ldm.data.shards import ShardReader
 from ldm.data.sources import open_source
-from ldm.data.writer import write_images
+from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
 from ldm.export import UNFINISHED_NAME, CaptionCache, export_latents, latent_statistics
 from ldm.models.autoencoder import (
@@ -196,18 +197,63 @@ def test_pictures_are_fitted_where_a_size_is_asked_for(autoencoder, image_shards
     assert load_file(tmp_path / "out" / "null_text.safetensors")["text"].dtype == np.float16
 
 
-def test_samples_that_cannot_be_used_are_left_out_and_on_record(autoencoder, tmp_path):
-    items = [(f"{index:03d}", picture, caption) for index, (_, picture, caption) in enumerate(generate(120, 32, seed=0))]
-    write_images(tmp_path / "images", "x", items, samples_per_shard=50, extra={"captioned": 120})
-    shard = tmp_path / "images" / "x-00001.tar"
-    data = bytearray(shard.read_bytes())
-    with ShardReader(shard) as reader:
-        offset, _ = reader.spans(7)["png"]
-    data[offset] ^= 1
-    shard.write_bytes(data)
-    manifest = export_latents(autoencoder, tmp_path / "images", tmp_path / "out")
+@pytest.fixture
+def mostly_whole(tmp_path):
+    """The function that writes 120 pictures in three shards, some of which cannot be used."""
+
+    def write(bad=(), uncaptioned=()):
+        folder = tmp_path / "mostly"
+        folder.mkdir()
+        with ShardWriter(folder, "x", samples_per_shard=50) as writer:
+            for number in range(120):
+                image = encode_png(Image.new("RGB", (8, 8), (2 * number, 0, 0))) if number not in bad else b"no picture"
+                caption = f"red number {number % 3}" if number not in uncaptioned else ""
+                writer.write(f"{number:03d}", {"png": image, "txt": caption.encode()})
+        Manifest(IMAGE_SHARDS, tuple(writer.entries), {"captioned": 120 - len(uncaptioned)}).save(folder)
+        return folder
+
+    return write
+
+
+def test_samples_that_cannot_be_used_are_left_out_and_on_record(autoencoder, mostly_whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.export.CHUNK_SAMPLES", 16)
+    shards, out = mostly_whole(bad=(57,)), tmp_path / "out"
+    manifest = export_latents(autoencoder, shards, out)
     assert manifest.samples + manifest.extra["quarantined"] == 120 and manifest.extra["quarantined"] == 1
     assert [entry.samples for entry in manifest.shards] == [50, 49, 20]
-    (line,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
-    assert line == {"shard": str(shard), "key": "057", "reason": "not a JPEG, PNG or WebP image"}
-    assert is_whole(tmp_path / "out")
+    (line,) = map(json.loads, (out / QUARANTINE_NAME).read_text().splitlines())
+    assert line == {"shard": str(shards / "x-00001.tar"), "key": "057", "reason": "not a JPEG, PNG or WebP image"}
+    assert is_whole(out)
+    # all the others in their order, each with its own caption and latent
+    dataset, words = LatentDataset(out), []
+    for entry in manifest.shards:
+        shard = dataset.open_shard(out / entry.name, entry)
+        words += [shard.words(chunk) for chunk in range(len(shard.spans))]
+    keys = [key for chunk in words for key in chunk["keys"]]
+    assert keys == [f"{number:03d}" for number in range(120) if number != 57]
+    assert [caption for chunk in words for caption in chunk["captions"]] == [f"red number {int(key) % 3}" for key in keys]
+    picture = torch.tensor([2 * 58, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    with torch.no_grad():
+        mean = load_autoencoder(autoencoder).encode(pixels_to_images(picture)).latent_dist.mean[0]
+    np.testing.assert_allclose(dataset[57]["mean"], mean, rtol=1e-2, atol=1e-2)
+    # interrupted it comes to the same, the record too
+    for samples in (60, 120):
+        with pytest.raises(Interrupted):
+            export_latents(autoencoder, shards, tmp_path / f"{samples}", on_progress=stop_at(samples))
+        export_latents(autoencoder, shards, tmp_path / f"{samples}")
+        assert contents(tmp_path / f"{samples}") == contents(out)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "reason"),
+    [({"bad": (57, 110)}, "not a JPEG, PNG or WebP image"), ({"uncaptioned": (57, 110)}, "has no caption")],
+)
+def test_too_much_that_cannot_be_used_stops_the_export_in_one_line(autoencoder, mostly_whole, tmp_path, spoilt, reason):
+    shards = mostly_whole(**spoilt)
+    with pytest.raises(LdmError) as error:
+        export_latents(autoencoder, shards, tmp_path / "out")
+    message = str(error.value)
+    assert message.startswith("2 of 120 samples cannot be used, more than 1.00%, the last one ")
+    assert f"{shards}/x-00002.tar: 110 {reason}; " in message and "ldm shards check --deep" in message
+    assert "data." not in message and "\n" not in message  # that section is none of an export's
+    assert not (tmp_path / "out" / "manifest.json").exists()

@@ -13,7 +13,7 @@ import numpy as np
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of, decode_pixels
 from ldm.data.latents import LatentShard
-from ldm.data.manifest import IMAGE_SHARDS, MANIFEST_NAME, Manifest, Problem, ShardEntry, tar_paths
+from ldm.data.manifest import IMAGE_SHARDS, MANIFEST_NAME, PACK_JOURNAL_NAME, Manifest, Problem, ShardEntry, tar_paths
 from ldm.data.remote import fetch
 from ldm.data.shards import ShardReader
 from ldm.data.sources import remote_files
@@ -41,6 +41,8 @@ def index_folder(folder: str | os.PathLike, on_progress: Callable[[int, int], No
     Raises :class:`UsageError` where there is no tar, and :class:`LdmError` where a shard is damaged or has no sample.
     """
     folder = require_folder(folder, "a folder of .tar shards")
+    if (folder / PACK_JOURNAL_NAME).exists():
+        raise UsageError(f"{folder} is a pack that was not finished; run the same `ldm shards pack` again")
     paths = tar_paths(folder)
     if not paths:
         raise UsageError(f"{folder} holds no .tar shard; `ldm shards pack` makes them from a folder of images")

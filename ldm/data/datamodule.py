@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from ldm.data.images import Augmentation, ImageDataset
 from ldm.data.latents import LatentDataset, read_null_text
@@ -184,11 +184,13 @@ class ShardDataModule(LightningDataModule):
         return batch
 
     def val_dataloader(self) -> DataLoader:
-        # every process validates on the same samples, so that no figure depends on how many there are
         few = Subset(self.validation_set, range(min(self.validation_samples, len(self.validation_set))))
         return batch_loader(
             few,
             self.validation_set.collate,
+            # Every process validates on the same samples, so that no figure depends on how many there are. Without this
+            # Lightning puts a distributed sampler of its own in, unless the trainer was told not to.
+            sampler=DistributedSampler(few, num_replicas=1, rank=0, shuffle=False),
             batch_size=self.batch_size,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, require_folder, write_json
 
 MANIFEST_NAME = "manifest.json"
+PACK_JOURNAL_NAME = ".pack.jsonl"  # there while a folder is being packed
 IMAGE_SHARDS = "ldm-image-shards"
 LATENT_SHARDS = "ldm-latent-shards"
 VERSION = 1
@@ -78,13 +79,13 @@ class Manifest:
     @property
     def hash(self) -> str:
         """Hex sha256 of the shard list (names, counts, sizes, hashes): the identity of the data, in this order."""
-        shards = [asdict(shard) for shard in self.shards]
+        shards = [vars(shard) for shard in self.shards]
         return hashlib.sha256(json.dumps(shards, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write ``folder/manifest.json`` atomically and return its path."""
         path = Path(folder) / MANIFEST_NAME
-        value = {"format": self.format, "version": VERSION, "shards": [asdict(shard) for shard in self.shards]}
+        value = {"format": self.format, "version": VERSION, "shards": [vars(shard) for shard in self.shards]}
         write_json(path, value | {"samples": self.samples, "bytes": self.bytes} | self.extra)
         return path
 
@@ -98,6 +99,8 @@ class Manifest:
         """
         folder = require_folder(folder, "a folder of shards (.tar files and their manifest.json)")
         path = folder / MANIFEST_NAME
+        if not path.exists() and (folder / PACK_JOURNAL_NAME).exists():
+            raise UsageError(f"{folder} is a pack that was not finished; run the same `ldm shards pack` again")
         if not path.exists():
             raise UsageError(f"{folder} has no {MANIFEST_NAME}; {_mend(format, folder)}")
         return cls.parse(read_json(path), folder, format)

@@ -15,12 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from ldm.data.manifest import PACK_JOURNAL_NAME as JOURNAL_NAME
 from ldm.data.manifest import Manifest, ShardEntry
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.errors import LdmError, UsageError
 from ldm.files import fsync_folder, require_new_folder
-
-JOURNAL_NAME = ".pack.jsonl"
 
 _VERSION = 1
 

@@ -39,7 +39,7 @@ from ldm.models.autoencoder import pixels_to_images
 
 warnings.filterwarnings("ignore")
 BATCH, SIZE = 32, 256
-PEERS = [name for name in ("litdata", "streaming") if importlib.util.find_spec(name)]
+OPTIONAL = ("litdata", "streaming")
 
 
 def jpegs(count: int, size: int, quality: int = 90) -> Iterator[bytes]:
@@ -48,8 +48,8 @@ def jpegs(count: int, size: int, quality: int = 90) -> Iterator[bytes]:
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])  # (S, S/2 + 1)
     frequency[0, 0] = 1
     for _ in range(count):
-        planes = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(3, size, size))) / frequency**1.2, s=(size, size))
-        planes += 2 * planes[:1]  # colours go together
+        planes = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(3, size, size))) / frequency**1.4, s=(size, size))
+        planes = np.stack([planes[0] + planes[1] / 4, planes[0], planes[0] + planes[2] / 4])  # mostly grey, as photographs are
         x, y = rng.integers(0, size // 2, 2)
         planes[:, y : y + size // 3, x : x + size // 3] += rng.normal(size=(3, 1, 1)) * planes.std()
         pixels = np.clip(128 + 50 * planes / planes.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
@@ -65,7 +65,7 @@ def jpeg_of(folder: str, number: int) -> dict:
     return {"image": JpegImagePlugin.JpegImageFile(f"{folder}/{number:09d}.jpg")}
 
 
-def write(folder: Path, images: list[bytes]) -> None:
+def write(folder: Path, images: list[bytes], peers: list[str]) -> None:
     """The same files in every layout that is compared."""
     shards, plain = folder / "shards", folder / "folder" / "class"
     for made in (shards, plain):
@@ -75,12 +75,12 @@ def write(folder: Path, images: list[bytes]) -> None:
             writer.write(f"{number:09d}", {"jpg": image, "txt": b"a caption"})
             (plain / f"{number:09d}.jpg").write_bytes(image)
     Manifest(IMAGE_SHARDS, tuple(writer.entries), {"captioned": len(images)}).save(shards)
-    if "litdata" in PEERS:
+    if "litdata" in peers:
         import litdata
 
         how = {"chunk_bytes": "8MB", "num_workers": 1, "verbose": False}
         litdata.optimize(partial(jpeg_of, str(plain)), list(range(len(images))), str(folder / "litdata"), **how)
-    if "streaming" in PEERS:
+    if "streaming" in peers:
         from streaming import MDSWriter
 
         with MDSWriter(out=str(folder / "mds"), columns={"image": "jpeg"}, size_limit="8MB") as writer:
@@ -121,14 +121,16 @@ def imagefolder(folder: Path, workers: int) -> Iterator[Tensor]:
         yield images
 
 
+def resized(sample: dict) -> Tensor:
+    """litdata's uint8 picture at the size wanted; a function of the module, because its workers are spawned."""
+    return transforms.functional.center_crop(transforms.functional.resize(sample["image"], SIZE, antialias=True), SIZE)
+
+
 def litdata(folder: Path, workers: int) -> Iterator[Tensor]:
     """Its own chunks, which hold the JPEG files and give uint8 tensors."""
     from litdata import StreamingDataLoader, StreamingDataset
 
-    resize = transforms.Compose([transforms.Resize(SIZE, antialias=True), transforms.CenterCrop(SIZE)])
-    dataset = StreamingDataset(
-        str(folder / "litdata"), shuffle=True, drop_last=True, transform=lambda sample: resize(sample["image"])
-    )
+    dataset = StreamingDataset(str(folder / "litdata"), shuffle=True, drop_last=True, transform=resized)
     for images in StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, drop_last=True):
         yield images.float().div_(127.5).sub_(1)
 
@@ -170,31 +172,27 @@ def rate(loader: object, folder: Path, workers: int, batches: int) -> float:
 def main() -> None:
     """Measure, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer images and rounds: under 50 s")
+    parser.add_argument("--quick", action="store_true", help="fewer images and rounds, no optional peer: under 50 s")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    count, rounds = (512, 2) if options.quick else (options.images, options.rounds)
+    count, rounds = (320, 2) if options.quick else (options.images, options.rounds)
     sizes = (256,) if options.quick else (256, 512)
-    print(
-        describe(),
-        "images",
-        count,
-        "rounds",
-        rounds,
-        "not installed:",
-        [name for name in ("litdata", "streaming") if name not in PEERS],
-    )
+    # the consumer is one thread for all: OpenMP's threads would wait for cores that decode
+    torch.set_num_threads(1)
+    peers = [] if options.quick else [name for name in OPTIONAL if importlib.util.find_spec(name)]
+    print(describe())
+    print(f"{count} images, {rounds} rounds; left out: {', '.join(set(OPTIONAL) - set(peers)) or 'nothing'}")
     found = mixing(Plan((1000,) * 100), BATCH)
     print("mixing of 100 shards of 1000:", {name: round(value, 4) for name, value in found.items()})
-    loaders = {name: loader for name, loader in LOADERS.items() if name not in ("litdata", "streaming") or name in PEERS}
+    loaders = {name: loader for name, loader in LOADERS.items() if name in peers or name not in OPTIONAL}
     ratios: dict[str, list[float]] = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             images = list(jpegs(count, size))
             print(f"{size} px JPEG -> {SIZE}: {statistics.mean(map(len, images)) / 1024:.0f} KiB each")
-            write(folder, images)
+            write(folder, images, peers)
             for workers in (0, 2):
                 for turn in range(rounds + 1):
                     rates = {name: rate(loader, folder, workers, count // BATCH * 3 // 4) for name, loader in loaders.items()}

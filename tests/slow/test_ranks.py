@@ -1,0 +1,195 @@
+"""Two real processes train on uneven shards: equal steps, no sample twice, and what they leave is taken up by one.
+
+The processes are this file run by torchrun; see :func:`main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from ldm.data.datamodule import ShardDataModule
+from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.writer import ShardWriter, encode_png
+
+ROOT = Path(__file__).parents[2]
+SIZES = (5, 1, 8, 3, 2, 7, 4)
+
+
+class Recorder(LightningModule):
+    """Trains nothing, but on all processes together; writes down what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[str]] = []
+        self.validated: list[str] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch["key"])
+        return self.weight * batch["image"].float().mean()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.validated += batch["key"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(
+    train: str | Path,
+    out: str | Path,
+    steps: int,
+    batch_size: int,
+    devices: int = 1,
+    resume: str | Path | None = None,
+    validate: bool = False,
+    **settings: Any,
+) -> Recorder:
+    """Train, a checkpoint at the end; the trainer's ``use_distributed_sampler`` is left as it is by default: on."""
+    recorder = Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=steps,
+        limit_val_batches=None if validate else 0,
+        callbacks=[ModelCheckpoint(out, filename="last", every_n_train_steps=steps, save_on_train_epoch_end=False)],
+    )
+    data = ShardDataModule(str(train), str(train), batch_size, seed=5, **settings)
+    trainer.fit(recorder, data, ckpt_path=resume, weights_only=True)
+    return recorder
+
+
+def main() -> None:
+    """Each process: the runs that a file lists, one after another; what it was given goes into the folder of each."""
+    rank = int(os.environ["RANK"])
+    for run in json.loads(Path(sys.argv[1]).read_text()):
+        recorder = fit(**run, devices=2)
+        record = {"seen": recorder.seen, "validated": recorder.validated}
+        Path(run["out"], f"rank{rank}.json").write_text(json.dumps(record))
+
+
+def write(folder: Path, sizes: tuple[int, ...], bad: tuple[int, ...] = ()) -> Path:
+    """Shards of so many pictures; those numbered ``bad`` are none."""
+    folder.mkdir()
+    entries, numbers = [], iter(range(sum(sizes)))
+    for shard, size in enumerate(sizes):
+        with ShardWriter(folder, "x", first_index=shard) as writer:
+            for _, number in zip(range(size), numbers, strict=False):
+                image = encode_png(Image.new("RGB", (4, 4), (number, 0, 0))) if number not in bad else b"none"
+                writer.write(f"{number:02d}", {"png": image})
+        entries += writer.entries
+    Manifest(IMAGE_SHARDS, tuple(entries)).save(folder)
+    return folder
+
+
+def torchrun(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """All runs on two processes; a hang is a failure."""
+    (folder / "runs.json").write_text(json.dumps(runs, default=str))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, folder / "runs.json"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def given(folder: Path, what: str = "seen") -> list[Any]:
+    """What each of the two processes was given."""
+    return [json.loads((folder / f"rank{rank}.json").read_text())[what] for rank in range(2)]
+
+
+def in_order(folder: Path) -> list[str]:
+    """The keys of both processes in the order of the plan: step by step, rank by rank."""
+    first, second = given(folder)
+    return list(chain.from_iterable(chain(*pair) for pair in zip(first, second, strict=True)))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that two processes do here, in one start of them: that costs most of the time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    runs = []
+    for count in range(1, 8):
+        train = write(folder / f"shards{count}", SIZES[:count])
+        batch_size = 1 if count < 3 else 2
+        runs.append({"train": train, "out": folder / f"uneven{count}", "steps": sum(SIZES[:count]), "batch_size": batch_size})
+    common = {"train": folder / "shards7", "batch_size": 2}
+    fit(out=folder / "one", steps=4, **common)  # eight of thirty, by one process
+    runs.append({"out": folder / "one-then-two", "steps": 4 + 11, "resume": folder / "one" / "last.ckpt", **common})
+    runs.append({"out": folder / "two", "steps": 4, **common})
+    runs.append({"out": folder / "validated", "steps": 2, "validate": True, **common})
+    bad = {"train": write(folder / "bad", SIZES, bad=(3, 20)), "max_bad_share": 2 / 30}
+    runs.append({"out": folder / "quarantined", "steps": 45, "workers": 1, **common, **bad})
+    torchrun(folder, runs)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", range(1, 8))
+def test_uneven_shards_give_equal_steps_and_every_sample_once_per_epoch(ran: Path, count: int) -> None:
+    total = sum(SIZES[:count])
+    first, second = given(ran / f"uneven{count}")
+    assert len(first) == len(second) == total and {len(batch) for batch in first + second} == {1 if count < 3 else 2}
+    draws = in_order(ran / f"uneven{count}")
+    epochs = len(draws) // total
+    assert epochs in (2, 4) and len(draws) % total == 0
+    for epoch in range(epochs):
+        # no sample on both, none left out
+        assert sorted(draws[epoch * total : (epoch + 1) * total]) == [f"{number:02d}" for number in range(total)]
+
+
+@pytest.mark.slow
+def test_what_one_process_began_two_go_on_with(ran: Path) -> None:
+    before = fit(ran / "shards7", ran / "one-again", 4, 2).seen
+    draws = [*chain.from_iterable(before), *in_order(ran / "one-then-two")]
+    assert len(draws) == 8 + 11 * 4
+    assert sorted(draws[:30]) == [f"{number:02d}" for number in range(30)] and len(set(draws[30:])) == 22
+
+
+@pytest.mark.slow
+def test_what_two_processes_began_one_goes_on_with(ran: Path) -> None:
+    after = fit(ran / "shards7", ran / "two-then-one", 4 + 22, 2, resume=ran / "two" / "last.ckpt").seen
+    draws = [*in_order(ran / "two"), *chain.from_iterable(after)]
+    assert len(draws) == 16 + 44
+    for epoch in range(2):
+        assert sorted(draws[epoch * 30 : epoch * 30 + 30]) == [f"{number:02d}" for number in range(30)]
+
+
+@pytest.mark.slow
+def test_both_processes_put_bad_samples_on_record_and_keep_in_step(ran: Path) -> None:
+    """In time each comes across all of them, and bears them."""
+    first, second = given(ran / "quarantined")
+    assert len(first) == len(second) == 45 and {len(batch) for batch in first + second} == {2}
+    assert {"03", "20"}.isdisjoint(chain.from_iterable(first + second))
+    for name in ("quarantine.jsonl", "1-quarantine.jsonl"):
+        records = [json.loads(line) for line in (ran / "quarantined" / name).read_text().splitlines()]
+        assert sorted(record["key"] for record in records) == ["03", "20"]
+
+
+@pytest.mark.slow
+def test_every_process_validates_on_the_same_samples(ran: Path) -> None:
+    """So that no figure depends on how many there are, though Lightning would share them out."""
+    assert given(ran / "validated", "validated") == [[f"{number:02d}" for number in range(30)]] * 2
+
+
+if __name__ == "__main__":
+    main()
