@@ -113,10 +113,8 @@ def autoencoder_hash(autoencoder: AutoencoderKL) -> str:
 def pixels_to_images(pixels: Tensor) -> Tensor:
     """uint8 (B, 3, H, W), in whatever memory order -> float32 in [−1, 1], contiguous."""
     images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
-    images.copy_(pixels)
-    # One pass over memory, because at 256 px this costs a third of what decoding the JPEG does. The factor is 1/127.5 rounded
-    # down: rounded to the nearest float32 it would take 255 past 1.
-    return torch.add(torch.tensor(-1.0, device=pixels.device), images, alpha=0.0078431368, out=images)
+    # in place, and no division: at 256 px this costs nearly half of what decoding the JPEG does
+    return images.copy_(pixels).sub_(127.5).mul_(1 / 127.5)
 
 
 def images_to_pictures(images: Tensor) -> list[Image.Image]:
