@@ -135,18 +135,18 @@ def litdata(folder: Path, workers: int) -> Iterator[Tensor]:
         yield images.float().div_(127.5).sub_(1)
 
 
+def normalised(samples: list[dict]) -> Tensor:
+    """streaming's Pillow pictures as a batch; a function of the module, because its workers are spawned."""
+    transform = peers_transform()
+    return torch.stack([transform(sample["image"]) for sample in samples])
+
+
 def streaming(folder: Path, workers: int) -> Iterator[Tensor]:
     """mosaicml-streaming's own shards, which hold the JPEG files and give Pillow images."""
     from streaming import StreamingDataset
 
-    class Pictures(StreamingDataset):
-        transform = peers_transform()
-
-        def __getitem__(self, index: int) -> Tensor:
-            return self.transform(super().__getitem__(index)["image"])
-
-    dataset = Pictures(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
-    yield from DataLoader(dataset, BATCH, drop_last=True, num_workers=workers)
+    dataset = StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
+    yield from DataLoader(dataset, BATCH, drop_last=True, num_workers=workers, collate_fn=normalised)
 
 
 LOADERS = {loader.__name__: loader for loader in (ours, webdataset, imagefolder, litdata, streaming)}
