@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import os
 import statistics
 import tempfile
 import time
@@ -178,8 +179,6 @@ def main() -> None:
     options = parser.parse_args()
     count, rounds = (320, 2) if options.quick else (options.images, options.rounds)
     sizes = (256,) if options.quick else (256, 512)
-    # the consumer is one thread for all: OpenMP's threads would wait for cores that decode
-    torch.set_num_threads(1)
     peers = [] if options.quick else [name for name in OPTIONAL if importlib.util.find_spec(name)]
     print(describe())
     print(f"{count} images, {rounds} rounds; left out: {', '.join(set(OPTIONAL) - set(peers)) or 'nothing'}")
@@ -194,6 +193,8 @@ def main() -> None:
             print(f"{size} px JPEG -> {SIZE}: {statistics.mean(map(len, images)) / 1024:.0f} KiB each")
             write(folder, images, peers)
             for workers in (0, 2):
+                # the consumer has the cores that no worker uses: more OpenMP threads would wait for cores that decode
+                torch.set_num_threads(max((os.cpu_count() or 1) - workers, 1))
                 for turn in range(rounds + 1):
                     rates = {name: rate(loader, folder, workers, count // BATCH * 3 // 4) for name, loader in loaders.items()}
                     if turn == 0:
