@@ -4,15 +4,21 @@ import io
 import json
 import tarfile
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from ldm.data.check import check_folder, index_folder
+from ldm.data.check import check_folder, index_folder, index_remote
+from ldm.data.images import ImageDataset
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
+from ldm.data.remote import ShardCache
 from ldm.data.shards import ShardReader
+from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
 
@@ -192,3 +198,27 @@ def test_a_cut_shard_of_latents_has_no_less_than_no_sample(tmp_path):
     replace(manifest, shards=(replace(manifest.shards[0], bytes=path.stat().st_size),)).save(folder)
     problems, good = found(folder, deep=True)
     assert any("is cut short" in what for _, what in problems) and good == [0]
+
+
+def test_tars_at_a_url_get_a_manifest_that_can_be_trained_on(tmp_path):
+    """The manifest is made by one download of each shard; what it says is then read through the cache."""
+    write_images(tmp_path / "site", "x", [(f"{i:02d}", np.full((8, 8, 3), i, np.uint8), f"number {i}") for i in range(10)], 4)
+    (tmp_path / "site" / "manifest.json").unlink()
+    served = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "site")))
+    Thread(target=served.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{served.server_port}"
+    try:
+        with pytest.raises(UsageError, match=r"has no manifest.json; .*ldm shards index"):
+            open_source(url)
+        manifest, path = index_remote(f"{url}/x-{{00000..00002}}.tar", tmp_path / "index")
+        assert [entry.samples for entry in manifest.shards] == [4, 4, 2] and manifest.extra["captioned"] == 10
+        assert sorted(file.name for file in path.parent.iterdir()) == ["manifest.json"]
+        dataset = ImageDataset(open_source(path.parent, cache=ShardCache(tmp_path / "cache")))
+        assert [dataset[index]["caption"] for index in range(10)] == [f"number {index}" for index in range(10)]
+        with pytest.raises(LdmError, match=r"x-00003.tar cannot be fetched: 404"):
+            index_remote(f"{url}/x-{{00000..00003}}.tar", tmp_path / "more")
+        assert not (tmp_path / "more").exists()
+        with pytest.raises(UsageError, match="names no tars at a URL; write them with braces"):
+            index_remote(f"{url}/*.tar", tmp_path / "more")
+    finally:
+        served.shutdown()
