@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import __version__
-from ldm.errors import LdmError, UsageError, one_line
+from ldm.errors import LdmError, UsageError
 from ldm.progress import Progress
 
 EXAMPLE = """example:
@@ -415,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (LdmError, OSError) as error:
         if debug:
             raise
-        print(f"ldm: {one_line(error)}", file=sys.stderr)
+        print(f"ldm: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
     except KeyboardInterrupt:
         print("ldm: interrupted", file=sys.stderr)

@@ -22,11 +22,3 @@ class UsageError(LdmError):
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line: for messages that pass on another library's complaint."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def one_line(error: BaseException) -> str:
-    """The whole message in one line. Of an error that a loader worker passed on, the message alone without its traceback."""
-    text = str(error).strip()
-    if text.startswith("Caught ") and "Traceback" in text:
-        text = text.splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of, decode_pixels
 from ldm.data.latents import LatentShard
-from ldm.data.manifest import IMAGE_SHARDS, MANIFEST_NAME, PACK_JOURNAL_NAME, Manifest, Problem, ShardEntry, tar_paths
+from ldm.data.manifest import IMAGE_SHARDS, MANIFEST_NAME, Manifest, Problem, ShardEntry, require_finished_pack, tar_paths
 from ldm.data.remote import fetch
 from ldm.data.shards import ShardReader
 from ldm.data.sources import remote_files
@@ -41,20 +43,11 @@ def index_folder(folder: str | os.PathLike, on_progress: Callable[[int, int], No
     Raises :class:`UsageError` where there is no tar, and :class:`LdmError` where a shard is damaged or has no sample.
     """
     folder = require_folder(folder, "a folder of .tar shards")
-    if (folder / PACK_JOURNAL_NAME).exists():
-        raise UsageError(f"{folder} is a pack that was not finished; run the same `ldm shards pack` again")
+    require_finished_pack(folder)
     paths = tar_paths(folder)
     if not paths:
         raise UsageError(f"{folder} holds no .tar shard; `ldm shards pack` makes them from a folder of images")
-    entries, captioned, unusable = [], 0, 0
-    for done, path in enumerate(paths, start=1):
-        entry, with_caption, without_image = index_shard(path)
-        entries.append(entry)
-        captioned += with_caption
-        unusable += without_image
-        if on_progress is not None:
-            on_progress(done, len(paths))
-    return Manifest(IMAGE_SHARDS, tuple(entries), {"source": "index", "captioned": captioned, "unusable": unusable})
+    return _manifest_of(map(index_shard, paths), len(paths), on_progress)
 
 
 def index_remote(
@@ -67,22 +60,36 @@ def index_remote(
     """
     location, files = remote_files(spec)
     out = require_new_folder(out, "the manifest")
-    entries, captioned, unusable = [], 0, 0
     with atomic_folder(out) as folder:
-        for done, (name, url) in enumerate(files, start=1):
+
+        def indexed(name: str, url: str) -> tuple[ShardEntry, int, int]:
             path = folder / name
             fetch(url, MAX_SHARD_BYTES, partial(_store, path))
-            entry, with_caption, without_image = index_shard(path)
+            found = index_shard(path)
             path.unlink()
-            entries.append(entry)
-            captioned += with_caption
-            unusable += without_image
-            if on_progress is not None:
-                on_progress(done, len(files))
-        extra = {"source": "index", "location": location, "captioned": captioned, "unusable": unusable}
-        manifest = Manifest(IMAGE_SHARDS, tuple(entries), extra)
+            return found
+
+        manifest = _manifest_of(starmap(indexed, files), len(files), on_progress, {"location": location})
         manifest.save(folder)
     return manifest, out / MANIFEST_NAME
+
+
+def _manifest_of(
+    indexed: Iterable[tuple[ShardEntry, int, int]],
+    total: int,
+    on_progress: Callable[[int, int], None] | None,
+    extra: dict[str, Any] | None = None,
+) -> Manifest:
+    """The manifest of so many shards, each as :func:`index_shard` gives it."""
+    entries, captioned, unusable = [], 0, 0
+    for done, (entry, with_caption, without_image) in enumerate(indexed, start=1):
+        entries.append(entry)
+        captioned += with_caption
+        unusable += without_image
+        if on_progress is not None:
+            on_progress(done, total)
+    counts = {"captioned": captioned, "unusable": unusable}
+    return Manifest(IMAGE_SHARDS, tuple(entries), {"source": "index"} | (extra or {}) | counts)
 
 
 def _store(path: Path, chunks: Iterator[bytes]) -> None:

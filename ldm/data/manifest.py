@@ -99,9 +99,8 @@ class Manifest:
         """
         folder = require_folder(folder, "a folder of shards (.tar files and their manifest.json)")
         path = folder / MANIFEST_NAME
-        if not path.exists() and (folder / PACK_JOURNAL_NAME).exists():
-            raise UsageError(f"{folder} is a pack that was not finished; run the same `ldm shards pack` again")
         if not path.exists():
+            require_finished_pack(folder)
             raise UsageError(f"{folder} has no {MANIFEST_NAME}; {_mend(format, folder)}")
         return cls.parse(read_json(path), folder, format)
 
@@ -153,6 +152,12 @@ class Manifest:
         """Raise :class:`LdmError` unless every shard stands there with the stated size, and (if asked for) no other tar."""
         for problem in self.cheap_problems(folder, unlisted):
             raise LdmError(f"{folder}: {problem}")
+
+
+def require_finished_pack(folder: Path) -> None:
+    """Raise :class:`UsageError` where a pack stopped in the middle: its shards are whole, but not all there."""
+    if (folder / PACK_JOURNAL_NAME).exists():
+        raise UsageError(f"{folder} is a pack that was not finished; run the same `ldm shards pack` again")
 
 
 def tar_paths(folder: str | os.PathLike) -> list[Path]:
