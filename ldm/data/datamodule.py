@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler
 
 from ldm.data.images import Augmentation, ImageDataset
 from ldm.data.latents import LatentDataset, read_null_text
@@ -184,10 +184,9 @@ class ShardDataModule(LightningDataModule):
         return batch
 
     def val_dataloader(self) -> DataLoader:
-        few = Subset(self.validation_set, range(min(self.validation_samples, len(self.validation_set))))
+        few = range(min(self.validation_samples, len(self.validation_set)))
         return batch_loader(
-            few,
-            self.validation_set.collate,
+            self.validation_set,
             # Every process validates on the same samples, so that no figure depends on how many there are. Without this
             # Lightning puts a distributed sampler of its own in, unless the trainer was told not to.
             sampler=DistributedSampler(few, num_replicas=1, rank=0, shuffle=False),

@@ -233,8 +233,8 @@ class LatentDataset(ShardSamples[LatentShard]):
         start, stop = tensors["text_start"][row : row + 2]
         return {"mean": tensors["mean"][row], "std": tensors["std"][row], "text": tensors["text"][start:stop]}
 
-    def decode(self, raw: dict[str, np.ndarray], draw: int | None) -> dict[str, Any]:
-        """The same, the caption dropped now and then."""
+    def decode(self, raw: dict[str, np.ndarray], draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
+        """The same, the caption dropped now and then; nothing is written to ``out``."""
         random = self.augmentation.random(draw)
         if random is not None and random.random() < self.augmentation.caption_dropout:
             return raw | {"text": self.null_text}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from ldm.data.decode import DecodeError
@@ -75,12 +77,22 @@ class ShardSamples(Dataset, Generic[AnyShard]):
         """Sample ``row`` of a source's open shard as it lies there. Raises :class:`DecodeError` where it cannot be used."""
         raise NotImplementedError
 
-    def decode(self, raw: Any, draw: int | None) -> dict[str, Any]:
+    def decode(self, raw: Any, draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
         """What :meth:`read` gave, made usable; ``draw`` seeds what is random about it, None: nothing is.
 
-        Raises :class:`DecodeError` where the sample cannot be used.
+        ``out`` is memory that the largest part of the sample may be written to, where it fits. Raises :class:`DecodeError`
+        where the sample cannot be used.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples put together as a batch."""
+        raise NotImplementedError
+
+    def batch(self, draws: Sequence[Draw | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
+        """The samples drawn, put together; what is large in memory made by ``empty(shape, dtype=dtype)``."""
+        return self.collate(self.__getitems__(draws))
 
     def key(self, shard: AnyShard, row: int) -> str:
         """The key of a sample that cannot be used."""
@@ -116,26 +128,30 @@ class ShardSamples(Dataset, Generic[AnyShard]):
         except DecodeError as error:
             return self.bad(index, error)
 
-    def __getitems__(self, draws: Sequence[Draw | int]) -> list[dict[str, Any]]:
-        """The samples drawn. The place of one that cannot be used is taken by the next good one; its ``bad`` says so."""
+    def __getitems__(self, draws: Sequence[Draw | int], outs: Sequence[np.ndarray] | None = None) -> list[dict[str, Any]]:
+        """The samples drawn. The place of one that cannot be used is taken by the next good one; its ``bad`` says so.
+
+        ``outs``: for each the ``out`` of :meth:`decode`.
+        """
+        wanted = [*zip(draws, [None] * len(draws) if outs is None else outs, strict=True)]
         # In a loader worker one thread: the workers are the parallelism. In the training process all cores, which wait.
         if self.decode_threads == 1 or len(draws) == 1 or get_worker_info() is not None:
-            return [self._next_good(draw) for draw in draws]
+            return [self._next_good(*one) for one in wanted]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.decode_threads, "ldm-decode")
         # a share for each thread, not a task for each sample: handing one over costs a tenth of decoding it
-        shares = [draws[start :: self.decode_threads] for start in range(self.decode_threads)]
+        shares = [wanted[start :: self.decode_threads] for start in range(self.decode_threads)]
         samples: list[dict[str, Any]] = [{}] * len(draws)
-        for start, done in enumerate(self._pool.map(lambda share: [*map(self._next_good, share)], shares)):
+        for start, done in enumerate(self._pool.map(lambda share: [self._next_good(*one) for one in share], shares)):
             samples[start :: self.decode_threads] = done
         return samples
 
-    def _next_good(self, draw: Draw | int) -> dict[str, Any]:
+    def _next_good(self, draw: Draw | int, out: np.ndarray | None = None) -> dict[str, Any]:
         index, number = draw if isinstance(draw, Draw) else (draw, None)
         bad: list[BadSample] = []
         while True:
             try:
-                return self._load(index, number) | {"bad": bad}
+                return self._load(index, number, out) | {"bad": bad}
             except DecodeError as error:
                 bad.append(self.bad(index, error))
             if len(bad) > min(self.max_in_a_row, len(self) - 1):
@@ -160,11 +176,11 @@ class ShardSamples(Dataset, Generic[AnyShard]):
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return shard, index - int(self.starts[shard])
 
-    def _load(self, index: int, draw: int | None) -> dict[str, Any]:
+    def _load(self, index: int, draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
         shard, row = self.locate(index)
         with self._lock:
             raw = self.read(self.shards[shard][0], self._open(shard), row)
-        return self.decode(raw, draw)
+        return self.decode(raw, draw, out)
 
     def _open(self, shard: int) -> AnyShard:
         if shard in self._opened:

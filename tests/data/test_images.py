@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ldm.data.images import Augmentation, ImageDataset, fit
+from ldm.data.loader import batch_loader
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.plan import Draw
 from ldm.data.quarantine import BadSample
@@ -73,8 +74,29 @@ def test_several_sizes_in_a_batch_say_how_to_mend_it_in_one_line(tmp_path):
     dataset = ImageDataset(write(tmp_path / "x", [("a", {"png": png((8, 8))}), ("b", {"png": png((9, 8))})]))
     with pytest.raises(LdmError) as error:
         dataset.collate([dataset[0], dataset[1]])
-    assert "(3, 8, 8), (3, 8, 9)" in str(error.value) and "set data.image_size" in str(error.value)
+    assert "(8 x 8, 9 x 8)" in str(error.value) and "set data.image_size" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_other_sizes_may_follow_and_stay_as_they_were(tmp_path, workers):
+    sizes = [(8, 8)] * 6 + [(9, 5)] * 6 + [(8, 8)] * 10
+    samples = [(f"{number:02d}", {"png": png(size, (number, 0, 9))}) for number, size in enumerate(sizes)]
+    dataset = ImageDataset(write(tmp_path / "x", samples))
+    batches = list(batch_loader(dataset, batch_size=2, num_workers=workers))
+    for index, image in enumerate(image for batch in batches for image in batch["image"]):
+        assert np.array_equal(image, dataset[index]["image"])
+    assert index == len(sizes) - 1
+
+
+@pytest.mark.parametrize("size", [5, 16, 40])
+@pytest.mark.parametrize("shape", [(31, 44), (40, 33), (20, 20)])
+def test_scaled_to_within_a_step_as_pillow_scales(shape, size):
+    pixels = np.random.default_rng(size).integers(0, 256, (*shape, 3), np.uint8)
+    side = min(shape)
+    y, x = ((length - side) // 2 for length in shape)
+    expected = Image.fromarray(pixels[y : y + side, x : x + side]).resize((size, size), Image.Resampling.BICUBIC)
+    assert np.abs(fit(pixels, size).astype(int) - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.parametrize(

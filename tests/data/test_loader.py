@@ -139,7 +139,7 @@ class Broken(ImageDataset):
 
     error: Exception
 
-    def __getitems__(self, draws):
+    def batch(self, draws, empty):
         raise self.error
 
 
@@ -160,8 +160,8 @@ def test_a_defect_of_ours_is_raised_where_it_is(folder):
     dataset = Broken(folder)
     dataset.error = ValueError("a defect")
     with pytest.raises(ValueError, match="a defect") as raised:
-        next(iter(batch_loader(dataset, dataset.collate, batch_size=2)))
-    assert raised.traceback[-1].name == "__getitems__"
+        next(iter(batch_loader(dataset, batch_size=2)))
+    assert raised.traceback[-1].name == "batch"
 
 
 def huge(folder, cache, shards=100_000):

@@ -10,6 +10,10 @@ starts the workers. litdata and mosaicml-streaming are measured where they are i
 
 from __future__ import annotations
 
+# isort: off
+import ldm  # noqa: F401 - first: it settles how OpenMP waits, for all that are compared
+
+# isort: on
 import argparse
 import importlib.util
 import io
