@@ -136,7 +136,7 @@ class Quickstart:
         changes = {f"data.{split}": folder for split, folder in data.items()}
         if stage == "autoencoder":
             # the whole game, so that a step with the discriminator is what is timed
-            changes |= {"model.discriminator_start": 0, "model.adversarial_delay": 0, "model.adversarial_warmup": 1}
+            changes |= {"model.adversary.start": 0, "model.adversary.alone": 0, "model.adversary.warmup": 1}
         else:
             changes |= {"model.autoencoder": str(self.out / "autoencoder"), "model.preview_prompts": []}
         changes |= {"trainer.max_steps": CALIBRATION_STEPS, "trainer.val_check_interval": CALIBRATION_STEPS}
@@ -190,9 +190,9 @@ def run_stages(quick: Quickstart) -> None:
         "autoencoder",
         {"train": str(places["shards"]), "validation": str(places["shards-validation"])},
         lambda steps: {
-            "model.discriminator_start": steps * 2 // 3,
-            "model.adversarial_delay": steps // 15,
-            "model.adversarial_warmup": max(steps // 6, 1),
+            "model.adversary.start": steps * 2 // 3,
+            "model.adversary.alone": steps // 15,
+            "model.adversary.warmup": max(steps // 6, 1),
         },
     )
     for name, shards in (("latents", "shards"), ("latents-validation", "shards-validation")):

@@ -136,7 +136,7 @@ def test_sample_refuses_a_model_that_is_none(capsys: pytest.CaptureFixture, tmp_
     ("changes", "named"),
     [
         (["--data.train", "/nowhere"], "data.train"),
-        (["--model.discriminator_start", "999999"], "model.discriminator_start"),
+        (["--model.adversary.start", "999999"], "model.adversary.start"),
         (["--model.autoencoder.sample_size", "50"], "sample_size"),
         (["--model.no_such_key", "1"], "no_such_key"),
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),

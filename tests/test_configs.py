@@ -31,7 +31,7 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     main(["shards", "shapes", "shards", "--count", "24", "--size", size])
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "4"]
     few = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "3"]
-    game = ["--model.discriminator_start", "2", "--model.adversarial_delay", "1", "--model.adversarial_warmup", "2"]
+    game = ["--model.adversary.start", "2", "--model.adversary.alone", "1", "--model.adversary.warmup", "2"]
     config = str(CONFIGS / recipes / "autoencoder.yaml")
     main(["autoencoder", "fit", "--config", config, "--out", "runs/ae", *data, *few, *game])
     assert AutoencoderKL.from_pretrained("runs/ae/autoencoder").config.latent_channels == 4
@@ -73,8 +73,8 @@ def test_the_recipe_for_real_training_says_what_it_lacks_offline(
     arguments = ["autoencoder", "fit", "--config", str(CONFIGS / "kl_f8_256.yaml"), "--out", "run", *data]
     arguments += ["--model.autoencoder.widths", "[8, 8, 8, 8]", "--model.autoencoder.norm_groups", "4"]
     arguments += ["--model.autoencoder.sample_size", "64", "--trainer.devices", "1", "--data.workers", "0"]
-    arguments += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--model.discriminator_start", "0"]
-    arguments += ["--model.discriminator.init_args.width", "8", "--data.validation_samples", "2"]
+    arguments += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--model.adversary.start", "0"]
+    arguments += ["--model.adversary.discriminator.init_args.width", "8", "--data.validation_samples", "2"]
     with pytest.raises(SystemExit) as left:
         main(arguments)
     said = capsys.readouterr().err.strip().splitlines()[-1]

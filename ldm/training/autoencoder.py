@@ -1,198 +1,298 @@
 """Stage one: a KL autoencoder against a patch discriminator.
 
 Steps are counted in *batches trained* everywhere. Lightning's ``global_step`` counts every optimiser's steps; here it counts
-the autoencoder's alone, because the discriminator's optimiser is stepped outside Lightning's bookkeeping.
+the autoencoder's alone, because the discriminator's optimiser is stepped outside Lightning's bookkeeping. A batch that is
+trained in several pieces (``accumulate``) is one step.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from ldm.data.manifest import IMAGE_SHARDS
-from ldm.errors import UsageError
-from ldm.losses import AdversarialLoss, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
+from ldm.data.quarantine import BadSample
+from ldm.errors import LdmError, UsageError
+from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
 from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images, reconstruct
+from ldm.training.adversary import Adversary
 from ldm.training.base import OptimiserConfig, Stage
+
+log = logging.getLogger(__name__)
 
 PREVIEW_PICTURES = 8
 
 
 class AutoencoderTraining(Stage):
-    """Reconstruction + LPIPS + KL, and from ``discriminator_start`` on the adversarial game.
-
-    The discriminator first trains ``adversarial_delay`` batches on its own; then its weight on the decoder rises linearly over
-    ``adversarial_warmup`` batches. A discriminator that knows nothing yet has only noise to teach.
-    """
+    """Reconstruction + LPIPS + KL, and a discriminator that comes in late, slowly and under guard."""
 
     command, product = "autoencoder", "autoencoder"
 
     def __init__(
         self,
         autoencoder: AutoencoderConfig,
-        discriminator: nn.Module,
+        adversary: Adversary,
         reconstruction: ReconstructionLoss,
         perceptual: PerceptualLoss,
-        adversarial: AdversarialLoss,
         optimiser: OptimiserConfig,
         discriminator_optimiser: OptimiserConfig,
+        equivariance: Equivariance | None = None,
         perceptual_weight: float = 1.0,
         kl_weight: float = 1e-6,
-        adversarial_weight: float = 0.5,
-        discriminator_start: int = 50_000,
-        adversarial_delay: int = 1_000,
-        adversarial_warmup: int = 5_000,
-        max_adaptive_weight: float = 1e4,
+        kl_warmup: int = 0,
+        learn_variance: bool = False,
+        accumulate: int = 1,
+        max_skipped: int = 10,
         ema_decay: float = 0.9999,
     ):
         """
         Args:
-            autoencoder: sizes of the network.
-            discriminator: pictures -> logits, larger for real.
-            reconstruction, perceptual, adversarial: the losses.
+            autoencoder: the network, from scratch or from a directory.
+            adversary: the discriminator, its loss, timetable and guard.
+            reconstruction, perceptual: the losses.
             optimiser: of the autoencoder.
             discriminator_optimiser: of the discriminator.
+            equivariance: latents that turn and shrink as pictures do (default: not asked for).
             perceptual_weight: of LPIPS against the reconstruction loss.
             kl_weight: of the KL in nats per pixel value.
-            adversarial_weight: of the adversarial loss, after its gradient was made as large as the reconstruction's.
-            discriminator_start: batch at which the discriminator begins to train.
-            adversarial_delay: batches that it trains before it is heard.
-            adversarial_warmup: batches over which its weight then rises.
-            max_adaptive_weight: bound on the factor between the two gradients.
+            kl_warmup: batches over which the KL's weight rises from 0.
+            learn_variance: learn what reconstruction and LPIPS together weigh against the KL.
+            accumulate: pieces that a batch is trained in, one after another, to save memory.
+            max_skipped: batches in a row whose gradients are not finite, before the run stops; each is skipped.
             ema_decay: of the average of the autoencoder's weights.
         """
         super().__init__()
         self.automatic_optimization = False
         self.factor = autoencoder.factor
         self.autoencoder = autoencoder.build()
-        self.discriminator = discriminator
-        self.reconstruction, self.perceptual, self.adversarial = reconstruction, perceptual, adversarial
+        self.adversary = adversary
+        self.reconstruction, self.perceptual = reconstruction, perceptual
+        self.equivariance = equivariance or Equivariance(0)
+        self.variance = LearnedVariance() if learn_variance else None
         self.optimiser, self.discriminator_optimiser = optimiser, discriminator_optimiser
-        self.perceptual_weight, self.kl_weight, self.adversarial_weight = (
-            perceptual_weight,
-            kl_weight,
-            adversarial_weight,
-        )
-        self.discriminator_start = discriminator_start
-        self.adversarial_delay, self.adversarial_warmup = adversarial_delay, adversarial_warmup
-        self.max_adaptive_weight = max_adaptive_weight
+        self.perceptual_weight, self.kl_weight, self.kl_warmup = perceptual_weight, kl_weight, kl_warmup
+        self.accumulate, self.max_skipped = accumulate, max_skipped
+        self._skipped, self._skipped_in_a_row = 0, {}
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean")
         self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
         self.start_average(ema_decay)
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        step, images = self.global_step, pixels_to_images(batch["image"])
+        pieces = images.chunk(self.accumulate)
+        judged = self._train_autoencoder(pieces, step)
+        if judged is not None and self.adversary.trains(step):
+            self._train_discriminator(judged, step)
+
+    def _train_autoencoder(self, pieces: tuple[Tensor, ...], step: int) -> list[tuple[Tensor, Tensor]] | None:
+        """One step of the autoencoder; returns what was asked for and what came, piece by piece, or None if it was skipped."""
+        optimiser, _ = self.optimizers()
+        optimiser.zero_grad()
+        judged, figures = [], []
+        for piece, share in self._shares(pieces):
+            target, reconstruction, logged = self._autoencoder_backward(piece, share, step)
+            judged.append((target, reconstruction))
+            figures.append({name: share * value.detach() for name, value in logged.items()})
+        norm = nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm)
+        if not self._is_finite(norm, "autoencoder"):
+            optimiser.zero_grad()
+            return None
+        optimiser.step()
+        schedule, _ = self.lr_schedulers()
+        schedule.step()
+        self.average.update()
+        summed = {f"train/{name}": sum(piece[name] for piece in figures) for name in figures[0]}
+        self.log_dict(summed | {"train/grad_norm": norm, "train/lr": schedule.get_last_lr()[0]})
+        return judged
+
+    def _autoencoder_backward(self, images: Tensor, share: float, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Gradients of one piece, ``share`` of the batch: (what the decoder was asked for, what it gave, figures).
+
+        LPIPS and the discriminator are walked back once, to the reconstruction; at the decoder's last layer the two gradients
+        are compared there, and their sum goes on through the decoder.
+        """
+        posterior = self.autoencoder.encode(images).latent_dist
+        target, latents = self.equivariance(images, posterior.sample())
+        reconstruction = self.autoencoder.decode(latents).sample.float()
+        leaf = reconstruction.detach().requires_grad_()
+        faithful, perceptual = self.reconstruction(leaf, target), self.perceptual(leaf, target)
+        error = faithful + self.perceptual_weight * perceptual
+        (gradient,) = torch.autograd.grad(error, leaf)
+        figures = {"rec": faithful, "lpips": perceptual}
+        loss = error.detach()
+        if self.variance is not None:
+            loss = self.variance(loss)
+            gradient = gradient * torch.exp(-self.variance.log_variance.detach())
+            figures["log_variance"] = self.variance.log_variance
+        if (ramp := self.adversary.ramp(step)) > 0:
+            generator = self.adversary.generator_loss(leaf)
+            (by_generator,) = torch.autograd.grad(generator, leaf)
+            weight = self.adversary.weight * ramp * self.adversary.guard.level
+            weight = weight * self._adaptive_weight(reconstruction, gradient, by_generator)
+            gradient = gradient + weight * by_generator
+            figures |= {"g": generator, "g_weight": weight, "g_level": self.adversary.guard.level}
+            loss = loss + weight * generator.detach()
+        kl = kl_per_pixel_value(posterior, images)
+        loss = loss + self.kl_weight * (min(step / self.kl_warmup, 1.0) if self.kl_warmup else 1.0) * kl
+        # its value is the loss; its gradient at the reconstruction is the one just put together
+        towards = (gradient * reconstruction).sum()
+        self.manual_backward(share * (loss + towards - towards.detach()))
+        return target, reconstruction.detach(), figures | {"kl": kl, "loss": loss}
+
+    def _adaptive_weight(self, reconstruction: Tensor, by_reconstruction: Tensor, by_generator: Tensor) -> Tensor:
+        """How much larger the first gradient is at the decoder's last layer, over all processes."""
+        last_layer = self.autoencoder.decoder.conv_out.weight
+        gradients = torch.stack(
+            [
+                torch.autograd.grad(reconstruction, last_layer, gradient, retain_graph=True)[0]
+                for gradient in (by_reconstruction, by_generator)
+            ]
+        )
+        return adaptive_weight(*self.trainer.strategy.reduce(gradients, reduce_op="mean"), self.adversary.max_adaptive_weight)
+
+    def _train_discriminator(self, judged: list[tuple[Tensor, Tensor]], step: int) -> None:
+        """One step of the discriminator on what the decoder was asked for and what it gave."""
+        # use_pl_optimizer=False: a step that Lightning does not count, so that max_steps means batches
+        _, optimiser = self.optimizers(use_pl_optimizer=False)
+        optimiser.zero_grad()
+        losses, accuracies = [], []
+        for (target, reconstruction), share in self._shares(judged):
+            loss, accuracy = self.adversary.discriminator_loss(target, reconstruction, step)
+            self.manual_backward(share * loss)
+            losses.append(share * loss.detach())
+            accuracies.append(share * accuracy)
+        norm = nn.utils.clip_grad_norm_(self.adversary.discriminator.parameters(), self.discriminator_optimiser.max_grad_norm)
+        if not self._is_finite(norm, "discriminator"):
+            optimiser.zero_grad()
+            return
+        optimiser.step()
+        _, schedule = self.lr_schedulers()
+        schedule.step()
+        accuracy = self.trainer.strategy.reduce(sum(accuracies), reduce_op="mean")
+        self.adversary.guard.watch_discriminator(accuracy)
+        self.log_dict({"train/d": sum(losses), "train/d_accuracy": accuracy})
+
+    def _shares(self, pieces: Sequence[Any]) -> Iterator[tuple[Any, float]]:
+        """Every piece with its share of the batch. Processes exchange gradients at the last one alone."""
+        sizes = [len(piece[0] if isinstance(piece, tuple) else piece) for piece in pieces]
+        strategy = self.trainer.strategy
+        for number, (piece, size) in enumerate(zip(pieces, sizes, strict=True), 1):
+            alone = number < len(pieces) and isinstance(strategy, ParallelStrategy)
+            with strategy.block_backward_sync() if alone else nullcontext():
+                yield piece, size / sum(sizes)
+
+    def _is_finite(self, norm: Tensor, player: str) -> bool:
+        """Whether a player may step. Gradients are those of all processes by now, so all of them decide alike."""
+        if torch.isfinite(norm):
+            self._skipped_in_a_row[player] = 0
+            return True
+        self._skipped += 1
+        self._skipped_in_a_row[player] = in_a_row = self._skipped_in_a_row.get(player, 0) + 1
+        self.log("train/skipped", float(self._skipped))
+        log.warning("the %s's gradients of step %d are not finite: skipped (%d in a row)", player, self.global_step, in_a_row)
+        if in_a_row > self.max_skipped:
+            raise LdmError(
+                f"the {player}'s gradients were not finite {in_a_row} times in a row, at step {self.global_step}; go on from "
+                "an earlier checkpoint with a lower learning_rate, or raise model.max_skipped"
+            )
+        return False
+
+    # -- what it starts from -----------------------------------------------------------------------------------------
 
     def averaged(self) -> nn.Module:
         return self.autoencoder
 
     def setup(self, stage: str) -> None:
-        """Refuse anything but pictures."""
+        """Refuse what cannot go well, before the first step."""
+        precision, num_steps = str(self.trainer.precision), self.trainer.max_steps
+        if "16" in precision and not precision.startswith("bf16"):
+            raise UsageError(f"trainer.precision {precision}: gradients of the game overflow fp16; give bf16-mixed or 32-true")
+        if precision == "bf16-true":
+            raise UsageError("trainer.precision bf16-true keeps no fp32 weights, and small steps are lost; give bf16-mixed")
+        if not 0 <= self.adversary.start < num_steps:
+            raise UsageError(
+                f"model.adversary.start {self.adversary.start} is not before trainer.max_steps {num_steps}: the "
+                "discriminator would never train; lower it or raise max_steps"
+            )
         data = self.trainer.datamodule
         for source in (*data.train_set.sources, *data.validation_set.sources):
             if source.manifest.format != IMAGE_SHARDS:
                 raise UsageError(f"{source.spec} holds {source.manifest.format}; stage one needs {IMAGE_SHARDS}")
+        first = data.train_set.attempt(0)
+        size = [data.train_set.image_size] * 2 if isinstance(first, BadSample) else first["image"].shape[1:]
+        if any(side is not None and side % self.factor for side in size):
+            raise UsageError(
+                f"pictures of {size[1]} x {size[0]} are not multiples of {self.factor}, by which the autoencoder shrinks them; "
+                "set data.image_size to one"
+            )
+        if self.accumulate > data.batch_size:
+            raise UsageError(f"model.accumulate {self.accumulate} is more than data.batch_size {data.batch_size}; lower it")
+        few = (data.validation_set.attempt(index) for index in range(len(data.validation_set)))
+        good = islice((sample for sample in few if not isinstance(sample, BadSample)), PREVIEW_PICTURES)
+        self._shown = [torch.from_numpy(sample["image"].copy())[None] for sample in good]
 
     def configure_optimizers(self) -> tuple[list, list]:
         num_steps = self.trainer.max_steps
-        if not 0 <= self.discriminator_start < num_steps:
-            raise UsageError(
-                f"model.discriminator_start {self.discriminator_start} is not before trainer.max_steps {num_steps}: the "
-                "discriminator would never train; lower it or raise max_steps"
-            )
         pairs = [
-            self.optimiser.build(self.autoencoder, num_steps),
-            self.discriminator_optimiser.build(self.discriminator, num_steps - self.discriminator_start),
+            self.optimiser.build(self._trained(), num_steps),
+            self.discriminator_optimiser.build(self.adversary.discriminator, num_steps - self.adversary.start),
         ]
         return [optimiser for optimiser, _ in pairs], [schedule for _, schedule in pairs]
+
+    def _trained(self) -> nn.Module:
+        """What the first optimiser moves."""
+        return self.autoencoder if self.variance is None else nn.ModuleList([self.autoencoder, self.variance])
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.print(f"perceptual loss: {self.perceptual.description}")
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        images = pixels_to_images(batch["image"])
-        if images.shape[-1] % self.factor or images.shape[-2] % self.factor:
-            raise UsageError(f"pictures of {tuple(images.shape[-2:])} are not multiples of the autoencoder's {self.factor}")
-        step = self.global_step
-        reconstruction = self._train_autoencoder(images, step)
-        if step >= self.discriminator_start:
-            self._train_discriminator(images, reconstruction.detach())
-
-    def _train_autoencoder(self, images: Tensor, step: int) -> Tensor:
-        """One step of the autoencoder; returns the reconstruction."""
-        optimiser, _ = self.optimizers()
-        schedule, _ = self.lr_schedulers()
-        posterior = self.autoencoder.encode(images).latent_dist
-        reconstruction = self.autoencoder.decode(posterior.sample()).sample.float()
-        faithful = self.reconstruction(reconstruction, images)
-        perceptual = self.perceptual(reconstruction, images)
-        kl = kl_per_pixel_value(posterior, images)
-        faithful_and_alike = faithful + self.perceptual_weight * perceptual
-        loss = faithful_and_alike + self.kl_weight * kl
-        figures = {"rec": faithful, "lpips": perceptual, "kl": kl}
-        if (ramp := self.adversarial_ramp(step)) > 0:
-            # the discriminator judges here and learns nothing: neither its parameters nor its spectral norms' estimates move
-            self.discriminator.eval().requires_grad_(False)
-            generator = self.adversarial.generator(self.discriminator(reconstruction))
-            self.discriminator.train().requires_grad_(True)
-            last_layer = self.autoencoder.decoder.conv_out.weight
-            weight = adaptive_weight(faithful_and_alike, generator, last_layer).clamp(max=self.max_adaptive_weight)
-            loss = loss + self.adversarial_weight * ramp * weight * generator
-            figures |= {"g": generator, "g_weight": self.adversarial_weight * ramp * weight}
-        optimiser.zero_grad()
-        self.manual_backward(loss)
-        norm = nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.optimiser.max_grad_norm)
-        optimiser.step()
-        schedule.step()
-        self.average.update()
-        self.log_dict(
-            {f"train/{name}": value for name, value in figures.items()}
-            | {"train/loss": loss, "train/grad_norm": norm, "train/lr": schedule.get_last_lr()[0]}
-        )
-        return reconstruction
-
-    def adversarial_ramp(self, step: int) -> float:
-        """How much of the adversarial weight is in force at this batch, 0 to 1."""
-        heard = step - self.discriminator_start - self.adversarial_delay
-        return min(max(heard / max(self.adversarial_warmup, 1), 0.0), 1.0)
-
-    def _train_discriminator(self, images: Tensor, reconstruction: Tensor) -> None:
-        """One step of the discriminator on real pictures and detached reconstructions."""
-        # use_pl_optimizer=False: a step that Lightning does not count, so that max_steps means batches
-        _, optimiser = self.optimizers(use_pl_optimizer=False)
-        _, schedule = self.lr_schedulers()
-        real, fake = self.discriminator(images).float(), self.discriminator(reconstruction).float()
-        loss = self.adversarial.discriminator(real, fake)
-        optimiser.zero_grad()
-        self.manual_backward(loss)
-        nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.discriminator_optimiser.max_grad_norm)
-        optimiser.step()
-        schedule.step()
-        accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-        self.log_dict({"train/d": loss, "train/d_accuracy": accuracy})
+    # -- what is seen of it ------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        images = pixels_to_images(batch["image"])
-        reconstruction = self.reconstruct(images)
+        images = trim(pixels_to_images(batch["image"]), self.factor)
+        posterior = self.autoencoder.encode(images).latent_dist
+        reconstruction = self.autoencoder.decode(posterior.mode()).sample.float().clamp(-1, 1)
         self.psnr(reconstruction, images)
         self.ssim(reconstruction, images)
         self.log_dict(
             {"val/psnr": self.psnr, "val/ssim": self.ssim, "val/lpips": self.perceptual(reconstruction, images)},
             batch_size=len(images),
         )
-        if batch_idx == 0:
-            self._shown = images[:PREVIEW_PICTURES]
+
+    def on_validation_epoch_end(self) -> None:
+        """Let the guard judge."""
+        if self.trainer.state.fn != "fit":
+            return
+        figures = self.trainer.callback_metrics
+        guard, step = self.adversary.guard, self.global_step
+        said = guard.judge(float(figures["val/psnr"]), float(figures["val/lpips"]), self.adversary.ramp(step) > 0)
+        if said:
+            rank_zero_info(f"step {step}: {said}")
+        self.log("val/g_level", guard.level)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Through the posterior's mode and back, (B, 3, H, W) in [−1, 1]."""
         return reconstruct(self.autoencoder, images)
 
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
+        originals = [trim(pixels_to_images(pixels.to(self.device)), self.factor) for pixels in self._shown]
         return [
-            ("original", images_to_pictures(self._shown)),
-            ("reconstruction", images_to_pictures(self.reconstruct(self._shown))),
+            (name, [picture for images in row for picture in images_to_pictures(images)])
+            for name, row in (("original", originals), ("reconstruction", map(self.reconstruct, originals)))
         ]
 
     def save(self, folder: Path) -> None:
@@ -207,3 +307,9 @@ class AutoencoderTraining(Stage):
         super().on_load_checkpoint(checkpoint)
         trunk = {f"perceptual.{k}": v for k, v in self.perceptual.state_dict().items()}
         checkpoint["state_dict"] = trunk | checkpoint["state_dict"]
+
+
+def trim(images: Tensor, factor: int) -> Tensor:
+    """Cut (B, 3, H, W) at its lower and right edge to multiples of ``factor``."""
+    height, width = (side // factor * factor for side in images.shape[-2:])
+    return images[..., :height, :width]

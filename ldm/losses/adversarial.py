@@ -1,0 +1,116 @@
+"""The game between the discriminator and the decoder, on logits that are larger for real pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AdversarialLoss(ABC):
+    """What each of the two players minimises."""
+
+    @abstractmethod
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """What the discriminator minimises."""
+
+    @abstractmethod
+    def generator(self, fake: Tensor) -> Tensor:
+        """What the decoder minimises."""
+
+
+class Hinge(AdversarialLoss):
+    """D: ½[relu(1 − D(x)) + relu(1 + D(x̂))], G: −D(x̂) (Lim & Ye 2017, arXiv 1705.02894)."""
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+    def generator(self, fake: Tensor) -> Tensor:
+        return -fake.mean()
+
+
+class NonSaturating(AdversarialLoss):
+    """D: ½[softplus(−D(x)) + softplus(D(x̂))], G: softplus(−D(x̂)) (Goodfellow et al. 2014, section 3)."""
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+
+    def generator(self, fake: Tensor) -> Tensor:
+        return F.softplus(-fake).mean()
+
+
+class Vanilla(NonSaturating):
+    """The original game: D as in :class:`NonSaturating`, G: ln(1 − sigmoid(D(x̂))) (Goodfellow et al. 2014, eq. 1).
+
+    For study: the decoder's gradient vanishes while the discriminator wins.
+    """
+
+    def generator(self, fake: Tensor) -> Tensor:
+        return -F.softplus(fake).mean()
+
+
+@final
+class LeCam(nn.Module):
+    """relu(D(x) − ᾱ_fake)² + relu(ᾱ_real − D(x̂))², ᾱ moving averages of the logits (Tseng et al. 2021, arXiv 2104.03310).
+
+    It keeps a discriminator that has few pictures to learn from near what it said before.
+    """
+
+    def __init__(self, weight: float = 0.0, decay: float = 0.99):
+        """
+        Args:
+            weight: in the discriminator's loss; 0 leaves it out. The paper takes 0.01 to 0.3 for small sets.
+            decay: of the averages, per batch.
+        """
+        super().__init__()
+        self.weight, self.decay = weight, decay
+        self.register_buffer("real", torch.zeros(()))
+        self.register_buffer("fake", torch.zeros(()))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The weighted penalty of one batch's logits, which then count in the averages."""
+        penalty = F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
+        with torch.no_grad():
+            self.real.lerp_(real.mean().to(self.real), 1 - self.decay)
+            self.fake.lerp_(fake.mean().to(self.fake), 1 - self.decay)
+        return self.weight * penalty
+
+
+@final
+class GradientPenalty:
+    """R1: ½γ E‖∇ₓ D(x)‖² on real pictures (Mescheder et al. 2018, arXiv 1801.04406), lazily (Karras et al. 2020).
+
+    D(x) is the mean of a picture's logits.
+    """
+
+    def __init__(self, gamma: float = 0.0, every: int = 16):
+        """
+        Args:
+            gamma: 0 leaves it out.
+            every: batches from one penalty to the next, which is so many times as large.
+        """
+        self.gamma, self.every = gamma, every
+
+    def due(self, batch: int) -> bool:
+        """Whether this batch of the discriminator pays."""
+        return self.gamma > 0 and batch % self.every == 0
+
+    def __call__(self, discriminator: nn.Module, real: Tensor) -> Tensor:
+        """The penalty on real pictures (B, 3, H, W), in fp32: its second derivatives need it."""
+        with torch.autocast(real.device.type, enabled=False):
+            real = real.float().detach().requires_grad_()
+            logits = discriminator(real).flatten(1).mean(1).sum()
+            (gradient,) = torch.autograd.grad(logits, real, create_graph=True)
+            return self.gamma / 2 * self.every * gradient.square().flatten(1).sum(1).mean()
+
+
+def adaptive_weight(by_reconstruction: Tensor, by_generator: Tensor, limit: float = 1e4) -> Tensor:
+    """‖∇ rec‖ / (‖∇ G‖ + 1e-4), at most ``limit`` (Esser et al. 2021, arXiv 2012.09841, eq. 7).
+
+    The gradients are those at the decoder's last layer. So weighted, the adversarial one is as large as the
+    reconstruction's, whatever the scale of the logits.
+    """
+    return (by_reconstruction.norm() / (by_generator.norm() + 1e-4)).clamp(max=limit).detach()
