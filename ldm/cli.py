@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm import __version__
@@ -146,14 +146,21 @@ def build_parser() -> argparse.ArgumentParser:
         evaluate,
         "autoencoder",
         run_evaluate_autoencoder,
-        "PSNR, SSIM and LPIPS of reconstructions",
-        "ldm evaluate autoencoder runs/autoencoder/autoencoder --shards validation",
+        "PSNR, SSIM, LPIPS and FID of reconstructions, and the health of the latents",
+        "ldm evaluate autoencoder runs/autoencoder/autoencoder sd-vae --shards validation --fid alex-random",
     )
-    autoencoder.add_argument("model", help="directory of an AutoencoderKL")
-    autoencoder.add_argument("--shards", required=True)
-    autoencoder.add_argument("--samples", type=int, default=256)
-    autoencoder.add_argument("--image-size", type=int)
-    autoencoder.add_argument("--lpips", default="random", help="weights of LPIPS: random, pretrained or a path")
+    autoencoder.add_argument("models", nargs="+", metavar="model", help="directories of AutoencoderKLs, shown side by side")
+    autoencoder.add_argument("--shards", required=True, help="folder of image shards")
+    autoencoder.add_argument("--samples", type=int, default=256, help="the first so many pictures (default: 256)")
+    autoencoder.add_argument("--image-size", type=int, help="fit pictures to this side in pixels (default: whole pictures)")
+    autoencoder.add_argument("--lpips", metavar="WEIGHTS", default="random", help="random (default), pretrained or a path")
+    autoencoder.add_argument("--lpips-trunk", choices=["alex", "vgg"], default="alex", help="default: alex")
+    autoencoder.add_argument(
+        "--fid",
+        metavar="TRUNK",
+        help="also a FID, by inception, alex-random, vgg-random or torchvision's checkpoint of alexnet or vgg16",
+    )
+    autoencoder.add_argument("--json", metavar="FILE", help="write every figure there, too; -: to stdout, without the table")
     pipeline = command(
         evaluate,
         "pipeline",
@@ -169,7 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     pipeline.add_argument("--guidance", type=float, default=3.0)
     pipeline.add_argument("--seed", type=int, default=0)
     for name, what in (("autoencoder", "stage one"), ("denoiser", "stage two")):
-        commands.add_parser(name, help=f"{what}: ldm {name} fit --config FILE --out DIR")
+        commands.add_parser(name, help=f"{what}: ldm {name} fit --config FILE --out DIR, ldm {name} export DIR OUT")
     return parser
 
 
@@ -328,17 +335,62 @@ def run_sample(options: argparse.Namespace) -> None:
 
 
 def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
-    from ldm.data.images import ImageDataset
-    from ldm.evaluate import reconstruction_figures
-    from ldm.losses import PerceptualLoss
-    from ldm.models.autoencoder import load_autoencoder
+    import json
 
-    perceptual = PerceptualLoss("alex", options.lpips)
-    autoencoder, dataset = load_autoencoder(options.model), ImageDataset(options.shards, options.image_size)
-    with Progress("reconstructing") as progress:
-        figures = reconstruction_figures(autoencoder, dataset, perceptual, options.samples, on_progress=progress.update)
-    print_figures(figures)
-    print(f"lpips is {perceptual.description}")
+    import torch
+
+    from ldm.data.images import ImageDataset
+    from ldm.evaluate import figure_texts, reconstruction_figures
+    from ldm.files import write_json
+    from ldm.losses import PerceptualLoss
+    from ldm.metrics import LatentHealth, ReconstructionFID
+    from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
+
+    for name, number in (("samples", options.samples), ("image-size", options.image_size)):
+        if number is not None and number < 1:
+            raise UsageError(f"--{name} is {number}; give 1 or more")
+    if options.json is not None and Path(options.json).is_dir():
+        raise UsageError(f"--json {options.json} is a folder; give a file, or - for stdout")
+    dataset = ImageDataset(options.shards, options.image_size, require_captions=False)
+    autoencoders = [load_autoencoder(path) for path in options.models]
+    perceptual = PerceptualLoss(options.lpips_trunk, options.lpips)
+    fid = None if options.fid is None else ReconstructionFID(options.fid)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    measured = []
+    for path, autoencoder in zip(options.models, autoencoders, strict=True):
+        health = LatentHealth(autoencoder.config.latent_channels)
+        with Progress(f"reconstructing with {path}") as progress:
+            figures = reconstruction_figures(
+                autoencoder.to(device),
+                dataset,
+                perceptual,
+                options.samples,
+                on_progress=progress.update,
+                fid=fid,
+                health=health,
+            )
+        measured.append(figures)
+    labels = {"lpips": perceptual.description} | ({} if fid is None else {fid.name: fid.description})
+    if options.json is not None:
+        source = dataset.sources[0]
+        record = {
+            "shards": source.spec,
+            "shards_hash": source.manifest.hash,
+            "image_size": options.image_size,
+            "metrics": labels,
+            "autoencoders": [
+                {"path": path, "hash": autoencoder_hash(autoencoder)} | figures
+                for path, autoencoder, figures in zip(options.models, autoencoders, measured, strict=True)
+            ],
+        }
+        if options.json == "-":
+            print(json.dumps(record, indent=2, ensure_ascii=False))
+            return
+        write_json(options.json, record)
+    labels |= {"psnr": "PSNR (dB)", "ssim": "SSIM", "latent_kl": "latent KL (nats per value)", "latent_dead": "dead channels"}
+    columns = [figure_texts(figures) for figures in measured]
+    rows = {labels.get(name, name.replace("_", " ")): [column[name] for column in columns] for name in columns[0]}
+    print_figures(rows, *options.models)
 
 
 def run_evaluate_pipeline(options: argparse.Namespace) -> None:
@@ -358,37 +410,48 @@ def run_evaluate_pipeline(options: argparse.Namespace) -> None:
             guidance_scale=options.guidance,
             on_progress=progress.update,
         )
-    print_figures(shape_accuracy(pictures, prompts))
+    print_figures({name: [f"{value:.4f}"] for name, value in shape_accuracy(pictures, prompts).items()}, "value")
 
 
-def print_figures(figures: dict[str, float]) -> None:
-    """A table of names and figures."""
+def print_figures(rows: Mapping[str, Sequence[str]], *columns: str) -> None:
+    """A table with a name at the head of each row and each column."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("figure", "value")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.4f}")
+    table = Table("figure", *columns)
+    for name, figures in rows.items():
+        table.add_row(name, *figures)
     Console().print(table)
 
 
-def run_fit(stage: str, arguments: list[str]) -> None:
-    """``ldm autoencoder fit`` and ``ldm denoiser fit``."""
+def run_stage(name: str, arguments: list[str]) -> None:
+    """``ldm autoencoder`` and ``ldm denoiser``: fit, export."""
     from jsonargparse import ArgumentError
 
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.denoiser import DenoiserTraining
-    from ldm.training.run import FitCLI
+    from ldm.training.run import ExportCLI, FitCLI
 
+    stage = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[name]
     try:
-        FitCLI({"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[stage], arguments)
+        if arguments[0] == "export":
+            example = f"example:\n  ldm {name} export runs/{name} {stage.product}"
+            parser = Parser(f"ldm {name} export", description=ExportCLI.__doc__, epilog=example)
+            parser.formatter_class = argparse.RawDescriptionHelpFormatter
+            parser.add_argument("run", type=Path, help="folder of the run: what --out of fit was")
+            parser.add_argument("out", type=Path, help="new folder")
+            parser.add_argument("--checkpoint", type=Path, help="of the run (default: its last)")
+            options = parser.parse_args(arguments[1:])
+            ExportCLI(stage, options.run, options.out, options.checkpoint)
+        else:
+            FitCLI(stage, arguments)
     except SystemExit as leave:
         # Lightning, interrupted, puts its house in order and leaves with 1
         if leave.code == 1:
             raise KeyboardInterrupt from None
         raise
     except ArgumentError as error:
-        raise UsageError(f"ldm {stage}: {' '.join(str(error).split())}; see ldm {stage} fit --help") from error
+        raise UsageError(f"ldm {name}: {' '.join(str(error).split())}; see ldm {name} fit --help") from error
 
 
 def dispatch(arguments: Sequence[str]) -> None:
@@ -401,7 +464,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     diffusers.utils.logging.set_verbosity_error()
     arguments = list(arguments)
     if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
-        run_fit(arguments[0], arguments[1:] or ["--help"])
+        run_stage(arguments[0], arguments[1:] or ["--help"])
         return
     options = build_parser().parse_args(arguments)
     options.run(options)

@@ -139,6 +139,8 @@ def test_sample_refuses_a_model_that_is_none(capsys: pytest.CaptureFixture, tmp_
         (["--model.adversary.start", "999999"], "model.adversary.start"),
         (["--model.autoencoder.sample_size", "50"], "sample_size"),
         (["--model.no_such_key", "1"], "no_such_key"),
+        (["--trainer.precision", "16-mixed"], "trainer.precision"),
+        (["--model.autoencoder.widths", "[16, 16, 16, 16, 16]", "--model.autoencoder.sample_size", "80"], "multiples of 16"),
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
     ],
 )
@@ -147,8 +149,8 @@ def test_fit_refuses_before_work_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = Path(__file__).parents[1] / "configs/shapes/autoencoder.yaml"
-    main(["shards", "shapes", "shapes", "--count", "20", "--size", "64"])
-    main(["shards", "shapes", "shapes-validation", "--count", "4", "--size", "64"])
+    main(["shards", "shapes", "shapes", "--count", "20", "--size", "40"])
+    main(["shards", "shapes", "shapes-validation", "--count", "4", "--size", "40"])
     code, _, said = run(capsys, "autoencoder", "fit", "--config", config, "--out", "run", *changes)
     assert code == 2 and named in said and said.count("\n") == 0
     assert not (tmp_path / "run").exists()

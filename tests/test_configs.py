@@ -38,7 +38,9 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     # max_steps counts batches though two optimisers step
     state = torch.load("runs/ae/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 6
-    assert sorted(path.name for path in Path("runs/ae/previews").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    assert sorted(path.name for path in Path("runs/ae/previews").iterdir()) == [f"step-0000000{step}.png" for step in (0, 3, 6)]
+    main(["autoencoder", "export", "runs/ae", "again-ae"])
+    assert all(Path("again-ae", path.name).read_bytes() == path.read_bytes() for path in Path("runs/ae/autoencoder").iterdir())
 
     main(["latents", "export", "--autoencoder", "runs/ae/autoencoder", "--shards", "shards", "--out", "latents"])
     extra = json.loads(Path("latents/manifest.json").read_text())
@@ -50,6 +52,9 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     main(["denoiser", "fit", "--config", config, "--out", "runs/dit", *latents, *few, *model])
     pipeline = DiffusionPipeline.from_pretrained("runs/dit/pipeline")
     assert pipeline.vae.config.latents_mean == extra["latents_mean"]
+    main(["denoiser", "export", "runs/dit", "again-pipeline"])
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert Path("again-pipeline", weights).read_bytes() == Path("runs/dit/pipeline", weights).read_bytes()
 
     for out in ("pictures", "again"):
         main(["sample", "runs/dit/pipeline", "a red ring", "a blue star", "--out", out, "--steps", "2", "--seed", "5"])

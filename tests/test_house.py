@@ -21,6 +21,7 @@ BOXES = {
     "ldm.export": 1,
     "ldm.evaluate": 1,
     "ldm.report": 1,
+    "ldm.metrics": 1,
     "ldm.training": 2,
     "ldm.quickstart": 3,
     "ldm.cli": 4,  # the only one that knows quickstart too

@@ -45,8 +45,9 @@ class ShardDataModule(LightningDataModule):
         validation: str,
         batch_size: int = 16,
         validation_samples: int = 256,
+        validation_whole: bool = False,
         image_size: int | None = None,
-        crop: Literal["centre", "random"] = "centre",
+        crop: Literal["centre", "random", "window"] = "centre",
         flip: float = 0.0,
         caption: Literal["first", "random"] = "first",
         caption_dropout: float = 0.0,
@@ -66,8 +67,12 @@ class ShardDataModule(LightningDataModule):
             validation: of the same kind.
             batch_size: samples per step and process.
             validation_samples: how many of the validation samples to use; the first ones, always the same.
+            validation_whole: validate on whole pictures of image shards, each at its own size and a batch of its own, whatever
+                ``image_size`` and ``crop`` make of training pictures.
             image_size: fit pictures to this side in pixels; needed where the shards hold pictures of several sizes.
-            crop: where training pictures are cut that are not square.
+            crop: the square that is cut out of a training picture: the largest, in the centre or anywhere along the longer side
+                ("random"), then scaled to ``image_size``; or a "window" of ``image_size`` anywhere in the picture at its own
+                resolution (a smaller one is scaled up). Validation takes the same from the centre.
             flip: probability of a mirrored training picture.
             caption: which of several captions is trained on.
             caption_dropout: share of captions replaced by the empty one, so that guidance can be had.
@@ -86,7 +91,8 @@ class ShardDataModule(LightningDataModule):
         for name, value in (("flip", flip), ("caption_dropout", caption_dropout), ("max_bad_share", max_bad_share)):
             if not 0 <= value <= 1:
                 raise UsageError(f"data.{name} is {value}; give 0 to 1")
-        self.batch_size, self.validation_samples, self.image_size = batch_size, validation_samples, image_size
+        self.batch_size, self.image_size = batch_size, image_size
+        self.validation_samples, self.validation_whole = validation_samples, validation_whole
         self.augmentation = Augmentation(crop, flip, caption, caption_dropout, seed)
         self.require_captions, self.workers, self.seed, self.shuffle_window = require_captions, workers, seed, shuffle_window
         self.max_bad_share, self.max_bad_in_a_row = max_bad_share, max_bad_in_a_row
@@ -108,11 +114,17 @@ class ShardDataModule(LightningDataModule):
             raise UsageError(f"data.train mixes image shards and latent shards ({', '.join(paths)}); give one kind")
         return sources
 
-    def _dataset(self, sources: list[ShardSource], augmentation: Augmentation) -> ImageDataset | LatentDataset:
+    def _dataset(
+        self, sources: list[ShardSource], image_size: int | None, augmentation: Augmentation
+    ) -> ImageDataset | LatentDataset:
         if sources[0].manifest.format != LATENT_SHARDS:
-            dataset = ImageDataset(sources, self.image_size, augmentation, self.require_captions)
+            dataset = ImageDataset(sources, image_size, augmentation, self.require_captions)
         else:
-            for name, value, without in (("flip", augmentation.flip, 0), ("crop", augmentation.crop, "centre")):
+            for name, value, without in (
+                ("flip", augmentation.flip, 0),
+                ("crop", augmentation.crop, "centre"),
+                ("validation_whole", self.validation_whole, False),
+            ):
                 if value != without:
                     raise UsageError(
                         f"data.{name} is {value}, but {sources[0].spec} holds latents, exported without; set it to {without}"
@@ -123,11 +135,12 @@ class ShardDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open what is needed, and refuse folders whose names and sizes disagree with their manifests."""
-        self.validation_set = self._dataset(self._open([str(self.validation)]), Augmentation())
+        size, how = (None, Augmentation()) if self.validation_whole else (self.image_size, Augmentation(self.augmentation.crop))
+        self.validation_set = self._dataset(self._open([str(self.validation)]), size, how)
         few = min(self.validation_samples, len(self.validation_set))
         self.validation_quarantine = Quarantine(few, self.max_bad_share, self.max_bad_in_a_row)
         if stage == "fit":
-            self.train_set = self._dataset(self.sources(), self.augmentation)
+            self.train_set = self._dataset(self.sources(), self.image_size, self.augmentation)
 
     def train_dataloader(self) -> ShardLoader:
         """The loader of this rank; it keeps its place through checkpoints."""
@@ -190,7 +203,7 @@ class ShardDataModule(LightningDataModule):
             # Every process validates on the same samples, so that no figure depends on how many there are. Without this
             # Lightning puts a distributed sampler of its own in, unless the trainer was told not to.
             sampler=DistributedSampler(few, num_replicas=1, rank=0, shuffle=False),
-            batch_size=self.batch_size,
+            batch_size=1 if self.validation_whole else self.batch_size,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self._on_gpu,

@@ -19,7 +19,7 @@ from ldm.data.plan import Draw
 from ldm.data.samples import ShardSamples
 from ldm.data.shards import Sample, ShardReader
 from ldm.data.sources import ShardSource
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class Augmentation:
     """What is random about a sample; the default is nothing. It depends on the seed and the draw alone.
 
     Attributes:
-        crop: where the square is cut out of a picture that is longer than wide or wider than long.
+        crop: the square that is cut out of a picture: the largest, in the centre or anywhere along the longer side, to be
+            scaled; or a "window" of the size asked for, anywhere in the picture as it is. Without a draw, in the centre.
         flip: probability of a mirrored picture.
         caption: which of several captions is taken.
         caption_dropout: probability of the empty caption.
         seed: of all this.
     """
 
-    crop: Literal["centre", "random"] = "centre"
+    crop: Literal["centre", "random", "window"] = "centre"
     flip: float = 0.0
     caption: Literal["first", "random"] = "first"
     caption_dropout: float = 0.0
@@ -66,10 +67,12 @@ class ImageDataset(ShardSamples[ShardReader]):
         """
         Args:
             sources: a folder of image shards with its manifest, or opened sources.
-            image_size: fit every picture to this side by scaling and cutting; None: they have one size already.
+            image_size: fit every picture to this side by cutting and scaling (:func:`fit`); None: leave them as they are.
             augmentation: what is random about a draw.
             require_captions: where a folder has captions at all, a sample without one cannot be used.
         """
+        if augmentation.crop == "window" and image_size is None:
+            raise UsageError("data.crop window cuts windows of data.image_size; set data.image_size")
         super().__init__(sources)
         self.image_size, self.augmentation = image_size, augmentation
         self.require_captions = require_captions
@@ -96,10 +99,10 @@ class ImageDataset(ShardSamples[ShardReader]):
         if not captions and captioned:
             raise DecodeError("has no caption")
         how = self.augmentation
-        random = how.random(draw)
-        pixels = decode_pixels(sample.image, out, self.image_size)  # (H, W, 3)
+        random, window = how.random(draw), how.crop == "window"
+        pixels = decode_pixels(sample.image, out, None if window else self.image_size)  # (H, W, 3)
         if self.image_size is not None:
-            pixels = fit(pixels, self.image_size, random if how.crop == "random" else None)
+            pixels = fit(pixels, self.image_size, None if how.crop == "centre" else random, window)
         caption = captions[0] if captions else ""
         if random is not None:
             if random.random() < how.flip:
@@ -140,17 +143,18 @@ class ImageDataset(ShardSamples[ShardReader]):
         }
 
 
-def fit(pixels: np.ndarray, size: int, random: np.random.Generator | None = None) -> np.ndarray:
-    """Cut the largest square out of (H, W, 3), the centre or anywhere along the longer side, and scale it to (size, size, 3).
+def fit(pixels: np.ndarray, size: int, random: np.random.Generator | None = None, window: bool = False) -> np.ndarray:
+    """Cut a square out of (H, W, 3), in the centre or where ``random`` says, and scale it to (size, size, 3).
 
+    The largest square; for a ``window`` the largest up to ``size``, so that only pictures smaller than that are scaled.
     Bicubic with antialiasing: Pillow's to within one step of 255, in a fifth of its time.
     """
     height, width = pixels.shape[:2]
-    side = min(height, width)
-    left, top = (0.5, 0.5) if random is None else random.random(2)
-    x, y = int(left * (width - side)), int(top * (height - side))
+    side = min(height, width, size) if window else min(height, width)
+    spare = np.array([height - side, width - side])
+    y, x = spare // 2 if random is None else random.integers(spare, endpoint=True)
     square = pixels[y : y + side, x : x + side]
     if side == size:
-        return square
+        return np.ascontiguousarray(square)  # a view would keep the rest of a large picture until the batch is whole
     scaled = interpolate(torch.from_numpy(square).permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.errors import UsageError
+
 
 class AdversarialLoss(ABC):
     """What each of the two players minimises."""
@@ -56,7 +58,8 @@ class Vanilla(NonSaturating):
 class LeCam(nn.Module):
     """relu(D(x) − ᾱ_fake)² + relu(ᾱ_real − D(x̂))², ᾱ moving averages of the logits (Tseng et al. 2021, arXiv 2104.03310).
 
-    It keeps a discriminator that has few pictures to learn from near what it said before.
+    It keeps a discriminator that has few pictures to learn from near what it said before. The relu is from the authors' code,
+    the paper has none: it leaves logits on the wrong side alone.
     """
 
     def __init__(self, weight: float = 0.0, decay: float = 0.99):
@@ -81,7 +84,7 @@ class LeCam(nn.Module):
 
 @final
 class GradientPenalty:
-    """R1: ½γ E‖∇ₓ D(x)‖² on real pictures (Mescheder et al. 2018, arXiv 1801.04406), lazily (Karras et al. 2020).
+    """R1: ½γ E‖∇ₓ D(x)‖² on real pictures (Mescheder et al. 2018, arXiv 1801.04406), lazily (Karras et al. 2020, 1912.04958).
 
     D(x) is the mean of a picture's logits.
     """
@@ -91,7 +94,12 @@ class GradientPenalty:
         Args:
             gamma: 0 leaves it out.
             every: batches from one penalty to the next, which is so many times as large.
+
+        Raises:
+            UsageError: where ``every`` is no number of batches.
         """
+        if every < 1:
+            raise UsageError(f"model.adversary.gradient_penalty.every {every} must be at least 1")
         self.gamma, self.every = gamma, every
 
     def due(self, batch: int) -> bool:

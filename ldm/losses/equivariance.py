@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.errors import UsageError
+
+# in pixels; of smaller pictures LPIPS' trunks and a patch discriminator of three halvings keep nothing
+SMALLEST_SIDE = 32
+
 
 @final
 class Equivariance:
     """Now and then the decoder is asked for τ(x) from τ(z), τ a turn by quarters and a scaling down.
 
+    All losses then compare with τ(x), as in the paper; τ(z) and the latents of τ(x) are never compared themselves.
     Latents that bear this are smoother, and easier for a diffusion model to learn. The batch so treated takes the place of
-    the plain one, and its pictures are smaller: a step costs no more than without.
+    the plain one, and its pictures are no larger: a step costs no more than without.
+
+    Zero to three quarter turns are as likely, and so are all sizes of whole latent places from ``min_scale`` to 1, both sides
+    alike. They are drawn from torch's global generator on the CPU, whatever the device, once for the whole batch.
     """
 
     def __init__(self, probability: float = 0.5, min_scale: float = 0.25):
         """
         Args:
             probability: share of batches that are treated; 0 leaves it out. The paper's is 0.5.
-            min_scale: the smallest scaling; up to 1 all are as likely. The paper's is 0.25.
+            min_scale: the smallest scaling, to the nearest latent place; the paper's is 0.25. No picture's shorter side is
+                scaled below 32 pixels.
+
+        Raises:
+            UsageError: where these lie outside 0 to 1.
         """
         if not 0 <= probability <= 1 or not 0 < min_scale <= 1:
-            raise ValueError(f"equivariance: probability {probability} and min_scale {min_scale} must lie in 0 to 1")
+            raise UsageError(
+                f"model.equivariance.probability {probability} and min_scale {min_scale} must lie in 0 to 1, min_scale above 0"
+            )
         self.probability, self.min_scale = probability, min_scale
 
     def __call__(self, images: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,12 +48,11 @@ class Equivariance:
         if not self.probability or torch.rand(()) >= self.probability:
             return images, latents
         height, width = latents.shape[-2:]
-        smallest = max(1, round(self.min_scale * min(height, width)))
-        side = int(torch.randint(smallest, min(height, width) + 1, ()))
+        factor, shorter = images.shape[-2] // height, min(height, width)
+        smallest = min(shorter, max(round(self.min_scale * shorter), ceil(SMALLEST_SIDE / factor)))
+        side = int(torch.randint(smallest, shorter + 1, ()))
         turns = int(torch.randint(4, ()))
-        scale = side / min(height, width)
-        size = round(height * scale), round(width * scale)
-        factor = images.shape[-2] // height
+        size = round(height * side / shorter), round(width * side / shorter)
         return (
             turn_and_scale(images, turns, (size[0] * factor, size[1] * factor)),
             turn_and_scale(latents, turns, size),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,61 +17,138 @@ from torch import Tensor, nn
 from ldm.errors import UsageError, first_line
 from ldm.models.identity import network_hash
 
+# our names -> diffusers'
+ARCHITECTURE = {
+    "widths": "block_out_channels",
+    "latent_channels": "latent_channels",
+    "layers_per_block": "layers_per_block",
+    "norm_groups": "norm_num_groups",
+    "mid_attention": "mid_block_add_attention",
+}
+
 
 @dataclass
 class AutoencoderConfig:
-    """An ``AutoencoderKL`` from scratch (Rombach et al. 2022, arXiv 2112.10752).
+    """An ``AutoencoderKL`` (Rombach et al. 2022, arXiv 2112.10752), from scratch or from a directory of one.
+
+    What is left out of the first six is the directory's with ``init_from``, and from scratch the default named here.
 
     Attributes:
-        widths: channels per level; each level after the first halves the picture, so three levels are f4, four f8.
-        latent_channels: channels of the latents.
-        layers_per_block: residual blocks per level of the encoder (the decoder has one more).
-        norm_groups: groups of the GroupNorm; divides every width.
-        mid_attention: self-attention at the lowest resolution.
-        sample_size: side of the pictures in pixels.
+        widths: channels per level; each level after the first halves the picture, so three levels are f4, four f8
+            (128, 256, 512, 512).
+        latent_channels: channels of the latents (4).
+        layers_per_block: residual blocks per level of the encoder; the decoder has one more (2).
+        norm_groups: groups of the GroupNorm; divides every width (32).
+        mid_attention: self-attention at the lowest resolution (true).
+        sample_size: side in pixels of the pictures that it trains on, and of a tile (256).
+        init_from: directory of an ``AutoencoderKL`` to start from, as ``save_pretrained`` writes it: SD, SDXL, SD3, FLUX, ours.
+        train: ``decoder`` leaves encoder, latents and their statistics as the directory has them, bit for bit, so that a
+            denoiser trained on them goes on fitting.
+        tiling: encode and decode pictures larger than ``sample_size`` in tiles, see :func:`enable_tiling`.
+        slicing: encode and decode a batch picture by picture. It saves memory where no gradients are kept; training it
+            only slows.
     """
 
-    widths: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    latent_channels: int = 4
-    layers_per_block: int = 2
-    norm_groups: int = 32
-    mid_attention: bool = True
-    sample_size: int = 256
+    widths: list[int] | None = None
+    latent_channels: int | None = None
+    layers_per_block: int | None = None
+    norm_groups: int | None = None
+    mid_attention: bool | None = None
+    sample_size: int | None = None
+    init_from: str | None = None
+    train: Literal["all", "decoder"] = "all"
+    tiling: bool = False
+    slicing: bool = False
 
     @property
     def factor(self) -> int:
         """Picture side over latent side."""
-        return 2 ** (len(self.widths) - 1)
+        return 2 ** (len(self._settings()["widths"]) - 1)
 
     def build(self) -> AutoencoderKL:
-        """The network, freshly initialised.
+        """The network, in training mode, what shall not train frozen.
 
         Raises:
-            UsageError: where the sizes do not fit one another.
+            UsageError: where the sizes do not fit one another or the directory, or the directory is none.
         """
-        if self.sample_size % self.factor:
+        settings = self._settings()
+        self._check(settings)
+        network = self._from_directory(settings) if self.init_from else _from_scratch(settings)
+        if self.tiling:
+            enable_tiling(network)
+        if self.slicing:
+            network.enable_slicing()
+        return network.train()
+
+    def _settings(self) -> dict[str, Any]:
+        """The first six fields, none of them left out."""
+        settings = {
+            "widths": [128, 256, 512, 512],
+            "latent_channels": 4,
+            "layers_per_block": 2,
+            "norm_groups": 32,
+            "mid_attention": True,
+            "sample_size": 256,
+        }
+        given = {field: getattr(self, field) for field in settings if getattr(self, field) is not None}
+        if self.init_from:
+            theirs = _read_config(self.init_from)
+            settings = {field: theirs[name] for field, name in ARCHITECTURE.items()} | {"sample_size": _side(theirs)}
+            for field in ARCHITECTURE:
+                if field in given and given[field] != settings[field]:
+                    raise UsageError(
+                        f"model.autoencoder.{field} is {given[field]}, but {self.init_from} has {settings[field]}; leave "
+                        f"{field} out, or change init_from"
+                    )
+        return settings | given
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        """Refuse what cannot be built."""
+        if self.train != "all" and not self.init_from:
             raise UsageError(
-                f"model.autoencoder.sample_size {self.sample_size} is not a multiple of {self.factor}, the factor of "
-                f"{len(self.widths)} widths; change sample_size or the number of widths"
+                f"model.autoencoder.train {self.train} keeps the encoder of init_from, which is missing; give it, or train: all"
             )
-        for width in self.widths:
-            if width % self.norm_groups:
+        if not settings["widths"]:
+            raise UsageError("model.autoencoder.widths is empty; give the channels of one level or more")
+        for field in ("latent_channels", "layers_per_block", "norm_groups", "sample_size"):
+            if settings[field] < 1:
+                raise UsageError(f"model.autoencoder.{field} is {settings[field]}; give 1 or more")
+        for width in settings["widths"]:
+            if width < 1 or width % settings["norm_groups"]:
                 raise UsageError(
-                    f"model.autoencoder.widths holds {width}, not a multiple of norm_groups {self.norm_groups}; change either"
+                    f"model.autoencoder.widths holds {width}, not a multiple of norm_groups {settings['norm_groups']}; "
+                    "change either"
                 )
-        network = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * len(self.widths),
-            up_block_types=["UpDecoderBlock2D"] * len(self.widths),
-            block_out_channels=self.widths,
-            layers_per_block=self.layers_per_block,
-            latent_channels=self.latent_channels,
-            norm_num_groups=self.norm_groups,
-            mid_block_add_attention=self.mid_attention,
-            sample_size=self.sample_size,
-            scaling_factor=1.0,  # latents are normalised by latents_mean and latents_std instead
-        )
-        _initialise(network)
+        if settings["sample_size"] % self.factor:
+            raise UsageError(
+                f"model.autoencoder.sample_size {settings['sample_size']} is not a multiple of {self.factor}, the factor of "
+                f"{len(settings['widths'])} widths; change sample_size or the number of widths"
+            )
+
+    def _from_directory(self, settings: dict[str, Any]) -> AutoencoderKL:
+        """The directory's network in fp32, to train whole or from the latents on."""
+        network = load_autoencoder(self.init_from).float().requires_grad_(True)
+        network.register_to_config(sample_size=settings["sample_size"])
+        if self.train == "decoder":
+            for frozen in (network.encoder, network.quant_conv):
+                if frozen is not None:
+                    frozen.requires_grad_(False)
+        else:  # the latents will move away from what was measured of them
+            network.register_to_config(latents_mean=None, latents_std=None, shift_factor=None, scaling_factor=1.0)
         return network
+
+
+def _from_scratch(settings: dict[str, Any]) -> AutoencoderKL:
+    levels = len(settings["widths"])
+    network = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        sample_size=settings["sample_size"],
+        scaling_factor=1.0,  # latents are normalised by latents_mean and latents_std instead
+        **{name: settings[field] for field, name in ARCHITECTURE.items()},
+    )
+    _initialise(network)
+    return network
 
 
 def _initialise(autoencoder: AutoencoderKL) -> None:
@@ -89,18 +170,50 @@ def _initialise(autoencoder: AutoencoderKL) -> None:
         autoencoder.quant_conv.bias[channels:] = -6.0
 
 
+def enable_tiling(autoencoder: AutoencoderKL) -> None:
+    """Encode and decode pictures larger than its ``sample_size`` in tiles of that side, blended over a quarter of it.
+
+    Memory then no longer grows with the picture. Every tile is normalised by itself and ends at its own border, so the
+    result differs a little from that of the whole; the more, the narrower the last row or column of tiles is, and tiles
+    begin every three quarters of a side.
+    """
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    # diffusers' tiles meet only where a quarter of one is a whole number of latents
+    tile = 4 * math.ceil(_side(autoencoder.config) / factor / 4)
+    autoencoder.tile_latent_min_size, autoencoder.tile_sample_min_size = tile, tile * factor
+    autoencoder.enable_tiling()
+
+
+def _side(config: Mapping[str, Any]) -> int:
+    """``sample_size`` of an autoencoder's config, which may name height and width."""
+    side = config["sample_size"]
+    return side if isinstance(side, int) else max(side)
+
+
+def _read_config(path: str | Path) -> dict[str, Any]:
+    """The config of an autoencoder directory, with diffusers' defaults where an old one is silent."""
+    if not (Path(path) / "config.json").is_file():
+        raise UsageError(f"{path} is not an autoencoder directory (no config.json); train one: ldm autoencoder fit --help")
+    defaults = {name: parameter.default for name, parameter in inspect.signature(AutoencoderKL).parameters.items()}
+    try:
+        return defaults | AutoencoderKL.load_config(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
+
+
 def load_autoencoder(path: str | Path) -> AutoencoderKL:
     """A frozen autoencoder from a directory that ``AutoencoderKL.save_pretrained`` wrote.
 
     Raises:
         UsageError: when ``path`` holds none.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise UsageError(f"{path} is not an autoencoder directory (no config.json); train one: ldm autoencoder fit --help")
+    _read_config(path)
     try:
-        autoencoder = AutoencoderKL.from_pretrained(path, local_files_only=True)
+        autoencoder, found = AutoencoderKL.from_pretrained(path, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
+    if missing := found["missing_keys"]:  # diffusers leaves these at random
+        raise UsageError(f"{path} lacks {len(missing)} weights of an AutoencoderKL, {missing[0]} first; copy or train it anew")
     return autoencoder.eval().requires_grad_(False)
 
 

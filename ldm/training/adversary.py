@@ -40,7 +40,7 @@ class Adversary(nn.Module):
             weight: of the adversarial loss, after its gradient was made as large as the reconstruction's.
             start: batch at which the discriminator begins to train.
             alone: batches that it trains before it is heard.
-            warmup: batches over which its weight then rises.
+            warmup: batches over which its weight then rises from 0; 0 is as 1.
             max_adaptive_weight: bound on the factor between the two gradients.
             guard: what lowers the weight (default: with its own defaults).
             lecam, gradient_penalty: regularisers (default: none).
@@ -65,11 +65,15 @@ class Adversary(nn.Module):
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
         """What the decoder minimises. The discriminator judges and learns nothing, not even its spectral norms' estimates."""
+        was_training = self.discriminator.training
+        learning = [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
         self.discriminator.eval().requires_grad_(False)
         try:
             return self.loss.generator(self.discriminator(reconstruction).float())
         finally:
-            self.discriminator.train().requires_grad_(True)
+            self.discriminator.train(was_training)
+            for parameter in learning:
+                parameter.requires_grad_()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """What the discriminator minimises on real pictures and detached reconstructions, and its accuracy, 0 to 1."""

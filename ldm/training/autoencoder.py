@@ -21,17 +21,24 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from ldm.data.datamodule import ShardDataModule
 from ldm.data.manifest import IMAGE_SHARDS
 from ldm.data.quarantine import BadSample
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
-from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images, reconstruct
+from ldm.losses.equivariance import SMALLEST_SIDE
+from ldm.metrics import LatentHealth, ReconstructionFID, health_scalars
+from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images, reconstruct, set_latent_statistics
 from ldm.training.adversary import Adversary
 from ldm.training.base import OptimiserConfig, Stage
 
 log = logging.getLogger(__name__)
 
 PREVIEW_PICTURES = 8
+# as many as tell a channel's mean and spread to a percent or two; the export of latents measures the whole set
+STATISTICS_PICTURES = 2048
+# not in checkpoints: made again from their descriptions
+FROZEN = ("perceptual.", "fid.")
 
 
 class AutoencoderTraining(Stage):
@@ -54,6 +61,7 @@ class AutoencoderTraining(Stage):
         learn_variance: bool = False,
         accumulate: int = 1,
         max_skipped: int = 10,
+        fid_trunk: str | None = None,
         ema_decay: float = 0.9999,
     ):
         """
@@ -70,6 +78,8 @@ class AutoencoderTraining(Stage):
             learn_variance: learn what reconstruction and LPIPS together weigh against the KL.
             accumulate: pieces that a batch is trained in, one after another, to save memory.
             max_skipped: batches in a row whose gradients are not finite, before the run stops; each is skipped.
+            fid_trunk: measure the reconstructions' FID at validation too: inception, alex-random, vgg-random or the path of a
+                checkpoint; see :class:`ldm.metrics.ReconstructionFID`.
             ema_decay: of the average of the autoencoder's weights.
         """
         super().__init__()
@@ -86,6 +96,8 @@ class AutoencoderTraining(Stage):
         self._skipped, self._skipped_in_a_row = 0, {}
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean")
         self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
+        self.health = LatentHealth(self.autoencoder.config.latent_channels)
+        self.fid = ReconstructionFID(fid_trunk) if fid_trunk else None
         self.start_average(ema_decay)
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -227,7 +239,9 @@ class AutoencoderTraining(Stage):
                 f"model.adversary.start {self.adversary.start} is not before trainer.max_steps {num_steps}: the "
                 "discriminator would never train; lower it or raise max_steps"
             )
-        data = self.trainer.datamodule
+        super().setup(stage)
+
+    def prepare(self, data: ShardDataModule) -> None:
         for source in (*data.train_set.sources, *data.validation_set.sources):
             if source.manifest.format != IMAGE_SHARDS:
                 raise UsageError(f"{source.spec} holds {source.manifest.format}; stage one needs {IMAGE_SHARDS}")
@@ -238,11 +252,33 @@ class AutoencoderTraining(Stage):
                 f"pictures of {size[1]} x {size[0]} are not multiples of {self.factor}, by which the autoencoder shrinks them; "
                 "set data.image_size to one"
             )
+        if self.autoencoder.use_tiling and None not in size and max(size) > self.autoencoder.config.sample_size:
+            raise UsageError(
+                f"model.autoencoder.tiling would tile training pictures of {size[1]} x {size[0]}; raise "
+                f"model.autoencoder.sample_size {self.autoencoder.config.sample_size} to their size"
+            )
+        if None not in size:
+            self._try_smallest(min(size))
         if self.accumulate > data.batch_size:
             raise UsageError(f"model.accumulate {self.accumulate} is more than data.batch_size {data.batch_size}; lower it")
         few = (data.validation_set.attempt(index) for index in range(len(data.validation_set)))
         good = islice((sample for sample in few if not isinstance(sample, BadSample)), PREVIEW_PICTURES)
         self._shown = [torch.from_numpy(sample["image"].copy())[None] for sample in good]
+        self._train_set, self._batch_size = data.train_set, data.batch_size
+
+    def _try_smallest(self, side: int) -> None:
+        """Whether LPIPS and the discriminator can look at pictures as small as they come; the latter is not asked for long."""
+        smallest = min(side, SMALLEST_SIDE) if self.equivariance.probability else side
+        picture = torch.zeros(1, 3, smallest, smallest)
+        try:
+            with torch.no_grad():
+                self.perceptual(picture, picture)
+                self.adversary.generator_loss(picture)
+        except (RuntimeError, UsageError) as error:
+            raise UsageError(
+                f"LPIPS or the discriminator cannot look at pictures of {smallest} pixels ({first_line(error)}); give larger "
+                "ones (data.image_size), or a discriminator of fewer layers"
+            ) from error
 
     def configure_optimizers(self) -> tuple[list, list]:
         num_steps = self.trainer.max_steps
@@ -268,15 +304,22 @@ class AutoencoderTraining(Stage):
         reconstruction = self.autoencoder.decode(posterior.mode()).sample.float().clamp(-1, 1)
         self.psnr(reconstruction, images)
         self.ssim(reconstruction, images)
+        self.health.update(posterior)
+        if self.fid is not None:
+            self.fid.update(images, real=True)
+            self.fid.update(reconstruction, real=False)
         self.log_dict(
             {"val/psnr": self.psnr, "val/ssim": self.ssim, "val/lpips": self.perceptual(reconstruction, images)},
             batch_size=len(images),
         )
 
     def on_validation_epoch_end(self) -> None:
-        """Let the guard judge."""
-        if self.trainer.state.fn != "fit":
-            return
+        """Latents' health and FID, and the guard's judgement."""
+        self.log_dict({f"val/{name}": value for name, value in health_scalars(self.health.compute()).items()})
+        self.health.reset()
+        if self.fid is not None:
+            self.log(f"val/{self.fid.name}", self.fid.compute())
+            self.fid.reset()
         figures = self.trainer.callback_metrics
         guard, step = self.adversary.guard, self.global_step
         said = guard.judge(float(figures["val/psnr"]), float(figures["val/lpips"]), self.adversary.ramp(step) > 0)
@@ -296,20 +339,36 @@ class AutoencoderTraining(Stage):
         ]
 
     def save(self, folder: Path) -> None:
+        """Write the ``AutoencoderKL`` directory, with the latents' mean and standard deviation per channel."""
+        if self.autoencoder.encoder.conv_in.weight.requires_grad:  # frozen, its latents are what their directory says
+            health = self.latent_health()
+            set_latent_statistics(self.autoencoder, health["mean"].tolist(), health["std"].tolist())
         self.autoencoder.save_pretrained(folder)
+
+    def latent_health(self) -> dict[str, Tensor]:
+        """Of the latents of training pictures from all over the set; see :class:`ldm.metrics.LatentHealth`."""
+        health = LatentHealth(self.autoencoder.config.latent_channels).to(self.device)
+        number = min(len(self._train_set), STATISTICS_PICTURES)
+        for few in torch.linspace(0, len(self._train_set) - 1, number).long().split(self._batch_size):
+            images = pixels_to_images(self._train_set.batch(few.tolist())["image"].to(self.device))
+            health.update(self.autoencoder.encode(images).latent_dist)
+        return health.compute()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        # frozen, and made again from its description
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("perceptual.")}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(FROZEN)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        trunk = {f"perceptual.{k}": v for k, v in self.perceptual.state_dict().items()}
-        checkpoint["state_dict"] = trunk | checkpoint["state_dict"]
+        frozen = {k: v for k, v in self.state_dict().items() if k.startswith(FROZEN)}
+        checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
 
 
 def trim(images: Tensor, factor: int) -> Tensor:
     """Cut (B, 3, H, W) at its lower and right edge to multiples of ``factor``."""
     height, width = (side // factor * factor for side in images.shape[-2:])
+    if not height * width:
+        raise LdmError(
+            f"a picture of {images.shape[-1]} x {images.shape[-2]} is smaller than the autoencoder's {factor} pixels"
+        )
     return images[..., :height, :width]

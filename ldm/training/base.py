@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ldm.data.datamodule import ShardDataModule
 from ldm.training.ema import Average
 
 
@@ -53,6 +54,13 @@ class Stage(LightningModule):
 
     #: `ldm COMMAND fit` trains it; what that leaves behind, as the name of its folder
     command, product = "stage", "model"
+
+    def prepare(self, data: ShardDataModule) -> None:
+        """Take from the data what is needed, and refuse those that do not serve; before training and before an export."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        self.prepare(self.trainer.datamodule)
 
     def averaged(self) -> nn.Module:
         """The network whose average is kept."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from ldm.files import write_json
 from ldm.progress import Progress
@@ -43,13 +45,22 @@ class ProgressLine(Callback):
 
 
 class PreviewGrid(Callback):
-    """At each validation, the stage's preview as ``previews/step-00000123.png`` in the run's folder."""
+    """Before the first step and at each validation, the stage's preview: ``previews/step-00000123.png``, and TensorBoard."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def on_train_start(self, trainer: Trainer, module: Stage) -> None:
+        if trainer.global_step == 0:
+            with module.average_applied():
+                self._draw(trainer, module)
+
     def on_validation_end(self, trainer: Trainer, module: Stage) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit":
+        if trainer.state.fn == "fit":
+            self._draw(trainer, module)
+
+    def _draw(self, trainer: Trainer, module: Stage) -> None:
+        if not trainer.is_global_zero:
             return
         rows = module.preview()
         if not rows:
@@ -60,6 +71,9 @@ class PreviewGrid(Callback):
             grid = paired_grid(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         grid.save(self.folder / f"step-{trainer.global_step:08d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("preview", np.asarray(grid), trainer.global_step, dataformats="HWC")
 
 
 class StepTimes(Callback):

@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.data.datamodule import ShardDataModule
 from ldm.data.latents import common_info
 from ldm.diffusion.guidance import Condition
 from ldm.diffusion.objective import DenoisingObjective
@@ -66,9 +67,8 @@ class DenoiserTraining(Stage):
     def averaged(self) -> nn.Module:
         return self.denoiser
 
-    def setup(self, stage: str) -> None:
+    def prepare(self, data: ShardDataModule) -> None:
         """Load what the latents were made with, and refuse anything else."""
-        data = self.trainer.datamodule
         info = common_info(data.train_set.sources)
         common_info((*data.train_set.sources, *data.validation_set.sources))
         folder = data.train_set.sources[0].spec

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
+from ldm.errors import UsageError
+
+# So quiet is as good as silent, and from here a level finds its way back; from 0 it never would.
+LOWEST_LEVEL = 1e-3
 
 
 @final
 class Guard(nn.Module):
     """A factor on the adversarial weight, moved at each validation.
 
-    Reconstructions are worse when PSNR or LPIPS falls short of the best seen so far by more than agreed. Then the factor is
-    lowered; once they are as good again, it is raised step by step, but held while the discriminator knows nearly every patch:
-    what it then says is noise, which the adaptive weight makes loud. Its state lies in buffers, and so in checkpoints.
-
-    Attributes:
-        level: the factor, 0 to 1.
+    Reconstructions are worse when PSNR or LPIPS falls short of the best seen so far by more than agreed, or is no number. Then
+    the factor is lowered; once they are as good again, it is raised step by step, but held while the discriminator knows
+    nearly every patch: what it then says is noise, which the adaptive weight makes loud. Its state lies in buffers, and so in
+    checkpoints.
     """
 
     def __init__(
@@ -37,19 +38,27 @@ class Guard(nn.Module):
             max_psnr_loss: dB below the best validation so far that are borne.
             max_lpips_rise: share by which LPIPS may be above the best validation so far.
             max_accuracy: share of patches that the discriminator may tell apart, on average of late.
-            lower: what the level is multiplied with when reconstructions are worse.
+            lower: what the level is multiplied with when reconstructions are worse; it stays above 0.
             higher: and while they are not; never above 1.
-            enabled: off, the level stays 1.
+            enabled: off, the level is 1.
+
+        Raises:
+            UsageError: where ``lower`` does not lower or ``higher`` does not raise.
         """
         super().__init__()
         if not 0 < lower < 1 < higher:
-            raise ValueError(f"guard: lower {lower} must lie in 0 to 1 and higher {higher} above 1")
+            raise UsageError(f"model.adversary.guard.lower {lower} must lie between 0 and 1, and higher {higher} above 1")
         self.max_psnr_loss, self.max_lpips_rise, self.max_accuracy = max_psnr_loss, max_lpips_rise, max_accuracy
         self.lower, self.higher, self.enabled = lower, higher, enabled
-        self.register_buffer("level", torch.ones(()))
+        self.register_buffer("_level", torch.ones(()))
         self.register_buffer("best_psnr", torch.tensor(-torch.inf))
         self.register_buffer("best_lpips", torch.tensor(torch.inf))
         self.register_buffer("accuracy", torch.tensor(0.5))
+
+    @property
+    def level(self) -> Tensor:
+        """The factor, a scalar from 0 to 1."""
+        return self._level if self.enabled else torch.ones_like(self._level)
 
     def watch_discriminator(self, accuracy: Tensor, decay: float = 0.98) -> None:
         """Count one batch's share of patches told apart."""
@@ -63,20 +72,23 @@ class Guard(nn.Module):
         said = None
         if self.enabled and heard:
             losses = []
-            if psnr < self.best_psnr - self.max_psnr_loss:
-                losses.append(f"PSNR {psnr:.2f} dB is below {self.best_psnr:.2f}")
-            if lpips > self.best_lpips * (1 + self.max_lpips_rise):
-                losses.append(f"LPIPS {lpips:.4f} is above {self.best_lpips:.4f}")
+            # PSNR is infinite where a flat picture is met exactly, which is no loss
+            if psnr != math.inf and not (math.isfinite(psnr) and psnr >= self.best_psnr - self.max_psnr_loss):
+                losses.append(f"PSNR {psnr:.2f} dB (best: {self.best_psnr:.2f})")
+            if not (math.isfinite(lpips) and lpips <= self.best_lpips * (1 + self.max_lpips_rise)):
+                losses.append(f"LPIPS {lpips:.4f} (best: {self.best_lpips:.4f})")
             if losses:
-                self.level.mul_(self.lower)
+                self._level.mul_(self.lower).clamp_(min=LOWEST_LEVEL)
                 said = f"{' and '.join(losses)}: the discriminator's weight goes down to {self.level:.3g} of what was asked"
             elif self.level < 1 and self.accuracy > self.max_accuracy:
                 said = f"the discriminator knows {self.accuracy:.0%} of all patches: its weight is held at {self.level:.3g}"
             elif self.level < 1:
-                self.level.mul_(self.higher).clamp_(max=1)
+                self._level.mul_(self.higher).clamp_(max=1)
                 said = (
                     f"reconstructions are good again: the discriminator's weight goes up to {self.level:.3g} of what was asked"
                 )
-        self.best_psnr.clamp_(min=psnr)
-        self.best_lpips.clamp_(max=lpips)
+        if math.isfinite(psnr):
+            self.best_psnr.clamp_(min=psnr)
+        if math.isfinite(lpips):
+            self.best_lpips.clamp_(max=lpips)
         return said

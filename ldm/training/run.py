@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -16,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.sources import open_source
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_folder, require_new_folder
 from ldm.machine import bf16_pays
 from ldm.training.base import Stage
@@ -36,6 +38,9 @@ EXPECTED_WARNINGS = (
     ".*available.*val_check_interval.*",
     ".*You defined a `validation_step` but have no `val_dataloader`.*",
 )
+
+
+LAST_CHECKPOINT = "last.ckpt"
 
 
 class FitCLI(LightningCLI):
@@ -96,6 +101,9 @@ class FitCLI(LightningCLI):
                     raise UsageError(f"data.{split}: {error}") from None
         if options.trainer.max_epochs not in (None, -1):
             raise UsageError("trainer.max_epochs: the loader never ends; say with trainer.max_steps how many batches to train")
+        if str(options.trainer.precision) in ("16", "16-mixed", "16-true") and not torch.cuda.is_available():
+            # Lightning would take bf16 in its place and say so in passing
+            raise UsageError(f"trainer.precision {options.trainer.precision}: a CPU has no fp16; give bf16-mixed or 32-true")
         if options.trainer.precision is None:
             options.trainer.precision = "bf16-mixed" if bf16_pays() else "32-true"
         options.trainer.default_root_dir = options.out
@@ -129,8 +137,52 @@ class FitCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Write the last checkpoint and the plain directory, the latter with the averaged weights."""
-        self.trainer.save_checkpoint(Path(self.options.out) / "checkpoints" / "last.ckpt")
+        self.trainer.save_checkpoint(Path(self.options.out) / "checkpoints" / LAST_CHECKPOINT)
         if self.trainer.is_global_zero:
-            with atomic_folder(self.product) as folder, self.model.average_applied():
-                self.model.save(folder)
-            print(f"{self._model_class.product}: {self.product}")
+            write_product(self.model, self.product)
+
+
+def write_product(model: Stage, out: Path) -> None:
+    """The plain directory that other programs open, with the averaged weights."""
+    with atomic_folder(out) as folder, model.average_applied():
+        model.save(folder)
+    print(f"{model.product}: {out}")
+
+
+class ExportCLI(FitCLI):
+    """The plain directory of any checkpoint of a run, made from the run's own configuration."""
+
+    def __init__(self, stage: type[Stage], run: Path, out: Path, checkpoint: Path | None = None):
+        """
+        Args:
+            stage: what the run trained.
+            run: its folder.
+            out: a new folder for what comes out.
+            checkpoint: of the run (default: the last one).
+
+        Raises:
+            UsageError: where these do not serve.
+        """
+        self.destination = require_new_folder(out, "what is exported")
+        self.checkpoint = checkpoint or run / "checkpoints" / LAST_CHECKPOINT
+        for needed in (run / "logs" / "config.yaml", self.checkpoint):
+            if not needed.is_file():
+                raise UsageError(f"{needed} does not exist; give the folder of a run: ldm {stage.command} fit --out RUN")
+        super().__init__(stage, ["fit", "--config", str(run / "logs" / "config.yaml")])
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing of the run's folder is written to."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        """There is nothing to train."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            self.model.on_load_checkpoint(checkpoint)
+            self.model.load_state_dict(checkpoint["state_dict"])
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+            raise UsageError(f"{self.checkpoint} is not a whole checkpoint of this run: {first_line(error)}") from error
+        self.datamodule.setup("fit")
+        self.model.prepare(self.datamodule)
+        write_product(self.model, self.destination)

@@ -139,6 +139,69 @@ def test_flips_mirror_half_the_pictures_and_workers_agree(image_shards):
         assert same(ours, theirs)
 
 
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Nine pictures of noise of several sizes, one smaller than the rest: their folder and pixels (H, W, 3)."""
+    folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    shapes = [(24, 40), (40, 24), (33, 17), (24, 40), (24, 40), (50, 51), (10, 30), (40, 24), (64, 20)]
+    pixels = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    write_images(folder, "x", [(f"{index}", image, "noise") for index, image in enumerate(pixels)], samples_per_shard=4)
+    return folder, pixels
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_windows_are_those_of_their_draws_whatever_the_workers_and_after_a_resume(photographs):
+    folder, pixels = photographs
+    settings = {"image_size": 16, "crop": "window", "flip": 0.5}
+    found = take(module(folder, **settings).train_dataloader(), 9)
+    for batch in found:
+        for key, image in zip(batch["key"], batch["image"].permute(0, 2, 3, 1).numpy(), strict=True):
+            if key != "6":  # that one was scaled
+                windows = np.lib.stride_tricks.sliding_window_view(pixels[int(key)], (16, 16, 3))
+                assert any((windows == picture).all((-3, -2, -1)).any() for picture in (image, image[:, ::-1]))
+    for ours, theirs in zip(found, take(module(folder, workers=2, **settings).train_dataloader(), 9), strict=True):
+        assert same(ours, theirs)
+    stopped, resumed = (module(folder, **settings).train_dataloader() for _ in range(2))
+    take(stopped, 4)
+    resumed.load_state_dict(stopped.state_dict())
+    for ours, theirs in zip(found[4:], take(resumed, 5), strict=True):
+        assert same(ours, theirs)
+
+
+def test_without_a_draw_windows_lie_in_the_centre(photographs):
+    folder, pixels = photographs
+    batches = module(folder, image_size=16, crop="window", flip=1.0).val_dataloader()
+    for key, image in ((int(key), image) for batch in batches for key, image in zip(batch["key"], batch["image"], strict=True)):
+        height, width = (side - 16 for side in pixels[key].shape[:2])
+        centre = pixels[key][height // 2 : height // 2 + 16, width // 2 : width // 2 + 16]
+        assert image.shape == (3, 16, 16) and (key == 6 or np.array_equal(image.permute(1, 2, 0), centre))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_whole_pictures_are_validated_one_by_one_while_training_is_on_crops(photographs, workers):
+    folder, pixels = photographs
+    made = module(folder, image_size=16, crop="window", validation_whole=True, validation_samples=8, workers=workers)
+    loader = made.val_dataloader()
+    for batches in (list(loader), list(loader)):  # all held, so that none is written over
+        assert [batch["key"] for batch in batches] == [[f"{index}"] for index in range(8)]
+        for batch, original in zip(batches, pixels, strict=False):
+            assert batch["bad"] == [[]] and np.array_equal(batch["image"][0].permute(1, 2, 0), original)
+    assert all(batch["image"].shape == (3, 3, 16, 16) for batch in take(made.train_dataloader(), 4))
+    assert len(list(module(folder, image_size=8, validation_whole=True).val_dataloader())) == 9
+
+
+def test_windows_and_whole_pictures_are_refused_where_they_cannot_be(image_shards, latent_shards):
+    refusals = {
+        r"^data.crop is window, but .* holds latents.* set it to centre$": (latent_shards, {"crop": "window", "image_size": 8}),
+        r"^data.validation_whole is True, but .* holds latents.* set it to False$": (latent_shards, {"validation_whole": True}),
+        r"^data.crop window .*; set data.image_size$": (image_shards, {"crop": "window", "validation_whole": True}),
+    }
+    for message, (folder, settings) in refusals.items():
+        with pytest.raises(UsageError, match=message):  # "." is no end of line: one line each
+            module(folder, **settings)
+
+
 def test_a_mixture_holds_its_weights(tmp_path):
     for name, count in (("a", 8), ("b", 4)):
         pictures = [(f"{name}{index}", np.full((8, 8, 3), index, np.uint8), name) for index in range(count)]

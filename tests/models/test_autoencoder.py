@@ -1,17 +1,22 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from ldm.errors import UsageError
 from ldm.models.autoencoder import (
     AutoencoderConfig,
     autoencoder_hash,
     decode_latents,
+    enable_tiling,
     images_to_pictures,
     load_autoencoder,
     normalise_latents,
     pixels_to_images,
+    reconstruct,
     set_latent_statistics,
 )
 
@@ -25,15 +30,24 @@ def images(batch=2, size=16):
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.mark.parametrize("widths, factor", [([8], 1), ([8, 16], 2), ([8, 8, 16], 4), ([8, 8, 8, 8], 8)])
-@pytest.mark.parametrize("latent_channels", [1, 4])
-def test_each_level_after_the_first_halves_the_picture(widths, factor, latent_channels):
-    config = small(widths=widths, latent_channels=latent_channels)
+@torch.no_grad()
+@pytest.mark.parametrize("levels, factor", [(1, 1), (2, 2), (3, 4), (4, 8), (5, 16), (6, 32)])
+@pytest.mark.parametrize("latent_channels", [1, 4, 32])
+def test_each_level_after_the_first_halves_the_picture(levels, factor, latent_channels):
+    config = small(widths=[8] * levels, latent_channels=latent_channels, sample_size=64)
     assert config.factor == factor
-    network = config.build().eval()
-    z = network.encode(images()).latent_dist.mode()
-    assert z.shape == (2, latent_channels, 16 // factor, 16 // factor)
-    assert network.decode(z).sample.shape == (2, 3, 16, 16)
+    network = config.build()
+    posterior = network.encode(images(size=64)).latent_dist
+    assert posterior.mean.shape == posterior.std.shape == (2, latent_channels, 64 // factor, 64 // factor)
+    assert posterior.mean.isfinite().all() and posterior.mean.std() > 0.01
+    assert network.decode(posterior.mode()).sample.shape == (2, 3, 64, 64)
+
+
+def test_left_out_it_is_the_f8_autoencoder_of_latent_diffusion():
+    with torch.device("meta"):
+        network = AutoencoderConfig().build()
+    assert AutoencoderConfig().factor == 8 and network.config.latent_channels == 4 and network.config.sample_size == 256
+    assert 83e6 < sum(parameter.numel() for parameter in network.parameters()) < 84e6  # as Rombach et al. have it
 
 
 def test_mid_attention_and_blocks_are_as_asked():
@@ -47,6 +61,234 @@ def test_sizes_that_do_not_fit_are_refused_by_name():
         small(widths=[8, 8, 8], sample_size=18).build()
     with pytest.raises(UsageError, match=r"widths holds 10, not a multiple of norm_groups 4"):
         small(widths=[8, 10]).build()
+
+
+@pytest.mark.parametrize("field", ["latent_channels", "layers_per_block", "norm_groups", "sample_size"])
+def test_less_than_one_of_anything_is_refused_by_name(field):
+    with pytest.raises(UsageError, match=rf"model.autoencoder.{field} is 0; give 1 or more"):
+        small(**{field: 0}).build()
+
+
+@pytest.mark.parametrize("widths, said", [([], "is empty"), ([8, 0], "holds 0"), ([-4], "holds -4")])
+def test_widths_that_are_none_are_refused(widths, said):
+    with pytest.raises(UsageError, match=rf"model.autoencoder.widths {said}"):
+        small(widths=widths).build()
+
+
+# -- from a directory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["ours", "sd", "flux"])
+def directory(request, tmp_path, randomised):
+    """An autoencoder with latent statistics, laid out as ours, SD's or FLUX's is."""
+    kinds = {
+        "ours": {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0], "scaling_factor": 1.0},
+        "sd": {"scaling_factor": 0.18215},
+        "flux": {"scaling_factor": 0.36, "shift_factor": 0.12, "use_quant_conv": False, "use_post_quant_conv": False},
+    }
+    torch.manual_seed(1)
+    network = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[6, 6, 12],
+        norm_num_groups=3,
+        sample_size=24,
+        **kinds[request.param],
+    )
+    randomised(network).save_pretrained(tmp_path / request.param)
+    return str(tmp_path / request.param)
+
+
+def statistics(network):
+    return {k: network.config[k] for k in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")}
+
+
+def weights(*modules):
+    return [value.clone() for module in modules if module is not None for value in module.state_dict().values()]
+
+
+def same(these, those):
+    return all(torch.equal(this, that) for this, that in zip(these, those, strict=True))
+
+
+def test_a_warm_start_is_the_directory_bit_for_bit_without_what_was_measured_of_its_latents(directory):
+    config = AutoencoderConfig(init_from=directory)
+    assert config.factor == 4
+    network, theirs = config.build(), AutoencoderKL.from_pretrained(directory)
+    assert same(weights(network), weights(theirs))
+    assert network.training and all(parameter.requires_grad for parameter in network.parameters())
+    assert statistics(network) == {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, "shift_factor": None}
+    z = network.encode(images()).latent_dist.mode()
+    assert torch.equal(normalise_latents(network, z), z)
+
+
+def test_decoder_alone_leaves_encoder_and_latents_bit_for_bit(directory, tmp_path):
+    network, theirs = AutoencoderConfig(init_from=directory, train="decoder").build(), AutoencoderKL.from_pretrained(directory)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        posterior = network.encode(images(4)).latent_dist
+        (torch.mean((network.decode(posterior.sample()).sample - images(4)) ** 2) + 1e-3 * posterior.kl().mean()).backward()
+        optimiser.step()
+    network.save_pretrained(tmp_path / "out")
+    after = AutoencoderKL.from_pretrained(tmp_path / "out")
+    assert same(weights(after.encoder, after.quant_conv), weights(theirs.encoder, theirs.quant_conv))
+    ours, before = after.encode(images()).latent_dist, theirs.encode(images()).latent_dist
+    assert torch.equal(ours.mean, before.mean) and torch.equal(ours.std, before.std)
+    assert statistics(after) == statistics(theirs)
+    for moved in ("decoder", "post_quant_conv"):
+        if getattr(theirs, moved) is not None:
+            pairs = zip(getattr(after, moved).parameters(), getattr(theirs, moved).parameters(), strict=True)
+            assert all((new != old).any() for new, old in pairs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("train", ["all", "decoder"])
+def test_stock_diffusers_opens_a_warm_start_too(directory, tmp_path, train):
+    network = AutoencoderConfig(init_from=directory, train=train, sample_size=16, tiling=True).build()
+    network.save_pretrained(tmp_path / "out")
+    again = AutoencoderKL.from_pretrained(tmp_path / "out")
+    assert (reconstruct(again, images(3)) - reconstruct(network, images(3))).abs().max() <= 1e-5
+
+
+def test_half_precision_is_trained_in_full(tiny_autoencoder, tmp_path):
+    tiny_autoencoder.half().save_pretrained(tmp_path)
+    network = AutoencoderConfig(init_from=str(tmp_path)).build()
+    assert network.dtype == torch.float32 and same(weights(network), [value.float() for value in weights(tiny_autoencoder)])
+
+
+@pytest.mark.parametrize(
+    "field, value, theirs",
+    [
+        ("widths", [6, 6, 6], r"\[6, 6, 12\]"),
+        ("latent_channels", 16, "4"),
+        ("layers_per_block", 2, "1"),
+        ("norm_groups", 6, "3"),
+        ("mid_attention", False, "True"),
+    ],
+)
+@pytest.mark.parametrize("directory", ["sd"], indirect=True)
+def test_what_disagrees_with_the_directory_is_refused_by_name(directory, field, value, theirs):
+    with pytest.raises(UsageError, match=rf"model.autoencoder.{field} is .*, but .*sd has {theirs}; leave") as error:
+        AutoencoderConfig(init_from=directory, **{field: value}).build()
+    assert str(value) in str(error.value) and directory in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("directory", ["sd"], indirect=True)
+def test_what_agrees_may_be_said_and_the_size_of_pictures_is_free(directory):
+    network = AutoencoderConfig([6, 6, 12], 4, 1, 3, True, 64, init_from=directory).build()
+    assert network.config.sample_size == 64
+    assert AutoencoderConfig(init_from=directory).build().config.sample_size == 24
+    with pytest.raises(UsageError, match="sample_size 30 is not a multiple of 4"):
+        AutoencoderConfig(init_from=directory, sample_size=30).build()
+
+
+def test_decoder_alone_needs_a_directory(tmp_path):
+    with pytest.raises(UsageError, match=r"model.autoencoder.train decoder .* init_from"):
+        small(train="decoder").build()
+    for ask in (lambda config: config.factor, lambda config: config.build()):
+        with pytest.raises(UsageError, match=r"nowhere is not an autoencoder directory"):
+            ask(AutoencoderConfig(init_from=str(tmp_path / "nowhere")))
+
+
+def test_a_directory_that_lacks_weights_is_not_filled_up_at_random(tiny_autoencoder, tmp_path):
+    tiny_autoencoder.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if not name.startswith("encoder.conv_in")}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lacks 2 weights of an AutoencoderKL, encoder.conv_in"):
+        load_autoencoder(tmp_path)
+
+
+# -- large pictures ------------------------------------------------------------------------------------------------------
+
+
+def waves(height, width, period):
+    """A smooth picture, (1, 3, H, W), that repeats itself every ``period`` pixels."""
+    y, x = (torch.arange(side) * 2 * math.pi / period for side in (height, width))
+    return 0.8 * torch.stack([x.sin() * y.cos()[:, None], (x + y[:, None]).cos(), (y + 1).sin()[:, None] + 0 * x])[None]
+
+
+@torch.no_grad()
+def tiled_and_whole(network, picture):
+    """Latents and reconstruction of both."""
+    both = []
+    for switch in (lambda: enable_tiling(network), network.disable_tiling):
+        switch()
+        z = network.encode(picture).latent_dist.mode()
+        both.append((z, network.decode(z).sample))
+    return both
+
+
+@pytest.mark.parametrize("levels, side", [(2, 32), (3, 32), (4, 64)])
+def test_tiles_lie_where_they_belong(levels, side, randomised):
+    """Where convolutions look at one pixel and every tile holds whole waves, a tile is a piece of the whole."""
+    torch.manual_seed(0)
+    network = randomised(small(widths=[8] * levels, sample_size=side).build())
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+                centre = module.weight[..., 1, 1].clone()
+                module.weight.zero_()[..., 1, 1] = centre
+    # 13 and 5 quarters of a tile: neither is a multiple of a tile, nor of the three quarters from one to the next
+    (z, picture), (whole_z, whole) = tiled_and_whole(network, waves(side // 4 * 13, side // 4 * 5, side // 4))
+    torch.testing.assert_close(z, whole_z, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(picture, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_a_tiled_reconstruction_of_a_smooth_picture_is_close_to_the_whole_one():
+    torch.manual_seed(0)
+    (_, tiled), (_, whole) = tiled_and_whole(small(sample_size=64).build(), waves(256, 256, 32))
+    assert whole.std() > 0.4
+    assert (tiled - whole).abs().mean() < 0.05  # of a range of 2; what is left is at the tiles' borders
+
+
+@pytest.mark.parametrize("height, width", [(36, 100), (100, 36), (8, 40), (68, 16), (52, 44)])
+def test_any_multiple_of_the_factor_can_be_tiled(height, width):
+    (z, picture), (whole_z, whole) = tiled_and_whole(small(widths=[8, 8, 8]).build(), waves(height, width, 16))
+    assert z.shape == whole_z.shape and picture.shape == whole.shape and picture.isfinite().all()
+
+
+@torch.no_grad()
+def test_tiles_of_few_latents_meet_as_those_of_diffusers_do_not():
+    network, picture = small(widths=[8] * 4).build(), waves(48, 48, 16)  # f8 at 16 px: two latents a side
+    network.enable_tiling()
+    assert network.encode(picture).latent_dist.mean.shape == (1, 4, 7, 7)  # diffusers 0.42: tiles of two, a half apart
+    (z, _), _ = tiled_and_whole(network, picture)
+    assert z.shape == (1, 4, 6, 6)
+
+
+def gradients(network, batch):
+    posterior = network.encode(batch).latent_dist
+    network.decode(posterior.mode()).sample.square().mean().backward()
+    return [parameter.grad for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize("sample_size", [16, 20])
+def test_training_is_never_tiled(sample_size):
+    found = []
+    for tiling in (False, True):
+        torch.manual_seed(0)
+        found.append(gradients(small(sample_size=sample_size, tiling=tiling).build(), images(2, sample_size)))
+    assert same(*found)
+
+
+def test_gradients_pass_tiles_too(randomised):
+    network = randomised(small(tiling=True).build())
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(network, images(1, 40)))
+
+
+def test_slices_are_the_batch_and_so_are_their_gradients(randomised):
+    network, batch = randomised(small(slicing=True).build()).double(), images(5).double()
+    assert network.use_slicing and not network.use_tiling
+    sliced = reconstruct(network, batch), gradients(network, batch)
+    network.zero_grad()
+    network.disable_slicing()
+    torch.testing.assert_close((reconstruct(network, batch), gradients(network, batch)), sliced, rtol=1e-9, atol=1e-9)
+
+
+# -- latents and pictures ------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_posterior_is_narrow_and_finite(tiny_autoencoder):

@@ -2,21 +2,26 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.errors import UsageError
 from ldm.losses import Hinge
 from ldm.models.discriminator import PatchDiscriminator
 
+NORMS = ["spectral", "group", "none"]
 
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("num_layers, size, logits", [(2, 32, 6), (3, 64, 6), (3, 256, 30)])
-def test_one_logit_per_patch(num_layers, size, logits):
-    discriminator = PatchDiscriminator(4, num_layers)
+def test_one_logit_per_patch(num_layers, size, logits, norm):
+    discriminator = PatchDiscriminator(4, num_layers, norm)
     assert discriminator(torch.randn(2, 3, size, size)).shape == (2, 1, logits, logits)
 
 
+@pytest.mark.parametrize("norm", ["spectral", "none"])
 @pytest.mark.parametrize("num_layers, field", [(1, 16), (2, 34), (3, 70)])
-def test_a_logit_sees_its_receptive_field_and_no_more(num_layers, field):
+def test_a_logit_sees_its_receptive_field_and_no_more(num_layers, field, norm):
     torch.manual_seed(0)
     images = torch.randn(1, 3, 128, 128, requires_grad=True)
-    logits = PatchDiscriminator(4, num_layers).double()(images.double())
+    logits = PatchDiscriminator(4, num_layers, norm).double()(images.double())
     middle = logits.shape[-1] // 2
     logits[0, 0, middle, middle].backward()
     rows = images.grad.abs().sum((0, 1, 3)).nonzero().flatten()
@@ -33,11 +38,54 @@ def test_weights_after_the_first_layer_have_spectral_norm_1():
     assert norms[1:] == pytest.approx([1.0] * (len(norms) - 1), rel=0.02)
 
 
+def test_group_normalisation_stands_after_the_first_layer_and_lets_a_logit_see_the_whole_picture():
+    discriminator = PatchDiscriminator(16, 2, "group")
+    groups = {place: layer for place, layer in enumerate(discriminator.layers) if isinstance(layer, nn.GroupNorm)}
+    assert [layer.num_channels // layer.num_groups for layer in groups.values()] == [8, 8]
+    assert list(groups) == [3, 6] and not isinstance(discriminator.layers[1], nn.GroupNorm)
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    discriminator(images)[0, 0, 0, 0].backward()
+    assert images.grad[..., -8:, -8:].any()
+
+
+@pytest.mark.parametrize("width", [1, 3, 5, 7, 12])
+def test_groups_fit_any_width(width):
+    assert PatchDiscriminator(width, 2, "group")(torch.randn(1, 3, 16, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_picture_is_judged_by_itself(norm, training):
+    discriminator = PatchDiscriminator(8, 2, norm).train(training)
+    images = torch.randn(4, 3, 32, 32, requires_grad=True)
+    discriminator(images)[1].sum().backward()
+    assert images.grad[1].any() and not images.grad[[0, 2, 3]].any()
+
+
 @torch.no_grad()
-def test_a_picture_is_judged_by_itself():
-    discriminator = PatchDiscriminator(8, 2).eval()
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_batch_changes_nothing(norm):
+    discriminator = PatchDiscriminator(8, 2, norm).eval()
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(discriminator(images)[1:2], discriminator(images[1:2]))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_picture_without_a_single_logit_is_refused(num_layers):
+    discriminator = PatchDiscriminator(4, num_layers)
+    side = discriminator.smallest_side
+    assert discriminator(torch.randn(1, 3, side, side)).shape == (1, 1, 1, 1)
+    for height, width in ((side - 1, 64), (64, side - 1)):
+        with pytest.raises(UsageError, match=rf"num_layers {num_layers} has no logit for pictures of {width} x {height}"):
+            discriminator(torch.randn(1, 3, height, width))
+        with pytest.raises(RuntimeError):
+            discriminator.layers(torch.randn(1, 3, height, width))
+
+
+def test_no_layers_are_refused():
+    for sizes in ((0, 3), (64, 0)):
+        with pytest.raises(UsageError, match="give 1 or more of both"):
+            PatchDiscriminator(*sizes)
 
 
 def test_it_learns_to_tell_smooth_from_rough():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from lightning import Trainer
 from torch import nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.losses import PerceptualLoss, ReconstructionLoss
-from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images
+from ldm.errors import LdmError, UsageError
+from ldm.losses import Equivariance, GradientPenalty, LeCam, NonSaturating, PerceptualLoss, ReconstructionLoss
+from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images, set_latent_statistics
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
@@ -123,3 +126,193 @@ def test_bf16_keeps_fp32_master_weights(image_shards: Path, tmp_path: Path) -> N
     assert {parameter.dtype for parameter in networks} == {torch.float32}
     assert all(torch.isfinite(parameter).all() for parameter in networks)
     assert torch.isfinite(trainer.callback_metrics["val/psnr"])
+
+
+def run(module: AutoencoderTraining, shards: Path, folder: Path, steps: int, **settings: object) -> Trainer:
+    """As ``fit`` above, with validation every two batches and settings of the trainer."""
+    torch.manual_seed(1)
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=None,
+        default_root_dir=folder, use_distributed_sampler=False, **{"val_check_interval": 2} | settings,
+    )  # fmt: skip
+    trainer.fit(module, ShardDataModule(str(shards), str(shards), batch_size=4, validation_samples=4))
+    return trainer
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_neither_player_sends_gradients_to_the_other(
+    image_shards: Path, tmp_path: Path, precision: str, accumulate: int
+) -> None:
+    """Seen at the moment of each optimiser's step: the other player's gradients are those that its own step left, or none."""
+    module = make(adversary=adversary(0, 0, 1), accumulate=accumulate, optimiser=OptimiserConfig(1e-3, max_grad_norm=1e9))
+    discriminator, seen = module.adversary.discriminator, []
+    module.on_before_optimizer_step = lambda optimiser: None
+
+    def gradients(network: nn.Module) -> list[torch.Tensor | None]:
+        return [None if p.grad is None else p.grad.clone() for p in network.parameters()]
+
+    train_autoencoder, train_discriminator = module._train_autoencoder, module._train_discriminator
+
+    def watch_autoencoder(*arguments: object) -> object:
+        before = gradients(discriminator)
+        judged = train_autoencoder(*arguments)
+        seen.append((before, gradients(discriminator)))
+        return judged
+
+    def watch_discriminator(*arguments: object) -> None:
+        before = gradients(module.autoencoder)
+        train_discriminator(*arguments)
+        seen.append((before, gradients(module.autoencoder)))
+
+    module._train_autoencoder, module._train_discriminator = watch_autoencoder, watch_discriminator
+    run(module, image_shards, tmp_path, 3, precision=precision)
+    assert len(seen) == 6
+    for before, after in seen:
+        for a, b in zip(before, after, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_a_batch_in_pieces_is_the_batch(image_shards: Path, tmp_path: Path) -> None:
+    """The same weights to rounding, before the game is heard: then nothing depends on more than one picture."""
+    whole, pieces = make(adversary=adversary(0), kl_weight=0.0), make(adversary=adversary(0), kl_weight=0.0, accumulate=4)
+    for module in (whole, pieces):
+        # noise would be drawn in another order
+        module.autoencoder.quant_conv.bias.data[4:] = -60.0
+        run(module, image_shards, tmp_path, 3)
+    torch.testing.assert_close(weights(whole.autoencoder), weights(pieces.autoencoder), rtol=0, atol=2e-4)
+    assert whole.global_step == pieces.global_step == 3
+
+
+def test_options_of_the_game_and_of_the_latents_train(image_shards: Path, tmp_path: Path) -> None:
+    """All at once: LeCam, R1, equivariance, learned variance, KL warm-up, a FID, pieces; every figure is finite."""
+    module = make(
+        adversary=adversary(0, 0, 1, lecam=LeCam(0.1), gradient_penalty=GradientPenalty(1.0, 2), loss=NonSaturating()),
+        equivariance=Equivariance(0.5), learn_variance=True, kl_warmup=3, accumulate=2, fid_trunk="alex-random",
+    )  # fmt: skip
+    untrained = weights(module.adversary.discriminator)
+    trainer = run(module, image_shards, tmp_path, 4)
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert {"train/g_weight", "train/log_variance", "val/rfid_alex_random", "val/latent_std_03", "val/latent_dead"} <= set(
+        figures
+    )
+    assert all(map(math.isfinite, figures.values()))
+    assert module.variance.log_variance != 0 and not torch.equal(untrained, weights(module.adversary.discriminator))
+    assert module.adversary.lecam.real != 0
+
+
+def test_the_kl_warms_up(image_shards: Path, tmp_path: Path) -> None:
+    """In the first batch a KL under warm-up weighs nothing: it moves the weights as a KL of weight 0 does."""
+    warmed, without = make(kl_weight=1.0, kl_warmup=10), make(kl_weight=0.0)
+    for module in (warmed, without):
+        module.adversary.start = 0
+        run(module, image_shards, tmp_path, 1, val_check_interval=1)
+    assert torch.equal(weights(warmed.autoencoder), weights(without.autoencoder))
+
+
+class Faulty(ReconstructionLoss):
+    """Not a number for the batches named."""
+
+    def __init__(self, batches: set[int]):
+        super().__init__(0.0, 1.0)
+        self.batches, self.calls = batches, 0
+
+    def __call__(self, reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().__call__(reconstruction, images) * (torch.nan if self.calls - 1 in self.batches else 1.0)
+
+
+def test_a_batch_whose_gradients_are_no_numbers_is_skipped_and_counted(
+    image_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = make(reconstruction=Faulty({1, 2}), adversary=adversary(0, 0, 1), max_skipped=2)
+    trainer = run(module, image_shards, tmp_path, 4)
+    assert trainer.global_step == 4 and module.reconstruction.calls == 6  # two more batches than steps
+    assert torch.isfinite(weights(module.autoencoder)).all() and torch.isfinite(weights(module.adversary.discriminator)).all()
+    assert trainer.callback_metrics["train/skipped"] == 2
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("ldm.")]
+    assert [message.split(" (")[1] for message in said] == ["1 in a row)", "2 in a row)"]
+
+
+def test_too_many_such_batches_in_a_row_stop_the_run(image_shards: Path, tmp_path: Path) -> None:
+    module = make(reconstruction=Faulty({2, 3, 4}), max_skipped=2)
+    with pytest.raises(LdmError, match=r"not finite 3 times in a row, at step 2") as error:
+        run(module, image_shards, tmp_path, 9)
+    assert "\n" not in str(error.value)
+
+
+def test_the_guard_is_asked_at_validation_and_its_state_is_in_checkpoints(image_shards: Path, tmp_path: Path) -> None:
+    """With a mark that nothing reaches, every validation after the start halves the level."""
+    module = make(adversary=adversary(0, 0, 1))
+    module.adversary.guard.judge(99.0, 0.0, heard=False)
+    trainer = run(module, image_shards, tmp_path, 6)
+    assert float(module.adversary.guard.level) == float(trainer.callback_metrics["val/g_level"]) == 0.125
+    trainer.save_checkpoint(tmp_path / "guarded.ckpt")
+    again = make(adversary=adversary(0, 0, 1))
+    checkpoint = torch.load(tmp_path / "guarded.ckpt", weights_only=True)
+    assert not any(name.startswith("perceptual.") for name in checkpoint["state_dict"])
+    again.on_load_checkpoint(checkpoint)
+    again.load_state_dict(checkpoint["state_dict"])
+    assert again.adversary.guard.level == 0.125 and again.adversary.guard.best_psnr == 99
+
+
+@pytest.mark.parametrize("warm", ["all", "decoder"])
+def test_a_warm_start_trains_all_or_the_decoder_alone(
+    image_shards: Path, tmp_path: Path, tiny_autoencoder: nn.Module, warm: str
+) -> None:
+    """Decoder alone: the encoder and its latents stay bit-identical, through training, averaging and export."""
+    set_latent_statistics(tiny_autoencoder, [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0])
+    tiny_autoencoder.save_pretrained(tmp_path / "start")
+    module = make(autoencoder=AutoencoderConfig(init_from=str(tmp_path / "start"), train=warm))
+    start = AutoencoderKL.from_pretrained(tmp_path / "start")
+    assert torch.equal(weights(start), weights(module.autoencoder))
+    run(module, image_shards, tmp_path, 3)
+    with module.average_applied():
+        (tmp_path / "end").mkdir()
+        module.save(tmp_path / "end")
+    end = AutoencoderKL.from_pretrained(tmp_path / "end")
+    assert not torch.equal(weights(start.decoder), weights(end.decoder))
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before, after = (network.encode(images).latent_dist.parameters for network in (start, end))
+    kept = warm == "decoder"
+    assert torch.equal(weights(start.encoder), weights(end.encoder)) == torch.equal(before, after) == kept
+    assert (end.config.latents_mean == [1.0, 2.0, 3.0, 4.0]) == kept
+
+
+def test_what_it_saves_is_a_stock_autoencoder_with_its_latents_measured(image_shards: Path, tmp_path: Path) -> None:
+    """Stock diffusers gives the trainer's own reconstruction; mean and deviation are those of latents drawn over the set."""
+    module = make()
+    run(module, image_shards, tmp_path, 3)
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    with module.average_applied():
+        module.save(tmp_path)
+        expected = module.reconstruct(images)
+    stock = AutoencoderKL.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        found = stock.decode(stock.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+        dataset = module.trainer.datamodule.train_set
+        posterior = stock.encode(pixels_to_images(dataset.batch(range(10))["image"])).latent_dist
+    assert (found - expected).abs().max() <= 1e-5
+    mean = posterior.mean.double().mean((0, 2, 3))
+    spread = (posterior.mean.double() - mean[:, None, None]).square().mean((0, 2, 3)) + posterior.var.double().mean((0, 2, 3))
+    torch.testing.assert_close(torch.tensor(stock.config.latents_mean).double(), mean, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(stock.config.latents_std).double(), spread.sqrt(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "said"),
+    [
+        ({}, {"precision": "bf16-true"}, "bf16-mixed"),
+        ({"autoencoder": AutoencoderConfig([8] * 7, 4, 1, 4, False, 64)}, {}, "32 x 32 are not multiples of 64"),
+        ({"adversary": adversary(start=50)}, {}, "model.adversary.start 50 is not before trainer.max_steps 4"),
+        ({"accumulate": 5}, {}, "model.accumulate 5 is more than data.batch_size 4"),
+    ],
+)
+def test_what_cannot_go_well_is_said_before_the_first_step(
+    image_shards: Path, tmp_path: Path, changes: dict, settings: dict, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as error:
+        run(make(**changes), image_shards, tmp_path, 4, **settings)
+    assert "\n" not in str(error.value)
