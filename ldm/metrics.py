@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -47,24 +48,27 @@ class LatentHealth(Metric):
 
     full_state_update = False
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, **settings: Any):
         """
         Args:
             channels: C, of the latents.
+            settings: torchmetrics' own.
         """
-        super().__init__()
+        super().__init__(**settings)
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(8, channels, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, posterior: DiagonalGaussianDistribution) -> None:
         """Take in the posteriors of one batch, (B, C, h, w)."""
         mean, variance, log_variance = (x.double() for x in (posterior.mean, posterior.var, posterior.logvar))
-        kl = 0.5 * (mean.square() + variance - 1 - log_variance)
+        square = mean.square()
+        kl = 0.5 * (square + variance - 1 - log_variance)
         # orthonormal: summed over frequencies the power is the squared deviation summed over places
-        power = torch.fft.fft2(mean - mean.mean((2, 3), keepdim=True), norm="ortho").abs().square()
+        spectrum = torch.fft.fft2(mean - mean.mean((2, 3), keepdim=True), norm="ortho")
+        power = torch.view_as_real(spectrum).square().sum(-1)
         y, x = (torch.fft.fftfreq(side, dtype=mean.dtype, device=mean.device) for side in mean.shape[2:])
         high = power * (y[:, None].square() + x.square() > 0.25**2)
-        values = (mean, mean**2, mean**3, mean**4, variance, kl, power, high)
+        values = (mean, square, square * mean, square.square(), variance, kl, power, high)
         self.sums += torch.stack([value.sum((0, 2, 3)) for value in values])
         self.count += mean[:, 0].numel()
 

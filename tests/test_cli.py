@@ -140,6 +140,8 @@ def test_sample_refuses_a_model_that_is_none(capsys: pytest.CaptureFixture, tmp_
         (["--model.autoencoder.sample_size", "50"], "sample_size"),
         (["--model.no_such_key", "1"], "no_such_key"),
         (["--trainer.precision", "16-mixed"], "trainer.precision"),
+        (["--model.adversary.guard.lower", "2"], "model.adversary.guard.lower"),
+        (["--model.equivariance.probability", "2"], "model.equivariance.probability"),
         (["--model.autoencoder.widths", "[16, 16, 16, 16, 16]", "--model.autoencoder.sample_size", "80"], "multiples of 16"),
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
     ],

@@ -58,6 +58,10 @@ def test_figures_do_not_depend_on_the_batch(tiny_autoencoder, image_shards, perc
         lpips = [perceptual(a[None], b[None]).item() for a, b in zip(again, images, strict=True)]
         health.reset()
         health.update(tiny_autoencoder.encode(images).latent_dist)
+    fid.reset()
+    fid.update(images, real=True)
+    fid.update(again, real=False)
+    assert one["rfid_alex_random"] == pytest.approx(fid.compute().item(), rel=1e-3) and fid.compute() > 0.01
     assert one["samples"] == 10 and one["lpips"] == pytest.approx(np.mean(lpips))
     assert one["psnr"] == pytest.approx(np.mean((10 * torch.log10(4 / (again - images).square().mean((1, 2, 3)))).numpy()))
     assert one["latent_std"] == pytest.approx(health.compute()["std"].tolist())

@@ -90,6 +90,7 @@ class TestLatentHealth:
             (signal, 0.1, False),
             (1e-3 * signal, 1e-4, False),  # small, and yet read ten times over
             (torch.full_like(signal, 300.1), 1e-4, True),  # a constant, of large KL
+            (300.1 + 1e-3 * signal, 1e-6, True),  # no more than rounding, in bf16
             (0.05 * signal, 1.0, True),  # the prior: Var[μ] = 0.0025
             (0.2 * signal, 1.0, False),  # Var[μ] = 0.04
             (7 + 0.05 * signal, 1.0, True),
@@ -98,8 +99,8 @@ class TestLatentHealth:
             assert int(health(posterior(mean, std))["dead"]) == is_dead, std
         every = posterior(torch.cat([mean for mean, _, _ in means], 1), channels(*(std for _, std, _ in means)))
         found = health(every)
-        assert found["dead"] == 3
-        assert found["kl"][2] > 1000 and found["kl"][3] < 0.01
+        assert found["dead"] == 4
+        assert found["kl"][2] > 1000 and found["kl"][4] < 0.01
         assert found["kurtosis"][2] == found["high_frequency"][2] == 0
         assert all(value.isfinite().all() for value in found.values())
 

@@ -44,7 +44,7 @@ FROZEN = ("perceptual.", "fid.")
 class AutoencoderTraining(Stage):
     """Reconstruction + LPIPS + KL, and a discriminator that comes in late, slowly and under guard."""
 
-    command, product = "autoencoder", "autoencoder"
+    command, product, takes_turns = "autoencoder", "autoencoder", True
 
     def __init__(
         self,
@@ -347,7 +347,7 @@ class AutoencoderTraining(Stage):
 
     def latent_health(self) -> dict[str, Tensor]:
         """Of the latents of training pictures from all over the set; see :class:`ldm.metrics.LatentHealth`."""
-        health = LatentHealth(self.autoencoder.config.latent_channels).to(self.device)
+        health = LatentHealth(self.autoencoder.config.latent_channels, sync_on_compute=False).to(self.device)
         number = min(len(self._train_set), STATISTICS_PICTURES)
         for few in torch.linspace(0, len(self._train_set) - 1, number).long().split(self._batch_size):
             images = pixels_to_images(self._train_set.batch(few.tolist())["image"].to(self.device))

@@ -54,6 +54,8 @@ class Stage(LightningModule):
 
     #: `ldm COMMAND fit` trains it; what that leaves behind, as the name of its folder
     command, product = "stage", "model"
+    #: whether a backward pass leaves some of the trained parameters alone
+    takes_turns = False
 
     def prepare(self, data: ShardDataModule) -> None:
         """Take from the data what is needed, and refuse those that do not serve; before training and before an export."""

@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.data.datamodule import ShardDataModule
@@ -108,9 +109,21 @@ class FitCLI(LightningCLI):
             options.trainer.precision = "bf16-mixed" if bf16_pays() else "32-true"
         options.trainer.default_root_dir = options.out
 
+    def instantiate_classes(self) -> None:
+        """A setting that its class refuses is said in the class's own words; jsonargparse would wrap them in many lines."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, LdmError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         out, settings = Path(self.options.out), self.config_init[self.config.subcommand].trainer
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             logger=[CSVLogger(out, name="", version="logs"), TensorBoardLogger(out, name="", version="logs")],
             callbacks=[
                 *(settings.callbacks or []),
@@ -125,6 +138,9 @@ class FitCLI(LightningCLI):
             # the plan deals samples to the ranks itself
             use_distributed_sampler=False,
         )
+        if isinstance(trainer.strategy, DDPStrategy):
+            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", self._model_class.takes_turns)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """A run that was refused before its first step leaves nothing behind, so that it can be asked for again."""
