@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
 
 from ldm.cli import main
 
@@ -16,9 +17,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def test_every_recipe_is_tried_here() -> None:
     assert sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")) == [
+        "decoder_finetune.yaml",
         "emoji/autoencoder.yaml",
         "emoji/denoiser.yaml",
+        "kl_f16_256.yaml",
+        "kl_f4_cpu.yaml",
         "kl_f8_256.yaml",
+        "kl_f8_256_24gb.yaml",
         "shapes/autoencoder.yaml",
         "shapes/denoiser.yaml",
     ]
@@ -62,6 +67,55 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     assert len(pictures) == 3 and pictures == again
 
 
+def tiny_arguments(config: str, size: int) -> list[str]:
+    """A recipe of stage one, its pictures, networks and run made small."""
+    data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "2"]
+    arguments = [
+        "autoencoder",
+        "fit",
+        "--config",
+        str(CONFIGS / config),
+        *data,
+        "--data.workers",
+        "0",
+        "--trainer.devices",
+        "1",
+    ]
+    arguments += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--data.image_size", str(size)]
+    arguments += ["--model.adversary.start", "0", "--model.adversary.alone", "0", "--model.adversary.warmup", "1"]
+    return [*arguments, "--model.adversary.discriminator.init_args.width", "8"]
+
+
+@pytest.mark.parametrize(
+    ("config", "widths", "factor"),
+    [("kl_f8_256", "[8, 8, 8, 8]", 8), ("kl_f8_256_24gb", "[8, 8, 8, 8]", 8), ("kl_f16_256", "[8, 8, 8, 8, 8]", 16),
+     ("kl_f4_cpu", "[8, 8, 8]", 4)],
+)  # fmt: skip
+def test_recipes_for_your_own_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, widths: str, factor: int
+) -> None:
+    """And, from what one of them leaves behind, the decoder alone on windows of larger pictures, which are validated whole."""
+    monkeypatch.chdir(tmp_path)
+    main(["shards", "shapes", "shards", "--count", "8", "--size", "80"])
+    arguments = tiny_arguments(f"{config}.yaml", 64)
+    arguments += ["--model.autoencoder.widths", widths, "--model.autoencoder.norm_groups", "4"]
+    arguments += ["--model.autoencoder.sample_size", "64", "--model.perceptual.init_args.weights", "random"]
+    main([*arguments, "--out", "run"])
+    trained = AutoencoderKL.from_pretrained("run/autoencoder")
+    assert 2 ** (len(trained.config.block_out_channels) - 1) == factor
+    if config == "kl_f4_cpu":
+        arguments = tiny_arguments("decoder_finetune.yaml", 32)
+        arguments += ["--model.autoencoder.init_from", "run/autoencoder", "--model.perceptual.init_args.weights", "random"]
+        main([*arguments, "--out", "finer"])
+        finer = AutoencoderKL.from_pretrained("finer/autoencoder")
+        assert finer.config.latents_mean == trained.config.latents_mean
+        for name, before in trained.state_dict().items():
+            assert torch.equal(before, finer.state_dict()[name]) or not name.startswith(("encoder.", "quant_conv."))
+        assert not torch.equal(trained.decoder.conv_out.weight, finer.decoder.conv_out.weight)
+        assert "run/autoencoder" not in Path("finer/autoencoder/config.json").read_text()
+        assert Image.open("finer/previews/step-00000003.png").width > 2 * 80  # whole pictures
+
+
 def test_the_recipe_for_real_training_says_what_it_lacks_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -74,15 +128,9 @@ def test_the_recipe_for_real_training_says_what_it_lacks_offline(
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     monkeypatch.chdir(tmp_path)
     main(["shards", "shapes", "shards", "--count", "4", "--size", "64"])
-    data = ["--data.train", "shards", "--data.validation", "shards", "--data.image_size", "64", "--data.batch_size", "2"]
-    arguments = ["autoencoder", "fit", "--config", str(CONFIGS / "kl_f8_256.yaml"), "--out", "run", *data]
-    arguments += ["--model.autoencoder.widths", "[8, 8, 8, 8]", "--model.autoencoder.norm_groups", "4"]
-    arguments += ["--model.autoencoder.sample_size", "64", "--trainer.devices", "1", "--data.workers", "0"]
-    arguments += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--model.adversary.start", "0"]
-    arguments += ["--model.adversary.discriminator.init_args.width", "8", "--data.validation_samples", "2"]
+    arguments = [*tiny_arguments("kl_f8_256.yaml", 64), "--out", "run", "--model.autoencoder.widths", "[8, 8, 8, 8]"]
+    arguments += ["--model.autoencoder.norm_groups", "4", "--model.autoencoder.sample_size", "64"]
     with pytest.raises(SystemExit) as left:
         main(arguments)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert left.value.code == 2 and "path" in said and "'random'" in said
-    main([*arguments, "--model.perceptual.init_args.weights", "random"])
-    assert AutoencoderKL.from_pretrained("run/autoencoder").config.latent_channels == 4

@@ -128,7 +128,8 @@ class AutoencoderConfig:
     def _from_directory(self, settings: dict[str, Any]) -> AutoencoderKL:
         """The directory's network in fp32, to train whole or from the latents on."""
         network = load_autoencoder(self.init_from).float().requires_grad_(True)
-        network.register_to_config(sample_size=settings["sample_size"])
+        # and without the path that it came from, which is nobody's business where this one goes
+        network.register_to_config(sample_size=settings["sample_size"], _name_or_path="")
         if self.train == "decoder":
             for frozen in (network.encoder, network.quant_conv):
                 if frozen is not None:

@@ -1,0 +1,448 @@
+"""A training step of stage one, side by side: ours against the same losses written as latent diffusion writes them.
+
+    python tools/bench/autoencoder.py [--quick] [--rounds R] [--precision bf16|fp32] [--size PIXELS] [--batch N]
+
+Both train the same ``AutoencoderKL`` and ``PatchDiscriminator`` with L1, LPIPS (vgg, random trunk), KL, hinge loss, adaptive
+weight, AdamW for both players and an average of the autoencoder; before anything is timed, their gradients are shown to be the
+same. Ours is the real training step inside Lightning's ``Trainer.fit``, whose overhead counts, with clipping, logs and its eye
+on gradients that are no numbers. Theirs is a bare loop. It calls the training step once per player, and every call runs the
+autoencoder, reconstruction loss and LPIPS anew; the adaptive weight walks LPIPS and the discriminator back to the decoder's
+last layer and keeps the graph, and the sum of the losses is walked back once more. As Lightning does between several
+optimisers, the player whose turn it is not is frozen. Batches lie ready as bytes.
+
+Each side runs in the memory layout (contiguous or channels_last) in which it is faster. Peak memory, not measured with --quick,
+is that of a process of its own: on a GPU what torch allocated, on the CPU all that is resident. Ends with
+`ratio NAME MEDIAN MIN MAX`: theirs over ours, of time per step and of memory, and what equivariance at every batch costs our
+step (time without over time with; it scales about half of the pictures' area away).
+"""
+
+from __future__ import annotations
+
+# isort: off
+import ldm  # noqa: F401 - first: it settles how OpenMP waits, for both that are compared
+
+# isort: on
+import argparse
+import copy
+import logging
+import math
+import multiprocessing
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import repeat
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from ldm.data.datamodule import ShardDataModule
+from ldm.data.shapes import generate
+from ldm.data.writer import write_images
+from ldm.losses import Equivariance, Hinge, PerceptualLoss, ReconstructionLoss
+from ldm.machine import bf16_pays, describe
+from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images
+from ldm.models.discriminator import PatchDiscriminator
+from ldm.training.adversary import Adversary
+from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.base import OptimiserConfig
+from ldm.training.ema import Average
+
+WEIGHT, KL_WEIGHT, EMA_DECAY = 0.5, 1e-6, 0.9999
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+Player = Literal["autoencoder", "discriminator"]
+
+
+def quieten() -> None:
+    """Lightning's and torchvision's hints are beside the point here."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how."""
+
+    widths: tuple[int, ...]
+    layers: int
+    discriminator_width: int
+    size: int
+    batch: int
+    bf16: bool
+    device: str
+    folder: Path
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+
+    def now(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class ReadyBatches(ShardDataModule):
+    """Batches of bytes that were decoded beforehand."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.batch = {"image": self.train_set.batch(range(self.batch_size))["image"]}
+
+    def train_dataloader(self) -> Iterator[dict[str, Tensor]]:
+        return repeat(self.batch)
+
+
+class Clock(Callback):
+    """Seconds per batch after the first one, which allocates; from the end of one to the end of another, all included."""
+
+    def __init__(self, setting: Setting, steps: int):
+        self.setting, self.steps = setting, steps
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, index: int) -> None:
+        if index == 0:
+            self.began = self.setting.now()
+        if index == self.steps:
+            self.seconds = (self.setting.now() - self.began) / self.steps
+
+
+class Seed(Callback):
+    """The same noise for both."""
+
+    def on_train_batch_start(self, *_: object) -> None:
+        torch.manual_seed(1)
+
+
+# -- ours ----------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def perceptual() -> PerceptualLoss:
+    """LPIPS, to be copied: its trunk is slow to build."""
+    return PerceptualLoss("vgg", "random")
+
+
+def build_ours(setting: Setting, layout: str) -> AutoencoderTraining:
+    """The real stage, its discriminator heard from the first batch on."""
+    torch.manual_seed(0)
+    adversary = Adversary(PatchDiscriminator(setting.discriminator_width), Hinge(), WEIGHT, start=0, alone=-1, warmup=0)
+    ours = AutoencoderTraining(
+        AutoencoderConfig(list(setting.widths), 4, setting.layers, 16, True, setting.size),
+        adversary,
+        ReconstructionLoss(1.0, 0.0),
+        copy.deepcopy(perceptual()),
+        OptimiserConfig(1e-4, (0.5, 0.9)),
+        OptimiserConfig(1e-4, (0.5, 0.9)),
+        kl_weight=KL_WEIGHT,
+        ema_decay=EMA_DECAY,
+    )
+    for network in (ours.autoencoder, ours.adversary.discriminator, ours.perceptual):
+        network.to(memory_format=LAYOUTS[layout])
+    ours.print = lambda *_: None  # said at every fit
+    ours.start_average(EMA_DECAY)  # anew, in the memory order of what it averages
+    return ours
+
+
+def fit(ours: AutoencoderTraining, setting: Setting, steps: int, *callbacks: Callback) -> None:
+    """So many batches through a trainer of its own."""
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="gpu" if setting.device == "cuda" else "cpu", devices=1,
+        precision="bf16-mixed" if setting.bf16 else "32-true", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+        default_root_dir=setting.folder, use_distributed_sampler=False, callbacks=list(callbacks),
+    )  # fmt: skip
+    shards = str(setting.folder / "shards")
+    trainer.fit(ours, ReadyBatches(shards, shards, batch_size=setting.batch))
+
+
+def time_ours(ours: AutoencoderTraining, setting: Setting, steps: int, equivariance: float = 0.0) -> float:
+    """Seconds per batch."""
+    ours.equivariance = Equivariance(equivariance)
+    clock = Clock(setting, steps)
+    fit(ours, setting, 1 + steps, clock)
+    return clock.seconds
+
+
+def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats: int) -> dict[str, float]:
+    """Median seconds of the parts of our step, walked through outside Lightning."""
+    discriminator, pixels = ours.adversary.discriminator, pixels.to(setting.device)
+    ours.to(setting.device).train()
+    ours.average.to(setting.device)
+    optimiser, _ = ours.optimiser.build(ours.autoencoder, 1000)
+    discriminator_optimiser, _ = ours.discriminator_optimiser.build(discriminator, 1000)
+    spent: dict[str, list[float]] = {}
+
+    def lap(part: str) -> None:
+        nonlocal began
+        spent.setdefault(part, []).append(setting.now() - began)
+        began = setting.now()
+
+    for _ in range(1 + repeats):
+        with setting.autocast():
+            began = setting.now()
+            images = pixels_to_images(pixels)
+            lap("bytes to floats")
+            posterior = ours.autoencoder.encode(images).latent_dist
+            reconstruction = ours.autoencoder.decode(posterior.sample()).sample.float()
+            lap("autoencoder, forward")
+            leaf = reconstruction.detach().requires_grad_()
+            (by_error,) = torch.autograd.grad(ours.reconstruction(leaf, images) + ours.perceptual(leaf, images), leaf)
+            lap("L1 and LPIPS, there and back")
+            (by_generator,) = torch.autograd.grad(ours.adversary.generator_loss(leaf), leaf)
+            lap("discriminator, heard by the decoder")
+            weight = ours._adaptive_weight(reconstruction, by_error, by_generator)
+            lap("adaptive weight")
+            towards = ((by_error + WEIGHT * weight * by_generator) * reconstruction).sum()
+            (towards + KL_WEIGHT * posterior.kl().sum() / images.numel()).backward()
+            lap("autoencoder, backward")
+            loss, _ = ours.adversary.discriminator_loss(images, reconstruction.detach(), 0)
+            loss.backward()
+            lap("discriminator, learning")
+            for network, its_optimiser in ((ours.autoencoder, optimiser), (discriminator, discriminator_optimiser)):
+                nn.utils.clip_grad_norm_(network.parameters(), ours.optimiser.max_grad_norm)
+                its_optimiser.step()
+                its_optimiser.zero_grad()
+            ours.average.update()
+            lap("clipping, optimisers, average")
+    return {part: statistics.median(laps[1:]) for part, laps in spent.items()}
+
+
+# -- theirs --------------------------------------------------------------------------------------------------------------
+
+
+class PerceptualAndDiscriminatorLoss(nn.Module):
+    """Latent diffusion's loss (Rombach et al. 2022, arXiv 2112.10752, appendix G), asked once per player.
+
+    The adaptive weight is that of Esser et al. 2021 (arXiv 2012.09841, eq. 7). Means, where theirs are sums over a picture.
+    """
+
+    def __init__(self, perceptual: PerceptualLoss, discriminator: nn.Module):
+        super().__init__()
+        self.perceptual, self.discriminator, self.game = perceptual, discriminator, Hinge()
+
+    def forward(
+        self,
+        images: Tensor,
+        reconstruction: Tensor,
+        posterior: DiagonalGaussianDistribution,
+        player: Player,
+        last_layer: Tensor,
+    ) -> Tensor:
+        errors = (images - reconstruction).abs() + self.perceptual.network(reconstruction, images)  # (B, 3, H, W)
+        error, kl = errors.mean(), posterior.kl().sum() / images.numel()
+        if player == "discriminator":
+            return self.game.discriminator(self.discriminator(images), self.discriminator(reconstruction.detach()))
+        # the estimates of spectral norms stand still, as they do for us
+        self.discriminator.eval()
+        generator = self.game.generator(self.discriminator(reconstruction))
+        self.discriminator.train()
+        return error + WEIGHT * self.adaptive_weight(error, generator, last_layer) * generator + KL_WEIGHT * kl
+
+    def adaptive_weight(self, error: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
+        (by_error,) = torch.autograd.grad(error, last_layer, retain_graph=True)
+        (by_generator,) = torch.autograd.grad(generator, last_layer, retain_graph=True)
+        return (by_error.norm() / (by_generator.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+class LatentDiffusion:
+    """The same networks, weights and settings as ours, trained in latent diffusion's manner."""
+
+    def __init__(self, ours: AutoencoderTraining, setting: Setting):
+        """``ours`` is copied: its networks in their memory order, and its optimisers' settings."""
+        self.setting = setting
+        self.autoencoder = copy.deepcopy(ours.autoencoder).to(setting.device)
+        self.loss = PerceptualAndDiscriminatorLoss(copy.deepcopy(ours.perceptual), copy.deepcopy(ours.adversary.discriminator))
+        self.loss.to(setting.device)
+        self.average = Average(self.autoencoder, EMA_DECAY)
+        self.players: dict[Player, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.loss.discriminator}
+        self.optimisers = {
+            "autoencoder": ours.optimiser.build(self.autoencoder, 1000),
+            "discriminator": ours.discriminator_optimiser.build(self.loss.discriminator, 1000),
+        }
+
+    def training_step(self, images: Tensor, player: Player) -> Tensor:
+        """The loss of one player."""
+        with self.setting.autocast():
+            posterior = self.autoencoder.encode(images).latent_dist
+            reconstruction = self.autoencoder.decode(posterior.sample()).sample
+            return self.loss(images, reconstruction, posterior, player, self.autoencoder.decoder.conv_out.weight)
+
+    def backward(self, images: Tensor, player: Player) -> None:
+        """Gradients of one player; the other is frozen."""
+        for name, network in self.players.items():
+            network.requires_grad_(name == player)
+        self.training_step(images, player).backward()
+
+    def step(self, pixels: Tensor) -> None:
+        """One batch."""
+        images = pixels_to_images(pixels.to(self.setting.device))
+        for player, (optimiser, schedule) in self.optimisers.items():
+            optimiser.zero_grad()
+            self.backward(images, player)
+            optimiser.step()
+            schedule.step()
+        self.autoencoder.requires_grad_(True)  # the average passes over what is frozen
+        self.average.update()
+
+    def seconds(self, pixels: Tensor, steps: int) -> float:
+        """Seconds per batch after the first one."""
+        self.step(pixels)
+        began = self.setting.now()
+        for _ in range(steps):
+            self.step(pixels)
+        return (self.setting.now() - began) / steps
+
+
+# -- side by side --------------------------------------------------------------------------------------------------------
+
+
+def assert_same_gradients(setting: Setting, pixels: Tensor) -> None:
+    """One batch of the same noise, in fp32 on the CPU: every parameter of both players has the same gradient on both sides."""
+    setting = replace(setting, bf16=False, device="cpu")
+    ours = build_ours(setting, "contiguous")
+    theirs = LatentDiffusion(ours, setting)
+    ours.optimiser.max_grad_norm = ours.discriminator_optimiser.max_grad_norm = math.inf
+    fit(ours, setting, 1, Seed())
+    for player, mine in (("autoencoder", ours.autoencoder), ("discriminator", ours.adversary.discriminator)):
+        torch.manual_seed(1)
+        theirs.backward(pixels_to_images(pixels), player)
+        wanted = [parameter.grad for parameter in theirs.players[player].parameters()]
+        # a bias before a norm has no gradient but rounding
+        rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in wanted)
+        for (name, parameter), gradient in zip(mine.named_parameters(), wanted, strict=True):
+            error, size = float((parameter.grad - gradient).abs().max()), float(gradient.abs().max())
+            assert error <= 1e-3 * size + rounding, f"gradients of the {player}'s {name} differ by {error} of {size}"
+
+
+def peak_memory(side: str, layout: str, setting: Setting) -> float:
+    """MiB at the peak of three steps, for a process of its own."""
+    quieten()
+    ours = build_ours(setting, layout)
+    if side == "ours":
+        run = partial(fit, ours, setting, 3)
+    else:
+        theirs, pixels = LatentDiffusion(ours, setting), ready_pixels(setting)
+        del ours
+        run = partial(theirs.seconds, pixels, 2)
+    if setting.device == "cuda":
+        run()
+        return torch.cuda.max_memory_allocated() / 2**20
+    # ru_maxrss would count what building LPIPS' trunk takes for a moment; the kernel forgets its mark on being asked
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
+
+
+def ready_pixels(setting: Setting) -> Tensor:
+    """The batch that both are timed on, uint8."""
+    shards = str(setting.folder / "shards")
+    data = ReadyBatches(shards, shards, batch_size=setting.batch)
+    data.setup("fit")
+    return data.batch["image"]
+
+
+def measure(setting: Setting, rounds: int, steps: int, quick: bool) -> dict[str, list[float]]:
+    """Everything, printed as it comes; returns the ratios."""
+    pixels = ready_pixels(setting)
+    assert_same_gradients(setting, pixels)
+    print("gradients agree", flush=True)
+
+    ours = {layout: build_ours(setting, layout) for layout in LAYOUTS}
+    networks = ours["contiguous"].autoencoder, ours["contiguous"].adversary.discriminator
+    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    print(f"autoencoder {counts[0] / 1e6:.1f}M parameters, discriminator {counts[1] / 1e6:.1f}M")
+    theirs = {layout: LatentDiffusion(ours[layout], setting) for layout in LAYOUTS}
+
+    def time_theirs(layout: str) -> float:
+        return theirs[layout].seconds(pixels, steps)
+
+    sides: dict[str, Callable[[str], float]] = {
+        "ours": lambda layout: time_ours(ours[layout], setting, steps),
+        "theirs": time_theirs,
+    }
+    tries = range(1 if quick else 2)
+    found = {(side, layout): min(run(layout) for _ in tries) for side, run in sides.items() for layout in LAYOUTS}
+    chosen = {side: min(LAYOUTS, key=lambda layout: found[side, layout]) for side in sides}
+    for side in sides:
+        rates = ", ".join(f"{layout} {setting.batch / found[side, layout]:.2f}" for layout in LAYOUTS)
+        print(f"{side}: images/s by layout: {rates}; timed in {chosen[side]}", flush=True)
+    del ours[next(layout for layout in LAYOUTS if layout != chosen["ours"])]
+    del theirs[next(layout for layout in LAYOUTS if layout != chosen["theirs"])]
+
+    timed = {side: partial(run, chosen[side]) for side, run in sides.items()}
+    timed["ours, equivariance"] = lambda: time_ours(ours[chosen["ours"]], setting, steps, equivariance=1.0)
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for turn in range(rounds):
+        for name in timed if turn % 2 == 0 else reversed(timed):
+            seconds[name].append(timed[name]())
+        print(f"round {turn + 1}, s/step:", {name: round(values[-1], 3) for name, values in seconds.items()}, flush=True)
+    for name, values in seconds.items():
+        rates = [setting.batch / value for value in values]
+        print(f"{name}: {statistics.median(rates):.2f} images/s ({min(rates):.2f} to {max(rates):.2f})")
+
+    parts = anatomy(ours[chosen["ours"]], setting, pixels, 2 * steps)
+    step = statistics.median(seconds["ours"])
+    parts["the rest: Lightning, logs (by subtraction)"] = step - sum(parts.values())
+    print("where our time goes:")
+    for part, value in parts.items():
+        print(f"  {part:42} {1000 * value:8.1f} ms {value / step:6.1%}")
+
+    ratios = {
+        "autoencoder_step": [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)],
+        "equivariance_step": [a / b for a, b in zip(seconds["ours"], seconds["ours, equivariance"], strict=True)],
+    }
+    if not quick:
+        ours.clear()
+        theirs.clear()
+        peaks = {side: peak_alone(side, chosen[side], setting) for side in sides}
+        print("peak memory, MiB:", {side: round(peak) for side, peak in peaks.items()})
+        ratios["autoencoder_memory"] = [peaks["theirs"] / peaks["ours"]]
+    return ratios
+
+
+def peak_alone(side: str, layout: str, setting: Setting) -> float:
+    """:func:`peak_memory` in a process that has done nothing else."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_memory, side, layout, setting).result()
+
+
+def main() -> None:
+    """Measure, and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small autoencoder (4M), few rounds, no memory: under 50 s")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 where the machine has it")
+    parser.add_argument("--size", type=int, help="of the pictures, in pixels (default: 64; on a GPU 256)")
+    parser.add_argument("--batch", type=int, help="pictures (default: 4; on a GPU 16)")
+    options = parser.parse_args()
+    quieten()
+    gpu = torch.cuda.is_available()
+    bf16 = options.precision == "bf16" if options.precision else bf16_pays()
+    network = ((32, 64, 128, 128), 1, 32) if options.quick else ((64, 128, 256, 256), 2, 64)
+    size, batch = (64, 2) if options.quick else (options.size or (256 if gpu else 64), options.batch or (16 if gpu else 4))
+    rounds, steps = (2, 2) if options.quick else (options.rounds, 4)
+    print(describe())
+    how = "bf16 autocast" if bf16 else "fp32"
+    print(f"widths {network[0]}, {size} px, batch {batch}, {how}, {rounds} rounds of {steps} steps, both with an average")
+    if options.quick:
+        print("quick: a small autoencoder and discriminator, no memory")
+    with tempfile.TemporaryDirectory() as temporary:
+        setting = Setting(*network, size, batch, bf16, "cuda" if gpu else "cpu", Path(temporary))
+        write_images(setting.folder / "shards", "shapes", generate(batch, size, seed=0), batch)
+        ratios = measure(setting, rounds, steps, options.quick)
+    for name, values in sorted(ratios.items()):
+        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+
+
+if __name__ == "__main__":
+    main()
