@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from ldm.errors import UsageError, first_line
 
 
+# pixels a side that every trunk can do with; alex needs 31
+ENOUGH = 32
+
+
 class PerceptualLoss(nn.Module):
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924): distance between two pictures in a frozen network's features.
 
@@ -52,8 +56,16 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Mean distance of the batch, a scalar."""
-        return self.network(reconstruction, images).mean()
+        """Mean distance of the batch, a scalar. Raises :class:`UsageError` for pictures that shrink to nothing on the way."""
+        try:
+            return self.network(reconstruction, images).mean()
+        except RuntimeError:
+            height, width = images.shape[-2:]
+            if min(height, width) >= ENOUGH:
+                raise
+            raise UsageError(
+                f"{self.description} cannot look at pictures of {width} x {height} pixels; give larger ones ({ENOUGH} always do)"
+            ) from None
 
 
 def _load_trunk(trunk: nn.Module, checkpoint: Path) -> None:

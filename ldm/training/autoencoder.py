@@ -25,6 +25,7 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.data.manifest import IMAGE_SHARDS
 from ldm.data.quarantine import BadSample
 from ldm.errors import LdmError, UsageError, first_line
+from ldm.evaluate import trim
 from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
 from ldm.losses.equivariance import SMALLEST_SIDE
 from ldm.metrics import LatentHealth, ReconstructionFID, health_scalars
@@ -362,13 +363,3 @@ class AutoencoderTraining(Stage):
         super().on_load_checkpoint(checkpoint)
         frozen = {k: v for k, v in self.state_dict().items() if k.startswith(FROZEN)}
         checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
-
-
-def trim(images: Tensor, factor: int) -> Tensor:
-    """Cut (B, 3, H, W) at its lower and right edge to multiples of ``factor``."""
-    height, width = (side // factor * factor for side in images.shape[-2:])
-    if not height * width:
-        raise LdmError(
-            f"a picture of {images.shape[-1]} x {images.shape[-2]} is smaller than the autoencoder's {factor} pixels"
-        )
-    return images[..., :height, :width]

@@ -80,3 +80,10 @@ class TestPerceptualLoss:
         message = str(error.value)
         assert "pretrained squeeze trunk" in message and "Name or service not known" in message and "\n" not in message
         assert "model.perceptual.init_args.weights" in message and "path" in message and "'random'" in message
+
+
+def test_pictures_too_small_for_the_trunk_are_refused_in_one_line():
+    small = torch.zeros(1, 3, 30, 40)
+    with pytest.raises(UsageError, match=r"LPIPS \(alex, random trunk\) cannot look at pictures of 40 x 30 pixels") as error:
+        PerceptualLoss("alex", "random")(small, small)
+    assert "\n" not in str(error.value)

@@ -22,10 +22,10 @@ CONFIG = Path(__file__).parents[2] / "configs/shapes/autoencoder.yaml"
 def test_the_game_is_played_on_two_processes(tmp_path: Path) -> None:
     write_images(tmp_path / "shards", "shapes", generate(24, 40, seed=0), 8, {"image_size": 40})
     command = [sys.executable, "-m", "ldm", "autoencoder", "fit", "--config", str(CONFIG), "--out", "run"]
-    command += ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "8"]
+    command += ["--data.train", "shards", "--data.validation", "shards", "--data.validation_samples", "8"]
     command += ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
     command += ["--model.adversary.start", "1", "--model.adversary.alone", "0", "--model.adversary.warmup", "1"]
-    command += ["--model.accumulate", "2", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    command += ["--data.batch_size", "4", "--model.accumulate", "2", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
     ended = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
