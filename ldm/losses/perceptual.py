@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ldm.errors import UsageError, first_line
 
-
 # pixels a side that every trunk can do with; alex needs 31
 ENOUGH = 32
 
@@ -64,7 +63,7 @@ class PerceptualLoss(nn.Module):
             if min(height, width) >= ENOUGH:
                 raise
             raise UsageError(
-                f"{self.description} cannot look at pictures of {width} x {height} pixels; give larger ones ({ENOUGH} always do)"
+                f"{self.description} cannot look at pictures of {width} x {height} pixels; give larger ones ({ENOUGH} serve)"
             ) from None
 
 

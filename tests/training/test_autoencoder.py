@@ -52,7 +52,7 @@ def fit(module: AutoencoderTraining, shards: Path, folder: Path, steps: int) -> 
 
 
 def weights(network: nn.Module) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(network.parameters()).detach().clone()
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
 def test_steps_are_batches_though_two_optimisers_step(image_shards: Path, tmp_path: Path) -> None:
@@ -190,6 +190,7 @@ def test_options_of_the_game_and_of_the_latents_train(image_shards: Path, tmp_pa
     module = make(
         adversary=adversary(0, 0, 1, lecam=LeCam(0.1), gradient_penalty=GradientPenalty(1.0, 2), loss=NonSaturating()),
         equivariance=Equivariance(0.5), learn_variance=True, kl_warmup=3, accumulate=2, fid_trunk="alex-random",
+        channels_last=True,
     )  # fmt: skip
     untrained = weights(module.adversary.discriminator)
     trainer = run(module, image_shards, tmp_path, 4)
@@ -200,6 +201,9 @@ def test_options_of_the_game_and_of_the_latents_train(image_shards: Path, tmp_pa
     assert all(map(math.isfinite, figures.values()))
     assert module.variance.log_variance != 0 and not torch.equal(untrained, weights(module.adversary.discriminator))
     assert module.adversary.lecam.real != 0
+    module.save(tmp_path / "saved")
+    saved = AutoencoderKL.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in module.autoencoder.state_dict().items())
 
 
 def test_the_kl_warms_up(image_shards: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ last layer and keeps the graph, and the sum of the losses is walked back once mo
 optimisers, the player whose turn it is not is frozen. Batches lie ready as bytes.
 
 Each side runs in the memory layout (contiguous or channels_last) in which it is faster. Peak memory, not measured with --quick,
-is that of a process of its own: on a GPU what torch allocated, on the CPU all that is resident. Ends with
+is that of a process of its own: on a GPU what torch allocated, on the CPU what is resident beyond the imports. Ends with
 `ratio NAME MEDIAN MIN MAX`: theirs over ours, of time per step and of memory, and what equivariance at every batch costs our
 step (time without over time with; it scales about half of the pictures' area away).
 """
@@ -57,7 +57,7 @@ from ldm.training.base import OptimiserConfig
 from ldm.training.ema import Average
 
 WEIGHT, KL_WEIGHT, EMA_DECAY = 0.5, 1e-6, 0.9999
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LAYOUTS = ("contiguous", "channels_last")
 Player = Literal["autoencoder", "discriminator"]
 
 
@@ -143,12 +143,10 @@ def build_ours(setting: Setting, layout: str) -> AutoencoderTraining:
         OptimiserConfig(1e-4, (0.5, 0.9)),
         OptimiserConfig(1e-4, (0.5, 0.9)),
         kl_weight=KL_WEIGHT,
+        channels_last=layout == "channels_last",
         ema_decay=EMA_DECAY,
     )
-    for network in (ours.autoencoder, ours.adversary.discriminator, ours.perceptual):
-        network.to(memory_format=LAYOUTS[layout])
     ours.print = lambda *_: None  # said at every fit
-    ours.start_average(EMA_DECAY)  # anew, in the memory order of what it averages
     return ours
 
 
@@ -324,8 +322,9 @@ def assert_same_gradients(setting: Setting, pixels: Tensor) -> None:
 
 
 def peak_memory(side: str, layout: str, setting: Setting) -> float:
-    """MiB at the peak of three steps, for a process of its own."""
+    """MiB at the peak of three steps, for a process of its own. On the CPU Linux is asked, beyond what the imports take."""
     quieten()
+    imports = resident("VmRSS") if setting.device == "cpu" else 0.0
     ours = build_ours(setting, layout)
     if side == "ours":
         run = partial(fit, ours, setting, 3)
@@ -339,8 +338,13 @@ def peak_memory(side: str, layout: str, setting: Setting) -> float:
     # ru_maxrss would count what building LPIPS' trunk takes for a moment; the kernel forgets its mark on being asked
     Path("/proc/self/clear_refs").write_text("5")
     run()
+    return resident("VmHWM") - imports
+
+
+def resident(which: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at the peak."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
+    return int(status[which].split()[0]) / 1024
 
 
 def ready_pixels(setting: Setting) -> Tensor:
@@ -422,14 +426,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small autoencoder (4M), few rounds, no memory: under 50 s")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 where the machine has it")
-    parser.add_argument("--size", type=int, help="of the pictures, in pixels (default: 64; on a GPU 256)")
-    parser.add_argument("--batch", type=int, help="pictures (default: 4; on a GPU 16)")
+    parser.add_argument("--size", type=int, help="of the pictures, in pixels (default: 64; on a GPU 256 without --quick)")
+    parser.add_argument("--batch", type=int, help="pictures (default: 4, 2 with --quick; on a GPU 16)")
     options = parser.parse_args()
     quieten()
     gpu = torch.cuda.is_available()
     bf16 = options.precision == "bf16" if options.precision else bf16_pays()
     network = ((32, 64, 128, 128), 1, 32) if options.quick else ((64, 128, 256, 256), 2, 64)
-    size, batch = (64, 2) if options.quick else (options.size or (256 if gpu else 64), options.batch or (16 if gpu else 4))
+    large = gpu and not options.quick
+    size = options.size or (256 if large else 64)
+    batch = options.batch or (16 if large else 2 if options.quick else 4)
     rounds, steps = (2, 2) if options.quick else (options.rounds, 4)
     print(describe())
     how = "bf16 autocast" if bf16 else "fp32"
