@@ -125,7 +125,7 @@ def test_what_is_random_follows_the_draw_not_the_sample_that_was_meant(tmp_path)
     """So that a mended sample changes no other."""
     dataset = ImageDataset(write(tmp_path / "x", [4], bad=(1,)))
     decode, seen = dataset.decode, []
-    dataset.decode = lambda raw, draw: seen.append((raw[0].key, draw)) or decode(raw, draw)
+    dataset.decode = lambda raw, draw, out: seen.append((raw[0].key, draw)) or decode(raw, draw)
     dataset.__getitems__([Draw(1, 70), Draw(3, 71)])
     assert sorted(seen) == [("01", 70), ("02", 70), ("03", 71)]
 
