@@ -29,7 +29,7 @@ class _Batches(Dataset):
 
     def __init__(self, dataset: ShardSamples):
         self.dataset = dataset
-        self._shared: list[Tensor] = []
+        self._shared: dict[int, Tensor] = {}  # by slot
         self._turn = 0
 
     def __len__(self) -> int:
@@ -47,9 +47,8 @@ class _Batches(Dataset):
         Fresh shared memory would cost a page fault for every 4 KiB, on both sides: as much as half of decoding into it.
         """
         slot, self._turn = self._turn % SLOTS, self._turn + 1
-        if slot == len(self._shared):
-            self._shared.append(torch.empty(0, dtype=dtype).share_memory_())
-        if (memory := self._shared[slot]).shape != shape or memory.dtype != dtype:
+        memory = self._shared.get(slot)
+        if memory is None or memory.shape != shape or memory.dtype != dtype:
             memory = self._shared[slot] = torch.empty(shape, dtype=dtype).share_memory_()
         return memory
 
