@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ldm.diffusion.guidance import ClassifierFreeGuidance, Condition
 from ldm.errors import UsageError, first_line
 from ldm.files import read_json
-from ldm.models.autoencoder import decode_latents, images_to_pictures
-from ldm.models.text import encode_captions, max_tokens
+from ldm.models.autoencoder import autoencoder_hash, decode_latents, images_to_pictures
+from ldm.models.text import encode_captions, max_tokens, text_encoder_hash
 
 Step = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -37,12 +37,45 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
+        trained_on: dict[str, Any] | None = None,
     ):
+        """
+        Args:
+            trained_on: what the denoiser's latents were made with: sha256 of ``autoencoder`` and ``text_encoder``, and
+                ``latent_shape``; kept in ``model_index.json``, see :meth:`check_parts`.
+        """
         super().__init__()
         self.register_modules(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler
         )
+        self.register_to_config(trained_on=trained_on)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+
+    def check_parts(self) -> None:
+        """Refuse parts that the denoiser was not trained with, as they are after loading in their own precision.
+
+        Raises:
+            UsageError: naming what it was trained with and what is there.
+        """
+        before = self.config.trained_on or {}
+        now = {
+            "autoencoder": ("vae", autoencoder_hash(self.vae)),
+            "text_encoder": ("text_encoder", text_encoder_hash(self.tokenizer, self.text_encoder)),
+        }
+        for what, (folder, found) in now.items():
+            if before.get(what, found) != found:
+                raise UsageError(
+                    f"{folder}/ of the pipeline is {what.replace('_', ' ')} {found[:12]}, but its denoiser was trained with "
+                    f"{before[what][:12]}; put that one back"
+                )
+        config = self.transformer.config
+        shape = [config.in_channels, config.sample_size]
+        trained = before.get("latent_shape") or [*shape, config.sample_size]
+        if shape != [trained[0], max(trained[1:])]:
+            raise UsageError(
+                f"transformer/ of the pipeline is made for latents of {shape[0]} channels and side {shape[1]}, but was trained "
+                f"on {trained[0]} and {max(trained[1:])}; put its own config.json back"
+            )
 
     def check_prompt(self, prompt: str) -> None:
         """Refuse a prompt that would not be drawn as written.
@@ -156,4 +189,8 @@ def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
         pipeline = LatentDiffusionPipeline.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be opened ({first_line(error)}); restore it or train it again") from error
+    try:
+        pipeline.check_parts()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -213,6 +213,26 @@ class Report:
         """
         self._section(title, _chart(title, series, x_label, y_label, log_y, smooth))
 
+    def bars(
+        self,
+        title: str,
+        panels: Mapping[str, Sequence[float]],
+        low: float,
+        high: float,
+        line: Sequence[float] | None = None,
+        note: str = "",
+    ) -> None:
+        """Histograms side by side, all of one scale: the heights of each panel's bars, which share ``low`` to ``high`` evenly.
+
+        ``line`` is drawn over each, its points evenly spread over the same range (what is expected of the bars). ``note``
+        stands above them. Heights that are not finite or below 0 count as 0.
+        """
+        heights = {name: np.nan_to_num(np.maximum(values, 0), posinf=0) for name, values in panels.items()}
+        top = max([1e-300, *(float(values.max(initial=0)) for values in heights.values()), *(line if line is not None else ())])
+        drawn = "".join(_panel(name, values, low, high, line, top) for name, values in heights.items())
+        shown = f'<p class="note">{_text(note)}</p>' if note else ""
+        self._section(title, f'{shown}<div class="panels">{drawn}</div>')
+
     def picture(self, title: str, image: Image.Image, note: str = "") -> None:
         """A picture, held in the page as PNG, with a note beneath it."""
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
@@ -343,6 +363,26 @@ def _chart(title: str, series: Series, x_label: str, y_label: str, log_y: bool, 
     )
 
 
+def _panel(name: str, heights: np.ndarray, low: float, high: float, line: Sequence[float] | None, top: float) -> str:
+    """One histogram, in a 0..1000 square that stretches."""
+    edges = np.linspace(0, 1000, len(heights) + 1)
+    steps = "".join(f"V{1000 - 950 * h / top:.1f}H{x:.1f}" for h, x in zip(heights, edges[1:], strict=True))
+    shape = f'<path d="M0 1000{steps}V1000Z"/>'
+    if line is not None:
+        across = np.linspace(0, 1000, len(line))
+        points = " ".join(f"{x:.1f},{1000 - 950 * y / top:.1f}" for x, y in zip(across, line, strict=True))
+        shape += f'<polyline class="s1" points="{points}"/>'
+    ticks = [
+        f'<text x="{100 * (value - low) / (high - low):.2f}%" y="100%" dy="15" text-anchor="middle">{label}</text>'
+        for value, label in _ticks(low, high)
+    ]
+    return (
+        f'<figure><figcaption>{_text(name)}</figcaption><div class="panel"><svg role="img" aria-label="{_text(name)}">'
+        f'<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none">{shape}</svg>'
+        f'<line class="axis" x1="0" x2="100%" y1="100%" y2="100%"/>{"".join(ticks)}</svg></div></figure>'
+    )
+
+
 def _widen(low: float, high: float, share: float) -> tuple[float, float]:
     """An axis range that is never empty, with a share of it added at both ends."""
     if high - low <= 1e-12 * max(abs(low), abs(high)):
@@ -422,9 +462,13 @@ figure { margin: 0; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto 10px; border-radius: 8px; background: #fff; }
 .plot { height: 290px; padding: 8px 16px 26px 58px; }
 .plot > svg { display: block; width: 100%; height: 100%; overflow: visible; }
-.plot text { fill: var(--soft); font-size: 12px; }
+.plot text, .panel text { fill: var(--soft); font-size: 12px; }
 .plot line { stroke: var(--line); }
-.plot line.axis { stroke: var(--soft); }
+.plot line.axis, .panel line.axis { stroke: var(--soft); }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); gap: 14px 20px; }
+.panel { height: 110px; padding: 4px 8px 20px; }
+.panel > svg { display: block; width: 100%; height: 100%; overflow: visible; }
+.panel path { fill: var(--s0); opacity: .75; }
 polyline { fill: none; stroke: currentColor; stroke-width: 2px; stroke-linejoin: round; stroke-linecap: round;
   vector-effect: non-scaling-stroke; }
 polyline.faint { opacity: .28; stroke-width: 1.2px; }

@@ -146,6 +146,7 @@ def full_report() -> Report:
     report.figures({NASTY: NASTY, "PSNR (dB)": 31.25, "images": 1234567, "unknown": float("nan")})
     report.table(NASTY, [NASTY, "value"], [[NASTY, 1.0]])
     report.curve(NASTY, {NASTY: ([0, 1], [1, 2])}, NASTY, NASTY)
+    report.bars(NASTY, {NASTY: [1, 2]}, 0, 1, note=NASTY)
     report.picture(NASTY, Image.new("RGB", (4, 4)), NASTY)
     report.commands(NASTY, [(NASTY, NASTY)])
     report.text(NASTY, [NASTY])
@@ -161,7 +162,7 @@ def test_the_page_asks_for_nothing_from_outside_and_escapes_all_text():
         for name in ("src", "href", "srcset"):
             assert (attrs.get(name) or "data:").startswith("data:")
     assert not re.search(r"url\(|@import", text)
-    assert page.words.count(NASTY) == 19  # every text that full_report hands in
+    assert page.words.count(NASTY) == 22  # every text that full_report hands in
     for number in ("31.25", "1,234,567"):
         assert number in page.words
     assert "nan" not in page.words
@@ -255,3 +256,40 @@ def test_logarithmic_ticks_name_the_value_where_they_stand(low, high):
     assert 2 <= len(ticks) <= 10
     for at, label in ticks:
         assert low <= at <= high and np.log10(float(label)) == pytest.approx(at, abs=1e-6)
+
+
+# ---- bars
+
+
+def bars(panels, low=0, high=10, **options) -> Page:
+    report = Report("latents")
+    report.bars("values", panels, low, high, **options)
+    return Page(report.html())
+
+
+def heights(page: Page) -> list[np.ndarray]:
+    """Of each panel's bars, in thousandths of the panel, from its path."""
+    paths = [attrs["d"] for tag, attrs in page.tags if tag == "path"]
+    assert all(path.startswith("M0 1000") and path.endswith("V1000Z") for path in paths)
+    return [1000 - np.array([float(y) for y in re.findall(r"V([\d.]+)H", path)]) for path in paths]
+
+
+def test_bars_are_as_high_as_their_values_on_one_scale_for_all_panels():
+    page = bars({"a": [0, 1, 2, 4], "b": [8, 0]})
+    first, second = heights(page)
+    assert np.allclose(first, [0, 118.75, 237.5, 475], atol=0.1) and np.allclose(second, [950, 0])
+    (path, _) = [attrs["d"] for tag, attrs in page.tags if tag == "path"]
+    assert re.findall(r"H([\d.]+)", path) == ["250.0", "500.0", "750.0", "1000.0"]
+    assert [word in page.words for word in ("a", "b", "2", "10")] == [True] * 4
+
+
+def test_the_line_is_on_the_scale_of_the_bars():
+    page = bars({"a": [1, 3], "b": [2, 2]}, line=[0, 4, 2])
+    assert [np.allclose(line, [[0, 1000], [500, 50], [1000, 525]]) for line in page.lines()] == [True, True]
+    assert np.allclose(heights(page)[0], [237.5, 712.5], atol=0.1)
+
+
+@pytest.mark.parametrize("values", [[], [0], [0, 0], [float("nan"), 1], [float("inf"), -1, 1], [1e300]])
+def test_any_bars_stay_within_their_frame(values):
+    for found in heights(bars({"a": values})):
+        assert np.isfinite(found).all() and (found >= 0).all() and (found <= 1000).all()

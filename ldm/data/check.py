@@ -7,19 +7,30 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import starmap
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of, decode_pixels
-from ldm.data.latents import LatentShard
-from ldm.data.manifest import IMAGE_SHARDS, MANIFEST_NAME, Manifest, Problem, ShardEntry, require_finished_pack, tar_paths
+from ldm.data.latents import NULL_TEXT_NAME, LatentInfo, LatentShard, latent_info, text_name
+from ldm.data.manifest import (
+    IMAGE_SHARDS,
+    LATENT_SHARDS,
+    MANIFEST_NAME,
+    Manifest,
+    Problem,
+    ShardEntry,
+    require_finished_pack,
+    tar_paths,
+)
 from ldm.data.remote import fetch
-from ldm.data.shards import ShardReader
-from ldm.data.sources import remote_files
-from ldm.errors import LdmError, UsageError
+from ldm.data.shards import EXTENSIONS, ShardReader
+from ldm.data.sources import folder_source, remote_files
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_folder, require_folder, require_new_folder, sha256_file
 
 MAX_SHARD_BYTES = 2**40
@@ -125,19 +136,24 @@ def check_folder(
 ) -> tuple[list[Problem], list[Checked]]:
     """Hold a shard folder against its manifest: what is wrong with the folder, and what was found of every shard.
 
-    Names, sizes, hashes and counts; ``deep``: every sample decoded as well. All is well where there is no problem in
-    either. ``on_progress(samples_done, samples)``. Raises as :meth:`Manifest.load` does.
+    Names, sizes, hashes and counts; of latents also that each chunk has the tensors that the manifest promises. ``deep``: every
+    sample decoded as well, of latents every value seen to be finite. All is well where there is no problem in either.
+    ``on_progress(samples_done, samples)``. Raises as :meth:`Manifest.load` does, and :class:`UsageError` for latents of another
+    schema.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
+    info = latent_info(folder_source(folder, manifest)) if manifest.format == LATENT_SHARDS else None
     cheap = list(manifest.cheap_problems(folder))
+    if info is not None:
+        cheap += _null_text_problems(folder, info)
     checked, done = [], 0
     for entry in manifest.shards:
         problems = tuple(problem for problem in cheap if problem.where == entry.name)
         if problems:
             checked.append(Checked(entry, 0, problems))
         else:
-            problems = tuple(_problems(folder / entry.name, entry, manifest, deep))
+            problems = tuple(_problems(folder / entry.name, entry, manifest, info, deep))
             bad = sum(problem.samples for problem in problems)
             checked.append(Checked(entry, max(entry.samples - bad, 0), problems))
         done += entry.samples
@@ -147,17 +163,17 @@ def check_folder(
     return [problem for problem in cheap if problem.where not in listed], checked
 
 
-def _problems(path: Path, entry: ShardEntry, manifest: Manifest, deep: bool) -> Iterator[Problem]:
-    """What is wrong with a shard that is there and has the right size."""
+def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInfo | None, deep: bool) -> Iterator[Problem]:
+    """What is wrong with a shard that is there and has the right size; ``info`` is of latents."""
     if sha256_file(path) != entry.sha256:
         yield Problem(entry.name, "has other bytes than the manifest's sha256", "restore it")
-    images = manifest.format == IMAGE_SHARDS
-    with ShardReader(path) as reader:
+    with ShardReader(path, EXTENSIONS if info is None else ("json",)) as reader:
         if reader.damage:
-            yield Problem(entry.name, reader.damage, "restore it")
+            # latents are not read from a damaged shard at all
+            yield Problem(entry.name, reader.damage, "restore it", 0 if info is None else entry.samples)
         try:
             # a latent shard's tar samples are chunks, each with a list of the keys in it
-            held = len(reader) if images else sum(len(json.loads(chunk.files["json"])["keys"]) for chunk in reader)
+            held = len(reader) if info is None else sum(len(json.loads(chunk.files["json"])["keys"]) for chunk in reader)
         except (KeyError, TypeError, ValueError, DecodeError):
             yield Problem(entry.name, "has a chunk without its list of keys", "restore it", entry.samples)
             return
@@ -165,26 +181,99 @@ def _problems(path: Path, entry: ShardEntry, manifest: Manifest, deep: bool) -> 
             what = f"holds {held} samples, the manifest says {entry.samples}"
             yield Problem(entry.name, what, "restore it", max(entry.samples - held, 0))
         again = "restore the shard, or leave the sample out and run `ldm shards index` again"
-        for index in range(min(held, entry.samples)) if images else ():
+        for index in range(min(held, entry.samples)) if info is None else ():
             try:
                 check_sample(reader, index, bool(manifest.extra.get("captioned")), deep)
             except DecodeError as error:
                 yield Problem(f"{entry.name}: {reader.key(index)}", str(error), again, 1)
-    if deep and not images:
-        yield from _latent_problems(path, entry)
+        if info is not None and not reader.damage:
+            yield from _latent_problems(path, held, info, deep)
 
 
-def _latent_problems(path: Path, entry: ShardEntry) -> Iterator[Problem]:
+def _latent_problems(path: Path, samples: int, info: LatentInfo, deep: bool) -> Iterator[Problem]:
+    """What is wrong with the chunks of a shard that ends where it should, with so many samples by its lists of keys."""
     again = "restore it, or export the latents again"
     try:
-        shard = LatentShard(path, entry.samples)
-        for chunk in range(len(shard.spans)):
-            tensors = shard.tensors(chunk)
-            finite = np.isfinite(tensors["mean"]) & np.isfinite(tensors["std"])  # (n, C, h, w)
-            if bad := int((~finite.all((1, 2, 3))).sum()):
-                yield Problem(entry.name, f"holds {bad} latents that are not finite", again, bad)
-    except (DecodeError, KeyError, LdmError) as error:
-        yield Problem(entry.name, f"cannot be read ({error})", again, entry.samples)
+        shard = LatentShard(path, samples)
+    except DecodeError as error:
+        yield Problem(f"{path.name}: a sample", str(error), again, samples)
+        return
+    except LdmError as error:
+        yield Problem(path.name, f"cannot be read ({error})", again, samples)
+        return
+    for chunk, (start, end) in enumerate(pairwise(shard.starts.tolist())):
+        try:
+            keys, tensors = shard.words(chunk)["keys"], shard.tensors(chunk)
+            _check_chunk(tensors, info)
+        except DecodeError as error:
+            yield Problem(f"{path.name}: #{start}", str(error), again, end - start)
+            continue
+        for row in _not_finite(tensors) if deep else ():
+            yield Problem(f"{path.name}: {keys[row]}", "has values that are not finite", again, 1)
+    shard.close()
+
+
+def _check_chunk(tensors: dict[str, np.ndarray], info: LatentInfo) -> None:
+    """Raise :class:`DecodeError` unless a chunk, sound by itself, has just the tensors that the manifest promises."""
+    names = ("mean",) if info.posterior == "mode" else ("mean", "std")
+    latents = [f"{name}{end}" for name in names for end in (("", "_flip") if info.flips else ("",))]
+    texts = {text_name(number): encoder.width for number, encoder in enumerate(info.text_encoders)}
+    dtypes = dict.fromkeys([*latents, *texts], np.dtype(info.dtype))
+    dtypes |= dict.fromkeys(["original_size", "crop"], np.dtype(np.int32))
+    dtypes |= dict.fromkeys(["caption_start", *(f"{text}_start" for text in texts)], np.dtype(np.int64))
+    if missing := sorted(dtypes.keys() - tensors.keys()):
+        raise DecodeError(f"is in a chunk without {', '.join(missing)}, which the manifest promises")
+    if unknown := sorted(tensors.keys() - dtypes.keys()):
+        raise DecodeError(f"is in a chunk with {', '.join(unknown)}, of which the manifest knows nothing")
+    for name, dtype in dtypes.items():
+        if tensors[name].dtype != dtype:
+            raise DecodeError(f"is in a chunk with {name} in {tensors[name].dtype}, the manifest says {dtype}")
+    if (shape := tensors["mean"].shape[1:]) not in info.latent_shapes:
+        told = " or ".join(map(_by, info.latent_shapes))
+        raise DecodeError(f"is in a chunk with latents of {_by(shape)}, the manifest says {told}")
+    for name, width in texts.items():
+        if (found := tensors[name].shape[1:]) != (width,):
+            raise DecodeError(f"is in a chunk with {name} of width {_by(found)}, the manifest says {width}")
+
+
+def _not_finite(tensors: dict[str, np.ndarray]) -> list[int]:
+    """The rows of a chunk that have a value in a latent, or in the embedding of a caption, that is not finite."""
+    bad = np.zeros(len(tensors["mean"]), bool)
+    for name, values in tensors.items():
+        if name.startswith(("mean", "std")):
+            bad |= ~np.isfinite(values).all((1, 2, 3))
+        elif name.startswith("text") and not name.endswith("_start"):
+            tokens = np.flatnonzero(~np.isfinite(values).all(1))
+            captions = np.searchsorted(tensors[f"{name}_start"], tokens, side="right") - 1
+            bad[np.searchsorted(tensors["caption_start"], captions, side="right") - 1] = True
+    return np.flatnonzero(bad).tolist()
+
+
+def _null_text_problems(folder: Path, info: LatentInfo) -> Iterator[Problem]:
+    """What is wrong with the encoded empty caption, the null condition, which is there for each text encoder."""
+    again = "restore it, or export the latents again"
+    if not info.text_encoders:
+        return
+    try:
+        texts = load((folder / NULL_TEXT_NAME).read_bytes())
+    except FileNotFoundError:
+        yield Problem(NULL_TEXT_NAME, "is missing", again)
+        return
+    except (OSError, SafetensorError) as error:
+        yield Problem(NULL_TEXT_NAME, f"cannot be read ({first_line(error)})", again)
+        return
+    for number, encoder in enumerate(info.text_encoders):
+        name = text_name(number)
+        if name not in texts:
+            yield Problem(NULL_TEXT_NAME, f"is without {name}, which the manifest promises", again)
+        elif (shape := texts[name].shape)[1:] != (encoder.width,):
+            yield Problem(NULL_TEXT_NAME, f"has {name} of {_by(shape)}, the manifest says {encoder.width} a token", again)
+        elif not np.isfinite(texts[name]).all():
+            yield Problem(NULL_TEXT_NAME, f"has values in {name} that are not finite", again)
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def check_sample(reader: ShardReader, index: int, captioned: bool, deep: bool = True) -> None:

@@ -12,7 +12,8 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ldm.data.images import Augmentation, ImageDataset
-from ldm.data.latents import LatentDataset, read_null_text
+from ldm.data.latent_samples import LatentDataset
+from ldm.data.latents import common_info, latent_info, read_null_text
 from ldm.data.loader import ShardLoader, batch_loader
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.plan import WINDOW, Plan, sizes_and_weights
@@ -51,6 +52,7 @@ class ShardDataModule(LightningDataModule):
         flip: float = 0.0,
         caption: Literal["first", "random"] = "first",
         caption_dropout: float = 0.0,
+        text_encoder: int = 0,
         require_captions: bool = True,
         workers: int = 0,
         seed: int = 0,
@@ -73,9 +75,10 @@ class ShardDataModule(LightningDataModule):
             crop: the square that is cut out of a training picture: the largest, in the centre or anywhere along the longer side
                 ("random"), then scaled to ``image_size``; or a "window" of ``image_size`` anywhere in the picture at its own
                 resolution (a smaller one is scaled up). Validation takes the same from the centre.
-            flip: probability of a mirrored training picture.
-            caption: which of several captions is trained on.
+            flip: probability of a mirrored training picture; of latents, where those of mirrored pictures were exported.
+            caption: which of several captions is trained on; of latents, where all were exported.
             caption_dropout: share of captions replaced by the empty one, so that guidance can be had.
+            text_encoder: of latents exported with several text encoders, whose embeddings are trained on, counted from 0.
             require_captions: leave out pictures without a caption, in folders where others have one.
             workers: loader processes; 0 reads in the training process.
             seed: of the order, and of crops, flips and captions.
@@ -94,6 +97,7 @@ class ShardDataModule(LightningDataModule):
         self.batch_size, self.image_size = batch_size, image_size
         self.validation_samples, self.validation_whole = validation_samples, validation_whole
         self.augmentation = Augmentation(crop, flip, caption, caption_dropout, seed)
+        self.text_encoder = text_encoder
         self.require_captions, self.workers, self.seed, self.shuffle_window = require_captions, workers, seed, shuffle_window
         self.max_bad_share, self.max_bad_in_a_row = max_bad_share, max_bad_in_a_row
         self.cache = replace(ShardCache(), max_bytes=int(cache_gib * GIB), **({"folder": Path(cache)} if cache else {}))
@@ -120,18 +124,36 @@ class ShardDataModule(LightningDataModule):
         if sources[0].manifest.format != LATENT_SHARDS:
             dataset = ImageDataset(sources, image_size, augmentation, self.require_captions)
         else:
-            for name, value, without in (
-                ("flip", augmentation.flip, 0),
-                ("crop", augmentation.crop, "centre"),
-                ("validation_whole", self.validation_whole, False),
-            ):
-                if value != without:
-                    raise UsageError(
-                        f"data.{name} is {value}, but {sources[0].spec} holds latents, exported without; set it to {without}"
-                    )
-            dataset = LatentDataset(sources, augmentation, read_null_text(sources[0]))
+            self._check_latents(sources, augmentation)
+            null_text = read_null_text(sources[0], self.text_encoder)
+            dataset = LatentDataset(sources, augmentation, null_text, self.text_encoder)
         dataset.max_in_a_row = self.max_bad_in_a_row
         return dataset
+
+    def _check_latents(self, sources: list[ShardSource], augmentation: Augmentation) -> None:
+        """Raise :class:`UsageError` where the latents were not exported for these settings, or not with one another."""
+        encoders = common_info(sources).text_encoders
+        if not 0 <= self.text_encoder < len(encoders):
+            names = ", ".join(f"{number}: {encoder.name}" for number, encoder in enumerate(encoders))
+            raise UsageError(
+                f"data.text_encoder is {self.text_encoder}, but {sources[0].spec} was exported with {names}; give one of these"
+            )
+        for name, value, without in (("crop", augmentation.crop, "centre"), ("validation_whole", self.validation_whole, False)):
+            if value != without:
+                raise UsageError(
+                    f"data.{name} is {value}, but {sources[0].spec} holds latents, exported without; set it to {without}"
+                )
+        for source in sources:
+            info = latent_info(source)
+            for name, value, without, there, option in (
+                ("flip", augmentation.flip, 0, info.flips, "--flip"),
+                ("caption", augmentation.caption, "first", info.captions == "all", "--captions all"),
+            ):
+                if value != without and not there:
+                    raise UsageError(
+                        f"data.{name} is {value}, but {source.spec} holds latents exported without; "
+                        f"set it to {without}, or export them again: ldm latents export {option}"
+                    )
 
     def setup(self, stage: str) -> None:
         """Open what is needed, and refuse folders whose names and sizes disagree with their manifests."""

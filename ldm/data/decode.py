@@ -52,6 +52,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LAID_ON_ITS_SIDE = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 
 class DecodeError(LdmError):
@@ -108,6 +109,16 @@ def decode_pixels(
         return decode_plain(data, size, out, min_side)
     except ValueError as error:
         raise DecodeError(f"cannot be decoded ({error})") from None
+
+
+def image_size_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of the picture that :func:`decode_image` gives, by its header alone. Raises as that does."""
+    if len(data) <= MAX_IMAGE_BYTES and (size := plain_size(data)) is not None:
+        _check_size(*size, max_pixels)
+        return size
+    with _opened(data, max_pixels) as image:
+        width, height = image.size
+        return (width, height) if _turn(image) in _LAID_ON_ITS_SIDE else (height, width)
 
 
 def is_plain_rgb(data: bytes) -> bool:

@@ -1,42 +1,65 @@
-"""Latent shards: the schema, writing and memory-mapped reading.
+"""Latent shards: the schema, what their manifest knows, writing, and memory-mapped reading.
 
-A latent shard is an uncompressed tar of chunks. A chunk of n samples is two members::
+A latent shard is an uncompressed tar of chunks. A chunk of n pictures of one size, with m captions, is two members::
 
-    00000012.safetensors   mean        (n, C, h, w)  posterior mean, as the encoder gives it (not normalised)
-                           std         (n, C, h, w)  posterior standard deviation
-                           text        (T, D)        the token embeddings of all captions, unpadded, one after another
-                           text_start  (n + 1,)      int64; caption i is text[text_start[i] : text_start[i + 1]]
-    00000012.json          {"keys": [...], "captions": [...]}
+    00000012.safetensors   mean           (n, C, h, w)  posterior mean, as the encoder gives it (not normalised)
+                           std            (n, C, h, w)  posterior standard deviation; not there in an export of modes
+                           mean_flip, std_flip          the same of the mirrored picture, where asked for
+                           original_size  (n, 2) int32  height, width in pixels of the picture that was packed, where its
+                                                        .json tells, otherwise of the picture in the image shard
+                           crop           (n, 4) int32  top, left, height, width: what was encoded of the picture in the shard
+                           caption_start  (n + 1) int64  picture i has the captions caption_start[i] to caption_start[i + 1] - 1
+                           text           (T, D)        the token embeddings of all captions, unpadded, one after another
+                           text_start     (m + 1) int64 caption j is text[text_start[j] : text_start[j + 1]]
+                           text_2, text_2_start, ...    the same of further text encoders
+    00000012.json          {"keys": [a key for each picture], "captions": [a list of captions for each picture]}
 
-``manifest.json`` adds ``extra`` entries named in :class:`LatentInfo`; ``null_text.safetensors`` beside it holds the encoded
-empty caption (``text``), the null condition of training and sampling. Floats are float16 or float32.
-Nothing but ``tarfile`` and ``safetensors`` is needed to read it.
+Floats are float16 or float32. A caption's attention mask is all ones over its own tokens, hence not stored.
+``manifest.json`` adds the entries named in :class:`LatentInfo`; ``null_text.safetensors`` beside it holds the encoded empty
+caption (``text``, ``text_2``, ...), the null condition of training and sampling. Nothing but ``tarfile`` and ``safetensors``
+is needed to read it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load, save
 
 from ldm.data.decode import DecodeError
-from ldm.data.images import NOTHING_RANDOM, Augmentation
-from ldm.data.manifest import LATENT_SHARDS, Manifest, ShardEntry
-from ldm.data.samples import ShardSamples
+from ldm.data.manifest import LATENT_SHARDS, Manifest
+from ldm.data.moments import Moments
 from ldm.data.shards import ShardReader
 from ldm.data.sources import ShardSource, open_source
-from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_file
 
 NULL_TEXT_NAME = "null_text.safetensors"
-DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64}
+DTYPES = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """One text encoder that captions went through.
+
+    Attributes:
+        name: the name or folder it was loaded by.
+        hash: sha256 of its weights, config and tokenizer.
+        width: features per token.
+        max_tokens: as many tokens of a caption were kept.
+        cut: how many captions had more.
+    """
+
+    name: str
+    hash: str
+    width: int
+    max_tokens: int
+    cut: int
 
 
 @dataclass(frozen=True)
@@ -45,66 +68,111 @@ class LatentInfo:
 
     Attributes:
         autoencoder: sha256 of the weights and architecture of the autoencoder that made the latents.
-        text_encoder: the name it was loaded by.
-        text_encoder_hash: sha256 of its weights.
-        text_width: features per token.
-        latent_shape: (C, h, w).
+        text_encoders: those that the captions went through, in the order of ``text``, ``text_2``, ...
+        latent_shapes: (C, h, w) of every size that occurs, the most frequent first.
+        resolution: side in pixels that pictures were fitted to; None: each as it was, but for what the autoencoder's factor
+            cut off.
+        posterior: "gaussian" (mean and std) or "mode" (the mean alone).
+        flips: whether the latents of mirrored pictures are there, too.
+        captions: "first" or "all" of a picture's captions.
         dtype: of the stored floats.
+        precision: that the networks computed in.
         latents_mean: per channel over the whole set, in expectation over the posterior; C numbers.
         latents_std: likewise.
         source: hash of the image shards' manifest.
+        source_shards: where those stood.
+        versions: of the libraries that made it.
     """
 
     autoencoder: str
-    text_encoder: str
-    text_encoder_hash: str
-    text_width: int
-    latent_shape: tuple[int, int, int]
+    text_encoders: tuple[TextInfo, ...]
+    latent_shapes: tuple[tuple[int, int, int], ...]
+    resolution: int | None
+    posterior: str
+    flips: bool
+    captions: str
     dtype: str
+    precision: str
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
     source: str
+    source_shards: str
+    versions: dict[str, str]
 
     @classmethod
     def of(cls, manifest: Manifest) -> LatentInfo:
-        """Read it back from a manifest."""
-        return cls(**{name: manifest.extra[name] for name in cls.__dataclass_fields__})
+        """Read it back from a manifest. Raises KeyError where that has no such thing."""
+        found = {name: manifest.extra[name] for name in cls.__dataclass_fields__}
+        for name in ("latents_mean", "latents_std"):
+            found[name] = tuple(found[name])
+        found["latent_shapes"] = tuple(tuple(shape) for shape in found["latent_shapes"])
+        found["text_encoders"] = tuple(TextInfo(**encoder) for encoder in found["text_encoders"])
+        return cls(**found)
 
     def as_extra(self) -> dict[str, Any]:
         """What goes into the manifest."""
         return asdict(self)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int] | None:
+        """(C, h, w), or None where there are several sizes."""
+        return self.latent_shapes[0] if len(self.latent_shapes) == 1 else None
 
-def write_null_text(folder: str | Path, text: np.ndarray) -> None:
-    """Keep the encoded empty caption, (L, D), beside the manifest."""
+
+def text_name(encoder: int) -> str:
+    """What the embeddings of text encoder number ``encoder`` (from 0) are called in a chunk and in the null text."""
+    return "text" if encoder == 0 else f"text_{encoder + 1}"
+
+
+def write_null_text(folder: str | Path, texts: Sequence[np.ndarray]) -> None:
+    """Keep the encoded empty caption, (L, D) for each text encoder, beside the manifest."""
     with atomic_file(Path(folder) / NULL_TEXT_NAME) as file:
-        file.write(save({"text": np.ascontiguousarray(text)}))
+        file.write(save({text_name(encoder): np.ascontiguousarray(text) for encoder, text in enumerate(texts)}))
 
 
-def read_null_text(source: ShardSource) -> np.ndarray:
-    """The encoded empty caption, (L, D) float32."""
-    return load(source.read(NULL_TEXT_NAME))["text"].astype(np.float32)
+def read_null_text(source: ShardSource, encoder: int = 0) -> np.ndarray:
+    """The empty caption as text encoder number ``encoder`` gave it, (L, D) float32."""
+    return load(source.read(NULL_TEXT_NAME))[text_name(encoder)].astype(np.float32)
 
 
-def write_chunk(
-    writer: ShardWriter,
-    name: str,
-    mean: np.ndarray,
-    std: np.ndarray,
-    texts: list[np.ndarray],
-    keys: list[str],
-    captions: list[str],
-) -> None:
-    """Append one chunk; ``texts`` are (L_i, D), the others as in the schema above."""
-    lengths = [len(text) for text in texts]
-    tensors = {
-        "mean": np.ascontiguousarray(mean),
-        "std": np.ascontiguousarray(std),
-        "text": np.concatenate(texts),
-        "text_start": np.cumsum([0, *lengths], dtype=np.int64),
-    }
-    members = {"safetensors": save(tensors), "json": json.dumps({"keys": keys, "captions": captions}).encode()}
-    writer.write(name, members)
+@dataclass
+class Chunk:
+    """Latents of one size and everything known of their pictures; the names are those of the schema above.
+
+    Attributes:
+        keys: n.
+        captions: n lists, m captions in all.
+        latents: ``mean``, and ``std``, ``mean_flip``, ``std_flip`` where there are such, (n, C, h, w) each.
+        texts: for each text encoder the embeddings of the m captions, (L_j, D).
+        original_size: (n, 2).
+        crop: (n, 4).
+    """
+
+    keys: list[str]
+    captions: list[list[str]]
+    latents: dict[str, np.ndarray]
+    texts: list[list[np.ndarray]]
+    original_size: np.ndarray
+    crop: np.ndarray
+
+    def members(self) -> dict[str, bytes]:
+        """Its two members, by extension."""
+        tensors = {name: np.ascontiguousarray(latents) for name, latents in self.latents.items()}
+        tensors |= {name: np.asarray(getattr(self, name), np.int32) for name in ("original_size", "crop")}
+        tensors["caption_start"] = _starts(self.captions)
+        for encoder, texts in enumerate(self.texts):
+            tensors |= {text_name(encoder): np.concatenate(texts), f"{text_name(encoder)}_start": _starts(texts)}
+        words = json.dumps({"keys": self.keys, "captions": self.captions}, ensure_ascii=False)
+        return {"safetensors": save(tensors), "json": words.encode()}
+
+    def moments(self) -> Moments:
+        """Of latents drawn from the posteriors, per channel; mirrored ones are not counted."""
+        return Moments.of(self.latents["mean"], self.latents.get("std"))
+
+
+def _starts(parts: Sequence[Any]) -> np.ndarray:
+    """Where each of the parts begins when they stand one after another, and where the last one ends."""
+    return np.cumsum([0, *map(len, parts)], dtype=np.int64)
 
 
 def tensors_in(data: np.ndarray) -> dict[str, np.ndarray]:
@@ -126,6 +194,12 @@ def tensors_in(data: np.ndarray) -> dict[str, np.ndarray]:
     return views
 
 
+def _are_starts(starts: np.ndarray, parts: int | None, end: int) -> bool:
+    """Whether these are the starts of so many parts (None: any number) that stand one after another up to ``end``."""
+    right = parts is None or len(starts) == parts + 1
+    return right and starts[0] == 0 and starts[-1] == end and bool((np.diff(starts) >= 0).all())
+
+
 class LatentShard:
     """The chunks of one latent shard, its file mapped into memory."""
 
@@ -136,7 +210,7 @@ class LatentShard:
                 raise LdmError(f"{path} {reader.damage}; export again")
             self.spans = [reader.spans(index) for index in range(len(reader))]
         self.reopen(path)
-        self.starts = np.cumsum([0] + [len(self.tensors(chunk)["text_start"]) - 1 for chunk in range(len(self.spans))])
+        self.starts = np.cumsum([0] + [len(self.tensors(chunk)["mean"]) for chunk in range(len(self.spans))])
         if self.starts[-1] != samples:
             raise LdmError(f"{path} holds {self.starts[-1]} latents, its manifest says {samples}; export again")
 
@@ -156,9 +230,14 @@ class LatentShard:
         if chunk not in self._mapped:
             tensors = tensors_in(self._member(chunk, "safetensors"))
             try:
-                starts, text = tensors["text_start"], tensors["text"]
-                samples = {len(tensors["mean"]), len(tensors["std"]), len(starts) - 1}
-                whole = len(samples) == 1 and starts[0] == 0 and starts[-1] == len(text) and (np.diff(starts) >= 0).all()
+                shape, captions = tensors["mean"].shape, int(tensors["caption_start"][-1])
+                whole = len(shape) == 4 and _are_starts(tensors["caption_start"], shape[0], captions)
+                for name in tensors.keys() & {"std", "mean_flip", "std_flip"}:
+                    whole &= tensors[name].shape == shape
+                whole &= tensors["original_size"].shape == (shape[0], 2) and tensors["crop"].shape == (shape[0], 4)
+                for name in tensors:
+                    if name.startswith("text") and not name.endswith("_start"):
+                        whole &= _are_starts(tensors[f"{name}_start"], captions, len(tensors[name]))
             except (KeyError, TypeError, IndexError) as error:
                 raise DecodeError(f"is in a chunk whose tensors are not those of latents ({error})") from None
             if not whole:
@@ -166,14 +245,15 @@ class LatentShard:
             self._mapped[chunk] = tensors
         return self._mapped[chunk]
 
-    def words(self, chunk: int) -> dict[str, list[str]]:
+    def words(self, chunk: int) -> dict[str, list[Any]]:
         """``keys`` and ``captions`` of a chunk. Raises :class:`DecodeError` where they are broken."""
         try:
             words = json.loads(bytes(self._member(chunk, "json")))
-            samples = {len(words["keys"]), len(words["captions"]), len(self.tensors(chunk)["mean"])}
+            counts = [len(captions) for captions in words["captions"]]
+            whole = len(words["keys"]) == len(counts) and counts == np.diff(self.tensors(chunk)["caption_start"]).tolist()
         except (ValueError, KeyError, TypeError, RecursionError):
-            samples = set()
-        if len(samples) != 1:
+            whole = False
+        if not whole:
             raise DecodeError("is in a chunk without its keys and captions")
         return words
 
@@ -190,114 +270,50 @@ class LatentShard:
         return chunk, row - int(self.starts[chunk])
 
 
-def read_texts(path: str | Path, samples: int) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-    """Captions and their embeddings (L_i, D), chunk by chunk, from one shard of so many samples."""
-    shard = LatentShard(Path(path), samples)
-    for chunk in range(len(shard.spans)):
-        tensors = shard.tensors(chunk)
-        texts = np.split(np.array(tensors["text"]), tensors["text_start"][1:-1])
-        yield shard.words(chunk)["captions"], texts
-
-
-class LatentDataset(ShardSamples[LatentShard]):
-    """Latents by sample number, in the order of the manifest."""
-
-    format = LATENT_SHARDS
-
-    def __init__(
-        self,
-        sources: str | Path | ShardSource | Sequence[ShardSource],
-        augmentation: Augmentation = NOTHING_RANDOM,
-        null_text: np.ndarray | None = None,
-    ):
-        """
-        Args:
-            sources: a folder of latent shards with its manifest, or opened sources.
-            augmentation: its ``caption_dropout``; the rest was settled when the latents were exported.
-            null_text: the encoded empty caption, (L, D): what a dropped caption becomes.
-        """
-        super().__init__(sources)
-        self.augmentation, self.null_text = augmentation, null_text
-
-    def open_shard(self, path: Path, entry: ShardEntry) -> LatentShard:
-        return LatentShard(path, entry.samples)
-
-    def key(self, shard: LatentShard, row: int) -> str:
-        chunk, row = shard.locate(row)
-        return shard.words(chunk)["keys"][row]
-
-    def read(self, source: ShardSource, shard: LatentShard, row: int) -> dict[str, np.ndarray]:
-        """``mean`` and ``std`` (C, h, w), ``text`` (L, D): views of the mapped file."""
-        chunk, row = shard.locate(row)
-        tensors = shard.tensors(chunk)
-        start, stop = tensors["text_start"][row : row + 2]
-        return {"mean": tensors["mean"][row], "std": tensors["std"][row], "text": tensors["text"][start:stop]}
-
-    def decode(self, raw: dict[str, np.ndarray], draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
-        """The same, the caption dropped now and then; nothing is written to ``out``."""
-        random = self.augmentation.random(draw)
-        if random is not None and random.random() < self.augmentation.caption_dropout:
-            return raw | {"text": self.null_text}
-        return raw
-
-    def chunked(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Mean and std of every sample, chunk by chunk: (n, C, h, w) float64 each."""
-        for number in range(len(self.shards)):
-            shard = self._open(number)
-            for chunk in range(len(shard.spans)):
-                tensors = shard.tensors(chunk)
-                yield tensors["mean"].astype(np.float64), tensors["std"].astype(np.float64)
-
-    @staticmethod
-    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """``mean``, ``std`` (B, C, h, w), ``text`` (B, L, D) padded with zeros, ``text_mask`` (B, L) int64; float32.
-
-        And ``bad`` where the loader asked for it.
-        """
-        lengths = [len(sample["text"]) for sample in samples]
-        text = np.zeros((len(samples), max(lengths), samples[0]["text"].shape[1]), np.float32)
-        mask = np.zeros((len(samples), max(lengths)), np.int64)
-        for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-            text[row, :length] = sample["text"]
-            mask[row, :length] = 1
-        stacked = {name: np.stack([sample[name] for sample in samples]).astype(np.float32) for name in ("mean", "std")}
-        batch: dict[str, Any] = {
-            name: torch.from_numpy(array) for name, array in (stacked | {"text": text, "text_mask": mask}).items()
-        }
-        return batch | {name: [sample[name] for sample in samples] for name in ("bad",) if name in samples[0]}
-
-
 def latent_info(source: ShardSource) -> LatentInfo:
     """What the manifest of a latent source knows."""
     try:
         return LatentInfo.of(source.manifest)
     except KeyError as error:
         raise UsageError(f"the manifest of {source.spec} lacks {error}; export again: ldm latents export") from None
+    except TypeError as error:  # other fields than ours
+        raise UsageError(f"the manifest of {source.spec} does not serve ({error}); export again: ldm latents export") from None
 
 
 def common_info(sources: Sequence[ShardSource]) -> LatentInfo:
-    """What several latent sources know together: one autoencoder, one text encoder, one shape, statistics over all samples.
+    """What several latent sources know together: one autoencoder, one size, statistics over all samples.
 
     Raises :class:`UsageError` naming both where two do not go together.
     """
     infos = [latent_info(source) for source in sources]
     first = infos[0]
     for source, info in zip(sources, infos, strict=True):
-        for name in ("autoencoder", "text_encoder_hash", "latent_shape"):
-            if getattr(info, name) != getattr(first, name):
+        for what, theirs, ours in (
+            ("autoencoder", info.autoencoder, first.autoencoder),
+            ("text encoders", [text.hash for text in info.text_encoders], [text.hash for text in first.text_encoders]),
+            ("latent shape", info.latent_shapes, first.latent_shapes),
+            ("resolution", info.resolution, first.resolution),
+            ("posterior", info.posterior, first.posterior),
+        ):
+            if theirs != ours:
                 raise UsageError(
-                    f"{source.spec} has another {name} than {sources[0].spec} ({getattr(info, name)}, {getattr(first, name)}); "
+                    f"{source.spec} has another {what} than {sources[0].spec} ({_short(theirs)}, {_short(ours)}); "
                     "export both with the same"
                 )
-    counts = np.array([source.manifest.samples for source in sources], np.float64)
-    share = (counts / counts.sum())[:, None]
-    means, stds = (np.array([getattr(info, name) for info in infos]) for name in ("latents_mean", "latents_std"))  # (n, C)
-    mean = (share * means).sum(0)
-    # the variance within the sources and that between them
-    std = np.sqrt((share * (stds**2 + (means - mean) ** 2)).sum(0))
     if len(sources) == 1:  # to the last bit
         return first
-    return replace(first, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
+    every = Moments.merge(
+        Moments.from_statistics(source.manifest.samples, info.latents_mean, info.latents_std)
+        for source, info in zip(sources, infos, strict=True)
+    )
+    return replace(first, latents_mean=tuple(every.mean.tolist()), latents_std=tuple(every.std.tolist()))
+
+
+def _short(value: Any) -> str:
+    """A hash, or several, to be read by people."""
+    if isinstance(value, list):
+        return " + ".join(map(_short, value))
+    return value[:12] if isinstance(value, str) else str(value)
 
 
 def latent_manifest(folder: str | Path) -> tuple[Manifest, LatentInfo]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class _Batches(Dataset):
 
     def __init__(self, dataset: ShardSamples):
         self.dataset = dataset
-        self._shared: dict[int, Tensor] = {}  # by slot
+        self._shared: dict[int, Tensor] = {}  # bytes, by slot
         self._turn = 0
 
     def __len__(self) -> int:
@@ -42,15 +43,16 @@ class _Batches(Dataset):
             return error
 
     def _share(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory shared with the training process, the same again and again.
+        """Memory shared with the training process, the same again and again; once for each batch.
 
         Fresh shared memory would cost a page fault for every 4 KiB, on both sides: as much as half of decoding into it.
         """
         slot, self._turn = self._turn % SLOTS, self._turn + 1
+        size = prod(shape) * dtype.itemsize
         memory = self._shared.get(slot)
-        if memory is None or memory.shape != shape or memory.dtype != dtype:
-            memory = self._shared[slot] = torch.empty(shape, dtype=dtype).share_memory_()
-        return memory
+        if memory is None or len(memory) < size:
+            memory = self._shared[slot] = torch.empty(size, dtype=torch.uint8).share_memory_()
+        return memory[:size].view(dtype).view(shape)
 
 
 class _PlainLoader(DataLoader):
@@ -58,12 +60,12 @@ class _PlainLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         # as long as memory is held here it stays mapped, and comes back without being mapped anew
-        mapped: deque[Tensor] = deque(maxlen=SLOTS * self.num_workers)
+        mapped: deque[list[Tensor]] = deque(maxlen=SLOTS * self.num_workers)
         for batch in super().__iter__():
             if isinstance(batch, LdmError):
                 raise batch
             shared = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.is_shared()}
-            mapped.extend(shared.values())
+            mapped.append([*shared.values()])
             yield batch | {name: value.clone() for name, value in shared.items()}
 
 

@@ -8,19 +8,17 @@ because a fresh process would first import all of ldm.
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from ldm.data.decode import DecodeError
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.ordered import in_order
 from ldm.data.pack_journal import Journal, require_claimable
 from ldm.data.pack_prepare import Preparation, Prepared
 from ldm.data.pack_sources import Item, Source, open_pack_source
@@ -29,9 +27,6 @@ from ldm.errors import LdmError, UsageError
 
 # Items read ahead of the one that is written, for each worker: enough to bridge a slow one, and a bound on memory.
 _AHEAD = 8
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def pack(
     with journal:
         packed, first_reason = journal.packed, ""
         rest = islice(source.items(), journal.consumed, None)
-        results = in_order(partial(_prepare, source, preparation), rest, workers)
+        results = in_order(partial(_prepare, source, preparation), rest, workers, _AHEAD)
         if journal.consumed and on_progress is not None:
             on_progress(journal.consumed, found)
         with writer, closing(results):
@@ -138,23 +133,6 @@ def pack(
         manifest = Manifest(IMAGE_SHARDS, tuple(writer.entries), extra)
         journal.finish(manifest)
     return PackResult(packed, found - packed, found, journal.enlarged, manifest)
-
-
-def in_order(make: Callable[[Given], Made], given: Iterable[Given], workers: int) -> Iterator[tuple[Given, Made]]:
-    """Each of ``given`` with what ``make`` makes of it, in their order; made in threads, a bounded number ahead."""
-    waiting: deque[tuple[Given, Future[Made]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="pack") as pool:
-        try:
-            for one in given:
-                waiting.append((one, pool.submit(make, one)))
-                if len(waiting) > _AHEAD * workers:
-                    one, future = waiting.popleft()
-                    yield one, future.result()
-            while waiting:
-                one, future = waiting.popleft()
-                yield one, future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _prepare(source: Source, preparation: Preparation, item: Item) -> Prepared | DecodeError:

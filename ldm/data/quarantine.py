@@ -37,7 +37,9 @@ def too_many_in_a_row(number: int, last: BadSample, config: str | None = "data")
 
 
 def _or_raise(key: str, config: str | None) -> str:
-    return f", or raise {config}.{key}" if config else ""
+    if config is None:
+        return ""
+    return f", or raise {'--' + key.replace('_', '-') if config == '--' else f'{config}.{key}'}"
 
 
 class Quarantine:
@@ -61,7 +63,8 @@ class Quarantine:
             max_share: bad samples to bear, 0 to 1.
             max_in_a_row: bad samples to bear one after another.
             file: where to put them on record; appended to.
-            config: the section of the config that has ``max_bad_share`` and ``max_bad_in_a_row``; None: nobody can set them.
+            config: the section of the config that has ``max_bad_share`` and ``max_bad_in_a_row``; "--": options of the command
+                line; None: nobody can set them.
         """
         self.samples, self.max_share, self.max_in_a_row, self.config = samples, max_share, max_in_a_row, config
         self.file = None if file is None else Path(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,6 +31,16 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 # AutoModel gives these two with their picture or decoder half
 ENCODER_CLASSES = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+
+_NOT_ARCHITECTURE = {
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "gradient_checkpointing",
+}
 
 MAX_TOKENS = 256  # for tokenizers that state no limit (T5); others state their own
 
@@ -60,14 +71,25 @@ def encode_captions(
 
     Padded positions are zeroed, so that a caption's embedding does not depend on the batch it stood in.
     """
-    tokens = tokenizer(list(captions), padding=True, truncation=True, max_length=max_tokens(tokenizer), return_tensors="pt").to(
-        model.device
-    )
+    tokens = tokenizer(list(captions), padding=True, truncation=True, max_length=max_tokens(tokenizer), return_tensors="pt")
+    return embed(model, tokens.input_ids, tokens.attention_mask)
+
+
+def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings (B, L, D) float32 of token ids (B, L), padded positions zeroed, and the mask (B, L); on the model's device."""
+    ids, mask = ids.to(model.device), mask.to(model.device)
     with torch.inference_mode():
-        hidden = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float()
-    mask = tokens.attention_mask
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     # a plain tensor: one made under inference_mode may not enter autograd later
     return (hidden * mask[..., None]).clone(), mask
+
+
+def text_encoder_hash(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str:
+    """Hex sha256 of a text encoder's weights, config and tokenizer, wherever they were loaded from and by which version."""
+    # what a config says beside the architecture: where it was loaded from, by whom, in which precision
+    architecture = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_ARCHITECTURE}
+    words = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map, "length": max_tokens(tokenizer)}
+    return network_hash(model, architecture | words)
 
 
 class TextEncoder:
@@ -103,10 +125,10 @@ class TextEncoder:
         name = str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
         return cls(tokenizer, model.eval().requires_grad_(False).to(device), name)
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """See :func:`ldm.models.identity.network_hash`."""
-        return network_hash(self.model, {})
+        """Hex sha256 of weights, config and tokenizer: of all that decides what a caption becomes."""
+        return text_encoder_hash(self.tokenizer, self.model)
 
     @property
     def width(self) -> int:

@@ -19,7 +19,8 @@ from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.scheduler import matching_scheduler
 from ldm.diffusion.timesteps import TimestepSampler
 from ldm.errors import UsageError
-from ldm.models.autoencoder import autoencoder_hash, load_autoencoder, normalise_latents, set_latent_statistics
+from ldm.latents.encode import load_matching
+from ldm.models.autoencoder import normalise_latents, set_latent_statistics
 from ldm.models.text import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.base import OptimiserConfig, Stage
@@ -72,12 +73,10 @@ class DenoiserTraining(Stage):
         info = common_info(data.train_set.sources)
         common_info((*data.train_set.sources, *data.validation_set.sources))
         folder = data.train_set.sources[0].spec
-        autoencoder = load_autoencoder(self.autoencoder_path)
-        if (found := autoencoder_hash(autoencoder)) != info.autoencoder:
-            raise UsageError(
-                f"{folder} holds latents of autoencoder {info.autoencoder[:12]}, but model.autoencoder {self.autoencoder_path} "
-                f"is {found[:12]}; point it at the one they were exported with, or export again"
-            )
+        autoencoder = load_matching(self.autoencoder_path, data.train_set.sources[0])
+        if info.latent_shape is None:
+            sizes = ", ".join(f"{width} x {height}" for _, height, width in info.latent_shapes)
+            raise UsageError(f"{folder} holds latents of several sizes ({sizes}); export with --image-size to train on one")
         channels, height, width = info.latent_shape
         config = self.denoiser.config
         for name, has, needs in (
@@ -86,28 +85,35 @@ class DenoiserTraining(Stage):
         ):
             if has != needs:
                 raise UsageError(f"model.denoiser.{name} is {has}, but the latents of {folder} need {needs}; change it")
+        text = info.text_encoders[data.text_encoder]
         text_width = config.get("text_width", config.get("caption_channels"))
-        if text_width != info.text_width:
+        if text_width != text.width:
             raise UsageError(
-                f"model.denoiser takes text of width {text_width}, but {folder} was exported with {info.text_encoder} of width "
-                f"{info.text_width}; change model.denoiser.init_args.text_width"
+                f"model.denoiser takes text of width {text_width}, but {folder} was exported with {text.name} of width "
+                f"{text.width}; change model.denoiser.init_args.text_width"
             )
         set_latent_statistics(autoencoder, info.latents_mean, info.latents_std)
-        text_encoder = TextEncoder.load(info.text_encoder)
-        if text_encoder.hash != info.text_encoder_hash:
-            raise UsageError(f"{folder} was exported with other weights of text encoder {info.text_encoder}; export again")
+        text_encoder = TextEncoder.load(text.name)
+        if text_encoder.hash != text.hash:
+            raise UsageError(
+                f"{folder} was exported with text encoder {text.hash[:12]}, but {text.name} is {text_encoder.hash[:12]} now; "
+                "put back the one it was exported with, or export again"
+            )
         # in a namespace: frozen parts belong neither in checkpoints nor in the optimiser
-        self.frozen = SimpleNamespace(autoencoder=autoencoder, text_encoder=text_encoder)
+        trained_on = {"autoencoder": info.autoencoder, "text_encoder": text.hash, "latent_shape": list(info.latent_shape)}
+        self.frozen = SimpleNamespace(autoencoder=autoencoder, text_encoder=text_encoder, trained_on=trained_on)
 
     def configure_optimizers(self) -> dict:
         optimiser, schedule = self.optimiser.build(self.denoiser, self.trainer.max_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        z = batch["mean"] + batch["std"] * torch.randn_like(batch["mean"])
+        z = batch["mean"].float()
+        if "std" in batch:  # otherwise modes were exported
+            z = z + batch["std"].float() * torch.randn_like(z)
         x0 = normalise_latents(self.frozen.autoencoder, z)
         # captions dropped now and then come from the loader as the encoded empty one
-        loss = self.objective(self.denoiser, x0, Condition(batch["text"], batch["text_mask"])).loss.mean()
+        loss = self.objective(self.denoiser, x0, _condition(batch)).loss.mean()
         self.log("train/loss", loss)
         return loss
 
@@ -120,11 +126,11 @@ class DenoiserTraining(Stage):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The loss at evenly spread times on fixed noise: comparable from one validation to the next."""
-        x0 = normalise_latents(self.frozen.autoencoder, batch["mean"])
+        x0 = normalise_latents(self.frozen.autoencoder, batch["mean"].float())
         generator = torch.Generator().manual_seed(batch_idx)
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         t = ((torch.arange(len(x0)) + 0.5) / len(x0)).to(x0)
-        loss = self.objective(self.denoiser, x0, Condition(batch["text"], batch["text_mask"]), t, eps).loss
+        loss = self.objective(self.denoiser, x0, _condition(batch), t, eps).loss
         self.log("val/loss", loss.mean(), batch_size=len(x0))
 
     def pipeline(self) -> LatentDiffusionPipeline:
@@ -136,6 +142,7 @@ class DenoiserTraining(Stage):
             tokenizer=frozen.text_encoder.tokenizer,
             transformer=self.denoiser,
             scheduler=self.scheduler,
+            trained_on=frozen.trained_on,
         )
 
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
@@ -153,3 +160,8 @@ class DenoiserTraining(Stage):
 
     def save(self, folder: FilePath) -> None:
         self.pipeline().save_pretrained(folder)
+
+
+def _condition(batch: dict[str, Tensor]) -> Condition:
+    """The captions' embeddings of a batch of latents, as they are stored."""
+    return Condition(batch["text"].float(), batch["text_mask"])

@@ -1,7 +1,6 @@
 """A shard folder is proved against its manifest, and tars from elsewhere are given one."""
 
 import io
-import json
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -11,10 +10,11 @@ from threading import Thread
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from ldm.data.check import check_folder, index_folder, index_remote
 from ldm.data.images import ImageDataset
+from ldm.data.latents import Chunk, LatentInfo, TextInfo, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
 from ldm.data.remote import ShardCache
 from ldm.data.shards import ShardReader
@@ -149,44 +149,137 @@ def test_index_refuses_what_cannot_be_trained_on(tmp_path):
         index_folder(tmp_path)
 
 
-def latents(folder, **changes):
-    """A shard of latents in two chunks of three: the bytes of both may be changed."""
+INFO = LatentInfo(
+    autoencoder="a" * 64,
+    text_encoders=(TextInfo("one", "t" * 64, 6, 77, 0), TextInfo("two", "u" * 64, 5, 77, 0)),
+    latent_shapes=((4, 2, 2), (4, 2, 3)),
+    resolution=None,
+    posterior="gaussian",
+    flips=True,
+    captions="all",
+    dtype="float32",
+    precision="fp32",
+    latents_mean=(0.0,) * 4,
+    latents_std=(1.0,) * 4,
+    source="s" * 64,
+    source_shards="shards",
+    versions={},
+)
+
+
+def chunk(number, info=INFO, **tensors):
+    """Three pictures with 1, 0 and 2 captions of 2, 1 and 1 tokens; ``tensors`` replaces some (None: leaves them out)."""
+    names = ("mean", "std", "mean_flip", "std_flip")
+    whole = Chunk(
+        keys=[f"{number}{row}" for row in "abc"],
+        captions=[["one"], [], ["two", "three"]],
+        latents={name: np.ones((3, 4, 2, 2), np.float32) for name in names},
+        texts=[[np.ones((length, text.width), np.float32) for length in (2, 1, 1)] for text in INFO.text_encoders],
+        original_size=np.ones((3, 2)),
+        crop=np.ones((3, 4)),
+    ).members()
+    kept = {name: tensor for name, tensor in (load(whole["safetensors"]) | tensors).items() if tensor is not None}
+    return whole | {"safetensors": save(kept)}
+
+
+def latents(folder, info=INFO, members=None, **tensors):
+    """A shard of latents in two chunks of three; of the second one, members or tensors may be replaced."""
     folder.mkdir()
     with ShardWriter(folder, "latents") as writer:
-        for chunk in range(2):
-            tensors = {name: np.ones((3, 4, 2, 2), np.float32) for name in ("mean", "std")}
-            tensors |= {"text": np.ones((3, 6), np.float32), "text_start": np.arange(4, dtype=np.int64)}
-            if chunk:
-                tensors |= changes.get("tensors", {})
-            words = {"keys": [f"{chunk}{row}" for row in range(3)], "captions": ["a"] * 3}
-            members = {"safetensors": save(tensors), "json": json.dumps(words).encode()}
-            writer.write(f"{chunk:08d}", members | (changes.get("members", {}) if chunk else {}))
-    Manifest(LATENT_SHARDS, (replace(writer.entries[0], samples=6),)).save(folder)
+        writer.write("0", chunk(0))
+        writer.write("1", chunk(1, **tensors) | (members or {}))
+    write_null_text(folder, [np.ones((2, text.width), np.float32) for text in INFO.text_encoders])
+    Manifest(LATENT_SHARDS, (replace(writer.entries[0], samples=6),), info.as_extra()).save(folder)
     return folder
 
 
 def test_latents_are_counted_by_sample_and_looked_at_by_the_deep_check(tmp_path):
     assert found(latents(tmp_path / "whole"), deep=True) == ([], [6])
-    mean = np.ones((3, 4, 2, 2), np.float32)
-    mean[1, 0, 0, 0], mean[1, 1, 0, 0], mean[2, 0, 0, 0] = np.nan, np.inf, -np.inf
-    folder = latents(tmp_path / "nan", tensors={"mean": mean})
+    mean, text = np.ones((3, 4, 2, 2), np.float32), np.ones((4, 5), np.float32)
+    mean[1, 0, 0, 0], mean[1, 1, 0, 0], text[3, 0] = np.nan, np.inf, -np.inf
+    folder = latents(tmp_path / "nan", mean_flip=mean, text_2=text)
     assert found(folder) == ([], [6])
-    assert found(folder, deep=True) == ([("latents-00000.tar", "holds 2 latents that are not finite")], [4])
+    bad = [(f"latents-00000.tar: {key}", "has values that are not finite") for key in ("1b", "1c")]
+    assert found(folder, deep=True) == (bad, [4])
 
 
 @pytest.mark.parametrize(
-    ("members", "shallow", "words"),
+    ("members", "words"),
     [
-        ({"safetensors": b"none at all"}, 6, "is in a chunk that is no safetensors of latents"),
-        ({"json": b"[]"}, 0, "has a chunk without its list of keys"),
-        ({"json": b"{"}, 0, "has a chunk without its list of keys"),
+        ({"safetensors": b"none at all"}, "is in a chunk that is no safetensors of latents"),
+        ({"json": b"[]"}, "has a chunk without its list of keys"),
+        ({"json": b"{"}, "has a chunk without its list of keys"),
     ],
 )
-def test_a_broken_chunk_of_latents_is_found(tmp_path, members, shallow, words):
-    folder = latents(tmp_path / "x", members=members)
-    assert found(folder)[1] == [shallow]
-    problems, good = found(folder, deep=True)
-    assert any(where == "latents-00000.tar" and words in what for where, what in problems) and good == [0]
+def test_a_broken_chunk_of_latents_is_found(tmp_path, members, words):
+    problems, good = found(latents(tmp_path / "x", members=members))
+    assert any(where.startswith("latents-00000.tar") and words in what for where, what in problems) and good == [0]
+
+
+def test_keys_that_are_not_as_many_as_the_captions_cost_the_chunk(tmp_path):
+    folder = latents(tmp_path / "x", members={"json": b'{"keys": ["a", "b", "c"], "captions": [["one"], [], []]}'})
+    assert found(folder) == ([("latents-00000.tar: #3", "is in a chunk without its keys and captions")], [3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"std": None}, "without std, which the manifest promises"),
+        ({"std_flip": None, "text_2": None}, "without std_flip, text_2, which the manifest promises"),
+        (
+            {"text_3": np.ones((4, 5), np.float32), "text_3_start": np.array([0, 2, 3, 4])},
+            "with text_3, text_3_start, of which",
+        ),
+        ({"mean": np.ones((3, 4, 2, 2), np.float16)}, "with mean in float16, the manifest says float32"),
+        ({"crop": np.ones((3, 4), np.int64)}, "with crop in int64, the manifest says int32"),
+        ({"text_2": np.ones((4, 6), np.float32)}, "with text_2 of width 6, the manifest says 5"),
+        (
+            {name: np.ones((3, 4, 3, 2), np.float32) for name in ("mean", "std", "mean_flip", "std_flip")},
+            "with latents of 4 x 3 x 2, the manifest says 4 x 2 x 2 or 4 x 2 x 3",
+        ),
+    ],
+)
+def test_what_the_manifest_does_not_promise_costs_the_chunk(tmp_path, changes, what):
+    ((where, found_what),), good = found(latents(tmp_path / "x", **changes))
+    assert where == "latents-00000.tar: #3" and found_what.startswith(f"is in a chunk {what}") and good == [3]
+
+
+def test_modes_and_no_flips_are_promises_too(tmp_path):
+    gone = dict.fromkeys(("mean_flip", "std_flip"))
+    problems, good = found(latents(tmp_path / "a", replace(INFO, flips=False), **gone))
+    assert problems == [
+        ("latents-00000.tar: #0", "is in a chunk with mean_flip, std_flip, of which the manifest knows nothing")
+    ]
+    assert good == [3]
+    problems, good = found(latents(tmp_path / "b", replace(INFO, posterior="mode"), std=None, std_flip=None))
+    assert problems == [("latents-00000.tar: #0", "is in a chunk with std, std_flip, of which the manifest knows nothing")]
+
+
+def test_the_null_text_is_there_for_each_text_encoder(tmp_path):
+    folder = latents(tmp_path / "x")
+    for texts, what in [
+        ([np.ones((2, 6), np.float32)], "is without text_2, which the manifest promises"),
+        ([np.ones((2, 6), np.float32)] * 2, "has text_2 of 2 x 6, the manifest says 5 a token"),
+        ([np.full((2, 6), np.nan), np.ones((2, 5))], "has values in text that are not finite"),
+    ]:
+        write_null_text(folder, texts)
+        assert found(folder) == ([("null_text.safetensors", what)], [6])
+    (folder / "null_text.safetensors").write_bytes(b"none")
+    ((where, what),), _ = found(folder)
+    assert where == "null_text.safetensors" and what.startswith("cannot be read")
+    (folder / "null_text.safetensors").unlink()
+    assert found(folder) == ([("null_text.safetensors", "is missing")], [6])
+    without = latents(tmp_path / "none", replace(INFO, text_encoders=()))
+    (without / "null_text.safetensors").unlink()
+    assert all(where != "null_text.safetensors" for where, _ in found(without)[0])
+
+
+def test_latents_of_another_schema_are_told_in_one_line(tmp_path):
+    folder = latents(tmp_path / "x")
+    manifest = Manifest.load(folder)
+    replace(manifest, extra={"autoencoder": "a" * 64}).save(folder)
+    with pytest.raises(UsageError, match=rf"manifest of {folder} lacks 'text_encoders'; export again"):
+        check_folder(folder)
 
 
 def test_a_cut_shard_of_latents_has_no_less_than_no_sample(tmp_path):

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, islice
 
 import numpy as np
@@ -9,25 +10,60 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ldm.data.datamodule import ShardDataModule, Source
 from ldm.data.images import ImageDataset
-from ldm.data.latents import LatentDataset, write_chunk, write_null_text
+from ldm.data.latent_samples import LatentDataset
+from ldm.data.latents import Chunk, LatentInfo, TextInfo, write_null_text
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.plan import Plan
 from ldm.data.writer import ShardWriter, write_images
 from ldm.errors import UsageError
 
+INFO = LatentInfo(
+    autoencoder="a" * 64,
+    text_encoders=(TextInfo("minilm", "t" * 64, 6, 3, 0), TextInfo("other", "u" * 64, 5, 3, 0)),
+    latent_shapes=((4, 2, 2),),
+    resolution=16,
+    posterior="gaussian",
+    flips=True,
+    captions="all",
+    dtype="float32",
+    precision="fp32",
+    latents_mean=(0.0,) * 4,
+    latents_std=(1.0,) * 4,
+    source="s" * 64,
+    source_shards="shards",
+    versions={},
+)
+
+
+def write_latents(folder, count=10, info=INFO):
+    """Latents that hold their own number, -1 - that where mirrored; captions of their number, the second one plus a half."""
+    folder.mkdir()
+    numbers = np.arange(count, dtype=np.float32)[:, None, None, None]
+    latents = {name: numbers + np.zeros((4, 2, 2), np.float32) for name in ("mean", "std")}
+    if info.flips:
+        latents |= {f"{name}_flip": -1 - array for name, array in latents.items()}
+    keys = [str(index) for index in range(count)]
+    captions = [[key, key] if info.captions == "all" else [key] for key in keys]
+    texts = [
+        [np.full((1 + i % 3, text.width), i + j / 2, np.float32) for i in range(count) for j in range(len(captions[i]))]
+        for text in info.text_encoders
+    ]
+    with ShardWriter(folder, "latents") as writer:
+        for start in range(0, count, 4):
+            some, few = slice(start, start + 4), len(captions[0])
+            chunk = {name: array[some] for name, array in latents.items()}
+            words = [text[start * few : (start + 4) * few] for text in texts]
+            size = len(keys[some])
+            members = Chunk(keys[some], captions[some], chunk, words, np.full((size, 2), 16), np.full((size, 4), 16)).members()
+            writer.write(f"{start:08d}", members)
+    write_null_text(folder, [np.full((2, text.width), 7.25, np.float32) for text in info.text_encoders])
+    Manifest(LATENT_SHARDS, (replace(writer.entries[0], samples=count),), info.as_extra()).save(folder)
+    return folder
+
 
 @pytest.fixture(scope="module")
 def latent_shards(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
-    with ShardWriter(folder, "latents") as writer:
-        mean, std = rng.normal(size=(2, 10, 4, 2, 2)).astype(np.float32)
-        texts = [rng.normal(size=(1 + index % 3, 6)).astype(np.float32) for index in range(10)]
-        keys = [str(index) for index in range(10)]
-        write_chunk(writer, "0", mean, std, texts, keys, keys)
-    (entry,) = writer.entries
-    write_null_text(folder, np.full((2, 6), 7.0, np.float32))
-    Manifest(LATENT_SHARDS, (type(entry)(entry.name, 10, entry.bytes, entry.sha256),)).save(folder)
-    return folder
+    return write_latents(tmp_path_factory.mktemp("shards") / "latents")
 
 
 @pytest.fixture(params=["images", "latents"])
@@ -113,7 +149,7 @@ def test_dropped_captions_are_the_null_text_at_the_rate_asked_for(latent_shards,
         for batch in take(latents.train_dataloader(), 200)
         for text, mask in zip(batch["text"], batch["text_mask"], strict=True)
     ]
-    dropped = [torch.equal(text, torch.full((2, 6), 7.0)) for text in texts]
+    dropped = [torch.equal(text, torch.full((2, 6), 7.25)) for text in texts]
     assert abs(np.mean(dropped) - 0.3) < 4 * (0.3 * 0.7 / 600) ** 0.5
     captions = [
         caption
@@ -213,13 +249,95 @@ def test_a_mixture_holds_its_weights(tmp_path):
     assert counts == {f"a{index}": 1 for index in range(8)} | {f"b{index}": 4 for index in range(4)}
 
 
-def test_kinds_are_not_mixed_and_latents_take_no_flips(image_shards, latent_shards):
+def test_kinds_are_not_mixed_and_shares_are_shares(image_shards, latent_shards):
     with pytest.raises(UsageError, match="mixes image shards and latent shards"):
         ShardDataModule([Source(str(image_shards)), Source(str(latent_shards))], str(image_shards)).setup("fit")
-    with pytest.raises(UsageError, match=r"data.flip is 0.5, but .* holds latents"):
-        module(latent_shards, flip=0.5)
     with pytest.raises(UsageError, match=r"data.caption_dropout is 1.5; give 0 to 1"):
         module(image_shards, caption_dropout=1.5)
+
+
+def drawn(batches):
+    """Of every latent in the batches: its number, whether it is mirrored, which caption it has, None for none."""
+    found = []
+    for batch in batches:
+        for mean, std, text in zip(batch["mean"], batch["std"], batch["text"], strict=True):
+            assert torch.equal(mean, std) and mean.unique().numel() == 1
+            number, mirrored = (mean.max().item(), False) if mean.max() >= 0 else (-1 - mean.max().item(), True)
+            caption = (text[0, 0].item() - number) * 2
+            found.append((number, mirrored, None if text[0, 0] == 7.25 else caption))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_latents_are_mirrored_and_their_captions_chosen_whatever_the_workers_and_after_a_resume(latent_shards):
+    settings = {"flip": 0.3, "caption": "random", "caption_dropout": 0.2}
+    batches = take(module(latent_shards, **settings).train_dataloader(), 200)
+    found = drawn(batches)
+    assert Counter(number for number, _, _ in found) == dict.fromkeys(range(10), 60)
+    shares = {
+        "mirrored": (0.3, [mirrored for _, mirrored, _ in found]),
+        "dropped": (0.2, [caption is None for _, _, caption in found]),
+        "second": (0.5, [caption == 1 for _, _, caption in found if caption is not None]),
+    }
+    for share, values in shares.values():
+        assert abs(np.mean(values) - share) < 4 * (share * (1 - share) / len(values)) ** 0.5
+    for ours, theirs in zip(batches[:9], take(module(latent_shards, workers=2, **settings).train_dataloader(), 9), strict=True):
+        assert same(ours, theirs)
+    for workers in (0, 2):
+        stopped, resumed = (module(latent_shards, workers=workers, **settings).train_dataloader() for _ in range(2))
+        take(stopped, 4)
+        resumed.load_state_dict(stopped.state_dict())
+        for ours, theirs in zip(batches[4:], take(resumed, 5), strict=False):
+            assert same(ours, theirs)
+    assert {(mirrored, caption) for _, mirrored, caption in drawn(module(latent_shards, **settings).val_dataloader())} == {
+        (False, 0)
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_batches_that_workers_made_stay_as_they_are(latent_shards):
+    """They lie in memory that is written again and again; texts of one to three tokens need more and less of it."""
+    parallel = list(islice(iter(module(latent_shards, workers=2).train_dataloader()), 20))
+    for ours, theirs in zip(take(module(latent_shards).train_dataloader(), 20), parallel, strict=True):
+        assert same(ours | {"position": theirs["position"]}, theirs)
+        assert not any(value.is_shared() for value in theirs.values() if isinstance(value, torch.Tensor))
+
+
+def test_the_text_encoder_asked_for_is_trained_on_with_its_own_null_text(latent_shards):
+    for encoder, width in ((0, 6), (1, 5)):
+        made = module(latent_shards, text_encoder=encoder, caption_dropout=0.5)
+        found = take(made.train_dataloader(), 8)
+        assert {batch["text"].shape[2] for batch in (*found, *made.val_dataloader())} == {width}
+        assert len({caption is None for _, _, caption in drawn(found)}) == 2
+
+
+def test_what_was_not_exported_is_refused(tmp_path, latent_shards):
+    first = write_latents(tmp_path / "first", info=replace(INFO, flips=False, captions="first"))
+    other = write_latents(tmp_path / "other", info=replace(INFO, autoencoder="b" * 64))
+    refusals = {
+        rf"^data.flip is 0.5, but {first} holds .* set it to 0, or export them again: ldm latents export --flip$": (
+            first,
+            {"flip": 0.5},
+        ),
+        rf"^data.caption is random, but {first} holds .* set it to first, .*: ldm latents export --captions all$": (
+            first,
+            {"caption": "random"},
+        ),
+        rf"^data.text_encoder is 2, but {first} was exported with 0: minilm, 1: other; give one of these$": (
+            first,
+            {"text_encoder": 2},
+        ),
+        r"^data.text_encoder is -1, but .*; give one of these$": (first, {"text_encoder": -1}),
+    }
+    for message, (folder, settings) in refusals.items():
+        with pytest.raises(UsageError, match=message):
+            module(folder, **settings)
+    mixed = ShardDataModule([Source(str(latent_shards)), Source(str(other))], str(latent_shards))
+    with pytest.raises(UsageError, match=rf"^{other} has another autoencoder than {latent_shards} "):
+        mixed.setup("fit")
+    some = ShardDataModule([Source(str(latent_shards)), Source(str(first))], str(latent_shards), flip=0.5)
+    with pytest.raises(UsageError, match=rf"^data.flip is 0.5, but {first} holds"):
+        some.setup("fit")
 
 
 class Recorder(LightningModule):

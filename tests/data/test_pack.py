@@ -5,7 +5,7 @@ import json
 import os
 import tarfile
 import tempfile
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 from ldm.cli import main
 from ldm.data.decode import decode_image
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
-from ldm.data.pack import in_order, pack
+from ldm.data.pack import pack
 from ldm.data.pack_journal import JOURNAL_NAME, Journal
 from ldm.data.shards import ShardReader
 from ldm.errors import LdmError, UsageError
@@ -177,16 +177,6 @@ def test_bytes_do_not_depend_on_the_number_of_workers(many, tmp_path):
         result = pack(many, tmp_path / str(workers), size=24, shard_size=4, workers=workers)
         assert (result.packed, result.quarantined, result.found) == (9, 4, 13)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
-
-
-def test_results_come_in_order_and_few_are_made_ahead():
-    taken = count()
-    results = in_order(lambda number: number**2, taken, workers=2)
-    assert [next(results) for _ in range(50)] == [(number, number**2) for number in range(50)]
-    assert next(taken) <= 50 + 20
-    results.close()
-    with pytest.raises(ZeroDivisionError):
-        list(in_order(lambda number: 1 // number, [2, 1, 0, 1], workers=2))
 
 
 @pytest.mark.parametrize("limit", ["40KB", "100kb", "0.06 MiB"])
@@ -418,7 +408,7 @@ def test_the_command_line_passes_everything_on(src, tmp_path, capsys, monkeypatc
             if done == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("ldm.cli.Progress", Stopped)
+    monkeypatch.setattr("ldm.cli.shards.Progress", Stopped)
     with pytest.raises(SystemExit) as leave:
         main(["shards", "pack", str(src), str(tmp_path / "stopped"), "--keep-bytes", "--min-size", "8"])
     assert leave.value.code == 130 and "the same command goes on" in capsys.readouterr().err

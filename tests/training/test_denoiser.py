@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,11 @@ from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
 from ldm.diffusion.timesteps import LogitNormal, Uniform
 from ldm.errors import UsageError
-from ldm.export import export_latents
-from ldm.models.autoencoder import AutoencoderConfig
+from ldm.latents.export import export_latents
+from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder
 from ldm.models.dit import DiT
+from ldm.models.text import TextEncoder
+from ldm.pipeline import load_pipeline
 from ldm.training.base import OptimiserConfig
 from ldm.training.denoiser import DenoiserTraining
 
@@ -54,7 +59,9 @@ def make(autoencoder: Path, **changes: object) -> DenoiserTraining:
     return DenoiserTraining(**settings | changes)
 
 
-def fit(module: DenoiserTraining, latents: Path, folder: Path, steps: int, **trainer: object) -> Trainer:
+def fit(
+    module: DenoiserTraining, latents: Path, folder: Path, steps: int, data: dict | None = None, **trainer: object
+) -> Trainer:
     torch.manual_seed(1)
     settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False} | trainer
     trainer = Trainer(
@@ -62,7 +69,7 @@ def fit(module: DenoiserTraining, latents: Path, folder: Path, steps: int, **tra
         check_val_every_n_epoch=None, val_check_interval=steps, default_root_dir=folder, use_distributed_sampler=False,
         **settings,
     )  # fmt: skip
-    trainer.fit(module, ShardDataModule(str(latents), str(latents), batch_size=8))
+    trainer.fit(module, ShardDataModule(str(latents), str(latents), batch_size=8, **data or {}))
     return trainer
 
 
@@ -144,3 +151,74 @@ def test_checkpoints_hold_the_trained_weights_beside_the_average(exported: tuple
         saved = state["state_dict"][f"denoiser.{name}"]
         assert torch.equal(saved, trained)
         assert trained.grad is None or not torch.equal(saved, average)
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_another_text_encoder_is_refused_and_both_are_named(exported: tuple[Path, Path], tmp_path: Path, minilm) -> None:
+    """The folder that the captions went through holds other weights by the time of stage two."""
+    shutil.copytree(exported[1], tmp_path / "latents")
+    minilm.model.save_pretrained(tmp_path / "text")
+    minilm.tokenizer.save_pretrained(tmp_path / "text")
+    edit_manifest(tmp_path / "latents", lambda manifest: manifest["text_encoders"][0].update(name=str(tmp_path / "text")))
+    fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)  # the same weights, config and words from another folder
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    (tmp_path / "text" / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
+    with pytest.raises(UsageError) as refused:
+        fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)
+    found = TextEncoder.load(str(tmp_path / "text")).hash
+    assert f"was exported with text encoder {minilm.hash[:12]}, but {tmp_path / 'text'} is {found[:12]} now" in str(
+        refused.value
+    )
+
+
+def test_latents_of_several_sizes_are_refused_with_the_mend(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(exported[1], tmp_path / "latents")
+    edit_manifest(tmp_path / "latents", lambda manifest: manifest["latent_shapes"].append([4, 16, 24]))
+    with pytest.raises(UsageError, match=r"latents of several sizes \(16 x 16, 24 x 16\); export with --image-size"):
+        fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)
+
+
+def test_modes_and_mirrored_latents_can_be_trained_on(exported: tuple[Path, Path], image_shards: Path, tmp_path: Path) -> None:
+    export_latents(exported[0], image_shards, tmp_path / "latents", mode=True, flip=True, captions="all")
+    data = {"flip": 0.5, "caption": "random", "caption_dropout": 0.1}
+    trainer = fit(make(exported[0]), tmp_path / "latents", tmp_path, 3, data=data)
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
+
+
+def test_the_pipeline_knows_what_its_denoiser_was_trained_on(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(exported[0])
+    fit(module, exported[1], tmp_path, 1)
+    saved = tmp_path / "pipeline"
+    module.save(saved)
+    autoencoder = autoencoder_hash(load_autoencoder(exported[0]))
+    trained_on = {"autoencoder": autoencoder, "text_encoder": module.frozen.text_encoder.hash, "latent_shape": [4, 16, 16]}
+    assert load_pipeline(saved).config.trained_on == trained_on
+    other = new_autoencoder(tmp_path / "other", 1)
+    shutil.move(saved / "vae", tmp_path / "own")
+    shutil.copytree(other, saved / "vae")
+    found = autoencoder_hash(load_autoencoder(other))
+    with pytest.raises(UsageError) as refused:
+        load_pipeline(saved)
+    expected = f"vae/ of the pipeline is autoencoder {found[:12]}, but its denoiser was trained with {autoencoder[:12]}"
+    assert str(refused.value) == f"{saved}: {expected}; put that one back"
+    shutil.rmtree(saved / "vae")
+    shutil.move(tmp_path / "own", saved / "vae")
+    for file, change, expected in (
+        ("text_encoder/config.json", {"layer_norm_eps": 1e-6}, "text_encoder/ of the pipeline is text encoder "),
+        (
+            "transformer/config.json",
+            {"sample_size": 32},
+            "latents of 4 channels and side 32, but was trained on 4 and 16",
+        ),
+    ):
+        before = (saved / file).read_text()
+        (saved / file).write_text(json.dumps(json.loads(before) | change))
+        with pytest.raises(UsageError, match=expected):
+            load_pipeline(saved)
+        (saved / file).write_text(before)
+    load_pipeline(saved)

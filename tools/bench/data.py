@@ -158,12 +158,14 @@ LOADERS = {loader.__name__: loader for loader in (ours, webdataset, imagefolder,
 
 
 def rate(loader: object, folder: Path, workers: int, batches: int) -> float:
-    """Images per second after the first batch, when workers stand and all have begun to read ahead.
+    """Images per second once every worker has delivered twice: a worker that is spawned starts seconds after the first one.
 
     Three quarters of a pass, so that no loader is timed while some of its workers have run out of shards.
     """
     iterator = iter(loader(folder, workers))
     first = next(iterator)
+    for _ in range(2 * workers):
+        next(iterator)
     assert first.dtype == torch.float32 and first.shape == (BATCH, 3, SIZE, SIZE), (first.dtype, first.shape)
     assert -1 <= first.min() < -0.5 < 0.5 < first.max() <= 1
     began = time.perf_counter()

@@ -1,0 +1,127 @@
+"""``ldm evaluate``: figures of a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm.cli.parser import Commands, add_command, add_group, print_table
+from ldm.errors import UsageError
+from ldm.progress import Progress
+
+
+def add(commands: Commands) -> None:
+    """Its commands."""
+    evaluate = add_group(commands, "evaluate", "figures of a trained model")
+    autoencoder = add_command(
+        evaluate,
+        "autoencoder",
+        run_evaluate_autoencoder,
+        "PSNR, SSIM, LPIPS and FID of reconstructions, and the health of the latents",
+        "ldm evaluate autoencoder runs/autoencoder/autoencoder sd-vae --shards validation --fid alex-random",
+    )
+    autoencoder.add_argument("models", nargs="+", metavar="model", help="directories of AutoencoderKLs, shown side by side")
+    autoencoder.add_argument("--shards", required=True, help="folder of image shards")
+    autoencoder.add_argument("--samples", type=int, default=256, help="the first so many pictures (default: 256)")
+    autoencoder.add_argument("--image-size", type=int, help="fit pictures to this side in pixels (default: whole pictures)")
+    autoencoder.add_argument("--lpips", metavar="WEIGHTS", default="random", help="random (default), pretrained or a path")
+    autoencoder.add_argument("--lpips-trunk", choices=["alex", "vgg"], default="alex", help="default: alex")
+    autoencoder.add_argument(
+        "--fid",
+        metavar="TRUNK",
+        help="also a FID, by inception, alex-random, vgg-random or torchvision's checkpoint of alexnet or vgg16",
+    )
+    autoencoder.add_argument("--json", metavar="FILE", help="write every figure there, too; -: to stdout, without the table")
+    pipeline = add_command(
+        evaluate,
+        "pipeline",
+        run_evaluate_pipeline,
+        "prompt accuracy on held-out shapes, read back from the pixels",
+        "ldm evaluate pipeline quickstart/pipeline --prompts 256",
+    )
+    pipeline.add_argument("model", help="pipeline directory")
+    pipeline.add_argument("--preset", choices=["one", "two"], default="one")
+    pipeline.add_argument("--prompts", type=int, default=256, help="how many")
+    pipeline.add_argument("--seen", action="store_true", help="prompts of the kind trained on, instead of held-out ones")
+    pipeline.add_argument("--steps", type=int, default=30)
+    pipeline.add_argument("--guidance", type=float, default=3.0)
+    pipeline.add_argument("--seed", type=int, default=0)
+
+
+def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
+    import json
+
+    import torch
+
+    from ldm.data.images import ImageDataset
+    from ldm.evaluate import figure_texts, reconstruction_figures
+    from ldm.files import write_json
+    from ldm.losses import PerceptualLoss
+    from ldm.metrics import LatentHealth, ReconstructionFID
+    from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
+
+    for name, number in (("samples", options.samples), ("image-size", options.image_size)):
+        if number is not None and number < 1:
+            raise UsageError(f"--{name} is {number}; give 1 or more")
+    if options.json is not None and Path(options.json).is_dir():
+        raise UsageError(f"--json {options.json} is a folder; give a file, or - for stdout")
+    dataset = ImageDataset(options.shards, options.image_size, require_captions=False)
+    autoencoders = [load_autoencoder(path) for path in options.models]
+    perceptual = PerceptualLoss(options.lpips_trunk, options.lpips)
+    fid = None if options.fid is None else ReconstructionFID(options.fid)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    measured = []
+    for path, autoencoder in zip(options.models, autoencoders, strict=True):
+        health = LatentHealth(autoencoder.config.latent_channels)
+        with Progress(f"reconstructing with {path}") as progress:
+            figures = reconstruction_figures(
+                autoencoder.to(device),
+                dataset,
+                perceptual,
+                options.samples,
+                on_progress=progress.update,
+                fid=fid,
+                health=health,
+            )
+        measured.append(figures)
+    labels = {"lpips": perceptual.description} | ({} if fid is None else {fid.name: fid.description})
+    if options.json is not None:
+        source = dataset.sources[0]
+        record = {
+            "shards": source.spec,
+            "shards_hash": source.manifest.hash,
+            "image_size": options.image_size,
+            "metrics": labels,
+            "autoencoders": [
+                {"path": path, "hash": autoencoder_hash(autoencoder)} | figures
+                for path, autoencoder, figures in zip(options.models, autoencoders, measured, strict=True)
+            ],
+        }
+        if options.json == "-":
+            print(json.dumps(record, indent=2, ensure_ascii=False))
+            return
+        write_json(options.json, record)
+    labels |= {"psnr": "PSNR (dB)", "ssim": "SSIM", "latent_kl": "latent KL (nats per value)", "latent_dead": "dead channels"}
+    columns = [figure_texts(figures) for figures in measured]
+    rows = {labels.get(name, name.replace("_", " ")): [column[name] for column in columns] for name in columns[0]}
+    print_table(rows, *options.models)
+
+
+def run_evaluate_pipeline(options: argparse.Namespace) -> None:
+    from ldm.data.shapes import held_out_prompts, seen_prompts
+    from ldm.evaluate import draw, shape_accuracy
+    from ldm.pipeline import load_pipeline
+
+    pipeline = load_pipeline(options.model)
+    prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset, options.prompts, options.seed)
+    with Progress("drawing", len(prompts)) as progress:
+        pictures = draw(
+            pipeline,
+            prompts,
+            options.seed,
+            batch_size=64,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            on_progress=progress.update,
+        )
+    print_table({name: [f"{value:.4f}"] for name, value in shape_accuracy(pictures, prompts).items()}, "value")

@@ -1,0 +1,235 @@
+"""``ldm latents``: export, check, show, import, decode."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli.parser import Commands, Parser, add_command, add_group, print_table
+from ldm.errors import LdmError, UsageError
+from ldm.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.data.manifest import Manifest
+
+
+def add(commands: Commands) -> None:
+    """Its commands."""
+    latents = add_group(commands, "latents", "latent shards: export, check, show, import, decode")
+    export = add_command(
+        latents,
+        "export",
+        run_export,
+        "encode image shards and their captions once",
+        "ldm latents export --autoencoder runs/autoencoder/autoencoder --shards shards --out latents",
+    )
+    export.add_argument("--autoencoder", required=True, help="directory of an AutoencoderKL")
+    export.add_argument("--shards", required=True, help="folder of image shards")
+    export.add_argument("--out", required=True, help="new folder, or that of the same export interrupted")
+    add_text_encoder(export)
+    export.add_argument("--image-size", type=int, help="fit pictures to this side in pixels (default: each at its own size)")
+    export.add_argument("--mode", action="store_true", help="store the posterior's mode alone, not mean and deviation")
+    export.add_argument("--flip", action="store_true", help="store the latents of mirrored pictures, too")
+    export.add_argument("--captions", choices=["first", "all"], default="first", help="of a picture's (default: first)")
+    export.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="stored (default: float16)")
+    precision = "that the networks compute in: bf16 and fp16 are for GPUs, bf16 for CPUs that have it, too (default: fp32)"
+    export.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help=precision)
+    export.add_argument("--batch-size", type=int, default=64, help="pictures per call of the autoencoder (default: 64)")
+    export.add_argument("--threads", type=int, help="of this process (default: as many as CPU cores)")
+    export.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU of this process's own, or the CPU)")
+    export.add_argument("--max-bad-share", type=float, default=0.01, help="of samples that cannot be used (default: 0.01)")
+    keep = "write mean and deviation per channel into the autoencoder's own config, too"
+    export.add_argument("--keep-statistics", action="store_true", help=keep)
+
+    check = add_command(
+        latents,
+        "check",
+        run_check,
+        "prove that a folder of latents is whole, and that it holds what its pictures say",
+        "ldm latents check latents --deep --autoencoder runs/autoencoder/autoencoder",
+    )
+    check.add_argument("dir", help="folder of latent shards")
+    check.add_argument("--deep", action="store_true", help="also look at every latent")
+    of_pictures = "decode some latents, and encode their pictures again where these are at hand"
+    check.add_argument("--autoencoder", metavar="DIR", help=of_pictures)
+    add_sampled(check, 64)
+
+    show = add_command(
+        latents,
+        "show",
+        run_show,
+        "a page to look inside: pictures, channels, histograms, captions",
+        "ldm latents show latents --out latents.html --autoencoder runs/autoencoder/autoencoder",
+    )
+    show.add_argument("dir", help="folder of latent shards")
+    show.add_argument("--out", required=True, metavar="FILE", help="the page, an .html file")
+    show.add_argument("--autoencoder", metavar="DIR", help="to decode some of them")
+    add_sampled(show, 256)
+
+    importing = add_command(
+        latents,
+        "import",
+        run_import,
+        "make latent shards of what another tool computed: LightningDiT's safetensors, or an .npy or .pt for each picture",
+        "ldm latents import features latents --autoencoder sd-vae --captions classes.txt",
+    )
+    importing.add_argument("src", help="folder of the other tool's latents")
+    importing.add_argument("out", help="new folder")
+    importing.add_argument("--autoencoder", required=True, metavar="DIR", help="the AutoencoderKL that made the latents")
+    captions = "caption of each class (.txt or .json), or a table with the columns file, caption (default: a .txt beside each)"
+    importing.add_argument("--captions", metavar="FILE", help=captions)
+    scaled = "the latents were multiplied by the autoencoder's scaling factor, which is undone"
+    importing.add_argument("--scaled", action="store_true", help=scaled)
+    add_text_encoder(importing)
+    importing.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="stored (default: float16)")
+    importing.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
+
+    decode = add_command(
+        latents,
+        "decode",
+        run_decode,
+        "latents back to pictures",
+        "ldm latents decode latents pictures --autoencoder runs/autoencoder/autoencoder --samples 100",
+    )
+    decode.add_argument("dir", help="folder of latent shards")
+    decode.add_argument("out", help="new folder for a PNG of each and captions.jsonl")
+    decode.add_argument("--autoencoder", required=True, metavar="DIR", help="the AutoencoderKL that made the latents")
+    decode.add_argument("--samples", type=int, help="the first so many (default: all)")
+    decode.add_argument("--flips", action="store_true", help="the mirrored ones, too")
+    decode.add_argument("--batch-size", type=int, default=16, help="latents per call of the autoencoder (default: 16)")
+
+
+def add_text_encoder(parser: Parser) -> None:
+    what = "minilm, a directory or a hub name; several: captions go through each (default: minilm)"
+    parser.add_argument("--text-encoder", nargs="+", metavar="NAME", default=["minilm"], help=what)
+
+
+def add_sampled(parser: Parser, samples: int) -> None:
+    where = "the image shards they were made of (default: where these stood then)"
+    parser.add_argument("--shards", metavar="DIR", help=where)
+    parser.add_argument("--samples", type=int, default=samples, help=f"latents looked at closely (default: {samples})")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    from ldm.latents.encode import Process
+    from ldm.latents.export import export_latents
+
+    first = Process.here().rank == 0
+    with Progress("exporting latents", quiet=not first) as progress:
+        manifest = export_latents(
+            options.autoencoder,
+            options.shards,
+            options.out,
+            options.text_encoder,
+            options.batch_size,
+            options.dtype,
+            options.image_size,
+            options.device,
+            progress.update,
+            precision=options.precision,
+            mode=options.mode,
+            flip=options.flip,
+            captions=options.captions,
+            max_bad_share=options.max_bad_share,
+            keep_statistics=options.keep_statistics,
+            threads=options.threads,
+        )
+    if first:
+        print_counts(manifest, options.out)
+
+
+def print_counts(manifest: Manifest, out: str) -> None:
+    """What there is, what was left out and what was cut."""
+    print(f"{manifest.samples} latents in {len(manifest.shards)} shards: {out}")
+    if left_out := manifest.extra["quarantined"]:
+        print(f"{left_out} could not be used; {Path(out) / 'quarantine.jsonl'} says why")
+    for encoder in manifest.extra["text_encoders"]:
+        if encoder["cut"]:
+            print(f"{encoder['cut']} captions were cut to the {encoder['max_tokens']} tokens that {encoder['name']} takes")
+
+
+def run_check(options: argparse.Namespace) -> None:
+    from ldm.cli.shards import check
+    from ldm.data.manifest import LATENT_SHARDS, Manifest
+    from ldm.latents.check import compare
+
+    if options.shards is not None and options.autoencoder is None:
+        raise UsageError("--shards compares with what an autoencoder makes of its pictures; give --autoencoder, too")
+    Manifest.load(options.dir, LATENT_SHARDS)
+    count = check(options.dir, options.deep)
+    found = "every latent is finite" if options.deep else "names, sizes, hashes and counts agree with the manifest"
+    if not count and options.autoencoder is not None:
+        with Progress("comparing") as progress:
+            comparison = compare(
+                options.dir, options.autoencoder, options.shards, options.samples, default_device(), progress.update
+            )
+        if comparison.figures:
+            print_table(comparison.rows(), *comparison.figures)
+        for problem in comparison.problems:
+            print(problem)
+        if comparison.note:
+            print(comparison.note)
+        count = len(comparison.problems)
+        found += f"; {comparison.decoded} decoded, {comparison.compared} of their pictures encoded again"
+    if count:
+        raise LdmError(f"{options.dir}: {count} problem(s)")
+    print(f"{options.dir} is whole: {found}")
+
+
+def run_show(options: argparse.Namespace) -> None:
+    from ldm.latents.show import show
+
+    with Progress("looking at latents") as progress:
+        show(
+            options.dir,
+            options.out,
+            options.autoencoder,
+            options.shards,
+            options.samples,
+            default_device(),
+            progress.update,
+        )
+    print(f"look at {options.out}")
+
+
+def run_import(options: argparse.Namespace) -> None:
+    from ldm.latents.importing import import_latents
+
+    with Progress("importing latents") as progress:
+        manifest = import_latents(
+            options.src,
+            options.out,
+            options.autoencoder,
+            options.text_encoder,
+            options.captions,
+            options.scaled,
+            options.dtype,
+            options.samples_per_shard,
+            on_progress=progress.update,
+        )
+    print_counts(manifest, options.out)
+
+
+def run_decode(options: argparse.Namespace) -> None:
+    from ldm.latents.decode import decode_latent_shards
+
+    with Progress("decoding latents") as progress:
+        count = decode_latent_shards(
+            options.dir,
+            options.out,
+            options.autoencoder,
+            options.samples,
+            options.flips,
+            batch_size=options.batch_size,
+            on_progress=progress.update,
+        )
+    print(f"{count} pictures and captions.jsonl: {options.out}")
+
+
+def default_device() -> torch.device:
+    from ldm.latents.encode import Process
+
+    return Process.here().device()

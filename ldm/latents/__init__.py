@@ -1,0 +1,1 @@
+"""The utilities of ``ldm latents``: one file for each command."""

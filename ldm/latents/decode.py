@@ -1,0 +1,161 @@
+"""Latent shards -> pictures: a folder of PNGs with their captions, which can be packed again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from ldm.data.decode import DecodeError
+from ldm.data.latents import LatentShard, latent_info
+from ldm.data.manifest import LATENT_SHARDS
+from ldm.data.ordered import in_order
+from ldm.data.sources import ShardSource, open_source
+from ldm.data.writer import encode_png
+from ldm.errors import LdmError, UsageError
+from ldm.files import atomic_folder, require_new_folder
+from ldm.latents.encode import Process, load_matching
+from ldm.models.autoencoder import images_to_pictures
+
+CAPTIONS_NAME = "captions.jsonl"
+MAX_NAME_BYTES = 200
+
+_WRITERS = 4
+# pictures for each writer that wait for it: enough to keep all of them busy while a batch is decoded
+_AHEAD = 8
+
+
+class Decoded(NamedTuple):
+    """A picture and what is written of it."""
+
+    key: str
+    captions: list[str]
+    picture: Image.Image
+    path: Path
+
+
+def decode_latent_shards(
+    latents: str | Path,
+    out: str | Path,
+    autoencoder_path: str | Path,
+    samples: int | None = None,
+    flips: bool = False,
+    device: torch.device | str | None = None,
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Decode the posteriors' modes into ``out/{key}.png`` and list them, with captions, in ``out/captions.jsonl``.
+
+    ``ldm shards pack OUT SHARDS --captions OUT/captions.jsonl`` packs them again. In a key, what a file name should not hold
+    becomes ``_``; where names meet, a number is added. The list has the keys as they are.
+
+    Args:
+        latents: a folder of latent shards, or another spec of such (:mod:`ldm.data.sources`).
+        out: a new folder, which appears whole or not at all.
+        autoencoder_path: directory of the ``AutoencoderKL`` that made the latents.
+        samples: as many, from the beginning; None: all.
+        flips: decode the latents of mirrored pictures, too, into ``{key}_flip.png``.
+        device: None: a GPU where there is one.
+        batch_size: latents per call of the autoencoder.
+        on_progress: called with (pictures written, pictures).
+
+    Returns:
+        how many pictures were written.
+
+    Raises:
+        UsageError: another autoencoder made the latents, or what is asked cannot be done.
+        LdmError: a broken shard, pictures that are not finite, or ``out`` cannot be written.
+    """
+    for name, value in (("samples", samples), ("batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; give 1 or more")
+    source, out = open_source(latents, LATENT_SHARDS), require_new_folder(out, "decoded pictures")
+    info = latent_info(source)
+    if flips and not info.flips:
+        raise UsageError(f"{source.spec} has no latents of mirrored pictures; leave --flips out, or export with --flip")
+    autoencoder = load_matching(autoencoder_path, source, Process.here().device() if device is None else device)
+    source.check_cheap()
+    ends = ("", "_flip") if flips else ("",)
+    samples = min(samples or source.manifest.samples, source.manifest.samples)
+    try:
+        with (
+            atomic_folder(out) as folder,
+            open(folder / CAPTIONS_NAME, "x", encoding="utf-8", errors="backslashreplace") as listing,
+        ):
+            # PNGs are compressed and written while the next batch is decoded
+            decoded = _decode(source, autoencoder, folder, samples, ends, batch_size)
+            written = in_order(_write, decoded, _WRITERS, _AHEAD)
+            with closing(written):
+                for done, (one, _) in enumerate(written, start=1):
+                    caption = one.captions[0] if len(one.captions) == 1 else one.captions
+                    row = {"file": one.path.name, "caption": caption, "key": one.key}
+                    listing.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    if on_progress is not None:
+                        on_progress(done, samples * len(ends))
+    except OSError as error:
+        raise LdmError(f"{out} cannot be written ({error.strerror or error}); see to that and decode again") from error
+    return samples * len(ends)
+
+
+def _decode(
+    source: ShardSource, autoencoder: AutoencoderKL, folder: Path, samples: int, ends: tuple[str, ...], batch_size: int
+) -> Iterator[Decoded]:
+    """The pictures of the first ``samples``, each with a place of its own in the folder."""
+    left = samples
+    for number, entry in enumerate(source.manifest.shards):
+        shard = LatentShard(source.path(number), entry.samples)
+        for chunk in range(len(shard.spans)):
+            if not left:
+                return
+            try:
+                tensors, words = shard.tensors(chunk), shard.words(chunk)
+            except DecodeError as error:
+                raise LdmError(f"{source.name(number)}: chunk {chunk} {error}; see ldm latents check {source.spec}") from None
+            rows = min(len(words["keys"]), left)
+            left -= rows
+            for start in range(0, rows, batch_size):
+                some = slice(start, min(start + batch_size, rows))
+                keys = words["keys"][some]
+                several = [
+                    _pictures(autoencoder, tensors[f"mean{end}"][some], f"{source.name(number)}: {keys[0]}") for end in ends
+                ]
+                for key, captions, *pictures in zip(keys, words["captions"][some], *several, strict=True):
+                    for end, picture in zip(ends, pictures, strict=True):
+                        yield Decoded(key, captions, picture, _claim(folder, key + end))
+
+
+def _pictures(autoencoder: AutoencoderKL, mean: np.ndarray, where: str) -> list[Image.Image]:
+    """Stored latents (B, C, h, w) -> pictures; ``where`` names the first in errors."""
+    z = torch.from_numpy(mean.astype(np.float32)).to(autoencoder.device)
+    with torch.inference_mode():
+        images = autoencoder.decode(z, return_dict=False)[0]
+    if not images.isfinite().all():
+        raise LdmError(f"{where} or one of the {len(z) - 1} after it decodes to no finite picture; is the autoencoder whole?")
+    return images_to_pictures(images)
+
+
+def _claim(folder: Path, key: str) -> Path:
+    """An empty file by the key's name, or the like where that is taken."""
+    name = re.sub(r"[^\w.+=-]+", "_", key).lstrip(".") or "_"
+    name = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+    number = 1
+    while True:
+        path = folder / (f"{name}.png" if number == 1 else f"{name}~{number}.png")
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _write(one: Decoded) -> None:
+    one.path.write_bytes(encode_png(one.picture))

@@ -1,0 +1,262 @@
+"""Reading latents that other tools computed. What they leave behind, as their code writes it:
+
+- LightningDiT (arXiv 2501.01423): ``*.safetensors`` with ``latents`` (N, C, h, w), drawn from the posterior and not normalised
+  (that is done when they are read), ``latents_flip`` of the mirrored pictures, ``labels`` (N,). A file gives each class its
+  caption. ``latents_stats.pt`` beside them is not needed: the statistics are measured anew, over all latents.
+- One ``.npy`` or ``.pt`` for each picture: a latent (C, h, w), perhaps times the autoencoder's scaling factor (fast-DiT,
+  diffusers' scripts); means and log-variances (2C, h, w), diffusers' ``latent_dist.parameters`` (MAR, arXiv 2406.11838); or
+  means and standard deviations (2C, h, w) (PixArt-alpha, arXiv 2310.00426; REPA, arXiv 2410.06940). A first axis of 1 is
+  dropped. A ``.pt`` may hold a dict instead: ``latent``, ``latents`` or ``moments``, and the same of the mirrored picture by
+  that name with ``_flip`` or ``_flipped``. Captions come from a ``.txt`` of the same name, or from a table.
+
+Nothing that could run code is loaded: no pickled arrays, and of ``.pt`` files tensors in plain containers alone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldm.data.decode import MAX_TEXT_BYTES, DecodeError, decode_text
+from ldm.data.ordered import in_order
+from ldm.data.pack import printable
+from ldm.data.pack_sources import Item, TableSource
+from ldm.data.pack_walk import walk
+from ldm.data.quarantine import BadSample
+from ldm.errors import LdmError, UsageError, first_line
+from ldm.files import read_json
+
+# one picture's, and what it may unpack to
+MAX_FILE_BYTES = 2**28
+
+_SUFFIXES = (".npy", ".pt")
+_NAMES = ("moments", "latents", "latent")
+_FLIPS = ("_flip", "_flipped")
+_READERS = 4
+
+
+class Picture(NamedTuple):
+    """One picture as it was found; ``file`` is where, for people.
+
+    ``latent`` and, where there is one, that of the mirrored picture (``flip``): (C, h, w) or (2C, h, w), float32, finite.
+    """
+
+    file: str
+    key: str
+    captions: list[str]
+    latent: Tensor
+    flip: Tensor | None
+
+
+class Foreign(ABC):
+    """Latents of another tool: how many pictures, and each of them or why it cannot be used."""
+
+    found: int
+
+    def __init__(self, src: Path, channels: int):
+        self.src, self.channels = src, channels
+
+    @abstractmethod
+    def pictures(self, step: int = 1) -> Iterator[Picture | BadSample]:
+        """Every ``step``-th picture, lazily, always in the same order."""
+
+    def bad(self, file: str, reason: DecodeError) -> BadSample:
+        """The record of a picture that cannot be used."""
+        return BadSample(str(self.src), file, str(reason))
+
+
+class LightningFolder(Foreign):
+    """Safetensors of many latents each, with class labels."""
+
+    def __init__(self, src: Path, channels: int, paths: Sequence[Path], captions: str | os.PathLike | None):
+        super().__init__(src, channels)
+        if captions is None:
+            raise UsageError(
+                f"{src} holds class labels, not captions; give --captions FILE (.txt or .json) with the caption of each class"
+            )
+        self.captions_file, self.captions = captions, read_class_captions(captions)
+        self.counts = {path: self._count(path) for path in paths}
+        self.found = sum(self.counts.values())
+
+    def _count(self, path: Path) -> int:
+        """How many latents there are. Raises where the file as a whole cannot be used: what is lost could not be counted."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                if lacking := {"latents", "labels"} - names:
+                    raise UsageError(
+                        f"{path} lacks {' and '.join(sorted(lacking))} (found: {', '.join(sorted(names)) or 'nothing'}); "
+                        "LightningDiT's files have latents, latents_flip and labels"
+                    )
+                shape = file.get_slice("latents").get_shape()
+                labels = file.get_tensor("labels")
+                flip = file.get_slice("latents_flip").get_shape() if "latents_flip" in names else shape
+        except (SafetensorError, OSError) as error:
+            raise LdmError(f"{path} cannot be read ({first_line(error)}); restore it, or move it away") from None
+        if len(shape) != 4 or flip != shape or labels.shape != (shape[0],) or labels.is_floating_point():
+            raise UsageError(
+                f"{path}: latents {shape}, latents_flip {flip} and labels {list(labels.shape)} ({labels.dtype}) do not go "
+                "together; latents are (N, C, h, w), labels N whole numbers"
+            )
+        if shape[1] not in (self.channels, 2 * self.channels):
+            raise UsageError(
+                f"{path} has latents of {shape[1]} channels, the autoencoder {self.channels}; name that which made them"
+            )
+        return shape[0]
+
+    def pictures(self, step: int = 1) -> Iterator[Picture | BadSample]:
+        before = 0
+        for path, count in self.counts.items():
+            with safe_open(path, framework="pt") as file:
+                labels, latents = file.get_tensor("labels").tolist(), file.get_slice("latents")
+                flips = file.get_slice("latents_flip") if "latents_flip" in file.keys() else None  # noqa: SIM118 (no dict)
+                for row in range(-before % step, count, step):
+                    file_and_row = f"{path.name}#{row}"
+                    try:
+                        caption = self.captions.get(labels[row])
+                        if not caption:
+                            raise DecodeError(f"has label {labels[row]}, for which {self.captions_file} holds no caption")
+                        latent = _checked(latents[row : row + 1], self.channels)
+                        flip = None if flips is None else _checked(flips[row : row + 1], self.channels)
+                        yield Picture(file_and_row, f"{path.stem}/{row:06d}", [caption], latent, flip)
+                    except DecodeError as error:
+                        yield self.bad(file_and_row, error)
+            before += count
+
+
+class FileFolder(Foreign):
+    """A file for each picture."""
+
+    def __init__(self, src: Path, channels: int, table: str | os.PathLike | None):
+        super().__init__(src, channels)
+        self.table = None if table is None else TableSource(src, Path(table), "file", ("caption",))
+        # a table is proven to name files that are there, each once
+        self.found = sum(1 for _ in (self._items() if self.table is None else self.table.checked_items()))
+        if not self.found:
+            raise UsageError(f"{src} holds neither *.safetensors nor .npy or .pt files; give the folder that holds the latents")
+
+    def _items(self) -> Iterator[Item]:
+        if self.table is not None:
+            return self.table.items()
+        return (Item(file) for file in walk(self.src) if file.lower().endswith(_SUFFIXES))
+
+    def pictures(self, step: int = 1) -> Iterator[Picture | BadSample]:
+        items = islice(self._items(), 0, None, step)
+        return (picture for _, picture in in_order(self._load, items, _READERS))
+
+    def _load(self, item: Item) -> Picture | BadSample:
+        file = printable(item.file)
+        try:
+            path = self.src / item.file
+            captions = _caption_beside(path) if item.captions is None else item.captions
+            captions = [caption for caption in map(str.strip, captions) if caption]
+            if not captions:
+                raise DecodeError("has no caption")
+            latent, flip = read_latent(path)
+            latent = _checked(latent, self.channels)
+            flip = None if flip is None else _checked(flip, self.channels)
+            if flip is not None and flip.shape != latent.shape:
+                raise DecodeError(f"has shapes {list(latent.shape)} and, mirrored, {list(flip.shape)}")
+            return Picture(file, os.path.splitext(file)[0], captions, latent, flip)
+        except DecodeError as error:
+            return self.bad(file, error)
+
+
+def read_class_captions(path: str | os.PathLike) -> dict[int, str]:
+    """Captions by class, from a ``.json`` (a list, or an object with the numbers as keys) or a text with a line for each."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"caption file {path} does not exist; give a .txt or .json with the caption of each class")
+    try:
+        found = read_json(path) if path.suffix.lower() == ".json" else path.read_text("utf-8-sig").splitlines()
+        captions = {int(number): text for number, text in (found.items() if isinstance(found, dict) else enumerate(found))}
+        return {number: decode_text(text.encode()) for number, text in captions.items()}
+    except (LdmError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"caption file {path} cannot be used ({first_line(error)}); line or entry i is the caption of class i, a text"
+        ) from None
+
+
+def _caption_beside(path: Path) -> Sequence[str]:
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        raise DecodeError("has no caption: no .txt of the same name beside it; or give --captions TABLE")
+    try:
+        with open(text, "rb") as file:
+            return [decode_text(file.read(MAX_TEXT_BYTES + 1))]
+    except OSError as error:
+        raise DecodeError(f"has a .txt that cannot be read ({error.strerror})") from None
+
+
+def read_latent(path: Path) -> tuple[Tensor, Tensor | None]:
+    """What a ``.npy`` or ``.pt`` holds of a picture and of its mirror image.
+
+    Raises :class:`DecodeError` for anything but a tensor, or a dict with one by a usual name. Runs no code from the file.
+    """
+    if not path.is_file():  # opening a named pipe would wait for ever
+        raise DecodeError("is not a regular file")
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise DecodeError(f"has {size} bytes, the limit is {MAX_FILE_BYTES}")
+    try:
+        held = _read_npy(path) if path.suffix.lower() == ".npy" else _read_pt(path)
+    except DecodeError:
+        raise
+    except pickle.UnpicklingError as error:
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"needs {match[1]}" if match else first_line(error)
+        raise DecodeError(f"holds more than tensors ({what}), which was not run; save the tensor alone") from None
+    # broken bytes raise RuntimeError, EOFError, KeyError, struct.error, BadZipFile and more from torch
+    except Exception as error:
+        raise DecodeError(f"cannot be read ({first_line(error)})") from None
+    if not isinstance(held, dict):
+        return held, None
+    name = next((name for name in _NAMES if name in held), None)
+    if name is None:
+        raise DecodeError(f"holds none of {', '.join(_NAMES)} (found: {', '.join(map(str, held)) or 'nothing'})")
+    return held[name], next((held[name + flip] for flip in _FLIPS if name + flip in held), None)
+
+
+def _read_npy(path: Path) -> Tensor:
+    # mapped: a header that promises more than there is allocates nothing
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise DecodeError(f"holds no array of floats ({getattr(array, 'dtype', type(array).__name__)})")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _read_pt(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (size := sum(member.file_size for member in archive.infolist())) > MAX_FILE_BYTES:
+                raise DecodeError(f"unpacks to {size} bytes, the limit is {MAX_FILE_BYTES}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _checked(latent: Any, channels: int) -> Tensor:
+    """As float32 (C, h, w) or (2C, h, w). Raises :class:`DecodeError` for what is no such thing."""
+    if not isinstance(latent, Tensor) or latent.layout != torch.strided or latent.is_meta or not latent.is_floating_point():
+        raise DecodeError(f"holds no tensor of floats ({getattr(latent, 'dtype', type(latent).__name__)})")
+    if latent.numel() * 4 > MAX_FILE_BYTES:  # a view may be larger than its file
+        raise DecodeError(f"holds {latent.numel()} numbers, the limit is {MAX_FILE_BYTES // 4}")
+    if latent.ndim == 4 and len(latent) == 1:
+        latent = latent[0]
+    if latent.ndim != 3 or 0 in latent.shape:
+        raise DecodeError(f"has shape {list(latent.shape)}, a latent has (C, h, w)")
+    if len(latent) not in (channels, 2 * channels):
+        raise DecodeError(f"has {len(latent)} channels, the autoencoder {channels}")
+    latent = latent.detach().float().contiguous()
+    if not latent.isfinite().all():
+        raise DecodeError("is not finite")
+    return latent

@@ -1,0 +1,373 @@
+"""A look inside latent shards: a page of what their manifest knows, of pictures beside them, of their channels and captions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from ldm.data.decode import DecodeError
+from ldm.data.latent_samples import LatentDataset
+from ldm.data.latents import LatentInfo, latent_info, text_name
+from ldm.data.manifest import LATENT_SHARDS
+from ldm.data.sources import ShardSource, open_source
+from ldm.errors import LdmError, UsageError
+from ldm.latents.check import SourcePictures, Stored, decode, sampled
+from ldm.latents.encode import load_matching
+from ldm.models.autoencoder import images_to_pictures
+from ldm.report import Report, captioned_grid, paired_grid
+
+# pictures in a row, which with its label is as wide as the page, and how many are shown in all
+COLUMNS, CELL = 7, 96
+SHOWN = 2 * COLUMNS
+# of more channels than these there are no rows of pictures, and curves instead of a table
+FEW_CHANNELS = 16
+# Of a latent so many vectors are looked at: enough for statistics, and memory does not grow with the pictures.
+VECTORS_PER_LATENT = 1024
+BINS, REACH = 48, 4.0  # of histograms, which reach from -REACH to REACH standard deviations
+TOKEN_BINS = 60
+
+
+@torch.inference_mode()
+def show(
+    folder: str | Path,
+    out: str | Path,
+    autoencoder_path: str | Path | None = None,
+    shards: str | Path | None = None,
+    samples: int = 256,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a self-contained page about a set of latents.
+
+    Shapes and captions' lengths are counted over the whole set; what is said of values comes from a sample.
+
+    Args:
+        folder: of latent shards.
+        out: the page to write, an ``.html`` file.
+        autoencoder_path: the autoencoder that made the latents, to decode some of them; None: nothing is decoded.
+        shards: the image shards that they were made of; None: where these stood at the export, if they still do.
+        samples: latents looked at, evenly spread over the set.
+        on_progress: called with (latents done, latents).
+
+    Raises:
+        UsageError: for another autoencoder or other image shards than were exported with.
+        LdmError: for a broken shard.
+    """
+    if samples < 1:
+        raise UsageError(f"--samples is {samples}; give 1 or more")
+    if Path(out).is_dir():
+        raise UsageError(f"--out {out} is a folder; give a file, for example {Path(out) / 'report.html'}")
+    source = open_source(folder, LATENT_SHARDS)
+    info = latent_info(source)
+    counts = Counts.of(source, info)
+    autoencoder = pictures = None
+    if autoencoder_path is not None:
+        autoencoder = load_matching(autoencoder_path, source, device)
+        pictures = SourcePictures.open(source, autoencoder, shards)
+    total = min(samples, source.manifest.samples)
+    at = {(2 * n + 1) * total // (2 * min(SHOWN, total)) for n in range(min(SHOWN, total))}
+    shown, vectors = [], Vectors(info.latents_mean, info.latents_std)
+    for number, stored in enumerate(sampled(source, samples)):
+        vectors.add(stored)
+        shown += [stored] if number in at else []
+        if on_progress is not None:
+            on_progress(number + 1, total)
+    space = Space.of(vectors)
+    report = Report("Latents", source.spec)
+    _overview(report, source, info, counts)
+    _pictures(report, info, space, shown, autoencoder, pictures)
+    _channels(report, space, shown)
+    _statistics(report, info, space)
+    _captions(report, info, counts, shown)
+    report.save(out)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is counted over the whole set.
+
+    Attributes:
+        shapes: pictures by (C, h, w), the most frequent first.
+        lengths: for each text encoder captions by their number of tokens.
+    """
+
+    shapes: dict[tuple[int, ...], int]
+    lengths: list[np.ndarray]
+
+    @classmethod
+    def of(cls, source: ShardSource, info: LatentInfo) -> Counts:
+        shapes: Counter[tuple[int, ...]] = Counter()
+        lengths: list[Counter[int]] = [Counter() for _ in info.text_encoders]
+        try:
+            for tensors in LatentDataset(source).chunked():
+                shapes[tensors["mean"].shape[1:]] += len(tensors["mean"])
+                for number, counter in enumerate(lengths):
+                    counter.update(np.diff(tensors[f"{text_name(number)}_start"]).tolist())
+        except (DecodeError, KeyError) as error:
+            raise LdmError(f"{source.spec}: a sample {error}; `ldm latents check {source.spec}` names it") from None
+        return cls(
+            dict(shapes.most_common()),
+            [np.array([counter[length] for length in range(max(counter, default=0) + 1)]) for counter in lengths],
+        )
+
+
+class Vectors:
+    """Values of a sample of latents: one vector of C channels for each place looked at."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        """
+        Args:
+            mean: per channel over the whole set, C numbers.
+            std: likewise.
+        """
+        self.center, deviations = np.array(mean, np.float32), np.array(std, np.float32)
+        self.scale = np.where(deviations > 0, deviations, 1)  # a channel that never changes has none
+        self._random = np.random.default_rng(0)
+        self._means: list[np.ndarray] = []
+        self._stds: list[np.ndarray] = []
+
+    def add(self, stored: Stored) -> None:
+        channels = len(self.center)
+        mean = stored.latents["mean"].reshape(channels, -1).T  # (h·w, C)
+        places = np.linspace(0, len(mean) - 1, min(len(mean), VECTORS_PER_LATENT)).astype(int)
+        self._means.append(mean[places])
+        if "std" in stored.latents:
+            self._stds.append(stored.latents["std"].reshape(channels, -1).T[places])
+
+    @property
+    def means(self) -> np.ndarray:
+        """Posterior means as they are stored, (P, C)."""
+        return np.concatenate(self._means)
+
+    @property
+    def stds(self) -> np.ndarray | None:
+        """Posterior standard deviations (P, C); None where modes are stored."""
+        return np.concatenate(self._stds) if self._stds else None
+
+    def drawn(self) -> np.ndarray:
+        """Latents drawn from the posteriors and normalised, as training sees them, (P, C)."""
+        values, stds = self.means, self.stds
+        if stds is not None:
+            values += stds * self._random.standard_normal(values.shape, np.float32)
+        return (values - self.center) / self.scale
+
+
+@dataclass(frozen=True)
+class Space:
+    """The sampled vectors and their principal axes.
+
+    Attributes:
+        vectors: the sample.
+        axes: (C, k), the k = min(3, C) first principal axes of normalised means, as columns.
+        deviations: (k,), standard deviations along them.
+        shares: (k,), of the whole variance.
+    """
+
+    vectors: Vectors
+    axes: np.ndarray
+    deviations: np.ndarray
+    shares: np.ndarray
+
+    @classmethod
+    def of(cls, vectors: Vectors) -> Space:
+        values = (vectors.means - vectors.center) / vectors.scale
+        covariance = np.cov(values, rowvar=False, bias=True).reshape(values.shape[1], -1)
+        variances, axes = np.linalg.eigh(covariance.astype(np.float64))
+        variances, axes = np.maximum(variances[::-1][:3], 0), axes[:, ::-1][:, :3]
+        # an axis and its opposite are the same to eigh: the larger half points up
+        axes = axes * np.where(axes.sum(0) < 0, -1, 1)
+        return cls(vectors, axes, np.sqrt(variances), variances / max(np.trace(covariance), 1e-300))
+
+    def normalise(self, latent: np.ndarray) -> np.ndarray:
+        """A stored mean (C, h, w), normalised."""
+        return (latent - self.vectors.center[:, None, None]) / self.vectors.scale[:, None, None]
+
+    def colours(self, latent: np.ndarray) -> Image.Image:
+        """A stored mean (C, h, w) with its principal components as red, green and blue; grey for a single channel."""
+        places = self.normalise(latent).transpose(1, 2, 0) @ self.axes  # (h, w, k)
+        places = places / np.where(self.deviations > 0, self.deviations, 1)
+        if places.shape[2] == 1:
+            return _grey(places[..., 0])
+        three = np.zeros((*places.shape[:2], 3))
+        three[..., : places.shape[2]] = places
+        return Image.fromarray(_bytes(three))
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    """-2.5 to 2.5 standard deviations as 0 to 255."""
+    return np.clip(np.nan_to_num(values) * (127.5 / 2.5) + 127.5, 0, 255).round().astype(np.uint8)
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(_bytes(values))
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _overview(report: Report, source: ShardSource, info: LatentInfo, counts: Counts) -> None:
+    manifest = source.manifest
+    report.figures(
+        {
+            "pictures": manifest.samples,
+            "channels × height × width" if len(counts.shapes) == 1 else "the most frequent size": _by(
+                next(iter(counts.shapes))
+            ),
+            "MB in all": manifest.bytes / 1e6,
+            "KB a picture": manifest.bytes / 1e3 / manifest.samples,
+        }
+    )
+    rows = [
+        ("shards", f"{len(manifest.shards):,}"),
+        ("autoencoder", info.autoencoder[:12]),
+        ("image shards", f"{info.source[:12]}, exported from {info.source_shards or 'an unknown place'}"),
+        ("pictures left out", str(manifest.extra.get("quarantined", "unknown"))),
+        ("resolution", f"{info.resolution} pixels" if info.resolution else "each picture as it was"),
+        ("posterior", "mean and standard deviation" if info.posterior == "gaussian" else "the mode alone"),
+        ("mirrored pictures", "encoded, too" if info.flips else "no"),
+        ("captions", "all of a picture's" if info.captions == "all" else "the first of a picture's"),
+        ("stored in", info.dtype),
+        ("computed in", info.precision),
+        ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
+    ]
+    report.table("What the manifest knows", ("entry", "value"), rows)
+    if len(counts.shapes) > 1:
+        shares = [(_by(shape), number, round(100 * number / manifest.samples, 1)) for shape, number in counts.shapes.items()]
+        report.table("Sizes", ("channels × height × width", "pictures", "%"), shares)
+    if info.text_encoders:
+        rows = [(text.name, text.hash[:12], text.width, text.max_tokens, text.cut) for text in info.text_encoders]
+        report.table("Text encoders", ("name", "hash", "width", "tokens kept", "captions cut"), rows)
+
+
+def _pictures(
+    report: Report,
+    info: LatentInfo,
+    space: Space,
+    shown: Sequence[Stored],
+    autoencoder: AutoencoderKL | None,
+    pictures: SourcePictures | None,
+) -> None:
+    """Pictures, what their latents decode to, and the latents in three colours, one above the other."""
+    shares = ", ".join(f"{share:.0%}" for share in space.shares)
+    note = (
+        f"Components: the first {len(space.shares)} principal ones of the latents ({shares} of the variance) as red, green and "
+        "blue, from −2.5 to 2.5 standard deviations. "
+    )
+    if len(space.shares) == 1:
+        note = "Components: the one channel in grey, from −2.5 to 2.5 standard deviations. "
+    if autoencoder is None:
+        note += "--autoencoder DIR decodes the latents, and puts them beside the pictures where the image shards are at hand."
+    elif pictures is None:
+        place = info.source_shards or "unknown"
+        note += f"The image shards ({place}) are not at hand: --shards DIR puts their pictures beside the decoded latents."
+    rows = []
+    for start in range(0, len(shown), COLUMNS):
+        few = shown[start : start + COLUMNS]
+        if autoencoder is not None:
+            decoded = {
+                end: [_decoded(autoencoder, stored.latents[f"mean{end}"]) for stored in few]
+                for end in ("", "_flip")
+                if f"mean{end}" in few[0].latents
+            }
+            if pictures is not None:
+                rows.append(("picture", [_picture(pictures, *pair) for pair in zip(few, decoded[""], strict=True)]))
+            rows.append(("decoded", decoded[""]))
+            if "_flip" in decoded:
+                rows.append(("decoded, mirrored", decoded["_flip"]))
+        components = [space.colours(stored.latents["mean"]) for stored in few]
+        if autoencoder is not None:  # each place as large as what it decodes to
+            sizes = [image.size for image in decoded[""]]
+            components = [image.resize(size, Image.Resampling.NEAREST) for image, size in zip(components, sizes, strict=True)]
+        rows.append(("components", components))
+    report.picture("Pictures and their latents", paired_grid(rows, CELL), note)
+
+
+def _decoded(autoencoder: AutoencoderKL, latent: np.ndarray) -> Image.Image:
+    return images_to_pictures(decode(autoencoder, latent).nan_to_num())[0]
+
+
+def _picture(pictures: SourcePictures, stored: Stored, decoded: Image.Image) -> Image.Image:
+    """The picture of a latent; a white one of the same size where it cannot be had."""
+    try:
+        image = pictures.image(stored)
+    except DecodeError:
+        image = None
+    return Image.new("L", decoded.size, 255) if image is None else images_to_pictures(image)[0]
+
+
+def _channels(report: Report, space: Space, shown: Sequence[Stored]) -> None:
+    channels = len(space.vectors.center)
+    note = "Normalised; black is −2.5 standard deviations, white 2.5."
+    if channels <= FEW_CHANNELS:
+        few = [space.normalise(stored.latents["mean"]) for stored in shown[:COLUMNS]]
+        rows = [("components", [space.colours(stored.latents["mean"]) for stored in shown[:COLUMNS]])] if channels > 1 else []
+        rows += [(f"channel {channel}", [_grey(latent[channel]) for latent in few]) for channel in range(channels)]
+        report.picture("Channels", paired_grid(rows, CELL), note)
+        return
+    latent = space.normalise(shown[0].latents["mean"])
+    grid = captioned_grid([_grey(channel) for channel in latent], [str(n) for n in range(channels)], columns=16, cell=46)
+    report.picture("Channels", grid, f"Of {shown[0].key}. {note}")
+
+
+def _statistics(report: Report, info: LatentInfo, space: Space) -> None:
+    means, stds, drawn = space.vectors.means, space.vectors.stds, space.vectors.drawn()
+    channels = range(means.shape[1])
+    spread = None if stds is None else np.sqrt((stds.astype(np.float64) ** 2).mean(0))  # (C,)
+    if len(channels) <= FEW_CHANNELS:
+        head = ["channel", "mean", "standard deviation", "least in the sample", "greatest"]
+        rows = [
+            [str(n), info.latents_mean[n], info.latents_std[n], float(means[:, n].min()), float(means[:, n].max())]
+            for n in channels
+        ]
+        if spread is not None:
+            head.append("posterior's deviation")
+            rows = [[*row, float(spread[n])] for n, row in enumerate(rows)]
+        report.table("Statistics per channel", head, rows)
+    else:
+        series = {"mean": (channels, info.latents_mean), "standard deviation": (channels, info.latents_std)}
+        if spread is not None:
+            series["posterior's deviation"] = (channels, spread)
+        report.curve("Statistics per channel", series, "channel", "value")
+    edges = np.linspace(-REACH, REACH, BINS + 1)
+    panels = {}
+    for n in channels:
+        # + 0: never "-0.00"
+        name = f"channel {n}: {round(float(drawn[:, n].mean()), 2) + 0:.2f} ± {drawn[:, n].std():.2f}"
+        panels[name] = np.histogram(drawn[:, n], edges)[0] / len(drawn) * BINS / (2 * REACH)
+    places = np.linspace(-REACH, REACH, 81)
+    beyond = float((np.abs(drawn) > REACH).mean())
+    drawn_or_not = "Drawn from the posteriors and normalised" if stds is not None else "Normalised"
+    note = (
+        f"{drawn_or_not}, as training sees them, with mean and deviation; {len(drawn):,} vectors were looked at, {beyond:.2%} "
+        f"of the values lie beyond ±{REACH:g}. The line is the standard normal."
+    )
+    report.bars("Values per channel", panels, -REACH, REACH, np.exp(-(places**2) / 2) / np.sqrt(2 * np.pi), note)
+
+
+def _captions(report: Report, info: LatentInfo, counts: Counts, shown: Sequence[Stored]) -> None:
+    longest = max((len(lengths) - 1 for lengths in counts.lengths), default=0)
+    width = max(-(-longest // TOKEN_BINS), 1)
+    bins = max(-(-longest // width), 20)  # on a shorter axis whole numbers would not be marked
+    panels = {}
+    for text, lengths in zip(info.text_encoders, counts.lengths, strict=True):
+        tokens = np.arange(len(lengths))
+        padded = np.zeros(bins * width + 1)
+        padded[: len(lengths)] = lengths
+        average = (lengths * tokens).sum() / max(lengths.sum(), 1)
+        name = (
+            f"{text.name}: {lengths.sum():,} captions, {average:.1f} tokens on average, {lengths.argmax()} the most frequent, "
+            f"{len(lengths) - 1} the longest; {text.cut:,} cut to {text.max_tokens}"
+        )
+        panels[name] = padded[1:].reshape(bins, width).sum(1)
+    if panels:
+        report.bars("Tokens per caption", panels, 0.5, bins * width + 0.5)
+    rows = [(stored.key, " | ".join(stored.captions)) for stored in shown[:COLUMNS]]
+    report.table("Captions of the first pictures above", ("key", "captions"), rows)

@@ -1,0 +1,217 @@
+"""What is stored agrees with the autoencoder and the pictures it came from, and what does not is told."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load, save
+
+from ldm.data.latent_samples import LatentDataset
+from ldm.data.latents import LatentShard, latent_info
+from ldm.data.manifest import Manifest
+from ldm.data.shapes import generate
+from ldm.data.shards import ShardReader
+from ldm.data.sources import open_source
+from ldm.data.writer import ShardWriter, write_images
+from ldm.errors import UsageError
+from ldm.latents.check import compare, sampled
+from ldm.latents.export import export_latents
+from ldm.models.autoencoder import AutoencoderConfig, load_autoencoder
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """Its folder; the posterior made wide and uneven, so that the deviations matter."""
+    torch.manual_seed(0)
+    network = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16).build()
+    with torch.no_grad():
+        network.quant_conv.weight[4:] = network.quant_conv.weight[:4] / 2
+        network.quant_conv.bias[4:] = torch.tensor([-1.0, 0.0, -2.0, -0.5])
+    folder = tmp_path_factory.mktemp("autoencoder")
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported_once(autoencoder, image_shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    export_latents(autoencoder, image_shards, folder, flip=True)
+    return folder
+
+
+@pytest.fixture
+def exported(exported_once, tmp_path):
+    """Ten latents of pictures and of their mirror images in three shards."""
+    return shutil.copytree(exported_once, tmp_path / "latents")
+
+
+def rewrite(folder, change, words=lambda data: data):
+    """Let ``change`` alter the tensors of every chunk, ``words`` its keys and captions, and the manifest say so."""
+    manifest, entries = Manifest.load(folder), []
+    for number, entry in enumerate(manifest.shards):
+        with ShardReader(folder / entry.name) as reader:
+            chunks = [(reader.key(index), reader[index].files) for index in range(len(reader))]
+        with ShardWriter(folder, "latents", samples_per_shard=None, first_index=number) as writer:
+            for key, files in chunks:
+                tensors = save(change(load(files["safetensors"])))
+                writer.write(key, {"safetensors": tensors, "json": words(files["json"])})
+        entries.append(replace(writer.entries[0], samples=entry.samples))
+    replace(manifest, shards=tuple(entries)).save(folder)
+
+
+def test_a_sample_is_spread_evenly_over_all_shards(exported):
+    source = open_source(exported)
+    everything = [(stored.shard, stored.key) for stored in sampled(source, 99)]
+    dataset = LatentDataset(exported)
+    assert len(everything) == 10 and [key for _, key in everything] == [f"{n:08d}" for n in range(10)]
+    for row, stored in enumerate(sampled(source, 10)):
+        assert all(np.array_equal(stored.latents[name], dataset[row][name]) for name in ("mean", "std"))
+    for count in range(1, 11):
+        rows = [everything.index((stored.shard, stored.key)) for stored in sampled(source, count)]
+        assert len(rows) == count and set(np.diff(rows)) <= {10 // count, 10 // count + 1}
+        assert 0 <= rows[0] - (9 - rows[-1]) <= 1  # as far from one end as from the other
+
+
+def test_what_was_exported_agrees(exported, autoencoder, image_shards):
+    steps = []
+    found = compare(exported, autoencoder, on_progress=lambda *step: steps.append(step))
+    assert found.problems == () and found.note == ""
+    assert (found.decoded, found.compared, found.skipped) == (10, 10, 0) and steps == [(n, 10) for n in range(1, 11)]
+    for view in ("pictures", "mirrored"):
+        figures = found.figures[view]
+        assert 0 < figures["mean, average error"] <= figures["mean, largest error"] < 2**-9  # of float16, values below 4
+        assert figures["std, largest error"] < 2**-9
+        stored, again = (figures[f"PSNR of the {which} (dB)"] for which in ("stored, decoded", "encoded again"))
+        assert stored == pytest.approx(again, abs=0.1)
+    assert {len(cells) for cells in found.rows().values()} == {2}
+
+
+def test_the_figures_are_those_of_one_pass_over_all(exported, autoencoder):
+    """Errors of zeros are the latents themselves."""
+    info = latent_info(open_source(exported))
+    means = np.stack([stored.latents["mean"] for stored in sampled(open_source(exported), 10)])
+    rewrite(exported, lambda tensors: tensors | {"mean": np.zeros_like(tensors["mean"])})
+    figures = compare(exported, autoencoder).figures["pictures"]
+    std = np.array(info.latents_std)[:, None, None]
+    assert figures["mean, largest error"] == pytest.approx(np.abs(means).max(), rel=1e-3)
+    assert figures["mean, average error"] == pytest.approx(np.abs(means).mean(), rel=1e-3)
+    in_std = "mean, average error (standard deviations of the set)"
+    assert figures[in_std] == pytest.approx((np.abs(means) / std).mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_dtype_and_precision_round_off_is_no_error(autoencoder, image_shards, tmp_path, precision):
+    export_latents(autoencoder, image_shards, tmp_path / "out", dtype="float32", precision=precision, mode=True)
+    found = compare(tmp_path / "out", autoencoder)
+    assert found.problems == () and found.compared == 10 and found.figures.keys() == {"pictures"}
+    error = found.figures["pictures"]["mean, largest error"]
+    assert error < 1e-4 if precision == "fp32" else error > 1e-4
+    assert not any(name.startswith("std") for name in found.rows())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mean", lambda mean, info: mean[np.roll(np.arange(len(mean)), 1)]),  # of another picture
+        ("mean", lambda mean, info: (mean - centre(info.latents_mean)) / centre(info.latents_std)),
+        ("mean", lambda mean, info: mean * 0.18215),
+        ("mean_flip", lambda mean, info: mean[..., ::-1]),  # mirrored is not encoded mirrored
+        ("std", lambda std, info: 2 * np.log(std)),
+        ("std_flip", lambda std, info: 1.2 * std),
+    ],
+)
+def test_other_pictures_and_other_normalisations_are_told(exported, autoencoder, precision, name, change):
+    info = latent_info(open_source(exported))
+    manifest = Manifest.load(exported)
+    replace(manifest, extra=manifest.extra | {"precision": precision}).save(exported)
+    rewrite(exported, lambda tensors: tensors | {name: np.ascontiguousarray(change(tensors[name], info), np.float16)})
+    found = compare(exported, autoencoder)
+    (problem,) = found.problems
+    assert problem.where.startswith("latents-0000") and f"stores a {name} that is on average" in problem.what
+    assert f"{precision} explains" in problem.what and "export again" in problem.mend
+    assert problem.samples >= 6
+
+
+def centre(values):
+    return np.array(values)[:, None, None]
+
+
+def test_another_autoencoder_is_named_with_the_right_one(exported, autoencoder, tmp_path):
+    other = load_autoencoder(autoencoder)
+    with torch.no_grad():
+        other.encoder.conv_in.bias += 1
+    other.save_pretrained(tmp_path / "other")
+    right = latent_info(open_source(exported)).autoencoder[:12]
+    with pytest.raises(UsageError, match=rf"holds latents of autoencoder {right}, but {tmp_path / 'other'} is [0-9a-f]{{12}};"):
+        compare(exported, tmp_path / "other")
+
+
+def test_other_image_shards_are_named_with_the_right_ones(exported, autoencoder, image_shards, tmp_path):
+    write_images(tmp_path / "others", "shapes", generate(10, 32, seed=1), samples_per_shard=4)
+    right, other = Manifest.load(image_shards).hash[:12], Manifest.load(tmp_path / "others").hash[:12]
+    with pytest.raises(UsageError, match=rf"of image shards {right}, but {tmp_path / 'others'} is {other}; give by --shards"):
+        compare(exported, autoencoder, tmp_path / "others")
+    with pytest.raises(UsageError, match=r"nowhere is not a folder"):
+        compare(exported, autoencoder, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("place", ["", "/no/where", "https://no.where/shards"])
+def test_without_pictures_latents_are_decoded_at_least(exported, autoencoder, image_shards, place):
+    manifest = Manifest.load(exported)
+    replace(manifest, extra=manifest.extra | {"source_shards": place}).save(exported)
+    found = compare(exported, autoencoder, samples=5)
+    assert (found.decoded, found.compared, found.rows(), found.problems) == (5, 0, {}, ())
+    assert f"({place or 'unknown'}) are not at hand; --shards DIR" in found.note
+    assert compare(exported, autoencoder, image_shards, samples=5).compared == 5
+
+
+def test_a_latent_that_decodes_to_nothing_is_told(exported, autoencoder):
+    def broken(tensors):
+        mean = tensors["mean"].copy()
+        mean[0, 0, 0, 0] = np.nan
+        return tensors | {"mean": mean}
+
+    rewrite(exported, broken)
+    (problem,) = compare(exported, autoencoder).problems
+    assert problem.what == "decodes to values that are not finite" and problem.where.endswith("and 2 others")
+
+
+def test_a_key_that_the_image_shard_does_not_have_is_told(exported, autoencoder, image_shards):
+    rewrite(exported, lambda tensors: tensors, lambda words: words.replace(b"00000002", b"00000007"))  # of another shard
+    found = compare(exported, autoencoder)
+    assert [(problem.where, problem.what, problem.samples) for problem in found.problems] == [
+        ("latents-00000.tar: 00000007", f"is not among the pictures of {image_shards}", 1)
+    ]
+    assert found.compared == 9
+
+
+def test_pictures_of_several_sizes_and_windows_of_larger_ones(autoencoder, tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = [(16, 24), (33, 16), (21, 40), (16, 24)]  # (height, width), of which the factor leaves even numbers
+    items = [(f"{n}", rng.integers(0, 255, (*size, 3), dtype=np.uint8), "noise") for n, size in enumerate(sizes)]
+    write_images(tmp_path / "images", "x", items, samples_per_shard=3)
+    for name, size in (("as-they-are", None), ("fitted", 16)):
+        export_latents(autoencoder, tmp_path / "images", tmp_path / name, image_size=size)
+        found = compare(tmp_path / name, autoencoder)
+        assert found.compared == 4 and found.problems == ()
+    shapes = {LatentShard(path, 3).tensors(0)["mean"].shape[1:] for path in (tmp_path / "fitted").glob("*-00000.tar")}
+    assert shapes == {(4, 8, 8)}
+
+
+def test_a_picture_that_can_no_longer_be_decoded_is_skipped_and_counted(exported, autoencoder, image_shards, tmp_path):
+    shutil.copytree(image_shards, tmp_path / "images")
+    path = next(iter(sorted((tmp_path / "images").glob("*.tar"))))
+    data = bytearray(path.read_bytes())
+    offset, _ = ShardReader(path).spans(1)["png"]
+    data[offset] ^= 1  # the PNG signature
+    path.write_bytes(data)
+    found = compare(exported, autoencoder, tmp_path / "images")
+    assert (found.decoded, found.compared, found.skipped, found.problems) == (10, 9, 1, ())
+
+
+def test_no_samples_are_refused(exported, autoencoder):
+    with pytest.raises(UsageError, match="--samples is 0; give 1 or more"):
+        compare(exported, autoencoder, samples=0)
