@@ -201,7 +201,7 @@ def _latent_problems(path: Path, samples: int, info: LatentInfo, deep: bool) -> 
     except LdmError as error:
         yield Problem(path.name, f"cannot be read ({error})", again, samples)
         return
-    for chunk, (start, end) in enumerate(pairwise(shard.starts.tolist())):
+    for chunk, (start, end) in enumerate(pairwise(shard.starts)):
         try:
             keys, tensors = shard.words(chunk)["keys"], shard.tensors(chunk)
             _check_chunk(tensors, info)

@@ -27,6 +27,7 @@ class LatentDataset(ShardSamples[LatentShard]):
     """Latents by sample number, in the order of the manifest."""
 
     format = LATENT_SHARDS
+    open_shards = 4096  # a mapping holds no file open
 
     def __init__(
         self,

@@ -23,12 +23,15 @@ is needed to read it.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load, save
 
 from ldm.data.decode import DecodeError
@@ -36,7 +39,7 @@ from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.moments import Moments
 from ldm.data.shards import ShardReader
 from ldm.data.sources import ShardSource, open_source
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_file
 
 NULL_TEXT_NAME = "null_text.safetensors"
@@ -210,16 +213,21 @@ class LatentShard:
                 raise LdmError(f"{path} {reader.damage}; export again")
             self.spans = [reader.spans(index) for index in range(len(reader))]
         self.reopen(path)
-        self.starts = np.cumsum([0] + [len(self.tensors(chunk)["mean"]) for chunk in range(len(self.spans))])
+        self.starts = [0, *accumulate(len(self.tensors(chunk)["mean"]) for chunk in range(len(self.spans)))]
         if self.starts[-1] != samples:
             raise LdmError(f"{path} holds {self.starts[-1]} latents, its manifest says {samples}; export again")
 
     def reopen(self, path: Path) -> None:
         self.path = path
         try:
-            self.data = np.memmap(path, dtype=np.uint8, mode="r")
-        except OSError as error:
-            raise LdmError(f"{path} cannot be read ({error.strerror}); restore it") from None
+            # Neither np.memmap, every slice of which costs microseconds, nor mmap, which keeps the file open: thousands of
+            # shards may be mapped at a time.
+            data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise LdmError(f"{path} cannot be read ({reason}); restore it") from None
+        self.data = data.numpy()
+        self.data.flags.writeable = False
         self._mapped: dict[int, dict[str, np.ndarray]] = {}
 
     def close(self) -> None:
@@ -266,8 +274,8 @@ class LatentShard:
 
     def locate(self, row: int) -> tuple[int, int]:
         """The chunk that holds sample ``row`` of the shard, and its row there."""
-        chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return chunk, row - int(self.starts[chunk])
+        chunk = bisect_right(self.starts, row) - 1
+        return chunk, row - self.starts[chunk]
 
 
 def latent_info(source: ShardSource) -> LatentInfo:

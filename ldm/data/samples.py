@@ -21,8 +21,6 @@ from ldm.data.quarantine import MAX_IN_A_ROW, BadSample, too_many_in_a_row
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError
 
-# open files of one process: well under the common limit of 1024
-OPEN_SHARDS = 128
 # what is known of a shard's inside is kept longer than it is open: finding out costs milliseconds, and memory is small
 KNOWN_SHARDS = 4096
 
@@ -48,11 +46,13 @@ class ShardSamples(Dataset, Generic[AnyShard]):
 
     Attributes:
         max_in_a_row: as many bad samples one after another are walked over in search of a good one.
+        open_shards: at a time, in one process; of files well under the common limit of 1024.
         decode_threads: decode a batch, in the training process.
     """
 
     format: str
     max_in_a_row: int = MAX_IN_A_ROW
+    open_shards: int = 128
     decode_threads: int = 1
 
     def __init__(self, sources: str | Path | ShardSource | Sequence[ShardSource]):
@@ -186,7 +186,7 @@ class ShardSamples(Dataset, Generic[AnyShard]):
         if shard in self._opened:
             self._opened.move_to_end(shard)
             return self._opened[shard]
-        while len(self._opened) >= OPEN_SHARDS:
+        while len(self._opened) >= self.open_shards:
             oldest, opened = self._opened.popitem(last=False)
             opened.close()
             self._known[oldest] = opened

@@ -43,8 +43,11 @@ class Claims:
         self._locks: dict[int, FileLock] = {}
         # its own first
         self._order = sorted(range(shards), key=lambda number: ((number - rank) % world_size != 0, number))
-        if not self.work.is_dir():
+        try:
             require_new_folder(out, "latent shards")
+        except UsageError:
+            if not self.work.is_dir():  # another process may begin on it just now
+                raise
         asked = self.work / "request.json"
         with FileLock(self.work / "claim.lock"):
             if not asked.is_file():

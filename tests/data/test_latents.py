@@ -160,7 +160,7 @@ def test_equal_chunks_are_equal_bytes(tmp_path):
 def test_a_shard_gives_back_its_chunks_their_words_and_where_a_picture_is(tmp_path):
     expected = iter(write(tmp_path / "latents"))
     for shard, chunks in zip(shards(tmp_path / "latents"), SHARDS, strict=True):
-        assert shard.starts.tolist() == [0, *np.cumsum([size for size, _ in chunks])]
+        assert shard.starts == [0, *np.cumsum([size for size, _ in chunks])]
         rows = [(chunk, row) for chunk, (size, _) in enumerate(chunks) for row in range(size)]
         assert [shard.locate(row) for row in range(len(rows))] == rows
         for chunk, row in rows:

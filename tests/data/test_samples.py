@@ -77,7 +77,7 @@ def test_several_sources_follow_one_another(tmp_path):
 
 
 def test_few_shards_are_open_and_each_is_walked_over_once(tmp_path, monkeypatch, opened):
-    monkeypatch.setattr(module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(ImageDataset, "open_shards", 2)
     dataset = ImageDataset(write(tmp_path / "x", [2] * 6))
     before = len(os.listdir("/proc/self/fd"))
     for index in (0, 1, 2, 0, 4, 1, 6, 8, 10, 3, 5, 7, 0, 11):
@@ -89,7 +89,7 @@ def test_few_shards_are_open_and_each_is_walked_over_once(tmp_path, monkeypatch,
 
 
 def test_what_is_known_of_shards_is_bounded_too(tmp_path, monkeypatch, opened):
-    monkeypatch.setattr(module, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(ImageDataset, "open_shards", 1)
     monkeypatch.setattr(module, "KNOWN_SHARDS", 2)
     dataset = ImageDataset(write(tmp_path / "x", [1] * 8))
     for index in (*range(8), *range(8)):
