@@ -15,10 +15,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ldm.diffusion.guidance import ClassifierFreeGuidance, Condition
+from ldm.diffusion.guidance import ClassifierFree, Condition, Conversion, Guidance, GuidedDenoiser
+from ldm.diffusion.sampling import Sampler
+from ldm.diffusion.scheduler import Diffusion, check_scheduler, describe, diffusion_from, diffusion_of
 from ldm.errors import UsageError, first_line
 from ldm.files import read_json
 from ldm.models.autoencoder import autoencoder_hash, decode_latents, images_to_pictures
+from ldm.models.dit import text_computed_once
 from ldm.models.text import encode_captions, max_tokens, text_encoder_hash
 
 Step = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -38,21 +41,33 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
         trained_on: dict[str, Any] | None = None,
+        diffusion: dict[str, Any] | None = None,
     ):
         """
         Args:
             trained_on: what the denoiser's latents were made with: sha256 of ``autoencoder`` and ``text_encoder``, and
                 ``latent_shape``; kept in ``model_index.json``, see :meth:`check_parts`.
+            diffusion: path and prediction of the denoiser, as :func:`ldm.diffusion.scheduler.describe` gives them; kept in
+                ``model_index.json``. Where it is not given, what ``scheduler`` says of them holds.
         """
         super().__init__()
         self.register_modules(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler
         )
-        self.register_to_config(trained_on=trained_on)
+        self.register_to_config(trained_on=trained_on, diffusion=diffusion)
+        if diffusion is None and scheduler is not None:
+            self.register_to_config(diffusion=describe(*diffusion_of(scheduler)))
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
 
+    @property
+    def diffusion(self) -> Diffusion:
+        """What the denoiser was trained with; ``scheduler = make_scheduler(name, *pipeline.diffusion)`` is another sampler."""
+        if self.config.diffusion is None:
+            raise UsageError("the pipeline was made without a scheduler and without diffusion; give one of them")
+        return diffusion_from(self.config.diffusion)
+
     def check_parts(self) -> None:
-        """Refuse parts that the denoiser was not trained with, as they are after loading in their own precision.
+        """Refuse parts that do not fit the denoiser's training, as they are after loading in their own precision.
 
         Raises:
             UsageError: naming what it was trained with and what is there.
@@ -68,6 +83,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                     f"{folder}/ of the pipeline is {what.replace('_', ' ')} {found[:12]}, but its denoiser was trained with "
                     f"{before[what][:12]}; put that one back"
                 )
+        check_scheduler(self.scheduler, *self.diffusion)
         config = self.transformer.config
         shape = [config.in_channels, config.sample_size]
         trained = before.get("latent_shape") or [*shape, config.sample_size]
@@ -108,12 +124,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Step | None = None,
+        guidance: Guidance | None = None,
+        weak_transformer: ModelMixin | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """
         Args:
             prompt: one or several.
             negative_prompt: what guidance leads away from; one for all, or one per prompt.
-            num_inference_steps: calls of the denoiser.
+            num_inference_steps: steps of the scheduler, each one call of the denoiser (``heun``: two).
             guidance_scale: w of ``null + w·(cond − null)``; 1 is no guidance.
             num_images_per_prompt: pictures per prompt.
             height, width: in pixels; the size trained on unless given.
@@ -121,36 +139,45 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             latents: starting noise (B, C, h, w) of unit variance, instead of drawing it.
             output_type: ``pil``; ``pt`` for (B, 3, H, W) in [0, 1]; ``latent`` for normalised latents.
             callback_on_step_end: called as ``(pipeline, step, timestep, {"latents": …})`` after each step.
+            guidance: any rule of :mod:`ldm.diffusion.guidance`, in the place of ``guidance_scale``.
+            weak_transformer: a weaker checkpoint of the same model that guidance leads away from, in the place of the negative
+                prompt: autoguidance.
 
         Raises:
-            UsageError: for a prompt or a size that cannot be drawn.
+            UsageError: for a prompt or a size that cannot be drawn, or a scheduler that does not fit the denoiser.
+            LdmError: when the denoiser's answer is not finite; names the step.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         for text in (*prompts, *filter(None, negatives)):
             self.check_prompt(text)
-        if num_inference_steps < 1:
-            raise UsageError(f"num_inference_steps is {num_inference_steps}; give 1 or more")
         if len(negatives) != len(prompts):
             raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one per prompt")
         device = self._execution_device
+        sampler = Sampler(self.scheduler, *self.diffusion, num_inference_steps, device)
         if latents is None:
             shape = self._latent_shape(len(prompts) * num_images_per_prompt, height, width)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         condition = self.encode(prompts).repeat(num_images_per_prompt)
         null = self.encode(negatives).repeat(num_images_per_prompt)
-        guided = ClassifierFreeGuidance(self.transformer, condition, null, guidance_scale)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        # flow schedulers have no scaling of the model's input: their path needs none
-        scale = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
-        with self.progress_bar(total=num_inference_steps) as progress:
-            for step, timestep in enumerate(self.scheduler.timesteps):
-                prediction = guided(scale(latents, timestep), timestep.expand(len(latents))).float()
-                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
+        guided = GuidedDenoiser(
+            self.transformer,
+            condition,
+            null if weak_transformer is None else condition,
+            guidance or ClassifierFree(guidance_scale),
+            Conversion.of(*self.diffusion),
+            weak_transformer,
+        )
+        denoisers = [self.transformer, *([] if weak_transformer is None else [weak_transformer])]
+        with self.progress_bar(total=len(sampler)) as progress, text_computed_once(*denoisers):
+
+            def after_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
                 progress.update()
+                if callback_on_step_end is None:
+                    return latents
+                return callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
+
+            latents = sampler(guided, latents.to(device), generator, after_step)
         images = self._finish(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from ldm.cli import main
+from ldm.latents.export import export_latents
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.dit import DiT
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -18,6 +22,10 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def test_every_recipe_is_tried_here() -> None:
     assert sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")) == [
         "decoder_finetune.yaml",
+        "denoiser/dit_b.yaml",
+        "denoiser/dit_l.yaml",
+        "denoiser/dit_s.yaml",
+        "denoiser/dit_xl.yaml",
         "emoji/autoencoder.yaml",
         "emoji/denoiser.yaml",
         "kl_f16_256.yaml",
@@ -134,3 +142,54 @@ def test_the_recipe_for_real_training_says_what_it_lacks_offline(
         main(arguments)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert left.value.code == 2 and "path" in said and "'random'" in said
+
+
+# width, blocks and heads of Peebles & Xie 2022, table 1
+PRESETS = {"dit_s": (384, 12, 6), "dit_b": (768, 12, 12), "dit_l": (1024, 24, 16), "dit_xl": (1152, 28, 16)}
+
+
+def linear(inputs: int, outputs: int) -> int:
+    """Parameters of a linear layer."""
+    return inputs * outputs + outputs
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_denoisers_have_the_sizes_of_the_paper(preset: str) -> None:
+    recipe = (CONFIGS / "denoiser" / f"{preset}.yaml").read_text()
+    arguments = yaml.safe_load(recipe)["model"]["denoiser"]["init_args"]
+    with torch.device("meta"):
+        denoiser = DiT(**arguments)
+    config = denoiser.config
+    width, blocks, heads = PRESETS[preset]
+    assert (config.width, config.num_layers, config.num_heads, config.patch_size) == (width, blocks, heads, 2)
+    count = sum(parameter.numel() for parameter in denoiser.parameters())
+    assert f"{count / 1e6:.1f}M parameters" in recipe
+
+    text = config.text_width
+    head_norms, text_norm, table = 4 * width // heads, 2 * width, 6 * width
+    block = 8 * linear(width, width) + linear(width, 4 * width) + linear(4 * width, width) + head_norms + text_norm + table
+    time = linear(256, width) + linear(width, width) + 8 * linear(width, width)  # 6 to modulate the blocks, 2 the output
+    words = 2 * 2 * text + 2 * linear(text, width) + linear(width, width)
+    assert count == blocks * block + time + words + linear(4 * 4, width) + linear(width, 4 * 4)
+
+
+@pytest.fixture(scope="module")
+def tiny_latents(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds an untrained f8 autoencoder and latents of 4 x 4."""
+    folder = tmp_path_factory.mktemp("latents")
+    AutoencoderConfig([8, 8, 8, 8], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
+    export_latents(folder / "autoencoder", image_shards, folder / "latents")
+    return folder
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, preset: str) -> None:
+    arguments = ["denoiser", "fit", "--config", str(CONFIGS / "denoiser" / f"{preset}.yaml"), "--out", str(tmp_path / "run")]
+    tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_heads": 2, "text_width": 384}
+    for name, value in tiny.items():
+        arguments += [f"--model.denoiser.init_args.{name}", str(value)]
+    arguments += ["--data.train", str(tiny_latents / "latents"), "--data.validation", str(tiny_latents / "latents")]
+    arguments += ["--data.batch_size", "4", "--data.validation_samples", "4", "--model.compile", "false"]
+    arguments += ["--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    main([*arguments, "--model.autoencoder", str(tiny_latents / "autoencoder"), "--model.preview_steps", "1"])
+    assert DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config.num_layers == 2

@@ -20,6 +20,7 @@ BOXES = {
     "ldm.report": 0,
     "ldm.pipeline": 1,
     "ldm.latents": 1,
+    "ldm.pixart": 2,  # of a pipeline
     "ldm.evaluate": 1,
     "ldm.metrics": 1,
     "ldm.training": 2,

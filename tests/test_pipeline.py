@@ -1,16 +1,17 @@
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from ldm.diffusion.path import VariancePreserving
-from ldm.diffusion.prediction import V
-from ldm.diffusion.scheduler import matching_scheduler
-from ldm.errors import UsageError
+from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
+from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, V, Velocity
+from ldm.diffusion.scheduler import describe, make_scheduler, matching_scheduler, samplers_for
+from ldm.errors import LdmError, UsageError
 from ldm.models.autoencoder import decode_latents, set_latent_statistics
 from ldm.models.dit import DiT
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
@@ -214,7 +215,78 @@ def test_starting_noise_may_be_given(pipeline):
     assert np.array_equal(given, draw(pipeline, PROMPTS[0], [0]))
 
 
-def test_other_schedulers_serve_as_well(pipeline):
-    pipeline.scheduler = matching_scheduler(VariancePreserving(), V())
-    pictures = draw(pipeline)
-    assert pictures.std() > 10 and np.array_equal(draw(pipeline), pictures)
+@pytest.mark.parametrize("name", samplers_for(RectifiedFlow(), Velocity()))
+def test_every_sampler_draws_each_picture_by_itself(pipeline, name):
+    plain = draw(pipeline)
+    pipeline.scheduler = make_scheduler(name, *pipeline.diffusion)
+    together = draw(pipeline)
+    assert together.std() > 10 and np.array_equal(draw(pipeline), together)
+    assert name == "euler" or np.abs(together - plain).max() > 2
+    assert np.abs(draw(pipeline, PROMPTS[1], [1])[0] - together[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "path, prediction, name, options",
+    [
+        (VariancePreserving(), V(), "ddim", {"eta": 0.7, "timestep_spacing": "linspace"}),
+        (VariancePreserving(), Epsilon(), "ddpm", {}),
+        (VarianceExploding(), Preconditioned(), "dpm++2m-sde", {}),
+        (RectifiedFlow(), Sample(), "heun", {}),
+    ],
+)
+def test_a_saved_pipeline_knows_its_diffusion_and_its_sampler(pipeline, tmp_path, path, prediction, name, options):
+    parts = pipeline.components | {"scheduler": make_scheduler(name, path, prediction, **options)}
+    made = LatentDiffusionPipeline(**parts, diffusion=describe(path, prediction))
+    made.save_pretrained(tmp_path)
+    words = json.loads((tmp_path / "model_index.json").read_text())["diffusion"]
+    assert words == describe(path, prediction) and words["prediction"]["class_path"].endswith(type(prediction).__name__)
+    again = load_pipeline(tmp_path).to("cpu")
+    for each in (made, again):
+        each.set_progress_bar_config(disable=True)
+    assert type(again.diffusion.path) is type(path) and type(again.diffusion.prediction) is type(prediction)
+    assert np.array_equal(draw(again), draw(made))
+
+
+def test_a_pipeline_that_does_not_say_what_it_was_trained_with_is_what_its_first_scheduler_says(pipeline):
+    assert describe(*pipeline.diffusion) == describe(RectifiedFlow(), Velocity())
+    parts = pipeline.components | {"scheduler": matching_scheduler(VariancePreserving("linear"), V())}
+    assert describe(*LatentDiffusionPipeline(**parts).diffusion) == describe(VariancePreserving("linear"), V())
+
+
+def test_a_scheduler_of_another_path_is_refused_before_anything_is_drawn(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(UsageError, match=r"DDIMScheduler does not fit Velocity on RectifiedFlow\(\).* one of: euler, "):
+        draw(pipeline)
+    index = tmp_path / "model_index.json"
+    content = json.loads(index.read_text())
+    content["diffusion"]["path"]["class_path"] = "ldm.diffusion.path.VarianceExploding"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"does not fit Velocity on VarianceExploding\(.*one of: dpm\+\+2m, "):
+        load_pipeline(tmp_path)
+    content["diffusion"]["path"]["class_path"] = "os.system"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"diffusion of model_index.json cannot be read"):
+        load_pipeline(tmp_path)
+
+
+def test_progress_counts_the_calls_of_the_denoiser(pipeline, monkeypatch):
+    pipeline.scheduler = make_scheduler("heun", *pipeline.diffusion)
+    totals, calls = [], []
+    shown = pipeline.progress_bar
+    monkeypatch.setattr(pipeline, "progress_bar", lambda total: totals.append(total) or shown(total=total))
+    pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    draw(pipeline)
+    assert totals == [len(calls)] == [7]
+
+
+def test_a_denoiser_that_answers_nan_is_stopped_at_its_step(pipeline):
+    def spoil(module, inputs, outputs):
+        calls.append(1)
+        return (outputs[0] * float("nan"),) if len(calls) == 3 else outputs
+
+    calls = []
+    pipeline.transformer.register_forward_hook(spoil)
+    with pytest.raises(LdmError, match=r"the denoiser's answer is not finite at step 3 of 4 ") as error:
+        draw(pipeline)
+    assert "\n" not in str(error.value)

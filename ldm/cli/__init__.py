@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import __version__
-from ldm.cli import evaluate, latents, sample, shards
+from ldm.cli import evaluate, latents, sample, shards, stages
 from ldm.cli.parser import Commands, Parser, add_command
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError
 
 EXAMPLE = """example:
   ldm quickstart --out quickstart          the whole path on built-in pictures, with a report to look at
@@ -58,36 +58,6 @@ def run_quickstart(options: argparse.Namespace) -> None:
     quickstart(Path(options.out), options.minutes, options.seed, run=dispatch)
 
 
-def run_stage(name: str, arguments: list[str]) -> None:
-    """``ldm autoencoder`` and ``ldm denoiser``: fit, export."""
-    from jsonargparse import ArgumentError
-
-    from ldm.training.autoencoder import AutoencoderTraining
-    from ldm.training.denoiser import DenoiserTraining
-    from ldm.training.run import ExportCLI, FitCLI
-
-    stage = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[name]
-    try:
-        if arguments[0] == "export":
-            example = f"example:\n  ldm {name} export runs/{name} {stage.product}"
-            parser = Parser(f"ldm {name} export", description=ExportCLI.__doc__, epilog=example)
-            parser.formatter_class = argparse.RawDescriptionHelpFormatter
-            parser.add_argument("run", type=Path, help="folder of the run: what --out of fit was")
-            parser.add_argument("out", type=Path, help="new folder")
-            parser.add_argument("--checkpoint", type=Path, help="of the run (default: its last)")
-            options = parser.parse_args(arguments[1:])
-            ExportCLI(stage, options.run, options.out, options.checkpoint)
-        else:
-            FitCLI(stage, arguments)
-    except SystemExit as leave:
-        # Lightning, interrupted, puts its house in order and leaves with 1
-        if leave.code == 1:
-            raise KeyboardInterrupt from None
-        raise
-    except ArgumentError as error:
-        raise UsageError(f"ldm {name}: {' '.join(str(error).split())}; see ldm {name} fit --help") from error
-
-
 def dispatch(arguments: Sequence[str]) -> None:
     """Run one command line, errors as exceptions."""
     import diffusers
@@ -98,7 +68,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     diffusers.utils.logging.set_verbosity_error()
     arguments = list(arguments)
     if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
-        run_stage(arguments[0], arguments[1:] or ["--help"])
+        stages.run(arguments[0], arguments[1:] or ["--help"])
         return
     options = build_parser().parse_args(arguments)
     options.run(options)

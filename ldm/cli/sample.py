@@ -23,12 +23,16 @@ def add(commands: Commands) -> None:
     sample.add_argument("--out", required=True, help="new folder for the pictures and their grid")
     sample.add_argument("--steps", type=int, default=30, help="calls of the denoiser (default: 30)")
     sample.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none (default: 3)")
+    names = "ddim, ddpm, euler, euler-ancestral, heun, dpm++2m, dpm++2m-sde, unipc, those that fit the model"
+    sample.add_argument("--scheduler", metavar="NAME", help=f"{names} (default: the pipeline's own)")
+    sample.add_argument("--eta", type=float, metavar="E", help="of ddim: 0 (deterministic) to 1 (as much new noise as ddpm)")
     sample.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
     sample.add_argument("--count", type=int, default=1, help="pictures per prompt")
     sample.add_argument("--negative", default="", help="what to lead away from")
 
 
 def run_sample(options: argparse.Namespace) -> None:
+    from ldm.diffusion.scheduler import make_scheduler
     from ldm.evaluate import draw
     from ldm.files import atomic_folder, require_new_folder
     from ldm.pipeline import load_pipeline
@@ -41,6 +45,11 @@ def run_sample(options: argparse.Namespace) -> None:
         raise UsageError(f"--seed is {options.seed}; give a number from 0 to {2**63 - 1}")
     out = require_new_folder(options.out, "the pictures")
     pipeline = load_pipeline(options.model)
+    if options.scheduler is not None:
+        choice = {} if options.eta is None else {"eta": options.eta}
+        pipeline.scheduler = make_scheduler(options.scheduler, *pipeline.diffusion, **choice)
+    elif options.eta is not None:
+        raise UsageError("--eta is of the scheduler ddim; give --scheduler ddim, too")
     prompts = [prompt for prompt in options.prompts for _ in range(options.count)]
     for prompt in (*options.prompts, *filter(None, [options.negative])):
         pipeline.check_prompt(prompt)

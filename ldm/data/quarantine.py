@@ -56,6 +56,7 @@ class Quarantine:
         max_in_a_row: int = MAX_IN_A_ROW,
         file: str | Path | None = None,
         config: str | None = "data",
+        quiet: bool = False,
     ):
         """
         Args:
@@ -65,7 +66,9 @@ class Quarantine:
             file: where to put them on record; appended to.
             config: the section of the config that has ``max_bad_share`` and ``max_bad_in_a_row``; "--": options of the command
                 line; None: nobody can set them.
+            quiet: say nothing in the log.
         """
+        self.quiet = quiet
         self.samples, self.max_share, self.max_in_a_row, self.config = samples, max_share, max_in_a_row, config
         self.file = None if file is None else Path(file)
         self.known: set[BadSample] = set()
@@ -96,7 +99,7 @@ class Quarantine:
                 )
 
     def _record(self, new: list[BadSample]) -> None:
-        for number, sample in enumerate(new, start=len(self.known) - len(new)):
+        for number, sample in enumerate(() if self.quiet else new, start=len(self.known) - len(new)):
             if number < _SHOWN:
                 log.warning("left out %s", sample)
             elif number == _SHOWN:

@@ -2,15 +2,30 @@
 
 Guidance counts ``w`` as diffusers does: ``null + w·(cond − null)``, neutral at 1. Papers that write
 ``(1 + w')·cond − w'·null`` (Ho & Salimans 2022, arXiv 2207.12598) mean w' = w − 1.
+
+A :class:`Guidance` is a rule, chosen in YAML, for making one prediction of two; rules nest, as in
+``Interval(Rescale(ClassifierFree(5.0)), low=0.3, high=0.8)``. :class:`GuidedDenoiser` carries it out for one batch of captions,
+on what the network predicts, whatever the sampler. Autoguidance is any rule with a weaker network in the null's place.
+Every rule is neutral at w = 1. All channels are guided alike, and no picture depends on the others in its batch.
+
+The rules agree with ``diffusers.guiders`` (the tests hold them to it). Those are not called, because they count solver steps
+instead of knowing t, want their state set from outside at every step, and act on the raw prediction alone.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.diffusion.path import Path, expand
+from ldm.diffusion.prediction import Prediction
+from ldm.errors import UsageError
 
 
 class Condition(NamedTuple):
@@ -47,23 +62,251 @@ def denoise(denoiser: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condi
     )[0]
 
 
-class ClassifierFreeGuidance:
-    """A denoiser for one batch of captions: both predictions in one call, all channels guided alike."""
+class Conversion(NamedTuple):
+    """Between a prediction y and x0, at the input that the network was given (scaled by ``Path.input_scale``) and t (B,)."""
 
-    def __init__(self, denoiser: nn.Module, condition: Condition, null: Condition, scale: float):
+    to_x0: Callable[[Tensor, Tensor, Tensor], Tensor]  # (input, y, t) -> x0
+    from_x0: Callable[[Tensor, Tensor, Tensor], Tensor]  # (input, x0, t) -> y
+
+    @classmethod
+    def of(cls, path: Path, prediction: Prediction) -> Conversion:
+        """That of a model trained on ``path`` to make ``prediction``; for t > 0, where x_t holds noise."""
+
+        def unscaled(network_input: Tensor, t: Tensor) -> Tensor:
+            return network_input / expand(path.input_scale(t), network_input)
+
+        def to_x0(network_input: Tensor, y: Tensor, t: Tensor) -> Tensor:
+            return prediction.endpoints(path, unscaled(network_input, t), y, t).x0
+
+        def from_x0(network_input: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+            eps = (unscaled(network_input, t) - expand(path.alpha(t), x0) * x0) / expand(path.sigma(t), x0)
+            return prediction.target(path, x0, eps, t)
+
+        return cls(to_x0, from_x0)
+
+
+# combine(conditional, null, x_t, t) -> guided: all (B, C, H, W) but t (B,); x_t as the network was given it
+Combine = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Guidance(ABC):
+    """A rule that makes one prediction of the captions' own (conditional) and one to lead away from (null)."""
+
+    @abstractmethod
+    def guides(self, t: Tensor) -> bool:
+        """Whether the null prediction is needed at t (B,), one time for the whole batch; if not, the conditional one stands."""
+
+    @abstractmethod
+    def combiner(self, conversion: Conversion | None = None) -> Combine:
+        """The rule for one sampling run, with a memory of its own where it has one; called where :meth:`guides` says so."""
+
+
+@dataclass(frozen=True)
+class ClassifierFree(Guidance):
+    """``null + scale·(conditional − null)`` (Ho & Salimans 2022, arXiv 2207.12598); the same on x0, eps, v or velocity."""
+
+    scale: float
+
+    def guides(self, t: Tensor) -> bool:
+        return self.scale != 1
+
+    def combiner(self, conversion: Conversion | None = None) -> Combine:
+        def combine(conditional: Tensor, null: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+            return null + self.scale * (conditional - null)
+
+        return combine
+
+
+@dataclass(frozen=True)
+class ZeroStar(Guidance):
+    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): the null prediction is first scaled, per picture, to lie as near to the
+    conditional one as it can, s* = ⟨cond, null⟩ / ‖null‖²; acts on the raw prediction and is meant for velocities.
+
+    Args:
+        scale: w.
+        zero_init_steps: the first so many guided calls of a run say 0, for a velocity that is not well learned at pure noise.
+    """
+
+    scale: float
+    zero_init_steps: int = 0
+
+    def guides(self, t: Tensor) -> bool:
+        return self.scale != 1
+
+    def combiner(self, conversion: Conversion | None = None) -> Combine:
+        calls = 0
+
+        def combine(conditional: Tensor, null: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls <= self.zero_init_steps:
+                return torch.zeros_like(conditional)
+            null = null * (inner_product(conditional, null) / (inner_product(null, null) + 1e-8))
+            return null + self.scale * (conditional - null)
+
+        return combine
+
+
+@dataclass(frozen=True)
+class AdaptiveProjected(Guidance):
+    """APG (Sadat et al. 2024, arXiv 2410.02416): ``conditional + (scale − 1)·update``, the update being conditional − null with
+    momentum, bounded in length, and with its part along the conditional prediction, which saturates colours, held back.
+
+    Defined on x0; acts on the raw prediction where no conversion is given.
+
+    Args:
+        scale: w.
+        parallel: weight of the update's part along the conditional prediction (the paper's eta); 1 keeps it whole.
+        norm_threshold: greatest L2 norm of a picture's update (the paper's r); it grows with the root of the number of
+            latent values. 0 is no bound.
+        momentum: weight of the earlier updates of the run (the paper's beta), in (−1, 1); below 0 leads away from them.
+    """
+
+    scale: float
+    parallel: float = 0.0
+    norm_threshold: float = 15.0
+    momentum: float = -0.5
+
+    def __post_init__(self) -> None:
+        if not -1 < self.momentum < 1:
+            raise UsageError(f"AdaptiveProjected: momentum is {self.momentum:g}; give a number between -1 and 1")
+
+    def guides(self, t: Tensor) -> bool:
+        return self.scale != 1
+
+    def combiner(self, conversion: Conversion | None = None) -> Combine:
+        running: Tensor | float = 0.0
+
+        def update(conditional: Tensor, null: Tensor) -> Tensor:
+            nonlocal running
+            running = (conditional - null) + self.momentum * running
+            bounded = running
+            if self.norm_threshold > 0:
+                norm = inner_product(running, running).sqrt()
+                bounded = running * (self.norm_threshold / norm.clamp(min=self.norm_threshold))
+            along = inner_product(bounded, conditional) / inner_product(conditional, conditional).clamp(min=1e-12)
+            return bounded - (1 - self.parallel) * along * conditional
+
+        def combine(conditional: Tensor, null: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+            if conversion is None:
+                return conditional + (self.scale - 1) * update(conditional, null)
+            x0 = conversion.to_x0(x_t, conditional, t)
+            x0 = x0 + (self.scale - 1) * update(x0, conversion.to_x0(x_t, null, t))
+            return conversion.from_x0(x_t, x0, t)
+
+        return combine
+
+
+@dataclass(frozen=True)
+class Rescale(Guidance):
+    """Give the guided prediction the standard deviation of the conditional one, per picture (Lin et al. 2023, arXiv
+    2305.08891, section 3.4), against over-exposure at large scales; acts on the raw prediction.
+
+    Args:
+        inner: the rule whose outcome is rescaled.
+        amount: the paper's phi, 0 (not at all) to 1 (wholly).
+    """
+
+    inner: Guidance
+    amount: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.amount <= 1:
+            raise UsageError(f"Rescale: amount is {self.amount:g}; give a number from 0 to 1")
+
+    def guides(self, t: Tensor) -> bool:
+        return self.inner.guides(t)
+
+    def combiner(self, conversion: Conversion | None = None) -> Combine:
+        inner = self.inner.combiner(conversion)
+
+        def combine(conditional: Tensor, null: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+            guided = inner(conditional, null, x_t, t)
+            # an untrained network says 0 everywhere: a picture without deviation stays as it is
+            ratio = deviation(conditional) / deviation(guided).clamp(min=1e-6)
+            return guided * (self.amount * ratio + (1 - self.amount))
+
+        return combine
+
+
+@dataclass(frozen=True)
+class Interval(Guidance):
+    """Guide only while low < t ≤ high (Kynkäänniemi et al. 2024, arXiv 2404.07724); elsewhere only the conditional prediction
+    is computed, at half the cost.
+
+    The paper gives bounds on the noise level sigma for data of deviation sigma_data: on rectified flow, whose latents have
+    deviation 1, the same signal-to-noise ratio stands at t = sigma / (sigma + sigma_data).
+
+    Args:
+        inner: the rule inside the interval.
+        low, high: times, 0 (data) to 1 (noise).
+    """
+
+    inner: Guidance
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise UsageError(f"Interval: low {self.low:g} and high {self.high:g} must be 0 <= low < high <= 1; mend them")
+
+    def guides(self, t: Tensor) -> bool:
+        return self.inner.guides(t) and bool(((self.low < t) & (t <= self.high)).any())
+
+    def combiner(self, conversion: Conversion | None = None) -> Combine:
+        return self.inner.combiner(conversion)
+
+
+def inner_product(first: Tensor, second: Tensor) -> Tensor:
+    """Per picture: (B, …) -> (B, 1, …)."""
+    return (first * second).sum(tuple(range(1, first.ndim)), keepdim=True)
+
+
+def deviation(prediction: Tensor) -> Tensor:
+    """Standard deviation of each picture's values, all channels together: (B, …) -> (B, 1, …)."""
+    return prediction.std(tuple(range(1, prediction.ndim)), keepdim=True)
+
+
+class GuidedDenoiser:
+    """A denoiser for one batch of captions and one sampling run: both predictions in one call, one where one is enough."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        condition: Condition,
+        null: Condition,
+        guidance: Guidance,
+        conversion: Conversion | None = None,
+        weak: nn.Module | None = None,
+    ):
         """
         Args:
             condition: the captions' condition, B rows.
             null: the null condition (or a negative prompt), B rows.
-            scale: w; at 1 the null prediction is not computed.
+            conversion: to x0 and back, for rules that are defined there; without it they act on the raw prediction.
+            weak: a weaker checkpoint of the same model (path, prediction, text encoder), which then makes the null prediction.
+                Told the captions too (``null=condition``), it is autoguidance (Karras et al. 2024, arXiv 2406.02507).
         """
-        self.denoiser, self.scale = denoiser, scale
-        self.condition = condition if scale == 1 else concatenate(null, condition)
+        self.denoiser, self.weak, self.guidance = denoiser, weak, guidance
+        self.condition, self.null = condition, null
+        # kept, not made at every step, so that a denoiser may keep what it computes of one condition
+        self.both = concatenate(null, condition) if weak is None else None
+        self.combine = guidance.combiner(conversion)
 
-    def __call__(self, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """Guided prediction (B, C, H, W) for ``x_t`` (B, C, H, W) and ``timestep`` (B,)."""
-        if self.scale == 1:
-            return denoise(self.denoiser, x_t, timestep, self.condition)
-        both = denoise(self.denoiser, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), self.condition)
-        null, conditional = both.chunk(2)
-        return null + self.scale * (conditional - null)
+    def __call__(self, x_t: Tensor, timestep: Tensor, t: Tensor) -> Tensor:
+        """Guided prediction (B, C, H, W), float32.
+
+        Args:
+            x_t: (B, C, H, W), as the network takes it: scaled by the path's ``input_scale(t)``.
+            timestep: (B,), what the network is told: the path's ``network_time(t)``.
+            t: (B,) in [0, 1], the same in all rows.
+        """
+        if not self.guidance.guides(t):
+            return denoise(self.denoiser, x_t, timestep, self.condition).float()
+        if self.weak is None:
+            both = denoise(self.denoiser, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), self.both)
+            null, conditional = both.float().chunk(2)
+        else:
+            null = denoise(self.weak, x_t, timestep, self.null).float()
+            conditional = denoise(self.denoiser, x_t, timestep, self.condition).float()
+        return self.combine(conditional, null, x_t, t)

@@ -1,17 +1,21 @@
 """The path from data to noise: ``x_t = alpha(t)·x0 + sigma(t)·eps`` with t = 0 data, t = 1 noise, eps ~ N(0, I).
 
-A path also says what time its network is told (``network_time``), because the diffusers schedulers that sample from the
-trained model call it with *their* timestep: one fact in one place, used in training and in sampling alike.
+A path also says how its network is called: with ``input_scale(t)·x_t`` and the time ``network_time(t)``, because the
+diffusers schedulers that sample from the trained model call it with *their* scale and timestep: one fact in one place,
+used in training and in sampling alike.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
+
+from ldm.errors import UsageError
 
 NUM_TRAIN_TIMESTEPS = 1000  # the resolution in which diffusers' schedulers count time
 
@@ -21,8 +25,21 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
+def require_positive(owner: object, **values: float) -> None:
+    """Refuse settings of ``owner`` that must be greater than 0.
+
+    Raises:
+        UsageError: naming the class, the key and its value.
+    """
+    for name, value in values.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"{type(owner).__name__}: {name} is {value:g}; give a number greater than 0")
+
+
 class Path(ABC):
     """A choice of alpha(t) and sigma(t). All functions take t of shape (B,) in [0, 1] and return (B,)."""
+
+    sigma_data: float = 1.0  # standard deviation of the data: normalised latents have 1
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -37,8 +54,16 @@ class Path(ABC):
         """d alpha / dt and d sigma / dt."""
 
     @abstractmethod
+    def time(self, log_noise_to_signal: Tensor) -> Tensor:
+        """The t at which ln(sigma / alpha) is what is given (B,); the nearer end where the path does not reach it."""
+
+    @abstractmethod
     def network_time(self, t: Tensor) -> Tensor:
         """The timestep that the network is called with, in the units of the matching diffusers scheduler."""
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        """What x_t is multiplied by before the network sees it."""
+        return torch.ones_like(t)
 
     def sample(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t for data ``x0`` and noise ``eps`` of one shape (B, …)."""
@@ -57,6 +82,9 @@ class RectifiedFlow(Path):
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -torch.ones_like(t), torch.ones_like(t)
 
+    def time(self, log_noise_to_signal: Tensor) -> Tensor:
+        return log_noise_to_signal.sigmoid()
+
     def network_time(self, t: Tensor) -> Tensor:
         # FlowMatchEulerDiscreteScheduler passes sigma · num_train_timesteps
         return t * NUM_TRAIN_TIMESTEPS
@@ -65,40 +93,101 @@ class RectifiedFlow(Path):
 class VariancePreserving(Path):
     """alpha = √ᾱ, sigma = √(1 − ᾱ) (Ho et al. 2020, arXiv 2006.11239), ᾱ as diffusers' ``DDPMScheduler`` counts it.
 
-    The discrete step k = 0 … 999 of diffusers stands at t = (k + 1) / 1000, and ᾱ(0) = 1; between two steps log ᾱ is
-    interpolated linearly, so t may be drawn continuously.
+    As alpha² + sigma² = 1, the path is a rotation: alpha = cos φ, sigma = sin φ, from φ(0) = 0, the data itself. The
+    discrete step k = 0 … 999 of diffusers stands at t = (k + 1) / 1000, and between two steps the angle φ is interpolated
+    linearly: t may be drawn continuously, and the derivatives are finite at both ends, be alpha(1) zero or not.
     """
 
-    def __init__(self, schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"):
+    def __init__(
+        self,
+        schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear",
+        zero_terminal_snr: bool = False,
+    ):
         """
         Args:
             schedule: diffusers' name of the beta schedule; ``squaredcos_cap_v2`` is the cosine of Nichol & Dhariwal 2021.
+            zero_terminal_snr: rescale so that alpha(1) = 0: training sees the pure noise that sampling starts from (Lin et
+                al. 2023, arXiv 2305.08891). What is predicted must then say something of the data at alpha = 0: not Epsilon.
         """
         betas = {"beta_start": 0.00085, "beta_end": 0.012} if schedule == "scaled_linear" else {}
-        self.scheduler_config = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS, "beta_schedule": schedule, **betas}
+        self.zero_terminal_snr = zero_terminal_snr
+        self.scheduler_config = {
+            "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+            "beta_schedule": schedule,
+            "rescale_betas_zero_snr": zero_terminal_snr,
+            **betas,
+        }
         alpha_bar = DDPMScheduler(**self.scheduler_config).alphas_cumprod.double()
-        self._log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), alpha_bar.log()])  # (1001,)
+        angles = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
+        self._angles = torch.cat([torch.zeros(1, dtype=torch.float64), angles])  # (1001,)
 
-    def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """log ᾱ(t) and its derivative, both (B,) float64."""
-        table = self._log_alpha_bar.to(t.device)
+    def _angle(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(t) and its derivative, both (B,) float64."""
+        angles = self._angles.to(t.device)
         position = t.double().clamp(0, 1) * NUM_TRAIN_TIMESTEPS
         lower = position.floor().long().clamp(max=NUM_TRAIN_TIMESTEPS - 1)
-        slope = table[lower + 1] - table[lower]
-        return table[lower] + slope * (position - lower), slope * NUM_TRAIN_TIMESTEPS
+        before, after = angles[lower], angles[lower + 1]
+        return torch.lerp(before, after, position - lower), (after - before) * NUM_TRAIN_TIMESTEPS
 
     def alpha(self, t: Tensor) -> Tensor:
-        return (self._interpolate(t)[0] / 2).exp().to(t.dtype)
+        # not the cosine of φ: at φ = π/2 this is 0 exactly
+        return (math.pi / 2 - self._angle(t)[0]).sin().to(t.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (-self._interpolate(t)[0].expm1()).sqrt().to(t.dtype)
+        return self._angle(t)[0].sin().to(t.dtype)
 
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_alpha_bar, slope = self._interpolate(t)
-        alpha_dot = slope / 2 * (log_alpha_bar / 2).exp()
-        # sigma² + alpha² = 1  =>  sigma·sigma' = −alpha·alpha'
-        sigma_dot = -slope / 2 * log_alpha_bar.exp() / (-log_alpha_bar.expm1()).sqrt()
-        return alpha_dot.to(t.dtype), sigma_dot.to(t.dtype)
+        angle, rate = self._angle(t)
+        return (-rate * angle.sin()).to(t.dtype), (rate * (math.pi / 2 - angle).sin()).to(t.dtype)
+
+    def time(self, log_noise_to_signal: Tensor) -> Tensor:
+        angles, angle = self._angles.to(log_noise_to_signal.device), log_noise_to_signal.double().exp().atan()
+        upper = torch.searchsorted(angles, angle).clamp(1, NUM_TRAIN_TIMESTEPS)
+        before, after = angles[upper - 1], angles[upper]
+        t = (upper - 1 + (angle - before) / (after - before)) / NUM_TRAIN_TIMESTEPS
+        return t.clamp(0, 1).to(log_noise_to_signal.dtype)
 
     def network_time(self, t: Tensor) -> Tensor:
         return t * NUM_TRAIN_TIMESTEPS - 1
+
+
+class VarianceExploding(Path):
+    """alpha = 1, sigma geometric in t from ``sigma_min`` to ``sigma_max`` (Song et al. 2021, arXiv 2011.13456).
+
+    The network is called as EDM's (Karras et al. 2022, arXiv 2206.00364, table 1): with c_in·x_t and c_noise = ln(sigma)/4.
+    Together with :class:`ldm.diffusion.prediction.Preconditioned` and :class:`ldm.diffusion.timesteps.LogNormal` it *is* EDM.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 1.0):
+        """
+        Args:
+            sigma_min: standard deviation of the noise at t = 0, small beside the data.
+            sigma_max: at t = 1, large beside the data.
+            sigma_data: standard deviation of the data; 1 for normalised latents, 0.5 for the paper's pixels.
+        """
+        require_positive(self, sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)
+        if sigma_min >= sigma_max:
+            raise UsageError(f"VarianceExploding: sigma_min {sigma_min:g} is not below sigma_max {sigma_max:g}; change one")
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self._log_min, self._log_range = math.log(sigma_min), math.log(sigma_max / sigma_min)
+
+    def _log_sigma(self, t: Tensor) -> Tensor:
+        return self._log_min + self._log_range * t
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._log_sigma(t).exp()
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), self._log_range * self.sigma(t)
+
+    def time(self, log_noise_to_signal: Tensor) -> Tensor:
+        return ((log_noise_to_signal - self._log_min) / self._log_range).clamp(0, 1)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return self._log_sigma(t) / 4
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return (self.sigma(t).square() + self.sigma_data**2).rsqrt()

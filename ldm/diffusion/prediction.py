@@ -4,7 +4,8 @@
     [ y ] = [  c     d  ] [eps]
 
 The determinant alpha·d − sigma·c must not vanish: an eps target says nothing of x0 where alpha = 0, an x0 target nothing
-of eps where sigma = 0.
+of eps where sigma = 0. It also says what an error is worth: an error δy is an error δx0 = −(sigma / determinant)·δy of the
+data (x_t is known, so alpha·δx0 + sigma·δeps = 0), whence the weights of :mod:`ldm.diffusion.weighting`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.path import Path, expand
+
+LEAST_DETERMINANT = 1e-6  # as a share of the lengths of (alpha, sigma) and (c, d): the sine of the angle between them
 
 
 class Endpoints(NamedTuple):
@@ -37,6 +40,11 @@ class Prediction(ABC):
         c, d = self.coefficients(path, t)
         return expand(c, x0) * x0 + expand(d, eps) * eps
 
+    def determinant(self, path: Path, t: Tensor) -> Tensor:
+        """alpha·d − sigma·c (B,)."""
+        c, d = self.coefficients(path, t)
+        return path.alpha(t) * d - path.sigma(t) * c
+
     def endpoints(self, path: Path, x_t: Tensor, y: Tensor, t: Tensor) -> Endpoints:
         """x0 and eps from a noisy ``x_t`` and a prediction ``y``.
 
@@ -45,10 +53,12 @@ class Prediction(ABC):
         """
         alpha, sigma = path.alpha(t), path.sigma(t)
         c, d = self.coefficients(path, t)
-        determinant = alpha * d - sigma * c
-        if (determinant.abs() < 1e-6).any():
-            at = t[determinant.abs() < 1e-6][0].item()
-            raise ValueError(f"{type(self).__name__} does not determine x0 and eps at t = {at:g} on this path")
+        determinant = self.determinant(path, t)
+        # so written, infinite coefficients are refused too
+        blind = ~(determinant.abs() > LEAST_DETERMINANT * torch.hypot(alpha, sigma) * torch.hypot(c, d))
+        if blind.any():
+            at, where = t[blind][0].item(), type(path).__name__
+            raise ValueError(f"{type(self).__name__} does not determine x0 and eps at t = {at:g} on {where}")
         alpha, sigma, c, d, determinant = (expand(value, x_t) for value in (alpha, sigma, c, d, determinant))
         return Endpoints(x0=(d * x_t - sigma * y) / determinant, eps=(alpha * y - c * x_t) / determinant)
 
@@ -58,6 +68,13 @@ class Epsilon(Prediction):
 
     def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(t), torch.ones_like(t)
+
+
+class Score(Prediction):
+    """∇ log p(x_t | x0) = −eps / sigma (Song et al. 2021, arXiv 2011.13456)."""
+
+    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), -1 / path.sigma(t)
 
 
 class Sample(Prediction):
@@ -79,3 +96,16 @@ class Velocity(Prediction):
 
     def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         return path.derivatives(t)
+
+
+class Preconditioned(Prediction):
+    """EDM's F in D = c_skip·x + c_out·F (Karras et al. 2022, arXiv 2206.00364, eq. 7): of unit variance at every noise.
+
+    F = (x0 − c_skip·x) / c_out with x = x_t / alpha and EDM's noise level sigma / alpha, so that any path can be used; on a
+    variance-preserving one and sigma_data = 1, F is −v. The standard deviation of the data is the path's ``sigma_data``.
+    """
+
+    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        length = torch.hypot(sigma, alpha * path.sigma_data)
+        return sigma / (path.sigma_data * length), -path.sigma_data * alpha / length

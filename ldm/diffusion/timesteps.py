@@ -1,12 +1,16 @@
-"""Where t is drawn during training. Each sampler returns (B,) in (0, 1), float32."""
+"""Where t is drawn during training: one time in [0, 1] for each sample of a batch, (B,) float32."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
+
+from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, Path, require_positive
+from ldm.errors import UsageError
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -18,28 +22,104 @@ class TimestepSampler(ABC):
     """A density over t."""
 
     @abstractmethod
-    def __call__(self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``batch_size`` times."""
+    def __call__(self, x0: Tensor, path: Path, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a time for each of the latents ``x0`` (B, C, H, W) that ``path`` leads to noise, on their device."""
 
 
-class Uniform(TimestepSampler):
-    """t ~ U(0, 1), optionally shifted."""
+class ShiftedSampler(TimestepSampler):
+    """A density over t that is then shifted; made for rectified flow, fit for any path."""
 
-    def __init__(self, shift: float = 1.0):
-        self.shift = shift
+    def __init__(self, shift: float = 1.0, base_side: int | None = None):
+        """
+        Args:
+            shift: of :func:`shift_time`; 1 leaves t as it is drawn, more means more noise.
+            base_side: where ``shift`` holds as given, as the side of a square latent, in latent pixels. Other sizes are
+                shifted by √(tokens / base tokens) more, that is √(H·W) / base_side (Esser et al. 2024, section 5.3.2).
+                Without it, ``shift`` holds for every size.
+        """
+        require_positive(self, shift=shift, base_side=1 if base_side is None else base_side)
+        self.shift, self.base_side = shift, base_side
 
-    def __call__(self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
-        return shift_time(torch.rand(batch_size, device=device, generator=generator), self.shift)
+    @abstractmethod
+    def draw(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """``batch_size`` times before the shift."""
+
+    def __call__(self, x0: Tensor, path: Path, generator: torch.Generator | None = None) -> Tensor:
+        height, width = x0.shape[-2:]
+        shift = self.shift if self.base_side is None else self.shift * math.sqrt(height * width) / self.base_side
+        return shift_time(self.draw(len(x0), x0.device, generator), shift)
 
 
-class LogitNormal(TimestepSampler):
-    """t = sigmoid(location + scale·n), n ~ N(0, 1) (Esser et al. 2024, section 3.1), optionally shifted."""
+class Uniform(ShiftedSampler):
+    """t ~ U(0, 1)."""
 
-    def __init__(self, location: float = 0.0, scale: float = 1.0, shift: float = 1.0):
-        self.location, self.scale, self.shift = location, scale, shift
+    def draw(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        return torch.rand(batch_size, device=device, generator=generator)
 
-    def __call__(self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
-        t = compute_density_for_timestep_sampling(
+
+class LogitNormal(ShiftedSampler):
+    """t = sigmoid(location + scale·n), n ~ N(0, 1) (Esser et al. 2024, section 3.1): most often in the middle."""
+
+    def __init__(self, location: float = 0.0, scale: float = 1.0, shift: float = 1.0, base_side: int | None = None):
+        """
+        Args:
+            location: mean of logit t; more means more noise.
+            scale: standard deviation of logit t.
+            shift, base_side: see :class:`ShiftedSampler`.
+        """
+        super().__init__(shift, base_side)
+        require_positive(self, scale=scale)
+        self.location, self.scale = location, scale
+
+    def draw(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        return compute_density_for_timestep_sampling(
             "logit_normal", batch_size, self.location, self.scale, device=device, generator=generator
         )
-        return shift_time(t, self.shift)
+
+
+class Mode(ShiftedSampler):
+    """t = 1 − u − scale·(cos²(πu/2) − 1 + u), u ~ U(0, 1) (Esser et al. 2024, section 3.1): the ends are never rare."""
+
+    def __init__(self, scale: float = 1.29, shift: float = 1.0, base_side: int | None = None):
+        """
+        Args:
+            scale: from −1 to 2/(π − 2) = 1.75: below 0 the ends are drawn more often, above 0 the middle, at 0 all alike.
+            shift, base_side: see :class:`ShiftedSampler`.
+        """
+        super().__init__(shift, base_side)
+        if not -1 <= scale <= 2 / (math.pi - 2):
+            raise UsageError(f"Mode: scale is {scale:g}; give a number from -1 to 1.75")
+        self.scale = scale
+
+    def draw(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        return compute_density_for_timestep_sampling(
+            "mode", batch_size, mode_scale=self.scale, device=device, generator=generator
+        )
+
+
+class DiscreteUniform(TimestepSampler):
+    """One of the 1000 steps that diffusers' DDPM schedulers count, all alike: t = (k + 1) / 1000 (Ho et al. 2020)."""
+
+    def __call__(self, x0: Tensor, path: Path, generator: torch.Generator | None = None) -> Tensor:
+        steps = torch.randint(1, NUM_TRAIN_TIMESTEPS + 1, (len(x0),), device=x0.device, generator=generator)
+        return steps / NUM_TRAIN_TIMESTEPS
+
+
+class LogNormal(TimestepSampler):
+    """ln(sigma / alpha) ~ N(location, scale²), the noise levels of EDM (Karras et al. 2022, arXiv 2206.00364, table 1).
+
+    Levels beyond the path's ends are drawn at its ends. On rectified flow this is :class:`LogitNormal`.
+    """
+
+    def __init__(self, location: float = -1.2, scale: float = 1.2):
+        """
+        Args:
+            location: the paper's P_mean, for data of standard deviation 0.5; for 1 the same share of noise is −0.5.
+            scale: the paper's P_std.
+        """
+        require_positive(self, scale=scale)
+        self.location, self.scale = location, scale
+
+    def __call__(self, x0: Tensor, path: Path, generator: torch.Generator | None = None) -> Tensor:
+        normal = torch.randn(len(x0), device=x0.device, generator=generator)
+        return path.time(self.location + self.scale * normal)

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ldm.data.manifest import MANIFEST_NAME
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, require_new_folder, write_json
 
 # what an export that is not finished keeps in its folder; it goes when the manifest stands
@@ -43,26 +43,43 @@ class Claims:
         self._locks: dict[int, FileLock] = {}
         # its own first
         self._order = sorted(range(shards), key=lambda number: ((number - rank) % world_size != 0, number))
+        self._begin(request)
+
+    def _begin(self, request: dict[str, Any]) -> None:
+        if self.is_done:  # by others, before this process had started; or by an earlier run
+            before = self._finished_request()
+            if before is None:
+                require_new_folder(self.out, "latent shards")
+            return self._require_same("a finished", before, request)
         try:
-            require_new_folder(out, "latent shards")
+            require_new_folder(self.out, "latent shards")
         except UsageError:
-            if not self.work.is_dir():  # another process may begin on it just now
+            if self.is_done:
+                return self._begin(request)
+            if not self.work.is_dir():  # there, another process may have begun on it just now
                 raise
         asked = self.work / "request.json"
         with FileLock(self.work / "claim.lock"):
-            if not asked.is_file():
-                # a folder that another process finished meanwhile
-                if self.is_done:
-                    shutil.rmtree(self.work)
-                    require_new_folder(out, "latent shards")
+            if not asked.is_file() and not self.is_done:
                 write_json(asked, request)
-                return
-        before = read_json(asked)
+        if self.is_done:
+            return self._begin(request)
+        self._require_same("an unfinished", read_json(asked), request)
+
+    def _finished_request(self) -> dict[str, Any] | None:
+        """What the export was asked for that stands in the folder; None where that is something else."""
+        try:
+            manifest = read_json(self.out / MANIFEST_NAME)
+        except LdmError:
+            return None
+        return manifest.get("request") if isinstance(manifest, dict) else None
+
+    def _require_same(self, which: str, before: dict[str, Any], request: dict[str, Any]) -> None:
         for name, value in request.items():
             if before.get(name) != value:
                 raise UsageError(
-                    f"{out} holds an unfinished export of other things ({name.replace('_', ' ')}: {before.get(name)}, not "
-                    f"{value}); ask for the same to go on, give another --out, or remove {out} to start over"
+                    f"{self.out} holds {which} export of other things ({name.replace('_', ' ')}: {before.get(name)}, not "
+                    f"{value}); ask for the same to go on, give another --out, or remove {self.out} to start over"
                 )
 
     @property

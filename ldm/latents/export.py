@@ -7,6 +7,7 @@ one process or many, interrupted or not, give the same.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -283,10 +284,13 @@ def export_latents(
             source_shards=source.spec,
             versions=versions(),
         )
-        request = info.as_extra() | {"batch_size": batch_size, "device": device.type}
-        del request["source_shards"]  # the same shards may lie elsewhere by the next run
-        claims = Claims(out, _as_json(request), len(source.manifest.shards), process.rank, process.world_size)
-        quarantine = Quarantine(len(dataset), max_bad_share, config="--")
+        # all that shapes the bytes; the same shards may lie elsewhere by the next run
+        measured = {"latent_shapes", "latents_mean", "latents_std", "source_shards"}
+        request = {name: value for name, value in info.as_extra().items() if name not in measured}
+        request = json.loads(json.dumps(request | {"batch_size": batch_size, "device": device.type}))  # as it is read back
+        claims = Claims(out, request, len(source.manifest.shards), process.rank, process.world_size)
+        # however many come in a row: a whole shard may be broken, and all of them count
+        quarantine = Quarantine(len(dataset), max_bad_share, max_in_a_row=len(dataset), config="--")
         exporter = Exporter(out, dataset, encoder, texts, batch_size, flip, quarantine, threads or process.cores)
         try:
             while not claims.is_done:
@@ -295,11 +299,13 @@ def export_latents(
                 if claims.missing():
                     claims.wait()  # for what others hold; should one of them die, its shard is free
                 else:
-                    _finish(out, claims, info, texts, len(dataset), max_bad_share)
+                    _finish(out, claims, request, info, texts, len(dataset), max_bad_share)
         except OSError as error:
-            raise LdmError(
-                f"{out} cannot be written ({error.strerror or error}); see to that and give the same command again, it goes on"
-            ) from error
+            if not claims.is_done:  # otherwise another process finished, and took away what it was done with
+                raise LdmError(
+                    f"{out} cannot be written ({error.strerror or error}); see to that and give the same command again, it "
+                    "goes on"
+                ) from error
         finally:
             claims.release()
     manifest = Manifest.load(out, LATENT_SHARDS)
@@ -309,24 +315,25 @@ def export_latents(
     return manifest
 
 
-def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """As it will be read back: tuples are lists there."""
-    import json
-
-    return json.loads(json.dumps(value))
-
-
-def _finish(out: Path, claims: Claims, info: LatentInfo, texts: TextEncoders, samples: int, max_bad_share: float) -> None:
+def _finish(
+    out: Path,
+    claims: Claims,
+    request: dict[str, Any],
+    info: LatentInfo,
+    texts: TextEncoders,
+    samples: int,
+    max_bad_share: float,
+) -> None:
     """Put together what is on record of the shards, and write the manifest; one process does so."""
     with claims.alone():
         if claims.is_done:
             return
         records = claims.records()
-        # the record of what is left out, in the order of the shards
+        # what is left out, in the order of the shards; each was said in the log when it was found
         (out / QUARANTINE_NAME).unlink(missing_ok=True)
-        quarantine = Quarantine(samples, max_bad_share, file=out / QUARANTINE_NAME, config="--")
+        quarantine = Quarantine(samples, max_bad_share, samples, out / QUARANTINE_NAME, config="--", quiet=True)
         for record in records:
-            quarantine.add(tried for bad in record["bad"] for tried in ([BadSample(*bad)], []))
+            quarantine.add([BadSample(*bad)] for bad in record["bad"])
         entries = tuple(ShardEntry(**record["entry"]) for record in records if record["entry"])
         if not entries:
             raise LdmError(f"{out}: no sample could be used; {out / QUARANTINE_NAME} says why")
@@ -347,4 +354,4 @@ def _finish(out: Path, claims: Claims, info: LatentInfo, texts: TextEncoders, sa
             latents_std=tuple(moments.std.tolist()),
         )
         write_null_text(out, texts.null())
-        Manifest(LATENT_SHARDS, entries, info.as_extra() | {"quarantined": len(quarantine)}).save(out)
+        Manifest(LATENT_SHARDS, entries, info.as_extra() | {"quarantined": len(quarantine), "request": request}).save(out)

@@ -251,7 +251,7 @@ def set_latent_statistics(autoencoder: AutoencoderKL, mean: list[float], std: li
     autoencoder.register_to_config(latents_mean=list(mean), latents_std=list(std))
 
 
-def _statistics(autoencoder: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
+def latent_statistics(autoencoder: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std as (1, C, 1, 1). Directories from elsewhere carry a scale and a shift instead (SD, SDXL, FLUX)."""
     config = autoencoder.config
     if config.latents_mean is not None and config.latents_std is not None:
@@ -264,12 +264,12 @@ def _statistics(autoencoder: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tenso
 
 def normalise_latents(autoencoder: AutoencoderKL, z: Tensor) -> Tensor:
     """Latents as the encoder gives them -> zero mean, unit standard deviation per channel, (B, C, h, w)."""
-    mean, std = _statistics(autoencoder, z)
+    mean, std = latent_statistics(autoencoder, z)
     return (z - mean) / std
 
 
 def decode_latents(autoencoder: AutoencoderKL, normalised: Tensor) -> Tensor:
     """Normalised latents (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]."""
-    mean, std = _statistics(autoencoder, normalised)
+    mean, std = latent_statistics(autoencoder, normalised)
     z = (normalised * std + mean).to(autoencoder.dtype)
     return autoencoder.decode(z, return_dict=False)[0].float().clamp(-1, 1)

@@ -5,6 +5,10 @@ Its call is that of diffusers' ``PixArtTransformer2DModel``, so that either stan
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -14,37 +18,83 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UsageError
-from ldm.models.layers import Attention, FeedForward, Modulation, modulate, position_embedding
+from ldm.models.layers import (
+    Activation,
+    Attention,
+    FeedForward,
+    KeysValues,
+    Modulation,
+    Norm,
+    Rotation,
+    make_norm,
+    modulate,
+    position_embedding,
+    rotary_embedding,
+)
+
+KEPT_TEXTS = 4  # guidance on an interval has two, a weaker model for guidance one more
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, text cross-attention, feed-forward. The time modulates the first and the last (adaLN-single: one
-    projection for all blocks, plus a learned table per block)."""
+    """Self-attention, text cross-attention, feed-forward. The time modulates the first and the last."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        norm: Norm = "layer_norm",
+        activation: Activation = "gelu",
+        qk_norm: bool = True,
+        own_table: bool = True,
+    ):
+        """``own_table``: a learned table of its own is added to the modulation (adaLN-single)."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(width, num_heads)
-        self.norm_text = nn.LayerNorm(width, eps=1e-6)
-        self.text_attention = Attention(width, num_heads, context_width=width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.feed_forward = FeedForward(width, mlp_ratio)
-        self.modulation_table = nn.Parameter(torch.zeros(6, width))
+        self.norm1 = make_norm(norm, width)
+        self.attention = Attention(width, num_heads, qk_norm=qk_norm, norm=norm)
+        self.norm_text = make_norm(norm, width, affine=True)
+        self.text_attention = Attention(width, num_heads, context_width=width, qk_norm=qk_norm, norm=norm)
+        self.norm2 = make_norm(norm, width)
+        self.feed_forward = FeedForward(width, mlp_ratio, activation)
+        self.modulation_table = nn.Parameter(torch.zeros(6, width)) if own_table else None
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
-        """x (B, N, D), modulation (B, 6, D), text (B, L, D), text_mask (B, 1, 1, L) -> (B, N, D)."""
-        parts = (self.modulation_table + modulation)[:, :, None].unbind(1)  # six of (B, 1, D)
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor | KeysValues,
+        text_mask: Tensor | None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """x (B, N, D), modulation (B, 6, D), text (B, L, D) or its keys and values, text_mask (B, 1, 1, L) -> (B, N, D)."""
+        if self.modulation_table is not None:
+            modulation = self.modulation_table + modulation
+        parts = modulation[:, :, None].unbind(1)  # six of (B, 1, D)
         to_attention, to_feed_forward = Modulation(*parts[:3]), Modulation(*parts[3:])
-        x = x + to_attention.gate * self.attention(modulate(self.norm1(x), to_attention))
+        attended = self.attention(modulate(self.norm1(x), to_attention), rotation=rotation)
+        x = torch.addcmul(x, to_attention.gate, attended)
         x = x + self.text_attention(self.norm_text(x), text, text_mask)
-        return x + to_feed_forward.gate * self.feed_forward(modulate(self.norm2(x), to_feed_forward))
+        return torch.addcmul(x, to_feed_forward.gate, self.feed_forward(modulate(self.norm2(x), to_feed_forward)))
+
+
+class Text(NamedTuple):
+    """A batch of captions as the blocks take it."""
+
+    pooled: Tensor | None  # (B, D), for the time embedding
+    for_blocks: Sequence[Tensor | KeysValues]  # one per block: tokens (B, L, D), or what the block looks up in them
+    mask: Tensor | None  # (B, 1, 1, L), None where every token counts
 
 
 class DiT(ModelMixin, ConfigMixin):
-    """Latents, a time and a caption -> what the prediction asks for, in the shape of the latents."""
+    """Latents, a time and a caption -> what the prediction asks for, in the shape of the latents.
+
+    ``enable_gradient_checkpointing()`` trades a second forward for memory; ``compile_repeated_blocks()`` compiles the blocks,
+    once for all of them. Both come from diffusers.
+    """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("DiTBlock",)
+    _repeated_blocks = ("DiTBlock",)
 
     @register_to_config
     def __init__(
@@ -58,24 +108,39 @@ class DiT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         text_width: int = 384,
         pooled_text: bool = True,
+        adaln: Literal["single", "zero"] = "single",
+        norm: Norm = "layer_norm",
+        activation: Activation = "gelu",
+        qk_norm: bool = True,
+        positions: Literal["sincos", "rope", "sincos_rope"] = "sincos",
     ):
         """
         Args:
             in_channels: channels of the latents.
             sample_size: side of the latents trained on, in latent pixels; other sizes can be drawn too.
             patch_size: side of a token, in latent pixels.
-            width: features per token.
+            width: features per token; a multiple of 4.
             num_layers: number of blocks.
             num_heads: attention heads; divides ``width``.
             mlp_ratio: hidden features of the feed-forward over ``width``.
             text_width: features per token of the text encoder.
             pooled_text: also add the mean of the caption's tokens to the time embedding, so that what the caption says as a
                 whole reaches every layer at once; small models learn their words sooner.
+            adaln: how the time reaches the blocks: ``single``, one projection for all and a table per block (PixArt-α), or
+                ``zero``, a projection per block (DiT), which takes a third more parameters.
+            norm: of tokens, queries and keys; take what is fast on the device at hand (on a CPU ``layer_norm``).
+            activation: of the feed-forward; ``swiglu`` has two thirds of the hidden features, hence as many parameters.
+            qk_norm: normalise queries and keys, for high learning rates.
+            positions: ``sincos`` is added to the tokens; ``rope`` turns queries and keys of self-attention, which then know
+                what lies beside what; ``sincos_rope`` is both (LightningDiT, Yao et al. 2025, arXiv 2501.01423).
         """
         super().__init__()
         if sample_size % patch_size:
             raise UsageError(f"model.denoiser: sample_size {sample_size} is not a multiple of patch_size {patch_size}")
+        if "rope" in positions and width % (4 * num_heads):
+            raise UsageError(f"model.denoiser: positions {positions} needs a width that is a multiple of 4 x {num_heads} heads")
         self.gradient_checkpointing = False
+        self._kept_texts: dict[tuple[int, int], tuple[Text, Tensor, Tensor | None]] | None = None
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, width)
@@ -83,9 +148,13 @@ class DiT(ModelMixin, ConfigMixin):
             nn.LayerNorm(text_width), nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
         )
         self.pooled_embed = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width)) if pooled_text else None
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.blocks = nn.ModuleList([DiTBlock(width, num_heads, mlp_ratio) for _ in range(num_layers)])
-        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        # adaLN-zero's projections lie in one matrix: one product for all blocks
+        projections = num_layers if adaln == "zero" else 1
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, projections * 6 * width))
+        self.blocks = nn.ModuleList(
+            [DiTBlock(width, num_heads, mlp_ratio, norm, activation, qk_norm, adaln == "single") for _ in range(num_layers)]
+        )
+        self.norm_out = make_norm(norm, width)
         self.modulation_out = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.proj_out = nn.Linear(width, patch_size**2 * in_channels)
         self._initialise()
@@ -122,30 +191,91 @@ class DiT(ModelMixin, ConfigMixin):
 
         Returns:
             ``sample`` of shape (B, C, H, W).
+
+        Raises:
+            UsageError: for sizes that the network cannot take.
         """
-        patch = self.config.patch_size
+        config, patch = self.config, self.config.patch_size
         height, width = hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch
         if (height * patch, width * patch) != tuple(hidden_states.shape[-2:]):
-            raise ValueError(f"latents of {tuple(hidden_states.shape[-2:])} are not divisible by patch_size {patch}")
-        text = encoder_hidden_states.to(self.dtype)
-        mask = torch.ones(text.shape[:2], device=text.device) if encoder_attention_mask is None else encoder_attention_mask
-        positions = position_embedding(self.config.width, height, width, self.config.sample_size // patch)
+            raise UsageError(
+                f"latents of {tuple(hidden_states.shape[-2:])} are not divisible by patch_size {patch}; change either"
+            )
+        place = (height, width, config.sample_size // patch, hidden_states.device)
         x = self.patch_embed(hidden_states.to(self.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = x + positions.to(x)
+        if "sincos" in config.positions:
+            x = x + position_embedding(config.width, *place).to(x)
+        rotation = rotary_embedding(config.width // config.num_heads, *place) if "rope" in config.positions else None
+        text = self._text(encoder_hidden_states, encoder_attention_mask)
         time = self.time_embed(self.time_features(timestep.expand(len(x))).to(self.dtype))  # (B, D)
-        if self.pooled_embed is not None:
-            weights = mask.to(text.dtype)[..., None]
-            time = time + self.pooled_embed((text * weights).sum(1) / weights.sum(1).clamp(min=1))
-        modulation = self.modulation(time).unflatten(1, (6, -1))  # (B, 6, D)
-        text = self.text_embed(text)  # (B, L, D)
-        text_mask = mask.bool()[:, None, None, :]  # (B, 1, 1, L)
-        for block in self.blocks:
+        if text.pooled is not None:
+            time = time + text.pooled
+        modulations = self.modulation(time).unflatten(1, (-1, 6, config.width)).unbind(1)  # one, or one per block: (B, 6, D)
+        modulations *= len(self.blocks) // len(modulations)
+        for block, modulation, tokens in zip(self.blocks, modulations, text.for_blocks, strict=True):
+            arguments = (x, modulation, tokens, text.mask, rotation)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, text, text_mask, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, modulation, text, text_mask)
+                x = block(*arguments)
         shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)  # each (B, 1, D)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, patch²·C)
         x = x.unflatten(1, (height, width)).unflatten(-1, (patch, patch, -1))  # (B, h, w, p, p, C)
         sample = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _text(self, embeddings: Tensor, mask: Tensor | None) -> Text:
+        """Embed the captions, unless :func:`text_computed_once` keeps them."""
+        kept = self._kept_texts
+        if kept is None or torch.is_grad_enabled():
+            # on a GPU a look into the mask would make the host wait at every step
+            return self._embed_text(embeddings, mask, trim=embeddings.device.type == "cpu")
+        name = (id(embeddings), id(mask))
+        if name not in kept:
+            if len(kept) == KEPT_TEXTS:  # of a caller who makes them anew at every step: nothing is gained, no memory lost
+                kept.pop(next(iter(kept)))
+            text = self._embed_text(embeddings, mask, trim=True)
+            looked_up = [
+                block.text_attention.keys_values(tokens) for block, tokens in zip(self.blocks, text.for_blocks, strict=True)
+            ]
+            # the tensors are kept too: their ids are theirs only while they live
+            kept[name] = (text._replace(for_blocks=looked_up), embeddings, mask)
+        return kept[name][0]
+
+    def _embed_text(self, embeddings: Tensor, mask: Tensor | None, trim: bool) -> Text:
+        """``trim``: cut what is padding in every caption, and do without a mask where all that is left are tokens."""
+        if embeddings.shape[-1] != self.config.text_width:
+            raise UsageError(
+                f"text embeddings are {embeddings.shape[-1]} wide, but the denoiser takes {self.config.text_width}; encode "
+                "captions with the text encoder that it was trained with, or change text_width"
+            )
+        text, weights = embeddings.to(self.dtype), None
+        if mask is not None:
+            if trim:
+                length = max(int((mask.bool().any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()), 1)
+                text, mask = text[:, :length], mask[:, :length]
+            weights = mask.to(text.dtype)[..., None]
+            mask = None if trim and mask.all() else mask.bool()[:, None, None, :]  # (B, 1, 1, L)
+        pooled = None
+        if self.pooled_embed is not None:
+            weights = torch.ones_like(text[..., :1]) if weights is None else weights
+            pooled = self.pooled_embed((text * weights).sum(1) / weights.sum(1).clamp(min=1))
+        return Text(pooled, [self.text_embed(text)] * len(self.blocks), mask)
+
+
+@contextmanager
+def text_computed_once(*denoisers: nn.Module) -> Iterator[None]:
+    """Within it every DiT among ``denoisers`` embeds each text and computes its keys and values once, while sampling.
+
+    A text is known by its two tensors, the very objects: pass the same ones at every step, and change neither them nor the
+    weights meanwhile. Networks that are no DiT, and calls with gradients, go on as ever.
+    """
+    dits = [module for denoiser in denoisers for module in denoiser.modules() if isinstance(module, DiT)]
+    before = [dit._kept_texts for dit in dits]
+    for dit in dits:
+        dit._kept_texts = {}
+    try:
+        yield
+    finally:
+        for dit, kept in zip(dits, before, strict=True):
+            dit._kept_texts = kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,13 @@ import torch
 from diffusers.optimization import get_scheduler
 from lightning import LightningModule
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.training.ema import Average
+from ldm.errors import UsageError
+from ldm.training.ema import Average, PowerAverages
 
 
 @dataclass
@@ -49,6 +50,29 @@ class OptimiserConfig:
         )
 
 
+# differing weights that an error names
+NAMED_WEIGHTS = 8
+
+
+def require_weights(network: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Raise :class:`UsageError`, listing the keys, unless ``what`` holds weights of the network's names and shapes."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    parameters = [name for name, _ in network.named_parameters()]  # buffers need not be there
+    differing = [
+        f"{name}: {shapes.get(name, 'none')} there, {expected.get(name, 'none')} here"
+        for name in dict.fromkeys([*parameters, *shapes])
+        if shapes.get(name) != expected.get(name)
+    ]
+    if differing:
+        listed = "; ".join(differing[:NAMED_WEIGHTS])
+        more = f"; and {len(differing) - NAMED_WEIGHTS} more" if len(differing) > NAMED_WEIGHTS else ""
+        raise UsageError(
+            f"{what} is of another network than the config's, {len(differing)} weights differ ({listed}{more}); give the "
+            "config that it was trained with"
+        )
+
+
 class Stage(LightningModule):
     """A LightningModule that averages one network and can draw a preview and export itself."""
 
@@ -76,9 +100,9 @@ class Stage(LightningModule):
         """Write the plain directory into the empty ``folder``; called under the average."""
         raise NotImplementedError
 
-    def start_average(self, decay: float) -> None:
-        """Begin to keep the average of :meth:`averaged`."""
-        self.average = Average(self.averaged(), decay)
+    def start_average(self, decay: float, power: PowerAverages | None = None) -> None:
+        """Begin to keep the average of :meth:`averaged`: an exponential one, and power-function ones beside it."""
+        self.average = Average(self.averaged(), decay, power)
 
     @contextmanager
     def average_applied(self) -> Iterator[None]:

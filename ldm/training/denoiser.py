@@ -1,9 +1,12 @@
-"""Stage two: a denoiser on frozen latents, captions dropped now and then so that guidance can be had."""
+"""Stage two: a denoiser on frozen latents, captions dropped now and then so that guidance can be had.
+
+One step is :meth:`DenoiserTraining.training_step`: latents and captions from a batch, then :mod:`ldm.diffusion.objective`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path as FilePath
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -11,19 +14,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.latents import common_info
 from ldm.diffusion.guidance import Condition
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import Path
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.scheduler import matching_scheduler
+from ldm.diffusion.scheduler import describe, matching_scheduler
 from ldm.diffusion.timesteps import TimestepSampler
-from ldm.errors import UsageError
-from ldm.latents.encode import load_matching
+from ldm.diffusion.weighting import Weighting
+from ldm.errors import LdmError, UsageError
 from ldm.models.autoencoder import normalise_latents, set_latent_statistics
-from ldm.models.text import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.training.base import OptimiserConfig, Stage
+from ldm.training.base import OptimiserConfig, Stage, require_weights
+from ldm.training.ema import SNAPSHOTS, PowerAverages
+from ldm.training.frozen import Statistics, frozen_for_images, frozen_for_latents
+
+# of t, in which the validation loss is counted
+NUM_BINS = 10
 
 
 class DenoiserTraining(Stage):
@@ -39,7 +45,14 @@ class DenoiserTraining(Stage):
         prediction: Prediction,
         timesteps: TimestepSampler,
         optimiser: OptimiserConfig,
+        weighting: Weighting | None = None,
+        direction_weight: float = 0.0,
         ema_decay: float = 0.9999,
+        power_averages: PowerAverages | None = None,
+        online: bool = False,
+        text_encoder: str | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
         preview_prompts: list[str] | None = None,
         preview_steps: int = 30,
         preview_guidance: float = 3.0,
@@ -50,88 +63,149 @@ class DenoiserTraining(Stage):
             autoencoder: the directory that the latents were made with; it decodes previews and goes into the pipeline.
             path, prediction, timesteps: the diffusion; see :mod:`ldm.diffusion`.
             optimiser: of the denoiser.
-            ema_decay: of the average of the denoiser's weights.
-            preview_prompts: drawn at every validation, always from the same noise.
+            weighting, direction_weight: of the loss; see :class:`ldm.diffusion.objective.DenoisingObjective`.
+            ema_decay: of the exponential average of the denoiser's weights. It is what is validated, previewed and exported,
+                unless ``power_averages`` names another as its product.
+            power_averages: kept beside it and stored, so that an average of any length can be had after training.
+            online: train on image shards: pictures and captions are encoded at each step, in fp32 as they are exported by
+                default. The latents' statistics are the autoencoder directory's; where it has none they are measured on 2,048
+                training pictures before the first step, and kept in the checkpoints and in the pipeline.
+            text_encoder: of captions, online (default: minilm); latents say themselves what theirs went through.
+            gradient_checkpointing: compute every block twice, to keep less in memory.
+            compile: compile every block with ``torch.compile``: minutes at first, faster from then on.
+            preview_prompts: drawn before the first step and at every validation, always from the same noise.
             preview_steps: sampling steps of a preview.
             preview_guidance: guidance scale of a preview.
         """
         super().__init__()
         self.denoiser = denoiser
         self.autoencoder_path = FilePath(autoencoder)
-        self.objective = DenoisingObjective(path, prediction, timesteps)
+        self.objective = DenoisingObjective(path, prediction, timesteps, weighting, direction_weight)
         self.scheduler = matching_scheduler(path, prediction)
         self.optimiser = optimiser
+        if text_encoder is not None and not online:
+            raise UsageError("model.text_encoder is for model.online; latents say what theirs went through: leave it out")
+        self.online, self.text_encoder = online, text_encoder or "minilm"
+        self.statistics: Statistics | None = None  # of the latents online, from a checkpoint
+        if gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        self.compiles = compile
         self.preview_prompts = preview_prompts or []
         self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
-        self.start_average(ema_decay)
+        self.snapshot_every = power_averages.snapshot_every if power_averages else None
+        self.start_average(ema_decay, power_averages)
+        self.num_images_seen, self._stepped = 0, False
 
-    def averaged(self) -> nn.Module:
-        return self.denoiser
+    # -- a step ------------------------------------------------------------------------------------------------------
 
-    def prepare(self, data: ShardDataModule) -> None:
-        """Load what the latents were made with, and refuse anything else."""
-        info = common_info(data.train_set.sources)
-        common_info((*data.train_set.sources, *data.validation_set.sources))
-        folder = data.train_set.sources[0].spec
-        autoencoder = load_matching(self.autoencoder_path, data.train_set.sources[0])
-        if info.latent_shape is None:
-            sizes = ", ".join(f"{width} x {height}" for _, height, width in info.latent_shapes)
-            raise UsageError(f"{folder} holds latents of several sizes ({sizes}); export with --image-size to train on one")
-        channels, height, width = info.latent_shape
-        config = self.denoiser.config
-        for name, has, needs in (
-            ("in_channels", config.in_channels, channels),
-            ("sample_size", config.sample_size, max(height, width)),
-        ):
-            if has != needs:
-                raise UsageError(f"model.denoiser.{name} is {has}, but the latents of {folder} need {needs}; change it")
-        text = info.text_encoders[data.text_encoder]
-        text_width = config.get("text_width", config.get("caption_channels"))
-        if text_width != text.width:
-            raise UsageError(
-                f"model.denoiser takes text of width {text_width}, but {folder} was exported with {text.name} of width "
-                f"{text.width}; change model.denoiser.init_args.text_width"
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        x0, condition = self.encode(batch, draw=True)
+        loss = self.objective(self.denoiser, x0, condition).loss.mean()
+        self.num_images_seen += len(x0) * self.trainer.world_size
+        self.log_dict({"train/loss": loss, "num_images_seen": float(self.num_images_seen)})
+        return loss
+
+    def encode(self, batch: dict[str, Any], draw: bool) -> tuple[Tensor, Condition]:
+        """Normalised latents (B, C, h, w), drawn from their posteriors or the modes, and the captions' condition.
+
+        A caption that is dropped comes from the loader as the empty one: its embedding with latents, "" with pictures.
+        """
+        if self.online:
+            batch = self.frozen.encode(batch)
+        z = batch["mean"].float()
+        if draw and "std" in batch:  # otherwise modes were exported
+            z = z + batch["std"].float() * torch.randn_like(z)
+        return normalise_latents(self.frozen.autoencoder, z), Condition(batch["text"].float(), batch["text_mask"])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.optimiser.max_grad_norm)
+        if not torch.isfinite(norm):  # of all processes' gradients, so that all of them stop
+            raise LdmError(
+                f"the gradients of step {self.global_step} are not finite; look for broken data (ldm latents check, ldm shards "
+                "check --deep), or go on from an earlier checkpoint with a lower model.optimiser.learning_rate"
             )
-        set_latent_statistics(autoencoder, info.latents_mean, info.latents_std)
-        text_encoder = TextEncoder.load(text.name)
-        if text_encoder.hash != text.hash:
-            raise UsageError(
-                f"{folder} was exported with text encoder {text.hash[:12]}, but {text.name} is {text_encoder.hash[:12]} now; "
-                "put back the one it was exported with, or export again"
-            )
-        # in a namespace: frozen parts belong neither in checkpoints nor in the optimiser
-        trained_on = {"autoencoder": info.autoencoder, "text_encoder": text.hash, "latent_shape": list(info.latent_shape)}
-        self.frozen = SimpleNamespace(autoencoder=autoencoder, text_encoder=text_encoder, trained_on=trained_on)
+        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
+        self._stepped = True
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        if not self._stepped:  # gradients are being gathered over several batches
+            return
+        self._stepped = False
+        self.average.update()
+        if self.snapshot_every and self.global_step % self.snapshot_every == 0:
+            self._write_snapshots()
+
+    def on_train_end(self) -> None:
+        if self.snapshot_every:
+            self._write_snapshots()
+
+    def _write_snapshots(self) -> None:
+        if self.trainer.is_global_zero:
+            self.average.write_snapshots(FilePath(self.trainer.default_root_dir) / SNAPSHOTS)
 
     def configure_optimizers(self) -> dict:
         optimiser, schedule = self.optimiser.build(self.denoiser, self.trainer.max_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        z = batch["mean"].float()
-        if "std" in batch:  # otherwise modes were exported
-            z = z + batch["std"].float() * torch.randn_like(z)
-        x0 = normalise_latents(self.frozen.autoencoder, z)
-        # captions dropped now and then come from the loader as the encoded empty one
-        loss = self.objective(self.denoiser, x0, _condition(batch)).loss.mean()
-        self.log("train/loss", loss)
-        return loss
+    # -- what it starts from -----------------------------------------------------------------------------------------
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.optimiser.max_grad_norm)
-        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
+    def averaged(self) -> nn.Module:
+        return self.denoiser
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        self.average.update()
+    def setup(self, stage: str) -> None:
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "bf16-mixed"):
+            raise UsageError(f"trainer.precision {precision}: stage two keeps fp32 weights; give bf16-mixed or 32-true")
+        super().setup(stage)
+        if self.online:
+            self.frozen.to(self.trainer.strategy.root_device)
+        if self.compiles:
+            compile_blocks(self.denoiser)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """The loss at evenly spread times on fixed noise: comparable from one validation to the next."""
-        x0 = normalise_latents(self.frozen.autoencoder, batch["mean"].float())
-        generator = torch.Generator().manual_seed(batch_idx)
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
-        t = ((torch.arange(len(x0)) + 0.5) / len(x0)).to(x0)
-        loss = self.objective(self.denoiser, x0, _condition(batch), t, eps).loss
-        self.log("val/loss", loss.mean(), batch_size=len(x0))
+    def prepare(self, data: ShardDataModule) -> None:
+        """Load the frozen networks, and refuse what does not go together."""
+        config = self.denoiser.config
+        if self.online:
+            device = self.trainer.strategy.root_device if self.statistics is None else torch.device("cpu")
+            self.frozen = frozen_for_images(data, self.autoencoder_path, self.text_encoder, config, self.statistics, device)
+        else:
+            self.frozen = frozen_for_latents(data, self.autoencoder_path, config)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["num_images_seen"] = self.num_images_seen
+        if self.online:
+            checkpoint["latent_statistics"] = [list(values) for values in self.frozen.statistics]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        prefix = "denoiser."
+        weights = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
+        require_weights(self.denoiser, weights, "the checkpoint")
+        super().on_load_checkpoint(checkpoint)
+        self.num_images_seen = checkpoint["num_images_seen"]
+        if self.online:
+            self.statistics = checkpoint["latent_statistics"]
+            if hasattr(self, "frozen"):  # a trainer prepares before it loads
+                set_latent_statistics(self.frozen.autoencoder, *self.statistics)
+
+    # -- what is seen of it ------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._measured: list[tuple[Tensor, Tensor]] = []
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        x0, condition = self.encode(batch, draw=False)
+        t, eps = fixed_noise(sum(len(t) for t, _ in self._measured), x0)
+        self._measured.append((t, self.objective(self.denoiser, x0, condition, t, eps).unweighted))
+
+    def on_validation_epoch_end(self) -> None:
+        """The loss over all samples and by tenths of t, unweighted: comparable from one validation to the next."""
+        t, loss = (torch.cat(values) for values in zip(*self._measured, strict=True))
+        figures = {"val/loss": loss.mean(), "num_images_seen": float(self.num_images_seen)}
+        bins = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+        for number in bins.unique().tolist():
+            figures[f"val/loss_bin_{number:02d}"] = loss[bins == number].mean()
+        self.log_dict(figures)
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The model as a pipeline, sharing the weights that the network carries now."""
@@ -142,6 +216,7 @@ class DenoiserTraining(Stage):
             tokenizer=frozen.text_encoder.tokenizer,
             transformer=self.denoiser,
             scheduler=self.scheduler,
+            diffusion=describe(self.objective.path, self.objective.prediction),
             trained_on=frozen.trained_on,
         )
 
@@ -162,6 +237,24 @@ class DenoiserTraining(Stage):
         self.pipeline().save_pretrained(folder)
 
 
-def _condition(batch: dict[str, Tensor]) -> Condition:
-    """The captions' embeddings of a batch of latents, as they are stored."""
-    return Condition(batch["text"].float(), batch["text_mask"])
+def compile_blocks(network: ModelMixin) -> None:
+    """Have every block compiled by itself when it is first called; its weights keep their names."""
+    # diffusers' own names for them, of which its PixArt has only the second
+    names = network._repeated_blocks or network._no_split_modules or ()
+    blocks = [module for module in network.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise UsageError(f"model.compile: {type(network).__name__} does not say which of its parts are blocks; set it to false")
+    for block in blocks:
+        block.compile()
+
+
+def fixed_noise(first: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Times (B,) and noise like ``like`` (B, C, h, w) of validation samples number ``first`` and on.
+
+    They depend on a sample's number alone, so that neither batch size nor what came before changes a loss. The times are
+    multiples of the golden ratio modulo 1, which any number of samples spreads evenly over [0, 1).
+    """
+    numbers = range(first, first + len(like))
+    eps = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(number)) for number in numbers]
+    t = (torch.tensor(numbers, dtype=torch.float64) + 0.5) * (5**0.5 - 1) / 2 % 1
+    return t.to(like), torch.stack(eps).to(like)

@@ -6,6 +6,7 @@ import logging
 import pickle
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,29 +159,38 @@ class FitCLI(LightningCLI):
             write_product(self.model, self.product)
 
 
-def write_product(model: Stage, out: Path) -> None:
+def write_product(model: Stage, out: Path, write: Callable[[Stage, Path], None] | None = None) -> None:
     """The plain directory that other programs open, with the averaged weights."""
     with atomic_folder(out) as folder, model.average_applied():
-        model.save(folder)
+        (write or type(model).save)(model, folder)
     print(f"{model.product}: {out}")
 
 
 class ExportCLI(FitCLI):
     """The plain directory of any checkpoint of a run, made from the run's own configuration."""
 
-    def __init__(self, stage: type[Stage], run: Path, out: Path, checkpoint: Path | None = None):
+    def __init__(
+        self,
+        stage: type[Stage],
+        run: Path,
+        out: Path,
+        checkpoint: Path | None = None,
+        write: Callable[[Stage, Path], None] | None = None,
+    ):
         """
         Args:
             stage: what the run trained.
             run: its folder.
             out: a new folder for what comes out.
             checkpoint: of the run (default: the last one).
+            write: writes something else than the stage's own product into an empty folder.
 
         Raises:
             UsageError: where these do not serve.
         """
         self.destination = require_new_folder(out, "what is exported")
         self.checkpoint = checkpoint or run / "checkpoints" / LAST_CHECKPOINT
+        self.write = write
         for needed in (run / "logs" / "config.yaml", self.checkpoint):
             if not needed.is_file():
                 raise UsageError(f"{needed} does not exist; give the folder of a run: ldm {stage.command} fit --out RUN")
@@ -201,4 +211,4 @@ class ExportCLI(FitCLI):
             raise UsageError(f"{self.checkpoint} is not a whole checkpoint of this run: {first_line(error)}") from error
         self.datamodule.setup("fit")
         self.model.prepare(self.datamodule)
-        write_product(self.model, self.destination)
+        write_product(self.model, self.destination, self.write)

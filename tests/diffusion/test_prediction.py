@@ -1,25 +1,31 @@
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler
 
-from ldm.diffusion.path import RectifiedFlow, VariancePreserving
-from ldm.diffusion.prediction import Epsilon, Sample, V, Velocity
+from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
+from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, Score, V, Velocity
 
-PATHS = [
-    RectifiedFlow(),
-    VariancePreserving("linear"),
-    VariancePreserving("scaled_linear"),
-    VariancePreserving("squaredcos_cap_v2"),
-]
-PREDICTIONS = [Epsilon(), Sample(), V(), Velocity()]
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PRESERVING = [VariancePreserving(schedule, zero) for zero in (False, True) for schedule in SCHEDULES]
+ZERO_SNR = PRESERVING[3:]
+EXPLODING = [VarianceExploding(), VarianceExploding(0.01, 50, 0.5)]
+PATHS = [RectifiedFlow(), *PRESERVING, *EXPLODING]
+PREDICTIONS = [Epsilon(), Score(), Sample(), V(), Velocity(), Preconditioned()]
 
 
 def named(value):
-    return getattr(value, "scheduler_config", {}).get("beta_schedule", type(value).__name__)
+    if isinstance(value, VariancePreserving):
+        return value.scheduler_config["beta_schedule"] + "-zero-snr" * value.zero_terminal_snr
+    return type(value).__name__
 
 
 def data(count):
     return torch.randn(2, count, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def sides(value):
+    """(B,) beside (B, 4, 3, 3)."""
+    return value[:, None, None, None]
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS, ids=named)
@@ -42,43 +48,60 @@ def test_endpoints_lie_on_the_path_whatever_the_network_says(path):
         torch.testing.assert_close(prediction.target(path, x0, eps, t), said)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=named)
-def test_the_data_target_is_blind_at_data(path):
-    x = torch.zeros(2, 4, 1, 1)
-    with pytest.raises(ValueError, match="Sample does not determine x0 and eps at t = 0 "):
-        Sample().endpoints(path, x, x, torch.tensor([0.5, 0.0]))
+BLIND = [(path, Sample(), 0.0) for path in (RectifiedFlow(), *PRESERVING)]
+BLIND += [(path, Score(), 0.0) for path in (RectifiedFlow(), *PRESERVING)]  # infinite there
+BLIND += [(path, prediction, 1.0) for path in (RectifiedFlow(), *ZERO_SNR) for prediction in (Epsilon(), Score())]
 
 
-def test_the_noise_target_is_blind_at_noise():
-    x = torch.zeros(2, 4, 1, 1)
-    with pytest.raises(ValueError, match="Epsilon does not determine x0 and eps at t = 1 "):
-        Epsilon().endpoints(RectifiedFlow(), x, x, torch.tensor([0.5, 1.0]))
+@pytest.mark.parametrize("path, prediction, end", BLIND, ids=named)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_a_target_is_blind_it_says_so(path, prediction, end, dtype):
+    x = torch.zeros(2, 4, 1, 1, dtype=dtype)
+    expected = f"^{named(prediction)} does not determine x0 and eps at t = {end:g} on {type(path).__name__}$"
+    with pytest.raises(ValueError, match=expected):
+        prediction.endpoints(path, x, x, torch.tensor([0.5, end], dtype=dtype))
 
 
-@pytest.mark.parametrize("path, prediction", [(RectifiedFlow(), Velocity()), *((path, V()) for path in PATHS)], ids=named)
-def test_v_and_the_flow_velocity_are_never_blind(path, prediction):
-    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+SEEING = [(path, prediction) for path in PATHS[:-2] for prediction in (V(), Velocity(), Preconditioned())]
+SEEING += [(path, prediction) for path in EXPLODING for prediction in PREDICTIONS]
+SEEING += [(path, Epsilon()) for path in PRESERVING[:3]]  # they stop short of alpha = 0
+
+
+@pytest.mark.parametrize("path, prediction", SEEING, ids=named)
+def test_both_ends_are_seen_by_the_others(path, prediction):
+    t = torch.tensor([0.0, 1.0] if not isinstance(prediction, Epsilon) else [1.0, 1.0], dtype=torch.float64)
     x0, eps = data(2)
     found = prediction.endpoints(path, path.sample(x0, eps, t), prediction.target(path, x0, eps, t), t)
-    torch.testing.assert_close(found.x0, x0)
-    torch.testing.assert_close(found.eps, eps)
+    torch.testing.assert_close(found.x0, x0, rtol=0, atol=1e-8)
+    torch.testing.assert_close(found.eps, eps, rtol=0, atol=1e-8)
 
 
 def test_targets_by_name():
     t = torch.rand(8, dtype=torch.float64)
     x0, eps = data(8)
-    assert torch.equal(Epsilon().target(PATHS[1], x0, eps, t), eps)
-    assert torch.equal(Sample().target(PATHS[1], x0, eps, t), x0)
+    path = PRESERVING[0]
+    assert torch.equal(Epsilon().target(path, x0, eps, t), eps)
+    assert torch.equal(Sample().target(path, x0, eps, t), x0)
     assert torch.equal(Velocity().target(RectifiedFlow(), x0, eps, t), eps - x0)
 
 
-@pytest.mark.parametrize("path", PATHS[1:], ids=named)
+@pytest.mark.parametrize("path", PATHS, ids=named)
+def test_the_score_is_the_gradient_of_the_log_density(path):
+    t = torch.linspace(0.05, 0.95, 20, dtype=torch.float64)
+    x0, eps = data(20)
+    mean, sigma = sides(path.alpha(t)) * x0, sides(path.sigma(t))
+    x_t = path.sample(x0, eps, t).requires_grad_()
+    (gradient,) = torch.autograd.grad(torch.distributions.Normal(mean, sigma.expand_as(mean)).log_prob(x_t).sum(), x_t)
+    torch.testing.assert_close(Score().target(path, x0, eps, t), gradient)
+
+
+@pytest.mark.parametrize("path", PRESERVING, ids=named)
 def test_v_is_the_velocity_of_diffusers(path):
     scheduler = DDPMScheduler(**path.scheduler_config)
     steps = torch.arange(0, 1000, 9)
     x0, eps = data(len(steps))
     ours = V().target(path, x0, eps, (steps + 1).double() / 1000)
-    torch.testing.assert_close(ours, scheduler.get_velocity(x0, eps, steps), rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours, scheduler.get_velocity(x0, eps, steps), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=named)
@@ -87,3 +110,62 @@ def test_velocity_is_the_derivative_of_the_path(path):
     x0, eps = data(20)
     _, derivative = torch.func.jvp(lambda t: path.sample(x0, eps, t), (t,), (torch.ones_like(t),))
     torch.testing.assert_close(Velocity().target(path, x0, eps, t), derivative)
+
+
+@pytest.mark.parametrize("path", PRESERVING, ids=named)
+def test_velocity_on_a_rotation_is_v_times_the_angle_s_rate(path):
+    t = torch.linspace(0, 1, 41, dtype=torch.float64)
+    x0, eps = data(41)
+    rate = torch.hypot(*path.derivatives(t))
+    velocity = Velocity().target(path, x0, eps, t)
+    torch.testing.assert_close(velocity, sides(rate) * V().target(path, x0, eps, t))
+
+
+def test_velocity_of_variance_preserving_is_that_of_ho_s_sde():
+    # between steps ln ᾱ falls at the rate beta, so that dx/dt = −½·beta·(x + score) (Song et al. 2021, eq. 13)
+    path, t = PRESERVING[0], torch.linspace(0.1, 0.9, 9, dtype=torch.float64) + 0.0005
+    betas = DDPMScheduler(**path.scheduler_config).betas.double()[(t * 1000).long()]
+    beta = -1000 * (1 - betas).log()
+    x0, eps = data(9)
+    expected = -sides(beta) / 2 * (path.sample(x0, eps, t) + Score().target(path, x0, eps, t))
+    torch.testing.assert_close(Velocity().target(path, x0, eps, t), expected, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0])
+def test_preconditioned_is_the_f_of_edm(spread):
+    path, t = VarianceExploding(sigma_data=spread), torch.linspace(0, 1, 33, dtype=torch.float64)
+    scheduler = EDMEulerScheduler(sigma_data=spread)
+    (x0, eps), sigma = data(33), sides(path.sigma(t))
+    x = x0 + sigma * eps
+    # table 1 of the paper
+    c_skip = spread**2 / (sigma**2 + spread**2)
+    c_out = sigma * spread / (sigma**2 + spread**2) ** 0.5
+    c_in = 1 / (sigma**2 + spread**2) ** 0.5
+    c_noise = sigma.log() / 4
+    target = Preconditioned().target(path, x0, eps, t)
+    torch.testing.assert_close(target, (x0 - c_skip * x) / c_out, rtol=0, atol=1e-10)
+    torch.testing.assert_close(sides(path.input_scale(t)), c_in)
+    torch.testing.assert_close(sides(path.network_time(t)), c_noise)
+    said = torch.randn_like(x)
+    denoised = Preconditioned().endpoints(path, x, said, t).x0
+    torch.testing.assert_close(denoised, c_skip * x + c_out * said, rtol=0, atol=1e-10)
+    torch.testing.assert_close(denoised, scheduler.precondition_outputs(x, said, sigma), rtol=0, atol=1e-10)
+    torch.testing.assert_close(sides(path.input_scale(t)) * x, scheduler.precondition_inputs(x, sigma))
+    torch.testing.assert_close(path.network_time(t), scheduler.precondition_noise(path.sigma(t)))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=named)
+def test_the_preconditioned_target_has_unit_variance_and_nothing_in_common_with_the_input(path):
+    t = torch.linspace(0, 1, 33, dtype=torch.float64)
+    c, d = Preconditioned().coefficients(path, t)
+    variance = path.sigma_data**2
+    torch.testing.assert_close(c**2 * variance + d**2, torch.ones_like(t))
+    covariance = c * path.alpha(t) * variance + d * path.sigma(t)
+    torch.testing.assert_close(covariance, torch.zeros_like(t), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PRESERVING, ids=named)
+def test_preconditioned_on_a_rotation_is_minus_v(path):
+    t = torch.linspace(0, 1, 33, dtype=torch.float64)
+    for ours, v in zip(Preconditioned().coefficients(path, t), V().coefficients(path, t), strict=True):
+        torch.testing.assert_close(ours, -v)

@@ -1,92 +1,218 @@
-"""A denoiser that knows the answer, sampled by the scheduler that goes into the saved pipeline."""
+"""Which sampler is derived from which model, and what is refused."""
+
+import json
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
-from ldm.diffusion.path import RectifiedFlow, VariancePreserving, expand
-from ldm.diffusion.prediction import Epsilon, Sample, V, Velocity
-from ldm.diffusion.scheduler import matching_scheduler
+from ldm.diffusion.path import Path, RectifiedFlow, VarianceExploding, VariancePreserving
+from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, Score, V, Velocity
+from ldm.diffusion.scheduler import (
+    check_scheduler,
+    describe,
+    diffusion_from,
+    diffusion_of,
+    make_scheduler,
+    matching_scheduler,
+    samplers_for,
+)
 from ldm.errors import UsageError
 
-SERVED = [(RectifiedFlow(), Velocity())]
-SERVED += [
-    (VariancePreserving(schedule), prediction)
-    for schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
-    for prediction in (Epsilon(), Sample(), V())
-    # eps says nothing of the data where alpha = 0, which is where this schedule begins
-    if not (schedule == "squaredcos_cap_v2" and isinstance(prediction, Epsilon))
+PRESERVING = ["ddim", "ddpm", "euler", "euler-ancestral", "heun", "dpm++2m", "dpm++2m-sde", "unipc"]
+FLOW = ["euler", "euler-ancestral", "heun", "dpm++2m", "dpm++2m-sde", "unipc"]
+EXPLODING = ["dpm++2m", "dpm++2m-sde", "euler"]
+MODELS = [
+    (VariancePreserving(), Epsilon(), PRESERVING),
+    (VariancePreserving("linear"), Sample(), PRESERVING),
+    (VariancePreserving("linear"), Velocity(), PRESERVING),
+    # Heun's steps in sigma / alpha have no end to begin from
+    (VariancePreserving("squaredcos_cap_v2"), V(), [name for name in PRESERVING if name != "heun"]),
+    (VariancePreserving(zero_terminal_snr=True), V(), [name for name in PRESERVING if name != "heun"]),
+    (RectifiedFlow(), Velocity(), FLOW),
+    (RectifiedFlow(), Sample(), FLOW),
+    (VarianceExploding(sigma_max=50.0, sigma_data=0.5), Preconditioned(), EXPLODING),
+    (VarianceExploding(), Epsilon(), EXPLODING),
+    (VarianceExploding(), Score(), EXPLODING),
 ]
 
 
-def time_of(path, timestep):
-    """The t that a scheduler's timestep stands for: the inverse of ``network_time``."""
-    zero, one = path.network_time(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    return ((timestep.double() - zero) / (one - zero)).reshape(1)
+@pytest.mark.parametrize("path, prediction, names", MODELS)
+def test_every_sampler_of_a_model_fits_it_and_comes_back_from_its_own_config(path, prediction, names):
+    assert samplers_for(path, prediction) == names
+    assert matching_scheduler(path, prediction).config == make_scheduler(names[0], path, prediction).config
+    for name in names:
+        scheduler = make_scheduler(name, path, prediction)
+        check_scheduler(scheduler, path, prediction)
+        again = type(scheduler).from_config(json.loads(scheduler.to_json_string()))
+        check_scheduler(again, path, prediction)
+        assert type(diffusion_of(again).path) is type(path)
 
 
-def sample(path, prediction, x0_given, noise, steps):
-    """Sample from pure noise; ``x0_given(x_t, alpha, sigma)`` is the denoiser's belief about the data."""
-    scheduler = matching_scheduler(path, prediction)
-    scheduler.set_timesteps(steps)
-    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    for timestep in scheduler.timesteps:
-        t = time_of(path, timestep)
-        alpha, sigma = expand(path.alpha(t), x), expand(path.sigma(t), x)
-        x0 = x0_given(x, alpha, sigma)
-        said = prediction.target(path, x0, (x - alpha * x0) / sigma, t)
-        x = scheduler.step(said, timestep, x, return_dict=False)[0]
-    return x
-
-
-@pytest.mark.parametrize("steps", [1, 2, 10, 40])
-@pytest.mark.parametrize("path, prediction", SERVED)
-def test_who_knows_the_data_draws_it_from_pure_noise(path, prediction, steps):
-    x0, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = sample(path, prediction, lambda *_: x0, noise, steps)
-    torch.testing.assert_close(drawn, x0, rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize("path, prediction", SERVED)
-def test_gaussian_data_come_back_with_their_mean_and_deviation(path, prediction):
-    mean, deviation = 0.5, 0.8
-
-    def expectation(x_t, alpha, sigma):
-        """E[x0 | x_t] of x0 ~ N(mean, deviation²)."""
-        return mean + alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2) * (x_t - alpha * mean)
-
-    noise = torch.randn(40_000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = sample(path, prediction, expectation, noise, 100)
-    assert abs(drawn.mean().item() - mean) < 0.04
-    assert abs(drawn.std().item() - deviation) < 0.04
-
-
-@pytest.mark.parametrize("path", [VariancePreserving(), RectifiedFlow()])
-@pytest.mark.parametrize("steps", [1, 7, 30, 50])
-def test_sampling_starts_at_the_noisiest_time_and_ends_at_data(path, steps):
-    prediction = Velocity() if isinstance(path, RectifiedFlow) else V()
-    scheduler = matching_scheduler(path, prediction)
-    scheduler.set_timesteps(steps)
-    assert len(scheduler.timesteps) == steps
-    assert time_of(path, scheduler.timesteps[0]).item() == pytest.approx(1)
+@pytest.mark.parametrize("path", [VariancePreserving(), VariancePreserving("linear")])
+def test_all_schedulers_of_a_schedule_have_its_betas(path):
+    """HeunDiscreteScheduler's defaults are those of another schedule."""
+    expected = DDPMScheduler(**path.scheduler_config).alphas_cumprod
+    for name in samplers_for(path, V()):
+        assert torch.equal(make_scheduler(name, path, V()).alphas_cumprod, expected), name
 
 
 @pytest.mark.parametrize(
-    "path, prediction",
+    "path, prediction, name, kind, config",
     [
-        (RectifiedFlow(), Epsilon()),
-        (RectifiedFlow(), Sample()),
-        (RectifiedFlow(), V()),
-        (VariancePreserving(), Velocity()),
+        (VariancePreserving(), Epsilon(), "ddim", DDIMScheduler, {"prediction_type": "epsilon", "clip_sample": False}),
+        (VariancePreserving(), Sample(), "ddpm", DDPMScheduler, {"prediction_type": "sample", "timestep_spacing": "trailing"}),
+        (VariancePreserving(), Sample(), "euler-ancestral", None, {"prediction_type": "v_prediction"}),
+        (VariancePreserving("linear", True), V(), "euler", EulerDiscreteScheduler, {"rescale_betas_zero_snr": True}),
+        (VariancePreserving(), V(), "dpm++2m", DPMSolverMultistepScheduler, {"use_flow_sigmas": False}),
+        (RectifiedFlow(), Sample(), "unipc", UniPCMultistepScheduler, {"prediction_type": "flow_prediction"}),
+        (RectifiedFlow(), Velocity(), "dpm++2m-sde", None, {"use_flow_sigmas": True, "algorithm_type": "sde-dpmsolver++"}),
+        (VarianceExploding(0.01, 50.0, 0.7), V(), "euler", EDMEulerScheduler, {"sigma_max": 50.0, "sigma_data": 0.7}),
     ],
 )
-def test_a_pairing_that_no_scheduler_serves_is_refused_with_those_that_are(path, prediction):
+def test_what_a_user_must_not_know_is_derived(path, prediction, name, kind, config):
+    scheduler = make_scheduler(name, path, prediction)
+    assert kind is None or type(scheduler) is kind
+    assert config.items() <= dict(scheduler.config).items()
+
+
+def one_line(error):
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_name_of_another_path_is_refused_with_those_of_this_one():
     with pytest.raises(UsageError) as error:
+        make_scheduler("ddim", RectifiedFlow(), Velocity())
+    assert one_line(error) == ("no sampler 'ddim' for Velocity on RectifiedFlow(); choose one of: " + ", ".join(FLOW))
+
+
+def test_options_are_those_the_model_leaves_open():
+    made = make_scheduler("ddim", VariancePreserving(), V(), timestep_spacing="leading", eta=0.5)
+    assert made.config.timestep_spacing == "leading" and made.config.eta == 0.5
+    assert make_scheduler("euler", RectifiedFlow(), Velocity(), shift=3.0).config.shift == 3.0
+    for options, why in (
+        ({"prediction_type": "epsilon"}, "the sampler ddim has no option 'prediction_type' of its own; choose from: .*, eta"),
+        ({"speed": 3}, "no option 'speed'"),
+        ({"eta": 1.5}, "eta of the sampler ddim is 1.5; give a number from 0 to 1"),
+    ):
+        with pytest.raises(UsageError, match=why) as error:
+            make_scheduler("ddim", VariancePreserving(), V(), **options)
+        one_line(error)
+    with pytest.raises(UsageError, match="the sampler ddpm has no option 'eta'"):
+        make_scheduler("ddpm", VariancePreserving(), V(), eta=0.5)
+    with pytest.raises(UsageError, match="the sampler heun cannot be made with"):
+        make_scheduler("heun", VariancePreserving(), V(), use_karras_sigmas=True, use_exponential_sigmas=True)
+
+
+@pytest.mark.parametrize(
+    "path, prediction, mend",
+    [
+        (VariancePreserving("squaredcos_cap_v2"), Epsilon(), "V, Sample or Velocity, or the schedule to a plain linear"),
+        (VariancePreserving(zero_terminal_snr=True), Score(), "V, Sample or Velocity, or the schedule to a plain linear"),
+        (RectifiedFlow(), Epsilon(), "set model.prediction to V, Sample or Velocity"),
+    ],
+)
+def test_noise_alone_is_refused_where_the_path_begins_without_any_data(path, prediction, mend):
+    with pytest.raises(
+        UsageError, match=rf"{type(prediction).__name__} says nothing of the picture .* \(alpha = 0\).*{mend}"
+    ) as error:
         matching_scheduler(path, prediction)
-    message = str(error.value)
-    assert f"{type(prediction).__name__} on {type(path).__name__}" in message and "\n" not in message
-    assert "Velocity with RectifiedFlow" in message and "Epsilon, Sample or V with VariancePreserving" in message
+    one_line(error)
 
 
-def test_epsilon_is_refused_where_the_schedule_begins_without_any_data():
-    with pytest.raises(UsageError, match=r"squaredcos_cap_v2.*V or Sample"):
-        matching_scheduler(VariancePreserving("squaredcos_cap_v2"), Epsilon())
+class Elsewhere(Path):
+    alpha = sigma = derivatives = time = network_time = None
+
+
+def test_a_path_that_no_scheduler_walks_is_refused_with_those_that_are():
+    with pytest.raises(UsageError, match=r"walks Elsewhere; .* VariancePreserving, RectifiedFlow, VarianceExploding") as error:
+        samplers_for(Elsewhere(), V())
+    one_line(error)
+
+
+FROM_DDIM = matching_scheduler(VariancePreserving(), V()).config
+ZERO_SNR = VariancePreserving(zero_terminal_snr=True)
+FROM_ZERO = matching_scheduler(ZERO_SNR, V()).config
+FROM_FLOW = matching_scheduler(RectifiedFlow(), Velocity()).config
+FROM_EDM = matching_scheduler(VarianceExploding(), Preconditioned()).config
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler])
+def test_a_scheduler_made_from_the_pipeline_s_own_fits(kind):
+    check_scheduler(kind.from_config(FROM_DDIM), VariancePreserving(), V())
+
+
+@pytest.mark.parametrize(
+    "scheduler, path, why",
+    [
+        (DDIMScheduler.from_config(FROM_FLOW), RectifiedFlow(), "the class DDIMScheduler"),
+        (DPMSolverMultistepScheduler.from_config(FROM_FLOW), RectifiedFlow(), "use_flow_sigmas=False"),
+        (FlowMatchEulerDiscreteScheduler.from_config(FROM_DDIM), VariancePreserving(), "the class FlowMatchEulerDiscrete"),
+        (PNDMScheduler.from_config(FROM_DDIM), VariancePreserving(), "the class PNDMScheduler"),
+        (DDPMScheduler.from_config(FROM_DDIM), VariancePreserving("linear"), "its schedule of betas"),
+        (DDPMScheduler.from_config(FROM_DDIM, num_train_timesteps=500), VariancePreserving(), "num_train_timesteps=500"),
+        (DDIMScheduler.from_config(FROM_DDIM, clip_sample=True), VariancePreserving(), "clip_sample=True"),
+        (EulerDiscreteScheduler.from_config(FROM_DDIM), VarianceExploding(), "the class EulerDiscreteScheduler"),
+        (EDMDPMSolverMultistepScheduler.from_config(FROM_EDM), VarianceExploding(sigma_max=50.0), "sigma_max=80.0"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True), RectifiedFlow(), "prediction_type='epsilon'"),
+        (DDPMScheduler.from_config(FROM_ZERO, prediction_type="epsilon"), ZERO_SNR, "prediction_type='epsilon'"),
+        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), RectifiedFlow(), "stochastic_sampling=True"),
+    ],
+)
+def test_a_scheduler_that_walks_another_path_is_refused_with_those_that_fit(scheduler, path, why):
+    with pytest.raises(UsageError) as error:
+        check_scheduler(scheduler, path, V())
+    message = one_line(error)
+    assert why in message and message.endswith(", ".join(samplers_for(path, V())))
+
+
+@pytest.mark.parametrize("path, prediction, names", MODELS)
+def test_what_a_model_was_trained_with_is_kept_in_words(path, prediction, names):
+    words = json.loads(json.dumps(describe(path, prediction)))
+    again = diffusion_from(words)
+    assert type(again.prediction) is type(prediction) and type(again.path) is type(path)
+    assert describe(*again) == words
+    t = torch.rand(5, dtype=torch.float64)
+    assert torch.equal(again.path.sigma(t), path.sigma(t))
+    assert matching_scheduler(*again).config == matching_scheduler(path, prediction).config
+
+
+def test_the_words_are_those_of_the_yaml():
+    assert describe(VariancePreserving("linear", True), V()) == {
+        "path": {
+            "class_path": "ldm.diffusion.path.VariancePreserving",
+            "init_args": {"schedule": "linear", "zero_terminal_snr": True},
+        },
+        "prediction": {"class_path": "ldm.diffusion.prediction.V", "init_args": {}},
+    }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        {"class_path": "os.system", "init_args": {"command": "true"}},
+        {"class_path": "ldm.diffusion.path.torch", "init_args": {}},
+        {"class_path": "ldm.diffusion.path.Path", "init_args": {}},
+        {"class_path": "ldm.diffusion.path.Nowhere", "init_args": {}},
+        {"class_path": "ldm.diffusion.prediction.V", "init_args": {}},
+        {"class_path": "ldm.diffusion.path.RectifiedFlow", "init_args": {"speed": 1}},
+        {"class_path": "ldm.diffusion.path.RectifiedFlow"},
+        None,
+    ],
+)
+def test_words_that_name_anything_else_are_refused_and_nothing_is_imported(path):
+    with pytest.raises(UsageError, match=r"diffusion of model_index.json cannot be read \(") as error:
+        diffusion_from({"path": path, "prediction": {"class_path": "ldm.diffusion.prediction.V", "init_args": {}}})
+    one_line(error)

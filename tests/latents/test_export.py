@@ -165,9 +165,12 @@ def test_a_finished_export_and_other_work_are_left_alone(autoencoder, image_shar
     before = contents(out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
-    for folder in (out, tmp_path / "mine"):
-        with pytest.raises(UsageError, match="already holds other work"):
-            export_latents(autoencoder, image_shards, folder)
+    with pytest.raises(UsageError, match="already holds other work"):
+        export_latents(autoencoder, image_shards, tmp_path / "mine")
+    with pytest.raises(UsageError, match=r"holds a finished export of other things \(dtype: float16, not float32\)"):
+        export_latents(autoencoder, image_shards, out, dtype="float32")
+    # the same again: done already, as for a process that starts when the others have finished
+    assert export_latents(autoencoder, image_shards, out) == Manifest.load(out)
     assert contents(out) == before and list(contents(tmp_path / "mine")) == [Path("notes")]
 
 

@@ -10,9 +10,16 @@ from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.timesteps import Uniform
 from ldm.errors import UsageError
-from ldm.models.dit import DiT
+from ldm.models.dit import KEPT_TEXTS, DiT, text_computed_once
+from ldm.models.layers import FeedForward, position_embedding, rotary_embedding
 
 SIZES = {"sample_size": 8, "width": 32, "num_layers": 2, "num_heads": 2, "text_width": 16}
+# beside the default, every choice at least once
+VARIANTS = [
+    {},
+    {"adaln": "zero", "norm": "rms_norm", "activation": "swiglu", "positions": "rope"},
+    {"adaln": "zero", "qk_norm": False, "positions": "sincos_rope", "pooled_text": False},
+]
 
 
 def inputs(batch=3, height=8, width=8, length=5):
@@ -22,25 +29,29 @@ def inputs(batch=3, height=8, width=8, length=5):
     return x, torch.linspace(50, 950, batch), Condition(text, torch.ones(batch, length, dtype=torch.int64))
 
 
-def test_a_fresh_dit_says_exactly_nothing():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_fresh_dit_says_exactly_nothing(variant):
     x, timestep, condition = inputs()
-    assert not denoise(DiT(**SIZES), x, timestep, condition).any()
+    assert not denoise(DiT(**SIZES, **variant), x, timestep, condition).any()
 
 
-def test_the_blocks_of_a_fresh_dit_are_the_identity():
-    dit = DiT(**SIZES)
-    modulation = dit.modulation(torch.randn(3, 32)).unflatten(1, (6, -1))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_blocks_of_a_fresh_dit_are_the_identity(variant):
+    dit = DiT(**SIZES, **variant)
+    modulations = dit.modulation(torch.randn(3, 32)).unflatten(1, (-1, 6, 32)).unbind(1)
+    assert len(modulations) == (2 if variant.get("adaln") == "zero" else 1)
     x, text = torch.randn(3, 16, 32), torch.randn(3, 5, 32)
     for block in dit.blocks:
-        assert torch.equal(block(x, modulation, text, None), x)
+        assert torch.equal(block(x, modulations[-1], text, None), x)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 @pytest.mark.parametrize("height, width", [(8, 8), (8, 12), (16, 4), (16, 16)])
-def test_the_output_has_the_shape_of_the_latents(patch_size, height, width):
+def test_the_output_has_the_shape_of_the_latents(randomised, patch_size, height, width):
     x, timestep, condition = inputs(2, height, width)
-    dit = DiT(**SIZES, patch_size=patch_size)
-    assert denoise(dit, x, timestep, condition).shape == x.shape
+    dit = randomised(DiT(**SIZES, patch_size=patch_size, positions="sincos_rope"))
+    output = denoise(dit, x, timestep, condition)
+    assert output.shape == x.shape and output.isfinite().all()
 
 
 @pytest.mark.parametrize("patch_size, height, width", [(1, 8, 4), (2, 8, 8), (2, 4, 12), (4, 8, 16)])
@@ -65,8 +76,12 @@ def test_sizes_that_do_not_fit_are_refused():
         DiT(sample_size=9)
     with pytest.raises(UsageError, match="width 30 is not a multiple of num_heads 4"):
         DiT(**SIZES | {"width": 30, "num_heads": 4})
-    with pytest.raises(ValueError, match=r"\(8, 7\) are not divisible by patch_size 2"):
+    with pytest.raises(UsageError, match="positions rope needs a width that is a multiple of 4 x 3 heads"):
+        DiT(**SIZES | {"width": 30, "num_heads": 3}, positions="rope")
+    with pytest.raises(UsageError, match=r"\(8, 7\) are not divisible by patch_size 2"):
         denoise(DiT(**SIZES), *inputs(1, 8, 7))
+    with pytest.raises(UsageError, match="text embeddings are 16 wide, but the denoiser takes 24"):
+        denoise(DiT(**SIZES | {"text_width": 24}), *inputs())
 
 
 @torch.no_grad()
@@ -81,6 +96,53 @@ def test_padding_is_never_seen(randomised, pooled):
     torch.testing.assert_close(denoise(dit, x, timestep, padded), plain, rtol=1e-4, atol=1e-5)
     # and what is not padding is seen
     assert (denoise(dit, x, timestep, condition._replace(embeddings=condition.embeddings.flip(0))) - plain).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_padding_that_no_caption_needs_costs_nothing(tiny_dit):
+    """Nor does a mask that hides nothing: the blocks never see either."""
+    seen = []
+    tiny_dit.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append((arguments[2].shape[1], arguments[3])))
+    x, timestep, condition = inputs()
+    denoise(tiny_dit, x, timestep, condition.pad(12))
+    assert seen == [(5, None)]
+    condition.mask[1, 3:] = 0
+    denoise(tiny_dit, x, timestep, condition.pad(12))
+    assert seen[1][0] == 5 and torch.equal(seen[1][1][:, 0, 0], condition.mask.bool())
+    condition.mask.zero_()  # a caption of nothing at all
+    assert denoise(tiny_dit, x, timestep, condition).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tokens", [5, 3])
+def test_a_text_computed_once_says_the_same(randomised, variant, tokens):
+    dit = randomised(DiT(**SIZES, **variant)).eval()
+    x, timestep, condition = inputs()
+    condition.mask[1, tokens:] = 0
+    other = condition._replace(embeddings=condition.embeddings.flip(0).contiguous())
+    plain = [denoise(dit, x, t * timestep, text) for t in (1.0, 0.5) for text in (condition, other)]
+    calls = []
+    for layer in (dit.text_embed, dit.blocks[1].text_attention.to_kv):
+        layer.register_forward_hook(lambda layer, *_: calls.append(layer))
+    with text_computed_once(torch.nn.Sequential(dit)):
+        kept = [denoise(dit, x, t * timestep, text) for t in (1.0, 0.5) for text in (condition, other)]
+    assert len(calls) == 2 * 2  # two texts, once each
+    for ours, theirs in zip(kept, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    # and nothing of it is left
+    dit.text_embed[1].bias.add_(1.0)
+    assert (denoise(dit, x, timestep, condition) - plain[0]).abs().max() > 1e-3
+
+
+def test_texts_made_anew_at_every_step_fill_no_memory_and_training_goes_on_as_ever(tiny_dit):
+    x, timestep, condition = inputs()
+    with text_computed_once(tiny_dit):
+        with torch.no_grad():
+            outputs = [denoise(tiny_dit, x, timestep, condition._replace(mask=condition.mask.clone())) for _ in range(9)]
+        assert len(tiny_dit._kept_texts) == KEPT_TEXTS and all(torch.equal(output, outputs[0]) for output in outputs)
+        for _ in range(2):  # the graph is another one each time
+            denoise(tiny_dit, x, timestep, condition).sum().backward()
 
 
 @torch.no_grad()
@@ -113,12 +175,14 @@ def test_time_and_place_matter(tiny_dit):
 
 
 @torch.no_grad()
-def test_it_comes_back_from_its_directory(tiny_dit, tmp_path):
-    tiny_dit.save_pretrained(tmp_path)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_comes_back_from_its_directory(randomised, variant, tmp_path):
+    dit = randomised(DiT(**SIZES, **variant)).eval()
+    dit.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     again = DiT.from_pretrained(tmp_path)
-    assert again.config.width == 32 and again.config.patch_size == 2
-    assert torch.equal(denoise(again, *inputs()), denoise(tiny_dit, *inputs()))
+    assert again.config.items() >= {"width": 32, "patch_size": 2, **variant}.items()
+    assert torch.equal(denoise(again, *inputs()), denoise(dit, *inputs()))
 
 
 def gradients(dit):
@@ -128,7 +192,9 @@ def gradients(dit):
     return {name: parameter.grad.clone() for name, parameter in dit.named_parameters()}
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_dit):
+@pytest.mark.parametrize("variant", VARIANTS[:2])
+def test_gradient_checkpointing_changes_no_gradient(randomised, variant):
+    tiny_dit = randomised(DiT(**SIZES, **variant))
     calls = []
     tiny_dit.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     plain = gradients(tiny_dit)
@@ -175,6 +241,57 @@ def test_pixart_stands_in_for_it():
     assert pixart.proj_out.weight.grad.abs().max() > 0
 
 
+def test_a_compiled_block_is_the_same_block(randomised):
+    """Traced whole, without a break, once for all blocks and once more where text lengths begin to differ."""
+    dit = randomised(DiT(**SIZES, **VARIANTS[1]))
+    wanted = gradients(dit)
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module
+
+    dit.compile_repeated_blocks(backend=backend, fullgraph=True)
+    assert list(dit.state_dict()) == list(DiT(**SIZES, **VARIANTS[1]).state_dict())
+    for name, gradient in gradients(dit).items():
+        torch.testing.assert_close(gradient, wanted[name], msg=name)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("width", [32, 384, 768, 1024, 1152])
+def test_swiglu_has_as_many_parameters_as_gelu(width):
+    gelu, swiglu = (sum(p.numel() for p in FeedForward(width, 4.0, kind).parameters()) for kind in ("gelu", "swiglu"))
+    assert abs(swiglu / gelu - 1) < (0.05 if width == 32 else 0.002)  # a hidden size is a multiple of 8
+
+
+def test_positions_of_a_larger_grid_lie_between_those_of_the_trained_one():
+    """Twice the tokens over the same span: every second one stands where one stood, whatever the other side."""
+    for embedding in (position_embedding, lambda *sizes: torch.cat(rotary_embedding(*sizes), dim=1)):
+        base, finer = embedding(16, 4, 4, 4).unflatten(0, (4, 4)), embedding(16, 8, 12, 4).unflatten(0, (8, 12))
+        torch.testing.assert_close(finer[::2, ::3], base)
+        assert len(base.flatten(0, 1).unique(dim=0)) == 16  # and no two places are one
+
+
+def test_a_rotary_product_depends_on_the_distance_alone():
+    """So a crop of the picture is the picture of a crop: queries and keys turned by places (r, c) and (r + i, c + j)."""
+    cosines, sines = (part.unflatten(0, (6, 6)) for part in rotary_embedding(16, 6, 6, 6))
+    q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+
+    def turned(vector, row, column):
+        pairs = vector.unflatten(-1, (-1, 2))
+        quarter = torch.stack([-pairs[:, 1], pairs[:, 0]], dim=-1).flatten()
+        return vector * cosines[row, column] + quarter * sines[row, column]
+
+    products = {
+        (i, j): [turned(q, r, c) @ turned(k, r + i, c + j) for r in range(3) for c in range(3)]
+        for i in range(3)
+        for j in range(3)
+    }
+    for values in products.values():
+        torch.testing.assert_close(torch.stack(values), values[0].expand(9), rtol=1e-4, atol=1e-5)
+    assert len({round(values[0].item(), 4) for values in products.values()}) == 9
+
+
 def train(dit, steps, learning_rate):
     """Overfit one batch at fixed times and noise; yields the loss before each step."""
     x, timestep, condition = inputs(4)
@@ -189,9 +306,10 @@ def train(dit, steps, learning_rate):
         optimiser.step()
 
 
-def test_gradients_reach_every_parameter_once_the_zeros_have_moved():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_reach_every_parameter_once_the_zeros_have_moved(variant):
     torch.manual_seed(0)
-    dit = DiT(**SIZES)
+    dit = DiT(**SIZES, **variant)
     steps = train(dit, 3, 1e-2)
     next(steps)
     # at first the output layer alone, behind its zeros; then the gates; then what stands behind the gates
@@ -201,15 +319,16 @@ def test_gradients_reach_every_parameter_once_the_zeros_have_moved():
     assert [name for name, p in dit.named_parameters() if not p.grad.any()] == []
 
 
-def test_it_can_learn_one_batch_by_heart():
+@pytest.mark.parametrize("variant", VARIANTS[:2])
+def test_it_can_learn_one_batch_by_heart(variant):
     torch.manual_seed(0)
-    losses = list(train(DiT(**SIZES), 100, 5e-3))
+    losses = list(train(DiT(**SIZES, **variant), 100, 5e-3))
     assert losses[-1] < losses[0] / 5
 
 
 def test_a_preview_before_training_does_not_get_in_its_way():
-    """What is cached under ``inference_mode`` (position embeddings) may enter autograd later."""
-    dit = DiT(**SIZES | {"width": 48})  # a width of its own: nothing is in the cache yet
+    """What is cached under ``inference_mode`` (positions) may enter autograd later."""
+    dit = DiT(**SIZES | {"width": 48}, positions="sincos_rope")  # a width of its own: nothing is in the cache yet
     with torch.inference_mode():
         denoise(dit, *inputs())
     denoise(dit, *inputs()).sum().backward()

@@ -1,9 +1,13 @@
-"""Stage two: what it refuses, what it learns, and that its preview is what its pipeline draws."""
+"""Stage two: what it refuses, what it learns, what it measures, and that its preview is what its pipeline draws."""
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,21 +15,25 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from ldm.cli import dispatch
 from ldm.data.datamodule import ShardDataModule
+from ldm.data.plan import Draw
 from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
 from ldm.diffusion.timesteps import LogitNormal, Uniform
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.latents.export import export_latents
-from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder
+from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder, set_latent_statistics
 from ldm.models.dit import DiT
 from ldm.models.text import TextEncoder
 from ldm.pipeline import load_pipeline
 from ldm.training.base import OptimiserConfig
-from ldm.training.denoiser import DenoiserTraining
+from ldm.training.denoiser import DenoiserTraining, fixed_noise
+from ldm.training.ema import PowerAverages
+from ldm.training.posthoc import PostHocCLI, find_snapshots, reconstruct
 
 
 def new_autoencoder(folder: Path, seed: int) -> Path:
@@ -69,7 +77,7 @@ def fit(
         check_val_every_n_epoch=None, val_check_interval=steps, default_root_dir=folder, use_distributed_sampler=False,
         **settings,
     )  # fmt: skip
-    trainer.fit(module, ShardDataModule(str(latents), str(latents), batch_size=8, **data or {}))
+    trainer.fit(module, ShardDataModule(str(latents), str(latents), **{"batch_size": 8} | (data or {})))
     return trainer
 
 
@@ -222,3 +230,267 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(exported: tuple[Pat
             load_pipeline(saved)
         (saved / file).write_text(before)
     load_pipeline(saved)
+
+
+# -- the averages ----------------------------------------------------------------------------------------------------
+
+
+def test_an_average_made_after_a_training_is_the_one_kept_in_it(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(exported[0], power_averages=PowerAverages([0.05, 0.075, 0.1], snapshot_every=6))
+    fit(module, exported[1], tmp_path, 60)
+    snapshots = find_snapshots(tmp_path)
+    assert [one.step for one in snapshots] == [step for step in range(6, 61, 6) for _ in range(3)]
+    made, _ = reconstruct([one for one in snapshots if one.sigma_rel != 0.075], 0.075)
+    error = total = 0.0
+    kept = module.average.power[0.075].shadow_params
+    for (name, trained), average in zip(module.denoiser.named_parameters(), kept, strict=True):
+        error += float((made[name] - average).square().sum())
+        total += float((trained.detach() - average).square().sum())
+    assert error**0.5 < 0.02 * total**0.5  # against how far averaging takes the weights
+
+
+def test_the_named_average_is_what_is_validated_and_a_checkpoint_has_them_all(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    averages = {"power_averages": PowerAverages([0.05, 0.1], product=0.1)}
+    module = make(exported[0], **averages)
+    trainer = fit(module, exported[1], tmp_path, 4)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = make(exported[0], **averages)
+    again.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
+    assert again.num_images_seen == module.num_images_seen == 32
+    for ours, theirs in zip(again.average._all(), module.average._all(), strict=True):
+        assert ours.optimization_step == 4
+        assert all(torch.equal(*pair) for pair in zip(ours.shadow_params, theirs.shadow_params, strict=True))
+    with again.average_applied():
+        applied = [parameter.clone() for parameter in again.denoiser.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(applied, module.average.power[0.1].shadow_params, strict=True))
+
+
+def test_averages_count_steps_and_not_the_batches_gathered_for_one(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(exported[0])
+    fit(module, exported[1], tmp_path, 3, accumulate_grad_batches=2)
+    assert module.average.step == 3 and module.num_images_seen == 48
+
+
+def test_the_command_line_makes_a_pipeline_of_any_average(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = {
+        "trainer": {"max_steps": 12, "val_check_interval": 12, "accelerator": "cpu", "precision": "32-true"},
+        "data": {"train": str(exported[1]), "validation": str(exported[1]), "batch_size": 8},
+        "model": {
+            "autoencoder": str(exported[0]),
+            "denoiser": {
+                "class_path": "ldm.models.dit.DiT",
+                "init_args": {"sample_size": 16, "patch_size": 4, "width": 32, "num_layers": 1, "num_heads": 2},
+            },
+            "path": {"class_path": "ldm.diffusion.path.RectifiedFlow"},
+            "prediction": {"class_path": "ldm.diffusion.prediction.Velocity"},
+            "timesteps": {"class_path": "ldm.diffusion.timesteps.Uniform"},
+            "power_averages": {"snapshot_every": 2, "product": 0.1},
+            "optimiser": {"learning_rate": 0.003},
+        },
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    dispatch(["denoiser", "fit", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")])
+    PostHocCLI(DenoiserTraining, tmp_path / "run", tmp_path / "made", 0.1)
+    made, exported_one = (load_pipeline(folder).transformer for folder in (tmp_path / "made", tmp_path / "run/pipeline"))
+    for ours, theirs in zip(made.parameters(), exported_one.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)  # 0.1 was stored and is the product
+    with pytest.raises(UsageError, match="no average was stored at step 5; give one of 2, 4, 6, 8, 10, 12"):
+        PostHocCLI(DenoiserTraining, tmp_path / "run", tmp_path / "other", 0.07, 5)
+
+
+# -- the validation loss ---------------------------------------------------------------------------------------------
+
+
+def test_the_validation_loss_is_that_of_the_objective_whatever_the_batch_size(
+    exported: tuple[Path, Path], tmp_path: Path, randomised: Callable
+) -> None:
+    figures = []
+    for batch_size in (10, 3):
+        module = make(exported[0], optimiser=OptimiserConfig(0.0))
+        randomised(module.denoiser)
+        trainer = fit(module, exported[1], tmp_path, 1, {"batch_size": batch_size})
+        figures.append({name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
+    assert figures[0].keys() == figures[1].keys()
+    for name, value in figures[0].items():
+        assert figures[1][name] == pytest.approx(value, rel=1e-5)
+    x0, condition = module.encode(trainer.datamodule.validation_set.batch(range(10)), draw=False)
+    t, eps = fixed_noise(0, x0)
+    with module.average_applied():
+        loss = module.objective(module.denoiser, x0, condition, t, eps).unweighted
+    assert figures[0]["val/loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
+    for number in range(10):
+        inside = (t >= number / 10) & (t < (number + 1) / 10)
+        assert bool(inside.any()) == (f"val/loss_bin_{number:02d}" in figures[0])
+        if inside.any():
+            assert figures[0][f"val/loss_bin_{number:02d}"] == pytest.approx(float(loss[inside].mean()), rel=1e-5)
+
+
+def test_validation_times_are_spread_evenly_and_noise_is_each_samples_own() -> None:
+    t, eps = fixed_noise(0, torch.zeros(256, 4, 8, 8))
+    counts = torch.histc(t, 10, 0, 1)
+    assert counts.min() >= 25 and counts.max() <= 26
+    assert abs(float(eps.mean())) < 4 / eps.numel() ** 0.5 and float(eps.std()) == pytest.approx(1, abs=0.02)
+    later_t, later_eps = fixed_noise(100, torch.zeros(7, 4, 8, 8))
+    assert torch.equal(later_t, t[100:107]) and torch.equal(later_eps, eps[100:107])
+
+
+@pytest.mark.slow
+def test_the_validation_loss_is_the_same_on_two_processes(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    config = Path(__file__).parents[2] / "configs/shapes/denoiser.yaml"
+    found = []
+    for devices in (1, 2):
+        command = [sys.executable, "-m", "ldm", "denoiser", "fit", "--config", str(config), "--out", f"run{devices}"]
+        command += ["--model.autoencoder", str(exported[0]), "--model.denoiser.init_args.sample_size", "16"]
+        command += ["--data.train", str(exported[1]), "--data.validation", str(exported[1])]
+        command += ["--model.optimiser.learning_rate", "0", "--model.preview_prompts", "null", "--data.batch_size", "4"]
+        command += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
+        command += ["--trainer.devices", str(devices), "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        )
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        rows = list(csv.DictReader((tmp_path / f"run{devices}/logs/metrics.csv").open()))
+        found.append({name: float(row[name]) for row in rows for name in row if name.startswith("val/") and row[name]})
+        assert float(rows[-1]["num_images_seen"]) == 2 * 4 * devices
+    assert len(found[0]) > 5 and found[0] == found[1]
+
+
+# -- pictures encoded on the fly -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_online_gives_the_loss_of_exported_latents(
+    exported: tuple[Path, Path], image_shards: Path, dropout: float, randomised: Callable
+) -> None:
+    losses, statistics = [], []
+    for shards, online in ((exported[1], False), (image_shards, True)):
+        data = ShardDataModule(str(shards), str(shards), batch_size=4, caption_dropout=dropout)
+        data.setup("fit")
+        module = make(exported[0], online=online)
+        if online:  # they would be measured by a trainer
+            module.statistics = statistics[0]
+        module.prepare(data)
+        statistics.append(module.frozen.statistics)
+        randomised(module.denoiser)
+        draws = [Draw(number, number) for number in (3, 1, 4, 9)]
+        torch.manual_seed(2)
+        x0, condition = module.encode(data.train_set.batch(draws), draw=True)
+        losses.append(module.objective(module.denoiser, x0, condition).loss)
+        if dropout:  # every caption is the empty one
+            torch.testing.assert_close(condition.embeddings, condition.embeddings[:1].expand_as(condition.embeddings))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
+
+
+def test_online_statistics_are_measured_kept_and_shipped(
+    exported: tuple[Path, Path], image_shards: Path, tmp_path: Path
+) -> None:
+    module = make(exported[0], online=True)
+    trainer = fit(module, image_shards, tmp_path, 2)
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
+    exact = json.loads((exported[1] / "manifest.json").read_text())
+    measured = module.frozen.statistics
+    for values, name in zip(measured, ("latents_mean", "latents_std"), strict=True):
+        np.testing.assert_allclose(values, exact[name], rtol=1e-3, atol=1e-3)  # all ten pictures, in fp32
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["latent_statistics"] == [list(values) for values in measured]
+    module.save(tmp_path / "pipeline")
+    assert load_pipeline(tmp_path / "pipeline").vae.config.latents_std == measured[1]
+    # an export has no trainer to measure with
+    again = make(exported[0], online=True)
+    again.on_load_checkpoint(checkpoint)
+    data = ShardDataModule(str(image_shards), str(image_shards))
+    data.setup("fit")
+    again.prepare(data)
+    assert [*map(list, again.frozen.statistics)] == checkpoint["latent_statistics"]
+
+
+def test_online_takes_the_statistics_of_the_autoencoders_directory(
+    exported: tuple[Path, Path], image_shards: Path, tmp_path: Path
+) -> None:
+    autoencoder = load_autoencoder(exported[0])
+    set_latent_statistics(autoencoder, [0.5] * 4, [2.0] * 4)
+    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    module = make(tmp_path / "autoencoder", online=True)
+    fit(module, image_shards, tmp_path, 1)
+    assert [*map(list, module.frozen.statistics)] == [[0.5] * 4, [2.0] * 4]
+
+
+def test_shards_of_the_other_kind_are_refused(exported: tuple[Path, Path], image_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"online false stage two trains on ldm-latent-shards; .* ldm latents export"):
+        fit(make(exported[0]), image_shards, tmp_path, 1)
+    with pytest.raises(UsageError, match="online true stage two trains on"):
+        fit(make(exported[0], online=True), exported[1], tmp_path, 1)
+    with pytest.raises(UsageError, match=r"model\.text_encoder is for model\.online"):
+        make(exported[0], text_encoder="minilm")
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "data", "named"),
+    [
+        ({"text_width": 64}, {}, "takes text of width 64, but captions are encoded by minilm of width 384; .*text_width"),
+        ({"sample_size": 8}, {}, "sample_size is 8, but the latents need 16"),
+        ({}, {"image_size": 31}, "pictures of 31 x 31 in .* are not multiples of 2"),
+        ({}, {"validation_whole": True}, "validation_whole is for stage one"),
+    ],
+)
+def test_online_sizes_that_do_not_fit_are_refused(
+    exported: tuple[Path, Path], image_shards: Path, tmp_path: Path, denoiser: dict, data: dict, named: str
+) -> None:
+    sizes = {"in_channels": 4, "sample_size": 16, "text_width": 384} | denoiser
+    module = make(exported[0], online=True, denoiser=DiT(patch_size=4, width=32, num_layers=1, num_heads=2, **sizes))
+    with pytest.raises(UsageError, match=named):
+        fit(module, image_shards, tmp_path, 1, data)
+
+
+# -- what stops it ---------------------------------------------------------------------------------------------------
+
+
+class Poison(Callback):
+    """One number of the third batch is none."""
+
+    def on_train_batch_start(self, trainer: Trainer, module: DenoiserTraining, batch: dict, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            batch["mean"][3, 1, 0, 0] = torch.nan
+
+
+def test_a_batch_with_nan_stops_the_run_and_the_step_is_named(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(exported[0])
+    with pytest.raises(LdmError, match="the gradients of step 2 are not finite; look for broken data"):
+        fit(module, exported[1], tmp_path, 5, callbacks=[Poison()])
+    assert all(torch.isfinite(parameter).all() for parameter in module.denoiser.parameters())
+
+
+def test_precisions_without_fp32_weights_are_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"trainer\.precision bf16-true: .* give bf16-mixed or 32-true"):
+        fit(make(exported[0]), exported[1], tmp_path, 1, precision="bf16-true")
+
+
+def test_latents_that_the_patch_does_not_divide_are_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(exported[1], tmp_path / "latents")
+    edit_manifest(tmp_path / "latents", lambda manifest: manifest.update(latent_shapes=[[4, 14, 16]]))
+    with pytest.raises(UsageError, match=r"latents of 16 x 14 are not multiples of model\.denoiser\.patch_size 4"):
+        fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    trainer = fit(make(exported[0]), exported[1], tmp_path, 1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    other = DiT(in_channels=4, sample_size=16, patch_size=2, width=32, num_layers=1, num_heads=2, text_width=384)
+    with pytest.raises(UsageError) as refused:
+        make(exported[0], denoiser=other).on_load_checkpoint(checkpoint)
+    message = str(refused.value)
+    assert "patch_embed.weight: (32, 4, 4, 4) there, (32, 4, 2, 2) here" in message and "more); give the config" in message
+    assert "\n" not in message
+
+
+def test_the_switches_reach_every_block(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(exported[0], gradient_checkpointing=True, compile=True)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes half a minute
+        fit(module, exported[1], tmp_path, 1)
+    assert module.denoiser.gradient_checkpointing
+    assert all(block._compiled_call_impl is not None for block in module.denoiser.blocks)
+    assert not any("_orig_mod" in name for name in module.denoiser.state_dict())

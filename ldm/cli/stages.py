@@ -1,0 +1,81 @@
+"""``ldm autoencoder`` and ``ldm denoiser``: fit, which LightningCLI parses, and what is made of a run afterwards."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli.parser import Parser
+from ldm.errors import UsageError
+
+if TYPE_CHECKING:
+    from ldm.training.denoiser import DenoiserTraining
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Errors as exceptions."""
+    from jsonargparse import ArgumentError
+
+    from ldm.training.autoencoder import AutoencoderTraining
+    from ldm.training.denoiser import DenoiserTraining
+    from ldm.training.run import FitCLI
+
+    stage = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[name]
+    commands = {"export": run_export} | ({"ema": run_ema} if name == "denoiser" else {})
+    try:
+        if arguments[0] in commands:
+            commands[arguments[0]](stage, arguments[1:])
+        else:
+            FitCLI(stage, arguments)
+    except SystemExit as leave:
+        # Lightning, interrupted, puts its house in order and leaves with 1
+        if leave.code == 1:
+            raise KeyboardInterrupt from None
+        raise
+    except ArgumentError as error:
+        raise UsageError(f"ldm {name}: {' '.join(str(error).split())}; see ldm {name} fit --help") from error
+
+
+def run_export(stage: type, arguments: list[str]) -> None:
+    from ldm.training.run import ExportCLI
+
+    parser = _parser(stage, "export", ExportCLI, f"runs/{stage.command} {stage.product}")
+    parser.add_argument("--checkpoint", type=Path, help="of the run (default: its last)")
+    if stage.command == "denoiser":
+        kinds = "pixart: what diffusers' own PixArtAlphaPipeline opens (default: a pipeline directory of ours)"
+        parser.add_argument("--as", dest="kind", choices=["pipeline", "pixart"], default="pipeline", help=kinds)
+    options = parser.parse_args(arguments)
+    pixart = getattr(options, "kind", "pipeline") == "pixart"
+    ExportCLI(stage, options.run, options.out, options.checkpoint, write_pixart if pixart else None)
+
+
+def write_pixart(model: DenoiserTraining, folder: Path) -> None:
+    """In the place of the stage's own ``save``."""
+    from ldm.pixart import export_pixart
+
+    for remark in export_pixart(model.pipeline(), folder):
+        print(remark)
+
+
+def run_ema(stage: type, arguments: list[str]) -> None:
+    from ldm.training.posthoc import PostHocCLI
+
+    parser = _parser(stage, "ema", PostHocCLI, f"runs/{stage.command} {stage.product} --sigma-rel 0.1")
+    lengths = "length of the average, as the standard deviation of the steps it is over, relative to the training"
+    parser.add_argument("--sigma-rel", type=float, required=True, help=lengths)
+    parser.add_argument("--step", type=int, help="that it ends at (default: the last that was stored)")
+    options = parser.parse_args(arguments)
+    PostHocCLI(stage, options.run, options.out, options.sigma_rel, options.step)
+
+
+def _parser(stage: type, command: str, made_by: type, example: str) -> Parser:
+    parser = Parser(
+        f"ldm {stage.command} {command}",
+        description=made_by.__doc__,
+        epilog=f"example:\n  ldm {stage.command} {command} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="folder of the run: what --out of fit was")
+    parser.add_argument("out", type=Path, help="new folder")
+    return parser

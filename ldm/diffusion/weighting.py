@@ -1,0 +1,56 @@
+"""How much the squared error counts at each t.
+
+A weight is stated once, as lambda(t) on the error of the data, ‖x̂0 − x0‖². On the network's own error it follows from the
+2×2 solve: δx0 = −(sigma / determinant)·δy, so it is lambda·sigma² / determinant², whatever the network predicts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.path import Path, require_positive
+from ldm.diffusion.prediction import Prediction
+
+
+class Weighting(ABC):
+    """A choice of lambda(t)."""
+
+    @abstractmethod
+    def scaled(self, path: Path, t: Tensor) -> Tensor:
+        """lambda(t)·sigma(t)² (B,), which is finite at both ends of the path, where lambda may not be."""
+
+    def __call__(self, path: Path, prediction: Prediction, t: Tensor) -> Tensor:
+        """The weight (B,) of the mean squared error of what is predicted, at t (B,)."""
+        return self.scaled(path, t) / prediction.determinant(path, t).square()
+
+
+class MinSNR(Weighting):
+    """lambda = min(SNR, gamma), SNR = alpha² / sigma² (Hang et al. 2023, arXiv 2303.09556).
+
+    For Epsilon that is min(SNR, gamma) / SNR, for V on a variance-preserving path min(SNR, gamma) / (SNR + 1), for Velocity
+    on rectified flow min((1 − t)², gamma·t²).
+    """
+
+    def __init__(self, gamma: float = 5.0):
+        """
+        Args:
+            gamma: the signal-to-noise ratio above which times count alike.
+        """
+        require_positive(self, gamma=gamma)
+        self.gamma = gamma
+
+    def scaled(self, path: Path, t: Tensor) -> Tensor:
+        return torch.minimum(path.alpha(t).square(), self.gamma * path.sigma(t).square())
+
+
+class EDM(Weighting):
+    """lambda = 1 / c_out² = SNR + 1 / sigma_data² (Karras et al. 2022, arXiv 2206.00364, table 1), for any prediction.
+
+    :class:`ldm.diffusion.prediction.Preconditioned` needs none: there it is 1, as c_out is what F is multiplied by.
+    """
+
+    def scaled(self, path: Path, t: Tensor) -> Tensor:
+        return path.alpha(t).square() + (path.sigma(t) / path.sigma_data).square()

@@ -1,0 +1,245 @@
+"""Several processes export together: the bytes are those of one, whoever is late or dies.
+
+torchrun itself runs once; otherwise its environment is given to forks of one warm process, which costs no seconds of imports:
+this file run by :mod:`multiprocessing`'s forkserver; see :func:`run_here`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.writer import ShardWriter, encode_png
+from ldm.latents.claims import WORK_NAME
+from ldm.models.autoencoder import AutoencoderConfig
+
+ROOT = Path(__file__).parents[2]
+SIZES = (5, 1, 8, 3, 6)
+LIMIT_SECONDS = 300
+WORDS = ("red", "tiny", "ring", "cross", "above", "a", "dark", "green", "background", "star")
+NAMES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+}
+
+warm = multiprocessing.get_context("forkserver")
+warm.set_forkserver_preload(["pytest", "ldm.cli", "ldm.latents.export"])
+
+
+def run_here(arguments: list[str], log: str, environment: dict[str, str], hold: str, folder: str) -> None:
+    """One command line in this fork, under an environment.
+
+    Args:
+        arguments: of the command line.
+        log: the file for all that it says.
+        environment: what torchrun or SLURM would set.
+        hold: just before the file of this name gets it, wait for ``folder / "go"``.
+        folder: where ``held-`` that name is made then, and ``waits-`` its rank whenever it waits for others.
+    """
+    from ldm.cli import main
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= environment
+    replace, sleep = os.replace, time.sleep
+
+    def hold_on(source: Path, target: Path) -> None:
+        if Path(target).name == hold:
+            Path(folder, f"held-{hold}").touch()
+            while not Path(folder, "go").exists():
+                sleep(0.01)
+        replace(source, target)
+
+    def wait(seconds: float) -> None:
+        Path(folder, f"waits-{environment.get('RANK')}").touch()
+        sleep(seconds)
+
+    os.replace, time.sleep = hold_on, wait
+    main(arguments)
+
+
+class Rank(NamedTuple):
+    """A warm process, and where it says what it does."""
+
+    process: Any
+    log: Path
+
+    def end(self) -> tuple[int, list[str]]:
+        """Its exit code, and the lines that it said; a hang is a failure."""
+        self.process.join(LIMIT_SECONDS)
+        assert self.process.exitcode is not None, f"hangs: {self.process.kill()}"
+        return self.process.exitcode, self.log.read_text().splitlines()
+
+
+class Files(NamedTuple):
+    """What the exports work on: image shards by their number, and what one process makes of them."""
+
+    folder: Path
+    shards: dict[int, Path]
+    whole: dict[int, dict[str, bytes]]
+
+    def arguments(self, count: int, out: Path) -> list[str]:
+        # one picture at a time, so that a process does not claim all shards ahead
+        given = {"autoencoder": self.folder / "autoencoder", "shards": self.shards[count], "out": out}
+        given |= {"threads": 1, "batch-size": 1, "max-bad-share": 0.1}
+        return ["latents", "export", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
+
+    def start(self, count: int, out: Path, rank: int = 0, world_size: int = 1, by: str = "torchrun", hold: str = "") -> Rank:
+        environment = dict(zip(NAMES[by], map(str, (rank, world_size, rank, world_size)), strict=True))
+        request = {"arguments": self.arguments(count, out), "log": f"{out}-{rank}.log", "environment": environment}
+        request |= {"hold": hold, "folder": str(out.parent)}
+        process = warm.Process(target=runpy.run_path, args=(__file__, {"REQUEST": request}, "export"), daemon=True)
+        process.start()
+        return Rank(process, Path(f"{out}-{rank}.log"))
+
+
+def write(folder: Path, sizes: tuple[int, ...]) -> Path:
+    """Captioned shards of so many pictures; the third one of all is none."""
+    folder.mkdir()
+    entries, keys = [], iter(range(sum(sizes)))
+    for shard, size in enumerate(sizes):
+        with ShardWriter(folder, "x", first_index=shard) as writer:
+            for _, key in zip(range(size), keys, strict=False):
+                draw = np.random.default_rng(key)
+                image = Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+                caption = " ".join(random.Random(key).choices(WORDS, k=2 + key % 9))
+                writer.write(f"{key:02d}", {"png": b"none" if key == 2 else encode_png(image), "txt": caption.encode()})
+        entries += writer.entries
+    Manifest(IMAGE_SHARDS, tuple(entries)).save(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """1, 3 and 5 shards; one process exports each quietly."""
+    folder = tmp_path_factory.mktemp("export")
+    config = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16)
+    config.build().save_pretrained(folder / "autoencoder")
+    sizes = {1: (11,), 3: SIZES[:3], 5: SIZES}
+    files = Files(folder, {count: write(folder / f"shards{count}", sizes[count]) for count in sizes}, {})
+    for count in sizes:
+        out = folder / f"whole{count}"
+        assert files.start(count, out).end()[0] == 0
+        files.whole[count] = contents(out)
+        assert len(files.whole[count]) == count + 3  # with the manifest, the null text and what was left out
+    return files
+
+
+def until(happens: Any) -> None:
+    """Wait for it, within limits."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_same(files: Files, count: int, out: Path) -> bool:
+    return contents(out) == files.whole[count] and not (out / WORK_NAME).exists()
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_bytes_of_one_process(files: Files, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ldm"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*command, *files.arguments(3, out)], env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert is_same(files, 3, out)
+    # one of them speaks
+    assert done.stdout.count(f"13 latents in 3 shards: {out}") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", NAMES)
+@pytest.mark.parametrize(("count", "world_size"), [(1, 2), (3, 2), (5, 2), (5, 3)])
+def test_any_number_of_processes_gives_the_same_bytes(
+    files: Files, tmp_path: Path, count: int, world_size: int, by: str
+) -> None:
+    out = tmp_path / "out"
+    for code, said in [rank.end() for rank in [files.start(count, out, rank, world_size, by) for rank in range(world_size)]]:
+        assert code == 0, said
+    assert is_same(files, count, out)
+
+
+@pytest.mark.slow
+def test_one_that_comes_when_all_is_done_is_done_too(files: Files, tmp_path: Path) -> None:
+    """As on a node that starts late."""
+    for rank in range(2):
+        code, said = files.start(1, tmp_path / "out", rank, 2).end()
+        assert code == 0, said
+        assert is_same(files, 1, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_one_that_waits_while_the_other_finishes_is_done_too(files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = files.start(3, out, 0, 2, hold="manifest.json")
+    until((tmp_path / "held-manifest.json").exists)
+    second = files.start(3, out, 1, 2)
+    until((tmp_path / "waits-1").exists)
+    (tmp_path / "go").touch()
+    for rank in (first, second):
+        code, said = rank.end()
+        assert code == 0, said
+    assert is_same(files, 3, out)
+
+
+@pytest.mark.slow
+def test_the_shard_of_a_dead_process_is_taken_over_by_the_living(files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dying = files.start(5, out, 1, 2, hold="latents-00001.tar")
+    until((tmp_path / "held-latents-00001.tar").exists)
+    living = files.start(5, out, 0, 2)
+    # it makes its own, and then waits for what the other one holds
+    until(lambda: {"00000.json", "00002.json", "00004.json"} <= {path.name for path in (out / WORK_NAME).iterdir()})
+    assert not (out / WORK_NAME / "00001.json").exists() and [*out.glob(".latents-00001.tar.*.tmp")]
+    dying.process.kill()
+    assert dying.end()[0] == -signal.SIGKILL
+    code, said = living.end()
+    assert code == 0, said
+    assert is_same(files, 5, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_dead_processes_left_another_number_finishes(files: Files, tmp_path: Path, world_size: int) -> None:
+    out = tmp_path / "out"
+    dying = []
+    # the first takes shards 1 and 3, which leaves 0, 2 and 4 to the second
+    for rank, shard in ((1, 1), (0, 4)):
+        dying.append(files.start(5, out, rank, 2, hold=f"latents-0000{shard}.tar"))
+        until((tmp_path / f"held-latents-0000{shard}.tar").exists)
+    for rank in dying:
+        rank.process.kill()
+        assert rank.end()[0] == -signal.SIGKILL
+    assert len([*out.glob(".*.tmp")]) == 2
+    assert sorted(path.name for path in out.glob("*.tar")) == ["latents-00000.tar", "latents-00002.tar"]
+    stand = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    for code, said in [rank.end() for rank in [files.start(5, out, rank, world_size) for rank in range(world_size)]]:
+        assert code == 0, said
+    assert is_same(files, 5, out)
+    assert {path: path.stat().st_mtime_ns for path in stand} == stand  # made once
+
+
+if __name__ == "export":
+    run_here(**REQUEST)  # noqa: F821

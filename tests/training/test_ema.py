@@ -1,0 +1,182 @@
+"""The power-function averages against their closed forms, and averages made afterwards against those kept directly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ldm.errors import UsageError
+from ldm.training.ema import LONGEST_SIGMA_REL, SNAPSHOTS, Average, PowerAverages, gamma_of
+from ldm.training.posthoc import combine, find_snapshots, inner_product, reconstruct
+
+
+class Vector(nn.Module):
+    """A network of one parameter."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def become(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.weight.copy_(value)
+
+
+def shadow(average: Average, sigma_rel: float) -> Tensor:
+    return average.power[sigma_rel].shadow_params[0]
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (LONGEST_SIGMA_REL, 0.0)])
+def test_the_exponent_is_that_of_the_paper(sigma_rel: float, gamma: float) -> None:
+    """The first two are printed in section 3.1."""
+    assert gamma_of(sigma_rel) == pytest.approx(gamma, abs=5e-3)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.2])
+def test_the_weights_of_a_kept_average_are_the_integrals_of_its_profile(sigma_rel: float) -> None:
+    """Step k of t counts (k^(gamma + 1) − (k − 1)^(gamma + 1)) / t^(gamma + 1); their spread over t is sigma_rel."""
+    steps = 400
+    network = Vector(steps)
+    average = Average(network, 0.9, PowerAverages([sigma_rel]))
+    for row in torch.eye(steps):
+        network.become(row)
+        average.update()
+    weights = shadow(average, sigma_rel).double().numpy()
+    expected = np.diff((np.arange(steps + 1) / steps) ** (gamma_of(sigma_rel) + 1))
+    np.testing.assert_allclose(weights, expected, atol=1e-6)
+    middle = (np.arange(steps) + 0.5) / steps
+    mean = weights @ middle
+    assert np.sqrt(weights @ (middle - mean) ** 2) == pytest.approx(sigma_rel, rel=0.01)
+
+
+def test_the_inner_product_is_the_integral() -> None:
+    s = (np.arange(200_000) + 0.5) / 200_000 * 3
+    for (first, gamma), (second, other) in [((3, 2.0), (3, 7.5)), ((1.5, 6.9), (3, 0.5)), ((3, 6.9), (2, 17.0))]:
+        profiles = [np.where(s <= t, (g + 1) * s**g / t ** (g + 1), 0) for t, g in ((first, gamma), (second, other))]
+        integral = (profiles[0] * profiles[1]).mean() * 3
+        found = inner_product(np.array(first), np.array(gamma), np.array(second), np.array(other))
+        assert found == pytest.approx(integral, rel=1e-3)
+
+
+def test_a_stored_average_is_made_of_itself_alone() -> None:
+    coefficients, error = combine([100, 100, 200, 200], [0.05, 0.1] * 2, 200, 0.1)
+    np.testing.assert_allclose(coefficients, [0, 0, 0, 1], atol=1e-9)
+    assert error < 1e-6
+
+
+def test_the_more_was_stored_the_closer_it_comes() -> None:
+    errors = []
+    for spacing in (250, 125, 50):
+        steps = np.arange(spacing, 1001, spacing).repeat(2)
+        coefficients, error = combine(steps, [0.05, 0.1] * (len(steps) // 2), 1000, 0.07)
+        assert coefficients.sum() == pytest.approx(1)
+        errors.append(error)
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.01
+
+
+def walk(run: Path, steps: int, every: int, kept: list[float], stored: list[float]) -> Average:
+    """Weights on a random walk, averaged at the lengths ``kept``, snapshots of those ``stored``."""
+    generator = torch.Generator().manual_seed(0)
+    network = Vector(2000)
+    average, keeper = (Average(network, 0.9, PowerAverages(lengths)) for lengths in (stored, kept))
+    for step in range(1, steps + 1):
+        network.become(network.weight + torch.randn(2000, generator=generator))
+        average.update()
+        keeper.update()
+        if step % every == 0:
+            average.write_snapshots(run / SNAPSHOTS)
+    return keeper
+
+
+def test_any_length_comes_out_as_if_it_had_been_kept(tmp_path: Path) -> None:
+    lengths = [0.03, 0.05, 0.075, 0.15, 0.2]
+    kept = walk(tmp_path, 1000, 50, lengths, [0.05, 0.1])
+    snapshots = find_snapshots(tmp_path)
+    assert len(snapshots) == 40
+    trained = kept.network.weight.detach()
+    for sigma_rel in lengths:
+        direct = shadow(kept, sigma_rel)
+        made = reconstruct(snapshots, sigma_rel)[0]["weight"]
+        error = (made - direct).norm() / (direct - trained).norm()  # against how far averaging takes the weights
+        assert error < 0.01
+
+
+def test_an_average_of_an_earlier_step_can_be_made(tmp_path: Path) -> None:
+    at_600 = walk(tmp_path / "short", 600, 50, [0.08], [0.05, 0.1])
+    walk(tmp_path / "long", 1000, 50, [0.08], [0.05, 0.1])
+    made = reconstruct(find_snapshots(tmp_path / "long"), 0.08, 600)[0]["weight"]
+    direct = shadow(at_600, 0.08)
+    assert (made - direct).norm() < 0.01 * (direct - at_600.network.weight.detach()).norm()
+    with pytest.raises(UsageError, match="no average was stored at step 620; give one of 50, 100"):
+        reconstruct(find_snapshots(tmp_path / "long"), 0.08, 620)
+
+
+def test_a_snapshot_says_what_it_is(tmp_path: Path) -> None:
+    walk(tmp_path, 3, 3, [0.1], [0.1])
+    with safe_open(tmp_path / SNAPSHOTS / "step-00000003-sigma-0.1.safetensors", "pt") as tensors:
+        assert tensors.metadata() == {"step": "3", "sigma_rel": "0.1"}
+        assert tensors.keys() == ["weight"]
+
+
+def test_all_averages_go_on_exactly_from_a_checkpoint(tmp_path: Path) -> None:
+    walked = torch.randn(60, 5).cumsum(0)
+    network = Vector(5)
+    whole, first = (Average(network, 0.9, PowerAverages([0.05, 0.1], product=0.1)) for _ in range(2))
+    for step, value in enumerate(walked):
+        network.become(value)
+        whole.update()
+        if step < 30:
+            first.update()
+    torch.save(first.state_dict(), tmp_path / "state.ckpt")
+    second = Average(Vector(5), 0.9, PowerAverages([0.05, 0.1], product=0.1))
+    second.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
+    for value in walked[30:]:
+        second.network.become(value)
+        second.update()
+    assert second.step == whole.step == 60
+    for ours, theirs in zip(second._all(), whole._all(), strict=True):
+        assert torch.equal(ours.shadow_params[0], theirs.shadow_params[0])
+
+
+def test_the_product_is_the_one_that_was_named() -> None:
+    network = Vector(3)
+    average = Average(network, 0.5, PowerAverages([0.05, 0.1], product=0.05))
+    for value in torch.randn(20, 3):
+        network.become(value)
+        average.update()
+    with average.applied():
+        assert torch.equal(network.weight, shadow(average, 0.05))
+        assert torch.equal(average.trained()[0], value)
+    assert torch.equal(network.weight, value)
+
+
+def test_an_average_cannot_begin_in_the_middle() -> None:
+    state = Average(Vector(3), 0.9, PowerAverages([0.05])).state_dict()
+    with pytest.raises(UsageError, match=r"has 0\.1, but the checkpoint keeps 0\.05"):
+        Average(Vector(3), 0.9, PowerAverages([0.05, 0.1])).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"sigma_rel": [0.3]}, "sigma_rel is 0.3; give one above 0 and up to 0.289"),
+        ({"sigma_rel": [0.1, 0.1]}, "each once"),
+        ({"sigma_rel": []}, "one or more"),
+        ({"product": 0.2}, "product 0.2 is none of"),
+        ({"snapshot_every": 0}, "snapshot_every is 0"),
+    ],
+)
+def test_settings_that_do_not_serve_are_refused(settings: dict, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        PowerAverages(**settings)
+
+
+def test_a_run_without_averages_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no averages; train with model\.power_averages"):
+        find_snapshots(tmp_path)

@@ -1,0 +1,275 @@
+"""The network of stage two, side by side: our DiT against diffusers' ``PixArtTransformer2DModel``.
+
+    python tools/bench/dit.py [--quick] [--rounds R] [--precision bf16|fp32] [--compile]
+
+Both have the same width, depth, heads, tokens and text, and parameters within 2 % of each other. A training step is the same
+for both (rectified flow, mean square, AdamW, clipping); the network alone differs. Guided sampling is from words to latents,
+with the same text encoder, scheduler (DPM-Solver++ 2M), steps, guidance and length of text: ours through our pipeline, theirs
+through ``PixArtAlphaPipeline`` as it comes, but for the length of its texts, which is cut to that of the longest prompt (it
+would pad all to 120 tokens). In bf16 both run under autocast; with --compile both have their blocks compiled.
+
+Two different networks say different things, so their outputs are not compared. What is: the latents of both pipelines with one
+and the same PixArt inside, and those of our DiT with the text's keys and values computed once and at every step. Ends with
+`ratio NAME MEDIAN MIN MAX`: theirs over ours, of time per training step and per sampling run, in each precision it has.
+"""
+
+from __future__ import annotations
+
+# isort: off
+import ldm  # noqa: F401 - first: it settles how OpenMP waits, for both that are compared
+
+# isort: on
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import diffusers
+import torch
+import transformers
+from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ldm.diffusion.guidance import Condition
+from ldm.diffusion.objective import DenoisingObjective
+from ldm.diffusion.path import RectifiedFlow
+from ldm.diffusion.prediction import Velocity
+from ldm.diffusion.scheduler import make_scheduler
+from ldm.diffusion.timesteps import LogitNormal
+from ldm.machine import bf16_pays, describe
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.dit import DiT, text_computed_once
+from ldm.models.text import TextEncoder
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.training.base import OptimiserConfig
+
+DIFFUSION = RectifiedFlow(), Velocity()
+PROMPTS = [
+    "a large red circle at the center and a small cyan heart at the left on a black background",
+    "a large yellow ring at the top of a gray background with a tiny blue star in the middle of it",
+    "a small green star at the right on a beige background",
+    "two orange triangles, one of them upside down, above a wide purple rectangle on a white background",
+]
+
+
+def quieten() -> None:
+    """The libraries' hints and bars are beside the point here."""
+    warnings.filterwarnings("ignore")
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run, and how."""
+
+    width: int
+    layers: int
+    heads: int
+    side: int  # of the latents; a token is 2 x 2 of them
+    batch: int  # of a training step
+    sampling_steps: int
+    compiled: bool
+    device: str
+
+    def now(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def autocast(self, precision: str) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=precision == "bf16")
+
+
+# -- the two networks ----------------------------------------------------------------------------------------------------
+
+
+def build(side: str, setting: Setting, text_width: int) -> ModelMixin:
+    """A network with random weights everywhere, so that no gate is shut."""
+    torch.manual_seed(0)
+    common = {"in_channels": 4, "sample_size": setting.side, "patch_size": 2, "num_layers": setting.layers}
+    if side == "ours":
+        network = DiT(width=setting.width, num_heads=setting.heads, text_width=text_width, **common)
+    else:
+        network = PixArtTransformer2DModel(
+            num_attention_heads=setting.heads,
+            attention_head_dim=setting.width // setting.heads,
+            cross_attention_dim=setting.width,
+            caption_channels=text_width,
+            out_channels=4,
+            use_additional_conditions=False,
+            **common,
+        )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    network.to(setting.device)
+    if setting.compiled:
+        for block in network.blocks if side == "ours" else network.transformer_blocks:
+            block.compile()
+    return network
+
+
+# -- a training step -----------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """The step that both networks take, on a batch that lies ready."""
+
+    def __init__(self, network: nn.Module, setting: Setting, text: Condition):
+        self.network, self.setting = network, setting
+        self.objective = DenoisingObjective(*DIFFUSION, LogitNormal())
+        self.optimiser, _ = OptimiserConfig(1e-4).build(network, 1000)
+        self.x0 = torch.randn(setting.batch, 4, setting.side, setting.side, device=setting.device)
+        rows = torch.arange(setting.batch, device=setting.device) % len(text.mask)
+        self.text = Condition(text.embeddings[rows], text.mask[rows])
+
+    def step(self, precision: str) -> None:
+        with self.setting.autocast(precision):
+            loss = self.objective(self.network, self.x0, self.text).loss.mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def seconds(self, precision: str, steps: int) -> float:
+        """Seconds per step after the first one."""
+        self.step(precision)
+        began = self.setting.now()
+        for _ in range(steps):
+            self.step(precision)
+        return (self.setting.now() - began) / steps
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------------
+
+
+def sampler(side: str, network: ModelMixin, text_encoder: TextEncoder, setting: Setting) -> Callable[[Tensor], Tensor]:
+    """A function from noise (4, 4, h, w) to the latents of the four prompts; of ours with whichever network is given."""
+    parts = {
+        "vae": AutoencoderConfig([8, 8, 8, 8], 4, 1, 4, False, 32).build().eval(),
+        "text_encoder": text_encoder.model,
+        "tokenizer": text_encoder.tokenizer,
+        "transformer": network,
+        "scheduler": make_scheduler("dpm++2m", *DIFFUSION),
+    }
+    assert isinstance(parts["scheduler"], DPMSolverMultistepScheduler)
+    pipeline = (LatentDiffusionPipeline if side == "ours" else PixArtAlphaPipeline)(**parts).to(setting.device)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": setting.sampling_steps, "guidance_scale": 4.0, "output_type": "latent"}
+    if side == "theirs":
+        longest = text_encoder.encode(PROMPTS)[1].shape[1]
+        options |= {"max_sequence_length": longest, "use_resolution_binning": False, "clean_caption": False}
+
+    def draw(noise: Tensor) -> Tensor:
+        network.eval()
+        with text_computed_once(network):
+            latents = pipeline(PROMPTS, latents=noise, **options).images
+        network.train()
+        return latents
+
+    return draw
+
+
+def sampling_seconds(draw: Callable[[Tensor], Tensor], noise: Tensor, setting: Setting, precision: str) -> float:
+    """Seconds of one run."""
+    began = setting.now()
+    with setting.autocast(precision):
+        draw(noise)
+    return setting.now() - began
+
+
+def state_differences(networks: dict[str, ModelMixin], text_encoder: TextEncoder, setting: Setting, noise: Tensor) -> None:
+    """Print how far apart are the outputs that ought to be the same, in fp32."""
+    pixart = networks["theirs"]
+    loops = [sampler(side, pixart, text_encoder, setting)(noise) for side in networks]
+    apart, spread = (loops[0] - loops[1]).abs().max().item(), loops[1].std().item()
+    print(f"one PixArt in both pipelines: latents differ by at most {apart:.1e} (their standard deviation is {spread:.2f})")
+    dit = networks["ours"].eval()
+    text = Condition(*text_encoder.encode(PROMPTS))
+    arguments = noise, text.embeddings, torch.full((len(PROMPTS),), 500.0, device=noise.device), text.mask
+    with torch.no_grad():
+        plain = dit(*arguments).sample
+        with text_computed_once(dit):
+            dit(*arguments)
+            kept = dit(*arguments).sample
+    apart, spread = (kept - plain).abs().max().item(), plain.std().item()
+    print(f"our DiT, text computed once or at every step: outputs differ by at most {apart:.1e} (of {spread:.2f})", flush=True)
+    dit.train()
+
+
+# -- side by side --------------------------------------------------------------------------------------------------------
+
+
+def measure(setting: Setting, precisions: list[str], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Everything, printed as it comes; returns the ratios."""
+    text_encoder = TextEncoder.load("minilm", setting.device)
+    networks = {side: build(side, setting, text_encoder.width) for side in ("ours", "theirs")}
+    counts = {side: sum(parameter.numel() for parameter in network.parameters()) for side, network in networks.items()}
+    text = Condition(*text_encoder.encode(PROMPTS))
+    print(f"parameters: ours {counts['ours'] / 1e6:.2f}M, theirs {counts['theirs'] / 1e6:.2f}M", end="; ")
+    print(f"{(setting.side // 2) ** 2} tokens of picture, {text.mask.shape[1]} of text")
+    assert abs(counts["ours"] / counts["theirs"] - 1) < 0.02, "the two are not of one size"
+    noise = torch.randn(len(PROMPTS), 4, setting.side, setting.side, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(setting.device)
+    state_differences(networks, text_encoder, setting, noise)
+
+    timed: dict[tuple[str, str, str], Callable[[], float]] = {}
+    for side, network in networks.items():
+        training = Training(network, setting, text)
+        draw = sampler(side, network, text_encoder, setting)
+        for precision in precisions:
+            timed["step", precision, side] = partial(training.seconds, precision, steps)
+            timed["sampling", precision, side] = partial(sampling_seconds, draw, noise, setting, precision)
+            if setting.compiled:  # not on the clock: compiling
+                training.step(precision)
+                sampling_seconds(draw, noise, setting, precision)
+    order = sorted(timed)  # the two sides of a figure next to each other
+    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in order}
+    for turn in range(rounds):
+        for key in order if turn % 2 == 0 else reversed(order):
+            seconds[key].append(timed[key]())
+        last = {" ".join(key): round(values[-1], 3) for key, values in seconds.items()}
+        print(f"round {turn + 1}, s:", last, flush=True)
+    suffix = "_compiled" if setting.compiled else ""
+    return {
+        f"dit_{what}_{precision}{suffix}": [
+            theirs / ours
+            for ours, theirs in zip(seconds[what, precision, "ours"], seconds[what, precision, "theirs"], strict=True)
+        ]
+        for what in ("step", "sampling")
+        for precision in precisions
+    }
+
+
+def main() -> None:
+    """Measure, and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small networks (14M), few tokens, two rounds: under 50 s")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: fp32, and bf16 where the machine has it")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of both; takes minutes on a CPU")
+    options = parser.parse_args()
+    quieten()
+    gpu = torch.cuda.is_available()
+    precisions = [options.precision] if options.precision else ["fp32"] + ["bf16"] * bf16_pays()
+    if options.quick:
+        sizes, rounds, steps = (256, 12, 4, 16, 8, 6), 2, 1
+    else:  # DiT-S of the paper, on a GPU DiT-B, on latents of 32 x 32
+        sizes, rounds, steps = ((768, 12, 12, 32, 64, 20) if gpu else (384, 12, 6, 32, 8, 8)), options.rounds, 3
+    setting = Setting(*sizes, options.compile, "cuda" if gpu else "cpu")
+    print(describe())
+    print(setting, f"{rounds} rounds of {steps} steps and a sampling of {len(PROMPTS)} prompts")
+    ratios = measure(setting, precisions, rounds, steps)
+    for name, values in sorted(ratios.items()):
+        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+
+
+if __name__ == "__main__":
+    main()
