@@ -288,11 +288,12 @@ def export_latents(
         measured = {"latent_shapes", "latents_mean", "latents_std", "source_shards"}
         request = {name: value for name, value in info.as_extra().items() if name not in measured}
         request = json.loads(json.dumps(request | {"batch_size": batch_size, "device": device.type}))  # as it is read back
-        claims = Claims(out, request, len(source.manifest.shards), process.rank, process.world_size)
         # however many come in a row: a whole shard may be broken, and all of them count
         quarantine = Quarantine(len(dataset), max_bad_share, max_in_a_row=len(dataset), config="--")
         exporter = Exporter(out, dataset, encoder, texts, batch_size, flip, quarantine, threads or process.cores)
+        claims = None
         try:
+            claims = Claims(out, request, len(source.manifest.shards), process.rank, process.world_size)
             while not claims.is_done:
                 if claims.missing():
                     exporter.run(claims, on_progress or (lambda done, total: None))
@@ -301,13 +302,14 @@ def export_latents(
                 else:
                     _finish(out, claims, request, info, texts, len(dataset), max_bad_share)
         except OSError as error:
-            if not claims.is_done:  # otherwise another process finished, and took away what it was done with
+            if claims is None or not claims.is_done:  # otherwise another process finished, and took away what it needed
                 raise LdmError(
                     f"{out} cannot be written ({error.strerror or error}); see to that and give the same command again, it "
                     "goes on"
                 ) from error
         finally:
-            claims.release()
+            if claims is not None:
+                claims.release()
     manifest = Manifest.load(out, LATENT_SHARDS)
     if keep_statistics:
         config = Path(autoencoder_path) / "config.json"
@@ -329,6 +331,8 @@ def _finish(
         if claims.is_done:
             return
         records = claims.records()
+        for left in out.glob(".*.tmp"):  # of a process that was killed; nobody else writes now
+            left.unlink()
         # what is left out, in the order of the shards; each was said in the log when it was found
         (out / QUARANTINE_NAME).unlink(missing_ok=True)
         quarantine = Quarantine(samples, max_bad_share, samples, out / QUARANTINE_NAME, config="--", quiet=True)
