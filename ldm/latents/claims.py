@@ -62,9 +62,13 @@ class Claims:
         with FileLock(self.work / "claim.lock"):
             if not asked.is_file() and not self.is_done:
                 write_json(asked, request)
-        if self.is_done:
+        try:
+            before = read_json(asked)
+        except LdmError:
+            if not self.is_done:
+                raise
             return self._begin(request)
-        self._require_same("an unfinished", read_json(asked), request)
+        return self._require_same("an unfinished", before, request)
 
     def _finished_request(self) -> dict[str, Any] | None:
         """What the export was asked for that stands in the folder; None where that is something else."""
@@ -117,6 +121,10 @@ class Claims:
         """Shard ``number`` stands; ``record`` is what the manifest will need of it."""
         write_json(self._record(number), record)
         self._locks.pop(number).release()
+
+    def forget(self, number: int) -> None:
+        """Shard ``number`` does not stand after all."""
+        self._record(number).unlink(missing_ok=True)
 
     def records(self) -> list[dict[str, Any]]:
         """What is on record of the shards that stand, in their order."""

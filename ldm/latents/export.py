@@ -331,6 +331,13 @@ def _finish(
         if claims.is_done:
             return
         records = claims.records()
+        # a shard that was lost since is made again
+        entries = [ShardEntry(**record["entry"]) if record["entry"] else None for record in records]
+        lost = [number for number, entry in enumerate(entries) if entry and not _stands(out / entry.name, entry)]
+        for number in lost:
+            claims.forget(number)
+        if lost:
+            return
         for left in out.glob(".*.tmp"):  # of a process that was killed; nobody else writes now
             left.unlink()
         # what is left out, in the order of the shards; each was said in the log when it was found
@@ -338,10 +345,10 @@ def _finish(
         quarantine = Quarantine(samples, max_bad_share, samples, out / QUARANTINE_NAME, config="--", quiet=True)
         for record in records:
             quarantine.add([BadSample(*bad)] for bad in record["bad"])
-        entries = tuple(ShardEntry(**record["entry"]) for record in records if record["entry"])
+        entries = tuple(filter(None, entries))
         if not entries:
             raise LdmError(f"{out}: no sample could be used; {out / QUARANTINE_NAME} says why")
-        Manifest(LATENT_SHARDS, entries).check_cheap(out)
+        Manifest(LATENT_SHARDS, entries).check_cheap(out)  # and no other tar
         shapes: dict[tuple[int, ...], int] = {}
         for *shape, count in (shape for record in records for shape in record["shapes"]):
             shapes[tuple(shape)] = shapes.get(tuple(shape), 0) + count
@@ -359,3 +366,7 @@ def _finish(
         )
         write_null_text(out, texts.null())
         Manifest(LATENT_SHARDS, entries, info.as_extra() | {"quarantined": len(quarantine), "request": request}).save(out)
+
+
+def _stands(path: Path, entry: ShardEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.bytes

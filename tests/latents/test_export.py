@@ -143,6 +143,16 @@ def test_an_interrupted_export_goes_on_to_the_same_bytes(autoencoder, repeating_
     assert {path: path.stat().st_mtime_ns for path in tars} == tars  # whole shards are not made again
 
 
+def test_a_finished_shard_that_was_lost_is_made_again(autoencoder, repeating_shards, tmp_path):
+    export_latents(autoencoder, repeating_shards, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        export_latents(autoencoder, repeating_shards, tmp_path / "out", on_progress=stop_at(9))
+    (tmp_path / "out" / "latents-00000.tar").unlink()
+    (tmp_path / "out" / "latents-00001.tar").write_bytes(b"cut")
+    export_latents(autoencoder, repeating_shards, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_another_export_is_kept_out_of_the_same_folder(autoencoder, image_shards, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
