@@ -20,7 +20,7 @@ from ldm.data.quarantine import Quarantine
 from ldm.data.shapes_scorer import score
 from ldm.errors import UsageError
 from ldm.losses import PerceptualLoss
-from ldm.models.autoencoder import images_to_pictures, pixels_to_images, reconstruct
+from ldm.models.autoencoder import downsampling_factor, images_to_pictures, pixels_to_images, reconstruct
 
 if TYPE_CHECKING:
     from ldm.metrics import LatentHealth, ReconstructionFID
@@ -81,7 +81,7 @@ def reconstruction_figures(
         UsageError: for a picture smaller than the factor, or a FID of a single picture.
         LdmError: where too many samples cannot be used.
     """
-    device, factor = autoencoder.device, 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    device, factor = autoencoder.device, downsampling_factor(autoencoder)
     nearness = MetricCollection(
         {
             "psnr": PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean"),

@@ -20,7 +20,7 @@ from ldm.diffusion.sampling import Sampler
 from ldm.diffusion.scheduler import Diffusion, check_scheduler, describe, diffusion_from, diffusion_of
 from ldm.errors import UsageError, first_line
 from ldm.files import read_json
-from ldm.models.autoencoder import autoencoder_hash, decode_latents, images_to_pictures
+from ldm.models.autoencoder import autoencoder_hash, decode_latents, downsampling_factor, images_to_pictures
 from ldm.models.dit import text_computed_once
 from ldm.models.text import encode_captions, max_tokens, text_encoder_hash
 
@@ -57,7 +57,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.register_to_config(trained_on=trained_on, diffusion=diffusion)
         if diffusion is None and scheduler is not None:
             self.register_to_config(diffusion=describe(*diffusion_of(scheduler)))
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.vae_scale_factor = downsampling_factor(vae) if vae is not None else 8
 
     @property
     def diffusion(self) -> Diffusion:

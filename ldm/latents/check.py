@@ -22,7 +22,7 @@ from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.latents.encode import PRECISIONS, LatentEncoder, load_matching
 from ldm.latents.pictures import CaptionedPictures
-from ldm.models.autoencoder import pixels_to_images
+from ldm.models.autoencoder import downsampling_factor, pixels_to_images
 
 # An encoder rounds in each of its layers, and what it rounds off adds up as a random walk does: measured were 1 to 3 times eps
 # of bf16. Eight leave room for deeper ones, and are still below every mistake that was tried (pixels in [0, 1] instead of
@@ -116,7 +116,7 @@ class SourcePictures:
                 "by --shards those they were exported from, or export again: ldm latents export"
             )
         images.check_cheap()
-        return cls(images, info.resolution, 2 ** (len(autoencoder.config.block_out_channels) - 1))
+        return cls(images, info.resolution, downsampling_factor(autoencoder))
 
     def image(self, stored: Stored, device: torch.device | str = "cpu") -> Tensor | None:
         """The picture (1, 3, H, W) in [−1, 1] of a latent; None where its shard has no such key.

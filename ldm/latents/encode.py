@@ -127,11 +127,6 @@ class LatentEncoder:
         on_gpu = autoencoder.device.type == "cuda"
         self._turns = Semaphore(BATCHES_ON_GPU) if on_gpu else nullcontext()
 
-    @property
-    def factor(self) -> int:
-        """Picture side over latent side."""
-        return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
-
     def __call__(self, images: Tensor) -> dict[str, np.ndarray]:
         """Images (B, 3, H, W) in [−1, 1] -> ``mean`` and ``std``, (B, C, h, w)."""
         device = self.autoencoder.device

@@ -41,7 +41,7 @@ from ldm.latents.encode import (
     versions,
 )
 from ldm.latents.pictures import CaptionedPictures
-from ldm.models.autoencoder import autoencoder_hash, load_autoencoder, pixels_to_images
+from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder, pixels_to_images
 
 CHUNK_SAMPLES = 256
 # batches made ahead of the one that is written, for each thread: little memory, and no shard is claimed long before its turn
@@ -267,7 +267,7 @@ def export_latents(
     with single_threaded():
         encoder = LatentEncoder(autoencoder, precision, dtype, mode)
         texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, precision)
-        dataset = CaptionedPictures(source, image_size, encoder.factor, captions)
+        dataset = CaptionedPictures(source, image_size, downsampling_factor(autoencoder), captions)
         info = LatentInfo(
             autoencoder=autoencoder_hash(autoencoder),
             text_encoders=texts.info([0] * len(texts.encoders)),

@@ -30,7 +30,7 @@ from ldm.files import atomic_folder, require_folder, require_new_folder
 from ldm.latents.encode import Dtype, Process, TextEncoders, versions
 from ldm.latents.export import CHUNK_SAMPLES
 from ldm.latents.foreign import FileFolder, Foreign, LightningFolder, Picture
-from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
+from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder
 
 MAX_BAD_SHARE = 0.01
 
@@ -282,7 +282,7 @@ def import_latents(
     texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, "fp32")
     importer = Importer(source, layout, texts, dtype, (mean, std) if scaled else None)
     samples = importer.samples(on_progress or (lambda done, total: None))
-    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    factor = downsampling_factor(autoencoder)
     try:
         with atomic_folder(out) as folder:
             for _, of_shard in groupby(enumerate(samples), key=lambda pair: pair[0] // samples_per_shard):

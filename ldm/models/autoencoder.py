@@ -178,11 +178,16 @@ def enable_tiling(autoencoder: AutoencoderKL) -> None:
     result differs a little from that of the whole; the more, the narrower the last row or column of tiles is, and tiles
     begin every three quarters of a side.
     """
-    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    factor = downsampling_factor(autoencoder)
     # diffusers' tiles meet only where a quarter of one is a whole number of latents
     tile = 4 * math.ceil(_side(autoencoder.config) / factor / 4)
     autoencoder.tile_latent_min_size, autoencoder.tile_sample_min_size = tile, tile * factor
     autoencoder.enable_tiling()
+
+
+def downsampling_factor(autoencoder: AutoencoderKL) -> int:
+    """Picture side over latent side."""
+    return 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
 def _side(config: Mapping[str, Any]) -> int:

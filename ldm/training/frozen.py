@@ -20,7 +20,13 @@ from ldm.data.moments import Moments
 from ldm.data.quarantine import BadSample
 from ldm.errors import UsageError
 from ldm.latents.encode import load_matching
-from ldm.models.autoencoder import autoencoder_hash, load_autoencoder, pixels_to_images, set_latent_statistics
+from ldm.models.autoencoder import (
+    autoencoder_hash,
+    downsampling_factor,
+    load_autoencoder,
+    pixels_to_images,
+    set_latent_statistics,
+)
 from ldm.models.text import TextEncoder
 
 # as many as tell a channel's mean and spread to a percent or two
@@ -161,7 +167,7 @@ def _latent_shape(autoencoder: AutoencoderKL, dataset: ImageDataset, folder: str
         if isinstance(first, BadSample):
             raise UsageError(f"{first}, so that the pictures' size is not known; set data.image_size")
         height, width = first["image"].shape[1:]
-    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    factor = downsampling_factor(autoencoder)
     if height % factor or width % factor:
         raise UsageError(
             f"pictures of {width} x {height} in {folder} are not multiples of {factor}, by which the autoencoder shrinks them; "
