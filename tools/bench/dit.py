@@ -4,9 +4,11 @@
 
 Both have the same width, depth, heads, tokens and text, and parameters within 2 % of each other. A training step is the same
 for both (rectified flow, mean square, AdamW, clipping); the network alone differs. Guided sampling is from words to latents,
-with the same text encoder, scheduler (DPM-Solver++ 2M), steps, guidance and length of text: ours through our pipeline, theirs
-through ``PixArtAlphaPipeline`` as it comes, but for the length of its texts, which is cut to that of the longest prompt (it
-would pad all to 120 tokens). In bf16 both run under autocast; with --compile both have their blocks compiled.
+with the same text encoder, scheduler (DPM-Solver++ 2M), steps and guidance: ours through our pipeline, theirs through
+``PixArtAlphaPipeline``. In bf16 both run under autocast; with --compile both have their blocks compiled.
+
+Texts come in two lengths. ``padded``: to 120 tokens, as ``PixArtAlphaPipeline`` and its training pad them; both networks are
+given the same tensors, and ours leaves out what the mask says is padding. Otherwise theirs are cut to the longest prompt too.
 
 Two different networks say different things, so their outputs are not compared. What is: the latents of both pipelines with one
 and the same PixArt inside, and those of our DiT with the text's keys and values computed once and at every step. Ends with
@@ -20,6 +22,7 @@ import ldm  # noqa: F401 - first: it settles how OpenMP waits, for both that are
 
 # isort: on
 import argparse
+import itertools
 import statistics
 import time
 import warnings
@@ -48,6 +51,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.base import OptimiserConfig
 
 DIFFUSION = RectifiedFlow(), Velocity()
+PADDED = 120  # tokens, of PixArtAlphaPipeline
 PROMPTS = [
     "a large red circle at the center and a small cyan heart at the left on a black background",
     "a large yellow ring at the top of a gray background with a tiny blue star in the middle of it",
@@ -150,8 +154,13 @@ class Training:
 # -- sampling ------------------------------------------------------------------------------------------------------------
 
 
-def sampler(side: str, network: ModelMixin, text_encoder: TextEncoder, setting: Setting) -> Callable[[Tensor], Tensor]:
-    """A function from noise (4, 4, h, w) to the latents of the four prompts; of ours with whichever network is given."""
+def sampler(
+    side: str, network: ModelMixin, text_encoder: TextEncoder, setting: Setting, text_length: int
+) -> Callable[[Tensor], Tensor]:
+    """A function from noise (4, 4, h, w) to the latents of the four prompts; of ours with whichever network is given.
+
+    ``text_length`` is theirs; our pipeline encodes prompts at the length they have.
+    """
     parts = {
         "vae": AutoencoderConfig([8, 8, 8, 8], 4, 1, 4, False, 32).build().eval(),
         "text_encoder": text_encoder.model,
@@ -164,8 +173,7 @@ def sampler(side: str, network: ModelMixin, text_encoder: TextEncoder, setting: 
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": setting.sampling_steps, "guidance_scale": 4.0, "output_type": "latent"}
     if side == "theirs":
-        longest = text_encoder.encode(PROMPTS)[1].shape[1]
-        options |= {"max_sequence_length": longest, "use_resolution_binning": False, "clean_caption": False}
+        options |= {"max_sequence_length": text_length, "use_resolution_binning": False, "clean_caption": False}
 
     def draw(noise: Tensor) -> Tensor:
         network.eval()
@@ -188,7 +196,7 @@ def sampling_seconds(draw: Callable[[Tensor], Tensor], noise: Tensor, setting: S
 def state_differences(networks: dict[str, ModelMixin], text_encoder: TextEncoder, setting: Setting, noise: Tensor) -> None:
     """Print how far apart are the outputs that ought to be the same, in fp32."""
     pixart = networks["theirs"]
-    loops = [sampler(side, pixart, text_encoder, setting)(noise) for side in networks]
+    loops = [sampler(side, pixart, text_encoder, setting, PADDED)(noise) for side in networks]
     apart, spread = (loops[0] - loops[1]).abs().max().item(), loops[1].std().item()
     print(f"one PixArt in both pipelines: latents differ by at most {apart:.1e} (their standard deviation is {spread:.2f})")
     dit = networks["ours"].eval()
@@ -204,6 +212,12 @@ def state_differences(networks: dict[str, ModelMixin], text_encoder: TextEncoder
     dit.train()
 
 
+def padded(text: Condition) -> Condition:
+    """``text`` with padding after it."""
+    extra = PADDED - text.mask.shape[1]
+    return Condition(nn.functional.pad(text.embeddings, (0, 0, 0, extra)), nn.functional.pad(text.mask, (0, extra)))
+
+
 # -- side by side --------------------------------------------------------------------------------------------------------
 
 
@@ -214,44 +228,44 @@ def measure(setting: Setting, precisions: list[str], rounds: int, steps: int) ->
     counts = {side: sum(parameter.numel() for parameter in network.parameters()) for side, network in networks.items()}
     text = Condition(*text_encoder.encode(PROMPTS))
     print(f"parameters: ours {counts['ours'] / 1e6:.2f}M, theirs {counts['theirs'] / 1e6:.2f}M", end="; ")
-    print(f"{(setting.side // 2) ** 2} tokens of picture, {text.mask.shape[1]} of text")
+    print(f"{(setting.side // 2) ** 2} tokens of picture, {text.mask.shape[1]} of text, padded {PADDED}")
     assert abs(counts["ours"] / counts["theirs"] - 1) < 0.02, "the two are not of one size"
     noise = torch.randn(len(PROMPTS), 4, setting.side, setting.side, generator=torch.Generator().manual_seed(0))
     noise = noise.to(setting.device)
     state_differences(networks, text_encoder, setting, noise)
 
-    timed: dict[tuple[str, str, str], Callable[[], float]] = {}
-    for side, network in networks.items():
-        training = Training(network, setting, text)
-        draw = sampler(side, network, text_encoder, setting)
+    texts = {"": text, "_padded": padded(text)}
+    timed: dict[tuple[str, str, str, str], Callable[[], float]] = {}
+    for (side, network), (length, condition) in itertools.product(networks.items(), texts.items()):
+        training = Training(network, setting, condition)
+        draw = sampler(side, network, text_encoder, setting, condition.mask.shape[1])
         for precision in precisions:
-            timed["step", precision, side] = partial(training.seconds, precision, steps)
-            timed["sampling", precision, side] = partial(sampling_seconds, draw, noise, setting, precision)
+            timed["step", precision, length, side] = partial(training.seconds, precision, steps)
+            if not (side == "ours" and length):  # ours has nothing to pad
+                timed["sampling", precision, length, side] = partial(sampling_seconds, draw, noise, setting, precision)
             if setting.compiled:  # not on the clock: compiling
                 training.step(precision)
                 sampling_seconds(draw, noise, setting, precision)
     order = sorted(timed)  # the two sides of a figure next to each other
-    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in order}
+    seconds: dict[tuple[str, str, str, str], list[float]] = {key: [] for key in order}
     for turn in range(rounds):
         for key in order if turn % 2 == 0 else reversed(order):
             seconds[key].append(timed[key]())
-        last = {" ".join(key): round(values[-1], 3) for key, values in seconds.items()}
+        last = {" ".join(filter(None, key)): round(values[-1], 3) for key, values in seconds.items()}
         print(f"round {turn + 1}, s:", last, flush=True)
     suffix = "_compiled" if setting.compiled else ""
-    return {
-        f"dit_{what}_{precision}{suffix}": [
-            theirs / ours
-            for ours, theirs in zip(seconds[what, precision, "ours"], seconds[what, precision, "theirs"], strict=True)
-        ]
-        for what in ("step", "sampling")
-        for precision in precisions
-    }
+    ratios = {}
+    for (what, precision, length, side), theirs in seconds.items():
+        if side == "theirs":
+            ours = seconds[what, precision, length if what == "step" else "", "ours"]
+            ratios[f"dit_{what}_{precision}{length}{suffix}"] = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return ratios
 
 
 def main() -> None:
     """Measure, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small networks (14M), few tokens, two rounds: under 50 s")
+    parser.add_argument("--quick", action="store_true", help="small networks (14M), few tokens, three rounds: under 50 s")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: fp32, and bf16 where the machine has it")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of both; takes minutes on a CPU")
@@ -260,7 +274,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     precisions = [options.precision] if options.precision else ["fp32"] + ["bf16"] * bf16_pays()
     if options.quick:
-        sizes, rounds, steps = (256, 12, 4, 16, 8, 6), 2, 1
+        sizes, rounds, steps = (256, 12, 4, 16, 8, 6), 3, 1
     else:  # DiT-S of the paper, on a GPU DiT-B, on latents of 32 x 32
         sizes, rounds, steps = ((768, 12, 12, 32, 64, 20) if gpu else (384, 12, 6, 32, 8, 8)), options.rounds, 3
     setting = Setting(*sizes, options.compile, "cuda" if gpu else "cpu")
