@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.diffusion.guidance import Condition
+from ldm.diffusion.guidance import ClassifierFree, Condition, Guidance
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import Path
 from ldm.diffusion.prediction import Prediction
@@ -55,7 +55,7 @@ class DenoiserTraining(Stage):
         compile: bool = False,
         preview_prompts: list[str] | None = None,
         preview_steps: int = 30,
-        preview_guidance: float = 3.0,
+        preview_guidance: float | Guidance = 3.0,
     ):
         """
         Args:
@@ -75,7 +75,7 @@ class DenoiserTraining(Stage):
             compile: compile every block with ``torch.compile``: minutes at first, faster from then on.
             preview_prompts: drawn before the first step and at every validation, always from the same noise.
             preview_steps: sampling steps of a preview.
-            preview_guidance: guidance scale of a preview.
+            preview_guidance: guidance scale of a preview, or any rule of :mod:`ldm.diffusion.guidance`.
         """
         super().__init__()
         self.denoiser = denoiser
@@ -91,7 +91,8 @@ class DenoiserTraining(Stage):
             denoiser.enable_gradient_checkpointing()
         self.compiles = compile
         self.preview_prompts = preview_prompts or []
-        self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
+        self.preview_steps = preview_steps
+        self.preview_guidance = preview_guidance if isinstance(preview_guidance, Guidance) else ClassifierFree(preview_guidance)
         self.snapshot_every = power_averages.snapshot_every if power_averages else None
         self.start_average(ema_decay, power_averages)
         self.num_images_seen, self._stepped = 0, False
@@ -228,7 +229,7 @@ class DenoiserTraining(Stage):
         pictures = pipeline(
             self.preview_prompts,
             num_inference_steps=self.preview_steps,
-            guidance_scale=self.preview_guidance,
+            guidance=self.preview_guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in range(len(self.preview_prompts))],
         ).images
         return [(prompt, [picture]) for prompt, picture in zip(self.preview_prompts, pictures, strict=True)]

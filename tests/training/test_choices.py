@@ -1,0 +1,103 @@
+"""Every part of the diffusion is a choice in YAML: what it says trains, is previewed by its rule of guidance, and samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ldm.cli import main
+from ldm.diffusion.guidance import AdaptiveProjected, ClassifierFree, Interval, Rescale
+from ldm.latents.export import export_latents
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.pipeline import LatentDiffusionPipeline
+
+CHOICES = {
+    "vp": """
+        path:
+          class_path: ldm.diffusion.path.VariancePreserving
+          init_args: {schedule: squaredcos_cap_v2, zero_terminal_snr: true}
+        prediction: {class_path: ldm.diffusion.prediction.V}
+        timesteps: {class_path: ldm.diffusion.timesteps.DiscreteUniform}
+        weighting: {class_path: ldm.diffusion.weighting.MinSNR, init_args: {gamma: 5.0}}
+        preview_guidance:
+          class_path: ldm.diffusion.guidance.Interval
+          init_args:
+            low: 0.2
+            high: 0.9
+            inner:
+              class_path: ldm.diffusion.guidance.Rescale
+              init_args: {amount: 0.5, inner: {class_path: ldm.diffusion.guidance.ClassifierFree, init_args: {scale: 4.0}}}
+        """,
+    "ddpm": """
+        path: {class_path: ldm.diffusion.path.VariancePreserving, init_args: {schedule: linear}}
+        prediction: {class_path: ldm.diffusion.prediction.Epsilon}
+        timesteps: {class_path: ldm.diffusion.timesteps.Uniform}
+        preview_guidance: 1.5
+        """,
+    "edm": """
+        path: {class_path: ldm.diffusion.path.VarianceExploding, init_args: {sigma_max: 40.0}}
+        prediction: {class_path: ldm.diffusion.prediction.Preconditioned}
+        timesteps: {class_path: ldm.diffusion.timesteps.LogNormal, init_args: {location: -0.5}}
+        weighting: {class_path: ldm.diffusion.weighting.EDM}
+        preview_guidance: {class_path: ldm.diffusion.guidance.AdaptiveProjected, init_args: {scale: 3.0}}
+        """,
+    "flow": """
+        path: {class_path: ldm.diffusion.path.RectifiedFlow}
+        prediction: {class_path: ldm.diffusion.prediction.Velocity}
+        timesteps: {class_path: ldm.diffusion.timesteps.Mode, init_args: {shift: 3.0}}
+        direction_weight: 0.5
+        preview_guidance: {class_path: ldm.diffusion.guidance.ZeroStar, init_args: {scale: 3.0, zero_init_steps: 1}}
+        """,
+}
+RULES = {
+    "vp": Interval(Rescale(ClassifierFree(4.0), 0.5), 0.2, 0.9),
+    "ddpm": ClassifierFree(1.5),
+    "edm": AdaptiveProjected(3.0),
+}
+
+
+@pytest.fixture(scope="module")
+def latents(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("choices")
+    torch.manual_seed(0)
+    AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
+    export_latents(folder / "autoencoder", image_shards, folder / "latents")
+    return folder / "autoencoder", folder / "latents"
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_in_yaml_trains_and_samples(
+    latents: tuple[Path, Path], tmp_path: Path, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = {"in_channels": 4, "sample_size": 16, "patch_size": 4, "width": 32, "num_layers": 1, "num_heads": 2}
+    config = {
+        "seed_everything": 0,
+        "trainer": {"max_steps": 2, "val_check_interval": 2, "logger": False},
+        "data": {"train": str(latents[1]), "validation": str(latents[1]), "batch_size": 4, "validation_samples": 4},
+        "model": yaml.safe_load(CHOICES[choice])
+        | {
+            "autoencoder": str(latents[0]),
+            "denoiser": {"class_path": "ldm.models.dit.DiT", "init_args": network | {"text_width": 384}},
+            "preview_prompts": ["a red ring"],
+            "preview_steps": 3,
+            "optimiser": {"learning_rate": 1.0e-3},
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    rules = []
+    draw = LatentDiffusionPipeline.__call__
+
+    def noting(*given: object, **named: object) -> object:
+        rules.append(named.get("guidance"))
+        return draw(*given, **named)
+
+    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", noting)
+    main(["denoiser", "fit", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")])
+    assert len(rules) == 2 and (choice not in RULES or rules[0] == RULES[choice])
+    assert Image.open(tmp_path / "run/previews/step-00000002.png").size[0] > 0
+    main(["sample", str(tmp_path / "run/pipeline"), "a red ring", "--out", str(tmp_path / "pictures"), "--steps", "3"])
+    assert list((tmp_path / "pictures").glob("0000-*.png"))
