@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,29 +10,39 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ldm.data.decode import DecodeError, decode_image
+from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.guidance import ClassifierFree, Condition, Conversion, Guidance, GuidedDenoiser
 from ldm.diffusion.sampling import Sampler
 from ldm.diffusion.scheduler import Diffusion, check_scheduler, describe, diffusion_from, diffusion_of
 from ldm.errors import UsageError, first_line
 from ldm.files import read_json
-from ldm.models.autoencoder import autoencoder_hash, decode_latents, downsampling_factor, images_to_pictures
+from ldm.models.autoencoder import autoencoder_hash, decode_latents, downsampling_factor, normalise_latents
 from ldm.models.dit import text_computed_once
+from ldm.models.pictures import Canvas, Pictures, to_output
 from ldm.models.text import encode_captions, max_tokens, text_encoder_hash
 
-Step = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+# (pipeline, step, timestep, tensors) -> those of them to go on with
+Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+STRENGTH = 0.6  # keeps what a picture shows, and leaves colours and details to the prompt
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
     """Text encoder, denoiser, scheduler and autoencoder of one trained model."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _callback_tensor_inputs = ("latents",)
+    _callback_tensor_inputs = ("latents", "pred_original_sample")
+    _interrupt = False
+    _num_timesteps = 0
 
     def __init__(
         self,
@@ -110,9 +121,29 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return Condition(*encode_captions(self.tokenizer, self.text_encoder, prompts))
 
     @torch.no_grad()
+    def encode_images(self, image: Pictures, height: int | None = None, width: int | None = None) -> Tensor:
+        """Normalised latents (B, C, h, w) of pictures; their sizes are dealt with as :meth:`__call__` does."""
+        return self._latents(self._canvas(image, None, height, width).images.to(self._execution_device))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
+        """Pictures of normalised latents (B, C, h, w), as :meth:`__call__` gives them; of previews too."""
+        return latents if output_type == "latent" else to_output(decode_latents(self.vae, latents), output_type)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set ``pipeline._interrupt``: the walk then ends and its latents are decoded as they are."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Calls of the denoiser in the latest walk."""
+        return self._num_timesteps
+
+    @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = "",
         negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int = 30,
         guidance_scale: float = 3.0,
@@ -123,64 +154,181 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Step | None = None,
+        callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance: Guidance | None = None,
         weak_transformer: ModelMixin | None = None,
+        image: Pictures | None = None,
+        strength: float | None = None,
+        mask_image: Pictures | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """
+        """Draw pictures from words, from pictures, or both.
+
+        With ``image`` it is image-to-image; with ``mask_image``, or where ``image`` is transparent, the rest is kept and only
+        that part drawn: inpainting, and outpainting of a picture on a larger, transparent canvas.
+
         Args:
-            prompt: one or several.
+            prompt: one or several, B; it may be empty where there are an ``image``, for variations of it, or ``latents``.
             negative_prompt: what guidance leads away from; one for all, or one per prompt.
             num_inference_steps: steps of the scheduler, each one call of the denoiser (``heun``: two).
             guidance_scale: w of ``null + w·(cond − null)``; 1 is no guidance.
-            num_images_per_prompt: pictures per prompt.
-            height, width: in pixels; the size trained on unless given.
+            num_images_per_prompt: N, pictures per prompt.
+            height, width: in pixels; those of ``image``, or the size trained on, unless given.
             generator: one, or one per picture (then a picture does not depend on the batch it was drawn in).
-            latents: starting noise (B, C, h, w) of unit variance, instead of drawing it.
-            output_type: ``pil``; ``pt`` for (B, 3, H, W) in [0, 1]; ``latent`` for normalised latents.
-            callback_on_step_end: called as ``(pipeline, step, timestep, {"latents": …})`` after each step.
+            latents: noise (B·N, C, h, w) of unit variance, instead of drawing it.
+            output_type: ``pil``; ``np`` for (B·N, H, W, 3) and ``pt`` for (B·N, 3, H, W), float32 in [0, 1]; ``latent`` for
+                normalised latents (B·N, C, h, w), before the pixels of ``image`` are put back.
+            return_dict: false gives ``(images,)``.
+            callback_on_step_end: called as ``(pipeline, step, timestep, tensors)`` after each call of the denoiser; ``latents``
+                in the dict that it returns are gone on with. It may set ``pipeline._interrupt = True`` to end the walk.
+            callback_on_step_end_tensor_inputs: which tensors it is given, both (B·N, C, h, w): ``latents``, the scheduler's
+                state, and ``pred_original_sample``, the clean picture's latents as the denoiser sees them now; they are
+                previewed by :meth:`decode`.
             guidance: any rule of :mod:`ldm.diffusion.guidance`, in the place of ``guidance_scale``.
             weak_transformer: a weaker checkpoint of the same model that guidance leads away from, in the place of the negative
                 prompt: autoguidance.
+            image: PIL pictures or tensors (3, H, W) or (B, 3, H, W) in [0, 1], one, or one per prompt, all of one size. Scaled
+                and cut to ``height`` and ``width`` where they are given; of any size without.
+            strength: share of the steps that is walked, in (0, 1]: how far to go from ``image``. 1 draws what there would be
+                without it, from the same noise. 0.6, and with a mask 1, unless given.
+            mask_image: of the image's size, white where it is to be redrawn. Outside, and farther from it than one latent
+                (``vae_scale_factor`` pixels), where the two are blended, the picture's pixels stay identical.
 
         Raises:
-            UsageError: for a prompt or a size that cannot be drawn, or a scheduler that does not fit the denoiser.
+            UsageError: for a prompt, a picture or a size that cannot be drawn, or a scheduler that does not fit the denoiser.
             LdmError: when the denoiser's answer is not finite; names the step.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise UsageError(f"no tensor {name!r} for a callback; choose from: {', '.join(self._callback_tensor_inputs)}")
+        if output_type not in OUTPUT_TYPES:
+            raise UsageError(f"output_type is {output_type!r}; choose from: {', '.join(OUTPUT_TYPES)}")
+        if image is None and not (strength is None and mask_image is None):
+            raise UsageError("strength and mask_image are of an image; give image, too")
+        canvas = None if image is None else self._canvas(image, mask_image, height, width)
+        prompts = self._prompts(prompt, canvas, may_be_empty=canvas is not None or latents is not None)
+        device, count = self._execution_device, len(prompts) * num_images_per_prompt
+        if canvas is not None:
+            canvas = canvas.to(device, count)
+            height, width = canvas.images.shape[-2:]
+            strength = strength if strength is not None else STRENGTH if canvas.mask is None else 1.0
+        sampler = Sampler(self.scheduler, *self.diffusion, num_inference_steps, device, 1.0 if strength is None else strength)
+        if latents is None:
+            shape = self._latent_shape(count, height, width)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents, x0, known = latents.to(device, torch.float32), None, None
+        if canvas is not None:
+            x0 = self._latents(canvas.images)
+            if canvas.mask is not None:
+                known = KnownPart(x0, latents, latent_mask(canvas.mask, self.vae_scale_factor))
+        guided = self._guided(
+            prompts, negative_prompt, num_images_per_prompt, guidance or ClassifierFree(guidance_scale), weak_transformer
+        )
+        self._interrupt, self._num_timesteps = False, len(sampler)
+        denoisers = [self.transformer, *([] if weak_transformer is None else [weak_transformer])]
+        with self.progress_bar(total=len(sampler)) as progress, text_computed_once(*denoisers):
+            for step in sampler.walk(guided, latents, generator, x0):
+                if known is not None:
+                    known.put_back(sampler, step)
+                progress.update()
+                if callback_on_step_end is not None:
+                    tensors = {"latents": step.latents, "pred_original_sample": step.x0}
+                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    step.latents = (callback_on_step_end(self, step.number, step.timestep, given) or {}).get(
+                        "latents", step.latents
+                    )
+                if self.interrupt:
+                    break
+        images = step.latents
+        if output_type != "latent":
+            images = decode_latents(self.vae, images)
+            images = images if canvas is None else canvas.finish(images, band=self.vae_scale_factor)
+            images = to_output(images, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Pictures,
+        prompt: str | Sequence[str] = "",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """The noise that pictures would be drawn from: DDIM inversion, see :func:`ldm.diffusion.editing.invert`.
+
+        ``pipeline(prompt, latents=noise, num_inference_steps=…, guidance_scale=1.0)`` draws them again, with another prompt an
+        edited picture. Both ways along the pipeline's scheduler; it should be deterministic, best ``ddim`` or ``euler``.
+
+        Args:
+            image, height, width: as :meth:`__call__` takes them, without a mask; B pictures.
+            prompt: what they show; one for all, or one per picture. It may be empty.
+            num_inference_steps: as many as it will be drawn again in.
+            guidance_scale: the same as it will be drawn again with; away from 1 the way back is less exact.
+
+        Returns:
+            Noise (B, C, h, w), float32, for ``latents``.
+        """
+        canvas = self._canvas(image, None, height, width)
+        prompts = self._prompts(prompt, canvas, may_be_empty=True)
+        canvas = canvas.to(self._execution_device, len(prompts))
+        sampler = Sampler(self.scheduler, *self.diffusion, num_inference_steps, self._execution_device)
+        x0 = self._latents(canvas.images)
+        guided = self._guided(prompts, "", 1, ClassifierFree(guidance_scale))
+        with self.progress_bar(total=num_inference_steps) as progress, text_computed_once(self.transformer):
+            noise = invert(sampler, guided, x0, on_step=progress.update)
+        self.maybe_free_model_hooks()
+        return noise
+
+    def _prompts(self, prompt: str | Sequence[str], canvas: Canvas | None, may_be_empty: bool) -> list[str]:
+        """One per picture but for repeats."""
+        prompts, pictures = [prompt] if isinstance(prompt, str) else list(prompt), 1 if canvas is None else len(canvas.images)
+        for text in prompts:
+            if not may_be_empty or text.strip():
+                self.check_prompt(text)
+        prompts = prompts * pictures if len(prompts) == 1 else prompts
+        if pictures not in (1, len(prompts)):
+            raise UsageError(f"{pictures} images for {len(prompts)} prompts; give one, or one per prompt")
+        return prompts
+
+    def _canvas(self, image: Pictures, mask: Pictures | None, height: int | None, width: int | None) -> Canvas:
+        """The picture to start from; its own size is taken where the model may be able to draw it."""
+        if height or width:
+            self._latent_shape(1, height, width)
+        canvas = Canvas.of(image, mask, height, width, self.vae_scale_factor * self.transformer.config.patch_size)
+        trained = self.transformer.config.sample_size * self.vae_scale_factor
+        if not (height and width) and max(canvas.height, canvas.width) > 4 * trained:
+            raise UsageError(
+                f"image is {canvas.width}x{canvas.height}, but the model was trained on {trained}x{trained}; give height and "
+                "width to draw it at"
+            )
+        return canvas
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> normalised latents: the posterior's mode, as its noise is small beside what sampling adds."""
+        posterior = self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0]
+        return normalise_latents(self.vae, posterior.mode().float())
+
+    def _guided(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str | Sequence[str],
+        repeats: int,
+        guidance: Guidance,
+        weak: ModelMixin | None = None,
+    ) -> GuidedDenoiser:
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        for text in (*prompts, *filter(None, negatives)):
+        for text in filter(None, negatives):
             self.check_prompt(text)
         if len(negatives) != len(prompts):
             raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one per prompt")
-        device = self._execution_device
-        sampler = Sampler(self.scheduler, *self.diffusion, num_inference_steps, device)
-        if latents is None:
-            shape = self._latent_shape(len(prompts) * num_images_per_prompt, height, width)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        condition = self.encode(prompts).repeat(num_images_per_prompt)
-        null = self.encode(negatives).repeat(num_images_per_prompt)
-        guided = GuidedDenoiser(
-            self.transformer,
-            condition,
-            null if weak_transformer is None else condition,
-            guidance or ClassifierFree(guidance_scale),
-            Conversion.of(*self.diffusion),
-            weak_transformer,
-        )
-        denoisers = [self.transformer, *([] if weak_transformer is None else [weak_transformer])]
-        with self.progress_bar(total=len(sampler)) as progress, text_computed_once(*denoisers):
-
-            def after_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-                progress.update()
-                if callback_on_step_end is None:
-                    return latents
-                return callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
-
-            latents = sampler(guided, latents.to(device), generator, after_step)
-        images = self._finish(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        condition, null = (self.encode(texts).repeat(repeats) for texts in (prompts, negatives))
+        null = null if weak is None else condition
+        return GuidedDenoiser(self.transformer, condition, null, guidance, Conversion.of(*self.diffusion), weak)
 
     def _latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         config, factor = self.transformer.config, self.vae_scale_factor
@@ -190,11 +338,24 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise UsageError(f"a picture of {width}x{height} cannot be drawn: give multiples of {unit} pixels")
         return batch, config.in_channels, height // factor, width // factor
 
-    def _finish(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        images = decode_latents(self.vae, latents)
-        return images_to_pictures(images) if output_type == "pil" else (images + 1) / 2
+
+def read_picture(path: str | os.PathLike) -> Image.Image:
+    """A picture file to start from: RGB, or RGBA where it has transparency; upright, in sRGB.
+
+    Raises:
+        UsageError: naming the file, when it is none.
+    """
+    try:
+        data = Path(path).read_bytes()
+        picture = decode_image(data)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give a JPEG, PNG or WebP picture") from None
+    except DecodeError as error:
+        raise UsageError(f"{path}: {error}; give a JPEG, PNG or WebP picture") from None
+    with Image.open(io.BytesIO(data)) as file:
+        if file.has_transparency_data:
+            picture.putalpha(ImageOps.exif_transpose(file).convert("RGBA").getchannel("A"))
+    return picture
 
 
 def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:

@@ -3,9 +3,15 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
+# Before torch is imported, for every process that a test starts, too: what is tiny gains nothing from threads, and processes
+# side by side lose by them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from string import ascii_lowercase, digits
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from ldm.data.shapes import generate
 from ldm.data.writer import write_images
@@ -18,6 +24,19 @@ from ldm.models.text import TextEncoder
 def minilm():
     """The packaged text encoder."""
     return TextEncoder.load("minilm")
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder(tmp_path_factory):
+    """A directory with a text encoder of width 8 that reads letter by letter, where it does not matter which encoder it is."""
+    folder = tmp_path_factory.mktemp("text")
+    letters = [*ascii_lowercase, *digits]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    BertTokenizer(vocab={token: number for number, token in enumerate(tokens)}, model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokens), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

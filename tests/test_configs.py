@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -21,6 +22,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def test_every_recipe_is_tried_here() -> None:
     assert sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")) == [
+        "convergence/dit.yaml",
+        "convergence/minrf.yaml",
+        "convergence/ours.yaml",
         "decoder_finetune.yaml",
         "denoiser/dit_b.yaml",
         "denoiser/dit_l.yaml",
@@ -71,7 +75,7 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
 
     for out in ("pictures", "again"):
         main(["sample", "runs/dit/pipeline", "a red ring", "a blue star", "--out", out, "--steps", "2", "--seed", "5"])
-    pictures, again = ({path.name: path.read_bytes() for path in Path(out).iterdir()} for out in ("pictures", "again"))
+    pictures, again = ({path.name: path.read_bytes() for path in Path(out).glob("*.png")} for out in ("pictures", "again"))
     assert len(pictures) == 3 and pictures == again
 
 
@@ -174,18 +178,22 @@ def test_the_denoisers_have_the_sizes_of_the_paper(preset: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny_latents(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_latents(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds an untrained f8 autoencoder and latents of 4 x 4."""
     folder = tmp_path_factory.mktemp("latents")
     AutoencoderConfig([8, 8, 8, 8], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
-    export_latents(folder / "autoencoder", image_shards, folder / "latents")
+    export_latents(folder / "autoencoder", image_shards, folder / "latents", tiny_text_encoder)
     return folder
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, preset: str) -> None:
-    arguments = ["denoiser", "fit", "--config", str(CONFIGS / "denoiser" / f"{preset}.yaml"), "--out", str(tmp_path / "run")]
-    tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_heads": 2, "text_width": 384}
+# what tools/bench/convergence.py compares
+COMPARED = [f"convergence/{name}" for name in ("ours", "dit", "minrf")]
+
+
+@pytest.mark.parametrize("recipe", [*(f"denoiser/{preset}" for preset in PRESETS), *COMPARED])
+def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, recipe: str) -> None:
+    arguments = ["denoiser", "fit", "--config", str(CONFIGS / f"{recipe}.yaml"), "--out", str(tmp_path / "run")]
+    tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_heads": 2, "text_width": 8}
     for name, value in tiny.items():
         arguments += [f"--model.denoiser.init_args.{name}", str(value)]
     arguments += ["--data.train", str(tiny_latents / "latents"), "--data.validation", str(tiny_latents / "latents")]
@@ -193,3 +201,21 @@ def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, preset: str) ->
     arguments += ["--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
     main([*arguments, "--model.autoencoder", str(tiny_latents / "autoencoder"), "--model.preview_steps", "1"])
     assert DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config.num_layers == 2
+
+
+def test_what_is_compared_differs_in_nothing_else() -> None:
+    recipes = [yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text()) for recipe in COMPARED]
+    shipped = yaml.safe_load((CONFIGS / "shapes" / "denoiser.yaml").read_text())["model"]
+    ours = recipes[0]["model"]
+    for part in ("path", "prediction", "timesteps", "ema_decay", "optimiser"):
+        assert ours[part] == shipped[part]
+    network = ours["denoiser"]["init_args"]
+    sizes = ("in_channels", "sample_size", "patch_size", "width", "num_layers", "num_heads", "text_width")
+    defaults = inspect.signature(DiT).parameters  # where the shipped one leaves them
+    assert all(value == defaults[name].default for name, value in network.items() if name not in sizes)
+    for recipe in recipes:
+        other = recipe["model"]
+        assert {name: other["denoiser"]["init_args"][name] for name in sizes} == {name: network[name] for name in sizes}
+        assert (recipe["data"], recipe["trainer"], other["ema_decay"]) == (
+            recipes[0]["data"], recipes[0]["trainer"], ours["ema_decay"]
+        )  # fmt: skip

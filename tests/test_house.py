@@ -23,7 +23,10 @@ BOXES = {
     "ldm.pixart": 2,  # of a pipeline
     "ldm.evaluate": 1,
     "ldm.metrics": 1,
+    "ldm.drawing": 2,
+    "ldm.model_card": 2,
     "ldm.training": 2,
+    "ldm.serve": 3,
     "ldm.quickstart": 3,
     "ldm.cli": 4,  # the only one that knows quickstart too
 }

@@ -5,22 +5,45 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from ldm import cli
 from ldm.errors import LdmError
-from ldm.quickstart import quickstart
+from ldm.quickstart import quickstart, recipe_path
 
-MINUTES = 0.05
+MINUTES = 0.01
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What costs most, made smaller: the shipped recipes as they are train in ``test_configs.py``."""
+    folder = tmp_path_factory.mktemp("recipes")
+    first, second = (yaml.safe_load(recipe_path(f"shapes/{stage}.yaml").read_text()) for stage in ("autoencoder", "denoiser"))
+    first["data"] |= {"batch_size": 4, "validation_samples": 8}
+    first["model"]["autoencoder"] |= {"widths": [8, 8, 16]}
+    first["model"]["adversary"]["discriminator"]["init_args"] |= {"width": 8}
+    second["data"] |= {"batch_size": 16}
+    second["model"] |= {"preview_steps": 4}
+    second["model"]["denoiser"]["init_args"] |= {"width": 48, "num_layers": 2, "num_heads": 2}
+    (folder / "autoencoder.yaml").write_text(yaml.safe_dump(first))
+    (folder / "denoiser.yaml").write_text(yaml.safe_dump(second))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.quickstart.recipe_path", lambda name: folder / Path(name).name)
+        patch.setattr("ldm.quickstart.LEAST_PICTURES", 96)
+        patch.setattr("ldm.quickstart.VALIDATION_PICTURES", 48)
+        patch.setattr("ldm.quickstart.SAMPLING", {"num_inference_steps": 4, "guidance_scale": 3.0})
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quickstart that was interrupted before stage two and run again."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
     ran: list[str] = []

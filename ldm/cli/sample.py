@@ -3,70 +3,208 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.parser import Commands, add_command
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.progress import Progress
+
+if TYPE_CHECKING:
+    from ldm.drawing.folder import RunFolder
+    from ldm.drawing.metadata import Provenance
+    from ldm.drawing.prompts import Check
+    from ldm.drawing.settings import PictureSettings
+    from ldm.pipeline import LatentDiffusionPipeline
+
+EXAMPLE = """ldm sample pipeline "a red ring" --out pictures --seed 1
+  ldm sample pipeline --prompts prompts.txt --out pictures --batch-size 8
+  ldm sample pipeline --from-image pictures/0000-a-red-ring.png --out again
+
+A prompt file has a prompt a line (.txt; blank lines and those that begin with # are passed over), or a JSON object a line
+(.jsonl): {"prompt": "a red ring", "seed": 7, "size": "512x768", "count": 2}, with the names of the options below. The same
+command again draws what is missing."""
 
 
 def add(commands: Commands) -> None:
     """The command."""
-    sample = add_command(
-        commands,
-        "sample",
-        run_sample,
-        "draw pictures from words",
-        'ldm sample pipeline "a red ring" --out pictures --seed 1',
-    )
+    sample = add_command(commands, "sample", run_sample, "draw pictures from words", EXAMPLE)
     sample.add_argument("model", help="pipeline directory")
-    sample.add_argument("prompts", nargs="+", metavar="prompt")
-    sample.add_argument("--out", required=True, help="new folder for the pictures and their grid")
-    sample.add_argument("--steps", type=int, default=30, help="calls of the denoiser (default: 30)")
-    sample.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none (default: 3)")
+    words = sample.add_argument("words", nargs="+", metavar="prompt", help="what to draw")
+    # "*" would match nothing right behind the model, and prompts behind an option would be one too many
+    words.required = False
+    sample.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl of prompts, in the place of those")
+    sample.add_argument(
+        "--from-image", metavar="PNG", help="draw a picture of ldm sample again; options given beside it differ"
+    )
+    sample.add_argument("--out", required=True, help="folder for the pictures, their grid and index.html")
+    sample.add_argument("--keep-going", action="store_true", help="draw the rest of a prompt file with broken lines")
+    sample.add_argument("--strict", action="store_true", help="refuse long prompts and another model's picture, not only warn")
+
+    picture = sample.add_argument_group("pictures")
+    picture.add_argument("--count", type=int, default=1, help="pictures per prompt")
+    picture.add_argument("--seed", type=int, help="of the first picture; the next ones count on (default: 0)")
+    picture.add_argument("--negative", help="what to lead away from")
+    picture.add_argument("--size", metavar="WxH", help="in pixels, or one number (default: what the model was trained on)")
+    picture.add_argument("--image", metavar="FILE", help="picture to start from")
+    picture.add_argument("--strength", type=float, help="how far to leave it, 0 to 1")
+    picture.add_argument("--mask", metavar="FILE", help="picture that is white where --image is drawn anew")
+
+    sampler = sample.add_argument_group("sampling")
+    sampler.add_argument("--steps", type=int, help="steps of the scheduler (default: 30)")
     names = "ddim, ddpm, euler, euler-ancestral, heun, dpm++2m, dpm++2m-sde, unipc, those that fit the model"
-    sample.add_argument("--scheduler", metavar="NAME", help=f"{names} (default: the pipeline's own)")
-    sample.add_argument("--eta", type=float, metavar="E", help="of ddim: 0 (deterministic) to 1 (as much new noise as ddpm)")
-    sample.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
-    sample.add_argument("--count", type=int, default=1, help="pictures per prompt")
-    sample.add_argument("--negative", default="", help="what to lead away from")
+    sampler.add_argument("--scheduler", metavar="NAME", help=f"{names} (default: the pipeline's own)")
+    sampler.add_argument("--eta", type=float, metavar="E", help="of ddim: 0 (deterministic) to 1 (as much new noise as ddpm)")
+    sampler.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: 3)")
+    sampler.add_argument("--guidance-rule", metavar="RULE", help="classifier-free (default), zero-star or apg")
+    sampler.add_argument("--guidance-rescale", type=float, metavar="PHI", help="against over-exposure, 0 (default) to 1")
+    sampler.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at these times, 0 (data) to 1 (noise)"
+    )
+    sampler.add_argument("--weak", metavar="PIPELINE", help="earlier checkpoint to lead away from (autoguidance)")
+
+    machine = sample.add_argument_group("machine")
+    machine.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        help="pictures at a time: more are faster, and differ by rounding from those drawn alone (default: 1)",
+    )
+    machine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: fp32)")
+    machine.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU, where there is one)")
+    machine.add_argument("--compile", action="store_true", help="compile the denoiser: minutes at first, then faster")
+    machine.add_argument(
+        "--tiled", action="store_true", help="decode pictures larger than the model's in tiles, to save memory"
+    )
+    machine.add_argument("--preview-every", type=int, default=0, metavar="N", help="write preview.png every N steps")
+    machine.add_argument("--no-metadata", action="store_true", help="PNGs of pixels alone, without what they were drawn with")
 
 
 def run_sample(options: argparse.Namespace) -> None:
-    from ldm.diffusion.scheduler import make_scheduler
-    from ldm.evaluate import draw
-    from ldm.files import atomic_folder, require_new_folder
-    from ldm.pipeline import load_pipeline
-    from ldm.report import captioned_grid
+    from ldm.drawing.draw import open_pipeline
+    from ldm.drawing.folder import RunFolder
+    from ldm.drawing.metadata import provenance_of, read_png
 
-    for name, least in (("steps", 1), ("count", 1)):
+    for name, least in (("count", 1), ("batch_size", 1), ("preview_every", 0)):
         if getattr(options, name) < least:
-            raise UsageError(f"--{name} is {getattr(options, name)}; give {least} or more")
-    if not 0 <= options.seed < 2**63:
-        raise UsageError(f"--seed is {options.seed}; give a number from 0 to {2**63 - 1}")
-    out = require_new_folder(options.out, "the pictures")
-    pipeline = load_pipeline(options.model)
-    if options.scheduler is not None:
-        choice = {} if options.eta is None else {"eta": options.eta}
-        pipeline.scheduler = make_scheduler(options.scheduler, *pipeline.diffusion, **choice)
-    elif options.eta is not None:
-        raise UsageError("--eta is of the scheduler ddim; give --scheduler ddim, too")
-    prompts = [prompt for prompt in options.prompts for _ in range(options.count)]
-    for prompt in (*options.prompts, *filter(None, [options.negative])):
-        pipeline.check_prompt(prompt)
-    # the folder first: that it cannot be written should be known before an hour of drawing
-    with atomic_folder(out) as folder:
-        with Progress("drawing", len(prompts)) as progress:
-            pictures = draw(
-                pipeline,
-                prompts,
-                options.seed,
-                negative_prompt=options.negative,
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance,
-                on_progress=progress.update,
-            )
-        for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-            words = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:60]
-            picture.save(folder / f"{number:04d}-{words}.png")
-        captioned_grid(pictures, prompts, columns=options.count if options.count > 1 else None).save(folder / "grid.png")
-    print(f"{len(pictures)} pictures and grid.png: {out}")
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give {least} or more")
+    if sum(map(bool, (options.words, options.prompts, options.from_image))) != 1:
+        raise UsageError("give one of: prompts, --prompts FILE, --from-image PNG; see ldm sample --help")
+    settings, drawn_by = read_png(options.from_image) if options.from_image else (None, None)
+    dtype = options.dtype or {"bfloat16": "bf16", "float16": "fp16"}.get(drawn_by.dtype if drawn_by else "", "fp32")
+    pipeline = open_pipeline(options.model, options.device, dtype, options.compile, options.tiled)
+    provenance = provenance_of(pipeline, options.model)
+    if drawn_by is not None and drawn_by.model_hash != provenance.model_hash:
+        warn(
+            f"{options.from_image} was drawn by {drawn_by.model} ({drawn_by.model_hash[:12]}), but {options.model} is "
+            f"{provenance.model_hash[:12]}; give that model",
+            options.strict,
+        )
+    asked = plan(options, settings, checker(pipeline, options.strict))
+    broken = [error for error in asked if isinstance(error, UsageError)]
+    for error in broken:
+        if not options.keep_going:
+            raise error
+        print(f"ldm: {error}", file=sys.stderr)
+    # a broken line keeps its number, so that the others keep theirs when it is mended
+    planned = {number: one for number, one in enumerate(asked) if not isinstance(one, UsageError)}
+    if planned:
+        folder = RunFolder(options.out, planned, provenance)
+        missing = folder.missing()
+        draw(options, pipeline, provenance, folder, missing)
+        shown = folder.finish(options.count if options.count > 1 else None)
+        there = f" ({len(planned) - len(missing)} were there)" if len(missing) < len(planned) else ""
+        grid = "grid.png" if shown == len(planned) else f"grid.png of the first {shown}"
+        print(f"{len(planned)} pictures{there}, {grid} and index.html: {options.out}")
+    if broken:
+        raise LdmError(f"{len(broken)} lines of {options.prompts} are broken and were left out; mend them and draw again")
+
+
+def plan(options: argparse.Namespace, settings: PictureSettings | None, check: Check) -> list[PictureSettings | UsageError]:
+    """Every picture of the run; a broken line of a prompt file as its error."""
+    from ldm.drawing.prompts import parse_size, read_prompts, repeated
+    from ldm.drawing.settings import PictureSettings
+
+    names = [field.name for field in fields(PictureSettings)]
+    given: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if options.size is not None:
+        given["width"], given["height"] = parse_size(options.size)
+    if options.prompts:
+        return read_prompts(options.prompts, given, options.count, check)
+    if settings is not None:
+        pictures = repeated(settings.to_json() | given, options.count, str(options.from_image))
+        check(pictures[0])
+        return [*pictures]
+    asked: list[PictureSettings | UsageError] = []
+    for words in options.words:
+        counted_on = {"prompt": words, "seed": given.get("seed", 0) + len(asked)}
+        pictures = repeated(given | counted_on, options.count, "the command line")
+        check(pictures[0])
+        asked += pictures
+    return asked
+
+
+def checker(pipeline: LatentDiffusionPipeline, strict: bool) -> Check:
+    """What looks at settings before anything is drawn, and says which words of a long prompt are cut."""
+    from ldm.drawing.draw import check_settings, in_common
+    from ldm.drawing.prompts import fit_prompt
+
+    good: set[PictureSettings] = set()
+    said: set[str] = set()
+
+    def check(settings: PictureSettings) -> None:
+        for text in (settings.prompt, settings.negative):
+            fit = fit_prompt(pipeline.tokenizer, text)
+            if fit.cut and (strict or text not in said):
+                said.add(text)
+                warn(f"the prompt {text[:40]!r}… is too long for the text encoder, which does not see: {fit.cut!r}", strict)
+        common = in_common(settings)
+        if common not in good:
+            check_settings(pipeline, common)
+            good.add(common)
+
+    return check
+
+
+def warn(message: str, strict: bool) -> None:
+    if strict:
+        raise UsageError(message)
+    print(f"ldm: warning: {message}", file=sys.stderr)
+
+
+def draw(
+    options: argparse.Namespace,
+    pipeline: LatentDiffusionPipeline,
+    provenance: Provenance,
+    folder: RunFolder,
+    missing: list[int],
+) -> None:
+    """Draw what is missing; whatever ends it, the pictures so far stay, and the same command draws the rest."""
+    from ldm.drawing.draw import Step, draw_pictures, scheduler_for
+    from ldm.drawing.metadata import scheduler_name
+
+    done = 0
+    with Progress("drawing", len(missing)) as progress:
+
+        def on_step(step: Step) -> None:
+            progress.update(done, figures={"step": step.done, "of": step.total})
+            if step.guesses:
+                folder.preview(step.guesses, [settings.prompt for settings in step.settings])
+
+        wanted = [folder.planned[number] for number in missing]
+        try:
+            for index, settings, picture in draw_pictures(pipeline, wanted, options.batch_size, on_step, options.preview_every):
+                scheduler = scheduler_for(pipeline, settings)
+                by = replace(provenance, scheduler=scheduler_name(scheduler), sampler=type(scheduler).__name__)
+                folder.save(missing[index], picture, by, metadata=not options.no_metadata)
+                done += 1
+                progress.update(done)
+        except OSError as error:
+            raise LdmError(
+                f"{folder.path} cannot be written ({error.strerror}) after {done} of {len(missing)} pictures; make room, then "
+                "the same command draws the rest"
+            ) from error
+        except KeyboardInterrupt:
+            print(f"ldm: {done} of {len(missing)} pictures are drawn; the same command draws the rest", file=sys.stderr)
+            raise

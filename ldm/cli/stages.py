@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,42 @@ def run_export(stage: type, arguments: list[str]) -> None:
     parser = _parser(stage, "export", ExportCLI, f"runs/{stage.command} {stage.product}")
     parser.add_argument("--checkpoint", type=Path, help="of the run (default: its last)")
     if stage.command == "denoiser":
-        kinds = "pixart: what diffusers' own PixArtAlphaPipeline opens (default: a pipeline directory of ours)"
-        parser.add_argument("--as", dest="kind", choices=["pipeline", "pixart"], default="pipeline", help=kinds)
+        add_denoiser_options(parser)
     options = parser.parse_args(arguments)
-    pixart = getattr(options, "kind", "pipeline") == "pixart"
-    ExportCLI(stage, options.run, options.out, options.checkpoint, write_pixart if pixart else None)
+    write = denoiser_writer(options) if stage.command == "denoiser" else None
+    ExportCLI(stage, options.run, options.out, options.checkpoint, write)
+
+
+def add_denoiser_options(parser: Parser) -> None:
+    kinds = "pixart: what diffusers' own PixArtAlphaPipeline opens (default: a pipeline directory of ours)"
+    parser.add_argument("--as", dest="kind", choices=["pipeline", "pixart"], default="pipeline", help=kinds)
+    card = "also a README.md for the Hugging Face hub, with pictures of the preview prompts; then: hf upload OWNER/NAME OUT"
+    parser.add_argument("--model-card", action="store_true", help=card)
+    parser.add_argument("--license", metavar="ID", help="for the card, as the hub names it: apache-2.0 (default: unknown)")
+    parser.add_argument("--dataset", metavar="NAME", action="append", help="for the card: on the hub; may be given again")
+    parser.add_argument(
+        "--report", metavar="FILE", type=Path, help="for the card: the quickstart's report.json, if it is of RUN"
+    )
+
+
+def denoiser_writer(options: argparse.Namespace) -> Callable[[DenoiserTraining, Path], None] | None:
+    """What writes the folder in the place of the stage's own ``save``."""
+    from ldm.model_card import CardFields, write_model_card
+
+    write = write_pixart if options.kind == "pixart" else None
+    given = {"license": options.license, "datasets": options.dataset and tuple(options.dataset), "report": options.report}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not options.model_card:
+        if given:
+            raise UsageError(f"--{next(iter(given)).removesuffix('s')} is for the model card; give --model-card, too")
+        return write
+    fields = CardFields(**given)
+
+    def write_with_card(model: DenoiserTraining, folder: Path) -> None:
+        (write or type(model).save)(model, folder)
+        write_model_card(folder, options.out.resolve().name, model, options.run, fields)
+
+    return write_with_card
 
 
 def write_pixart(model: DenoiserTraining, folder: Path) -> None:

@@ -76,10 +76,10 @@ def encode_captions(
 
 
 def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, L, D) float32 of token ids (B, L), padded positions zeroed, and the mask (B, L); on the model's device."""
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    """Embeddings (B, L, D) float32 of token ids (B, L), padded positions zeroed, and the mask (B, L), on one device."""
     with torch.inference_mode():
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        hidden = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state.float()
+    mask = mask.to(hidden.device)  # not the model's: an offloaded one computes elsewhere than it lies
     # a plain tensor: one made under inference_mode may not enter autograd later
     return (hidden * mask[..., None]).clone(), mask
 

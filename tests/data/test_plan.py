@@ -38,7 +38,7 @@ def delivered(plan, batch_size, world_size, steps, position=START):
 
 
 @given(plans(), st.integers(0, 5))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_an_epoch_is_every_sample_once(plan, epoch):
     order = np.concatenate(list(plan.order(epoch)))
     assert sorted(order.tolist()) == list(range(plan.samples))
@@ -46,7 +46,7 @@ def test_an_epoch_is_every_sample_once(plan, epoch):
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_ranks_share_every_epoch_without_overlap_or_gap_in_equal_steps(data):
     plan = data.draw(plans())
     batch_size, world_size = data.draw(shares(plan))
@@ -62,7 +62,7 @@ def test_ranks_share_every_epoch_without_overlap_or_gap_in_equal_steps(data):
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_killed_and_resumed_twice_is_never_killed(data):
     plan = data.draw(plans(weighted=True))
     batch_size, world_size = data.draw(shares(plan))
@@ -78,7 +78,7 @@ def test_killed_and_resumed_twice_is_never_killed(data):
 
 
 @given(st.data())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_resumed_on_other_ranks_and_batches_what_is_left_comes_exactly_once(data):
     plan = data.draw(plans())
     first, second = data.draw(shares(plan)), data.draw(shares(plan))
@@ -95,7 +95,7 @@ def test_resumed_on_other_ranks_and_batches_what_is_left_comes_exactly_once(data
 
 
 @given(plans(weighted=True), st.integers(1, 12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_weights_hold_exactly_in_the_long_run(plan, epochs):
     if not plan.epoch_samples(0):  # weights so small that the first epochs are empty
         epochs = 10 * epochs

@@ -196,7 +196,7 @@ def test_what_passes_is_tried_again(server, source, cache, faults, caplog):
     server.faults[NAMES[1]] = list(faults)
     start = time.monotonic()
     assert is_whole(replace(source, transfer=IMPATIENT if "stall" in faults else QUICK), 1)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < QUICK.read_seconds  # nothing was waited for in vain
     assert server.counts[NAMES[1]] == len(faults) + 1
     retries = [record for record in caplog.records if record.name == "ldm.data.remote" and record.levelno == logging.WARNING]
     assert len(retries) == len(faults) and all(f"{server.url}/{NAMES[1]}" in retry.message for retry in retries)
@@ -225,7 +225,7 @@ def test_what_does_not_pass_is_a_clear_stop(server, cache, fault, requests, word
     start = time.monotonic()
     with pytest.raises(LdmError, match=words) as error:
         source.path(2)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < QUICK.read_seconds  # nothing was waited for in vain
     assert server.counts[NAMES[2]] == requests
     said = "".join(traceback.format_exception(error.value))
     assert f"{server.url}/{NAMES[2]}" in said and "\n" not in str(error.value)

@@ -35,9 +35,9 @@ def autoencoder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported_once(autoencoder, image_shards, tmp_path_factory):
+def exported_once(autoencoder, tiny_text_encoder, image_shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
-    export_latents(autoencoder, image_shards, folder, flip=True)
+    export_latents(autoencoder, image_shards, folder, tiny_text_encoder, flip=True)
     return folder
 
 
@@ -102,8 +102,9 @@ def test_the_figures_are_those_of_one_pass_over_all(exported, autoencoder):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_dtype_and_precision_round_off_is_no_error(autoencoder, image_shards, tmp_path, precision):
-    export_latents(autoencoder, image_shards, tmp_path / "out", dtype="float32", precision=precision, mode=True)
+def test_what_dtype_and_precision_round_off_is_no_error(autoencoder, tiny_text_encoder, image_shards, tmp_path, precision):
+    settings = {"dtype": "float32", "precision": precision, "mode": True}
+    export_latents(autoencoder, image_shards, tmp_path / "out", tiny_text_encoder, **settings)
     found = compare(tmp_path / "out", autoencoder)
     assert found.problems == () and found.compared == 10 and found.figures.keys() == {"pictures"}
     error = found.figures["pictures"]["mean, largest error"]
@@ -188,13 +189,13 @@ def test_a_key_that_the_image_shard_does_not_have_is_told(exported, autoencoder,
     assert found.compared == 9
 
 
-def test_pictures_of_several_sizes_and_windows_of_larger_ones(autoencoder, tmp_path):
+def test_pictures_of_several_sizes_and_windows_of_larger_ones(autoencoder, tiny_text_encoder, tmp_path):
     rng = np.random.default_rng(0)
     sizes = [(16, 24), (33, 16), (21, 40), (16, 24)]  # (height, width), of which the factor leaves even numbers
     items = [(f"{n}", rng.integers(0, 255, (*size, 3), dtype=np.uint8), "noise") for n, size in enumerate(sizes)]
     write_images(tmp_path / "images", "x", items, samples_per_shard=3)
     for name, size in (("as-they-are", None), ("fitted", 16)):
-        export_latents(autoencoder, tmp_path / "images", tmp_path / name, image_size=size)
+        export_latents(autoencoder, tmp_path / "images", tmp_path / name, tiny_text_encoder, image_size=size)
         found = compare(tmp_path / name, autoencoder)
         assert found.compared == 4 and found.problems == ()
     shapes = {LatentShard(path, 3).tensors(0)["mean"].shape[1:] for path in (tmp_path / "fitted").glob("*-00000.tar")}

@@ -9,14 +9,12 @@ import shutil
 import zipfile
 from io import BytesIO
 from itertools import pairwise
-from string import ascii_lowercase
 
 import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, BertTokenizer
 
 from ldm.data.check import check_folder
 from ldm.data.latents import LatentShard, latent_manifest, read_null_text
@@ -32,18 +30,6 @@ from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
 CHANNELS = 4
 
 
-@pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory):
-    """A directory with a tiny encoder that reads letter by letter."""
-    folder = tmp_path_factory.mktemp("text")
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase)]
-    BertTokenizer(vocab={token: number for number, token in enumerate(tokens)}, model_max_length=64).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokens), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    BertModel(config).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def autoencoder(tiny_autoencoder, tmp_path):
     tiny_autoencoder.save_pretrained(tmp_path / "autoencoder")
@@ -51,12 +37,12 @@ def autoencoder(tiny_autoencoder, tmp_path):
 
 
 @pytest.fixture
-def imported(autoencoder, text_encoder, tmp_path):
+def imported(autoencoder, tiny_text_encoder, tmp_path):
     """The function that imports ``src``, and the manifest and pictures by key that come of it."""
 
     def run(src, dtype="float32", **options):
         out = tmp_path / "out"
-        manifest = import_latents(src, out, autoencoder, text_encoder, dtype=dtype, device="cpu", **options)
+        manifest = import_latents(src, out, autoencoder, tiny_text_encoder, dtype=dtype, device="cpu", **options)
         problems, shards = check_folder(out, deep=True)
         assert not problems and not any(shard.problems for shard in shards)
         return manifest, stored(out)
@@ -128,7 +114,7 @@ def classes(tmp_path):
     return tmp_path / "classes.txt"
 
 
-def test_what_lightningdit_writes_comes_back_to_the_bit(imported, classes, tmp_path, text_encoder, autoencoder):
+def test_what_lightningdit_writes_comes_back_to_the_bit(imported, classes, tmp_path, tiny_text_encoder, autoencoder):
     latents, mirrored, labels = write_lightning(tmp_path / "src")
     seen = []
     manifest, pictures = imported(
@@ -149,7 +135,7 @@ def test_what_lightningdit_writes_comes_back_to_the_bit(imported, classes, tmp_p
     np.testing.assert_allclose(info.latents_mean, whole.mean, rtol=1e-12)
     np.testing.assert_allclose(info.latents_std, whole.std, rtol=1e-12)
     # captions go through the code that an export sends them through
-    encoders = TextEncoders.load([text_encoder], "cpu", "float32", "fp32")
+    encoders = TextEncoders.load([tiny_text_encoder], "cpu", "float32", "fp32")
     ((tench,),), _ = encoders(["a tench"])
     np.testing.assert_allclose(pictures[keys[0]]["texts"][0], tench, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(read_null_text(open_source(tmp_path / "out")), encoders.null()[0])

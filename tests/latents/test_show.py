@@ -85,9 +85,9 @@ def autoencoder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported_once(autoencoder, image_shards, tmp_path_factory):
+def exported_once(autoencoder, tiny_text_encoder, image_shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
-    export_latents(autoencoder, image_shards, folder, flip=True)
+    export_latents(autoencoder, image_shards, folder, tiny_text_encoder, flip=True)
     return folder
 
 

@@ -89,13 +89,14 @@ class Files(NamedTuple):
     """What the exports work on: image shards by their number, and what one process makes of them."""
 
     folder: Path
+    text_encoder: str
     shards: dict[int, Path]
     whole: dict[int, dict[str, bytes]]
 
     def arguments(self, count: int, out: Path) -> list[str]:
         # one picture at a time, so that a process does not claim all shards ahead
-        given = {"autoencoder": self.folder / "autoencoder", "shards": self.shards[count], "out": out}
-        given |= {"threads": 1, "batch-size": 1, "max-bad-share": 0.1}
+        given = {"autoencoder": self.folder / "autoencoder", "text-encoder": self.text_encoder, "shards": self.shards[count]}
+        given |= {"out": out, "threads": 1, "batch-size": 1, "max-bad-share": 0.1}
         return ["latents", "export", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
 
     def start(self, count: int, out: Path, rank: int = 0, world_size: int = 1, by: str = "torchrun", hold: str = "") -> Rank:
@@ -128,13 +129,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+def files(tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Files:
     """1, 3 and 5 shards; one process exports each quietly."""
     folder = tmp_path_factory.mktemp("export")
     config = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16)
     config.build().save_pretrained(folder / "autoencoder")
     sizes = {1: (11,), 3: SIZES[:3], 5: SIZES}
-    files = Files(folder, {count: write(folder / f"shards{count}", sizes[count]) for count in sizes}, {})
+    files = Files(folder, tiny_text_encoder, {count: write(folder / f"shards{count}", sizes[count]) for count in sizes}, {})
     for count in sizes:
         out = folder / f"whole{count}"
         assert files.start(count, out).end()[0] == 0
@@ -158,7 +159,7 @@ def is_same(files: Files, count: int, out: Path) -> bool:
 @pytest.mark.slow
 def test_torchrun_gives_the_bytes_of_one_process(files: Files, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ldm"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out = tmp_path / "out"
     done = subprocess.run(
         [*command, *files.arguments(3, out)], env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS

@@ -107,7 +107,7 @@ def torchrun(folder: Path, runs: list[dict[str, Any]]) -> None:
     """All runs on two processes; a hang is a failure."""
     (folder / "runs.json").write_text(json.dumps(runs, default=str))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, folder / "runs.json"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -43,18 +42,18 @@ def new_autoencoder(folder: Path, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An untrained autoencoder and the latents made with it: (16, 16) each, of ten shapes."""
+def exported(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An untrained autoencoder and the latents made with it: (16, 16) each, of ten shapes, their texts of width 8."""
     folder = tmp_path_factory.mktemp("exported")
     autoencoder = new_autoencoder(folder / "autoencoder", 0)
-    export_latents(autoencoder, image_shards, folder / "latents")
+    export_latents(autoencoder, image_shards, folder / "latents", tiny_text_encoder)
     return autoencoder, folder / "latents"
 
 
 def make(autoencoder: Path, **changes: object) -> DenoiserTraining:
     torch.manual_seed(0)
     settings = {
-        "denoiser": DiT(in_channels=4, sample_size=16, patch_size=4, width=32, num_layers=2, num_heads=2, text_width=384),
+        "denoiser": DiT(in_channels=4, sample_size=16, patch_size=4, width=32, num_layers=2, num_heads=2, text_width=8),
         "autoencoder": str(autoencoder),
         "path": RectifiedFlow(),
         "prediction": Velocity(),
@@ -125,7 +124,7 @@ def test_another_autoencoder_is_refused_and_both_are_named(exported: tuple[Path,
 def test_sizes_that_do_not_fit_the_latents_are_refused(
     exported: tuple[Path, Path], tmp_path: Path, denoiser: dict, named: str
 ) -> None:
-    sizes = {"in_channels": 4, "sample_size": 16, "text_width": 384} | denoiser
+    sizes = {"in_channels": 4, "sample_size": 16, "text_width": 8} | denoiser
     module = make(exported[0], denoiser=DiT(patch_size=4, width=32, num_layers=1, num_heads=2, **sizes))
     with pytest.raises(UsageError, match=named):
         fit(module, exported[1], tmp_path, 1)
@@ -141,9 +140,9 @@ def test_frozen_parts_are_in_no_checkpoint(exported: tuple[Path, Path], tmp_path
 
 
 def test_validation_latents_of_another_autoencoder_are_refused(
-    exported: tuple[Path, Path], image_shards: Path, tmp_path: Path
+    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
 ) -> None:
-    export_latents(new_autoencoder(tmp_path / "other", 1), image_shards, tmp_path / "latents")
+    export_latents(new_autoencoder(tmp_path / "other", 1), image_shards, tmp_path / "latents", tiny_text_encoder)
     trainer = Trainer(max_steps=1, max_epochs=-1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     with pytest.raises(UsageError, match=r"latents has another autoencoder than .*export both with the same"):
         trainer.fit(make(exported[0]), ShardDataModule(str(exported[1]), str(tmp_path / "latents"), batch_size=8))
@@ -167,21 +166,20 @@ def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_another_text_encoder_is_refused_and_both_are_named(exported: tuple[Path, Path], tmp_path: Path, minilm) -> None:
+def test_another_text_encoder_is_refused_and_both_are_named(
+    exported: tuple[Path, Path], tiny_text_encoder: str, tmp_path: Path
+) -> None:
     """The folder that the captions went through holds other weights by the time of stage two."""
     shutil.copytree(exported[1], tmp_path / "latents")
-    minilm.model.save_pretrained(tmp_path / "text")
-    minilm.tokenizer.save_pretrained(tmp_path / "text")
+    shutil.copytree(tiny_text_encoder, tmp_path / "text")
     edit_manifest(tmp_path / "latents", lambda manifest: manifest["text_encoders"][0].update(name=str(tmp_path / "text")))
     fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)  # the same weights, config and words from another folder
     config = json.loads((tmp_path / "text" / "config.json").read_text())
     (tmp_path / "text" / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
     with pytest.raises(UsageError) as refused:
         fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)
-    found = TextEncoder.load(str(tmp_path / "text")).hash
-    assert f"was exported with text encoder {minilm.hash[:12]}, but {tmp_path / 'text'} is {found[:12]} now" in str(
-        refused.value
-    )
+    was, found = (TextEncoder.load(folder).hash[:12] for folder in (tiny_text_encoder, str(tmp_path / "text")))
+    assert f"was exported with text encoder {was}, but {tmp_path / 'text'} is {found} now" in str(refused.value)
 
 
 def test_latents_of_several_sizes_are_refused_with_the_mend(exported: tuple[Path, Path], tmp_path: Path) -> None:
@@ -191,8 +189,10 @@ def test_latents_of_several_sizes_are_refused_with_the_mend(exported: tuple[Path
         fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)
 
 
-def test_modes_and_mirrored_latents_can_be_trained_on(exported: tuple[Path, Path], image_shards: Path, tmp_path: Path) -> None:
-    export_latents(exported[0], image_shards, tmp_path / "latents", mode=True, flip=True, captions="all")
+def test_modes_and_mirrored_latents_can_be_trained_on(
+    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
+) -> None:
+    export_latents(exported[0], image_shards, tmp_path / "latents", tiny_text_encoder, mode=True, flip=True, captions="all")
     data = {"flip": 0.5, "caption": "random", "caption_dropout": 0.1}
     trainer = fit(make(exported[0]), tmp_path / "latents", tmp_path, 3, data=data)
     assert torch.isfinite(trainer.callback_metrics["val/loss"])
@@ -281,7 +281,14 @@ def test_the_command_line_makes_a_pipeline_of_any_average(exported: tuple[Path, 
             "autoencoder": str(exported[0]),
             "denoiser": {
                 "class_path": "ldm.models.dit.DiT",
-                "init_args": {"sample_size": 16, "patch_size": 4, "width": 32, "num_layers": 1, "num_heads": 2},
+                "init_args": {
+                    "sample_size": 16,
+                    "patch_size": 4,
+                    "width": 32,
+                    "num_layers": 1,
+                    "num_heads": 2,
+                    "text_width": 8,
+                },
             },
             "path": {"class_path": "ldm.diffusion.path.RectifiedFlow"},
             "prediction": {"class_path": "ldm.diffusion.prediction.Velocity"},
@@ -343,13 +350,12 @@ def test_the_validation_loss_is_the_same_on_two_processes(exported: tuple[Path, 
     for devices in (1, 2):
         command = [sys.executable, "-m", "ldm", "denoiser", "fit", "--config", str(config), "--out", f"run{devices}"]
         command += ["--model.autoencoder", str(exported[0]), "--model.denoiser.init_args.sample_size", "16"]
+        command += ["--model.denoiser.init_args.text_width", "8"]
         command += ["--data.train", str(exported[1]), "--data.validation", str(exported[1])]
         command += ["--model.optimiser.learning_rate", "0", "--model.preview_prompts", "null", "--data.batch_size", "4"]
         command += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
         command += ["--trainer.devices", str(devices), "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
-        ended = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-        )
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stderr[-2000:]
         rows = list(csv.DictReader((tmp_path / f"run{devices}/logs/metrics.csv").open()))
         found.append({name: float(row[name]) for row in rows for name in row if name.startswith("val/") and row[name]})
@@ -362,13 +368,13 @@ def test_the_validation_loss_is_the_same_on_two_processes(exported: tuple[Path, 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_online_gives_the_loss_of_exported_latents(
-    exported: tuple[Path, Path], image_shards: Path, dropout: float, randomised: Callable
+    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, dropout: float, randomised: Callable
 ) -> None:
     losses, statistics = [], []
     for shards, online in ((exported[1], False), (image_shards, True)):
         data = ShardDataModule(str(shards), str(shards), batch_size=4, caption_dropout=dropout)
         data.setup("fit")
-        module = make(exported[0], online=online)
+        module = make(exported[0], online=online, text_encoder=tiny_text_encoder if online else None)
         if online:  # they would be measured by a trainer
             module.statistics = statistics[0]
         module.prepare(data)
@@ -384,9 +390,9 @@ def test_online_gives_the_loss_of_exported_latents(
 
 
 def test_online_statistics_are_measured_kept_and_shipped(
-    exported: tuple[Path, Path], image_shards: Path, tmp_path: Path
+    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
 ) -> None:
-    module = make(exported[0], online=True)
+    module = make(exported[0], online=True, text_encoder=tiny_text_encoder)
     trainer = fit(module, image_shards, tmp_path, 2)
     assert torch.isfinite(trainer.callback_metrics["val/loss"])
     exact = json.loads((exported[1] / "manifest.json").read_text())
@@ -399,7 +405,7 @@ def test_online_statistics_are_measured_kept_and_shipped(
     module.save(tmp_path / "pipeline")
     assert load_pipeline(tmp_path / "pipeline").vae.config.latents_std == measured[1]
     # an export has no trainer to measure with
-    again = make(exported[0], online=True)
+    again = make(exported[0], online=True, text_encoder=tiny_text_encoder)
     again.on_load_checkpoint(checkpoint)
     data = ShardDataModule(str(image_shards), str(image_shards))
     data.setup("fit")
@@ -408,12 +414,12 @@ def test_online_statistics_are_measured_kept_and_shipped(
 
 
 def test_online_takes_the_statistics_of_the_autoencoders_directory(
-    exported: tuple[Path, Path], image_shards: Path, tmp_path: Path
+    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
 ) -> None:
     autoencoder = load_autoencoder(exported[0])
     set_latent_statistics(autoencoder, [0.5] * 4, [2.0] * 4)
     autoencoder.save_pretrained(tmp_path / "autoencoder")
-    module = make(tmp_path / "autoencoder", online=True)
+    module = make(tmp_path / "autoencoder", online=True, text_encoder=tiny_text_encoder)
     fit(module, image_shards, tmp_path, 1)
     assert [*map(list, module.frozen.statistics)] == [[0.5] * 4, [2.0] * 4]
 
@@ -479,7 +485,7 @@ def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(exported: tuple[
     trainer = fit(make(exported[0]), exported[1], tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    other = DiT(in_channels=4, sample_size=16, patch_size=2, width=32, num_layers=1, num_heads=2, text_width=384)
+    other = DiT(in_channels=4, sample_size=16, patch_size=2, width=32, num_layers=1, num_heads=2, text_width=8)
     with pytest.raises(UsageError) as refused:
         make(exported[0], denoiser=other).on_load_checkpoint(checkpoint)
     message = str(refused.value)

@@ -1,0 +1,221 @@
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+let model = null;
+let start = null; // the picture to start from, an ImageBitmap
+let startShown = null; // its object URL
+
+function say(text) { $("status").textContent = text; }
+
+// ---------------------------------------------------------------------------------------------- the form
+
+async function setUp() {
+  model = await (await fetch("/model")).json();
+  $("model").textContent = `${model.name}, ${model.width}×${model.height} pixels`;
+  document.title = `${model.name} · ldm serve`;
+  $("prompt").maxLength = $("negative").maxLength = model.limits.prompt;
+  $("steps").max = model.limits.steps;
+  for (const side of ["width", "height"]) {
+    $(side).min = $(side).step = model.unit;
+    $(side).max = Math.floor(model.limits.pixels / model.unit);
+    $(side).value = model[side];
+  }
+  for (const name of model.schedulers) $("scheduler").add(new Option(name, name));
+  for (const picture of await (await fetch("/pictures")).json()) finish(newCard(picture.settings), picture);
+  $("draw").disabled = false;
+}
+
+function readForm() {
+  if ($("random").checked) $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
+  const settings = { prompt: $("prompt").value, negative: $("negative").value.trim() };
+  for (const name of ["seed", "steps", "guidance", "width", "height"]) settings[name] = Number($(name).value);
+  settings.scheduler = $("scheduler").value || null;
+  if (start) settings.strength = Number($("strength").value);
+  return settings;
+}
+
+function fillForm(settings) {
+  for (const name of ["prompt", "negative", "seed", "steps", "guidance"]) $(name).value = settings[name];
+  for (const side of ["width", "height"]) $(side).value = settings[side] ?? model[side];
+  $("scheduler").value = settings.scheduler ?? "";
+  if (settings.strength !== null) $("strength").value = settings.strength;
+  showStrength();
+  $("random").checked = false;
+}
+
+function showStrength() { $("strength-shown").textContent = Number($("strength").value).toFixed(2); }
+
+async function setStart(blob) {
+  if (startShown) URL.revokeObjectURL(startShown);
+  start = startShown = null;
+  if (blob) {
+    try {
+      start = await createImageBitmap(blob);
+      startShown = URL.createObjectURL(blob);
+      $("start-picture").src = startShown;
+      $("error").textContent = "";
+    } catch {
+      $("error").textContent = "This file cannot be read as a picture; choose another one.";
+    }
+  }
+  if (!start) $("file").value = "";
+  $("start").hidden = !start;
+}
+
+// cut and scaled here to what will be drawn, so that a large photograph need not travel
+function startAsBase64(width, height) {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [width, height];
+  const scale = Math.max(width / start.width, height / start.height);
+  const [w, h] = [start.width * scale, start.height * scale];
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, width, height);
+  context.drawImage(start, (width - w) / 2, (height - h) / 2, w, h);
+  return canvas.toDataURL("image/png").split(",")[1];
+}
+
+async function blobAsBase64(blob) {
+  const reader = new FileReader();
+  await new Promise((resolve) => { reader.onload = resolve; reader.readAsDataURL(blob); });
+  return reader.result.split(",")[1];
+}
+
+// ---------------------------------------------------------------------------------------------- a card
+
+function newCard(settings) {
+  const card = $("card").content.firstElementChild.cloneNode(true);
+  card.querySelector(".prompt").textContent = settings.prompt;
+  const shown = {
+    not: settings.negative, seed: settings.seed, steps: settings.steps, guidance: settings.guidance,
+    size: `${settings.width ?? model.width}×${settings.height ?? model.height}`, scheduler: settings.scheduler,
+    strength: settings.strength,
+  };
+  for (const [name, value] of Object.entries(shown)) {
+    if (value === "" || value === null || value === undefined) continue;
+    const pair = document.createElement("div");
+    pair.append(document.createElement("dt"), document.createElement("dd"));
+    pair.firstChild.textContent = name;
+    pair.lastChild.textContent = value;
+    card.querySelector(".settings").append(pair);
+  }
+  card.querySelector(".actions").hidden = true;
+  $("gallery").prepend(card);
+  $("empty").hidden = true;
+  return card;
+}
+
+function show(card, source) {
+  const image = card.querySelector("img");
+  image.onload = () => image.classList.toggle("small", Math.max(image.naturalWidth, image.naturalHeight) < 160);
+  image.src = source;
+}
+
+function finish(card, picture) {
+  const address = `/pictures/${picture.id}/picture.png`;
+  card.querySelector(".waiting").hidden = true;
+  card.querySelector(".actions").hidden = false;
+  card.querySelector("img").alt = picture.settings.prompt;
+  card.querySelector(".again").onclick = () => drawAgain(picture);
+  const download = card.querySelector(".download");
+  download.href = address;
+  download.download = `${picture.settings.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-${picture.settings.seed}.png`;
+  show(card, address);
+}
+
+function fail(card, error) {
+  card.classList.add("failed");
+  card.querySelector("progress").hidden = true;
+  card.querySelector(".state").textContent = error;
+  const button = card.querySelector(".cancel");
+  button.textContent = "Close";
+  button.onclick = () => { card.remove(); $("empty").hidden = $("gallery").children.length > 0; };
+  say(error);
+}
+
+// ---------------------------------------------------------------------------------------------- drawing
+
+async function draw(settings, base64) {
+  const card = newCard(settings);
+  card.scrollIntoView({ block: "nearest" }); // on a phone it stands below the form
+  const gone = new AbortController(); // the server stops drawing what nobody listens to
+  card.querySelector(".cancel").onclick = () => gone.abort();
+  try {
+    const headers = { "Content-Type": "application/json" };
+    const body = JSON.stringify(base64 ? { settings, start: base64 } : { settings });
+    const response = await fetch("/draw", { method: "POST", headers, body, signal: gone.signal });
+    if (!response.ok) throw new Error((await response.json()).error);
+    for await (const news of lines(response.body)) {
+      if (news.state === "done") { finish(card, news.picture); say("The picture is drawn."); return; }
+      if (news.state === "failed") throw new Error(news.error);
+      if (news.state === "cancelled") break;
+      progress(card, news);
+    }
+    throw new Error("The server has stopped.");
+  } catch (error) {
+    fail(card, gone.signal.aborted ? "Cancelled." : error instanceof TypeError ? "The server does not answer." : error.message);
+  }
+}
+
+async function* lines(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n");
+    rest = parts.pop();
+    for (const part of parts) yield JSON.parse(part);
+  }
+}
+
+function progress(card, news) {
+  const bar = card.querySelector("progress");
+  const state = card.querySelector(".state");
+  if (news.state === "waiting") {
+    state.textContent = news.ahead ? `waiting, ${news.ahead} before it` : "waiting";
+  } else if (news.steps) {
+    [bar.max, bar.value] = [news.steps, news.step];
+    state.textContent = `step ${news.step} of ${news.steps}`;
+  } else {
+    state.textContent = "reading the prompt";
+  }
+  if (news.preview) show(card, news.preview);
+}
+
+async function drawAgain(picture) {
+  fillForm(picture.settings);
+  let base64 = null;
+  let blob = null;
+  if (picture.started) {
+    const response = await fetch(`/pictures/${picture.id}/start.png`);
+    if (!response.ok) { $("error").textContent = (await response.json()).error; return; }
+    blob = await response.blob();
+    base64 = await blobAsBase64(blob); // the very bytes: a canvas may change them
+  }
+  await setStart(blob);
+  $("error").textContent = "";
+  // the settings as they are, also those that the form does not show; the start's name is the server's
+  await draw({ ...picture.settings, image: null }, base64);
+}
+
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  $("error").textContent = "";
+  const settings = readForm();
+  if (settings.width * settings.height > model.limits.pixels) {
+    $("error").textContent = `Width times height is at most ${model.limits.pixels} here.`;
+    return;
+  }
+  draw(settings, start ? startAsBase64(settings.width, settings.height) : null);
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); $("form").requestSubmit(); }
+});
+$("file").addEventListener("change", () => setStart($("file").files[0]));
+$("no-start").addEventListener("click", () => setStart(null));
+$("strength").addEventListener("input", showStrength);
+$("draw").disabled = true;
+showStrength();
+setUp().catch(() => { $("error").textContent = "The server does not answer; reload the page."; });

@@ -1,0 +1,80 @@
+"""The process of ``ldm serve``: an address, and an orderly end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from ldm.errors import UsageError, first_line
+from ldm.serve.queue import Queue
+
+CLOSE_SECONDS = 3  # for answers that are being sent, and again for the step that is being drawn
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes one that is free.
+
+    Raises:
+        UsageError: when there is no such host, or the port is in use.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UsageError(f"cannot listen at {host} port {port} ({reason}); choose another --port or --host") from None
+
+
+def address(listening: socket.socket) -> str:
+    """What a browser on this machine calls it."""
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Ends what is waited for before it waits for its requests to end."""
+
+    def __init__(self, config: uvicorn.Config, queue: Queue):
+        super().__init__(config)
+        self.queue = queue
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.queue.close()
+        await super().shutdown(sockets)
+
+
+def serve(app: ASGIApp, queue: Queue, listening: socket.socket) -> None:
+    """Answer requests until SIGINT or SIGTERM, then end within seconds."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+    )
+    server = Server(config, queue)
+
+    def stop(*_: Any) -> None:
+        server.should_exit = True
+
+    # uvicorn raises the signal anew once it has ended, which would end the process another way than asked for
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    ended = queue.join(CLOSE_SECONDS)
+    print("stopped", flush=True)
+    if not ended:
+        # a long step still runs in torch's own threads, which may crash when Python is taken down around them
+        os._exit(0)

@@ -1,0 +1,64 @@
+"""A tiny pipeline that draws at once, saved where a server opens it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from ldm.models.autoencoder import AutoencoderConfig, set_latent_statistics
+from ldm.models.dit import DiT
+from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
+from ldm.serve.queue import Queue
+from ldm.serve.worker import Worker
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory, minilm):
+    """The directory of a pipeline with random weights and real words; pictures of 16 pixels, widths in fours."""
+    torch.manual_seed(0)
+    config = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16)
+    autoencoder = config.build().eval()
+    set_latent_statistics(autoencoder, [0.1, -0.1, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
+    dit = DiT(sample_size=8, width=32, num_layers=2, num_heads=2)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    pipeline = LatentDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=minilm.model,
+        tokenizer=minilm.tokenizer,
+        transformer=dit.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    path = tmp_path_factory.mktemp("serve") / "tiny"
+    pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def worker(model_path):
+    return Worker(load_pipeline(model_path), model_path)
+
+
+@pytest.fixture
+def queue():
+    made = Queue(max_waiting=16)
+    yield made
+    made.close()
+    assert made.join(20)
+
+
+@pytest.fixture
+def soon():
+    """Wait until something is true."""
+
+    def wait(condition, seconds=20):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not come"
+            time.sleep(0.005)
+
+    return wait

@@ -1,0 +1,460 @@
+"""The server as a client meets it: what it draws, what it refuses, and that nothing sent to it makes it stumble."""
+
+import asyncio
+import base64
+import io
+import json
+import secrets
+import struct
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+from fastapi import HTTPException
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from starlette.requests import ClientDisconnect
+from starlette.testclient import TestClient
+
+from ldm.drawing.draw import draw_pictures
+from ldm.drawing.metadata import read_png
+from ldm.drawing.settings import PictureSettings
+from ldm.errors import LdmError, UsageError
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.serve.app import create_app, follow, read_body
+from ldm.serve.order import MAX_SEED, Limits, read_order
+from ldm.serve.worker import Picture, Worker
+
+RED = {"prompt": "a red circle", "seed": 3, "steps": 2}
+
+
+class GatedWorker(Worker):
+    """Draws something when it is let."""
+
+    def __init__(self, worker):
+        vars(self).update(vars(worker))
+        self.drawing, self.gate = threading.Event(), threading.Event()
+
+    def draw(self, order, report):
+        self.drawing.set()
+        while not self.gate.wait(0.005):
+            report(None)
+        return Picture(secrets.token_hex(8), order.settings, b"", None, 0.0)
+
+
+@pytest.fixture
+def limits():
+    return Limits(steps=20, pixels=64 * 64, body=200_000, upload_pixels=300 * 300, pictures=5, body_seconds=1)
+
+
+@pytest.fixture
+def client(worker, queue, limits):
+    with TestClient(create_app(worker, queue, limits), base_url="http://localhost:7860") as made:
+        yield made
+
+
+def post(client, content, **headers):
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return client.post("/draw", content=data, headers={"content-type": "application/json"} | headers)
+
+
+def drawn(client, start=None, **changes):
+    """The last line of an order's answer, its picture's bytes, and all lines."""
+    response = post(client, {"settings": RED | changes} | ({} if start is None else {"start": start}))
+    assert response.status_code == 200, response.text
+    lines = [json.loads(line) for line in response.text.splitlines()]
+    assert lines[-1]["state"] == "done", lines[-1]
+    picture = lines[-1]["picture"]
+    png = client.get(f"/pictures/{picture['id']}/picture.png")
+    assert png.status_code == 200 and png.headers["content-type"] == "image/png"
+    return picture, png.content, lines
+
+
+def refused(response, status, line):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert line in error and "\n" not in error and len(error) <= 301
+    return response
+
+
+def encoded(picture, file_format="PNG"):
+    buffer = io.BytesIO()
+    picture.save(buffer, file_format)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture
+def noise():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+def test_a_picture_is_that_of_ldm_sample_and_carries_its_settings(client, worker, tmp_path):
+    picture, png, lines = drawn(client, negative="a star", guidance=2.5, scheduler="heun", guidance_rule="apg", width=32)
+    chosen = PictureSettings.from_json(picture["settings"], "answer")
+    assert (chosen.seed, chosen.guidance, chosen.scheduler, chosen.width) == (3, 2.5, "heun", 32)
+    ((_, _, expected),) = draw_pictures(LatentDiffusionPipeline(**worker.pipeline.components), [chosen])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(expected))
+    (tmp_path / "picture.png").write_bytes(png)
+    settings_inside, provenance = read_png(tmp_path / "picture.png")
+    assert settings_inside == chosen and provenance.model == "tiny" and provenance.scheduler == "heun"
+    previews = [line["preview"] for line in lines if "preview" in line]
+    assert all(preview.startswith("data:image/jpeg;base64,") for preview in previews)
+
+
+def test_the_same_settings_give_the_same_bytes_and_another_seed_others(client):
+    (_, first, _), (_, again, _), (_, other, _) = drawn(client), drawn(client), drawn(client, seed=4)
+    assert first == again and first != other
+
+
+def test_progress_shows_previews_of_the_picture(worker):
+    seen = []
+    worker.draw(read_order(json.dumps({"settings": RED | {"steps": 8}}).encode(), Limits(), worker.size), seen.append)
+    assert [(progress.step, progress.steps) for progress in seen] == [(step, 8) for step in range(1, 9)]
+    assert len({progress.preview for progress in seen}) == 8
+    shown = Image.open(io.BytesIO(base64.b64decode(seen[-1].preview.split(",")[1])))
+    assert shown.format == "JPEG" and shown.size == (16, 16)
+
+
+def test_the_gallery_holds_the_latest(client):
+    ids = [drawn(client, seed=seed)[0]["id"] for seed in range(7)]
+    listed = client.get("/pictures").json()
+    assert [picture["id"] for picture in listed] == ids[2:]
+    assert [picture["settings"]["seed"] for picture in listed] == [2, 3, 4, 5, 6]
+    refused(client.get(f"/pictures/{ids[0]}/picture.png"), 404, "not among the last 5")
+
+
+def test_a_picture_starts_from_the_one_sent_and_can_be_drawn_again_from_it(client, noise):
+    picture, png, _ = drawn(client, encoded(noise), strength=0.5, width=32, height=16)
+    assert picture["started"] and picture["settings"]["image"].startswith("start-")
+    start = client.get(f"/pictures/{picture['id']}/start.png").content
+    assert Image.open(io.BytesIO(start)).size == Image.open(io.BytesIO(png)).size == (32, 16)
+    again, png_again, _ = drawn(client, base64.b64encode(start).decode(), strength=0.5, width=32, height=16)
+    assert png_again == png and again["settings"] == picture["settings"]
+    assert drawn(client, strength=None, width=32, height=16)[1] != png
+    other, _, _ = drawn(client)
+    refused(client.get(f"/pictures/{other['id']}/start.png"), 404, "did not start from another one")
+
+
+KINDS = {"PNG": ["RGB", "L", "P", "RGBA", "1", "I;16"], "JPEG": ["RGB", "L", "CMYK"], "WEBP": ["RGB", "RGBA"]}
+
+
+@pytest.mark.parametrize("file_format, mode", [(name, mode) for name, modes in KINDS.items() for mode in modes])
+def test_pictures_to_start_from_come_in_the_common_kinds(noise, file_format, mode):
+    body = {"settings": {"prompt": "x"}, "start": encoded(noise.convert(mode), file_format)}
+    order = read_order(json.dumps(body).encode(), Limits(), (16, 16))
+    assert (order.start.mode, order.start.size) == ("RGB", (16, 16)) and order.settings.width == 16
+
+
+# ---------------------------------------------------------------------------------------------- limits
+
+TOO_MUCH = {
+    "prompt has 1001 characters; the limit of this server is 1000": {"prompt": "x" * 1001},
+    "negative has 1001 characters": {"negative": "x" * 1001},
+    "steps is 21; the limit of this server is 20": {"steps": 21},
+    "steps is 0": {"steps": 0},
+    f"the limit of this server is {MAX_SEED}": {"seed": MAX_SEED + 1},
+    "seed is -1": {"seed": -1},
+    "a picture of 68x64 has more pixels": {"width": 68, "height": 64},
+    "18": {"width": 18},
+    "no sampler 'ddim'": {"scheduler": "ddim"},
+    "no sampler 'nonsense'": {"scheduler": "nonsense"},
+    "guidance is 'much'": {"guidance": "much"},
+    "a number of 400 digits is too long": {"guidance": 10**399},
+    "the prompt is empty": {"prompt": " "},
+    "prompt is None": {"prompt": None},
+    "there is no setting 'colour'": {"colour": "red"},
+    "strength is of a given picture": {"strength": 0.5},
+    "image would name a file of the server": {"image": "/etc/passwd"},
+    "mask would name a file of the server": {"mask": "../../etc/passwd"},
+    "weak would name a file of the server": {"weak": "/"},
+    "not Unicode": {"prompt": "\ud800"},
+}
+
+
+@pytest.mark.parametrize("line", TOO_MUCH)
+def test_settings_beyond_the_limits_are_refused_in_one_line(client, line):
+    refused(post(client, {"settings": RED | TOO_MUCH[line]}), 422, line)
+
+
+def test_a_prompt_longer_than_the_text_encoder_takes_is_refused(worker):
+    with pytest.raises(UsageError, match="tokens, the text encoder takes"):
+        worker.check(PictureSettings("circle " * 600))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe{}",
+        b"null",
+        b"[]",
+        b"[" * 100_000,
+        b'{"settings": {"prompt": "x", "seed": NaN}}',
+        b'{"settings": {"prompt": "x", "guidance": 1e999}}',
+        b'{"settings": {"prompt": "x", "seed": ' + b"9" * 5000 + b"}}",
+        b'{"settings": {"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}}",
+        b'{"settings": {"\\ud800": 1, "prompt": "x"}}',
+        b'{"settings": {"prompt": "x"}, "path": "/etc/passwd"}',
+        b'{"settings": {"prompt": "x"}, "start": 7}',
+    ],
+)
+def test_bodies_that_are_no_order_are_refused_in_one_line(client, body):
+    refused(post(client, body), 422, "")
+
+
+def test_what_is_no_json_or_too_long_is_refused(client, limits):
+    refused(client.post("/draw", data={"prompt": "x"}), 415, "send JSON")
+    refused(post(client, b" " * (limits.body + 1)), 413, "more than 200000 bytes")
+
+    def chunks():  # of no announced length
+        for _ in range(300):
+            yield b" " * 1000
+
+    refused(post(client, b""), 422, "not JSON")
+    headers = {"content-type": "application/json"}
+    refused(client.post("/draw", content=chunks(), headers=headers), 413, "more than 200000 bytes")
+    for announced in ("200001", "9" * 5000, "x", "-1"):
+        refused(post(client, b"{}", **{"content-length": announced}), 413, "more than 200000 bytes")
+
+
+class Broken:
+    """A request whose body never comes whole."""
+
+    headers = MappingProxyType({})
+
+    def __init__(self, ends):
+        self.ends = ends
+
+    async def stream(self):
+        yield b"{"
+        if self.ends:
+            raise ClientDisconnect
+        await asyncio.sleep(60)
+
+
+def test_a_request_that_does_not_arrive_is_given_up():
+    for ends, status in ((True, 400), (False, 408)):
+        with pytest.raises(HTTPException) as error:
+            asyncio.run(read_body(Broken(ends), Limits(body_seconds=0.05)))
+        assert error.value.status_code == status
+
+
+def bomb(width, height):
+    """A small PNG whose header promises much."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+def test_uploads_that_are_no_pictures_are_refused(client, noise):
+    gif, whole = encoded(noise, "GIF"), base64.b64decode(encoded(noise))
+    b64 = base64.b64encode
+    for start, line in {
+        "not base64!": "not base64",
+        "é": "cannot be read",
+        "": "cannot be read as a picture",
+        gif: "send a PNG, JPEG or WebP",
+        b64(whole[: len(whole) // 2]).decode(): "cannot be read as a picture",
+        b64(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode(): "cannot be read as a picture",
+        b64(bomb(50_000, 50_000)).decode(): "more pixels than the limit of this server, 90000",
+        b64(bomb(301, 300)).decode(): "more pixels than the limit of this server, 90000",
+        b64(bomb(300, 300)).decode(): "cannot be read as a picture",
+        b64(bomb(0, 0)).decode(): "cannot be read as a picture",
+    }.items():
+        refused(post(client, {"settings": RED, "start": start}), 422, line)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=10,
+)
+FIELDS = st.sampled_from([*PictureSettings.__dataclass_fields__, "start", "settings", "count"])
+NEAR = st.sampled_from(["a red ring", "apg", "euler", "unipc", 0, 1, -1, 4, 8, 16, 0.5, [0.2, 0.8], [0, 0], 2**63])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(FIELDS, NEAR | JSON, max_size=4), st.dictionaries(st.sampled_from(["start", "x"]), JSON, max_size=1))
+def test_whatever_json_comes_the_answer_is_a_picture_or_one_line(client, changes, beside):
+    """Steps stay few so that what is right is drawn at once."""
+    response = post(client, {"settings": {"prompt": "a ring"} | changes | {"steps": 1}} | beside)
+    if response.status_code == 200:
+        assert json.loads(response.text.splitlines()[-1])["state"] in ("done", "failed")
+        assert "defect" not in response.text
+    else:
+        refused(response, 422, "")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(JSON | st.binary(max_size=60))
+def test_any_body_is_refused_in_one_line(client, content):
+    refused(post(client, content), 422, "")
+
+
+# ---------------------------------------------------------------------------------------------- who may come in
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "/../../etc/passwd",
+        "/..%2f..%2fetc%2fpasswd",
+        "/pictures/..%2f..%2fetc%2fpasswd/picture.png",
+        "/pictures/%2e%2e/picture.png",
+        "/pictures/%00/picture.png",
+        "/pictures//etc/passwd",
+        "/page.html",
+        "/app.py",
+        "/static/page.js",
+        "/docs",
+        "/redoc",
+        "/openapi.json",
+        "/file=/etc/passwd",
+        "/pictures/" + "x" * 3000 + "/picture.png",
+    ],
+)
+def test_no_file_of_the_machine_is_reachable(client, path):
+    response = client.get(path)
+    assert response.status_code == 404 and "root:" not in response.text
+
+
+def test_other_methods_are_refused(client):
+    for method, path in (("GET", "/draw"), ("POST", "/"), ("DELETE", "/pictures"), ("PUT", "/model"), ("TRACE", "/")):
+        refused(client.request(method, path), 405, "")
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:7860", "localhost.evil.example", "", "[", "a b", "1.2.3.4.evil"]
+)
+def test_a_name_that_is_not_ours_is_refused(client, host):
+    refused(client.get("/model", headers={"host": host}), 421, "does not go by that name")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:7860", "[::1]:7860", "192.168.1.5:7860"])
+def test_our_names_and_addresses_are_answered(client, host):
+    assert client.get("/model", headers={"host": host}).status_code == 200
+
+
+def test_other_pages_cannot_draw(client):
+    for headers in (
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://localhost:8000"},
+        {"origin": "http://[", "host": "localhost:7860"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+    ):
+        refused(post(client, {"settings": RED}, **headers), 403, "comes from another page")
+    ours = {"origin": "http://localhost:7860", "sec-fetch-site": "same-origin"}
+    assert post(client, {"settings": RED}, **ours).status_code == 200
+
+
+def test_every_answer_forbids_the_page_to_leave_its_origin(client):
+    for response in (client.get("/"), client.get("/nothing"), client.get("/model", headers={"host": "evil.example"})):
+        policy = response.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+    for path in ("/", "/page.css", "/page.js"):
+        text = client.get(path).text
+        assert "http:" not in text and "https:" not in text and "style=" not in text and "innerHTML" not in text
+
+
+# ---------------------------------------------------------------------------------------------- many at a time
+
+
+def test_of_64_at_a_time_one_is_drawn_16_wait_and_the_rest_are_told_to_come_again(worker, queue, soon):
+    gated = GatedWorker(worker)
+    with (
+        TestClient(create_app(gated, queue, Limits()), base_url="http://localhost") as client,
+        ThreadPoolExecutor(64) as clients,
+    ):
+        answers = [clients.submit(post, client, {"settings": RED | {"seed": seed}}) for seed in range(64)]
+        soon(lambda: sum(answer.done() for answer in answers) == 64 - 17)
+        told = [answer.result() for answer in answers if answer.done()]
+        for response in told:
+            refused(response, 429, "16 pictures are waiting already; come again in")
+            assert int(response.headers["retry-after"]) >= 1
+        assert client.get("/").status_code == 200  # the others still can look
+        gated.gate.set()
+        held = [answer.result() for answer in answers if answer.result().status_code == 200]
+        assert len(held) == 17
+        assert [json.loads(response.text.splitlines()[-1])["state"] for response in held] == ["done"] * 17
+        assert any('"ahead": 16' in response.text for response in held)
+        assert len(client.get("/pictures").json()) == 17
+
+
+def test_more_requests_than_are_held_open_are_told_to_come_again(worker, queue, soon):
+    gated = GatedWorker(worker)
+    app = create_app(gated, queue, Limits(requests=3))
+    with TestClient(app, base_url="http://localhost") as client, ThreadPoolExecutor(3) as clients:
+        answers = [clients.submit(post, client, {"settings": RED}) for _ in range(3)]
+        soon(lambda: app.here == 3)
+        response = refused(client.get("/model"), 503, "3 requests are being answered already")
+        assert int(response.headers["retry-after"]) >= 1
+        gated.gate.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 3
+        assert app.here == 0 and client.get("/model").status_code == 200
+
+
+class Listener:
+    """A request whose client is there until it goes."""
+
+    gone = False
+
+    async def is_disconnected(self):
+        return self.gone
+
+
+def test_a_client_that_goes_ends_its_drawing(worker, queue, soon):
+    gated, listener = GatedWorker(worker), Listener()
+    order = read_order(json.dumps({"settings": RED}).encode(), Limits(), worker.size)
+    job = queue.submit(lambda job: gated.draw(order, job.report))
+    waiting = queue.submit(lambda job: None)
+
+    async def listen():
+        lines = [line async for line in follow(listener, queue, job)]
+        return [json.loads(line)["state"] for line in lines]
+
+    async def leave():
+        talk = follow(listener, queue, waiting)
+        assert json.loads(await anext(talk)) == {"state": "waiting", "ahead": 1}
+        await talk.aclose()  # the connection is closed while an answer is being sent
+
+    assert gated.drawing.wait(5)
+    asyncio.run(leave())
+    listener.gone = True
+    assert asyncio.run(listen()) == ["working"]
+    soon(lambda: (job.state, waiting.state) == ("cancelled", "cancelled"))
+
+
+def test_drawing_that_fails_says_so_in_one_line(worker, queue):
+    class Broken(GatedWorker):
+        def draw(self, order, report):
+            raise LdmError("the denoiser's answer is not finite\n at step 1")
+
+    with TestClient(create_app(Broken(worker), queue, Limits()), base_url="http://localhost") as client:
+        last = json.loads(post(client, {"settings": RED}).text.splitlines()[-1])
+        assert last == {"state": "failed", "error": "the denoiser's answer is not finite at step 1"}
+
+
+def test_a_stopping_server_takes_no_more(client, queue):
+    queue.close()
+    assert refused(post(client, {"settings": RED}), 503, "ldm serve is stopping").headers["retry-after"]
+
+
+@pytest.mark.parametrize("name", ["steps", "pixels", "waiting", "requests", "pictures", "prompt"])
+def test_limits_that_allow_nothing_are_refused(name):
+    with pytest.raises(UsageError, match=f"the limit on {name} is 0; give 1 or more"):
+        Limits(**{name: 0})

@@ -1,0 +1,207 @@
+"""The page in a real browser, clicked by Chromium's DevTools protocol over a pipe."""
+
+import base64
+import fcntl
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+
+
+class Browser:
+    """Headless Chromium with one page: JSON messages, each ended by a zero byte, on its file descriptors 3 and 4."""
+
+    def __init__(self, profile, width=1200, height=900):
+        to_read, self._to = os.pipe()
+        self._from, to_write = os.pipe()
+        given = [fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in (to_read, to_write)]
+        os.close(to_read)
+        os.close(to_write)
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
+        flags += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "--no-first-run", "--hide-scrollbars"]
+
+        def as_three_and_four():
+            os.dup2(given[0], 3)
+            os.dup2(given[1], 4)
+
+        self.process = subprocess.Popen(
+            [CHROMIUM, *flags, "about:blank"],
+            preexec_fn=as_three_and_four,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for number in given:
+            os.close(number)
+        self._unread, self._number, self._session, self.events = b"", 0, None, []
+        targets = self.call("Target.getTargets")["targetInfos"]
+        target = next(target["targetId"] for target in targets if target["type"] == "page")
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **parameters):
+        """What the browser answers; events on the way are kept."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+            self.events.append(answer)
+
+    def _read(self, seconds=60):
+        while b"\0" not in self._unread:
+            assert select.select([self._from], [], [], seconds)[0], "Chromium does not answer"
+            self._unread += os.read(self._from, 1 << 20) or pytest.fail("Chromium has ended")
+        line, _, self._unread = self._unread.partition(b"\0")
+        return json.loads(line)
+
+    def evaluate(self, expression):
+        """The value of JavaScript in the page."""
+        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def until(self, expression, seconds=60):
+        """Wait until JavaScript gives something true."""
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, f"{expression} is still {value!r}"
+            time.sleep(0.05)
+        return value
+
+    def click(self, selector):
+        """A real click of the mouse in the middle of an element."""
+        x, y = self.evaluate(f"""(() => {{
+            const element = document.querySelector({json.dumps(selector)});
+            element.scrollIntoView({{block: "center", behavior: "instant"}});
+            const box = element.getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2];
+        }})()""")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, selector, text):
+        """Replace the text of a field by typing."""
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
+        self.call("Input.insertText", text=text)
+
+    def screenshot(self, path):
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self._to)
+        os.close(self._from)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    made = Browser(tmp_path / "profile")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def address(model_path):
+    command = [sys.executable, "-m", "ldm", "serve", model_path, "--port", "0", "--max-steps", "2000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().split()[0]
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+PIXELS = """(async (number) => {
+    const image = document.querySelectorAll(".card img")[number];
+    const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+    return [image.naturalWidth, image.naturalHeight, Array.from(bytes).join(",")];
+})"""
+
+
+@pytest.mark.slow
+def test_the_page_draws_and_draws_again_and_asks_nobody_else(browser, address, tmp_path):
+    browser.call("Page.navigate", url=address)
+    browser.until("document.querySelector('#draw') && !document.querySelector('#draw').disabled")
+
+    browser.type("#prompt", "a red circle")
+    browser.click("#random")  # off: the seed stays
+    for field, value in {"#seed": "7", "#steps": "3", "#width": "32", "#height": "16"}.items():
+        browser.type(field, value)
+    browser.click("#draw")
+    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 1 && document.images[1].complete")
+    assert browser.evaluate(f"{PIXELS}(0)")[:2] == [32, 16]
+    shown = browser.evaluate("document.querySelector('.card').textContent")
+    assert "a red circle" in shown and "32×16" in shown
+
+    # other settings, then those of the picture again
+    browser.type("#prompt", "something else")
+    browser.type("#seed", "8")
+    browser.click(".again")
+    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 2")
+    browser.until("[...document.querySelectorAll('.card img')].every((image) => image.complete && image.naturalWidth)")
+    first, second = browser.evaluate(f"{PIXELS}(0)"), browser.evaluate(f"{PIXELS}(1)")
+    assert first == second and len(first[2]) > 100
+    put_back = "[document.querySelector('#prompt').value, document.querySelector('#seed').value]"
+    assert browser.evaluate(put_back) == ["a red circle", "7"]
+    browser.type("#seed", "9")
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 3")
+    browser.until("[...document.querySelectorAll('.card img')].every((image) => image.complete && image.naturalWidth)")
+    assert browser.evaluate(f"{PIXELS}(0)")[2] != first[2]
+
+    # cancelled in the middle, with a preview to be seen; what was drawn is there after loading the page anew
+    for field, value in {"#steps": "2000", "#width": "256", "#height": "256"}.items():
+        browser.type(field, value)
+    browser.click("#draw")
+    browser.until("document.querySelector('.card img').src.startsWith('data:image/jpeg')")
+    browser.click(".cancel")
+    browser.until("document.querySelector('.card.failed .state')?.textContent == 'Cancelled.'")
+    browser.call("Page.reload")
+    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 3")
+
+    # from a picture
+    Image.linear_gradient("L").save(tmp_path / "start.png")
+    root = browser.call("DOM.getDocument")["root"]["nodeId"]
+    file = browser.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+    browser.call("DOM.setFileInputFiles", nodeId=file, files=[str(tmp_path / "start.png")])
+    browser.until("!document.querySelector('#start').hidden")
+    browser.type("#prompt", "a blue ring")
+    browser.type("#steps", "4")
+    browser.click("#draw")
+    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 4")
+    browser.click(".again")
+    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 5")
+    browser.until("[...document.querySelectorAll('.card img')].every((image) => image.complete && image.naturalWidth)")
+    assert browser.evaluate(f"{PIXELS}(0)") == browser.evaluate(f"{PIXELS}(1)")
+    assert "strength" in browser.evaluate("document.querySelector('.card').textContent")
+
+    # narrow as a phone, nothing stands out at the side
+    browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 360
+
+    # every field has a name to be read aloud
+    assert browser.evaluate("[...document.querySelectorAll('input, select, textarea')].every((field) => field.labels.length)")
+    asked = {event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"}
+    outside = {url for url in asked if not url.startswith((f"{address}/", "data:", "blob:", "about:"))}
+    assert len(asked) > 10 and not outside
+    logged = [event["params"] for event in browser.events if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+    assert not logged

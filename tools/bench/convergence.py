@@ -1,0 +1,449 @@
+"""How soon a denoiser learns: our recipe of stage two against DiT's and minRF's, on the same latents.
+
+    python tools/bench/convergence.py --latents DIR --validation DIR --autoencoder DIR --out DIR
+        [--recipes ours dit minrf] [--seeds 0 1 2] [--images N] [--evaluations K] [--prompts P]
+    python tools/bench/convergence.py --quick
+
+A recipe is a YAML of ``configs/convergence``, whose comments say what it is. Each is trained by ``ldm denoiser fit``, with
+nothing but paths, steps and seeds changed, once per seed. The latents are of scenes with two objects (``ldm shards shapes
+--preset two``); the validation set's are of pairs held out (``--held-out``). A recipe with a constant rate is trained on N
+images and judged K times on the way: after N, N/2, N/4, … One whose rate falls towards the end is judged fairly at its end
+alone, so it is trained twice, on N images and on N/4, each with a schedule of that length.
+
+Judged is the average of the weights, on pictures drawn from prompts with pairs of words that were never seen together: 20
+steps of DPM-Solver++ 2M and guidance 3 for all, from the same noise. And by the error of x0, the mean square of what the
+network takes for the clean latent less what it is, by tenths of the noise's share sigma / (alpha + sigma): unlike the losses
+(stored too), that can be compared between predictions and paths, tenth by tenth. All tenths in one number is their geometric
+mean, for ratios of which it does not matter what an error is worth at which noise.
+
+Seconds are those of a training step, on the processor (one thread: OMP_NUM_THREADS=1), measured apart and in turns, so that
+neither evaluations nor other work on the machine count.
+
+OUT holds a folder per run; a run that is finished is not repeated. After each, ``results.jsonl`` and ``convergence.svg`` are
+written anew. Ends with `ratio NAME MEDIAN MIN MAX` over the seeds, after a quarter of the other's images, after as many, and
+after as many seconds: of prompt accuracy, ours over the other's (no picture right counts as half a picture), and of the error
+of x0, the other's over ours. More is better.
+"""
+
+from __future__ import annotations
+
+# isort: off
+import ldm  # noqa: F401 - first: it settles how OpenMP waits
+
+# isort: on
+import argparse
+import json
+import math
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lightning import Callback, Trainer
+
+from ldm.cli import dispatch
+from ldm.data.shapes import held_out_prompts
+from ldm.diffusion.guidance import denoise
+from ldm.diffusion.path import expand
+from ldm.diffusion.scheduler import make_scheduler
+from ldm.evaluate import draw, shape_accuracy
+from ldm.files import atomic_file, read_json, write_json
+from ldm.machine import describe
+from ldm.training.denoiser import NUM_BINS, DenoiserTraining, fixed_noise
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "convergence"
+SCORES, STEP_SECONDS = "scores.jsonl", "step_seconds.json"
+TINY = {"width": 32, "num_layers": 1, "num_heads": 2}  # of --quick
+SAMPLING_STEPS, GUIDANCE = 20, 3.0
+
+
+# -- in a run ------------------------------------------------------------------------------------------------------------
+
+
+class Score(Callback):
+    """Judges the averaged weights at the validations after ``at`` steps; appends a line of JSON to ``file`` each time."""
+
+    def __init__(self, file: str, at: list[int], prompts: int):
+        self.file, self.at = Path(file), at
+        self.prompts = held_out_prompts("two", prompts)
+
+    def on_validation_end(self, trainer: Trainer, module: DenoiserTraining) -> None:
+        if trainer.global_step not in self.at:
+            return
+        pipeline = module.pipeline()
+        pipeline.scheduler = make_scheduler("dpm++2m", *pipeline.diffusion)
+        options = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE}
+        pictures = draw(pipeline, self.prompts, seed=0, batch_size=64, **options)
+        losses = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        record = {"images": module.num_images_seen, "x0_error": x0_errors(trainer, module)} | losses
+        with self.file.open("a") as file:
+            file.write(json.dumps(record | shape_accuracy(pictures, self.prompts)) + "\n")
+
+
+@torch.no_grad()
+def x0_errors(trainer: Trainer, module: DenoiserTraining) -> list[float]:
+    """Mean square errors of x0 on the validation set, by tenths of the noise's share."""
+    path, prediction = module.objective.path, module.objective.prediction
+    shares, errors = [], []
+    for batch in trainer.val_dataloaders:
+        x0, condition = module.encode(batch, draw=False)
+        share, eps = fixed_noise(sum(map(len, shares)), x0)
+        t = path.time(share.logit())
+        x_t = path.sample(x0, eps, t)
+        y = denoise(module.denoiser, expand(path.input_scale(t), x_t) * x_t, path.network_time(t), condition).float()
+        errors.append((prediction.endpoints(path, x_t, y, t).x0 - x0).square().flatten(1).mean(1))
+        shares.append(share)
+    bins, error = (torch.cat(shares) * NUM_BINS).long(), torch.cat(errors)
+    return [float(error[bins == number].mean()) for number in range(NUM_BINS)]
+
+
+class ProcessorTimes(Callback):
+    """Writes the median processor seconds of a step, the first ones left out."""
+
+    def __init__(self, file: str):
+        self.file, self.times = file, []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.times.append(time.process_time())
+
+    def on_train_end(self, *_: Any) -> None:
+        write_json(self.file, statistics.median(after - before for before, after in pairwise(self.times[1:])))
+
+
+# -- the runs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where everything lies, and how much of it there is."""
+
+    latents: Path
+    validation: Path
+    autoencoder: Path
+    out: Path
+    images: int
+    evaluations: int
+    prompts: int
+    quick: bool = False
+
+    def fit(self, recipe: str, out: Path, steps: int, every: int, seed: int, callback: Callback | str, **settings: Any) -> None:
+        """``ldm denoiser fit`` of a recipe; ``callback`` is a class of this file."""
+        callbacks = [{"class_path": f"{callback.__module__}.{callback.__name__}", "init_args": settings}]
+        options = {
+            "config": CONFIGS / f"{recipe}.yaml", "out": out, "title": out.name, "seed_everything": seed,
+            "data.seed": seed, "data.train": self.latents, "data.validation": self.validation,
+            "model.autoencoder": self.autoencoder, "trainer.max_steps": steps, "trainer.val_check_interval": every,
+            "trainer.callbacks": json.dumps(callbacks),
+        }  # fmt: skip
+        if self.quick:
+            options |= {f"model.denoiser.init_args.{name}": value for name, value in TINY.items()}
+        dispatch(["denoiser", "fit", *(text for name, value in options.items() for text in (f"--{name}", str(value)))])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    recipe: str
+    seed: int
+    images: int
+
+    def folder(self, bench: Bench) -> Path:
+        return bench.out / f"{self.recipe}-{self.seed}-{self.images}"
+
+    def finished(self, bench: Bench) -> bool:
+        return (self.folder(bench) / "pipeline").is_dir()  # written last, and whole
+
+    def train(self, bench: Bench) -> None:
+        folder = self.folder(bench)
+        shutil.rmtree(folder, ignore_errors=True)
+        every = max(self.images // batch_size(self.recipe) // 2 ** (bench.evaluations - 1), 1)
+        at = [every * 2**power for power in range(bench.evaluations)]
+        scores = str(folder / SCORES)
+        bench.fit(self.recipe, folder, at[-1], every, self.seed, Score, file=scores, at=at, prompts=bench.prompts)
+        shutil.rmtree(folder / "checkpoints")
+
+    def scores(self, bench: Bench) -> list[dict[str, Any]]:
+        lines = (self.folder(bench) / SCORES).read_text().splitlines()
+        return [{"recipe": self.recipe, "seed": self.seed, "run_images": self.images} | json.loads(line) for line in lines]
+
+
+def config(recipe: str) -> dict[str, Any]:
+    """A recipe as its YAML says it."""
+    return yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
+
+
+def batch_size(recipe: str) -> int:
+    """Images per step."""
+    return config(recipe)["data"]["batch_size"]
+
+
+def lengths(recipe: str, images: int) -> list[int]:
+    """Images of its trainings."""
+    falls = config(recipe)["model"]["optimiser"]["schedule"] != "constant_with_warmup"
+    return [images // 4, images] if falls else [images]
+
+
+def step_seconds(bench: Bench, recipes: Sequence[str], rounds: int = 5, steps: int = 12) -> dict[str, float]:
+    """Seconds per step of each recipe; the least of the rounds, as other work can only slow a step down."""
+    kept = bench.out / STEP_SECONDS
+    known = read_json(kept) if kept.is_file() else {}
+    wanted = [recipe for recipe in recipes if recipe not in known]
+    measured: dict[str, list[float]] = {recipe: [] for recipe in (recipes if wanted else ())}
+    with tempfile.TemporaryDirectory() as temporary:
+        for turn in range(rounds):
+            for recipe in list(measured)[:: 1 if turn % 2 == 0 else -1]:
+                out = Path(temporary) / f"{recipe}-{turn}"
+                bench.fit(recipe, out, steps, steps, 0, ProcessorTimes, file=f"{out}.json")
+                measured[recipe].append(read_json(f"{out}.json"))
+    known |= {recipe: min(values) for recipe, values in measured.items()}
+    write_json(kept, known)
+    return known
+
+
+# -- what came of it -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Line:
+    """What was measured on the way of one training, over the seeds: K points, S seeds."""
+
+    recipe: str
+    run_images: int
+    images: np.ndarray  # (K,)
+    seconds: np.ndarray  # (K,)
+    accuracy: np.ndarray  # (S, K)
+    error: np.ndarray  # (S, K, 10)
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}, {self.run_images:,} images"
+
+    def at(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+        """Accuracy and error after so many seconds, each (S,), on the straight line between two points."""
+        return tuple(
+            np.array([np.interp(seconds, self.seconds, values) for values in figures])
+            for figures in (self.accuracy, geometric_mean(self.error))
+        )
+
+
+def collect(bench: Bench, runs: Iterable[Run], seconds: dict[str, float]) -> list[Line]:
+    """Everything that is finished: written to ``results.jsonl``, and as lines."""
+    groups: dict[tuple[str, int], list[list[dict[str, Any]]]] = {}
+    with atomic_file(bench.out / "results.jsonl", "w") as file:
+        for run in runs:
+            if run.finished(bench):
+                groups.setdefault((run.recipe, run.images), []).append(scores := run.scores(bench))
+                file.writelines(json.dumps(score) + "\n" for score in scores)
+    lines = []
+    for (recipe, images), seeds in groups.items():
+        seen = np.array([score["images"] for score in seeds[0]])
+        accuracy, error = (
+            np.array([[score[name] for score in scores] for scores in seeds]) for name in ("prompt_accuracy", "x0_error")
+        )
+        lines.append(Line(recipe, images, seen, seen / batch_size(recipe) * seconds[recipe], accuracy, error))
+    return lines
+
+
+def geometric_mean(error: np.ndarray) -> np.ndarray:
+    """(…, 10) -> (…)."""
+    return np.exp(np.log(error).mean(-1))
+
+
+def print_summary(lines: Iterable[Line]) -> None:
+    """A table of all points, means over the seeds."""
+    print(
+        f"{'recipe':>8} {'of run':>9} {'images':>9} {'seconds':>8} {'accuracy':>9} {'(least, most)':>15} {'x0 error':>9} tenths"
+    )
+    for line in lines:
+        for point, images in enumerate(line.images):
+            accuracy, error = line.accuracy[:, point], line.error[:, point].mean(0)
+            spread = f"({accuracy.min():.3f}, {accuracy.max():.3f})"
+            tenths = " ".join(f"{value:.3f}" for value in error)
+            print(f"{line.recipe:>8} {line.run_images:>9,} {images:>9,} {line.seconds[point]:>8.0f} {accuracy.mean():>9.3f} "
+                  f"{spread:>15} {geometric_mean(error):>9.4f} {tenths}")  # fmt: skip
+    print(flush=True)
+
+
+def ratios(bench: Bench, lines: Iterable[Line]) -> dict[str, np.ndarray]:
+    """Ours against each other recipe, per seed that both have."""
+    by_run = {(line.recipe, line.run_images): line for line in lines}
+    ours, quarter = by_run.get(("ours", bench.images)), by_run.get(("ours", bench.images // 4))
+    found = {}
+    for (recipe, _), line in by_run.items():
+        if recipe == "ours" or ours is None or quarter is None:
+            continue
+        together = min(ours.seconds[-1], line.seconds[-1])
+        pairs = {
+            "quarter_images": (quarter.at(quarter.seconds[-1]), line.at(line.seconds[-1])),
+            "equal_images": (ours.at(ours.seconds[-1]), line.at(line.seconds[-1])),
+            "equal_seconds": (ours.at(together), line.at(together)),
+        }
+        for name, ((accuracy, error), (their_accuracy, their_error)) in pairs.items():
+            least, seeds = 0.5 / bench.prompts, min(len(error), len(their_error))
+            accuracies = np.maximum(accuracy, least)[:seeds] / np.maximum(their_accuracy, least)[:seeds]
+            found[f"convergence_{name}_{recipe}_accuracy"] = accuracies
+            found[f"convergence_{name}_{recipe}_x0_error"] = their_error[:seeds] / error[:seeds]
+    return found
+
+
+# -- the picture ---------------------------------------------------------------------------------------------------------
+
+COLOURS = ("#2563c9", "#16875a", "#d9691c", "#a13bb3", "#b58900", "#c92a4b")
+WIDTH, HEIGHT, LEFT, TOP, GAP = 360, 230, 56, 34, 96  # of a plot and around it
+
+
+def write_picture(file: Path, lines: Sequence[Line], seeds: int) -> None:
+    """Four plots in an SVG: means over the seeds, the spread behind them, a dot where a training ends."""
+    images, seconds = [line.images for line in lines], [line.seconds for line in lines]
+    accuracy, error = [line.accuracy for line in lines], [geometric_mean(line.error) for line in lines]
+    tenths = [(np.arange(NUM_BINS) + 0.5) / NUM_BINS for _ in lines]
+    by_tenth = [line.error[:, -1] for line in lines]
+    plots = [
+        _plot("prompt accuracy, held-out pairs", "images seen", images, accuracy, log_x=True),
+        _plot("prompt accuracy, held-out pairs", "seconds of training, one thread", seconds, accuracy, log_x=True),
+        _plot("error of x0", "images seen", images, error, log_x=True, log_y=True),
+        _plot("error of x0 at the end", "share of noise", tenths, by_tenth, log_x=False, log_y=True),
+    ]
+    columns, rows = LEFT + 2 * WIDTH + GAP + 24, TOP + 2 * (HEIGHT + GAP) + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns} {rows}" width="{columns}" height="{rows}" '
+        'font-family="system-ui, sans-serif" font-size="12" fill="#1d222b">',
+        f'<rect width="{columns}" height="{rows}" fill="#fff"/>',
+    ]
+    for number, plot in enumerate(plots):
+        across, down = LEFT + number % 2 * (WIDTH + GAP), TOP + number // 2 * (HEIGHT + GAP)
+        parts.append(f'<g transform="translate({across} {down})">{plot}</g>')
+    for number, line in enumerate(lines):
+        at = f"{LEFT + number * (columns - LEFT) / len(lines):.0f}"
+        label = f"{line.name}" + (f" ({len(line.accuracy)} of {seeds} seeds)" if len(line.accuracy) < seeds else "")
+        parts.append(f'<rect x="{at}" y="{rows - 24}" width="18" height="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        parts.append(f'<text x="{at}" dx="24" y="{rows - 18}">{label}</text>')
+    with atomic_file(file, "w") as written:
+        written.write("\n".join([*parts, "</svg>\n"]))
+
+
+def _plot(title: str, x_label: str, xs: list[np.ndarray], ys: list[np.ndarray], log_x: bool, log_y: bool = False) -> str:
+    """One plot, (0, 0) its upper left corner; a y is (S, K)."""
+    across, x_ticks = _axis(np.concatenate(xs), log_x)
+    values = np.concatenate([y.ravel() for y in ys])
+    down, y_ticks = _axis(values if log_y else np.append(values, 0), log_y)
+    marks = [f'<text x="0" y="-14" font-weight="600">{title}</text>']
+    for value, label in y_ticks:
+        y = HEIGHT * (1 - down(value))
+        marks.append(
+            f'<path d="M0 {y:.1f}H{WIDTH}" stroke="#dfe3e9"/><text x="-8" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+        )
+    for value, label in x_ticks:
+        marks.append(f'<text x="{WIDTH * across(value):.1f}" y="{HEIGHT + 18}" text-anchor="middle">{label}</text>')
+    marks.append(f'<text x="{WIDTH}" y="{HEIGHT + 36}" text-anchor="end" fill="#5c6675">{x_label}</text>')
+    for number, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        colour = COLOURS[number % len(COLOURS)]
+        at = [f"{WIDTH * across(value):.1f}" for value in x]
+
+        def points(heights: np.ndarray, at: list[str] = at) -> list[str]:
+            return [f"{a},{HEIGHT * (1 - down(value)):.1f}" for a, value in zip(at, heights, strict=True)]
+
+        band = " ".join(points(y.min(0)) + points(y.max(0))[::-1])
+        mean = points(y.mean(0))
+        marks.append(f'<polygon points="{band}" fill="{colour}" opacity="0.15"/>')
+        marks.append(f'<polyline points="{" ".join(mean)}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        end_x, end_y = mean[-1].split(",")
+        marks.append(f'<circle cx="{end_x}" cy="{end_y}" r="4" fill="{colour}"/>')
+    return "".join(marks) + f'<path d="M0 0V{HEIGHT}H{WIDTH}" fill="none" stroke="#5c6675"/>'
+
+
+def _axis(values: np.ndarray, log: bool) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """A function from values to 0 … 1, and round values with their labels."""
+    if log:
+        low, high = math.log10(values[values > 0].min()), math.log10(values.max())
+        factors = (1, 2, 5) if high - low < 2.5 else (1,)
+        ticks = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for factor in factors]
+    else:
+        low, high = float(values.min()), max(float(values.max()), 1e-3)
+        step = min(
+            (factor * 10.0**power for power in range(-4, 3) for factor in (1, 2, 5)), key=lambda s: abs((high - low) / s - 5)
+        )
+        ticks = [step * number for number in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    room = 0.04 * (high - low) or 0.5
+    low, high = (low if not log and low == 0 else low - room), high + room
+
+    def place(value: float) -> float:
+        return ((math.log10(max(value, 1e-12)) if log else value) - low) / (high - low)
+
+    labels = [(tick, f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}") for tick in (float(f"{t:.6g}") for t in ticks)]
+    return place, [(tick, label) for tick, label in labels if 0 <= place(tick) <= 1]
+
+
+# -- all of it -----------------------------------------------------------------------------------------------------------
+
+
+def compare(bench: Bench, recipes: Sequence[str], seeds: Sequence[int]) -> None:
+    """Train what is not trained yet, and say what came of it, after each training what is known so far."""
+    bench.out.mkdir(parents=True, exist_ok=True)
+    seconds = step_seconds(bench, recipes, *((1, 4) if bench.quick else ()))
+    print("seconds per step: " + ", ".join(f"{recipe} {seconds[recipe]:.4f}" for recipe in recipes), flush=True)
+    runs = [Run(recipe, seed, images) for seed in seeds for recipe in recipes for images in lengths(recipe, bench.images)]
+    show = partial(collect, bench, runs, seconds)
+    for run in runs:
+        if not run.finished(bench):
+            run.train(bench)
+            print_summary(lines := show())
+            write_picture(bench.out / "convergence.svg", lines, len(seeds))
+    print_summary(lines := show())
+    write_picture(bench.out / "convergence.svg", lines, len(seeds))
+    for name, values in ratios(bench, lines).items():
+        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+
+
+def tiny_bench(folder: Path) -> Bench:
+    """Its own shapes, autoencoder (untrained) and latents."""
+    from ldm.models.autoencoder import AutoencoderConfig
+
+    torch.manual_seed(0)
+    AutoencoderConfig([8, 8, 8], 4, 1, 4, False, 40).build().save_pretrained(folder / "autoencoder")
+    for name, count in (("latents", 96), ("validation", 48)):
+        shards = str(folder / f"{name}-shards")
+        dispatch(["shards", "shapes", shards, "--count", str(count), "--size", "40", "--preset", "two"])
+        dispatch(
+            ["latents", "export", "--autoencoder", str(folder / "autoencoder"), "--shards", shards, "--out", str(folder / name)]
+        )
+    return Bench(folder / "latents", folder / "validation", folder / "autoencoder", folder / "out", 768, 3, 8, quick=True)
+
+
+def main() -> None:
+    """Measure, and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("latents", "validation", "autoencoder", "out"):
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR")
+    parser.add_argument("--recipes", nargs="+", default=["ours", "dit", "minrf"], help="names in configs/convergence")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=65_536, help="seen by the longest trainings (default: 65,536)")
+    parser.add_argument("--evaluations", type=int, default=5, help="per training (default: 5)")
+    parser.add_argument("--prompts", type=int, default=128, help="per evaluation (default: 128)")
+    parser.add_argument("--quick", action="store_true", help="one seed, tiny networks, own latents: under 50 s, says nothing")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    print(describe())
+    if options.quick:
+        with tempfile.TemporaryDirectory() as temporary:
+            compare(tiny_bench(Path(temporary)), options.recipes, [0])
+        return
+    folders = [options.latents, options.validation, options.autoencoder, options.out]
+    if None in folders:
+        parser.error("give --latents, --validation, --autoencoder and --out, or --quick")
+    compare(Bench(*folders, options.images, options.evaluations, options.prompts), options.recipes, options.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Guided sampling, from words to PIL pictures: our pipeline against diffusers' stock ``PixArtAlphaPipeline``.
+
+    python tools/bench/sample.py [--quick] [--rounds R] [--precision bf16|fp32]
+
+Three pipelines share text encoder, autoencoder, scheduler (DPM-Solver++ 2M), steps, guidance and starting noise:
+
+- ``ours``: ``LatentDiffusionPipeline`` round a ``PixArtTransformer2DModel``;
+- ``theirs``: ``PixArtAlphaPipeline`` round that very network;
+- ``dit``: ``LatentDiffusionPipeline`` round our DiT, its parameters within 2 % of PixArt's.
+
+One picture at a time and sixteen at once, of four prompts in turn. Texts are as each pipeline comes: ours as long as the
+longest prompt of the batch, theirs padded to 120 tokens (``padded``); and theirs cut to the longest prompt. In bf16 all run
+under autocast.
+
+The pictures of ours and theirs are compared, in fp32; they differ a little, because theirs tells the network its time in whole
+thousandths and ours exactly. Where the time goes (text encoder, denoiser, decoding, and the rest) is measured in a pass of its
+own, which counts for no ratio. Ends with `ratio NAME MEDIAN MIN MAX`: seconds of theirs over ours, and over our DiT's, at each
+batch and precision.
+"""
+
+from __future__ import annotations
+
+# isort: off
+import ldm  # noqa: F401 - first: it settles how OpenMP waits, for both that are compared
+
+# isort: on
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline
+from dit import DIFFUSION, PADDED, PROMPTS, Setting, build, quieten
+from PIL import Image
+from torch import Tensor
+
+from ldm.diffusion.scheduler import make_scheduler
+from ldm.machine import bf16_pays, describe
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.text import TextEncoder
+from ldm.pipeline import LatentDiffusionPipeline
+
+BATCHES = (1, 16)
+GUIDANCE = 4.0
+# of the decoder; its time is part of a picture's
+AUTOENCODERS = {"quick": ([32, 64, 64, 64], 1), "cpu": ([64, 128, 256, 256], 1), "gpu": ([128, 256, 512, 512], 2)}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A pipeline, and how it is asked."""
+
+    pipeline: DiffusionPipeline
+    setting: Setting
+    longest: int | None  # tokens that theirs pads texts to; ours takes them at their length
+
+    def draw(self, noise: Tensor) -> list[Image.Image]:
+        """A picture for each row of noise, of the prompts in turn."""
+        prompts = list(itertools.islice(itertools.cycle(PROMPTS), len(noise)))
+        options: dict[str, Any] = {"num_inference_steps": self.setting.sampling_steps, "guidance_scale": GUIDANCE}
+        if self.longest is not None:
+            options |= {"max_sequence_length": self.longest, "use_resolution_binning": False, "clean_caption": False}
+        return self.pipeline(prompts, latents=noise, **options).images
+
+    def seconds(self, noise: Tensor, precision: str) -> float:
+        """Of one run."""
+        began = self.setting.now()
+        with self.setting.autocast(precision):
+            self.draw(noise)
+        return self.setting.now() - began
+
+    def shares(self, noise: Tensor, precision: str) -> dict[str, float]:
+        """Where the seconds of one run go, each part over the whole."""
+        with stopwatch(self.pipeline, self.setting) as parts:
+            whole = self.seconds(noise, precision)
+        shares = {part: spent / whole for part, spent in parts.items()}
+        return shares | {"rest": 1 - sum(shares.values())}
+
+
+@contextmanager
+def stopwatch(pipeline: DiffusionPipeline, setting: Setting) -> Iterator[dict[str, float]]:
+    """The seconds spent in a pipeline's three networks within this context."""
+    seconds = {"text": 0.0, "denoiser": 0.0, "decoding": 0.0}
+
+    def timed(part: str, call: Callable) -> Callable:
+        @wraps(call)
+        def timed_call(*arguments: Any, **options: Any) -> Any:
+            began = setting.now()
+            answer = call(*arguments, **options)
+            seconds[part] += setting.now() - began
+            return answer
+
+        return timed_call
+
+    places = [(pipeline.text_encoder, "forward"), (pipeline.transformer, "forward"), (pipeline.vae, "decode")]
+    for part, (network, name) in zip(seconds, places, strict=True):
+        setattr(network, name, timed(part, getattr(network, name)))
+    try:
+        yield seconds
+    finally:
+        for network, name in places:  # the class's own show again
+            delattr(network, name)
+
+
+def contestants(setting: Setting, autoencoder: tuple[list[int], int]) -> dict[str, Contestant]:
+    """By name; ``theirs_padded`` is theirs as it comes."""
+    text_encoder = TextEncoder.load("minilm", setting.device)
+    length = max(map(len, text_encoder.tokenizer(PROMPTS)["input_ids"]))
+    pixart = build("theirs", setting, text_encoder.width).eval()
+    dit = build("ours", setting, text_encoder.width).eval()
+    counts = {
+        name: sum(weight.numel() for weight in network.parameters()) / 1e6
+        for name, network in (("PixArt", pixart), ("DiT", dit))
+    }
+    widths, layers = autoencoder
+    torch.manual_seed(0)
+    vae = AutoencoderConfig(widths, 4, layers, sample_size=8 * setting.side).build().eval()
+    counts["decoder"] = sum(weight.numel() for weight in vae.decoder.parameters()) / 1e6
+    print("parameters:", ", ".join(f"{name} {count:.2f}M" for name, count in counts.items()), end="; ")
+    print(f"{(setting.side // 2) ** 2} tokens of picture, up to {length} of text, padded {PADDED}")
+    assert abs(counts["DiT"] / counts["PixArt"] - 1) < 0.02, "the two networks are not of one size"
+
+    def make(kind: type[DiffusionPipeline], network: torch.nn.Module, longest: int | None = None) -> Contestant:
+        scheduler = make_scheduler("dpm++2m", *DIFFUSION)
+        parts = {"vae": vae, "text_encoder": text_encoder.model, "tokenizer": text_encoder.tokenizer}
+        pipeline = kind(**parts, transformer=network, scheduler=scheduler).to(setting.device)
+        pipeline.set_progress_bar_config(disable=True)
+        return Contestant(pipeline, setting, longest)
+
+    return {
+        "ours": make(LatentDiffusionPipeline, pixart),
+        "theirs": make(PixArtAlphaPipeline, pixart, length),
+        "theirs_padded": make(PixArtAlphaPipeline, pixart, PADDED),
+        "dit": make(LatentDiffusionPipeline, dit),
+    }
+
+
+def state_differences(entered: dict[str, Contestant], noise: Tensor) -> None:
+    """Print how far apart are the pictures that ought to be the same, in fp32."""
+    ours, *theirs = (
+        np.stack([*map(np.asarray, entered[name].draw(noise))]).astype(int) for name in ("ours", "theirs", "theirs_padded")
+    )
+    apart = [abs(pictures - ours).max() for pictures in theirs]
+    print(f"one PixArt in both pipelines: pictures differ by at most {apart[0]} of 255, padded {apart[1]}", end=" ")
+    print(f"(their standard deviation is {ours.std():.0f})", flush=True)
+
+
+def measure(entered: dict[str, Contestant], setting: Setting, precisions: list[str], rounds: int) -> dict[str, list[float]]:
+    """Everything, printed as it comes; returns the ratios."""
+    noise = torch.randn(max(BATCHES), 4, setting.side, setting.side, generator=torch.Generator().manual_seed(0)).to(
+        setting.device
+    )
+    state_differences(entered, noise[: len(PROMPTS)])
+    order = list(itertools.product(BATCHES, precisions, entered))  # those of a figure next to each other
+    for batch, precision, name in order:
+        entered[name].seconds(noise[:batch], precision)  # the first run of a size is slow
+        shares = entered[name].shares(noise[:batch], precision)
+        spent = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+        print(f"batch {batch}, {precision}, {name}: {spent}", flush=True)
+    seconds: dict[tuple[int, str, str], list[float]] = {key: [] for key in order}
+    for turn in range(rounds):
+        for batch, precision, name in order if turn % 2 == 0 else reversed(order):
+            seconds[batch, precision, name].append(entered[name].seconds(noise[:batch], precision))
+        print(
+            f"round {turn + 1}, s:",
+            {" ".join(map(str, key)): round(values[-1], 3) for key, values in seconds.items()},
+            flush=True,
+        )
+    for (batch, precision, name), values in seconds.items():
+        median = statistics.median(values)
+        print(f"batch {batch}, {precision}, {name}: {median:.3f} s, {batch / median:.2f} images/s")
+    ratios = {}
+    for batch, precision in itertools.product(BATCHES, precisions):
+        for theirs, ours in itertools.product(("theirs", "theirs_padded"), ("ours", "dit")):
+            name = f"sample_{ours}_{precision}_batch{batch}{theirs.removeprefix('theirs')}"
+            pairs = zip(seconds[batch, precision, theirs], seconds[batch, precision, ours], strict=True)
+            ratios[name] = [slow / quick for slow, quick in pairs]
+    return ratios
+
+
+def main() -> None:
+    """Measure, and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small network (14M) and few steps, three rounds: under 50 s")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: fp32, and bf16 where the machine has it")
+    options = parser.parse_args()
+    quieten()
+    gpu = torch.cuda.is_available()
+    # width, layers, heads and side of the latents: DiT-S of the paper, on a GPU DiT-B
+    sizes, steps = ((256, 12, 4, 16), 3) if options.quick else ((768, 12, 12, 32), 20) if gpu else ((384, 12, 6, 32), 8)
+    precisions = [options.precision] if options.precision else ["fp32"] + ["bf16"] * bf16_pays()
+    if options.quick and not gpu:  # one precision, to keep the time
+        precisions = precisions[-1:]
+    setting = Setting(*sizes, max(BATCHES), steps, False, "cuda" if gpu else "cpu")
+    rounds = 3 if options.quick else options.rounds
+    print(describe())
+    print(setting, f"{rounds} rounds")
+    entered = contestants(setting, AUTOENCODERS["quick" if options.quick else "gpu" if gpu else "cpu"])
+    for name, values in sorted(measure(entered, setting, precisions, rounds).items()):
+        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+
+
+if __name__ == "__main__":
+    main()
