@@ -23,7 +23,7 @@ from PIL import Image
 
 from ldm.diffusion.guidance import ClassifierFree
 from ldm.errors import UsageError
-from ldm.files import read_json, write_json
+from ldm.files import read_json
 from ldm.machine import describe
 from ldm.models.autoencoder import downsampling_factor
 from ldm.report import captioned_grid
@@ -78,7 +78,6 @@ def write_model_card(folder: Path, name: str, model: DenoiserTraining, run: Path
         model: as its run trained it.
         run: that run's folder, with ``logs/config.yaml`` and, where it is still there, ``logs/metrics.csv``.
     """
-    forget_origins(folder)
     config = yaml.safe_load((run / "logs" / "config.yaml").read_text())
     config = without_paths({key: value for key, value in config.items() if key not in OF_THE_RUN_ALONE})
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
@@ -104,14 +103,6 @@ def write_model_card(folder: Path, name: str, model: DenoiserTraining, run: Path
 
 
 # -- what goes into it -----------------------------------------------------------------------------------------------
-
-
-def forget_origins(folder: Path) -> None:
-    """Take out of the parts' configs the path that diffusers notes they were loaded from."""
-    for file in folder.glob("*/config.json"):
-        content = read_json(file)
-        if content.pop("_name_or_path", None) is not None:
-            write_json(file, content)
 
 
 def without_paths(value: Any, name: str = "") -> Any:

@@ -123,7 +123,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode_images(self, image: Pictures, height: int | None = None, width: int | None = None) -> Tensor:
         """Normalised latents (B, C, h, w) of pictures; their sizes are dealt with as :meth:`__call__` does."""
-        return self._latents(self._canvas(image, None, height, width).images.to(self._execution_device))
+        return self._latents(self.canvas(image, None, height, width).images.to(self._execution_device))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
@@ -207,7 +207,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise UsageError(f"output_type is {output_type!r}; choose from: {', '.join(OUTPUT_TYPES)}")
         if image is None and not (strength is None and mask_image is None):
             raise UsageError("strength and mask_image are of an image; give image, too")
-        canvas = None if image is None else self._canvas(image, mask_image, height, width)
+        canvas = None if image is None else self.canvas(image, mask_image, height, width)
         prompts = self._prompts(prompt, canvas, may_be_empty=canvas is not None or latents is not None)
         device, count = self._execution_device, len(prompts) * num_images_per_prompt
         if canvas is not None:
@@ -216,7 +216,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             strength = strength if strength is not None else STRENGTH if canvas.mask is None else 1.0
         sampler = Sampler(self.scheduler, *self.diffusion, num_inference_steps, device, 1.0 if strength is None else strength)
         if latents is None:
-            shape = self._latent_shape(count, height, width)
+            shape = self.latent_shape(count, height, width)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents, x0, known = latents.to(device, torch.float32), None, None
         if canvas is not None:
@@ -273,7 +273,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Returns:
             Noise (B, C, h, w), float32, for ``latents``.
         """
-        canvas = self._canvas(image, None, height, width)
+        canvas = self.canvas(image, None, height, width)
         prompts = self._prompts(prompt, canvas, may_be_empty=True)
         canvas = canvas.to(self._execution_device, len(prompts))
         sampler = Sampler(self.scheduler, *self.diffusion, num_inference_steps, self._execution_device)
@@ -295,10 +295,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise UsageError(f"{pictures} images for {len(prompts)} prompts; give one, or one per prompt")
         return prompts
 
-    def _canvas(self, image: Pictures, mask: Pictures | None, height: int | None, width: int | None) -> Canvas:
-        """The picture to start from; its own size is taken where the model may be able to draw it."""
+    def canvas(self, image: Pictures, mask: Pictures | None, height: int | None, width: int | None) -> Canvas:
+        """Pictures to start from, as :meth:`__call__` takes them, ready for the autoencoder.
+
+        Raises:
+            UsageError: for what is no picture, a mask that does not fit, or a size that cannot be drawn.
+        """
         if height or width:
-            self._latent_shape(1, height, width)
+            self.latent_shape(1, height, width)
         canvas = Canvas.of(image, mask, height, width, self.vae_scale_factor * self.transformer.config.patch_size)
         trained = self.transformer.config.sample_size * self.vae_scale_factor
         if not (height and width) and max(canvas.height, canvas.width) > 4 * trained:
@@ -330,7 +334,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         null = null if weak is None else condition
         return GuidedDenoiser(self.transformer, condition, null, guidance, Conversion.of(*self.diffusion), weak)
 
-    def _latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+    def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """(B, C, h, w) of pictures of ``height`` and ``width`` pixels, the size trained on unless given.
+
+        Raises:
+            UsageError: for a size that the patches do not divide.
+        """
         config, factor = self.transformer.config, self.vae_scale_factor
         height, width = height or config.sample_size * factor, width or config.sample_size * factor
         unit = factor * config.patch_size

@@ -266,7 +266,7 @@ class Report:
             # The browser itself then refuses whatever would leave the page.
             '<meta http-equiv="Content-Security-Policy" '
             "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-            f"<title>{_text(self.title)}</title>\n<style>{_CSS}</style></head>\n<body><main>\n"
+            f"<title>{_text(self.title)}</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
             f"<header><h1>{_text(self.title)}</h1>{subtitle}</header>\n"
             + "\n".join(self._sections)
             + "\n</main></body></html>\n"
@@ -424,7 +424,7 @@ def _thin(y: np.ndarray) -> np.ndarray:
     return np.unique([0, len(y) - 1, *low, *high])
 
 
-_CSS = """
+STYLE = """
 :root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --ink: #1d222b; --soft: #5c6675; --line: #dfe3e9;
   --code: #f0f2f5; --s0: #2563c9; --s1: #d9691c; --s2: #16875a; --s3: #a13bb3; --s4: #b58900; --s5: #c92a4b; }
 @media (prefers-color-scheme: dark) { :root { --page: #12151a; --card: #1b1f27; --ink: #e7eaf0; --soft: #9aa4b4;

@@ -93,7 +93,8 @@ def run_sample(options: argparse.Namespace) -> None:
         raise UsageError("give one of: prompts, --prompts FILE, --from-image PNG; see ldm sample --help")
     settings, drawn_by = read_png(options.from_image) if options.from_image else (None, None)
     dtype = options.dtype or {"bfloat16": "bf16", "float16": "fp16"}.get(drawn_by.dtype if drawn_by else "", "fp32")
-    pipeline = open_pipeline(options.model, options.device, dtype, options.compile, options.tiled)
+    tiled = options.tiled or (drawn_by is not None and drawn_by.tiled)
+    pipeline = open_pipeline(options.model, options.device, dtype, options.compile, tiled)
     provenance = provenance_of(pipeline, options.model)
     if drawn_by is not None and drawn_by.model_hash != provenance.model_hash:
         warn(

@@ -105,10 +105,10 @@ def check_settings(pipeline: LatentDiffusionPipeline, settings: PictureSettings)
     strength = 1.0 if settings.strength is None else settings.strength
     Sampler(scheduler_for(pipeline, settings), *pipeline.diffusion, settings.steps, strength=strength)
     if settings.image is None:
-        pipeline._latent_shape(1, settings.height, settings.width)
+        pipeline.latent_shape(1, settings.height, settings.width)
     else:
         image, mask = (None if path is None else read_picture(path) for path in (settings.image, settings.mask))
-        pipeline._canvas(image, mask, settings.height, settings.width)
+        pipeline.canvas(image, mask, settings.height, settings.width)
     if settings.weak is not None:
         _check_weak(pipeline, Path(settings.weak))
 

@@ -200,7 +200,7 @@ def _drawn(
     batch_size: int,
 ) -> Iterator[Image.Image]:
     settings, device = keys[0], pipeline._execution_device
-    shape = pipeline._latent_shape(1, settings.height, settings.width)
+    shape = pipeline.latent_shape(1, settings.height, settings.width)
     texts = [*dict.fromkeys(key.prompt for key in keys)]
     condition, null = pipeline.encode(texts), pipeline.encode([settings.negative])
 

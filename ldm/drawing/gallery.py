@@ -18,7 +18,7 @@ from ldm.drawing.metadata import Provenance, read_png
 from ldm.drawing.settings import PictureSettings
 from ldm.errors import UsageError
 from ldm.files import atomic_file, require_folder
-from ldm.report import _CSS as HOUSE_STYLE
+from ldm.report import STYLE as HOUSE_STYLE
 
 NOT_DRAWN = ("grid.png", "preview.png")  # sheets of several pictures
 PIXELATED = 128  # side up to which a picture is shown with its pixels visible

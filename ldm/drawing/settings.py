@@ -131,7 +131,7 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         kinds = (str,)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        return float(value)
+        return float(value) if abs(value) < 2**63 else math.inf  # which no field takes
     if type(value) not in kinds:
         raise UsageError(f"{key} is {value!r}; give {' or '.join(WORDS[kind] for kind in kinds)}")
     return value

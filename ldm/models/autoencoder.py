@@ -128,8 +128,7 @@ class AutoencoderConfig:
     def _from_directory(self, settings: dict[str, Any]) -> AutoencoderKL:
         """The directory's network in fp32, to train whole or from the latents on."""
         network = load_autoencoder(self.init_from).float().requires_grad_(True)
-        # and without the path that it came from, which is nobody's business where this one goes
-        network.register_to_config(sample_size=settings["sample_size"], _name_or_path="")
+        network.register_to_config(sample_size=settings["sample_size"])
         if self.train == "decoder":
             for frozen in (network.encoder, network.quant_conv):
                 if frozen is not None:
@@ -220,6 +219,8 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
         raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
     if missing := found["missing_keys"]:  # diffusers leaves these at random
         raise UsageError(f"{path} lacks {len(missing)} weights of an AutoencoderKL, {missing[0]} first; copy or train it anew")
+    # the path that it came from is nobody's business where it is saved again
+    autoencoder.register_to_config(_name_or_path="")
     return autoencoder.eval().requires_grad_(False)
 
 

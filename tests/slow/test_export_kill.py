@@ -36,7 +36,7 @@ from ldm.latents.claims import WORK_NAME
 from ldm.models.autoencoder import load_autoencoder
 
 # a random while after: the start, the first piece of a shard, the first whole shard of this process, the last shard of all
-MOMENTS = ["start"] * 3 + ["piece"] * 4 + ["shard"] * 4 + ["last"] * 2
+MOMENTS = ["start"] * 5 + ["piece"] * 6 + ["shard"] * 6 + ["last"] * 3
 COLD = ("start", "piece")  # the first kill at each is that of a real command line
 LIMIT_SECONDS = 300
 SIZES = (26, 15, 30, 4, 23, 19, 29, 21)
