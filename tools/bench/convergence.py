@@ -11,18 +11,19 @@ images and judged K times on the way: after N, N/2, N/4, … One whose rate fall
 alone, so it is trained twice, on N images and on N/4, each with a schedule of that length.
 
 Judged is the average of the weights, on pictures drawn from prompts with pairs of words that were never seen together: 20
-steps of DPM-Solver++ 2M and guidance 3 for all, from the same noise. And by the error of x0, the mean square of what the
-network takes for the clean latent less what it is, by tenths of the noise's share sigma / (alpha + sigma): unlike the losses
-(stored too), that can be compared between predictions and paths, tenth by tenth. All tenths in one number is their geometric
-mean, for ratios of which it does not matter what an error is worth at which noise.
+steps of DPM-Solver++ 2M and guidance 3 for all, from the same noise: by prompt accuracy, all that a prompt says seen in its
+picture, and by the share of its words (background, colours, shapes, sizes, relation). And by the error of x0, the mean square
+of what the network takes for the clean latent less what it is, by tenths of the noise's share sigma / (alpha + sigma): unlike
+the losses (stored too), that can be compared between predictions and paths, tenth by tenth. All tenths in one number is their
+geometric mean, for ratios of which it does not matter what an error is worth at which noise.
 
 Seconds are those of a training step, on the processor (one thread: OMP_NUM_THREADS=1), measured apart and in turns, so that
 neither evaluations nor other work on the machine count.
 
 OUT holds a folder per run; a run that is finished is not repeated. After each, ``results.jsonl`` and ``convergence.svg`` are
 written anew. Ends with `ratio NAME MEDIAN MIN MAX` over the seeds, after a quarter of the other's images, after as many, and
-after as many seconds: of prompt accuracy, ours over the other's (no picture right counts as half a picture), and of the error
-of x0, the other's over ours. More is better.
+after as many seconds: of the share of words, ours over the other's (nothing right counts as half a word), and of the
+error of x0, the other's over ours. More is better.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,7 @@ class Line:
     run_images: int
     images: np.ndarray  # (K,)
     seconds: np.ndarray  # (K,)
+    words: np.ndarray  # (S, K)
     accuracy: np.ndarray  # (S, K)
     error: np.ndarray  # (S, K, 10)
 
@@ -230,10 +233,10 @@ class Line:
         return f"{self.recipe}, {self.run_images:,} images"
 
     def at(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
-        """Accuracy and error after so many seconds, each (S,), on the straight line between two points."""
+        """Words right and error after so many seconds, each (S,), on the straight line between two points."""
         return tuple(
             np.array([np.interp(seconds, self.seconds, values) for values in figures])
-            for figures in (self.accuracy, geometric_mean(self.error))
+            for figures in (self.words, geometric_mean(self.error))
         )
 
 
@@ -248,11 +251,17 @@ def collect(bench: Bench, runs: Iterable[Run], seconds: dict[str, float]) -> lis
     lines = []
     for (recipe, images), seeds in groups.items():
         seen = np.array([score["images"] for score in seeds[0]])
-        accuracy, error = (
-            np.array([[score[name] for score in scores] for scores in seeds]) for name in ("prompt_accuracy", "x0_error")
+        words, accuracy, error = (
+            np.array([[value(score) for score in scores] for scores in seeds])
+            for value in (words_right, itemgetter("prompt_accuracy"), itemgetter("x0_error"))
         )
-        lines.append(Line(recipe, images, seen, seen / batch_size(recipe) * seconds[recipe], accuracy, error))
+        lines.append(Line(recipe, images, seen, seen / batch_size(recipe) * seconds[recipe], words, accuracy, error))
     return lines
+
+
+def words_right(score: dict[str, Any]) -> float:
+    """Share of what the prompts name that the pictures show; the same as prompt accuracy, but for parts of a prompt."""
+    return statistics.mean(score[name] for name in ("background", "colour", "shape", "size", "relation"))
 
 
 def geometric_mean(error: np.ndarray) -> np.ndarray:
@@ -262,15 +271,15 @@ def geometric_mean(error: np.ndarray) -> np.ndarray:
 
 def print_summary(lines: Iterable[Line]) -> None:
     """A table of all points, means over the seeds."""
-    print(
-        f"{'recipe':>8} {'of run':>9} {'images':>9} {'seconds':>8} {'accuracy':>9} {'(least, most)':>15} {'x0 error':>9} tenths"
-    )
+    print(f"{'recipe':>8} {'of run':>9} {'images':>9} {'seconds':>8} {'accuracy':>9} "
+          f"{'words':>6} {'(least, most)':>15} {'x0 error':>9} tenths")  # fmt: skip
     for line in lines:
         for point, images in enumerate(line.images):
-            accuracy, error = line.accuracy[:, point], line.error[:, point].mean(0)
-            spread = f"({accuracy.min():.3f}, {accuracy.max():.3f})"
+            words, error = line.words[:, point], line.error[:, point].mean(0)
+            spread = f"({words.min():.3f}, {words.max():.3f})"
             tenths = " ".join(f"{value:.3f}" for value in error)
-            print(f"{line.recipe:>8} {line.run_images:>9,} {images:>9,} {line.seconds[point]:>8.0f} {accuracy.mean():>9.3f} "
+            print(f"{line.recipe:>8} {line.run_images:>9,} {images:>9,} {line.seconds[point]:>8.0f} "
+                  f"{line.accuracy[:, point].mean():>9.3f} {words.mean():>6.3f} "
                   f"{spread:>15} {geometric_mean(error):>9.4f} {tenths}")  # fmt: skip
     print(flush=True)
 
@@ -289,10 +298,11 @@ def ratios(bench: Bench, lines: Iterable[Line]) -> dict[str, np.ndarray]:
             "equal_images": (ours.at(ours.seconds[-1]), line.at(line.seconds[-1])),
             "equal_seconds": (ours.at(together), line.at(together)),
         }
-        for name, ((accuracy, error), (their_accuracy, their_error)) in pairs.items():
+        for name, ((words, error), (their_words, their_error)) in pairs.items():
             least, seeds = 0.5 / bench.prompts, min(len(error), len(their_error))
-            accuracies = np.maximum(accuracy, least)[:seeds] / np.maximum(their_accuracy, least)[:seeds]
-            found[f"convergence_{name}_{recipe}_accuracy"] = accuracies
+            found[f"convergence_{name}_{recipe}_words"] = (
+                np.maximum(words, least)[:seeds] / np.maximum(their_words, least)[:seeds]
+            )
             found[f"convergence_{name}_{recipe}_x0_error"] = their_error[:seeds] / error[:seeds]
     return found
 
@@ -306,12 +316,12 @@ WIDTH, HEIGHT, LEFT, TOP, GAP = 360, 230, 56, 34, 96  # of a plot and around it
 def write_picture(file: Path, lines: Sequence[Line], seeds: int) -> None:
     """Four plots in an SVG: means over the seeds, the spread behind them, a dot where a training ends."""
     images, seconds = [line.images for line in lines], [line.seconds for line in lines]
-    accuracy, error = [line.accuracy for line in lines], [geometric_mean(line.error) for line in lines]
+    words, error = [line.words for line in lines], [geometric_mean(line.error) for line in lines]
     tenths = [(np.arange(NUM_BINS) + 0.5) / NUM_BINS for _ in lines]
     by_tenth = [line.error[:, -1] for line in lines]
     plots = [
-        _plot("prompt accuracy, held-out pairs", "images seen", images, accuracy, log_x=True),
-        _plot("prompt accuracy, held-out pairs", "seconds of training, one thread", seconds, accuracy, log_x=True),
+        _plot("words right, held-out pairs", "images seen", images, words, log_x=True),
+        _plot("words right, held-out pairs", "seconds of training, one thread", seconds, words, log_x=True),
         _plot("error of x0", "images seen", images, error, log_x=True, log_y=True),
         _plot("error of x0 at the end", "share of noise", tenths, by_tenth, log_x=False, log_y=True),
     ]
@@ -326,7 +336,7 @@ def write_picture(file: Path, lines: Sequence[Line], seeds: int) -> None:
         parts.append(f'<g transform="translate({across} {down})">{plot}</g>')
     for number, line in enumerate(lines):
         at = f"{LEFT + number * (columns - LEFT) / len(lines):.0f}"
-        label = f"{line.name}" + (f" ({len(line.accuracy)} of {seeds} seeds)" if len(line.accuracy) < seeds else "")
+        label = f"{line.name}" + (f" ({len(line.words)} of {seeds} seeds)" if len(line.words) < seeds else "")
         parts.append(f'<rect x="{at}" y="{rows - 24}" width="18" height="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
         parts.append(f'<text x="{at}" dx="24" y="{rows - 18}">{label}</text>')
     with atomic_file(file, "w") as written:
