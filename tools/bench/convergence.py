@@ -325,7 +325,7 @@ def write_picture(file: Path, lines: Sequence[Line], seeds: int) -> None:
         _plot("error of x0", "images seen", images, error, log_x=True, log_y=True),
         _plot("error of x0 at the end", "share of noise", tenths, by_tenth, log_x=False, log_y=True),
     ]
-    columns, rows = LEFT + 2 * WIDTH + GAP + 24, TOP + 2 * (HEIGHT + GAP) + 20
+    columns, rows = LEFT + 2 * WIDTH + GAP + 24, TOP + 2 * (HEIGHT + GAP) + 10 * len(lines)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns} {rows}" width="{columns}" height="{rows}" '
         'font-family="system-ui, sans-serif" font-size="12" fill="#1d222b">',
@@ -335,10 +335,10 @@ def write_picture(file: Path, lines: Sequence[Line], seeds: int) -> None:
         across, down = LEFT + number % 2 * (WIDTH + GAP), TOP + number // 2 * (HEIGHT + GAP)
         parts.append(f'<g transform="translate({across} {down})">{plot}</g>')
     for number, line in enumerate(lines):
-        at = f"{LEFT + number * (columns - LEFT) / len(lines):.0f}"
+        at, down = LEFT + number % 2 * (WIDTH + GAP), rows - 20 * ((len(lines) + 1) // 2 - number // 2)
         label = f"{line.name}" + (f" ({len(line.words)} of {seeds} seeds)" if len(line.words) < seeds else "")
-        parts.append(f'<rect x="{at}" y="{rows - 24}" width="18" height="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
-        parts.append(f'<text x="{at}" dx="24" y="{rows - 18}">{label}</text>')
+        parts.append(f'<rect x="{at}" y="{down - 6}" width="18" height="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        parts.append(f'<text x="{at}" dx="24" y="{down}">{label}</text>')
     with atomic_file(file, "w") as written:
         written.write("\n".join([*parts, "</svg>\n"]))
 
