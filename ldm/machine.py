@@ -19,6 +19,9 @@ PACKAGES = (
     "torchvision",
 )
 
+# torch's CPU allocator, CUDA outside of torch's allocator, and cuBLAS for its workspace
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+
 
 def cpu_flags() -> set[str]:
     """Instruction sets of the CPU, as Linux names them; empty where that cannot be told."""
@@ -46,6 +49,13 @@ def bf16_pays() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a GPU or of the machine did not suffice (for a CPU torch has no class of it)."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def describe() -> dict[str, str]:

@@ -140,7 +140,8 @@ class ReconstructionFID(FrechetInceptionDistance):
                 f"the FID trunk {trunk} is not there; give inception, {', '.join(names)} or the path of torchvision's "
                 "checkpoint of alexnet or vgg16"
             )
-        super().__init__(feature=network.requires_grad_(False), normalize=True)
+        # every process is shown the same pictures, and each has all of the figure
+        super().__init__(feature=network.requires_grad_(False), normalize=True, sync_on_compute=False)
         self.eval()
 
     def train(self, mode: bool = True) -> ReconstructionFID:

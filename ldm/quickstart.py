@@ -6,7 +6,6 @@ product stands is not run again, so that an interrupted quickstart goes on from 
 
 from __future__ import annotations
 
-import csv
 import math
 import shlex
 import shutil
@@ -29,7 +28,7 @@ from ldm.machine import describe
 from ldm.models.autoencoder import load_autoencoder
 from ldm.pipeline import load_pipeline
 from ldm.progress import Progress, duration
-from ldm.report import Report, captioned_grid, paired_grid
+from ldm.report import Report, captioned_grid, paired_grid, read_metrics
 
 Run = Callable[[Sequence[str]], None]
 
@@ -286,7 +285,7 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
     )
     page.picture("What the autoencoder keeps", pairs, f"LPIPS in training: {record['lpips']}.")
     page.table("Reconstruction", ["figure", "value"], [[name, value] for name, value in record["reconstruction"].items()])
-    logs = {stage: read_log(out / "runs" / stage / "logs" / "metrics.csv") for stage in ("autoencoder", "denoiser")}
+    logs = {stage: read_metrics(out / "runs" / stage / "logs" / "metrics.csv") for stage in ("autoencoder", "denoiser")}
     for title, stage, names, log_y in (
         ("Stage one: reconstruction loss", "autoencoder", ["train/rec", "train/lpips"], True),
         ("Stage one: the game", "autoencoder", ["train/g", "train/d", "train/d_accuracy", "train/g_weight"], False),
@@ -313,19 +312,6 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
 def read_scene_is(picture: Image.Image, prompt: str) -> bool:
     """Whether the picture shows all that the prompt names."""
     return shape_accuracy([picture], [prompt])["prompt_accuracy"] == 1.0
-
-
-def read_log(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Lightning's CSV log: metric -> (batches, values), without the blanks."""
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(float(row["step"]))
-                    values.append(float(value))
-    return curves
 
 
 def recipe_path(name: str) -> Path:

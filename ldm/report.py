@@ -7,16 +7,20 @@ it can be mailed, archived and opened offline. Every text that is handed in is e
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.files import atomic_file
 
@@ -24,6 +28,11 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 MAX_CAPTION_LINES = 4
 MAX_CURVE_POINTS = 600
+# of a grid's PNG: its labels with their pictures' boxes
+_ROWS_CHUNK = "ldm rows"
+# of a run's folder: what its page is made from
+LOGS = "logs"
+METRICS, RUN_LOG, ENVIRONMENT = f"{LOGS}/metrics.csv", f"{LOGS}/run.log", f"{LOGS}/environment.json"
 _INK, _FRAME, _GREEN, _RED = (32, 36, 44), (214, 217, 222), (22, 138, 70), (204, 44, 44)
 
 
@@ -156,9 +165,28 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
 
 
 def _place(page: Image.Image, draw: ImageDraw.ImageDraw, image: Image.Image, x: int, y: int) -> None:
-    """Paste a picture with a hairline around it that shows where a white picture ends."""
+    """Paste a picture with a hairline around it that shows where a white picture ends; the page remembers its box."""
     draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=_FRAME)
     page.paste(image, (x, y))
+    page.info.setdefault("boxes", []).append((x, y, x + image.width, y + image.height))
+
+
+def save_grid(grid: Image.Image, rows: Sequence[tuple[str, Sequence[Image.Image]]], path: str | os.PathLike) -> None:
+    """Write a grid made of these rows as PNG, atomically, in such a way that :func:`read_grid` finds its pictures again."""
+    boxes = iter(grid.info["boxes"])
+    kept = [[label, [next(boxes) for _ in pictures]] for label, pictures in rows]
+    chunks = PngInfo()
+    chunks.add_itxt(_ROWS_CHUNK, json.dumps(kept))
+    with atomic_file(path) as file:
+        grid.save(file, "PNG", pnginfo=chunks)
+
+
+def read_grid(path: str | os.PathLike) -> tuple[Image.Image, list[tuple[str, list[Image.Image]]]]:
+    """A grid and its rows, these empty where it was not written by :func:`save_grid`."""
+    with Image.open(path) as grid:
+        grid.load()
+        rows = json.loads(grid.info.get(_ROWS_CHUNK, "[]"))
+        return grid.copy(), [(label, [grid.crop(box) for box in boxes]) for label, boxes in rows]
 
 
 @lru_cache
@@ -179,9 +207,11 @@ def _mark(good: bool, size: int) -> Image.Image:
 class Report:
     """A page that grows section by section, in the order of the calls, and is written by :meth:`save`."""
 
-    def __init__(self, title: str, subtitle: str = "") -> None:
+    def __init__(self, title: str, subtitle: str = "", refresh_seconds: int | None = None) -> None:
+        """``refresh_seconds``: an open page loads itself again so often."""
         self.title = title
         self.subtitle = subtitle
+        self.refresh_seconds = refresh_seconds
         self._sections: list[str] = []
 
     def figures(self, figures: Mapping[str, str | float]) -> None:
@@ -203,15 +233,17 @@ class Report:
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         self._section(title, f'<div class="scroll">{table}</div>')
 
-    def curve(self, title: str, series: Series, x_label: str, y_label: str, log_y: bool = False, smooth: int = 0) -> None:
+    def curve(
+        self, title: str, series: Series, x_label: str, y_label: str, log_y: bool = False, smooth: int = 0, half: bool = False
+    ) -> None:
         """A line chart of named (x, y) series, with the last value of each in the legend.
 
         Points that are not finite (or, with ``log_y``, not positive) are left out and counted in the legend. Above
         600 points a series is thinned to the extremes of each stretch, so no spike is lost. ``smooth`` > 1 draws
-        the centred mean over that many points, above the faint curve itself. Raises ValueError where x and y
-        differ in length.
+        the centred mean over that many points, above the faint curve itself. ``half``: on a wide page two of these stand side
+        by side. Raises ValueError where x and y differ in length.
         """
-        self._section(title, _chart(title, series, x_label, y_label, log_y, smooth))
+        self._section(title, _chart(title, series, x_label, y_label, log_y, smooth), "half" if half else "")
 
     def bars(
         self,
@@ -257,19 +289,23 @@ class Report:
         paragraphs = [paragraphs] if isinstance(paragraphs, str) else paragraphs
         self._section(title, "".join(f"<p>{_text(paragraph)}</p>" for paragraph in paragraphs))
 
+    def folded(self, title: str, text: str, opened: bool = False) -> None:
+        """A long text, its lines as they are, under a title that opens and closes it."""
+        tag = "<details open>" if opened else "<details>"
+        self._sections.append(f"<section>{tag}<summary>{_text(title)}</summary><pre>{_text(text)}</pre></details></section>")
+
     def html(self) -> str:
         """The whole page."""
+        refresh = f'<meta http-equiv="refresh" content="{self.refresh_seconds}">\n' if self.refresh_seconds else ""
         subtitle = f'<p class="subtitle">{_text(self.subtitle)}</p>' if self.subtitle else ""
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{refresh}'
             # The browser itself then refuses whatever would leave the page.
             '<meta http-equiv="Content-Security-Policy" '
             "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
             f"<title>{_text(self.title)}</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
-            f"<header><h1>{_text(self.title)}</h1>{subtitle}</header>\n"
-            + "\n".join(self._sections)
-            + "\n</main></body></html>\n"
+            f"<header><h1>{_text(self.title)}</h1>{subtitle}</header>\n" + "\n".join(self._body()) + "\n</main></body></html>\n"
         )
 
     def save(self, path: str | os.PathLike) -> None:
@@ -277,9 +313,15 @@ class Report:
         with atomic_file(path) as file:
             file.write(self.html().encode("utf-8", "replace"))  # file names may bring lone surrogates
 
-    def _section(self, title: str, body: str) -> None:
+    def _section(self, title: str, body: str, kind: str = "") -> None:
         heading = f"<h2>{_text(title)}</h2>" if title else ""
-        self._sections.append(f"<section>{heading}{body}</section>")
+        kind = f' class="{kind}"' if kind else ""
+        self._sections.append(f"<section{kind}>{heading}{body}</section>")
+
+    def _body(self) -> Iterator[str]:
+        for half, sections in groupby(self._sections, lambda section: section.startswith('<section class="half">')):
+            beside = list(sections)
+            yield from (['<div class="halves">', *beside, "</div>"] if half else beside)
 
 
 def _text(value: object) -> str:
@@ -296,6 +338,25 @@ def _text(value: object) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- the chart
+
+
+def read_metrics(path: str | os.PathLike) -> dict[str, tuple[list[float], list[float]]]:
+    """Lightning's CSV log as curves: metric -> (batches trained, values), without the blanks.
+
+    Steps are counted from 0 there. A last line that is still being written is left out; no file is no curves.
+    """
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return curves
+    for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
+        for name, value in row.items():
+            if value and name not in ("step", "epoch"):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(float(row["step"]) + 1)
+                values.append(float(value))
+    return curves
 
 
 def _chart(title: str, series: Series, x_label: str, y_label: str, log_y: bool, smooth: int) -> str:
@@ -437,10 +498,15 @@ main { max-width: 960px; margin: 0 auto; padding: clamp(16px, 4vw, 44px) clamp(1
 header { margin-bottom: 24px; }
 h1 { margin: 0; font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; letter-spacing: -.015em; }
 h2 { margin: 0 0 12px; font-size: 1.1rem; }
+summary { font-size: 1.1rem; font-weight: 700; cursor: pointer; }
+details[open] > summary { margin-bottom: 12px; }
 p { margin: 0 0 10px; overflow-wrap: anywhere; }
 .subtitle { margin: 6px 0 0; color: var(--soft); }
 section, .figures > div { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 section { margin: 16px 0; padding: clamp(14px, 3vw, 24px); }
+.halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 16px; margin: 16px 0; }
+.halves > section { margin: 0; min-width: 0; }
+.halves .plot { height: 210px; }
 section > :last-child, section figure > :last-child { margin-bottom: 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(150px, 44%), 1fr)); gap: 12px;
   margin: 16px 0; }

@@ -16,29 +16,43 @@ from ldm.cli import main
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.dit import DiT
+from ldm.training.cost import static_memory
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
+# tried here with tiny networks; what is compared by tools/bench/convergence.py, too
+TRAINED_AUTOENCODERS = ("decoder_finetune", "kl_f16_8gpu", "kl_f4_cpu", "kl_f8_24gb", "kl_f8_8gb", "kl_f8_8gpu")
+TRAINED_DENOISERS = ("dit_b_8gb", "dit_l_24gb", "dit_s_cpu", "dit_xl_8gpu")
+COMPARED = tuple(f"convergence/{name}" for name in ("ours", "dit", "minrf"))
+# those of siblings but for the strategy, which tests/slow/test_many_processes.py tries
+SHARDED = ("autoencoder/kl_f8_fsdp", "denoiser/dit_xl_fsdp")
+
+
 def test_every_recipe_is_tried_here() -> None:
-    assert sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")) == [
-        "convergence/dit.yaml",
-        "convergence/minrf.yaml",
-        "convergence/ours.yaml",
-        "decoder_finetune.yaml",
-        "denoiser/dit_b.yaml",
-        "denoiser/dit_l.yaml",
-        "denoiser/dit_s.yaml",
-        "denoiser/dit_xl.yaml",
-        "emoji/autoencoder.yaml",
-        "emoji/denoiser.yaml",
-        "kl_f16_256.yaml",
-        "kl_f4_cpu.yaml",
-        "kl_f8_256.yaml",
-        "kl_f8_256_24gb.yaml",
-        "shapes/autoencoder.yaml",
-        "shapes/denoiser.yaml",
-    ]
+    tried = [f"{stage}/{name}" for stage in ("shapes", "emoji") for name in ("autoencoder", "denoiser")]
+    tried += [f"autoencoder/{name}" for name in TRAINED_AUTOENCODERS] + [f"denoiser/{name}" for name in TRAINED_DENOISERS]
+    shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")]
+    assert sorted(shipped) == sorted([*tried, *COMPARED, *SHARDED])
+
+
+def keys(node: object, prefix: str = "") -> set[str]:
+    """Of a config and of what is in it, with dots between them."""
+    if not isinstance(node, dict):
+        return {prefix}
+    return set().union(*(keys(value, f"{prefix}.{name}" if prefix else name) for name, value in node.items()))
+
+
+@pytest.mark.parametrize("recipe", SHARDED)
+def test_the_sharded_recipes_are_those_of_siblings(recipe: str, capsys: pytest.CaptureFixture) -> None:
+    stage = recipe.split("/")[0]
+    siblings = [path for path in (CONFIGS / stage).glob("*.yaml") if f"{stage}/{path.stem}" not in SHARDED]
+    known = set().union(*(keys(yaml.safe_load(path.read_text())) for path in siblings))
+    config = CONFIGS / f"{recipe}.yaml"
+    assert keys(yaml.safe_load(config.read_text())) - known == {"trainer.strategy"}
+    with pytest.raises(SystemExit) as left:
+        main([stage, "fit", "--config", str(config), "--out", "run", "--print_config"])
+    assert left.value.code == 0 and "strategy: fsdp" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipes", ["shapes", "emoji"])
@@ -80,13 +94,13 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
 
 
 def tiny_arguments(config: str, size: int) -> list[str]:
-    """A recipe of stage one, its pictures, networks and run made small."""
+    """A recipe of stage one, its pictures, networks and run made small, and not compiled."""
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "2"]
     arguments = [
         "autoencoder",
         "fit",
         "--config",
-        str(CONFIGS / config),
+        str(CONFIGS / "autoencoder" / config),
         *data,
         "--data.workers",
         "0",
@@ -95,12 +109,13 @@ def tiny_arguments(config: str, size: int) -> list[str]:
     ]
     arguments += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--data.image_size", str(size)]
     arguments += ["--model.adversary.start", "0", "--model.adversary.alone", "0", "--model.adversary.warmup", "1"]
+    arguments += ["--model.compile", "false"]
     return [*arguments, "--model.adversary.discriminator.init_args.width", "8"]
 
 
 @pytest.mark.parametrize(
     ("config", "widths", "factor"),
-    [("kl_f8_256", "[8, 8, 8, 8]", 8), ("kl_f8_256_24gb", "[8, 8, 8, 8]", 8), ("kl_f16_256", "[8, 8, 8, 8, 8]", 16),
+    [("kl_f8_8gb", "[8, 8, 8, 8]", 8), ("kl_f8_24gb", "[8, 8, 8, 8]", 8), ("kl_f16_8gpu", "[8, 8, 8, 8, 8]", 16),
      ("kl_f4_cpu", "[8, 8, 8]", 4)],
 )  # fmt: skip
 def test_recipes_for_your_own_pictures(
@@ -140,7 +155,7 @@ def test_the_recipe_for_real_training_says_what_it_lacks_offline(
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     monkeypatch.chdir(tmp_path)
     main(["shards", "shapes", "shards", "--count", "4", "--size", "64"])
-    arguments = [*tiny_arguments("kl_f8_256.yaml", 64), "--out", "run", "--model.autoencoder.widths", "[8, 8, 8, 8]"]
+    arguments = [*tiny_arguments("kl_f8_8gpu.yaml", 64), "--out", "run", "--model.autoencoder.widths", "[8, 8, 8, 8]"]
     arguments += ["--model.autoencoder.norm_groups", "4", "--model.autoencoder.sample_size", "64"]
     with pytest.raises(SystemExit) as left:
         main(arguments)
@@ -150,6 +165,7 @@ def test_the_recipe_for_real_training_says_what_it_lacks_offline(
 
 # width, blocks and heads of Peebles & Xie 2022, table 1
 PRESETS = {"dit_s": (384, 12, 6), "dit_b": (768, 12, 12), "dit_l": (1024, 24, 16), "dit_xl": (1152, 28, 16)}
+DENOISERS = (*TRAINED_DENOISERS, "dit_xl_fsdp")
 
 
 def linear(inputs: int, outputs: int) -> int:
@@ -157,17 +173,20 @@ def linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_denoisers_have_the_sizes_of_the_paper(preset: str) -> None:
-    recipe = (CONFIGS / "denoiser" / f"{preset}.yaml").read_text()
+@pytest.mark.parametrize("name", DENOISERS)
+def test_the_denoisers_have_the_sizes_of_the_paper(name: str) -> None:
+    recipe = (CONFIGS / "denoiser" / f"{name}.yaml").read_text()
     arguments = yaml.safe_load(recipe)["model"]["denoiser"]["init_args"]
     with torch.device("meta"):
         denoiser = DiT(**arguments)
     config = denoiser.config
-    width, blocks, heads = PRESETS[preset]
+    width, blocks, heads = PRESETS[name.rsplit("_", 1)[0]]
     assert (config.width, config.num_layers, config.num_heads, config.patch_size) == (width, blocks, heads, 2)
     count = sum(parameter.numel() for parameter in denoiser.parameters())
-    assert f"{count / 1e6:.1f}M parameters" in recipe
+    said = " ".join(recipe.replace("# ", " ").split())
+    assert f"{count / 1e6:.1f}M parameters" in said
+    kept = static_memory(count, averaged=count, shards=8 if "fsdp" in name else 1)
+    assert f": {kept.total / 1e9:.1f} GB kept" in said
 
     text = config.text_width
     head_norms, text_norm, table = 4 * width // heads, 2 * width, 6 * width
@@ -186,19 +205,16 @@ def tiny_latents(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: p
     return folder
 
 
-# what tools/bench/convergence.py compares
-COMPARED = [f"convergence/{name}" for name in ("ours", "dit", "minrf")]
-
-
-@pytest.mark.parametrize("recipe", [*(f"denoiser/{preset}" for preset in PRESETS), *COMPARED])
+@pytest.mark.parametrize("recipe", [*(f"denoiser/{name}" for name in TRAINED_DENOISERS), *COMPARED])
 def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, recipe: str) -> None:
     arguments = ["denoiser", "fit", "--config", str(CONFIGS / f"{recipe}.yaml"), "--out", str(tmp_path / "run")]
     tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_heads": 2, "text_width": 8}
     for name, value in tiny.items():
         arguments += [f"--model.denoiser.init_args.{name}", str(value)]
     arguments += ["--data.train", str(tiny_latents / "latents"), "--data.validation", str(tiny_latents / "latents")]
-    arguments += ["--data.batch_size", "4", "--data.validation_samples", "4", "--model.compile", "false"]
+    arguments += ["--data.batch_size", "4", "--data.validation_samples", "4", "--data.workers", "0", "--model.compile", "false"]
     arguments += ["--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    arguments += ["--trainer.accumulate_grad_batches", "1"]
     main([*arguments, "--model.autoencoder", str(tiny_latents / "autoencoder"), "--model.preview_steps", "1"])
     assert DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config.num_layers == 2
 

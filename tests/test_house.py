@@ -27,6 +27,8 @@ BOXES = {
     "ldm.model_card": 2,
     "ldm.training": 2,
     "ldm.serve": 3,
+    "ldm.run_report": 3,
+    "ldm.doctor": 3,
     "ldm.quickstart": 3,
     "ldm.cli": 4,  # the only one that knows quickstart too
 }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import __version__
-from ldm.cli import evaluate, frames, invert, latents, sample, serve, shards, stages
+from ldm.cli import doctor, evaluate, frames, invert, latents, report, sample, serve, shards, stages
 from ldm.cli.parser import Commands, Parser, add_command
 from ldm.errors import LdmError
 
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     add_quickstart(commands)
-    for part in (shards, latents, sample, invert, frames, serve, evaluate):
+    for part in (shards, latents, sample, invert, frames, serve, evaluate, report, doctor):
         part.add(commands)
     for name, what in (("autoencoder", "stage one"), ("denoiser", "stage two")):
         commands.add_parser(name, help=f"{what}: ldm {name} fit --config FILE --out DIR, ldm {name} export DIR OUT")

@@ -55,6 +55,7 @@ class ShardDataModule(LightningDataModule):
         text_encoder: int = 0,
         require_captions: bool = True,
         workers: int = 0,
+        max_wait_seconds: float = 600.0,
         seed: int = 0,
         shuffle_window: int = WINDOW,
         max_bad_share: float = 0.01,
@@ -81,6 +82,8 @@ class ShardDataModule(LightningDataModule):
             text_encoder: of latents exported with several text encoders, whose embeddings are trained on, counted from 0.
             require_captions: leave out pictures without a caption, in folders where others have one.
             workers: loader processes; 0 reads in the training process.
+            max_wait_seconds: for one batch, before the loader counts as stalled and the run ends with the names of the shards
+                that it was to be read from; 0: no limit.
             seed: of the order, and of crops, flips and captions.
             shuffle_window: samples mixed together; of remote shards, as many as half the cache holds.
             max_bad_share: unusable samples to bear, as a share of all; more stop the run.
@@ -98,7 +101,8 @@ class ShardDataModule(LightningDataModule):
         self.validation_samples, self.validation_whole = validation_samples, validation_whole
         self.augmentation = Augmentation(crop, flip, caption, caption_dropout, seed)
         self.text_encoder = text_encoder
-        self.require_captions, self.workers, self.seed, self.shuffle_window = require_captions, workers, seed, shuffle_window
+        self.require_captions, self.seed, self.shuffle_window = require_captions, seed, shuffle_window
+        self.workers, self.max_wait_seconds = workers, max_wait_seconds
         self.max_bad_share, self.max_bad_in_a_row = max_bad_share, max_bad_in_a_row
         self.cache = replace(ShardCache(), max_bytes=int(cache_gib * GIB), **({"folder": Path(cache)} if cache else {}))
         self.loader: ShardLoader | None = None
@@ -166,7 +170,7 @@ class ShardDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ShardLoader:
         """The loader of this rank; it keeps its place through checkpoints."""
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        world_size, rank = (self.trainer.world_size if self.trainer else 1), self._rank
         sources = self.train_set.sources
         sizes = [[shard.samples for shard in source.manifest.shards] for source in sources]
         weights = [source.weight for source in self._weighted()]
@@ -191,6 +195,7 @@ class ShardDataModule(LightningDataModule):
             quarantine,
             hashlib.sha256(repr((identity, plan.window)).encode()).hexdigest(),
             confirm=self.trainer is not None,
+            max_wait=self.max_wait_seconds,
         )
         return self.loader
 
@@ -201,6 +206,10 @@ class ShardDataModule(LightningDataModule):
             return self.shuffle_window
         average = sum(manifest.bytes for manifest in remote) / max(sum(manifest.samples for manifest in remote), 1)
         return max(1, min(self.shuffle_window, int(self.cache.max_bytes / 2 / max(average, 1))))
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
 
     @property
     def _on_gpu(self) -> bool:
@@ -222,6 +231,8 @@ class ShardDataModule(LightningDataModule):
         few = range(min(self.validation_samples, len(self.validation_set)))
         return batch_loader(
             self.validation_set,
+            self.max_wait_seconds,
+            self._rank,
             # Every process validates on the same samples, so that no figure depends on how many there are. Without this
             # Lightning puts a distributed sampler of its own in, unless the trainer was told not to.
             sampler=DistributedSampler(few, num_replicas=1, rank=0, shuffle=False),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import sys
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
@@ -23,6 +27,8 @@ log = logging.getLogger(__name__)
 PREFETCH = 2
 # A worker is asked for one more as soon as one arrives, before that is copied: this many may be in use at a time.
 SLOTS = PREFETCH + 1
+# shards that a stalled loader names
+NAMED_SHARDS = 3
 
 
 class _Batches(Dataset):
@@ -58,24 +64,115 @@ class _Batches(Dataset):
 class _PlainLoader(DataLoader):
     """Raises errors that came in a batch's place, and copies what a worker will write over."""
 
+    def __init__(self, dataset: _Batches, max_wait: float, rank: int, **options: Any):
+        in_workers = options.get("num_workers", 0) > 0
+        # a generator of its own: else every iteration would draw a seed for the workers, who need none, from the global one
+        super().__init__(dataset, timeout=max_wait if in_workers else 0, generator=torch.Generator(), **options)
+        self.max_wait, self.rank = max_wait, rank
+
     def __iter__(self) -> Iterator[Any]:
+        for _, batch in self.with_draws():
+            yield batch
+
+    def with_draws(self) -> Iterator[tuple[list[Any], Any]]:
+        """Every batch, with what it was asked for."""
         # as long as memory is held here it stays mapped, and comes back without being mapped anew
         mapped: deque[list[Tensor]] = deque(maxlen=SLOTS * self.num_workers)
-        for batch in super().__iter__():
-            if isinstance(batch, LdmError):
-                raise batch
-            shared = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.is_shared()}
-            mapped.append([*shared.values()])
-            yield batch | {name: value.clone() for name, value in shared.items()}
+        batches = super().__iter__()
+        with _Watchdog(0 if self.num_workers else self.max_wait, self._stalled) as watchdog:
+            for draws in self.batch_sampler:
+                watchdog.awaited = draws
+                try:
+                    batch = next(batches)
+                except RuntimeError as error:
+                    if "DataLoader timed out" in str(error):
+                        raise LdmError(self._stalled(draws)) from error
+                    raise
+                watchdog.awaited = None
+                if isinstance(batch, LdmError):
+                    raise batch
+                shared = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.is_shared()}
+                mapped.append([*shared.values()])
+                yield draws, batch | {name: value.clone() for name, value in shared.items()}
+
+    def _stalled(self, draws: list[Any]) -> str:
+        samples = self.dataset.dataset
+        shards = dict.fromkeys(samples.locate(draw.sample if isinstance(draw, Draw) else draw)[0] for draw in draws)
+        names = [source.name(number) for source, number in (samples.shards[shard] for shard in shards)]
+        more = f" and {len(names) - NAMED_SHARDS} more" if len(names) > NAMED_SHARDS else ""
+        return (
+            f"the loader of rank {self.rank} has stalled: no batch for {self.max_wait:g} s, to be read from "
+            f"{', '.join(names[:NAMED_SHARDS])}{more}; look whether that storage answers, or raise data.max_wait_seconds"
+        )
 
 
-def batch_loader(dataset: ShardSamples, **options: Any) -> DataLoader:
+class _Watchdog(threading.Thread):
+    """Ends the process with one line when it waits too long for a batch that it reads itself.
+
+    A system call that does not return can only be left that way. Time is counted in wakings of this thread, so that a process
+    that was stopped for a while is not ended when it goes on.
+    """
+
+    TICKS = 20
+
+    def __init__(self, seconds: float, describe: Callable[[list[Any]], str]):
+        super().__init__(name="ldm-loader-watchdog", daemon=True)
+        self.seconds, self.describe = seconds, describe
+        self.awaited: list[Any] | None = None  # an assignment is all that a batch costs
+        self._over = threading.Event()
+
+    def __enter__(self) -> _Watchdog:
+        if self.seconds:
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def run(self) -> None:
+        before, ticks = None, 0
+        while not self._over.wait(self.seconds / self.TICKS):
+            awaited = self.awaited
+            ticks = ticks + 1 if awaited is not None and awaited is before else 0
+            before = awaited
+            if ticks > self.TICKS:
+                print(f"ldm: {self.describe(awaited)}", file=sys.stderr, flush=True)
+                os._exit(LdmError.exit_code)
+
+
+def batch_loader(dataset: ShardSamples, max_wait: float = 0, rank: int = 0, **options: Any) -> _PlainLoader:
     """A loader whose workers' errors reach the caller as they are, one line.
 
     Raised there, torch would hand them on as a traceback of many lines, and each worker would take five seconds to end.
+
+    Args:
+        dataset: samples by number.
+        max_wait: seconds to wait for a batch before the loader counts as stalled: :class:`LdmError` with workers; without,
+            the same line and the end of the process. 0: no limit.
+        rank: that the line names.
+        options: of ``torch.utils.data.DataLoader``.
     """
     ahead = {"prefetch_factor": PREFETCH} if options.get("num_workers") else {}
-    return _PlainLoader(_Batches(dataset), collate_fn=_unchanged, **ahead, **options)
+    return _PlainLoader(
+        _Batches(dataset), max_wait, rank, collate_fn=_unchanged, worker_init_fn=_heed_parent_alone, **ahead, **options
+    )
+
+
+def _heed_parent_alone(_worker: int) -> None:
+    """Ctrl-C, and what a cluster sends to every process of a job, is the training process's to answer, which then ends this.
+
+    A worker that dies of it would take the training process along before that has saved.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_end, name="ldm-loader-end", daemon=True).start()
+
+
+def _await_end() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -94,7 +191,10 @@ class PlannedBatches:
 
 
 class ShardLoader:
-    """Batches of a plan for one rank, without end; each carries ``position``, how far training is once it is consumed.
+    """Batches of a plan for one rank, without end.
+
+    Each carries its ``draws``, a :class:`ldm.data.plan.Draw` for every sample, and ``position``, how far training is once it is
+    consumed.
 
     Iterated anew it goes on where it stands. Its state is that of all ranks alike (seed, epoch, samples consumed, what the
     data were), so one rank's copy serves all, and a run may go on with other ranks, workers or another batch size: what an
@@ -113,6 +213,7 @@ class ShardLoader:
         quarantine: Quarantine | None = None,
         data_hash: str = "",
         confirm: bool = False,
+        max_wait: float = 0,
     ):
         """
         Args:
@@ -126,12 +227,13 @@ class ShardLoader:
             data_hash: identity of the data, kept in the state.
             confirm: batches count as consumed when :meth:`consumed` says so, for a trainer that fetches ahead; otherwise
                 when they are handed out.
+            max_wait: seconds to wait for a batch; see :func:`batch_loader`.
         """
         plan.require(batch_size * world_size)
         self.dataset, self.plan, self.batch_size = dataset, plan, batch_size
         self.rank, self.world_size, self.workers, self.pin_memory = rank, world_size, workers, pin_memory
         self.quarantine = quarantine if quarantine is not None else Quarantine(len(dataset))
-        self.data_hash, self.confirm = data_hash, confirm
+        self.data_hash, self.confirm, self.max_wait = data_hash, confirm, max_wait
         self.position = Position()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -139,16 +241,18 @@ class ShardLoader:
         sampler = PlannedBatches(self.plan, self.batch_size, self.rank, self.world_size, position)
         loader = batch_loader(
             self.dataset,
+            self.max_wait,
+            self.rank,
             batch_sampler=sampler,
             num_workers=self.workers,  # they live as long as this iteration, which does not end with an epoch
             pin_memory=self.pin_memory,
         )
-        for batch in loader:
+        for draws, batch in loader.with_draws():
             self.quarantine.add(batch.pop("bad"))
             position = self.plan.advance(position, self.batch_size * self.world_size)
             if not self.confirm:
                 self.position = position
-            yield batch | {"position": position}
+            yield batch | {"draws": draws, "position": position}
 
     def consumed(self, position: Position) -> None:
         """The batch that carried this ``position`` reached the training step."""

@@ -160,14 +160,18 @@ class ShardSamples(Dataset, Generic[AnyShard]):
 
     def bad(self, index: int, error: DecodeError) -> BadSample:
         """The record of sample ``index``, which cannot be used."""
+        return BadSample(*self.name_of(index), str(error))
+
+    def name_of(self, index: int) -> tuple[str, str]:
+        """The shard that sample ``index`` lies in, and its key there, or its number where the shard is beyond reading."""
         shard, row = self.locate(index)
         source, number = self.shards[shard]
         try:
             with self._lock:
                 key = self.key(self._open(shard), row)
-        except LdmError:  # the whole shard is beyond reading
+        except LdmError:
             key = f"#{row}"
-        return BadSample(source.name(number), key, str(error))
+        return source.name(number), key
 
     def locate(self, index: int) -> tuple[int, int]:
         """The shard that holds sample ``index``, and its row there."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ldm.diffusion.guidance import Condition, denoise
@@ -59,7 +60,7 @@ class DenoisingObjective:
         condition: Condition,
         t: Tensor | None = None,
         eps: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> DenoisingLoss:
         """
         Args:
@@ -67,10 +68,11 @@ class DenoisingObjective:
             x0: normalised latents (B, C, H, W), float32.
             t: fixed times (B,); drawn when not given.
             eps: fixed noise like ``x0``; drawn when not given.
+            generator: of what is drawn; a list has one for each sample, on the CPU, whatever else is in the batch.
         """
         path = self.path
-        t = self.timesteps(x0, path, generator) if t is None else t
-        eps = torch.randn(x0.shape, device=x0.device, generator=generator) if eps is None else eps
+        t = self._draw_times(x0, generator) if t is None else t
+        eps = randn_tensor(x0.shape, generator, x0.device) if eps is None else eps
         x_t = path.sample(x0, eps, t)
         target = self.prediction.target(path, x0, eps, t)
         scale = expand(path.input_scale(t), x_t)
@@ -82,3 +84,9 @@ class DenoisingObjective:
             cosine = F.cosine_similarity(prediction / length, target / length, dim=1, eps=LEAST_LENGTH)  # (B, H, W)
             loss = loss + self.direction_weight * (1 - cosine).flatten(1).mean(1)
         return DenoisingLoss(loss, t, unweighted)
+
+    def _draw_times(self, x0: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        if not isinstance(generator, list):
+            return self.timesteps(x0, self.path, generator)
+        one = torch.empty(1, *x0.shape[1:])
+        return torch.cat([self.timesteps(one, self.path, own) for own in generator]).to(x0.device)

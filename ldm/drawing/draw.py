@@ -18,6 +18,7 @@ from ldm.drawing.prompts import fit_prompt
 from ldm.drawing.settings import PictureSettings
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json
+from ldm.machine import is_out_of_memory
 from ldm.models.autoencoder import enable_tiling
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline, read_picture
 
@@ -194,8 +195,7 @@ def _draw(
             **given,
         ).images
     except (MemoryError, RuntimeError) as error:
-        # on the CPU torch raises a plain RuntimeError
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise LdmError(
                 f"there is not enough memory for {len(batch)} pictures at a time; make the batch or the size smaller, or "
                 "decode in tiles"

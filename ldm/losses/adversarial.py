@@ -77,8 +77,9 @@ class LeCam(nn.Module):
         """The weighted penalty of one batch's logits, which then count in the averages."""
         penalty = F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
         with torch.no_grad():
-            self.real.lerp_(real.mean().to(self.real), 1 - self.decay)
-            self.fake.lerp_(fake.mean().to(self.fake), 1 - self.decay)
+            for average, logits in ((self.real, real), (self.fake, fake)):
+                moved = average.lerp(logits.mean().to(average), 1 - self.decay)
+                average.copy_(torch.where(moved.isfinite(), moved, average))  # a step that is skipped must not stay
         return self.weight * penalty
 
 

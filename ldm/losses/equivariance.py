@@ -24,7 +24,7 @@ class Equivariance:
     the plain one, and its pictures are no larger: a step costs no more than without.
 
     Zero to three quarter turns are as likely, and so are all sizes of whole latent places from ``min_scale`` to 1, both sides
-    alike. They are drawn from torch's global generator on the CPU, whatever the device, once for the whole batch.
+    alike. They are drawn on the CPU, whatever the device, once for the whole batch.
     """
 
     def __init__(self, probability: float = 0.5, min_scale: float = 0.25):
@@ -43,15 +43,15 @@ class Equivariance:
             )
         self.probability, self.min_scale = probability, min_scale
 
-    def __call__(self, images: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) and (B, C, h, w) -> the same, both treated alike or both as they were."""
-        if not self.probability or torch.rand(()) >= self.probability:
+    def __call__(self, images: Tensor, latents: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) and (B, C, h, w) -> the same, both treated alike or both as they were, as ``generator`` has it."""
+        if not self.probability or torch.rand((), generator=generator) >= self.probability:
             return images, latents
         height, width = latents.shape[-2:]
         factor, shorter = images.shape[-2] // height, min(height, width)
         smallest = min(shorter, max(round(self.min_scale * shorter), ceil(SMALLEST_SIDE / factor)))
-        side = int(torch.randint(smallest, shorter + 1, ()))
-        turns = int(torch.randint(4, ()))
+        side = int(torch.randint(smallest, shorter + 1, (), generator=generator))
+        turns = int(torch.randint(4, (), generator=generator))
         size = round(height * side / shorter), round(width * side / shorter)
         return (
             turn_and_scale(images, turns, (size[0] * factor, size[1] * factor)),

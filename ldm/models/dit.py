@@ -76,6 +76,10 @@ class DiTBlock(nn.Module):
         x = x + self.text_attention(self.norm_text(x), text, text_mask)
         return torch.addcmul(x, to_feed_forward.gate, self.feed_forward(modulate(self.norm2(x), to_feed_forward)))
 
+    def look_up(self, text: Tensor) -> KeysValues:
+        """What this block makes of a caption's tokens (B, L, D), whatever the picture: to be given in their place."""
+        return self.text_attention.keys_values(text)
+
 
 class Text(NamedTuple):
     """A batch of captions as the blocks take it."""
@@ -235,9 +239,7 @@ class DiT(ModelMixin, ConfigMixin):
             if len(kept) == KEPT_TEXTS:  # of a caller who makes them anew at every step: nothing is gained, no memory lost
                 kept.pop(next(iter(kept)))
             text = self._embed_text(embeddings, mask, trim=True)
-            looked_up = [
-                block.text_attention.keys_values(tokens) for block, tokens in zip(self.blocks, text.for_blocks, strict=True)
-            ]
+            looked_up = [block.look_up(tokens) for block, tokens in zip(self.blocks, text.for_blocks, strict=True)]
             # the tensors are kept too: their ids are theirs only while they live
             kept[name] = (text._replace(for_blocks=looked_up), embeddings, mask)
         return kept[name][0]

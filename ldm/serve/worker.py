@@ -22,6 +22,7 @@ from ldm.drawing.draw import check_settings, scheduler_for
 from ldm.drawing.metadata import encode_png, provenance_of, scheduler_name
 from ldm.drawing.settings import PictureSettings
 from ldm.errors import LdmError
+from ldm.machine import is_out_of_memory
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.serve.order import Order
 
@@ -121,7 +122,7 @@ class Worker:
             ).images[0]
             png = self._png(picture, settings)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if is_out_of_memory(error):
                 raise LdmError("there is not enough memory for a picture of this size; make it smaller") from error
             raise
         finally:

@@ -8,7 +8,6 @@ trained in several pieces (``accumulate``) is one step.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -20,12 +19,15 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.manifest import IMAGE_SHARDS
+from ldm.data.plan import Draw
 from ldm.data.quarantine import BadSample
-from ldm.errors import LdmError, UsageError, first_line
+from ldm.errors import UsageError, first_line
 from ldm.evaluate import trim
 from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
 from ldm.losses.equivariance import SMALLEST_SIDE
@@ -33,8 +35,9 @@ from ldm.metrics import LatentHealth, ReconstructionFID, health_scalars
 from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images, reconstruct, set_latent_statistics
 from ldm.training.adversary import Adversary
 from ldm.training.base import OptimiserConfig, Stage
-
-log = logging.getLogger(__name__)
+from ldm.training.randomness import draw_generators, step_generator
+from ldm.training.sharded import FullySharded, is_sharded, whole
+from ldm.training.skips import SkippedSteps
 
 PREVIEW_PICTURES = 8
 # as many as tell a channel's mean and spread to a percent or two; the export of latents measures the whole set
@@ -65,6 +68,8 @@ class AutoencoderTraining(Stage):
         max_skipped: int = 10,
         fid_trunk: str | None = None,
         channels_last: bool = False,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
         ema_decay: float = 0.9999,
     ):
         """
@@ -80,10 +85,12 @@ class AutoencoderTraining(Stage):
             kl_warmup: batches over which the KL's weight rises from 0.
             learn_variance: learn what reconstruction and LPIPS together weigh against the KL.
             accumulate: pieces that a batch is trained in, one after another, to save memory.
-            max_skipped: batches in a row whose gradients are not finite, before the run stops; each is skipped.
+            max_skipped: batches in a row whose loss or gradients are not finite, before the run stops; each is skipped.
             fid_trunk: measure the reconstructions' FID at validation too: inception, alex-random, vgg-random or the path of a
                 checkpoint; see :class:`ldm.metrics.ReconstructionFID`.
             channels_last: memory order of the networks: faster on GPUs and for large networks on CPUs, slower for tiny ones.
+            gradient_checkpointing: compute every block of the autoencoder twice, to keep less in memory.
+            compile: compile every block with ``torch.compile``: minutes at first, faster from then on.
             ema_decay: of the average of the autoencoder's weights.
         """
         super().__init__()
@@ -96,56 +103,83 @@ class AutoencoderTraining(Stage):
         self.variance = LearnedVariance() if learn_variance else None
         self.optimiser, self.discriminator_optimiser = optimiser, discriminator_optimiser
         self.perceptual_weight, self.kl_weight, self.kl_warmup = perceptual_weight, kl_weight, kl_warmup
-        self.accumulate, self.max_skipped = accumulate, max_skipped
-        self._skipped, self._skipped_in_a_row = 0, {}
-        self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean")
-        self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
-        self.health = LatentHealth(self.autoencoder.config.latent_channels)
+        self.accumulate = accumulate
+        self.skips = SkippedSteps(max_skipped)
+        # every process validates on the same samples, and each has all of the figure
+        own = {"sync_on_compute": False}
+        self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean", **own)
+        self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0), **own)
+        self.health = LatentHealth(self.autoencoder.config.latent_channels, **own)
         self.fid = ReconstructionFID(fid_trunk) if fid_trunk else None
         if channels_last:
             for network in (self.autoencoder, self.adversary.discriminator, self.perceptual):
                 network.to(memory_format=torch.channels_last)
+        if gradient_checkpointing:
+            self.autoencoder.enable_gradient_checkpointing()
+        if compile:
+            for block in self._levels():
+                block.compile()
         self.start_average(ema_decay)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # the number of this step, from 0
         step, images = self.global_step, pixels_to_images(batch["image"])
-        pieces = images.chunk(self.accumulate)
-        judged = self._train_autoencoder(pieces, step)
+        judged = self._train_autoencoder(images, batch["draws"], step)
         if judged is not None and self.adversary.trains(step):
-            self._train_discriminator(judged, step)
+            self._train_discriminator(judged, batch["draws"], step)
 
-    def _train_autoencoder(self, pieces: tuple[Tensor, ...], step: int) -> list[tuple[Tensor, Tensor]] | None:
+    def _train_autoencoder(self, images: Tensor, draws: list[Draw], step: int) -> list[tuple[Tensor, Tensor]] | None:
         """One step of the autoencoder; returns what was asked for and what came, piece by piece, or None if it was skipped."""
         optimiser, _ = self.optimizers()
         optimiser.zero_grad()
+        generators, turns = draw_generators(self.seed, draws), step_generator(self.seed, step)
         judged, figures = [], []
-        for piece, share in self._shares(pieces):
-            target, reconstruction, logged = self._autoencoder_backward(piece, share, step)
+        for piece, share in self._shares(images.chunk(self.accumulate)):
+            own, generators = generators[: len(piece)], generators[len(piece) :]
+            target, reconstruction, logged = self._autoencoder_backward(piece, share, step, own, turns)
             judged.append((target, reconstruction))
             figures.append({name: share * value.detach() for name, value in logged.items()})
-        norm = nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm)
-        if not self._is_finite(norm, "autoencoder"):
-            optimiser.zero_grad()
-            return None
-        optimiser.step()
-        schedule, _ = self.lr_schedulers()
-        schedule.step()
-        self.average.update()
+        norm = whole(nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm))
         summed = {f"train/{name}": sum(piece[name] for piece in figures) for name in figures[0]}
-        self.log_dict(summed | {"train/grad_norm": norm, "train/lr": schedule.get_last_lr()[0]})
-        return judged
+        mean = self.log_step(summed)
+        schedule, _ = self.lr_schedulers()
+        self.log_dict({"train/grad_norm": norm, "train/lr": schedule.get_last_lr()[0]})
+        went_well = self._step(optimiser, schedule, norm + mean["train/loss"], "autoencoder", draws)
+        if went_well:
+            self.average.update()
+        return judged if went_well else None
 
-    def _autoencoder_backward(self, images: Tensor, share: float, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _step(self, optimiser: Any, schedule: LRScheduler, finite: Tensor, player: str, draws: list[Draw]) -> bool:
+        """Step, or count a step without one where ``finite``, the same on all processes, is not; returns which it was."""
+        went_well = bool(torch.isfinite(finite))
+        if went_well:
+            self.skips.took(player)
+        else:
+            optimiser.zero_grad()  # a parameter without a gradient is left alone, and so are its moments
+            self.skips.left_out(player, self.trainer, draws)
+            self.log("train/skipped", float(self.skips.total))
+        optimiser.step()
+        schedule.step()
+        return went_well
+
+    def _autoencoder_backward(
+        self, images: Tensor, share: float, step: int, generators: list[torch.Generator], turns: torch.Generator
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Gradients of one piece, ``share`` of the batch: (what the decoder was asked for, what it gave, figures).
+
+        Latents are drawn by a generator each; ``turns`` decides for all of them how the equivariance turns them.
 
         LPIPS and the discriminator are walked back once, to the reconstruction; at the decoder's last layer the two gradients
         are compared there, and their sum goes on through the decoder.
         """
         posterior = self.autoencoder.encode(images).latent_dist
-        target, latents = self.equivariance(images, posterior.sample())
-        reconstruction = self.autoencoder.decode(latents).sample.float()
+        target, latents = self.equivariance(images, posterior.sample(generators), turns)
+        before_last: list[Tensor] = []  # layer, (B, C, H, W)
+        last_layer = self.autoencoder.decoder.conv_out
+        with last_layer.register_forward_pre_hook(lambda _, given: before_last.append(given[0].detach())):
+            reconstruction = self.autoencoder.decode(latents).sample.float()
         leaf = reconstruction.detach().requires_grad_()
         faithful, perceptual = self.reconstruction(leaf, target), self.perceptual(leaf, target)
         error = faithful + self.perceptual_weight * perceptual
@@ -160,7 +194,7 @@ class AutoencoderTraining(Stage):
             generator = self.adversary.generator_loss(leaf)
             (by_generator,) = torch.autograd.grad(generator, leaf)
             weight = self.adversary.weight * ramp * self.adversary.guard.level
-            weight = weight * self._adaptive_weight(reconstruction, gradient, by_generator)
+            weight = weight * self._adaptive_weight(before_last[0], gradient, by_generator)
             gradient = gradient + weight * by_generator
             figures |= {"g": generator, "g_weight": weight, "g_level": self.adversary.guard.level}
             loss = loss + weight * generator.detach()
@@ -171,18 +205,19 @@ class AutoencoderTraining(Stage):
         self.manual_backward(share * (loss + towards - towards.detach()))
         return target, reconstruction.detach(), figures | {"kl": kl, "loss": loss}
 
-    def _adaptive_weight(self, reconstruction: Tensor, by_reconstruction: Tensor, by_generator: Tensor) -> Tensor:
+    def _adaptive_weight(self, features: Tensor, by_reconstruction: Tensor, by_generator: Tensor) -> Tensor:
         """How much larger the first gradient is at the decoder's last layer, over all processes."""
-        last_layer = self.autoencoder.decoder.conv_out.weight
+        # not by autograd: sharded, the weight that was used is gone by now
+        last_layer = self.autoencoder.decoder.conv_out
         gradients = torch.stack(
             [
-                torch.autograd.grad(reconstruction, last_layer, gradient, retain_graph=True)[0]
+                conv2d_weight(features, last_layer.weight.shape, gradient.to(features), padding=last_layer.padding).float()
                 for gradient in (by_reconstruction, by_generator)
             ]
         )
         return adaptive_weight(*self.trainer.strategy.reduce(gradients, reduce_op="mean"), self.adversary.max_adaptive_weight)
 
-    def _train_discriminator(self, judged: list[tuple[Tensor, Tensor]], step: int) -> None:
+    def _train_discriminator(self, judged: list[tuple[Tensor, Tensor]], draws: list[Draw], step: int) -> None:
         """One step of the discriminator on what the decoder was asked for and what it gave."""
         # use_pl_optimizer=False: a step that Lightning does not count, so that max_steps means batches
         _, optimiser = self.optimizers(use_pl_optimizer=False)
@@ -193,16 +228,17 @@ class AutoencoderTraining(Stage):
             self.manual_backward(share * loss)
             losses.append(share * loss.detach())
             accuracies.append(share * accuracy)
-        norm = nn.utils.clip_grad_norm_(self.adversary.discriminator.parameters(), self.discriminator_optimiser.max_grad_norm)
-        if not self._is_finite(norm, "discriminator"):
-            optimiser.zero_grad()
-            return
-        optimiser.step()
+        discriminator = self.adversary.discriminator
+        if is_sharded(self.autoencoder):  # the discriminator is not, and nobody else sees to its gradients
+            for parameter in discriminator.parameters():
+                parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+        norm = nn.utils.clip_grad_norm_(discriminator.parameters(), self.discriminator_optimiser.max_grad_norm)
+        mean = self.log_step({"train/d": sum(losses), "train/d_accuracy": sum(accuracies)})
+        for average in self.adversary.lecam.buffers():  # moved by each process's own logits, and linear in them
+            average.copy_(self.trainer.strategy.reduce(average, reduce_op="mean"))
         _, schedule = self.lr_schedulers()
-        schedule.step()
-        accuracy = self.trainer.strategy.reduce(sum(accuracies), reduce_op="mean")
-        self.adversary.guard.watch_discriminator(accuracy)
-        self.log_dict({"train/d": sum(losses), "train/d_accuracy": accuracy})
+        if self._step(optimiser, schedule, norm + mean["train/d"], "discriminator", draws):
+            self.adversary.guard.watch_discriminator(mean["train/d_accuracy"])
 
     def _shares(self, pieces: Sequence[Any]) -> Iterator[tuple[Any, float]]:
         """Every piece with its share of the batch. Processes exchange gradients at the last one alone."""
@@ -213,26 +249,21 @@ class AutoencoderTraining(Stage):
             with strategy.block_backward_sync() if alone else nullcontext():
                 yield piece, size / sum(sizes)
 
-    def _is_finite(self, norm: Tensor, player: str) -> bool:
-        """Whether a player may step. Gradients are those of all processes by now, so all of them decide alike."""
-        if torch.isfinite(norm):
-            self._skipped_in_a_row[player] = 0
-            return True
-        self._skipped += 1
-        self._skipped_in_a_row[player] = in_a_row = self._skipped_in_a_row.get(player, 0) + 1
-        self.log("train/skipped", float(self._skipped))
-        log.warning("the %s's gradients of step %d are not finite: skipped (%d in a row)", player, self.global_step, in_a_row)
-        if in_a_row > self.max_skipped:
-            raise LdmError(
-                f"the {player}'s gradients were not finite {in_a_row} times in a row, at step {self.global_step}; go on from "
-                "an earlier checkpoint with a lower learning_rate, or raise model.max_skipped"
-            )
-        return False
-
     # -- what it starts from -----------------------------------------------------------------------------------------
 
     def averaged(self) -> nn.Module:
         return self.autoencoder
+
+    def _levels(self) -> list[nn.Module]:
+        """Of the autoencoder, one for each size and the middle."""
+        encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
+        return [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
+
+    def blocks(self) -> list[nn.Module]:
+        network = self.autoencoder
+        # none is left to the whole, which hands out a posterior: FSDP does not see into that, and would not gather for its sake
+        between = [layer for layer in (network.quant_conv, network.post_quant_conv) if layer is not None]
+        return [*self._levels(), network.encoder, network.decoder, *between]
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot go well, before the first step."""
@@ -241,6 +272,8 @@ class AutoencoderTraining(Stage):
             raise UsageError(f"trainer.precision {precision}: gradients of the game overflow fp16; give bf16-mixed or 32-true")
         if precision == "bf16-true":
             raise UsageError("trainer.precision bf16-true keeps no fp32 weights, and small steps are lost; give bf16-mixed")
+        if self.variance is not None and isinstance(self.trainer.strategy, FullySharded):
+            raise UsageError("model.learn_variance does not go with trainer.strategy fsdp; set it to false, or train with ddp")
         if not 0 <= self.adversary.start < num_steps:
             raise UsageError(
                 f"model.adversary.start {self.adversary.start} is not before trainer.max_steps {num_steps}: the "
@@ -364,9 +397,11 @@ class AutoencoderTraining(Stage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(FROZEN)}
+        if not is_sharded(self.autoencoder):  # all of those weights are asked for again
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(FROZEN)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        frozen = {k: v for k, v in self.state_dict().items() if k.startswith(FROZEN)}
-        checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
+        if "state_dict" in checkpoint:  # sharded, they are in their places by now
+            frozen = {k: v for k, v in self.state_dict().items() if k.startswith(FROZEN)}
+            checkpoint["state_dict"] = frozen | checkpoint["state_dict"]

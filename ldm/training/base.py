@@ -19,6 +19,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import UsageError
 from ldm.training.ema import Average, PowerAverages
+from ldm.training.randomness import global_states, set_global_state
+from ldm.training.sharded import FullySharded, is_sharded, shard
+from ldm.training.skips import SkippedSteps
 
 
 @dataclass
@@ -80,6 +83,11 @@ class Stage(LightningModule):
     command, product = "stage", "model"
     #: whether a backward pass leaves some of the trained parameters alone
     takes_turns = False
+    #: steps left out because something in them was not finite; made with the stage's own limit
+    skips: SkippedSteps
+    #: of the noise of every step (:mod:`ldm.training.randomness`); a resumed run keeps its first one
+    seed: int | None = None
+    _random_states: list[dict[str, Any]] | None = None
 
     def prepare(self, data: ShardDataModule) -> None:
         """Take from the data what is needed, and refuse those that do not serve; before training and before an export."""
@@ -100,8 +108,20 @@ class Stage(LightningModule):
         """Write the plain directory into the empty ``folder``; called under the average."""
         raise NotImplementedError
 
+    def blocks(self) -> list[nn.Module]:
+        """Parts of :meth:`averaged`, each inside those after it or beside them, that FSDP gathers one after another."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Under FSDP, spread the trained network and its averages over the processes."""
+        network = self.averaged()
+        if isinstance(self.trainer.strategy, FullySharded) and not is_sharded(network):
+            shard(network, self.blocks(), self.device_mesh["data_parallel"], self.trainer.precision == "bf16-mixed")
+            self.start_average(*self._averaging)
+
     def start_average(self, decay: float, power: PowerAverages | None = None) -> None:
         """Begin to keep the average of :meth:`averaged`: an exponential one, and power-function ones beside it."""
+        self._averaging = decay, power
         self.average = Average(self.averaged(), decay, power)
 
     @contextmanager
@@ -118,12 +138,31 @@ class Stage(LightningModule):
 
     def on_fit_start(self) -> None:
         self.average.to(self.device)
-        # every process was seeded alike, so that weights begin alike; from here on noise and dropout must differ
+        if self.seed is None:
+            self.seed = torch.initial_seed()
+        # every process was seeded alike, so that weights begin alike; from here on dropout must differ
         if self.trainer.world_size > 1:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
+            torch.manual_seed(self.seed + self.global_rank)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # not before: what makes loaders and their processes ready draws, too
+        if self._random_states is not None:
+            if len(self._random_states) == self.trainer.world_size:
+                set_global_state(self._random_states[self.global_rank])
+            self._random_states = None
+
+    def log_step(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Log a step's figures, each the mean over all processes, and return them so."""
+        together = torch.stack([value.detach().float().to(self.device) for value in figures.values()])
+        together = self.trainer.strategy.reduce(together, reduce_op="mean")
+        figures = dict(zip(figures, together.unbind(), strict=True))
+        self.log_dict(figures)
+        return figures
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["average"] = self.average.state_dict()
+        checkpoint["skipped"] = self.skips.state_dict()
+        checkpoint["seed"], checkpoint["random"] = self.seed, global_states()
         # Lightning saves at the end of a validation, while the average still stands in: the checkpoint wants what is trained
         trained = self.average.trained()
         if trained is not None:
@@ -134,6 +173,8 @@ class Stage(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.average.load_state_dict(checkpoint["average"])
+        self.skips.load_state_dict(checkpoint["skipped"])
+        self.seed, self._random_states = checkpoint["seed"], checkpoint["random"]
 
     def on_validation_model_eval(self) -> None:
         super().on_validation_model_eval()

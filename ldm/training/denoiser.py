@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
+from ldm.data.plan import Draw
 from ldm.diffusion.guidance import ClassifierFree, Condition, Guidance
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import Path
@@ -21,12 +23,15 @@ from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.scheduler import describe, matching_scheduler
 from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
-from ldm.errors import LdmError, UsageError
+from ldm.errors import UsageError
 from ldm.models.autoencoder import normalise_latents, set_latent_statistics
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.base import OptimiserConfig, Stage, require_weights
 from ldm.training.ema import SNAPSHOTS, PowerAverages
 from ldm.training.frozen import Statistics, frozen_for_images, frozen_for_latents
+from ldm.training.randomness import draw_generators
+from ldm.training.sharded import whole
+from ldm.training.skips import SkippedSteps
 
 # of t, in which the validation loss is counted
 NUM_BINS = 10
@@ -56,6 +61,7 @@ class DenoiserTraining(Stage):
         preview_prompts: list[str] | None = None,
         preview_steps: int = 30,
         preview_guidance: float | Guidance = 3.0,
+        max_skipped: int = 10,
     ):
         """
         Args:
@@ -76,6 +82,7 @@ class DenoiserTraining(Stage):
             preview_prompts: drawn before the first step and at every validation, always from the same noise.
             preview_steps: sampling steps of a preview.
             preview_guidance: guidance scale of a preview, or any rule of :mod:`ldm.diffusion.guidance`.
+            max_skipped: steps in a row whose loss or gradients are not finite, before the run stops; each is skipped.
         """
         super().__init__()
         self.denoiser = denoiser
@@ -95,54 +102,65 @@ class DenoiserTraining(Stage):
         self.preview_guidance = preview_guidance if isinstance(preview_guidance, Guidance) else ClassifierFree(preview_guidance)
         self.snapshot_every = power_averages.snapshot_every if power_averages else None
         self.start_average(ema_decay, power_averages)
+        self.skips = SkippedSteps(max_skipped)
         self.num_images_seen, self._stepped = 0, False
+        self._mean_loss: Tensor | float = 0.0  # of a step so far, which may be several batches
+        self._draws: list[Draw] = []
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        x0, condition = self.encode(batch, draw=True)
-        loss = self.objective(self.denoiser, x0, condition).loss.mean()
+        generators = draw_generators(self.seed, batch["draws"])
+        x0, condition = self.encode(batch, generators)
+        loss = self.objective(self.denoiser, x0, condition, generator=generators).loss.mean()
         self.num_images_seen += len(x0) * self.trainer.world_size
-        self.log_dict({"train/loss": loss, "num_images_seen": float(self.num_images_seen)})
+        self._draws += batch["draws"]
+        self._mean_loss += self.log_step({"train/loss": loss})["train/loss"]
+        self.log("num_images_seen", float(self.num_images_seen))
         return loss
 
-    def encode(self, batch: dict[str, Any], draw: bool) -> tuple[Tensor, Condition]:
-        """Normalised latents (B, C, h, w), drawn from their posteriors or the modes, and the captions' condition.
+    def encode(self, batch: dict[str, Any], draw: list[torch.Generator] | None = None) -> tuple[Tensor, Condition]:
+        """Normalised latents (B, C, h, w) and the captions' condition.
+
+        Latents are drawn from their posteriors, each by its generator, or are the modes where there are none.
 
         A caption that is dropped comes from the loader as the empty one: its embedding with latents, "" with pictures.
         """
         if self.online:
             batch = self.frozen.encode(batch)
         z = batch["mean"].float()
-        if draw and "std" in batch:  # otherwise modes were exported
-            z = z + batch["std"].float() * torch.randn_like(z)
+        if draw is not None and "std" in batch:  # otherwise modes were exported
+            z = z + batch["std"].float() * randn_tensor(z.shape, draw, z.device)
         return normalise_latents(self.frozen.autoencoder, z), Condition(batch["text"].float(), batch["text_mask"])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.optimiser.max_grad_norm)
-        if not torch.isfinite(norm):  # of all processes' gradients, so that all of them stop
-            raise LdmError(
-                f"the gradients of step {self.global_step} are not finite; look for broken data (ldm latents check, ldm shards "
-                "check --deep), or go on from an earlier checkpoint with a lower model.optimiser.learning_rate"
-            )
+        norm = whole(nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.optimiser.max_grad_norm))
+        # of all processes' losses and gradients, so that all of them decide alike
+        self._stepped = bool(torch.isfinite(norm + self._mean_loss))
+        if self._stepped:
+            self.skips.took("denoiser")
+        else:
+            optimizer.zero_grad()  # a parameter without a gradient is left alone, and so are its moments
+            self.skips.left_out("denoiser", self.trainer, self._draws)
+            self.log("train/skipped", float(self.skips.total))
+        self._mean_loss, self._draws = 0.0, []
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
-        self._stepped = True
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        if not self._stepped:  # gradients are being gathered over several batches
-            return
-        self._stepped = False
-        self.average.update()
-        if self.snapshot_every and self.global_step % self.snapshot_every == 0:
-            self._write_snapshots()
+    def optimizer_step(self, *step: Any, **more: Any) -> None:
+        """Lightning's, and the averages', which must be in the checkpoint of this step."""
+        super().optimizer_step(*step, **more)
+        if self._stepped:
+            self._stepped = False
+            self.average.update()
+            if self.snapshot_every and self.average.step % self.snapshot_every == 0:
+                self._write_snapshots()
 
     def on_train_end(self) -> None:
         if self.snapshot_every:
             self._write_snapshots()
 
     def _write_snapshots(self) -> None:
-        if self.trainer.is_global_zero:
-            self.average.write_snapshots(FilePath(self.trainer.default_root_dir) / SNAPSHOTS)
+        self.average.write_snapshots(FilePath(self.trainer.default_root_dir) / SNAPSHOTS, self.trainer.is_global_zero)
 
     def configure_optimizers(self) -> dict:
         optimiser, schedule = self.optimiser.build(self.denoiser, self.trainer.max_steps)
@@ -161,7 +179,20 @@ class DenoiserTraining(Stage):
         if self.online:
             self.frozen.to(self.trainer.strategy.root_device)
         if self.compiles:
-            compile_blocks(self.denoiser)
+            for block in self.blocks():
+                block.compile()
+
+    def blocks(self) -> list[nn.Module]:
+        """Of the denoiser, as diffusers marks them: each is compiled, and under FSDP gathered, by itself."""
+        # its own names for them, of which its PixArt has only the second
+        names = self.denoiser._repeated_blocks or self.denoiser._no_split_modules or ()
+        blocks = [module for module in self.denoiser.modules() if type(module).__name__ in names]
+        if not blocks:
+            raise UsageError(
+                f"{type(self.denoiser).__name__} does not say which of its parts are blocks; set model.compile to false, and "
+                "trainer.strategy to ddp"
+            )
+        return blocks
 
     def prepare(self, data: ShardDataModule) -> None:
         """Load the frozen networks, and refuse what does not go together."""
@@ -179,9 +210,10 @@ class DenoiserTraining(Stage):
             checkpoint["latent_statistics"] = [list(values) for values in self.frozen.statistics]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        prefix = "denoiser."
-        weights = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
-        require_weights(self.denoiser, weights, "the checkpoint")
+        if "state_dict" in checkpoint:  # sharded, they are in their places by now
+            prefix = "denoiser."
+            weights = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
+            require_weights(self.denoiser, weights, "the checkpoint")
         super().on_load_checkpoint(checkpoint)
         self.num_images_seen = checkpoint["num_images_seen"]
         if self.online:
@@ -195,7 +227,7 @@ class DenoiserTraining(Stage):
         self._measured: list[tuple[Tensor, Tensor]] = []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        x0, condition = self.encode(batch, draw=False)
+        x0, condition = self.encode(batch)
         t, eps = fixed_noise(sum(len(t) for t, _ in self._measured), x0)
         self._measured.append((t, self.objective(self.denoiser, x0, condition, t, eps).unweighted))
 
@@ -236,17 +268,6 @@ class DenoiserTraining(Stage):
 
     def save(self, folder: FilePath) -> None:
         self.pipeline().save_pretrained(folder)
-
-
-def compile_blocks(network: ModelMixin) -> None:
-    """Have every block compiled by itself when it is first called; its weights keep their names."""
-    # diffusers' own names for them, of which its PixArt has only the second
-    names = network._repeated_blocks or network._no_split_modules or ()
-    blocks = [module for module in network.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise UsageError(f"model.compile: {type(network).__name__} does not say which of its parts are blocks; set it to false")
-    for block in blocks:
-        block.compile()
 
 
 def fixed_noise(first: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UsageError
 from ldm.files import atomic_file
+from ldm.training.sharded import like, local, whole
 
 # the folder of a run that power-function averages are stored in
 SNAPSHOTS = "snapshots"
@@ -87,12 +88,17 @@ class Average:
 
     def __init__(self, network: nn.Module, decay: float, power: PowerAverages | None = None):
         self.network = network
-        self.exponential = EMAModel(network.parameters(), decay=decay, foreach=True)
-        self.power = {length: PowerEMA(network.parameters(), length) for length in (power.sigma_rel if power else ())}
+        self.exponential = EMAModel(self._parameters(), decay=decay, foreach=True)
+        self.power = {length: PowerEMA(self._parameters(), length) for length in (power.sigma_rel if power else ())}
         self.product = self.power[power.product] if power and power.product is not None else self.exponential
 
-    def _all(self) -> list[EMAModel]:
+    def all(self) -> list[EMAModel]:
+        """The exponential one, then the power-function ones."""
         return [self.exponential, *self.power.values()]
+
+    def _parameters(self) -> list[Tensor]:
+        """The network's, or of each what this process holds of it."""
+        return [local(parameter) for parameter in self.network.parameters()]
 
     @property
     def step(self) -> int:
@@ -101,34 +107,45 @@ class Average:
 
     def update(self) -> None:
         """After each optimiser step."""
-        for ema in self._all():
-            ema.step(self.network.parameters())
+        for ema in self.all():
+            ema.step(self._parameters())
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network carries its average inside this context, its trained weights again after it, come what may."""
-        self.product.store(self.network.parameters())
-        self.product.copy_to(self.network.parameters())
+        self.product.store(self._parameters())
+        self.product.copy_to(self._parameters())
         try:
             yield
         finally:
-            self.product.restore(self.network.parameters())
+            self.product.restore(self._parameters())
 
     def trained(self) -> list[Tensor] | None:
         """The trained parameters while the average stands in their place, else None."""
-        return self.product.temp_stored_params
+        stored = self.product.temp_stored_params
+        return None if stored is None else self._as_parameters(stored)
 
-    def write_snapshots(self, folder: Path) -> None:
-        """Store each power-function average in ``folder``: parameters by name, and the step and sigma_rel that they are of."""
+    def _as_parameters(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Spread over the processes as the network's are."""
+        return [like(tensor, parameter) for tensor, parameter in zip(tensors, self.network.parameters(), strict=True)]
+
+    def write_snapshots(self, folder: Path, write: bool = True) -> None:
+        """Store each power-function average in ``folder``: parameters by name, and the step and sigma_rel that they are of.
+
+        All processes must ask, one of them to ``write``.
+        """
         names = [name for name, _ in self.network.named_parameters()]
         for sigma_rel, ema in self.power.items():
-            tensors = {name: shadow.contiguous() for name, shadow in zip(names, ema.shadow_params, strict=True)}
+            shadows = map(whole, self._as_parameters(ema.shadow_params))
+            tensors = {name: shadow.contiguous() for name, shadow in zip(names, shadows, strict=True)}
+            if not write:
+                continue
             metadata = {"step": str(self.step), "sigma_rel": repr(sigma_rel)}
             with atomic_file(folder / f"step-{self.step:08d}-sigma-{sigma_rel:g}.safetensors") as file:
                 file.write(save(tensors, metadata))
 
     def to(self, device: object) -> None:
-        for ema in self._all():
+        for ema in self.all():
             ema.to(device=device)
 
     def state_dict(self) -> dict:

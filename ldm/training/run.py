@@ -8,13 +8,12 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -23,8 +22,13 @@ from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_folder, require_new_folder
 from ldm.machine import bf16_pays
+from ldm.report import LOGS
 from ldm.training.base import Stage
 from ldm.training.callbacks import PreviewGrid, ProgressLine
+from ldm.training.checkpoint import CHECKPOINTS, LAST_CHECKPOINT, Checkpoints, describe, latest_checkpoint, load_checkpoint
+from ldm.training.checkpoint_files import checkpoints_in
+from ldm.training.run_folder import loggers, recorded
+from ldm.training.sharded import FullySharded, is_sharded, read_sharded
 
 # The loader is endless and the trainer counts steps, so Lightning's hints about epochs and workers mislead here.
 EXPECTED_WARNINGS = (
@@ -37,18 +41,20 @@ EXPECTED_WARNINGS = (
     ".*LeafSpec.*",
     ".*sync_dist=True.*",  # every process validates on the same samples
     ".*GPU available but not used.*",
+    ".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing is done to it in place
     ".*available.*val_check_interval.*",
     ".*You defined a `validation_step` but have no `val_dataloader`.*",
 )
 
 
-LAST_CHECKPOINT = "last.ckpt"
+LATEST = "latest"
 
 
 class FitCLI(LightningCLI):
     """LightningCLI for a :class:`Stage`, with ``--out``: where the run and its product go."""
 
     def __init__(self, stage: type[Stage], arguments: list[str]):
+        self.arguments = arguments
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -73,6 +79,11 @@ class FitCLI(LightningCLI):
         parser.add_argument("--out", required=True, type=str, help="new folder of the run: config, logs, previews, checkpoints")
         parser.add_argument("--export", type=str, help="where the plain directory goes at the end (default: inside OUT)")
         parser.add_argument("--title", type=str, help="what the line of progress says")
+        what = "go on with the run in OUT: latest (its newest whole checkpoint; where there is none, from nothing) or a path"
+        parser.add_argument("--resume", type=str, help=what)
+        what = "of fp32 matrix products on GPUs: high or medium for TF32, faster and less exact"
+        parser.add_argument("--matmul_precision", type=Literal["highest", "high", "medium"], default="highest", help=what)
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
 
     @property
     def options(self) -> Any:
@@ -86,14 +97,15 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.options
+        self._find_checkpoint()
         self.fresh = not options.ckpt_path
         # the first process alone: by the time another one looks, the folder is already this run's
         if rank_zero_only.rank == 0:
             require_new_folder(self.product, "what the run makes")
-            if self.fresh:
+            if self.fresh and not (options.resume and (Path(options.out) / LOGS).is_dir()):
                 require_new_folder(options.out, "the run")
-            elif not (Path(options.out) / "checkpoints").is_dir():
-                raise UsageError(f"{options.out} is not the folder of a run; give the one that ckpt_path came from as --out")
+            elif not self.fresh and not (Path(options.out) / CHECKPOINTS).is_dir():
+                raise UsageError(f"{options.out} is not the folder of a run; give the one that the checkpoint is of as --out")
         for split in ("train", "validation"):
             given = options.data[split]
             for path in [given] if isinstance(given, str) else [source.path for source in given]:
@@ -108,7 +120,32 @@ class FitCLI(LightningCLI):
             raise UsageError(f"trainer.precision {options.trainer.precision}: a CPU has no fp16; give bf16-mixed or 32-true")
         if options.trainer.precision is None:
             options.trainer.precision = "bf16-mixed" if bf16_pays() else "32-true"
+        if options.trainer.strategy in ("fsdp", "fsdp2"):
+            options.trainer.strategy = Namespace(class_path=class_path(FullySharded), init_args=Namespace())
+        torch.set_float32_matmul_precision(options.matmul_precision)
         options.trainer.default_root_dir = options.out
+
+    def _find_checkpoint(self) -> None:
+        """Say in ``ckpt_path`` what ``--resume`` means, and in ``resumed_at`` how many steps that has."""
+        options, checkpoint = self.options, None
+        folder = Path(options.out) / CHECKPOINTS
+        if options.resume and options.ckpt_path:
+            raise UsageError("--resume and --ckpt_path both say what to go on from; give one")
+        if options.resume and options.resume != LATEST:
+            checkpoint = Path(options.resume)
+            if not checkpoint.exists():
+                raise UsageError(f"--resume {checkpoint} does not exist; give latest, or one of {folder}")
+        elif options.resume and checkpoints_in(folder):
+            checkpoint = latest_checkpoint(folder)
+        elif options.resume and rank_zero_only.rank == 0:
+            print(f"{options.out}: no checkpoint to go on from yet; starting from nothing")
+        options.ckpt_path = options.ckpt_path if checkpoint is None else str(checkpoint)
+        self.resumed_at = None
+        if options.ckpt_path:
+            content = load_checkpoint(Path(options.ckpt_path))
+            self.resumed_at = content["global_step"]
+            if rank_zero_only.rank == 0:
+                print(f"going on from {options.ckpt_path}: {describe(content)}")
 
     def instantiate_classes(self) -> None:
         """A setting that its class refuses is said in the class's own words; jsonargparse would wrap them in many lines."""
@@ -125,13 +162,11 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         out, settings = Path(self.options.out), self.config_init[self.config.subcommand].trainer
         trainer = super().instantiate_trainer(
-            logger=[CSVLogger(out, name="", version="logs"), TensorBoardLogger(out, name="", version="logs")],
+            logger=loggers(out, settings.logger, self.resumed_at),
             callbacks=[
                 *(settings.callbacks or []),
                 ProgressLine(self.options.title or self._model_class.product),
                 PreviewGrid(out / "previews"),
-                # at every validation; Lightning's time interval saves nothing under manual optimisation
-                ModelCheckpoint(out / "checkpoints", filename="{step:08d}", save_last=True, save_on_train_epoch_end=False),
             ],
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -141,12 +176,16 @@ class FitCLI(LightningCLI):
         )
         if isinstance(trainer.strategy, DDPStrategy):
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", self._model_class.takes_turns)
+            # every process comes to the same ones by itself
+            trainer.strategy._ddp_kwargs.setdefault("forward_sync_buffers", False)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """A run that was refused before its first step leaves nothing behind, so that it can be asked for again."""
+        command = ["ldm", self._model_class.command, *self.arguments]
         try:
-            super()._run_subcommand(subcommand)
+            with recorded(self.trainer, self.model, command, self.resumed_at):
+                super()._run_subcommand(subcommand)
         except LdmError:
             if self.fresh and self.trainer.is_global_zero and self.trainer.global_step == 0:
                 shutil.rmtree(self.options.out, ignore_errors=True)
@@ -154,9 +193,17 @@ class FitCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Write the last checkpoint and the plain directory, the latter with the averaged weights."""
-        self.trainer.save_checkpoint(Path(self.options.out) / "checkpoints" / LAST_CHECKPOINT)
-        if self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
+            return
+        if is_sharded(self.model.averaged()):
+            ExportCLI(self._model_class, Path(self.options.out), self.product)
+        else:
             write_product(self.model, self.product)
+
+
+def class_path(given: type) -> str:
+    """As a config names it."""
+    return f"{given.__module__}.{given.__qualname__}"
 
 
 def write_product(model: Stage, out: Path, write: Callable[[Stage, Path], None] | None = None) -> None:
@@ -189,12 +236,12 @@ class ExportCLI(FitCLI):
             UsageError: where these do not serve.
         """
         self.destination = require_new_folder(out, "what is exported")
-        self.checkpoint = checkpoint or run / "checkpoints" / LAST_CHECKPOINT
+        self.checkpoint = checkpoint or run / CHECKPOINTS / LAST_CHECKPOINT
         self.write = write
-        for needed in (run / "logs" / "config.yaml", self.checkpoint):
-            if not needed.is_file():
+        for needed in (run / LOGS / "config.yaml", self.checkpoint):
+            if not needed.exists():
                 raise UsageError(f"{needed} does not exist; give the folder of a run: ldm {stage.command} fit --out RUN")
-        super().__init__(stage, ["fit", "--config", str(run / "logs" / "config.yaml")])
+        super().__init__(stage, ["fit", "--config", str(run / LOGS / "config.yaml")])
 
     def before_instantiate_classes(self) -> None:
         """Nothing of the run's folder is written to."""
@@ -204,7 +251,7 @@ class ExportCLI(FitCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            checkpoint = (read_sharded if self.checkpoint.is_dir() else load_checkpoint)(self.checkpoint)
             self.model.on_load_checkpoint(checkpoint)
             self.model.load_state_dict(checkpoint["state_dict"])
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:

@@ -85,7 +85,7 @@ def same(a, b):
 def take(loader, count):
     """The first batches, without what the loader adds; an endless loader's workers end with its iterator."""
     batches = list(islice(iter(loader), count))
-    return [{name: value for name, value in batch.items() if name != "position"} for batch in batches]
+    return [{name: value for name, value in batch.items() if name not in ("draws", "position")} for batch in batches]
 
 
 def test_training_batches_follow_the_plan_without_end(folder):
@@ -299,7 +299,7 @@ def test_batches_that_workers_made_stay_as_they_are(latent_shards):
     """They lie in memory that is written again and again; texts of one to three tokens need more and less of it."""
     parallel = list(islice(iter(module(latent_shards, workers=2).train_dataloader()), 20))
     for ours, theirs in zip(take(module(latent_shards).train_dataloader(), 20), parallel, strict=True):
-        assert same(ours | {"position": theirs["position"]}, theirs)
+        assert same(ours | {name: theirs[name] for name in ("draws", "position")}, theirs)
         assert not any(value.is_shared() for value in theirs.values() if isinstance(value, torch.Tensor))
 
 

@@ -2,8 +2,12 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -164,6 +168,84 @@ def test_a_defect_of_ours_is_raised_where_it_is(folder):
     with pytest.raises(ValueError, match="a defect") as raised:
         next(iter(batch_loader(dataset, batch_size=2)))
     assert raised.traceback[-1].name == "batch"
+
+
+class Stalling(ImageDataset):
+    """Stops for good at draw 6 of a run, as if its storage did not answer."""
+
+    def batch(self, draws, empty):
+        if draws[0].number >= 6:
+            time.sleep(600)
+        return super().batch(draws, empty)
+
+
+def test_a_worker_that_stalls_is_named_with_what_it_was_to_read(folder, monkeypatch):
+    # as long as torch waits for a worker before it ends it
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    batches = iter(ShardLoader(Stalling(folder), Plan(SIZES), 3, 1, 2, workers=1, max_wait=2))
+    next(batches)
+    start = time.monotonic()
+    with pytest.raises(LdmError, match=r"loader of rank 1 has stalled: no batch for 2 s, .*max_wait_seconds$") as raised:
+        next(batches)
+    assert 1 < time.monotonic() - start < 20
+    asked = [draw.sample for draw in list(islice(Plan(SIZES).batches(3, 1, 2), 2))[1]]
+    shards = {Stalling(folder).locate(sample)[0] for sample in asked}
+    names = [str(folder / f"x-{shard:05d}.tar") for shard in shards]
+    assert sum(name in str(raised.value) for name in names) == min(len(names), 3)
+    raised = batches = None
+    for worker in multiprocessing.active_children():
+        worker.join(10)
+    assert not multiprocessing.active_children()
+
+
+STALL = """
+import os, sys
+from pathlib import Path
+from ldm.data.images import ImageDataset
+from ldm.data.loader import ShardLoader
+from ldm.data.plan import Plan
+
+folder, sizes = Path(sys.argv[1]), (5, 1, 4, 7)
+dataset = ImageDataset(folder)
+for shard in folder.glob("*.tar"):  # as a storage that does not answer: to open one blocks for good
+    shard.unlink()
+    os.mkfifo(shard)
+next(iter(ShardLoader(dataset, Plan(sizes), 3, max_wait=1)))
+"""
+
+
+def test_a_training_process_that_stalls_over_its_own_reading_ends_with_the_same_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "shards")
+    command = [sys.executable, "-c", STALL, tmp_path / "shards"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=60)
+    assert done.returncode == 1
+    assert re.fullmatch(r"ldm: the loader of rank 0 has stalled: no batch for 1 s, to be read from .*\.tar.*\n", done.stderr)
+
+
+def test_without_a_limit_or_in_time_nothing_is_said(folder):
+    assert keys(make(folder, max_wait=0.5), 6) == keys(make(folder, max_wait=0), 6)
+    batches = iter(make(folder, max_wait=0.2))
+    next(batches)
+    time.sleep(1)  # the trainer's own time does not count
+    next(batches)
+
+
+def test_signals_sent_to_every_process_of_a_run_do_not_end_its_workers(folder):
+    batches = iter(make(folder, workers=2))
+    found = [next(batches)["key"]]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        for worker in workers:
+            # from another process, as a cluster does it: to their parent they listen
+            subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+    found += [next(batches)["key"] for _ in range(9)]
+    assert found == keys(make(folder), 10)
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
 
 
 def huge(folder, cache, shards=100_000):

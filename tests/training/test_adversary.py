@@ -18,6 +18,7 @@ from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import OptimiserConfig
 from ldm.training.guard import Guard
+from ldm.training.randomness import draw_generators
 
 
 def make(**settings: Any) -> Adversary:
@@ -171,10 +172,9 @@ def test_the_stage_s_gradient_is_that_of_the_full_loss(image_shards: Path, tmp_p
 
     def textbook(batch: dict[str, Tensor], batch_idx: int) -> None:
         """Before a step: its gradients by the textbook, from the same draws."""
-        generator_state = torch.get_rng_state()
         images, last_layer = pixels_to_images(batch["image"]), autoencoder.decoder.conv_out.weight
         posterior = autoencoder.encode(images).latent_dist
-        reconstruction = autoencoder.decode(posterior.sample()).sample
+        reconstruction = autoencoder.decode(posterior.sample(draw_generators(module.seed, batch["draws"]))).sample
         error = module.reconstruction(reconstruction, images) + 2 * module.perceptual(reconstruction, images)
         faithful = module.variance(error)
         generator = -adversary.discriminator.eval()(reconstruction).mean()
@@ -185,7 +185,6 @@ def test_the_stage_s_gradient_is_that_of_the_full_loss(image_shards: Path, tmp_p
         names, parameters = zip(*learned(module), strict=True)
         expected.update(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         adversary.discriminator.train()
-        torch.set_rng_state(generator_state)
 
     module.on_train_batch_start = textbook
     trainer = Trainer(

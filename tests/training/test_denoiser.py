@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.utils import parameters_to_vector
 
 from ldm.cli import dispatch
 from ldm.data.datamodule import ShardDataModule
@@ -33,6 +35,7 @@ from ldm.training.base import OptimiserConfig
 from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
 from ldm.training.posthoc import PostHocCLI, find_snapshots, reconstruct
+from ldm.training.randomness import draw_generators
 
 
 def new_autoencoder(folder: Path, seed: int) -> Path:
@@ -259,7 +262,7 @@ def test_the_named_average_is_what_is_validated_and_a_checkpoint_has_them_all(
     again = make(exported[0], **averages)
     again.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert again.num_images_seen == module.num_images_seen == 32
-    for ours, theirs in zip(again.average._all(), module.average._all(), strict=True):
+    for ours, theirs in zip(again.average.all(), module.average.all(), strict=True):
         assert ours.optimization_step == 4
         assert all(torch.equal(*pair) for pair in zip(ours.shadow_params, theirs.shadow_params, strict=True))
     with again.average_applied():
@@ -322,7 +325,7 @@ def test_the_validation_loss_is_that_of_the_objective_whatever_the_batch_size(
     assert figures[0].keys() == figures[1].keys()
     for name, value in figures[0].items():
         assert figures[1][name] == pytest.approx(value, rel=1e-5)
-    x0, condition = module.encode(trainer.datamodule.validation_set.batch(range(10)), draw=False)
+    x0, condition = module.encode(trainer.datamodule.validation_set.batch(range(10)))
     t, eps = fixed_noise(0, x0)
     with module.average_applied():
         loss = module.objective(module.denoiser, x0, condition, t, eps).unweighted
@@ -381,9 +384,9 @@ def test_online_gives_the_loss_of_exported_latents(
         statistics.append(module.frozen.statistics)
         randomised(module.denoiser)
         draws = [Draw(number, number) for number in (3, 1, 4, 9)]
-        torch.manual_seed(2)
-        x0, condition = module.encode(data.train_set.batch(draws), draw=True)
-        losses.append(module.objective(module.denoiser, x0, condition).loss)
+        generators = draw_generators(2, draws)
+        x0, condition = module.encode(data.train_set.batch(draws), generators)
+        losses.append(module.objective(module.denoiser, x0, condition, generator=generators).loss)
         if dropout:  # every caption is the empty one
             torch.testing.assert_close(condition.embeddings, condition.embeddings[:1].expand_as(condition.embeddings))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
@@ -455,18 +458,59 @@ def test_online_sizes_that_do_not_fit_are_refused(
 
 
 class Poison(Callback):
-    """One number of the third batch is none."""
+    """One number of some batches is none; the weights and averages after each step are kept."""
+
+    def __init__(self, batches: set[int]) -> None:
+        self.batches, self.weights, self.averages = batches, [], []
 
     def on_train_batch_start(self, trainer: Trainer, module: DenoiserTraining, batch: dict, batch_idx: int) -> None:
-        if trainer.global_step == 2:
+        if batch_idx in self.batches:
             batch["mean"][3, 1, 0, 0] = torch.nan
+        self.weights.append(parameters_to_vector(module.denoiser.parameters()).clone())
+        self.averages.append(parameters_to_vector(module.average.exponential.shadow_params).clone())
 
 
-def test_a_batch_with_nan_stops_the_run_and_the_step_is_named(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    module = make(exported[0])
-    with pytest.raises(LdmError, match="the gradients of step 2 are not finite; look for broken data"):
-        fit(module, exported[1], tmp_path, 5, callbacks=[Poison()])
+def test_a_step_with_nan_is_skipped_and_counted_with_its_samples(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """Weights and averages are what they were; a step is counted all the same, and the next one goes on."""
+    module, poison = make(exported[0]), Poison({2, 3})
+    trainer = fit(module, exported[1], tmp_path, 6, callbacks=[poison])
+    assert trainer.global_step == 6 and module.skips.total == trainer.callback_metrics["train/skipped"] == 2
+    for values in (poison.weights, poison.averages):
+        moved = [not torch.equal(before, after) for before, after in pairwise(values)]
+        assert moved == [True, True, False, False, True]
     assert all(torch.isfinite(parameter).all() for parameter in module.denoiser.parameters())
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["player"], len(line["samples"])) for line in lines] == [
+        (2, "denoiser", trainer.datamodule.batch_size),
+        (3, "denoiser", trainer.datamodule.batch_size),
+    ]
+    names = {trainer.datamodule.train_set.name_of(number) for number in range(len(trainer.datamodule.train_set))}
+    assert {tuple(sample.values()) for line in lines for sample in line["samples"]} <= names
+
+
+def test_too_many_such_steps_in_a_row_stop_the_run(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(LdmError, match=r"not finite 3 times in a row, at step 4; .*skipped\.jsonl") as error:
+        fit(make(exported[0], max_skipped=2), exported[1], tmp_path, 9, callbacks=[Poison({2, 3, 4})])
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_step_draws_depends_on_the_draw_alone(exported: tuple[Path, Path], randomised: Callable) -> None:
+    """Not on what batch it came in: the mean loss of two halves is that of the whole, and of the same draws later."""
+    data = ShardDataModule(str(exported[1]), str(exported[1]), batch_size=4)
+    data.setup("fit")
+    module = make(exported[0])
+    module.prepare(data)
+    randomised(module.denoiser)
+
+    def losses(*numbers: int) -> torch.Tensor:
+        draws = [Draw(number, number) for number in numbers]
+        generators = draw_generators(5, draws)
+        x0, condition = module.encode(data.train_set.batch(draws), generators)
+        return module.objective(module.denoiser, x0, condition, generator=generators).loss
+
+    whole = losses(3, 1, 4, 9)
+    torch.testing.assert_close(torch.cat([losses(3, 1), losses(4, 9)]), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses(9, 4).flip(0), whole[2:], rtol=1e-5, atol=1e-6)
 
 
 def test_precisions_without_fp32_weights_are_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:

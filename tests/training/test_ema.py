@@ -140,7 +140,7 @@ def test_all_averages_go_on_exactly_from_a_checkpoint(tmp_path: Path) -> None:
         second.network.become(value)
         second.update()
     assert second.step == whole.step == 60
-    for ours, theirs in zip(second._all(), whole._all(), strict=True):
+    for ours, theirs in zip(second.all(), whole.all(), strict=True):
         assert torch.equal(ours.shadow_params[0], theirs.shadow_params[0])
 
 

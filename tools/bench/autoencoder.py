@@ -45,6 +45,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
+from ldm.data.plan import Draw
 from ldm.data.shapes import generate
 from ldm.data.writer import write_images
 from ldm.losses import Equivariance, Hinge, PerceptualLoss, ReconstructionLoss
@@ -96,7 +97,8 @@ class ReadyBatches(ShardDataModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.batch = {"image": self.train_set.batch(range(self.batch_size))["image"]}
+        numbers = range(self.batch_size)
+        self.batch = {"image": self.train_set.batch(numbers)["image"], "draws": [Draw(number, number) for number in numbers]}
 
     def train_dataloader(self) -> Iterator[dict[str, Tensor]]:
         return repeat(self.batch)

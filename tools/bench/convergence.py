@@ -98,7 +98,7 @@ def x0_errors(trainer: Trainer, module: DenoiserTraining) -> list[float]:
     path, prediction = module.objective.path, module.objective.prediction
     shares, errors = [], []
     for batch in trainer.val_dataloaders:
-        x0, condition = module.encode(batch, draw=False)
+        x0, condition = module.encode(batch)
         share, eps = fixed_noise(sum(map(len, shares)), x0)
         t = path.time(share.logit())
         x_t = path.sample(x0, eps, t)

@@ -1,0 +1,37 @@
+"""``ldm report``: a page about a run, also while it trains."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from ldm.cli.parser import Commands, add_command
+from ldm.errors import UsageError
+
+
+def add(commands: Commands) -> None:
+    report = add_command(
+        commands, "report", run_report, "a page about a run of fit, also while it trains", "ldm report runs/denoiser --every 60"
+    )
+    report.add_argument("folder", metavar="RUN", type=Path, help="folder of the run: what --out of fit was")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in RUN)")
+    again = "write it again and again until the run ends; an open page follows"
+    report.add_argument("--every", type=int, metavar="SECONDS", help=again)
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from ldm.run_report import write_run_report
+
+    out = options.out or options.folder / "report.html"
+    if options.every is not None and options.every < 1:
+        raise UsageError(f"--every is {options.every}; give 1 or more seconds")
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; give a file, for example {out / 'report.html'}")
+    state = write_run_report(options.folder, out, options.every)
+    print(f"{state}; look at {out}", flush=True)
+    while options.every is not None and state == "training":
+        time.sleep(options.every)
+        state = write_run_report(options.folder, out, options.every)
+    if options.every is not None:
+        print(state)

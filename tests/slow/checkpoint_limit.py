@@ -1,0 +1,24 @@
+"""What a test puts into a run by class_path: files may no longer grow as large as a checkpoint."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from ldm.training.checkpoint import CHECKPOINTS, latest_checkpoint
+
+
+class LimitFileSize(Callback):
+    """From the end of step ``step`` on, as by ``ulimit -f``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            size = latest_checkpoint(Path(trainer.default_root_dir, CHECKPOINTS)).stat().st_size
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, hard))

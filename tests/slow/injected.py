@@ -1,0 +1,44 @@
+"""What tests put into runs by class_path: faults at a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+
+class SignalAt(Callback):
+    """Sends its own process a signal at the end of each of these steps, once in a run; on one rank or (-1) on all.
+
+    Callbacks of the config come first: a checkpoint that is due at that step is not yet written.
+    """
+
+    def __init__(self, steps: list[int], number: int = int(signal.SIGKILL), rank: int = -1) -> None:
+        self.steps, self.number, self.rank = steps, number, rank
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        step, rank = trainer.global_step, trainer.global_rank
+        sent = Path(trainer.default_root_dir, f"signalled-{rank}-{step}")
+        if step in self.steps and self.rank in (-1, rank) and not sent.exists():
+            sent.touch()
+            os.kill(os.getpid(), self.number)
+
+
+class PoisonAt(Callback):
+    """Makes one number of these batches NaN, on one rank."""
+
+    def __init__(self, batches: list[int], rank: int) -> None:
+        self.batches, self.rank, self.seen = batches, rank, 0
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.seen in self.batches and trainer.global_rank == self.rank:
+            if "mean" in batch:
+                batch["mean"][0, 0, 0, 0] = torch.nan
+            else:  # pictures are bytes, which know no NaN
+                batch["image"] = batch["image"].float()
+                batch["image"][0, 0, 0, 0] = torch.nan
+        self.seen += 1

@@ -1,0 +1,89 @@
+"""Killed after any step and resumed is never killed: weights, optimisers, averages, guard, logged rows and pictures."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import TinyRuns, run
+
+STEPS, KILLS = 8, 5
+# every batch a checkpoint; loader processes; a step of several batches or pieces
+COMMON = ["--checkpoints.every_steps", "1", "--data.workers", "1"]
+OWN = {
+    "autoencoder": [
+        *("--model.accumulate", "2", "--model.adversary.lecam.weight", "0.1"),
+        *("--model.equivariance.probability", "0.5", "--model.learn_variance", "true"),
+    ],
+    "denoiser": ["--trainer.accumulate_grad_batches", "2", "--model.power_averages.sigma_rel", "[0.1]"],
+}
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a checkpoint, by its place."""
+    if isinstance(value, dict):
+        for key in value:
+            yield from leaves(value[key], f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from leaves(each, f"{name}/{index}")
+    else:
+        yield name, value
+
+
+def state(out: Path) -> dict[str, Any]:
+    """What the last checkpoint holds, but for what tells the time."""
+    checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    timeless = {"ProgressLine", "Checkpoints"}
+    checkpoint["callbacks"] = {name: kept for name, kept in checkpoint["callbacks"].items() if name not in timeless}
+    return dict(leaves(checkpoint))
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    """What was logged, but for what tells the time."""
+    with open(out / "logs" / "metrics.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if value and not name.startswith("time/")} for row in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_killed_at_random_steps_and_resumed(tiny_runs: TinyRuns, tmp_path: Path, stage: str, processes: int) -> None:
+    kills = sorted(random.Random(f"{stage} {processes}").sample(range(1, STEPS), KILLS))
+    killer = [
+        *("--trainer.callbacks+=tests.slow.injected.SignalAt", f"--trainer.callbacks.init_args.steps={kills}"),
+        *("--resume", "latest"),
+    ]
+
+    def command(out: Path, *options: str) -> list[str]:
+        batches = STEPS * (2 if stage == "denoiser" else 1)
+        made = tiny_runs.command(
+            stage, out, "--data.batch_size", str(4 // processes), *COMMON, *OWN[stage], *options,
+            steps=STEPS, validate_every=batches // 2,
+        )  # fmt: skip
+        return made if processes == 1 else tiny_runs.torchrun(made, processes)
+
+    status, said = run(command(tmp_path / "whole"))
+    assert status == 0, said
+    for number in range(KILLS + 1):
+        status, said = run(command(tmp_path / "killed", *killer))
+        assert (status == 0) == (number == KILLS), f"start {number + 1} ended with {status}:\n{said[-3000:]}"
+    assert "random states of" in said  # what --resume tells
+
+    killed, whole = state(tmp_path / "killed"), state(tmp_path / "whole")
+    assert killed.keys() == whole.keys()
+    for name, value in whole.items():
+        same = torch.equal(killed[name], value) if isinstance(value, torch.Tensor) else killed[name] == value
+        assert same, f"{name}: {killed[name]} after kills at {kills}, {value} without"
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    for file in (tmp_path / "whole").rglob("*"):  # the plain directory, and every preview
+        relative = file.relative_to(tmp_path / "whole")
+        if file.suffix in (".safetensors", ".png"):
+            assert (tmp_path / "killed" / relative).read_bytes() == file.read_bytes(), relative
