@@ -60,19 +60,24 @@ def run_quickstart(options: argparse.Namespace) -> None:
 
 def dispatch(arguments: Sequence[str]) -> None:
     """Run one command line, errors as exceptions."""
-    import diffusers
-    import transformers
-
-    # their bars and hints would tear ours; their errors still reach the user
-    for library in (transformers, diffusers):
-        library.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
     arguments = list(arguments)
+    if arguments[:1] != ["doctor"]:  # that one looks whether they can be imported at all
+        quieten_libraries()
     if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
         stages.run(arguments[0], arguments[1:] or ["--help"])
         return
     options = build_parser().parse_args(arguments)
     options.run(options)
+
+
+def quieten_libraries() -> None:
+    """Their bars and hints would tear ours; their errors still reach the user."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ def run(name: str, arguments: list[str]) -> None:
 
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.denoiser import DenoiserTraining
+    from ldm.training.dry_run import DryRunCLI
     from ldm.training.run import FitCLI
 
     stage = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[name]
@@ -28,7 +29,8 @@ def run(name: str, arguments: list[str]) -> None:
         if arguments[0] in commands:
             commands[arguments[0]](stage, arguments[1:])
         else:
-            FitCLI(stage, arguments)
+            aside = {"--dry-run", "--find-batch", "--help", "-h"} & set(arguments)
+            (DryRunCLI if aside else FitCLI)(stage, arguments)
     except SystemExit as leave:
         # Lightning, interrupted, puts its house in order and leaves with 1
         if leave.code == 1:

@@ -35,6 +35,7 @@ from ldm.metrics import LatentHealth, ReconstructionFID, health_scalars
 from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images, reconstruct, set_latent_statistics
 from ldm.training.adversary import Adversary
 from ldm.training.base import OptimiserConfig, Stage
+from ldm.training.image_flops import autoencoder_flops
 from ldm.training.randomness import draw_generators, step_generator
 from ldm.training.sharded import FullySharded, is_sharded, whole
 from ldm.training.skips import SkippedSteps
@@ -319,6 +320,10 @@ class AutoencoderTraining(Stage):
                 f"LPIPS or the discriminator cannot look at pictures of {smallest} pixels ({first_line(error)}); give larger "
                 "ones (data.image_size), or a discriminator of fewer layers"
             ) from error
+
+    def count_flops(self, data: ShardDataModule) -> float:
+        images = data.train_set.batch([0])["image"]
+        return autoencoder_flops(self.autoencoder, self.perceptual, self.adversary.discriminator, images)
 
     def configure_optimizers(self) -> tuple[list, list]:
         num_steps = self.trainer.max_steps

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import UsageError
+from ldm.training.cost import peak_flops
 from ldm.training.ema import Average, PowerAverages
 from ldm.training.randomness import global_states, set_global_state
 from ldm.training.sharded import FullySharded, is_sharded, shard
@@ -87,6 +88,9 @@ class Stage(LightningModule):
     skips: SkippedSteps
     #: of the noise of every step (:mod:`ldm.training.randomness`); a resumed run keeps its first one
     seed: int | None = None
+    #: of training on one image, and what a device could do in a second; None where unknown
+    flops_per_image: float | None = None
+    peak_flops: float | None = None
     _random_states: list[dict[str, Any]] | None = None
 
     def prepare(self, data: ShardDataModule) -> None:
@@ -95,6 +99,14 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.prepare(self.trainer.datamodule)
+        self.peak_flops = peak_flops(self.trainer.strategy.root_device, str(self.trainer.precision))
+        if self.peak_flops is not None and self.flops_per_image is None:  # nothing to compare with elsewhere
+            self.flops_per_image = self.count_flops(self.trainer.datamodule)
+
+    def count_flops(self, data: ShardDataModule) -> float:
+        """Of training on one image, forward and back, through what is trained and what judges it; once :meth:`prepare` is
+        done, and before anything is sharded. What is encoded online is not in it."""
+        raise NotImplementedError
 
     def averaged(self) -> nn.Module:
         """The network whose average is kept."""

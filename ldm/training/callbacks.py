@@ -49,14 +49,12 @@ class ProgressLine(Callback):
     A GPU is waited for only when metrics are logged, as it is for these.
     """
 
-    def __init__(self, stage: str, flops_per_image: float | None = None, peak_flops: float | None = None):
+    def __init__(self, stage: str):
         """
         Args:
             stage: what the line says.
-            flops_per_image: that training on one image takes, forward and back.
-            peak_flops: of one device in a second, at the precision in use.
         """
-        self.stage, self.flops_per_image, self.peak_flops = stage, flops_per_image, peak_flops
+        self.stage = stage
         self._before = 0.0  # seconds before this start
 
     def state_dict(self) -> dict[str, float]:
@@ -112,8 +110,8 @@ class ProgressLine(Callback):
             shown = {"images/s": rate, "waiting": f"{wait:.0%}"}
             if self._pace.step_seconds is not None:
                 figures["time/step_seconds"] = self._pace.step_seconds
-            if self.flops_per_image and self.peak_flops:
-                figures["time/mfu"] = rate * self.flops_per_image / (self.peak_flops * trainer.world_size)
+            if module.flops_per_image and module.peak_flops:
+                figures["time/mfu"] = rate * module.flops_per_image / (module.peak_flops * trainer.world_size)
                 shown["MFU"] = f"{figures['time/mfu']:.1%}"
         module.log_dict(figures)
         logged = trainer.callback_metrics

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
@@ -22,7 +22,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ldm.training.base import Stage
+if TYPE_CHECKING:
+    from ldm.training.base import Stage
 
 # -- parameters and memory -----------------------------------------------------------------------------------------------
 

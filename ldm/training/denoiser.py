@@ -29,12 +29,15 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.base import OptimiserConfig, Stage, require_weights
 from ldm.training.ema import SNAPSHOTS, PowerAverages
 from ldm.training.frozen import Statistics, frozen_for_images, frozen_for_latents
+from ldm.training.image_flops import denoiser_flops
 from ldm.training.randomness import draw_generators
 from ldm.training.sharded import whole
 from ldm.training.skips import SkippedSteps
 
 # of t, in which the validation loss is counted
 NUM_BINS = 10
+# samples whose longest caption stands for that of a batch where FLOPs are counted
+COUNTED_CAPTIONS = 16
 
 
 class DenoiserTraining(Stage):
@@ -202,6 +205,13 @@ class DenoiserTraining(Stage):
             self.frozen = frozen_for_images(data, self.autoencoder_path, self.text_encoder, config, self.statistics, device)
         else:
             self.frozen = frozen_for_latents(data, self.autoencoder_path, config)
+
+    def count_flops(self, data: ShardDataModule) -> float:
+        samples = data.train_set.batch(range(min(COUNTED_CAPTIONS, len(data.train_set))))
+        if self.online:
+            samples["image"] = samples["image"].to(self.frozen.autoencoder.device)
+            samples = self.frozen.encode(samples)
+        return denoiser_flops(self.denoiser, samples["mean"], samples["text"], samples["text_mask"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

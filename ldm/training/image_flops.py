@@ -8,65 +8,38 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ldm.data.datamodule import ShardDataModule
-from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.base import Stage
 from ldm.training.cost import StepFlops
-from ldm.training.denoiser import DenoiserTraining
-
-# samples whose longest caption stands for that of a batch
-CAPTIONS = 16
 
 
-def flops_per_image(stage: Stage, data: ShardDataModule) -> float:
-    """Forward and backward through the networks that are trained, and in stage one through LPIPS and the discriminator, both
-    players in. What is encoded online is not in it.
-
-    Args:
-        stage: prepared, and not sharded.
-        data: set up; its first training samples give the sizes.
-
-    Raises:
-        TypeError: for a stage whose networks are not known here.
-    """
-    if isinstance(stage, AutoencoderTraining):
-        return _autoencoder_flops(stage, data)
-    if isinstance(stage, DenoiserTraining):
-        return _denoiser_flops(stage, data)
-    raise TypeError(f"{type(stage).__name__} is none of the two stages")
-
-
-def _denoiser_flops(stage: DenoiserTraining, data: ShardDataModule) -> float:
-    samples = data.train_set.batch(range(min(CAPTIONS, len(data.train_set))))
-    if stage.online:
-        samples["image"] = samples["image"].to(stage.frozen.autoencoder.device)
-        samples = stage.frozen.encode(samples)
-    latents, text, mask = (_first(samples[name]) for name in ("mean", "text", "text_mask"))
-    network = on_meta(stage.denoiser)
+def denoiser_flops(denoiser: nn.Module, latents: Tensor, text: Tensor, mask: Tensor) -> float:
+    """Forward and backward of the denoiser, for the first of the latents (B, C, h, w) and embeddings (B, L, D)."""
+    latents, text, mask = map(_first, (latents, text, mask))
     asked = {"encoder_hidden_states": text.float(), "encoder_attention_mask": mask, "timestep": torch.ones(1, device="meta")}
+    network = on_meta(denoiser)
     with StepFlops() as flops:
         network(latents.float(), **asked).sample.sum().backward()
     return flops.total
 
 
-def _autoencoder_flops(stage: AutoencoderTraining, data: ShardDataModule) -> float:
-    images = _first(data.train_set.batch([0])["image"]).float()
-    autoencoder, perceptual, discriminator = map(on_meta, (stage.autoencoder, stage.perceptual, stage.adversary.discriminator))
+def autoencoder_flops(autoencoder: nn.Module, perceptual: nn.Module, discriminator: nn.Module, images: Tensor) -> float:
+    """Forward and backward of all three in a step of both players, for the first of the images (B, 3, H, W)."""
+    image = _first(images).float()
+    autoencoder, perceptual, discriminator = map(on_meta, (autoencoder, perceptual, discriminator))
     with StepFlops() as flops:
-        reconstruction = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample
+        reconstruction = autoencoder.decode(autoencoder.encode(image).latent_dist.mode()).sample
         reconstruction.sum().backward()
         seen = reconstruction.detach().requires_grad_()
-        perceptual(seen, images).backward()
+        perceptual(seen, image).backward()
         discriminator.requires_grad_(False)  # judging, it learns nothing
         discriminator(seen).sum().backward()
         discriminator.requires_grad_()
-        (discriminator(images).sum() + discriminator(seen.detach()).sum()).backward()
+        (discriminator(image).sum() + discriminator(seen.detach()).sum()).backward()
     return flops.total
 
 
-def _first(batch: torch.Tensor) -> torch.Tensor:
+def _first(batch: Tensor) -> Tensor:
     """A batch of the first sample alone, without content."""
     return batch[:1].to("meta")
 

@@ -131,7 +131,7 @@ class PostHocCLI(ExportCLI):
         super().__init__(stage, run, out)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        self.model.on_load_checkpoint(torch.load(self.checkpoint, map_location="cpu", weights_only=True))
+        self.model.on_load_checkpoint(self.read())
         # what is later was left by a training that went on from an earlier checkpoint
         snapshots = [snapshot for snapshot in self.snapshots if snapshot.step <= self.model.average.step]
         weights, how = reconstruct(snapshots, self.sigma_rel, self.step)

@@ -27,6 +27,8 @@ from ldm.training.base import Stage
 from ldm.training.callbacks import PreviewGrid, ProgressLine
 from ldm.training.checkpoint import CHECKPOINTS, LAST_CHECKPOINT, Checkpoints, describe, latest_checkpoint, load_checkpoint
 from ldm.training.checkpoint_files import checkpoints_in
+from ldm.training.faults import orderly
+from ldm.training.preemption import Preemption
 from ldm.training.run_folder import loggers, recorded
 from ldm.training.sharded import FullySharded, is_sharded, read_sharded
 
@@ -165,6 +167,7 @@ class FitCLI(LightningCLI):
             logger=loggers(out, settings.logger, self.resumed_at),
             callbacks=[
                 *(settings.callbacks or []),
+                Preemption(),
                 ProgressLine(self.options.title or self._model_class.product),
                 PreviewGrid(out / "previews"),
             ],
@@ -175,16 +178,17 @@ class FitCLI(LightningCLI):
             use_distributed_sampler=False,
         )
         if isinstance(trainer.strategy, DDPStrategy):
-            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", self._model_class.takes_turns)
+            # not as a default: a config that names the strategy holds all of its arguments
+            trainer.strategy._ddp_kwargs["find_unused_parameters"] = self._model_class.takes_turns
             # every process comes to the same ones by itself
-            trainer.strategy._ddp_kwargs.setdefault("forward_sync_buffers", False)
+            trainer.strategy._ddp_kwargs["forward_sync_buffers"] = False
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """A run that was refused before its first step leaves nothing behind, so that it can be asked for again."""
         command = ["ldm", self._model_class.command, *self.arguments]
         try:
-            with recorded(self.trainer, self.model, command, self.resumed_at):
+            with recorded(self.trainer, self.model, command, self.resumed_at), orderly(self.trainer):
                 super()._run_subcommand(subcommand)
         except LdmError:
             if self.fresh and self.trainer.is_global_zero and self.trainer.global_step == 0:
@@ -249,9 +253,13 @@ class ExportCLI(FitCLI):
     def instantiate_trainer(self, **kwargs: Any) -> None:
         """There is nothing to train."""
 
+    def read(self) -> dict[str, Any]:
+        """The checkpoint, verified; of a sharded one the whole."""
+        return (read_sharded if self.checkpoint.is_dir() else load_checkpoint)(self.checkpoint)
+
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            checkpoint = (read_sharded if self.checkpoint.is_dir() else load_checkpoint)(self.checkpoint)
+            checkpoint = self.read()
             self.model.on_load_checkpoint(checkpoint)
             self.model.load_state_dict(checkpoint["state_dict"])
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:

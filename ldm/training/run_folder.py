@@ -213,6 +213,11 @@ class _LogFile(logging.FileHandler):
         with suppress(OSError):
             super().emit(record)
 
+    def _open(self) -> Any:
+        # with the first line, and not before: the first process may yet have to see whether the folder is new
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
@@ -224,7 +229,6 @@ def run_log(out: Path, rank: int) -> Iterator[None]:
     The first process's file has what is for information, too; that of another one comes to be with its first warning.
     """
     path = out / RUN_LOG if rank == 0 else out / LOGS / f"run-rank{rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
     file = _LogFile(path, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     file.setLevel(logging.INFO if rank == 0 else logging.WARNING)

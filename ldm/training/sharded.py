@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from ldm.training.checkpoint_files import load_checkpoint
 from ldm.training.checkpoint_sharded import sharded_checkpoint
 
 # of the averages' pieces among the weights of a checkpoint
@@ -53,6 +54,7 @@ class FullySharded(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Weights, optimiser and averages in their places; returns what else there was."""
+        load_checkpoint(Path(checkpoint_path))  # verified: torch unpickles a part of what follows
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=True)
         if Path(checkpoint_path).is_dir():
             # into the very tensors that the averages are kept in
@@ -72,6 +74,7 @@ class FullySharded(ModelParallelStrategy):
 
 def read_sharded(folder: Path) -> dict[str, Any]:
     """A checkpoint of :class:`FullySharded` as that of one process, its pieces put together on the CPU."""
+    load_checkpoint(folder)  # verified
     checkpoint = _load_distributed_checkpoint(folder)
     weights = checkpoint["state_dict"]
     for number, average in enumerate(_each(checkpoint["average"])):

@@ -45,7 +45,8 @@ class SkippedSteps:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "player": player, "samples": samples}) + "\n")
-        log.warning("the %s's loss or gradients of step %d are not finite: skipped (%d in a row)", player, step, in_a_row)
+        if rank == 0:  # the others' is the same
+            log.warning("the %s's loss or gradients of step %d are not finite: skipped (%d in a row)", player, step, in_a_row)
         if in_a_row > self.max_in_a_row:
             raise LdmError(
                 f"the {player}'s loss or gradients were not finite {in_a_row} times in a row, at step {step}; look at "

@@ -88,6 +88,8 @@ def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, s
     try:
         said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        # torchrun's processes have sessions of their own, and end with its death if they ever look
+        subprocess.run(["pkill", "-9", "-P", str(process.pid)], check=False)
         os.killpg(process.pid, 9)
         said, _ = process.communicate()
         pytest.fail(f"still there after {seconds} s:\n{said[-3000:]}")

@@ -37,7 +37,7 @@ def test_out_of_memory_on_one_process_names_the_knobs_and_ends_both(tiny_runs: T
 def test_a_process_that_hangs_is_given_up_after_the_timeout_and_does_not_stay(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     fault = injected("injected_faults.Hang", step=AT, rank=1)
     limit = ["--trainer.strategy", "lightning.pytorch.strategies.DDPStrategy", "--trainer.strategy.timeout", "0:00:30"]
-    command = tiny_runs.command("autoencoder", tmp_path / "run", *fault, "--trainer.devices", "2", *limit, steps=10_000)
+    command = tiny_runs.command("denoiser", tmp_path / "run", *fault, "--trainer.devices", "2", *limit, steps=10_000)
     status, said = run(command, 180, **HERE_TOO)
     assert status == 1 and said.count(LOST) == 1 and "Timed out waiting" in said, said
 

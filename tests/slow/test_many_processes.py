@@ -77,4 +77,5 @@ def test_what_is_not_finite_on_one_process_is_skipped_on_both(tiny_runs: TinyRun
 
     many = tiny_runs.command(stage, tmp_path / "many", *poison, "--trainer.callbacks.init_args.batches=[2, 3, 4]")
     status, said = run(tiny_runs.torchrun([*many, "--model.max_skipped", "2"]))
-    assert status == 1 and said.count("not finite 3 times in a row, at step 4") == 1, said
+    assert status == 1 and said.count("not finite 3 times in a row, at step 4") == 2, said  # each names its own samples
+    assert said.count("(3 in a row)") == 1

@@ -29,6 +29,8 @@ class SlowData(IterableDataset):
 
 
 class SlowModule(LightningModule):
+    flops_per_image, peak_flops = 6.0, 1e6
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
@@ -81,7 +83,7 @@ def fit(folder: Path, steps: int, line: ProgressLine, resumed_at: int | None = N
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    fit(folder, 12, ProgressLine("tiny", flops_per_image=6.0, peak_flops=1e6))
+    fit(folder, 12, ProgressLine("tiny"))
     return folder
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Several machines, a process for each of their GPUs, by torchrun: run this on every one of them, with the same variables and
+# arguments, within a quarter of an hour. --out is a folder that all of them see.
+#   NODES=4 HEAD=10.0.0.1 configs/cluster/torchrun_many_nodes.sh denoiser fit --config configs/denoiser/dit_xl_8gpu.yaml \
+#     --data.batch_size 8 --out /shared/runs/denoiser
+# data.batch_size is per process: 8 by 32 GPUs are the 256 of the recipe. The same again goes on from the newest whole
+# checkpoint. When a machine is lost the others end, with a message, after Lightning's timeout at the latest.
+set -euo pipefail
+
+NODES=${NODES:?how many machines}
+HEAD=${HEAD:?name or address of one of them, which the others can reach}
+PORT=${PORT:-29400}
+RUN=${RUN:-ldm} # tells this run from others that meet at the same place
+PYTHON=${PYTHON:-python}
+PROCESSES=${PROCESSES:-$(nvidia-smi --list-gpus | wc -l)} # of each machine
+export OMP_NUM_THREADS=${THREADS:-1}                      # of each process
+
+exec "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PROCESSES" --rdzv-backend c10d \
+  --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN" --rdzv-conf join_timeout=900 \
+  -m ldm "$@" --trainer.num_nodes "$NODES" --trainer.devices "$PROCESSES" --resume latest

@@ -1,0 +1,388 @@
+"""Training on several processes of this machine: throughput, the share of a step that is communication, and what a model says.
+
+    python tools/bench/scaling.py [--quick] [--rounds R] [--processes 1 2 …] [--threads T]
+    python tools/bench/scaling.py --stage denoiser --config FILE --data.train latents --data.validation latents …
+
+Each measurement is ``ldm STAGE fit`` of a recipe (default: those of configs/shapes, on shapes and latents of its own), through
+Lightning's ``Trainer.fit`` with loader, optimisers, averages and logs, but for previews, checkpoints and validation. Options
+that are not known here are those of ``fit``. Every process has the recipe's batch and ``--threads`` threads (default: 1 on a
+CPU), so that one process alone has as much of the machine as each of many: throughput should be N-fold on N, as long as there
+are cores or GPUs for all. A round has every measurement once, there and back in turn; processes start once.
+
+Communication under DDP: every other step exchanges no gradients (DDP's ``no_sync``), all else alike; the share is what the
+median step takes longer with them. FSDP cannot train without; its share is against one process alone, contention included. The
+bandwidth is that of an all-reduce of as many bytes as the gradients have, by itself, after training: bytes that a process sends
+over seconds. Expected is :func:`ldm.training.cost.expected_efficiency` from one process's step, the bytes and the bandwidth,
+nothing of the exchange hidden. ``contention``: a step without exchange over one process's step, less 1; what the processes take
+from each other of memory and caches, which the model knows nothing of.
+
+Ends with ``ratio NAME MEDIAN MIN MAX``: efficiency (throughput over N times that of one process), and efficiency over expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+WARM_UP = 4  # steps that are not timed: what is allocated, DDP's new order of buckets
+ALL_REDUCES = 5
+SECONDS = 600  # for one measurement, after which a process that does not answer counts as hung
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a stage on so many processes."""
+
+    stage: str
+    strategy: str  # one, ddp or fsdp
+    processes: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}_{self.strategy}_{self.processes}"
+
+
+@dataclass
+class Found:
+    """What one process measured in one round: seconds of each step with and without exchange, and of an all-reduce."""
+
+    images_per_step: int
+    gradient_bytes: int
+    with_exchange: list[float] = field(default_factory=list)
+    without: list[float] = field(default_factory=list)
+    all_reduce: list[float] = field(default_factory=list)
+
+    @property
+    def step(self) -> float:
+        return statistics.median(self.with_exchange)
+
+
+# -- in the processes ----------------------------------------------------------------------------------------------------
+
+
+def worker(pipe: Connection, rank: int, threads: int) -> None:
+    """One process: does what comes through the pipe, ``(function, arguments)``, until None comes."""
+    import ldm  # noqa: F401 - first: it settles how OpenMP waits
+
+    # isort: split
+    import torch
+
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    pipe.send(None)
+    while (task := pipe.recv()) is not None:
+        function, arguments = task
+        try:
+            pipe.send(function(rank, *arguments))
+        except BaseException as error:  # the first process must hear of it, or it waits
+            pipe.send(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+
+
+def make_data(rank: int, folder: Path, samples: int) -> None:
+    """Shapes of 40 px, an untrained autoencoder and its latents."""
+    import torch
+
+    from ldm.cli import dispatch
+    from ldm.models.autoencoder import AutoencoderConfig
+
+    torch.manual_seed(0)
+    AutoencoderConfig([16, 32, 64], 4, 1, 4, False, 40).build().save_pretrained(folder / "autoencoder")
+    shards = str(folder / "shapes")
+    dispatch(["shards", "shapes", shards, "--count", str(samples), "--size", "40"])
+    export = ["latents", "export", "--autoencoder", str(folder / "autoencoder"), "--shards", shards]
+    dispatch([*export, "--out", str(folder / "latents")])
+
+
+def describe_machine(rank: int) -> str:
+    from ldm.machine import describe
+
+    return str(describe())
+
+
+def measure(rank: int, case: Case, options: list[str], steps: int, port: int) -> Found:
+    """``fit`` as the process ``rank`` of this case, for so many timed steps of each kind."""
+    import torch
+    from lightning import Callback, LightningModule, Trainer
+
+    from ldm.training.autoencoder import AutoencoderTraining
+    from ldm.training.denoiser import DenoiserTraining
+    from ldm.training.run import FitCLI
+
+    class Clock(Callback):
+        """Times steps from the end of one to the end of the next, every other one without exchange under DDP."""
+
+        def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+            trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+            batch = trainer.datamodule.batch_size * trainer.accumulate_grad_batches
+            self.found = Found(batch * trainer.world_size, 4 * trained)
+            self.ends: list[float] = []
+
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if case.strategy == "ddp":
+                trainer.strategy.model.require_backward_grad_sync = trainer.global_step % 2 == 0
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if not trainer.fit_loop._should_accumulate():
+                self.ends.append(now(trainer.strategy.root_device))
+
+        def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+            seconds = [after - before for before, after in pairwise(self.ends)]
+            for number, spent in enumerate(seconds[WARM_UP - 1 :], WARM_UP):  # of step `number`
+                exchanges = case.strategy != "ddp" or number % 2 == 0
+                (self.found.with_exchange if exchanges else self.found.without).append(spent)
+            if case.processes > 1:
+                self.found.all_reduce = time_all_reduce(self.found.gradient_bytes, trainer.strategy.root_device)
+
+    clock = Clock()
+
+    class BenchCLI(FitCLI):
+        """``fit`` with the clock in the place of progress, previews and checkpoints, that leaves no product behind."""
+
+        def instantiate_trainer(self, **settings: Any) -> Trainer:
+            trainer = super().instantiate_trainer(**settings)
+            trainer.callbacks[:] = [clock]
+            return trainer
+
+        def after_fit(self) -> None:
+            pass
+
+    stage = AutoencoderTraining if case.stage == "autoencoder" else DenoiserTraining
+    # every other one under DDP
+    count = WARM_UP + (2 if case.strategy == "ddp" else 1) * steps
+    arguments = ["fit", *options, "--trainer.devices", str(case.processes), "--trainer.max_steps", str(count)]
+    arguments += ["--trainer.strategy", "auto" if case.strategy == "one" else case.strategy]
+    with launched(rank, case.processes, port):
+        BenchCLI(stage, arguments)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return clock.found
+
+
+def now(device: Any) -> float:
+    """Seconds, when the device has done what it was given."""
+    import time
+
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def time_all_reduce(size: int, device: Any) -> list[float]:
+    """Seconds of all-reducing so many bytes of fp32 in one go."""
+    import torch
+    import torch.distributed as dist
+
+    numbers = torch.zeros(size // 4, device=device)
+    dist.all_reduce(numbers)
+    seconds = []
+    for _ in range(ALL_REDUCES):
+        dist.barrier()
+        began = now(device)
+        dist.all_reduce(numbers)
+        seconds.append(now(device) - began)
+    return seconds
+
+
+@contextmanager
+def launched(rank: int, processes: int, port: int) -> Iterator[None]:
+    """The environment in which Lightning finds itself started by torchrun; the process group ends with it."""
+    import torch.distributed as dist
+
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "scaling"}
+    from lightning.pytorch.utilities import rank_zero_only
+
+    os.environ |= {name: str(value) for name, value in told.items()}
+    rank_zero_only.rank = rank
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name in told:
+            del os.environ[name]
+
+
+# -- the first process, which only asks ----------------------------------------------------------------------------------
+
+
+class Workers:
+    """Processes that have imported everything, and are asked to do the same thing together."""
+
+    def __init__(self, number: int, threads: int):
+        context = get_context("spawn")
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        self.pipes, self.processes = [], []
+        for rank in range(number):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=worker, args=(theirs, rank, threads), daemon=True)
+            process.start()
+            self.pipes.append(mine)
+            self.processes.append(process)
+        self._answers(number)
+
+    def ask(self, function: Any, *arguments: Any, number: int = 1) -> list[Any]:
+        """What the first so many processes answer."""
+        for pipe in self.pipes[:number]:
+            pipe.send((function, arguments))
+        return self._answers(number)
+
+    def _answers(self, number: int) -> list[Any]:
+        answers = []
+        for pipe in self.pipes[:number]:
+            if not pipe.poll(SECONDS):
+                raise TimeoutError(f"a process has not answered for {SECONDS} s")
+            answers.append(pipe.recv())
+        failed = next((answer for answer in answers if isinstance(answer, Exception)), None)
+        if failed is not None:
+            raise failed
+        return answers
+
+    def end(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+
+
+def free_port() -> int:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]
+
+
+def shapes_options(stage: str, folder: Path, quick: bool) -> list[str]:
+    """Of ``fit``: the shipped recipe on the data in ``folder``, both players from the first step on."""
+    data = str(folder / ("shapes" if stage == "autoencoder" else "latents"))
+    options = ["--config", str(CONFIGS / "shapes" / f"{stage}.yaml"), "--data.train", data, "--data.validation", data]
+    if stage == "autoencoder":
+        return [*options, "--model.adversary.start", "0", "--model.adversary.alone", "0", "--model.adversary.warmup", "1"]
+    options += ["--model.autoencoder", str(folder / "autoencoder"), "--model.preview_prompts", "[]"]
+    return options + (["--data.batch_size", "12"] if quick else [])
+
+
+def measure_all(
+    workers: Workers, cases: Sequence[Case], options: dict[str, list[str]], rounds: int, steps: int, folder: Path
+) -> dict[Case, list[Found]]:
+    """Every case in every round, printed as it comes."""
+    found: dict[Case, list[Found]] = {case: [] for case in cases}
+    for turn in range(rounds):
+        for case in cases if turn % 2 == 0 else reversed(cases):
+            out = ["--out", str(folder / f"{case.name}-{turn}")]
+            off = ["--trainer.limit_val_batches", "0", "--trainer.val_check_interval", "1000000"]
+            answers = workers.ask(measure, case, [*options[case.stage], *out, *off], steps, free_port(), number=case.processes)
+            found[case].append(answers[0])
+        print(
+            f"round {turn + 1}, s/step:", {case.name: round(values[-1].step, 4) for case, values in found.items()}, flush=True
+        )
+    return found
+
+
+def report(found: dict[Case, list[Found]]) -> dict[str, list[float]]:
+    """Print the table; returns the ratios, one per round each."""
+    from ldm.training.cost import exchanged_bytes, expected_efficiency
+
+    print("\n| stage | strategy | processes | images/s | efficiency | expected | communication | contention | all-reduce |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    ratios: dict[str, list[float]] = {}
+    for case, rounds in found.items():
+        alone = found.get(Case(case.stage, "one", 1), [])
+        rates = [one.images_per_step / one.step for one in rounds]
+        cells = [case.stage, case.strategy, str(case.processes), spread(rates)]
+        if case.processes == 1 or not alone:
+            print("|", " | ".join([*cells, *"—————"]), "|")
+            continue
+        efficiency = [single.step / many.step for single, many in zip(alone, rounds, strict=True)]
+        sent, sharded = exchanged_bytes(rounds[0].gradient_bytes, case.processes), case.strategy == "fsdp"
+        bandwidths = [sent / statistics.median(one.all_reduce) for one in rounds]
+        expected = [
+            expected_efficiency(single.step, many.gradient_bytes, case.processes, bandwidth, sharded=sharded)
+            for single, many, bandwidth in zip(alone, rounds, bandwidths, strict=True)
+        ]
+        # of a step without the exchange; where there is none, of one process alone
+        without = [
+            statistics.median(many.without) if many.without else single.step for single, many in zip(alone, rounds, strict=True)
+        ]
+        shares = [1 - own / many.step for own, many in zip(without, rounds, strict=True)]
+        contention = [own / single.step - 1 for own, single in zip(without, alone, strict=True)]
+        gigabytes = statistics.median(bandwidths) / 1e9
+        bandwidth = f"{gigabytes:.2f} GB/s of {rounds[0].gradient_bytes / 1e6:.1f} MB"
+        contended = "in communication" if sharded else spread(contention, "%")
+        print(
+            "|",
+            " | ".join([*cells, *(spread(value, "%") for value in (efficiency, expected, shares)), contended, bandwidth]),
+            "|",
+        )
+        ratios[f"scaling_{case.name}_efficiency"] = efficiency
+        ratios[f"scaling_{case.name}_over_expected"] = [own / model for own, model in zip(efficiency, expected, strict=True)]
+    print()
+    return ratios
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    """Median, least and most."""
+    median, least, most = statistics.median(values), min(values), max(values)
+    if unit:
+        return f"{median:.0%} ({least:.0%} to {most:.0%})"
+    return f"{median:.1f} ({least:.1f} to {most:.1f})"
+
+
+def main() -> None:
+    """Measure, and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--stage", choices=["autoencoder", "denoiser"], help="of --config (default: both, of configs/shapes)")
+    parser.add_argument("--config", metavar="FILE", help="a recipe; what follows of its options is given to fit")
+    parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 … as the machine has cores, or GPUs")
+    parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU (default: 1)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="up to two processes, small batches, few steps: under 50 s")
+    given, rest = parser.parse_known_args()
+    if (given.config is None) != (given.stage is None) or (rest and given.config is None):
+        parser.error(f"--stage, --config and options of fit ({' '.join(rest) or 'none'}) go together")
+    import torch
+
+    there = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    numbers = given.processes or [2**power for power in range(there.bit_length()) if 2**power <= there]
+    numbers = sorted({1, *numbers} if not given.quick else {1, 2})
+    stages = [given.stage] if given.stage else ["autoencoder", "denoiser"]
+    cases = [Case(stage, "one", 1) for stage in stages]
+    for number in numbers[1:]:
+        cases += [Case(stage, "ddp", number) for stage in stages]
+        cases += [Case("denoiser", "fsdp", number)] if "denoiser" in stages else []
+    rounds, steps = (2, 4) if given.quick else (given.rounds, 20)
+    workers = Workers(numbers[-1], given.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        print(workers.ask(describe_machine)[0])
+        print(f"{there} {'GPUs' if torch.cuda.is_available() else 'cores'}, {given.threads} threads a process, "
+              f"{rounds} rounds of {steps} steps", flush=True)  # fmt: skip
+        if given.config is None:
+            workers.ask(make_data, folder, 96 if given.quick else 1024)
+            options = {stage: shapes_options(stage, folder, given.quick) for stage in stages}
+        else:
+            options = {given.stage: ["--config", given.config, *rest]}
+        found = measure_all(workers, cases, options, rounds, steps, folder)
+        workers.end()
+    for name, values in report(found).items():
+        print(f"ratio {name} {statistics.median(values):.3f} {min(values):.3f} {max(values):.3f}")
+
+
+if __name__ == "__main__":
+    main()
