@@ -35,7 +35,7 @@ CARD, SAMPLES = "README.md", "samples.png"
 TO_WRITE = "**To be written by the author:**"
 VERSIONS = ("ldm", "torch", "diffusers", "transformers", "lightning")
 # where a run stood on its machine, and what its terminal showed
-OF_THE_RUN_ALONE = ("out", "export", "title", "ckpt_path", "weights_only")
+OF_THE_RUN_ALONE = ("out", "export", "title", "ckpt_path", "weights_only", "resume")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 

@@ -100,7 +100,11 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         options = self.options
         self._find_checkpoint()
-        self.fresh = not options.ckpt_path
+        self.fresh = self.checkpoint is None
+        if options.resume and not self.fresh and self.resumed_at >= options.trainer.max_steps and self.product.is_dir():
+            # a job that is put in a queue again and again must find its end
+            print(f"{options.out} is finished: {self.product}")
+            raise SystemExit(0)
         # the first process alone: by the time another one looks, the folder is already this run's
         if rank_zero_only.rank == 0:
             require_new_folder(self.product, "what the run makes")
@@ -128,26 +132,30 @@ class FitCLI(LightningCLI):
         options.trainer.default_root_dir = options.out
 
     def _find_checkpoint(self) -> None:
-        """Say in ``ckpt_path`` what ``--resume`` means, and in ``resumed_at`` how many steps that has."""
-        options, checkpoint = self.options, None
+        """What to go on from, by ``--resume`` or ``--ckpt_path``, and how many steps that has; None where there is nothing."""
+        options = self.options
         folder = Path(options.out) / CHECKPOINTS
-        if options.resume and options.ckpt_path:
+        self.checkpoint = options.ckpt_path and Path(options.ckpt_path)
+        self.resumed_at: int | None = None
+        if options.resume and self.checkpoint:
             raise UsageError("--resume and --ckpt_path both say what to go on from; give one")
         if options.resume and options.resume != LATEST:
-            checkpoint = Path(options.resume)
-            if not checkpoint.exists():
-                raise UsageError(f"--resume {checkpoint} does not exist; give latest, or one of {folder}")
+            self.checkpoint = Path(options.resume)
+            if not self.checkpoint.exists():
+                raise UsageError(f"--resume {self.checkpoint} does not exist; give latest, or one of {folder}")
         elif options.resume and checkpoints_in(folder):
-            checkpoint = latest_checkpoint(folder)
+            self.checkpoint = latest_checkpoint(folder)
         elif options.resume and rank_zero_only.rank == 0:
             print(f"{options.out}: no checkpoint to go on from yet; starting from nothing")
-        options.ckpt_path = options.ckpt_path if checkpoint is None else str(checkpoint)
-        self.resumed_at = None
-        if options.ckpt_path:
-            content = load_checkpoint(Path(options.ckpt_path))
+        if self.checkpoint:
+            content = load_checkpoint(self.checkpoint)
             self.resumed_at = content["global_step"]
             if rank_zero_only.rank == 0:
-                print(f"going on from {options.ckpt_path}: {describe(content)}")
+                print(f"going on from {self.checkpoint}: {describe(content)}")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # not by ckpt_path in the config, which is kept: given again, it must not ask for an old checkpoint
+        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self.checkpoint}
 
     def instantiate_classes(self) -> None:
         """A setting that its class refuses is said in the class's own words; jsonargparse would wrap them in many lines."""

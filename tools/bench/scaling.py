@@ -29,9 +29,8 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -80,32 +79,39 @@ def worker(pipe: Connection, rank: int, threads: int) -> None:
 
     # isort: split
     import torch
+    import transformers
 
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")
+    transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
+    import timed_fit  # noqa: F401 - what takes long, before anything is asked
+
     pipe.send(None)
-    while (task := pipe.recv()) is not None:
-        function, arguments = task
-        try:
-            pipe.send(function(rank, *arguments))
-        except BaseException as error:  # the first process must hear of it, or it waits
-            pipe.send(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+    with suppress(EOFError, ConnectionError):  # that asks no more
+        while (task := pipe.recv()) is not None:
+            function, arguments = task
+            try:
+                pipe.send(function(rank, *arguments))
+            except (Exception, SystemExit) as error:
+                pipe.send(RuntimeError(f"process {rank}: {error!r}"))
 
 
-def make_data(rank: int, folder: Path, samples: int) -> None:
+def make_shapes(rank: int, folder: Path, samples: int) -> None:
     """Shapes of 40 px, an untrained autoencoder and its latents."""
-    import torch
+    from timed_fit import make_data
 
-    from ldm.cli import dispatch
     from ldm.models.autoencoder import AutoencoderConfig
 
-    torch.manual_seed(0)
-    AutoencoderConfig([16, 32, 64], 4, 1, 4, False, 40).build().save_pretrained(folder / "autoencoder")
-    shards = str(folder / "shapes")
-    dispatch(["shards", "shapes", shards, "--count", str(samples), "--size", "40"])
-    export = ["latents", "export", "--autoencoder", str(folder / "autoencoder"), "--shards", shards]
-    dispatch([*export, "--out", str(folder / "latents")])
+    make_data(folder, samples, 40, AutoencoderConfig([16, 32, 64], 4, 1, 4, False, 40))
+
+
+def shapes_options(rank: int, stage: str, folder: Path, quick: bool) -> list[str]:
+    """Of ``fit``: the shipped recipe on the data in ``folder``."""
+    from timed_fit import data_options
+
+    recipe = ["--config", str(CONFIGS / "shapes" / f"{stage}.yaml"), *data_options(stage, folder)]
+    return [*recipe, "--data.batch_size", "2" if stage == "autoencoder" else "8"] if quick else recipe
 
 
 def describe_machine(rank: int) -> str:
@@ -116,78 +122,38 @@ def describe_machine(rank: int) -> str:
 
 def measure(rank: int, case: Case, options: list[str], steps: int, port: int) -> Found:
     """``fit`` as the process ``rank`` of this case, for so many timed steps of each kind."""
-    import torch
-    from lightning import Callback, LightningModule, Trainer
+    from lightning import LightningModule, Trainer
+    from timed_fit import Clock, TimedFit
 
-    from ldm.training.autoencoder import AutoencoderTraining
-    from ldm.training.denoiser import DenoiserTraining
-    from ldm.training.run import FitCLI
-
-    class Clock(Callback):
-        """Times steps from the end of one to the end of the next, every other one without exchange under DDP."""
-
-        def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-            trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-            batch = trainer.datamodule.batch_size * trainer.accumulate_grad_batches
-            self.found = Found(batch * trainer.world_size, 4 * trained)
-            self.ends: list[float] = []
+    class Exchange(Clock):
+        """Under DDP, every other step is without exchange."""
 
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
             if case.strategy == "ddp":
                 trainer.strategy.model.require_backward_grad_sync = trainer.global_step % 2 == 0
 
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            if not trainer.fit_loop._should_accumulate():
-                self.ends.append(now(trainer.strategy.root_device))
-
         def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-            seconds = [after - before for before, after in pairwise(self.ends)]
-            for number, spent in enumerate(seconds[WARM_UP - 1 :], WARM_UP):  # of step `number`
+            trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+            self.found = Found(self.images_per_step, 4 * trained)
+            for number, spent in enumerate(self.seconds[WARM_UP - 1 :], WARM_UP):  # of step `number`
                 exchanges = case.strategy != "ddp" or number % 2 == 0
                 (self.found.with_exchange if exchanges else self.found.without).append(spent)
             if case.processes > 1:
                 self.found.all_reduce = time_all_reduce(self.found.gradient_bytes, trainer.strategy.root_device)
 
-    clock = Clock()
-
-    class BenchCLI(FitCLI):
-        """``fit`` with the clock in the place of progress, previews and checkpoints, that leaves no product behind."""
-
-        def instantiate_trainer(self, **settings: Any) -> Trainer:
-            trainer = super().instantiate_trainer(**settings)
-            trainer.callbacks[:] = [clock]
-            return trainer
-
-        def after_fit(self) -> None:
-            pass
-
-    stage = AutoencoderTraining if case.stage == "autoencoder" else DenoiserTraining
-    # every other one under DDP
-    count = WARM_UP + (2 if case.strategy == "ddp" else 1) * steps
-    arguments = ["fit", *options, "--trainer.devices", str(case.processes), "--trainer.max_steps", str(count)]
-    arguments += ["--trainer.strategy", "auto" if case.strategy == "one" else case.strategy]
+    clock = Exchange()
+    strategy = "auto" if case.strategy == "one" else case.strategy
+    how = ["--trainer.devices", str(case.processes), "--trainer.strategy", strategy]
     with launched(rank, case.processes, port):
-        BenchCLI(stage, arguments)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        TimedFit(case.stage, [*options, *how], WARM_UP + (2 if case.strategy == "ddp" else 1) * steps, clock)
     return clock.found
-
-
-def now(device: Any) -> float:
-    """Seconds, when the device has done what it was given."""
-    import time
-
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def time_all_reduce(size: int, device: Any) -> list[float]:
     """Seconds of all-reducing so many bytes of fp32 in one go."""
     import torch
     import torch.distributed as dist
+    from timed_fit import now
 
     numbers = torch.zeros(size // 4, device=device)
     dist.all_reduce(numbers)
@@ -198,6 +164,55 @@ def time_all_reduce(size: int, device: Any) -> list[float]:
         dist.all_reduce(numbers)
         seconds.append(now(device) - began)
     return seconds
+
+
+def report(rank: int, found: dict[Case, list[Found]]) -> dict[str, list[float]]:
+    """Print the table; returns the ratios, one per round each."""
+    from ldm.training.cost import exchanged_bytes, expected_efficiency
+
+    print("\n| stage | strategy | processes | images/s | efficiency | expected | communication | contention | all-reduce |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    ratios: dict[str, list[float]] = {}
+    for case, rounds in found.items():
+        alone = found.get(Case(case.stage, "one", 1), [])
+        rates = [one.images_per_step / one.step for one in rounds]
+        cells = [case.stage, case.strategy, str(case.processes), spread(rates)]
+        if case.processes == 1 or not alone:
+            print("|", " | ".join([*cells, *"—————"]), "|")
+            continue
+        efficiency = [single.step / many.step for single, many in zip(alone, rounds, strict=True)]
+        sent, sharded = exchanged_bytes(rounds[0].gradient_bytes, case.processes), case.strategy == "fsdp"
+        bandwidths = [sent / statistics.median(one.all_reduce) for one in rounds]
+        expected = [
+            expected_efficiency(single.step, many.gradient_bytes, case.processes, bandwidth, sharded=sharded)
+            for single, many, bandwidth in zip(alone, rounds, bandwidths, strict=True)
+        ]
+        # of a step without the exchange; where there is none, of one process alone
+        without = [
+            statistics.median(many.without) if many.without else single.step for single, many in zip(alone, rounds, strict=True)
+        ]
+        shares = [1 - own / many.step for own, many in zip(without, rounds, strict=True)]
+        contention = [own / single.step - 1 for own, single in zip(without, alone, strict=True)]
+        gigabytes = statistics.median(bandwidths) / 1e9
+        bandwidth = f"{gigabytes:.2f} GB/s of {rounds[0].gradient_bytes / 1e6:.1f} MB"
+        contended = "in communication" if sharded else spread(contention, "%")
+        print(
+            "|",
+            " | ".join([*cells, *(spread(value, "%") for value in (efficiency, expected, shares)), contended, bandwidth]),
+            "|",
+        )
+        ratios[f"scaling_{case.name}_efficiency"] = efficiency
+        ratios[f"scaling_{case.name}_over_expected"] = [own / model for own, model in zip(efficiency, expected, strict=True)]
+    print()
+    return ratios
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    """Median, least and most."""
+    median, least, most = statistics.median(values), min(values), max(values)
+    if unit:
+        return f"{median:.0%} ({least:.0%} to {most:.0%})"
+    return f"{median:.1f} ({least:.1f} to {most:.1f})"
 
 
 @contextmanager
@@ -268,16 +283,6 @@ def free_port() -> int:
         return made.getsockname()[1]
 
 
-def shapes_options(stage: str, folder: Path, quick: bool) -> list[str]:
-    """Of ``fit``: the shipped recipe on the data in ``folder``, both players from the first step on."""
-    data = str(folder / ("shapes" if stage == "autoencoder" else "latents"))
-    options = ["--config", str(CONFIGS / "shapes" / f"{stage}.yaml"), "--data.train", data, "--data.validation", data]
-    if stage == "autoencoder":
-        return [*options, "--model.adversary.start", "0", "--model.adversary.alone", "0", "--model.adversary.warmup", "1"]
-    options += ["--model.autoencoder", str(folder / "autoencoder"), "--model.preview_prompts", "[]"]
-    return options + (["--data.batch_size", "12"] if quick else [])
-
-
 def measure_all(
     workers: Workers, cases: Sequence[Case], options: dict[str, list[str]], rounds: int, steps: int, folder: Path
 ) -> dict[Case, list[Found]]:
@@ -286,62 +291,12 @@ def measure_all(
     for turn in range(rounds):
         for case in cases if turn % 2 == 0 else reversed(cases):
             out = ["--out", str(folder / f"{case.name}-{turn}")]
-            off = ["--trainer.limit_val_batches", "0", "--trainer.val_check_interval", "1000000"]
-            answers = workers.ask(measure, case, [*options[case.stage], *out, *off], steps, free_port(), number=case.processes)
+            answers = workers.ask(measure, case, [*options[case.stage], *out], steps, free_port(), number=case.processes)
             found[case].append(answers[0])
         print(
             f"round {turn + 1}, s/step:", {case.name: round(values[-1].step, 4) for case, values in found.items()}, flush=True
         )
     return found
-
-
-def report(found: dict[Case, list[Found]]) -> dict[str, list[float]]:
-    """Print the table; returns the ratios, one per round each."""
-    from ldm.training.cost import exchanged_bytes, expected_efficiency
-
-    print("\n| stage | strategy | processes | images/s | efficiency | expected | communication | contention | all-reduce |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    ratios: dict[str, list[float]] = {}
-    for case, rounds in found.items():
-        alone = found.get(Case(case.stage, "one", 1), [])
-        rates = [one.images_per_step / one.step for one in rounds]
-        cells = [case.stage, case.strategy, str(case.processes), spread(rates)]
-        if case.processes == 1 or not alone:
-            print("|", " | ".join([*cells, *"—————"]), "|")
-            continue
-        efficiency = [single.step / many.step for single, many in zip(alone, rounds, strict=True)]
-        sent, sharded = exchanged_bytes(rounds[0].gradient_bytes, case.processes), case.strategy == "fsdp"
-        bandwidths = [sent / statistics.median(one.all_reduce) for one in rounds]
-        expected = [
-            expected_efficiency(single.step, many.gradient_bytes, case.processes, bandwidth, sharded=sharded)
-            for single, many, bandwidth in zip(alone, rounds, bandwidths, strict=True)
-        ]
-        # of a step without the exchange; where there is none, of one process alone
-        without = [
-            statistics.median(many.without) if many.without else single.step for single, many in zip(alone, rounds, strict=True)
-        ]
-        shares = [1 - own / many.step for own, many in zip(without, rounds, strict=True)]
-        contention = [own / single.step - 1 for own, single in zip(without, alone, strict=True)]
-        gigabytes = statistics.median(bandwidths) / 1e9
-        bandwidth = f"{gigabytes:.2f} GB/s of {rounds[0].gradient_bytes / 1e6:.1f} MB"
-        contended = "in communication" if sharded else spread(contention, "%")
-        print(
-            "|",
-            " | ".join([*cells, *(spread(value, "%") for value in (efficiency, expected, shares)), contended, bandwidth]),
-            "|",
-        )
-        ratios[f"scaling_{case.name}_efficiency"] = efficiency
-        ratios[f"scaling_{case.name}_over_expected"] = [own / model for own, model in zip(efficiency, expected, strict=True)]
-    print()
-    return ratios
-
-
-def spread(values: Sequence[float], unit: str = "") -> str:
-    """Median, least and most."""
-    median, least, most = statistics.median(values), min(values), max(values)
-    if unit:
-        return f"{median:.0%} ({least:.0%} to {most:.0%})"
-    return f"{median:.1f} ({least:.1f} to {most:.1f})"
 
 
 def main() -> None:
@@ -352,7 +307,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 … as the machine has cores, or GPUs")
     parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU (default: 1)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="up to two processes, small batches, few steps: under 50 s")
+    parser.add_argument(
+        "--quick", action="store_true", help="up to two processes, small batches, one round of few steps: under 50 s"
+    )
     given, rest = parser.parse_known_args()
     if (given.config is None) != (given.stage is None) or (rest and given.config is None):
         parser.error(f"--stage, --config and options of fit ({' '.join(rest) or 'none'}) go together")
@@ -366,7 +323,7 @@ def main() -> None:
     for number in numbers[1:]:
         cases += [Case(stage, "ddp", number) for stage in stages]
         cases += [Case("denoiser", "fsdp", number)] if "denoiser" in stages else []
-    rounds, steps = (2, 4) if given.quick else (given.rounds, 20)
+    rounds, steps = (1, 3) if given.quick else (given.rounds, 20)
     workers = Workers(numbers[-1], given.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -374,13 +331,14 @@ def main() -> None:
         print(f"{there} {'GPUs' if torch.cuda.is_available() else 'cores'}, {given.threads} threads a process, "
               f"{rounds} rounds of {steps} steps", flush=True)  # fmt: skip
         if given.config is None:
-            workers.ask(make_data, folder, 96 if given.quick else 1024)
-            options = {stage: shapes_options(stage, folder, given.quick) for stage in stages}
+            workers.ask(make_shapes, folder, 96 if given.quick else 1024)
+            options = {stage: workers.ask(shapes_options, stage, folder, given.quick)[0] for stage in stages}
         else:
             options = {given.stage: ["--config", given.config, *rest]}
         found = measure_all(workers, cases, options, rounds, steps, folder)
+        ratios = workers.ask(report, found)[0]
         workers.end()
-    for name, values in report(found).items():
+    for name, values in ratios.items():
         print(f"ratio {name} {statistics.median(values):.3f} {min(values):.3f} {max(values):.3f}")
 
 
