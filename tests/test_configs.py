@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
+from torchvision.models import vgg16
 
 from ldm.cli import main
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.dit import DiT
 from ldm.training.cost import static_memory
 
@@ -93,8 +96,14 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     assert len(pictures) == 3 and pictures == again
 
 
+@pytest.mark.parametrize("file", sorted((CONFIGS / "cluster").iterdir()), ids=lambda file: file.name)
+def test_the_files_for_clusters_are_shell_and_go_on_where_a_run_was(file: Path) -> None:
+    assert subprocess.run(["bash", "-n", file], capture_output=True).stderr == b""
+    assert file.read_text().rstrip().endswith("--resume latest")
+
+
 def tiny_arguments(config: str, size: int) -> list[str]:
-    """A recipe of stage one, its pictures, networks and run made small, and not compiled."""
+    """A recipe of stage one, its pictures, networks and run made small, neither compiled nor in bf16."""
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "2"]
     arguments = [
         "autoencoder",
@@ -109,7 +118,7 @@ def tiny_arguments(config: str, size: int) -> list[str]:
     ]
     arguments += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--data.image_size", str(size)]
     arguments += ["--model.adversary.start", "0", "--model.adversary.alone", "0", "--model.adversary.warmup", "1"]
-    arguments += ["--model.compile", "false"]
+    arguments += ["--model.compile", "false", "--trainer.precision", "32-true"]
     return [*arguments, "--model.adversary.discriminator.init_args.width", "8"]
 
 
@@ -168,6 +177,20 @@ PRESETS = {"dit_s": (384, 12, 6), "dit_b": (768, 12, 12), "dit_l": (1024, 24, 16
 DENOISERS = (*TRAINED_DENOISERS, "dit_xl_fsdp")
 
 
+@pytest.mark.parametrize("name", ["kl_f8_8gb", "kl_f8_24gb", "kl_f8_8gpu", "kl_f16_8gpu"])
+def test_the_memory_noted_with_stage_one(name: str) -> None:
+    recipe = (CONFIGS / "autoencoder" / f"{name}.yaml").read_text()
+    model = yaml.safe_load(recipe)["model"]
+    with torch.device("meta"):
+        autoencoder = AutoencoderConfig(**model["autoencoder"]).build()
+        discriminator = PatchDiscriminator(**model["adversary"]["discriminator"]["init_args"])
+        trunk = vgg16(weights=None).features
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (autoencoder, discriminator, trunk)]
+    kept = static_memory(sizes[0] + sizes[1], frozen=sizes[2], averaged=sizes[0])
+    said = " ".join(recipe.replace("# ", " ").split())
+    assert f": {kept.total / 1e9:.1f} GB kept" in said and f"{sizes[0] / 1e6:.0f}M parameters" in said
+
+
 def linear(inputs: int, outputs: int) -> int:
     """Parameters of a linear layer."""
     return inputs * outputs + outputs
@@ -214,7 +237,7 @@ def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, recipe: str) ->
     arguments += ["--data.train", str(tiny_latents / "latents"), "--data.validation", str(tiny_latents / "latents")]
     arguments += ["--data.batch_size", "4", "--data.validation_samples", "4", "--data.workers", "0", "--model.compile", "false"]
     arguments += ["--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
-    arguments += ["--trainer.accumulate_grad_batches", "1"]
+    arguments += ["--trainer.accumulate_grad_batches", "1", "--trainer.precision", "32-true"]
     main([*arguments, "--model.autoencoder", str(tiny_latents / "autoencoder"), "--model.preview_steps", "1"])
     assert DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config.num_layers == 2
 

@@ -112,6 +112,7 @@ class AutoencoderTraining(Stage):
         self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0), **own)
         self.health = LatentHealth(self.autoencoder.config.latent_channels, **own)
         self.fid = ReconstructionFID(fid_trunk) if fid_trunk else None
+        self.channels_last = channels_last
         if channels_last:
             for network in (self.autoencoder, self.adversary.discriminator, self.perceptual):
                 network.to(memory_format=torch.channels_last)
@@ -273,8 +274,10 @@ class AutoencoderTraining(Stage):
             raise UsageError(f"trainer.precision {precision}: gradients of the game overflow fp16; give bf16-mixed or 32-true")
         if precision == "bf16-true":
             raise UsageError("trainer.precision bf16-true keeps no fp32 weights, and small steps are lost; give bf16-mixed")
-        if self.variance is not None and isinstance(self.trainer.strategy, FullySharded):
-            raise UsageError("model.learn_variance does not go with trainer.strategy fsdp; set it to false, or train with ddp")
+        if isinstance(self.trainer.strategy, FullySharded):
+            for name, given in (("learn_variance", self.variance is not None), ("channels_last", self.channels_last)):
+                if given:
+                    raise UsageError(f"model.{name} does not go with trainer.strategy fsdp; set it to false, or train with ddp")
         if not 0 <= self.adversary.start < num_steps:
             raise UsageError(
                 f"model.adversary.start {self.adversary.start} is not before trainer.max_steps {num_steps}: the "

@@ -259,7 +259,7 @@ CORRUPTIONS = {
         member("10.jpg", pickle.dumps(Trap())), {"10": "not a JPEG, PNG or WebP image (but a pickle)"}
     ),
     "gzip data under a picture's name": Corruption(
-        member("10.jpg", gzip.compress(bytes(2**24))), {"10": "not a JPEG, PNG or WebP image (but gzip data)"}
+        member("10.jpg", gzip.compress(bytes(2**24), mtime=0)), {"10": "not a JPEG, PNG or WebP image (but gzip data)"}
     ),
     "an error page under a picture's name": Corruption(
         member("10.jpg", PAGE), {"10": "not a JPEG, PNG or WebP image (but an HTML or XML page)"}
@@ -267,7 +267,7 @@ CORRUPTIONS = {
     # these can be used
     "a pickle beside the picture": Corruption(member("10.pickle", pickle.dumps(Trap()))),
     "an array of pickles beside the picture": Corruption(member("10.npy", pickle.dumps(Trap()))),
-    "a gzip bomb beside the picture": Corruption(member("10.txt.gz", gzip.compress(bytes(2**24)))),
+    "a gzip bomb beside the picture": Corruption(member("10.txt.gz", gzip.compress(bytes(2**24), mtime=0))),
     "a CMYK picture": Corruption(member("10.jpg", encoded(picture(10).convert("CMYK"), quality=95))),
     "a 16-bit picture": Corruption(member("10.png", encoded(Image.fromarray(GREY_16), "PNG"))),
     "a grey picture": Corruption(member("10.jpg", encoded(picture(10).convert("L")))),

@@ -13,8 +13,9 @@ Communication under DDP: every other step exchanges no gradients (DDP's ``no_syn
 median step takes longer with them. FSDP cannot train without; its share is against one process alone, contention included. The
 bandwidth is that of an all-reduce of as many bytes as the gradients have, by itself, after training: bytes that a process sends
 over seconds. Expected is :func:`ldm.training.cost.expected_efficiency` from one process's step, the bytes and the bandwidth,
-nothing of the exchange hidden. ``contention``: a step without exchange over one process's step, less 1; what the processes take
-from each other of memory and caches, which the model knows nothing of.
+nothing of the exchange hidden. ``contention``: a step without exchange over one process's step, less 1: what the processes take
+from each other of memory and caches, and the waiting where they put together a figure or two, such as the loss; the model knows
+nothing of either.
 
 Ends with ``ratio NAME MEDIAN MIN MAX``: efficiency (throughput over N times that of one process), and efficiency over expected.
 """
@@ -307,9 +308,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 … as the machine has cores, or GPUs")
     parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU (default: 1)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--quick", action="store_true", help="up to two processes, small batches, one round of few steps: under 50 s"
-    )
+    parser.add_argument("--quick", action="store_true", help="up to two processes, small batches, few steps: under 50 s")
     given, rest = parser.parse_known_args()
     if (given.config is None) != (given.stage is None) or (rest and given.config is None):
         parser.error(f"--stage, --config and options of fit ({' '.join(rest) or 'none'}) go together")
@@ -323,7 +322,7 @@ def main() -> None:
     for number in numbers[1:]:
         cases += [Case(stage, "ddp", number) for stage in stages]
         cases += [Case("denoiser", "fsdp", number)] if "denoiser" in stages else []
-    rounds, steps = (1, 3) if given.quick else (given.rounds, 20)
+    rounds, steps = (2, 3) if given.quick else (given.rounds, 20)
     workers = Workers(numbers[-1], given.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
