@@ -21,6 +21,7 @@ from ldm.doctor.installed import (
 )
 from ldm.doctor.machine import device_findings, disk_findings, limit_findings, machine_findings
 from ldm.doctor.measured import bf16_findings, compile_findings, jpeg_findings, rendezvous_findings
+from ldm.errors import first_line
 
 
 def examine(out: Path, quick: bool = False, on_check: Callable[[str], None] | None = None) -> Iterator[Finding]:
@@ -52,4 +53,7 @@ def examine(out: Path, quick: bool = False, on_check: Callable[[str], None] | No
     for name, check in checks.items():
         if on_check is not None:
             on_check(name)
-        yield from check()
+        try:
+            yield from check()
+        except Exception as error:  # what keeps one check from its end must not keep the others from theirs
+            yield Finding(name, "fail", f"could not be looked at: {first_line(error)}", "see to that, and run ldm doctor again")

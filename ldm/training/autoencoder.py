@@ -370,7 +370,9 @@ class AutoencoderTraining(Stage):
             self.fid.reset()
         figures = self.trainer.callback_metrics
         guard, step = self.adversary.guard, self.global_step
-        said = guard.judge(float(figures["val/psnr"]), float(figures["val/lpips"]), self.adversary.ramp(step) > 0)
+        # the first process's: on a GPU those of another may differ in the last digits, and so might the judgement
+        seen = self.trainer.strategy.broadcast((float(figures["val/psnr"]), float(figures["val/lpips"])))
+        said = guard.judge(*seen, self.adversary.ramp(step) > 0)
         if said:
             rank_zero_info(f"step {step}: {said}")
         self.log("val/g_level", guard.level)

@@ -34,8 +34,9 @@ class OptimiserConfig:
         betas: of Adam.
         weight_decay: decoupled.
         schedule: after the warm-up, over the run's ``max_steps``.
-        warmup_steps: in batches.
+        warmup_steps: in steps, each of as many batches as are accumulated.
         max_grad_norm: gradients are scaled down to this norm.
+        fused: all weights in one kernel, where the device has it; CPUs and CUDA do.
     """
 
     learning_rate: float = 1e-4
@@ -44,11 +45,12 @@ class OptimiserConfig:
     schedule: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
+    fused: bool = True
 
     def build(self, network: nn.Module, num_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The optimiser of ``network``'s parameters and its schedule, stepped once a batch."""
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimiser = AdamW(parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+        optimiser = AdamW(parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=self.fused)
         return optimiser, get_scheduler(
             self.schedule, optimiser, num_warmup_steps=self.warmup_steps, num_training_steps=num_steps
         )

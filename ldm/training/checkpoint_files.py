@@ -175,8 +175,8 @@ class VerifiedCheckpointIO(CheckpointIO):
         self.wait()
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, verified; of a sharded one what is not sharded.
+def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint's content, verified; of a sharded one what is not sharded. ``mmap``: weights are read where they are used.
 
     Raises:
         UsageError: where it is not whole.
@@ -185,7 +185,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if what := what_is_broken(path):
         raise UsageError(f"{path} {what}; {mend}")
     try:
-        return torch.load(path / UNSHARDED if path.is_dir() else path, map_location="cpu", weights_only=True)
+        file = path / UNSHARDED if path.is_dir() else path
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise UsageError(f"{path} is not a checkpoint of a run ({first_line(error)}); {mend}") from error
 

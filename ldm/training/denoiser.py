@@ -107,7 +107,7 @@ class DenoiserTraining(Stage):
         self.start_average(ema_decay, power_averages)
         self.skips = SkippedSteps(max_skipped)
         self.num_images_seen, self._stepped = 0, False
-        self._mean_loss: Tensor | float = 0.0  # of a step so far, which may be several batches
+        self._loss: Tensor | float = 0.0  # of a step so far, which may be several batches
         self._draws: list[Draw] = []
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class DenoiserTraining(Stage):
         loss = self.objective(self.denoiser, x0, condition, generator=generators).loss.mean()
         self.num_images_seen += len(x0) * self.trainer.world_size
         self._draws += batch["draws"]
-        self._mean_loss += self.log_step({"train/loss": loss})["train/loss"]
+        self._loss += loss.detach() / self.trainer.accumulate_grad_batches
         self.log("num_images_seen", float(self.num_images_seen))
         return loss
 
@@ -138,15 +138,16 @@ class DenoiserTraining(Stage):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         norm = whole(nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.optimiser.max_grad_norm))
+        loss = self.log_step({"train/loss": self._loss})["train/loss"]
         # of all processes' losses and gradients, so that all of them decide alike
-        self._stepped = bool(torch.isfinite(norm + self._mean_loss))
+        self._stepped = bool(torch.isfinite(norm + loss))
         if self._stepped:
             self.skips.took("denoiser")
         else:
             optimizer.zero_grad()  # a parameter without a gradient is left alone, and so are its moments
             self.skips.left_out("denoiser", self.trainer, self._draws)
             self.log("train/skipped", float(self.skips.total))
-        self._mean_loss, self._draws = 0.0, []
+        self._loss, self._draws = 0.0, []
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
 
     def optimizer_step(self, *step: Any, **more: Any) -> None:

@@ -72,17 +72,20 @@ class Preemption(Callback):
             os.write(2, b"\nldm: saving; once more to stop now\n")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate() and self._agreed(trainer):
-            self._stop(trainer)
+        self._stop_where_asked(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if trainer.state.fn == "fit" and self._agreed(trainer):
-            module.on_validation_model_train()  # to what is trained, and is to be saved
-            self._stop(trainer)
+        if trainer.state.fn == "fit":
+            self._stop_where_asked(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._agreed(trainer):
-            self._stop(trainer)
+    def _stop_where_asked(self, trainer: Trainer) -> None:
+        """Not in the midst of a step, of which half the gradients would be lost; nor after the last one: a run whose steps are
+        all done would not be taken up for what it owes, so it is brought to its end."""
+        if trainer.fit_loop._should_accumulate() or 0 <= trainer.max_steps <= trainer.global_step or not self._agreed(trainer):
+            return
+        if trainer.validating:
+            trainer.lightning_module.on_validation_model_train()  # to what is trained, and is to be saved
+        self._stop(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Preempted) or trainer.world_size > 1:

@@ -105,6 +105,7 @@ class FitCLI(LightningCLI):
             # a job that is put in a queue again and again must find its end
             print(f"{options.out} is finished: {self.product}")
             raise SystemExit(0)
+        self.made_folder = not Path(options.out).exists() or not any(Path(options.out).iterdir())
         # the first process alone: by the time another one looks, the folder is already this run's
         if rank_zero_only.rank == 0:
             require_new_folder(self.product, "what the run makes")
@@ -119,6 +120,11 @@ class FitCLI(LightningCLI):
                     open_source(path)
                 except UsageError as error:
                     raise UsageError(f"data.{split}: {error}") from None
+        if not isinstance(options.trainer.val_check_interval, int | float | None):
+            raise UsageError(
+                f"trainer.val_check_interval {options.trainer.val_check_interval}: the clocks of processes differ; give a "
+                "number of batches"
+            )
         if options.trainer.max_epochs not in (None, -1):
             raise UsageError("trainer.max_epochs: the loader never ends; say with trainer.max_steps how many batches to train")
         if str(options.trainer.precision) in ("16", "16-mixed", "16-true") and not torch.cuda.is_available():
@@ -148,7 +154,7 @@ class FitCLI(LightningCLI):
         elif options.resume and rank_zero_only.rank == 0:
             print(f"{options.out}: no checkpoint to go on from yet; starting from nothing")
         if self.checkpoint:
-            content = load_checkpoint(self.checkpoint)
+            content = load_checkpoint(self.checkpoint, mmap=True)  # on every process, for a few figures
             self.resumed_at = content["global_step"]
             if rank_zero_only.rank == 0:
                 print(f"going on from {self.checkpoint}: {describe(content)}")
@@ -190,6 +196,10 @@ class FitCLI(LightningCLI):
             trainer.strategy._ddp_kwargs["find_unused_parameters"] = self._model_class.takes_turns
             # every process comes to the same ones by itself
             trainer.strategy._ddp_kwargs["forward_sync_buffers"] = False
+        sharded = isinstance(trainer.strategy, FullySharded)
+        if self.checkpoint is not None and self.checkpoint.is_dir() != sharded:
+            kind, needs = ("one file, of one process or ddp", "ddp") if sharded else ("sharded", "fsdp")
+            raise UsageError(f"{self.checkpoint} is {kind}; go on from it with trainer.strategy {needs}")
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -199,7 +209,7 @@ class FitCLI(LightningCLI):
             with recorded(self.trainer, self.model, command, self.resumed_at), orderly(self.trainer):
                 super()._run_subcommand(subcommand)
         except LdmError:
-            if self.fresh and self.trainer.is_global_zero and self.trainer.global_step == 0:
+            if self.made_folder and self.trainer.is_global_zero and self.trainer.global_step == 0:
                 shutil.rmtree(self.options.out, ignore_errors=True)
             raise
 
@@ -220,6 +230,8 @@ def class_path(given: type) -> str:
 
 def write_product(model: Stage, out: Path, write: Callable[[Stage, Path], None] | None = None) -> None:
     """The plain directory that other programs open, with the averaged weights."""
+    if torch.cuda.is_available():  # after training Lightning puts it back on the CPU, where its latents would take hours
+        model.to("cuda")
     with atomic_folder(out) as folder, model.average_applied():
         (write or type(model).save)(model, folder)
     print(f"{model.product}: {out}")

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from ldm.errors import UsageError
 from ldm.training.checkpoint_files import load_checkpoint
 from ldm.training.checkpoint_sharded import sharded_checkpoint
 
@@ -54,7 +55,14 @@ class FullySharded(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Weights, optimiser and averages in their places; returns what else there was."""
-        load_checkpoint(Path(checkpoint_path))  # verified: torch unpickles a part of what follows
+        # verified: torch unpickles a part of what follows
+        saved = [*load_checkpoint(Path(checkpoint_path), mmap=True)["average"].get("power_function", {})]
+        ours = [repr(sigma_rel) for sigma_rel in self.lightning_module.average.power]
+        if saved != ours:
+            raise UsageError(
+                f"{checkpoint_path} keeps averages of sigma_rel {', '.join(saved) or 'none'}, model.power_averages asks for "
+                f"{', '.join(ours) or 'none'}; sharded, they must be the same"
+            )
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=True)
         if Path(checkpoint_path).is_dir():
             # into the very tensors that the averages are kept in

@@ -104,6 +104,7 @@ def saved(out: Path) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """Whichever way training ends, signals do afterwards what they did before; in a process that leaves as asked, nothing."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it may be ignored
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     yield
     after = {number: signal.getsignal(number) for number in preemption.SIGNALS}
