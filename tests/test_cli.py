@@ -42,6 +42,21 @@ def test_python_dash_m_is_the_command() -> None:
     assert said.stdout.startswith("ldm ")
 
 
+def test_help_and_packing_do_not_wait_for_torch(tmp_path: Path, photos: Path) -> None:
+    program = """
+import sys
+from ldm.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    loaded = {"torch", "diffusers", "transformers", "lightning"} & sys.modules.keys()
+    assert not loaded, loaded
+"""
+    for arguments in (["--help"], ["sample", "--help"], ["shards", "pack", str(photos), str(tmp_path / "p"), "--size", "32"]):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_bad_usage_is_one_line_and_two(capsys: pytest.CaptureFixture) -> None:
     code, _, said = run(capsys, "shards", "shapes")
     assert code == 2 and said.count("\n") == 0 and "out" in said and "--help" in said

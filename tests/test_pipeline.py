@@ -88,6 +88,14 @@ def test_a_saved_pipeline_opens_in_another_process_through_diffusers(pipeline, t
     np.testing.assert_allclose(found["decoded"], decoded, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("imports", ["import ldm, diffusers", "import diffusers, ldm", "import ldm.models.text, diffusers"])
+def test_diffusers_knows_the_pipeline_in_whichever_order_they_are_imported(imports):
+    checks = "assert diffusers.LatentDiffusionPipeline is ldm.LatentDiffusionPipeline; from ldm import DiT"
+    checks += "\nassert diffusers.AutoencoderKL and not hasattr(diffusers, 'Nonsense') and not hasattr(ldm, 'Nonsense')"
+    done = subprocess.run([sys.executable, "-c", f"{imports}\n{checks}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_load_pipeline_opens_what_was_saved_and_names_what_was_not(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "saved")
     again = load_pipeline(tmp_path / "saved")

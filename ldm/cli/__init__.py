@@ -21,6 +21,8 @@ EXAMPLE = """example:
   ldm denoiser fit --config configs/emoji/denoiser.yaml --out runs/denoiser
   ldm sample runs/denoiser/pipeline "red heart" --out pictures
 """
+# these start at once, for they import no torch; and doctor looks whether it can be imported at all
+WITHOUT_NETWORKS = ("shards", "report", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,12 +63,13 @@ def run_quickstart(options: argparse.Namespace) -> None:
 def dispatch(arguments: Sequence[str]) -> None:
     """Run one command line, errors as exceptions."""
     arguments = list(arguments)
-    if arguments[:1] != ["doctor"]:  # that one looks whether they can be imported at all
-        quieten_libraries()
     if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
+        quieten_libraries()
         stages.run(arguments[0], arguments[1:] or ["--help"])
         return
     options = build_parser().parse_args(arguments)
+    if arguments[0] not in WITHOUT_NETWORKS:
+        quieten_libraries()
     options.run(options)
 
 

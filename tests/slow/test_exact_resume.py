@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import TinyRuns, run
+from .conftest import TinyRuns
+from .warm import DDP, run
 
 STEPS, KILLS = 8, 5
 # every batch a checkpoint; loader processes; a step of several batches or pieces
@@ -69,12 +70,12 @@ def test_killed_at_random_steps_and_resumed(tiny_runs: TinyRuns, tmp_path: Path,
             stage, out, "--data.batch_size", str(4 // processes), *COMMON, *OWN[stage], *options,
             steps=STEPS, validate_every=batches // 2,
         )  # fmt: skip
-        return made if processes == 1 else tiny_runs.torchrun(made, processes)
+        return [*made, *DDP] if processes == 2 else made
 
-    status, said = run(command(tmp_path / "whole"))
+    status, said = run(command(tmp_path / "whole"), tmp_path, processes)
     assert status == 0, said
     for number in range(KILLS + 1):
-        status, said = run(command(tmp_path / "killed", *killer))
+        status, said = run(command(tmp_path / "killed", *killer), tmp_path, processes)
         assert (status == 0) == (number == KILLS), f"start {number + 1} ended with {status}:\n{said[-3000:]}"
     assert "random states of" in said  # what --resume tells
 

@@ -2,19 +2,13 @@
 
 No half shard is ever to be seen, and the bytes in the end are those of a quiet run.
 
-A start of ``python -m ldm`` is seconds of imports, hence most exports here are forks of one warm process: this file run by
-:mod:`multiprocessing`'s forkserver; see :func:`run_here`.
+Most of them are forks that start at once, see ``warm.py``.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import multiprocessing
-import os
 import random
-import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -35,6 +29,8 @@ from ldm.data.writer import ShardWriter, encode_png
 from ldm.latents.claims import WORK_NAME
 from ldm.models.autoencoder import load_autoencoder
 
+from .warm import Fork, fork
+
 # a random while after: the start, the first piece of a shard, the first whole shard of this process, the last shard of all
 MOMENTS = ["start"] * 5 + ["piece"] * 6 + ["shard"] * 6 + ["last"] * 3
 COLD = ("start", "piece")  # the first kill at each is that of a real command line
@@ -42,41 +38,6 @@ LIMIT_SECONDS = 300
 SIZES = (26, 15, 30, 4, 23, 19, 29, 21)
 SHAPES = ((32, 32), (24, 40), (40, 24))  # several chunks in each shard: it is under way for a while
 WORDS = ("red", "tiny", "ring", "cross", "above", "a", "dark", "green", "background", "star")
-
-warm = multiprocessing.get_context("forkserver")
-warm.set_forkserver_preload(["pytest", "ldm.cli", "ldm.latents.export", "ldm.data.check"])
-
-
-def run_here(arguments: list[str], log: str, step: tuple[str, str], act: str, file_size: int | None) -> None:
-    """One command line in this fork, which acts before or after a file gets its name.
-
-    Args:
-        arguments: of the command line.
-        log: the file for all that it says.
-        step: ("before" or "after", the file's name).
-        act: "kill" -9; "full": the disk has no room.
-        file_size: no file may grow larger, in bytes.
-    """
-    from ldm.cli import main
-
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    replace = os.replace
-
-    def at_a_step(source: Path, target: Path) -> None:
-        for when in ("before", "after"):
-            if step == (when, Path(target).name):
-                if act == "full":
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.kill(os.getpid(), signal.SIGKILL)
-            if when == "before":
-                replace(source, target)
-
-    os.replace = at_a_step
-    if file_size is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    main(arguments)
 
 
 class Files(NamedTuple):
@@ -92,22 +53,13 @@ class Files(NamedTuple):
         given |= {"out": out, "threads": 1}
         return ["latents", "export", *(part for name, value in given.items() for part in (f"--{name}", str(value))), *more]
 
-    def start(
-        self, out: Path, *more: str, step: tuple[str, str] = ("", ""), act: str = "kill", file_size: int | None = None
-    ) -> Any:
-        """A warm export."""
-        request = {"arguments": self.arguments(out, *more), "log": str(self.folder / "log")}
-        request |= {"step": step, "act": act, "file_size": file_size}
-        process = warm.Process(target=runpy.run_path, args=(__file__, {"REQUEST": request}, "export"), daemon=True)
-        process.start()
-        return process
+    def start(self, out: Path, *more: str, **how: Any) -> Fork:
+        return fork(self.folder / "log", self.arguments(out, *more), **how)
 
-    def run(self, out: Path, *more: str, **settings: Any) -> tuple[int, list[str]]:
-        """A warm export's exit code, and the lines that it said."""
-        process = self.start(out, *more, **settings)
-        process.join(LIMIT_SECONDS)
-        assert process.exitcode is not None, f"hangs: {process.kill()}"
-        return process.exitcode, (self.folder / "log").read_text().splitlines()
+    def run(self, out: Path, *more: str, **how: Any) -> tuple[int, list[str]]:
+        """Its exit code, and the lines that it said."""
+        code, said = self.start(out, *more, **how).end()
+        return code, said.splitlines()
 
 
 def picture(number: int) -> Image.Image:
@@ -190,7 +142,7 @@ def test_an_export_killed_at_any_moment_ends_with_the_same_bytes(files: Files, t
             )
             running, starting = (lambda: process.poll() is None), 8  # noqa: B023
         else:
-            process = files.start(out, *OPTIONS)
+            process = files.start(out, *OPTIONS).process
             running, starting = process.is_alive, 1
         if moment:
             deadline = time.monotonic() + LIMIT_SECONDS
@@ -374,7 +326,3 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(files: Files, other
     assert code == 2 and "unfinished export of other things (flips: False, not True)" in line
     assert state() == before
     assert files.run(unfinished)[0] == 0 and contents(unfinished) == contents(finished)
-
-
-if __name__ == "export":
-    run_here(**REQUEST)  # noqa: F821

@@ -1,15 +1,12 @@
 """Several processes export together: the bytes are those of one, whoever is late or dies.
 
-torchrun itself runs once; otherwise its environment is given to forks of one warm process, which costs no seconds of imports:
-this file run by :mod:`multiprocessing`'s forkserver; see :func:`run_here`.
+torchrun itself runs once; otherwise its environment is given to forks that start at once, see ``warm.py``.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -26,6 +23,8 @@ from ldm.data.writer import ShardWriter, encode_png
 from ldm.latents.claims import WORK_NAME
 from ldm.models.autoencoder import AutoencoderConfig
 
+from .warm import Fork, fork
+
 ROOT = Path(__file__).parents[2]
 SIZES = (5, 1, 8, 3, 6)
 LIMIT_SECONDS = 300
@@ -34,55 +33,6 @@ NAMES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 }
-
-warm = multiprocessing.get_context("forkserver")
-warm.set_forkserver_preload(["pytest", "ldm.cli", "ldm.latents.export"])
-
-
-def run_here(arguments: list[str], log: str, environment: dict[str, str], hold: str, folder: str) -> None:
-    """One command line in this fork, under an environment.
-
-    Args:
-        arguments: of the command line.
-        log: the file for all that it says.
-        environment: what torchrun or SLURM would set.
-        hold: just before the file of this name gets it, wait for ``folder / "go"``.
-        folder: where ``held-`` that name is made then, and ``waits-`` its rank whenever it waits for others.
-    """
-    from ldm.cli import main
-
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ |= environment
-    replace, sleep = os.replace, time.sleep
-
-    def hold_on(source: Path, target: Path) -> None:
-        if Path(target).name == hold:
-            Path(folder, f"held-{hold}").touch()
-            while not Path(folder, "go").exists():
-                sleep(0.01)
-        replace(source, target)
-
-    def wait(seconds: float) -> None:
-        Path(folder, f"waits-{environment.get('RANK')}").touch()
-        sleep(seconds)
-
-    os.replace, time.sleep = hold_on, wait
-    main(arguments)
-
-
-class Rank(NamedTuple):
-    """A warm process, and where it says what it does."""
-
-    process: Any
-    log: Path
-
-    def end(self) -> tuple[int, list[str]]:
-        """Its exit code, and the lines that it said; a hang is a failure."""
-        self.process.join(LIMIT_SECONDS)
-        assert self.process.exitcode is not None, f"hangs: {self.process.kill()}"
-        return self.process.exitcode, self.log.read_text().splitlines()
 
 
 class Files(NamedTuple):
@@ -99,13 +49,11 @@ class Files(NamedTuple):
         given |= {"out": out, "threads": 1, "batch-size": 1, "max-bad-share": 0.1}
         return ["latents", "export", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
 
-    def start(self, count: int, out: Path, rank: int = 0, world_size: int = 1, by: str = "torchrun", hold: str = "") -> Rank:
+    def start(self, count: int, out: Path, rank: int = 0, world_size: int = 1, by: str = "torchrun", hold: str = "") -> Fork:
+        """``hold``: just before the file of this name gets it, wait for ``go`` beside ``out``."""
         environment = dict(zip(NAMES[by], map(str, (rank, world_size, rank, world_size)), strict=True))
-        request = {"arguments": self.arguments(count, out), "log": f"{out}-{rank}.log", "environment": environment}
-        request |= {"hold": hold, "folder": str(out.parent)}
-        process = warm.Process(target=runpy.run_path, args=(__file__, {"REQUEST": request}, "export"), daemon=True)
-        process.start()
-        return Rank(process, Path(f"{out}-{rank}.log"))
+        log = Path(f"{out}-{rank}.log")
+        return fork(log, self.arguments(count, out), environment, step=("before", hold), act="hold")
 
 
 def write(folder: Path, sizes: tuple[int, ...]) -> Path:
@@ -240,7 +188,3 @@ def test_what_dead_processes_left_another_number_finishes(files: Files, tmp_path
         assert code == 0, said
     assert is_same(files, 5, out)
     assert {path: path.stat().st_mtime_ns for path in stand} == stand  # made once
-
-
-if __name__ == "export":
-    run_here(**REQUEST)  # noqa: F821

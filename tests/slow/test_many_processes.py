@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import TinyRuns, run
+from .conftest import TinyRuns
+from .warm import DDP, run
 
 WEIGHTS = {"autoencoder": "autoencoder", "denoiser": "pipeline/transformer"}
 
@@ -42,22 +43,21 @@ def assert_same(out: Path, other: Path, stage: str, tolerance: float) -> None:
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(tiny_runs: TinyRuns, tmp_path: Path, stage: str) -> None:
     """Weights, losses, the adaptive weight of the GAN, the guard's level, every figure of validation."""
     regularised = ["--model.adversary.lecam.weight", "0.1"] if stage == "autoencoder" else []
-    status, said = run(tiny_runs.command(stage, tmp_path / "one", *regularised))
+    status, said = run(tiny_runs.command(stage, tmp_path / "one", *regularised), tmp_path)
     assert status == 0, said
-    two = tiny_runs.command(stage, tmp_path / "two", *regularised, "--data.batch_size", "2")
-    status, said = run(tiny_runs.torchrun(two))
+    two = tiny_runs.command(stage, tmp_path / "two", *regularised, "--data.batch_size", "2", *DDP)
+    status, said = run(two, tmp_path, 2)
     assert status == 0, said
     assert_same(tmp_path / "two", tmp_path / "one", stage, 1e-5)
     if stage == "autoencoder":
         assert any(row.get("train/g_weight", 0) > 0 for row in figures(tmp_path / "two"))
     else:  # and FSDP; a checkpoint of it goes on, and one process exports it
-        sharded = tiny_runs.command(stage, tmp_path / "sharded", "--data.batch_size", "2", "--trainer.strategy", "fsdp")
+        fsdp = ["--trainer.devices", "2", "--trainer.strategy", "fsdp", "--checkpoints.every_steps", "1", "--resume", "latest"]
+        sharded = tiny_runs.command(stage, tmp_path / "sharded", "--data.batch_size", "2", *fsdp)
         killer = ["--trainer.callbacks+=tests.slow.injected.SignalAt", "--trainer.callbacks.init_args.steps=[6]"]
-        launched = [*sharded, "--trainer.devices", "2", "--checkpoints.every_steps", "1", "--resume", "latest"]
-        launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *launched[1:]]
-        status, said = run([sharded[0], *launched, *killer])
+        status, said = run([*sharded, *killer], tmp_path, 2)
         assert status != 0 and (tmp_path / "sharded" / "checkpoints" / "last.ckpt" / ".metadata").exists(), said
-        status, said = run([sharded[0], *launched])
+        status, said = run(sharded, tmp_path, 2)
         assert status == 0, said
         assert_same(tmp_path / "sharded", tmp_path / "two", stage, 1e-4)
 
@@ -67,8 +67,8 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(tiny_runs: Tin
 def test_what_is_not_finite_on_one_process_is_skipped_on_both(tiny_runs: TinyRuns, tmp_path: Path, stage: str) -> None:
     """Two batches, the second process's alone; then more in a row than is borne."""
     poison = ["--trainer.callbacks+=tests.slow.injected.PoisonAt", "--trainer.callbacks.init_args.rank=1"]
-    few = tiny_runs.command(stage, tmp_path / "few", *poison, "--trainer.callbacks.init_args.batches=[3, 4]")
-    status, said = run(tiny_runs.torchrun(few))
+    few = tiny_runs.command(stage, tmp_path / "few", *poison, "--trainer.callbacks.init_args.batches=[3, 4]", *DDP)
+    status, said = run(few, tmp_path, 2)
     assert status == 0, said
     assert max(row.get("train/skipped", 0) for row in figures(tmp_path / "few")) == 2
     assert all(weight.isfinite().all() for weight in weights(tmp_path / "few", stage).values())
@@ -76,6 +76,6 @@ def test_what_is_not_finite_on_one_process_is_skipped_on_both(tiny_runs: TinyRun
     assert [record["step"] for record in recorded] == [3, 4] and all(len(record["samples"]) == 4 for record in recorded)
 
     many = tiny_runs.command(stage, tmp_path / "many", *poison, "--trainer.callbacks.init_args.batches=[2, 3, 4]")
-    status, said = run(tiny_runs.torchrun([*many, "--model.max_skipped", "2"]))
+    status, said = run([*many, "--model.max_skipped", "2", *DDP], tmp_path, 2)
     assert status == 1 and said.count("not finite 3 times in a row, at step 4") == 2, said  # each names its own samples
     assert said.count("(3 in a row)") == 1

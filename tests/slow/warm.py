@@ -1,0 +1,64 @@
+"""Processes that start at once: forks of one that has done its imports, which take longer than a tiny run does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import runpy
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+_context = multiprocessing.get_context("forkserver")
+_modules = ["cli", "data.check", "latents.export"] + [
+    f"training.{name}" for name in ("autoencoder", "denoiser", "dry_run", "run")
+]
+_context.set_forkserver_preload(["pytest", *(f"ldm.{name}" for name in _modules)])
+
+DDP = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+class Fork(NamedTuple):
+    """A process, and where it says what it does."""
+
+    process: Any
+    log: Path
+
+    def end(self, seconds: float = 300) -> tuple[int, str]:
+        """Its exit status (less than 0: by that signal) and what it said; a hang is a failure."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            pytest.fail(f"hangs:\n{self.log.read_text()[-3000:]}")
+        return self.process.exitcode, self.log.read_text()
+
+
+def fork(log: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None, **how: Any) -> Fork:
+    """``ldm`` with these arguments; ``how`` is what ``forked.py`` takes."""
+    request = {"log": str(log), "arguments": list(arguments), "environment": dict(environment or {}), **how}
+    # by path: tests are no package that a fork could import them from
+    forked = str(Path(__file__).with_name("forked.py"))
+    process = _context.Process(target=runpy.run_path, args=(forked, {"REQUEST": request}, "forked"))
+    process.start()
+    return Fork(process, log)
+
+
+def run(command: Sequence[str], folder: Path, processes: int = 1, **environment: str) -> tuple[int, str]:
+    """``python -m ldm …`` on so many processes, under the environment of torchrun: the worst status, and all they said.
+
+    ``folder`` is for their logs.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    forks = []
+    for rank in range(processes):
+        torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        torchrun |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+        given = {name: str(value) for name, value in torchrun.items()} if processes > 1 else {}
+        forks.append(fork(folder / f"{rank}.log", command[3:], given | environment))
+    ends = [each.end() for each in forks]
+    return max((status for status, _ in ends), key=abs), "".join(said for _, said in ends)
