@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 PREFETCH = 2
 # A worker is asked for one more as soon as one arrives, before that is copied: this many may be in use at a time.
 SLOTS = PREFETCH + 1
+# between a worker's looks whether its training process lives
+END_CHECK_SECONDS = 5.0
 # shards that a stalled loader names
 NAMED_SHARDS = 3
 
@@ -90,7 +93,11 @@ class _PlainLoader(DataLoader):
                     raise
                 watchdog.awaited = None
                 if isinstance(batch, LdmError):
-                    raise batch
+                    try:
+                        raise batch
+                    finally:
+                        # it would hold this frame, and the frame it: workers that the garbage collector finds end late
+                        del batch
                 shared = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.is_shared()}
                 mapped.append([*shared.values()])
                 yield draws, batch | {name: value.clone() for name, value in shared.items()}
@@ -165,14 +172,19 @@ def _heed_parent_alone(_worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_await_end, name="ldm-loader-end", daemon=True).start()
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_end, name="ldm-loader-end", daemon=True).start()
 
 
 def _await_end() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    parent = multiprocessing.parent_process()
+    while True:
+        signalled = signal.sigtimedwait({signal.SIGTERM}, END_CHECK_SECONDS)
+        # torch looks for its parent's death too, but where a fork server starts the workers (as Python 3.14 does) takes
+        # that for the parent: both would live on
+        if not parent.is_alive() or (signalled is not None and signalled.si_pid == parent.pid):
+            os._exit(0)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -248,6 +248,39 @@ def test_signals_sent_to_every_process_of_a_run_do_not_end_its_workers(folder):
         assert worker.exitcode == 0
 
 
+KILLED = """
+import multiprocessing, os, sys
+from pathlib import Path
+from ldm.data.images import ImageDataset
+from ldm.data.loader import ShardLoader
+from ldm.data.plan import Plan
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[2])
+    batches = iter(ShardLoader(ImageDataset(Path(sys.argv[1])), Plan((5, 1, 4, 7)), 3, workers=2))
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_workers_do_not_outlive_a_training_process_that_is_killed(folder, tmp_path, start_method):
+    (tmp_path / "program.py").write_text(KILLED)
+    command = [sys.executable, tmp_path / "program.py", folder, start_method]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    # into a file: workers that live on would hold a pipe open
+    with (tmp_path / "said").open("w") as file:
+        killed = subprocess.run(command, stdout=file, env=environment, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in (tmp_path / "said").read_text().split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.1)
+
+
 def huge(folder, cache, shards=100_000):
     """A manifest of a hundred million samples far away. All shards have the same bytes, so the cache holds them all in one."""
     for place in (folder, cache):

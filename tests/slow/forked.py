@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import resource
 import signal
@@ -36,6 +37,7 @@ def main(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as where nothing is forked
     if "MASTER_PORT" in environment:
         torch.set_num_threads(1)  # torchrun says so to OpenMP, which is loaded here already
     folder, replace, sleep = Path(log).parent, os.replace, time.sleep
