@@ -80,7 +80,7 @@ def floor_of(module):
 
 def may_import(module, other):
     if other == "ldm":
-        return BOXES.get(box_of(module), -1) >= 3  # it imports the pipeline: for the top floor alone
+        return BOXES.get(box_of(module), -1) >= 3  # it knows the pipeline: for the top floor alone
     if module in GROUND:
         return other in GROUND
     return box_of(module) == box_of(other) or floor_of(other) < floor_of(module)
