@@ -56,6 +56,7 @@ from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import OptimiserConfig
 from ldm.training.ema import Average
+from ldm.training.randomness import draw_generators
 
 WEIGHT, KL_WEIGHT, EMA_DECAY = 0.5, 1e-6, 0.9999
 LAYOUTS = ("contiguous", "channels_last")
@@ -117,13 +118,6 @@ class Clock(Callback):
             self.seconds = (self.setting.now() - self.began) / self.steps
 
 
-class Seed(Callback):
-    """The same noise for both."""
-
-    def on_train_batch_start(self, *_: object) -> None:
-        torch.manual_seed(1)
-
-
 # -- ours ----------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +175,9 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
     discriminator_optimiser, _ = ours.discriminator_optimiser.build(discriminator, 1000)
     spent: dict[str, list[float]] = {}
 
+    before_last: list[Tensor] = []  # layer of the decoder
+    ours.autoencoder.decoder.conv_out.register_forward_pre_hook(lambda _, given: before_last.append(given[0].detach()))
+
     def lap(part: str) -> None:
         nonlocal began
         spent.setdefault(part, []).append(setting.now() - began)
@@ -199,7 +196,7 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
             lap("L1 and LPIPS, there and back")
             (by_generator,) = torch.autograd.grad(ours.adversary.generator_loss(leaf), leaf)
             lap("discriminator, heard by the decoder")
-            weight = ours._adaptive_weight(reconstruction, by_error, by_generator)
+            weight = ours._adaptive_weight(before_last.pop(), by_error, by_generator)
             lap("adaptive weight")
             towards = ((by_error + WEIGHT * weight * by_generator) * reconstruction).sum()
             (towards + KL_WEIGHT * posterior.kl().sum() / images.numel()).backward()
@@ -269,18 +266,18 @@ class LatentDiffusion:
             "discriminator": ours.discriminator_optimiser.build(self.loss.discriminator, 1000),
         }
 
-    def training_step(self, images: Tensor, player: Player) -> Tensor:
+    def training_step(self, images: Tensor, player: Player, noise: list[torch.Generator] | None) -> Tensor:
         """The loss of one player."""
         with self.setting.autocast():
             posterior = self.autoencoder.encode(images).latent_dist
-            reconstruction = self.autoencoder.decode(posterior.sample()).sample
+            reconstruction = self.autoencoder.decode(posterior.sample(noise)).sample
             return self.loss(images, reconstruction, posterior, player, self.autoencoder.decoder.conv_out.weight)
 
-    def backward(self, images: Tensor, player: Player) -> None:
+    def backward(self, images: Tensor, player: Player, noise: list[torch.Generator] | None = None) -> None:
         """Gradients of one player; the other is frozen."""
         for name, network in self.players.items():
             network.requires_grad_(name == player)
-        self.training_step(images, player).backward()
+        self.training_step(images, player, noise).backward()
 
     def step(self, pixels: Tensor) -> None:
         """One batch."""
@@ -311,10 +308,10 @@ def assert_same_gradients(setting: Setting, pixels: Tensor) -> None:
     ours = build_ours(setting, "contiguous")
     theirs = LatentDiffusion(ours, setting)
     ours.optimiser.max_grad_norm = ours.discriminator_optimiser.max_grad_norm = math.inf
-    fit(ours, setting, 1, Seed())
+    fit(ours, setting, 1)
+    draws = [Draw(number, number) for number in range(setting.batch)]
     for player, mine in (("autoencoder", ours.autoencoder), ("discriminator", ours.adversary.discriminator)):
-        torch.manual_seed(1)
-        theirs.backward(pixels_to_images(pixels), player)
+        theirs.backward(pixels_to_images(pixels), player, draw_generators(ours.seed, draws))
         wanted = [parameter.grad for parameter in theirs.players[player].parameters()]
         # a bias before a norm has no gradient but rounding
         rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in wanted)

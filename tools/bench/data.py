@@ -160,7 +160,7 @@ LOADERS = {loader.__name__: loader for loader in (ours, webdataset, imagefolder,
 def rate(loader: object, folder: Path, workers: int, batches: int) -> float:
     """Images per second once every worker has delivered twice: a worker that is spawned starts seconds after the first one.
 
-    Three quarters of a pass, so that no loader is timed while some of its workers have run out of shards.
+    ``batches`` in all: three quarters of a pass, so that no loader is timed while some of its workers have run out of shards.
     """
     iterator = iter(loader(folder, workers))
     first = next(iterator)
@@ -168,12 +168,13 @@ def rate(loader: object, folder: Path, workers: int, batches: int) -> float:
         next(iterator)
     assert first.dtype == torch.float32 and first.shape == (BATCH, 3, SIZE, SIZE), (first.dtype, first.shape)
     assert -1 <= first.min() < -0.5 < 0.5 < first.max() <= 1
+    timed = batches - 1 - 2 * workers
     began = time.perf_counter()
-    for _ in range(batches - 1):
+    for _ in range(timed):
         next(iterator)
     seconds = time.perf_counter() - began
     iterator.close()
-    return (batches - 1) * BATCH / seconds
+    return timed * BATCH / seconds
 
 
 def main() -> None:
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    count, rounds = (320, 2) if options.quick else (options.images, options.rounds)
+    count, rounds = (384, 2) if options.quick else (options.images, options.rounds)
     sizes = (256,) if options.quick else (256, 512)
     peers = [] if options.quick else [name for name in OPTIONAL if importlib.util.find_spec(name)]
     print(describe())
