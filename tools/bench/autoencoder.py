@@ -176,7 +176,7 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
     spent: dict[str, list[float]] = {}
 
     before_last: list[Tensor] = []  # layer of the decoder
-    ours.autoencoder.decoder.conv_out.register_forward_pre_hook(lambda _, given: before_last.append(given[0].detach()))
+    hook = ours.autoencoder.decoder.conv_out.register_forward_pre_hook(lambda _, given: before_last.append(given[0].detach()))
 
     def lap(part: str) -> None:
         nonlocal began
@@ -210,6 +210,7 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
                 its_optimiser.zero_grad()
             ours.average.update()
             lap("clipping, optimisers, average")
+    hook.remove()
     return {part: statistics.median(laps[1:]) for part, laps in spent.items()}
 
 
