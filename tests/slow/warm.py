@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import runpy
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 _context = multiprocessing.get_context("forkserver")
-_modules = ["cli", "data.check", "latents.export"] + [
-    f"training.{name}" for name in ("autoencoder", "denoiser", "dry_run", "run")
-]
-_context.set_forkserver_preload(["pytest", *(f"ldm.{name}" for name in _modules)])
+_context.set_forkserver_preload(
+    [
+        "pytest",
+        "ldm.cli",
+        "ldm.data.check",
+        "ldm.latents.export",
+        "ldm.training.autoencoder",
+        "ldm.training.denoiser",
+        "ldm.training.run",
+    ]
+)
 
 DDP = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
@@ -35,30 +42,37 @@ class Fork(NamedTuple):
         return self.process.exitcode, self.log.read_text()
 
 
-def fork(log: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None, **how: Any) -> Fork:
-    """``ldm`` with these arguments; ``how`` is what ``forked.py`` takes."""
+def fork(
+    log: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None, daemon: bool = True, **how: Any
+) -> Fork:
+    """``ldm`` with these arguments; ``how`` is what ``forked.py`` takes.
+
+    ``daemon``: ends with the tests, and cannot have processes of its own.
+    """
     request = {"log": str(log), "arguments": list(arguments), "environment": dict(environment or {}), **how}
     # by path: tests are no package that a fork could import them from
     forked = str(Path(__file__).with_name("forked.py"))
-    process = _context.Process(target=runpy.run_path, args=(forked, {"REQUEST": request}, "forked"))
+    process = _context.Process(target=runpy.run_path, args=(forked, {"REQUEST": request}, "forked"), daemon=daemon)
     process.start()
     return Fork(process, log)
 
 
-def run(command: Sequence[str], folder: Path, processes: int = 1, **environment: str) -> tuple[int, str]:
+def run(command: Sequence[str], folder: Path, processes: int = 1) -> tuple[int, str]:
     """``python -m ldm …`` on so many processes, under the environment of torchrun: the worst status, and all they said.
 
     ``folder`` is for their logs.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
+    port = find_free_network_port()
     forks = []
     for rank in range(processes):
         torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         torchrun |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-        given = {name: str(value) for name, value in torchrun.items()} if processes > 1 else {}
-        forks.append(fork(folder / f"{rank}.log", command[3:], given | environment))
-    ends = [each.end() for each in forks]
+        environment = {name: str(value) for name, value in torchrun.items()} if processes > 1 else {}
+        # it may have loader processes
+        forks.append(fork(folder / f"{rank}.log", command[3:], environment, daemon=False))
+    try:
+        ends = [each.end() for each in forks]
+    finally:
+        for each in forks:  # where one hangs the others may, and the tests would wait for them
+            each.process.kill()
     return max((status for status, _ in ends), key=abs), "".join(said for _, said in ends)
