@@ -281,3 +281,21 @@ def text_computed_once(*denoisers: nn.Module) -> Iterator[None]:
     finally:
         for dit, kept in zip(dits, before, strict=True):
             dit._kept_texts = kept
+
+
+def transformer_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a DiT or of what trains in its place, as diffusers marks them.
+
+    Raises:
+        UsageError: for a network that does not say which of its parts are blocks.
+    """
+    # its own names for them, of which its PixArt has only the second
+    names = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()
+    # FSDP makes a class of its own of each
+    blocks = [module for module in network.modules() if any(kind.__name__ in names for kind in type(module).__mro__)]
+    if not blocks:
+        raise UsageError(
+            f"{type(network).__name__} does not say which of its parts are blocks; set model.compile to false, "
+            "trainer.strategy to ddp, and model.optimiser.muon_learning_rate to null"
+        )
+    return blocks

@@ -34,8 +34,9 @@ from ldm.losses.equivariance import SMALLEST_SIDE
 from ldm.metrics import LatentHealth, ReconstructionFID, health_scalars
 from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images, reconstruct, set_latent_statistics
 from ldm.training.adversary import Adversary
-from ldm.training.base import OptimiserConfig, Stage
+from ldm.training.base import Stage
 from ldm.training.image_flops import autoencoder_flops
+from ldm.training.optimiser import OptimiserConfig
 from ldm.training.randomness import draw_generators, step_generator
 from ldm.training.sharded import FullySharded, is_sharded, whole
 from ldm.training.skips import SkippedSteps

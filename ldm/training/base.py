@@ -1,20 +1,16 @@
-"""What both stages share: the optimiser's settings, the average, and the plain directory at the end."""
+"""What both stages share: the average, the checkpoint, and the plain directory at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from lightning import LightningModule
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import UsageError
@@ -23,38 +19,6 @@ from ldm.training.ema import Average, PowerAverages
 from ldm.training.randomness import global_states, set_global_state
 from ldm.training.sharded import FullySharded, is_sharded, shard
 from ldm.training.skips import SkippedSteps
-
-
-@dataclass
-class OptimiserConfig:
-    """AdamW with warm-up.
-
-    Attributes:
-        learning_rate: as given; never scaled by batch size or number of processes.
-        betas: of Adam.
-        weight_decay: decoupled.
-        schedule: after the warm-up, over the run's ``max_steps``.
-        warmup_steps: in steps, each of as many batches as are accumulated.
-        max_grad_norm: gradients are scaled down to this norm.
-        fused: all weights in one kernel, where the device has it; CPUs and CUDA do.
-    """
-
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    schedule: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    fused: bool = True
-
-    def build(self, network: nn.Module, num_steps: int) -> tuple[Optimizer, LRScheduler]:
-        """The optimiser of ``network``'s parameters and its schedule, stepped once a batch."""
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimiser = AdamW(parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=self.fused)
-        return optimiser, get_scheduler(
-            self.schedule, optimiser, num_warmup_steps=self.warmup_steps, num_training_steps=num_steps
-        )
-
 
 # differing weights that an error names
 NAMED_WEIGHTS = 8

@@ -62,9 +62,15 @@ class StaticMemory:
 
 
 def static_memory(
-    trained: int, frozen: int = 0, averaged: int = 0, averages: int = 1, bytes_each: int = 4, shards: int = 1
+    trained: int,
+    frozen: int = 0,
+    averaged: int = 0,
+    averages: int = 1,
+    bytes_each: int = 4,
+    shards: int = 1,
+    matrices: int = 0,
 ) -> StaticMemory:
-    """What AdamW's training holds: a weight, a gradient and two moments for each trained parameter (Loshchilov & Hutter 2019,
+    """What training holds: a weight, a gradient and AdamW's two moments for each trained parameter (Loshchilov & Hutter 2019,
     arXiv 1711.05101), and the averages.
 
     Mixed precision keeps all of these in fp32; its copies in 16 bits live as long as activations do.
@@ -75,8 +81,9 @@ def static_memory(
         averages: how many of them.
         bytes_each: of every number: 4 for ``32-true`` and ``bf16-mixed``, 2 for ``bf16-true``.
         shards: processes that FSDP spreads all of it over.
+        matrices: of the trained, those that Muon moves, by one moment.
     """
-    numbers = (trained + frozen, trained, 2 * trained, averaged * averages)
+    numbers = (trained + frozen, trained, 2 * trained - matrices, averaged * averages)
     return StaticMemory(*(number * bytes_each / shards for number in numbers))
 
 
@@ -84,6 +91,7 @@ def stage_memory(stage: Stage, shards: int = 1) -> StaticMemory:
     """:func:`static_memory` of a stage as it is: its networks, and the averages that it keeps."""
     parameters = list(network_parameters(stage).values())
     averaged = sum(parameter.numel() for parameter in stage.averaged().parameters())
+    groups = (group for optimiser in stage.trainer.optimizers for group in optimiser.param_groups if group.get("muon"))
     return static_memory(
         sum(part.trained for part in parameters),
         sum(part.frozen for part in parameters),
@@ -91,6 +99,7 @@ def stage_memory(stage: Stage, shards: int = 1) -> StaticMemory:
         1 + len(stage.average.power),
         next(stage.averaged().parameters()).element_size(),
         shards,
+        sum(matrix.numel() for group in groups for matrix in group["params"]),
     )
 
 

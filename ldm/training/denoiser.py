@@ -25,11 +25,13 @@ from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
 from ldm.models.autoencoder import normalise_latents, set_latent_statistics
+from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.training.base import OptimiserConfig, Stage, require_weights
+from ldm.training.base import Stage, require_weights
 from ldm.training.ema import SNAPSHOTS, PowerAverages
 from ldm.training.frozen import Statistics, frozen_for_images, frozen_for_latents
 from ldm.training.image_flops import denoiser_flops
+from ldm.training.optimiser import DenoiserOptimiserConfig
 from ldm.training.randomness import draw_generators
 from ldm.training.sharded import whole
 from ldm.training.skips import SkippedSteps
@@ -52,7 +54,7 @@ class DenoiserTraining(Stage):
         path: Path,
         prediction: Prediction,
         timesteps: TimestepSampler,
-        optimiser: OptimiserConfig,
+        optimiser: DenoiserOptimiserConfig,
         weighting: Weighting | None = None,
         direction_weight: float = 0.0,
         ema_decay: float = 0.9999,
@@ -187,16 +189,8 @@ class DenoiserTraining(Stage):
                 block.compile()
 
     def blocks(self) -> list[nn.Module]:
-        """Of the denoiser, as diffusers marks them: each is compiled, and under FSDP gathered, by itself."""
-        # its own names for them, of which its PixArt has only the second
-        names = self.denoiser._repeated_blocks or self.denoiser._no_split_modules or ()
-        blocks = [module for module in self.denoiser.modules() if type(module).__name__ in names]
-        if not blocks:
-            raise UsageError(
-                f"{type(self.denoiser).__name__} does not say which of its parts are blocks; set model.compile to false, and "
-                "trainer.strategy to ddp"
-            )
-        return blocks
+        """Of the denoiser: each is compiled, and under FSDP gathered, by itself."""
+        return transformer_blocks(self.denoiser)
 
     def prepare(self, data: ShardDataModule) -> None:
         """Load the frozen networks, and refuse what does not go together."""

@@ -126,7 +126,7 @@ def memory_rows(stage: Stage, trainer: Trainer, measured: Measured) -> Iterable[
     parts = {
         "weights": static.weights,
         "gradients": static.gradients,
-        "AdamW": static.optimiser,
+        "optimiser": static.optimiser,
         "averages": static.averages,
     }
     said = ", ".join(f"{name} {decimal(int(size))}" for name, size in parts.items())

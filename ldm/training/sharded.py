@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ldm.errors import UsageError
 from ldm.training.checkpoint_files import load_checkpoint
@@ -143,3 +143,11 @@ def like(piece: Tensor, parameter: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def piece_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """What this process would hold of a whole tensor, the same on all processes, if it were spread as ``parameter`` is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    # src_data_rank: every process cuts its own piece, none is sent
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()

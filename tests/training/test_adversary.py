@@ -16,8 +16,8 @@ from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.base import OptimiserConfig
 from ldm.training.guard import Guard
+from ldm.training.optimiser import OptimiserConfig
 from ldm.training.randomness import draw_generators
 
 

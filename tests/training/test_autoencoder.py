@@ -18,7 +18,7 @@ from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images, set_late
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.base import OptimiserConfig
+from ldm.training.optimiser import OptimiserConfig
 
 
 def make(**changes: object) -> AutoencoderTraining:

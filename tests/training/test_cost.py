@@ -9,7 +9,6 @@ from torch import nn
 
 from ldm.models.dit import DiT
 from ldm.models.layers import Attention
-from ldm.training.base import OptimiserConfig
 from ldm.training.cost import (
     StepFlops,
     exchanged_bytes,
@@ -19,6 +18,7 @@ from ldm.training.cost import (
     peak_flops,
     static_memory,
 )
+from ldm.training.optimiser import DenoiserOptimiserConfig
 
 
 def test_a_linear_layer() -> None:
@@ -117,20 +117,23 @@ def test_parameters_by_part() -> None:
     assert (counted["small"].trained, counted["small"].frozen) == (6, 3)
 
 
-def test_static_memory_is_what_a_step_leaves_behind() -> None:
-    network = nn.Linear(100, 100)
-    optimiser, _ = OptimiserConfig().build(network, 10)
-    network(torch.randn(1, 100)).sum().backward()
+@pytest.mark.parametrize("muon", [None, 1e-3])
+def test_static_memory_is_what_a_step_leaves_behind(muon: float | None) -> None:
+    network = DiT(sample_size=4, width=16, num_layers=2, num_heads=2, text_width=8)
+    optimiser, _ = DenoiserOptimiserConfig(muon_learning_rate=muon).build(network, 10)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
     optimiser.step()
     parameters = list(network.parameters())
     moments = [tensor for state in optimiser.state.values() for tensor in state.values() if tensor.numel() > 1]
     number = sum(parameter.numel() for parameter in parameters)
-    memory = static_memory(number, averaged=number, averages=2)
+    matrices = sum(matrix.numel() for group in optimiser.param_groups if group.get("muon") for matrix in group["params"])
+    memory = static_memory(number, averaged=number, averages=2, matrices=matrices)
     assert memory.weights == sum(parameter.nbytes for parameter in parameters)
     assert memory.gradients == sum(parameter.grad.nbytes for parameter in parameters)
     assert memory.optimiser == sum(moment.nbytes for moment in moments)
     assert memory.averages == 2 * memory.weights
-    assert static_memory(number, averaged=number, averages=2, shards=4).total == memory.total / 4
+    assert static_memory(number, averaged=number, averages=2, shards=4, matrices=matrices).total == memory.total / 4
 
 
 def test_one_process_exchanges_nothing() -> None:

@@ -54,8 +54,8 @@ from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.base import OptimiserConfig
 from ldm.training.ema import Average
+from ldm.training.optimiser import OptimiserConfig
 from ldm.training.randomness import draw_generators
 
 WEIGHT, KL_WEIGHT, EMA_DECAY = 0.5, 1e-6, 0.9999

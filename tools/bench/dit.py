@@ -48,7 +48,7 @@ from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.dit import DiT, text_computed_once
 from ldm.models.text import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.training.base import OptimiserConfig
+from ldm.training.optimiser import OptimiserConfig
 
 DIFFUSION = RectifiedFlow(), Velocity()
 PADDED = 120  # tokens, of PixArtAlphaPipeline

@@ -40,8 +40,8 @@ from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.base import OptimiserConfig
 from ldm.training.guard import Guard
+from ldm.training.optimiser import OptimiserConfig
 
 SIZE, BATCH, WEIGHT = 40, 8, 0.5
 # lower from the start on, for all: at the first rate validation PSNR moves by a decibel from one batch to the next

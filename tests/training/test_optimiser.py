@@ -1,0 +1,131 @@
+"""What moves the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import nn
+
+from ldm.errors import UsageError
+from ldm.models.dit import DiT
+from ldm.training.optimiser import DenoiserOptimiserConfig, Muon, OptimiserConfig, orthogonalise
+
+
+def tiny_dit() -> DiT:
+    return DiT(sample_size=4, width=16, num_layers=2, num_heads=2, text_width=8)
+
+
+def tiny_pixart() -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, cross_attention_dim=16,
+        sample_size=4, caption_channels=8, use_additional_conditions=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("short", "long"), [(8, 8), (16, 64), (48, 192)])
+def test_singular_values_are_brought_near_to_one(short: int, long: int) -> None:
+    """And what they belong to stays: X = U S V' becomes about U V'."""
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(3, short, short))
+    v, _ = torch.linalg.qr(torch.randn(3, long, short))
+    sizes = torch.logspace(-1, 1, short)  # a hundredfold apart
+    made = orthogonalise(u * sizes @ v.mT)
+    assert made.shape == (3, short, long)
+    in_their_basis = u.mT @ made @ v
+    diagonal = in_their_basis.diagonal(dim1=1, dim2=2)
+    assert diagonal.min() > 0.3 and diagonal.max() < 1.3
+    assert (in_their_basis - torch.diag_embed(diagonal)).abs().max() < 1e-3
+
+
+def test_scale_and_sign_are_of_no_account() -> None:
+    matrices = torch.randn(2, 8, 24)
+    made = orthogonalise(matrices)
+    torch.testing.assert_close(orthogonalise(1e-6 * matrices), made, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(orthogonalise(-3.0 * matrices), -made, rtol=1e-3, atol=1e-4)
+    assert not orthogonalise(torch.zeros(1, 4, 4)).any()
+
+
+def test_matrices_move_as_with_torchs_muon_and_the_rest_as_with_adamw() -> None:
+    torch.manual_seed(0)
+    matrices, rest = [torch.randn(8, 8), torch.randn(24, 8), torch.randn(8, 24)], [torch.randn(8), torch.randn(4, 3, 2, 2)]
+    mine = [nn.Parameter(tensor.clone()) for tensor in matrices], [nn.Parameter(tensor.clone()) for tensor in rest]
+    theirs = [nn.Parameter(tensor.clone()) for tensor in matrices], [nn.Parameter(tensor.clone()) for tensor in rest]
+    ours = Muon(mine[1], mine[0], 0.02, torch.bfloat16, lr=0.01, weight_decay=0.1)
+    muon = torch.optim.Muon(theirs[0], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(theirs[1], lr=0.01, weight_decay=0.1)
+    for _ in range(5):
+        for parameter, other in zip(chain(*mine), chain(*theirs), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            other.grad = parameter.grad.clone()
+        for optimiser in (ours, muon, adamw):
+            optimiser.step()
+    for parameter, other in zip(mine[0], theirs[0], strict=True):  # in bf16, the products' order not the same
+        torch.testing.assert_close(parameter, other, rtol=0, atol=2e-3)
+    for parameter, other in zip(mine[1], theirs[1], strict=True):
+        assert torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize("make", [tiny_dit, tiny_pixart])
+def test_muon_has_the_blocks_matrices_and_adamw_all_else(make: Callable[[], nn.Module]) -> None:
+    network = make()
+    optimiser, schedule = DenoiserOptimiserConfig(1e-3, muon_learning_rate=4e-3, warmup_steps=2).build(network, 10)
+    adamws, muons = (group["params"] for group in optimiser.param_groups)
+    assert {id(parameter) for parameter in adamws + muons} == {id(parameter) for parameter in network.parameters()}
+    assert len(adamws) + len(muons) == len(list(network.parameters()))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    blocks = "blocks.", "transformer_blocks."
+    assert all(parameter.ndim == 2 and names[id(parameter)].startswith(blocks) for parameter in muons)
+    left = [names[id(parameter)] for parameter in adamws if parameter.ndim == 2 and names[id(parameter)].startswith(blocks)]
+    assert all("table" in name for name in left) and len(muons) == 2 * 10
+    assert [group["lr"] for group in optimiser.param_groups] == [0, 0]
+    optimiser.step()
+    schedule.step()
+    assert [group["lr"] for group in optimiser.param_groups] == [0.5e-3, 2e-3]
+
+
+def test_what_has_no_gradient_is_left_alone() -> None:
+    network = tiny_dit()
+    optimiser, _ = DenoiserOptimiserConfig(1e-3, weight_decay=0.1, muon_learning_rate=4e-3).build(network, 10)
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    optimiser.step()
+    assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+    assert not optimiser.state
+
+
+def test_a_state_that_was_saved_goes_on() -> None:
+    torch.manual_seed(0)
+    gradients = [[torch.randn_like(parameter) for parameter in tiny_dit().parameters()] for _ in range(4)]
+
+    def run(network: DiT, optimiser: Muon, some: list) -> None:
+        for step in some:
+            for parameter, gradient in zip(network.parameters(), step, strict=True):
+                parameter.grad = gradient.clone()
+            optimiser.step()
+
+    network = tiny_dit()
+    config = DenoiserOptimiserConfig(1e-3, muon_learning_rate=4e-3)
+    optimiser = config.build(network, 10)[0]
+    run(network, optimiser, gradients[:2])
+    other = tiny_dit()
+    other.load_state_dict(network.state_dict())
+    resumed = config.build(other, 10)[0]
+    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    run(network, optimiser, gradients[2:])
+    run(other, resumed, gradients[2:])
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_a_network_without_blocks_is_refused_with_the_mend() -> None:
+    with pytest.raises(UsageError, match=r"Linear does not say which of its parts are blocks.*muon_learning_rate to null"):
+        DenoiserOptimiserConfig(muon_learning_rate=1e-3).build(nn.Linear(2, 2), 10)
+
+
+def test_stage_one_has_no_such_option() -> None:
+    """Its weights are convolutions."""
+    with pytest.raises(TypeError):
+        OptimiserConfig(muon_learning_rate=1e-3)
