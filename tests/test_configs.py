@@ -250,8 +250,9 @@ def test_what_is_compared_differs_in_nothing_else() -> None:
         assert ours[part] == shipped[part]
     network = ours["denoiser"]["init_args"]
     sizes = ("in_channels", "sample_size", "patch_size", "width", "num_layers", "num_heads", "text_width")
-    defaults = inspect.signature(DiT).parameters  # where the shipped one leaves them
-    assert all(value == defaults[name].default for name, value in network.items() if name not in sizes)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(DiT).parameters.items()}
+    expected = defaults | shipped["denoiser"]["init_args"]
+    assert all(value == expected[name] for name, value in network.items() if name not in sizes)
     for recipe in recipes:
         other = recipe["model"]
         assert {name: other["denoiser"]["init_args"][name] for name in sizes} == {name: network[name] for name in sizes}

@@ -355,7 +355,8 @@ def test_the_validation_loss_is_the_same_on_two_processes(exported: tuple[Path, 
         command += ["--model.autoencoder", str(exported[0]), "--model.denoiser.init_args.sample_size", "16"]
         command += ["--model.denoiser.init_args.text_width", "8"]
         command += ["--data.train", str(exported[1]), "--data.validation", str(exported[1])]
-        command += ["--model.optimiser.learning_rate", "0", "--model.preview_prompts", "null", "--data.batch_size", "4"]
+        command += ["--model.optimiser.learning_rate", "0", "--model.optimiser.muon_learning_rate", "0"]
+        command += ["--model.preview_prompts", "null", "--data.batch_size", "4"]
         command += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
         command += ["--trainer.devices", str(devices), "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
         ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
