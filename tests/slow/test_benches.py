@@ -1,0 +1,42 @@
+"""The scripts of ``tools/bench`` still run: what they compare against is written there and nowhere else.
+
+Nothing is asserted of a ratio; timings do not belong in tests.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench"
+SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+# those that end soonest; the others take minutes of a machine that has none
+RUN = ["autoencoder.py", "convergence.py", "data.py", "latents.py"]
+
+
+def printed(script: str, option: str, folder: Path) -> str:
+    """By a script that ended well."""
+    command = [sys.executable, str(BENCH / script), option]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=580)
+    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-3000:]
+    return ended.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted({*SCRIPTS} - {*RUN}))
+def test_it_knows_what_it_imports(script: str, tmp_path: Path) -> None:
+    assert "--quick" in printed(script, "--help", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RUN)
+def test_it_comes_to_its_ratios(script: str, tmp_path: Path) -> None:
+    ratios = [line.split() for line in printed(script, "--quick", tmp_path).splitlines() if line.startswith("ratio ")]
+    assert ratios
+    for _, _, *figures in ratios:
+        median, least, most = map(float, figures)
+        assert 0 < least <= median <= most and math.isfinite(most)
