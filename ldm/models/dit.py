@@ -284,15 +284,16 @@ def text_computed_once(*denoisers: nn.Module) -> Iterator[None]:
 
 
 def transformer_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a DiT or of what trains in its place, as diffusers marks them.
+    """The blocks of a DiT or of what trains in its place: members of its lists that diffusers marks.
 
     Raises:
         UsageError: for a network that does not say which of its parts are blocks.
     """
     # its own names for them, of which its PixArt has only the second
     names = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()
+    listed = (block for blocks in network.modules() if isinstance(blocks, nn.ModuleList) for block in blocks)
     # FSDP makes a class of its own of each
-    blocks = [module for module in network.modules() if any(kind.__name__ in names for kind in type(module).__mro__)]
+    blocks = [block for block in listed if any(kind.__name__ in names for kind in type(block).__mro__)]
     if not blocks:
         raise UsageError(
             f"{type(network).__name__} does not say which of its parts are blocks; set model.compile to false, "

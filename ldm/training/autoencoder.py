@@ -36,7 +36,7 @@ from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels
 from ldm.training.adversary import Adversary
 from ldm.training.base import Stage
 from ldm.training.image_flops import autoencoder_flops
-from ldm.training.optimiser import OptimiserConfig
+from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import draw_generators, step_generator
 from ldm.training.sharded import FullySharded, is_sharded, whole
 from ldm.training.skips import SkippedSteps
@@ -59,7 +59,7 @@ class AutoencoderTraining(Stage):
         adversary: Adversary,
         reconstruction: ReconstructionLoss,
         perceptual: PerceptualLoss,
-        optimiser: OptimiserConfig,
+        optimiser: MuonConfig,
         discriminator_optimiser: OptimiserConfig,
         equivariance: Equivariance | None = None,
         perceptual_weight: float = 1.0,
@@ -332,7 +332,7 @@ class AutoencoderTraining(Stage):
     def configure_optimizers(self) -> tuple[list, list]:
         num_steps = self.trainer.max_steps
         pairs = [
-            self.optimiser.build(self._trained(), num_steps),
+            self.optimiser.build(self._trained(), num_steps, self._levels()),
             self.discriminator_optimiser.build(self.adversary.discriminator, num_steps - self.adversary.start),
         ]
         return [optimiser for optimiser, _ in pairs], [schedule for _, schedule in pairs]

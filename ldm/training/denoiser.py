@@ -31,7 +31,7 @@ from ldm.training.base import Stage, require_weights
 from ldm.training.ema import SNAPSHOTS, PowerAverages
 from ldm.training.frozen import Statistics, frozen_for_images, frozen_for_latents
 from ldm.training.image_flops import denoiser_flops
-from ldm.training.optimiser import DenoiserOptimiserConfig
+from ldm.training.optimiser import MuonConfig
 from ldm.training.randomness import draw_generators
 from ldm.training.sharded import whole
 from ldm.training.skips import SkippedSteps
@@ -54,7 +54,7 @@ class DenoiserTraining(Stage):
         path: Path,
         prediction: Prediction,
         timesteps: TimestepSampler,
-        optimiser: DenoiserOptimiserConfig,
+        optimiser: MuonConfig,
         weighting: Weighting | None = None,
         direction_weight: float = 0.0,
         ema_decay: float = 0.9999,
@@ -169,7 +169,8 @@ class DenoiserTraining(Stage):
         self.average.write_snapshots(FilePath(self.trainer.default_root_dir) / SNAPSHOTS, self.trainer.is_global_zero)
 
     def configure_optimizers(self) -> dict:
-        optimiser, schedule = self.optimiser.build(self.denoiser, self.trainer.max_steps)
+        blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
+        optimiser, schedule = self.optimiser.build(self.denoiser, self.trainer.max_steps, blocks)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- what it starts from -----------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""What moves the weights: AdamW, and for the matrices of a transformer's blocks Muon."""
+"""What moves the weights: AdamW, and for those that turn features into features Muon."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.machine import bf16_pays
-from ldm.models.dit import transformer_blocks
 from ldm.training.sharded import local, piece_like, whole
 
 MOMENTUM = 0.95
@@ -24,6 +23,8 @@ MOMENTUM = 0.95
 ADAMW_RMS = 0.2
 # of x -> a x + b x^3 + c x^5, and how often (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+# layers whose weight, rows of output by inputs, is a matrix
+WITH_MATRIX = (nn.Linear, nn.Conv2d)
 # that are iterated on at once, for the memory's sake
 MAX_NUMBERS = 2**26
 
@@ -52,37 +53,36 @@ class OptimiserConfig:
 
     def build(self, network: nn.Module, num_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The optimiser of ``network``'s parameters and its schedule, stepped once a batch."""
-        optimiser = self._optimiser(network)
-        return optimiser, get_scheduler(
-            self.schedule, optimiser, num_warmup_steps=self.warmup_steps, num_training_steps=num_steps
-        )
-
-    def _optimiser(self, network: nn.Module) -> Optimizer:
-        return AdamW(_trained(network), **self._of_adamw())
+        return self._with_schedule(AdamW(_trained(network), **self._of_adamw()), num_steps)
 
     def _of_adamw(self) -> dict[str, Any]:
         return {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay, "fused": self.fused}
 
+    def _with_schedule(self, optimiser: Optimizer, num_steps: int) -> tuple[Optimizer, LRScheduler]:
+        return optimiser, get_scheduler(
+            self.schedule, optimiser, num_warmup_steps=self.warmup_steps, num_training_steps=num_steps
+        )
+
 
 @dataclass
-class DenoiserOptimiserConfig(OptimiserConfig):
-    """AdamW with warm-up, and Muon for the matrices of a transformer's blocks where a rate is given.
+class MuonConfig(OptimiserConfig):
+    """AdamW with warm-up, and Muon for the matrices and convolutions of a network's blocks where a rate is given.
 
     Attributes:
-        muon_learning_rate: of these matrices, in AdamW's units; two to four times ``learning_rate`` serves. None: all is
+        muon_learning_rate: of these weights, in AdamW's units; two to eight times ``learning_rate`` serves. None: all is
             AdamW's.
     """
 
     muon_learning_rate: float | None = None
 
-    def _optimiser(self, network: nn.Module) -> Optimizer:
+    def build(self, network: nn.Module, num_steps: int, blocks: Iterable[nn.Module] = ()) -> tuple[Optimizer, LRScheduler]:
+        """``blocks``: parts of ``network`` between its first layers and its last, which Muon is not for."""
         if self.muon_learning_rate is None:
-            return super()._optimiser(network)
-        linear = (layer for block in transformer_blocks(network) for layer in block.modules() if isinstance(layer, nn.Linear))
-        matrices = {id(layer.weight) for layer in linear}
-        of_muon = [parameter for parameter in _trained(network) if id(parameter) in matrices]
-        others = [parameter for parameter in _trained(network) if id(parameter) not in matrices]
-        return Muon(others, of_muon, self.muon_learning_rate, **self._of_adamw())
+            return super().build(network, num_steps)
+        hidden = {id(layer.weight) for block in blocks for layer in block.modules() if isinstance(layer, WITH_MATRIX)}
+        of_muon = [parameter for parameter in _trained(network) if id(parameter) in hidden]
+        others = [parameter for parameter in _trained(network) if id(parameter) not in hidden]
+        return self._with_schedule(Muon(others, of_muon, self.muon_learning_rate, **self._of_adamw()), num_steps)
 
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:
@@ -91,6 +91,8 @@ def _trained(network: nn.Module) -> list[nn.Parameter]:
 
 class Muon(AdamW):
     """Matrices move along their momentum made orthogonal, so that all its directions count alike; AdamW moves the rest.
+
+    A convolution's weight (O, I, h, w) is the matrix (O, I·h·w).
 
     Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), with the scale of Liu et al. 2025 (arXiv 2502.16982), by
     which learning rates count as AdamW's do; ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` is the same for matrices
@@ -110,7 +112,7 @@ class Muon(AdamW):
         """
         Args:
             parameters: that AdamW moves.
-            of_muon: that Muon moves; of two dimensions, in the same order on all processes.
+            of_muon: that Muon moves; of two dimensions or more, in the same order on all processes.
             dtype: to iterate in (default: bf16 where it is faster than fp32; no more is needed).
             adamw: ``lr``, ``betas``, ``weight_decay`` and so on; the weight decay is Muon's too.
         """
@@ -139,7 +141,8 @@ class Muon(AdamW):
         of_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
-                of_shape[min(parameter.shape), max(parameter.shape)].append(parameter)
+                rows, columns = parameter.shape[0], parameter.shape[1:].numel()
+                of_shape[min(rows, columns), max(rows, columns)].append(parameter)
         for (short, long), parameters in of_shape.items():
             scale = group["lr"] * ADAMW_RMS * math.sqrt(long)
             for parameter, direction in zip(parameters, self._directions(parameters, short, long), strict=True):
@@ -153,7 +156,7 @@ class Muon(AdamW):
         share = math.ceil(len(parameters) / world)
         own = torch.zeros(share, short, long, dtype=self.dtype, device=local(parameters[0]).device)
         for number, parameter in enumerate(parameters):
-            update = whole(self._momentum(parameter))
+            update = whole(self._momentum(parameter)).flatten(1)
             if number // share == rank:
                 own[number % share] = update if len(update) == short else update.mT
         for some in own.split(max(MAX_NUMBERS // (short * long), 1)):
@@ -164,7 +167,7 @@ class Muon(AdamW):
             own = all_shares
         # what is beyond the parameters filled the last share
         directions = zip(parameters, own, strict=False)
-        return [direction if len(parameter) == short else direction.mT for parameter, direction in directions]
+        return [(made if len(weight) == short else made.mT).reshape(weight.shape) for weight, made in directions]
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         """With this step's gradient, and looking one step ahead (Nesterov)."""

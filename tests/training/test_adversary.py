@@ -17,7 +17,7 @@ from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.guard import Guard
-from ldm.training.optimiser import OptimiserConfig
+from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import draw_generators
 
 
@@ -162,7 +162,7 @@ def test_the_stage_s_gradient_is_that_of_the_full_loss(image_shards: Path, tmp_p
         adversary=make(start=0, alone=0, warmup=2, weight=0.8, max_adaptive_weight=limit, guard=guard),
         reconstruction=ReconstructionLoss(1.0, 0.5),
         perceptual=PerceptualLoss("alex", "random"),
-        optimiser=OptimiserConfig(1e-3, max_grad_norm=1e9),
+        optimiser=MuonConfig(1e-3, max_grad_norm=1e9),
         discriminator_optimiser=OptimiserConfig(1e-3),
         perceptual_weight=2.0,
         kl_weight=1e-3,

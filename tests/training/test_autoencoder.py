@@ -18,7 +18,7 @@ from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images, set_late
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.optimiser import OptimiserConfig
+from ldm.training.optimiser import MuonConfig, OptimiserConfig
 
 
 def make(**changes: object) -> AutoencoderTraining:
@@ -28,7 +28,7 @@ def make(**changes: object) -> AutoencoderTraining:
         "adversary": adversary(),
         "reconstruction": ReconstructionLoss(0.0, 1.0),
         "perceptual": PerceptualLoss("alex", "random"),
-        "optimiser": OptimiserConfig(1e-3),
+        "optimiser": MuonConfig(1e-3),
         "discriminator_optimiser": OptimiserConfig(1e-3),
         "ema_decay": 0.5,
     }
@@ -113,6 +113,20 @@ def test_reconstruction_improves(image_shards: Path, tmp_path: Path) -> None:
     assert after < before / 4
 
 
+def test_muon_has_the_convolutions_between_the_first_layers_and_the_last(image_shards: Path, tmp_path: Path) -> None:
+    module = make(optimiser=MuonConfig(1e-3, muon_learning_rate=4e-3))
+    trainer = fit(module, image_shards, tmp_path, 2)
+    names = {id(parameter): name for name, parameter in module.autoencoder.named_parameters()}
+    adamws, muons = ([names[id(one)] for one in group["params"]] for group in trainer.optimizers[0].param_groups)
+    assert {"encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.up_blocks.0.upsamplers.0.conv.weight"} <= {*muons}
+    weighty = {name for name, parameter in module.autoencoder.named_parameters() if parameter.ndim > 1}
+    assert weighty - {*muons} == {
+        "encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight",
+        "post_quant_conv.weight", "decoder.conv_in.weight", "decoder.conv_out.weight",
+    }  # fmt: skip
+    assert len(adamws) + len(muons) == len(names) and len(trainer.optimizers[1].param_groups) == 1
+
+
 def test_bf16_keeps_fp32_master_weights(image_shards: Path, tmp_path: Path) -> None:
     module = make(adversary=adversary(0, 0, 1))
     torch.manual_seed(1)
@@ -146,7 +160,7 @@ def test_neither_player_sends_gradients_to_the_other(
     image_shards: Path, tmp_path: Path, precision: str, accumulate: int
 ) -> None:
     """Seen at the moment of each optimiser's step: the other player's gradients are those that its own step left, or none."""
-    module = make(adversary=adversary(0, 0, 1), accumulate=accumulate, optimiser=OptimiserConfig(1e-3, max_grad_norm=1e9))
+    module = make(adversary=adversary(0, 0, 1), accumulate=accumulate, optimiser=MuonConfig(1e-3, max_grad_norm=1e9))
     discriminator, seen = module.adversary.discriminator, []
     module.on_before_optimizer_step = lambda optimiser: None
 

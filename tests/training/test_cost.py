@@ -18,7 +18,7 @@ from ldm.training.cost import (
     peak_flops,
     static_memory,
 )
-from ldm.training.optimiser import DenoiserOptimiserConfig
+from ldm.training.optimiser import MuonConfig
 
 
 def test_a_linear_layer() -> None:
@@ -120,7 +120,7 @@ def test_parameters_by_part() -> None:
 @pytest.mark.parametrize("muon", [None, 1e-3])
 def test_static_memory_is_what_a_step_leaves_behind(muon: float | None) -> None:
     network = DiT(sample_size=4, width=16, num_layers=2, num_heads=2, text_width=8)
-    optimiser, _ = DenoiserOptimiserConfig(muon_learning_rate=muon).build(network, 10)
+    optimiser, _ = MuonConfig(muon_learning_rate=muon).build(network, 10, network.blocks)
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimiser.step()

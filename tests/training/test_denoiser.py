@@ -33,7 +33,7 @@ from ldm.models.text import TextEncoder
 from ldm.pipeline import load_pipeline
 from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
-from ldm.training.optimiser import DenoiserOptimiserConfig
+from ldm.training.optimiser import MuonConfig
 from ldm.training.posthoc import PostHocCLI, find_snapshots, reconstruct
 from ldm.training.randomness import draw_generators
 
@@ -61,7 +61,7 @@ def make(autoencoder: Path, **changes: object) -> DenoiserTraining:
         "path": RectifiedFlow(),
         "prediction": Velocity(),
         "timesteps": LogitNormal(),
-        "optimiser": DenoiserOptimiserConfig(3e-3),
+        "optimiser": MuonConfig(3e-3),
         "ema_decay": 0.9,
         "preview_prompts": ["a red ring", "a blue star"],
         "preview_steps": 3,
@@ -318,7 +318,7 @@ def test_the_validation_loss_is_that_of_the_objective_whatever_the_batch_size(
 ) -> None:
     figures = []
     for batch_size in (10, 3):
-        module = make(exported[0], optimiser=DenoiserOptimiserConfig(0.0))
+        module = make(exported[0], optimiser=MuonConfig(0.0))
         randomised(module.denoiser)
         trainer = fit(module, exported[1], tmp_path, 1, {"batch_size": batch_size})
         figures.append({name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
