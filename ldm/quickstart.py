@@ -41,7 +41,7 @@ SAMPLING = {"num_inference_steps": 25, "guidance_scale": 3.0}
 # Where the minutes go; the rest is drawing, export, previews, sampling and start-up.
 SHARES = {"autoencoder": 0.24, "denoiser": 0.52}
 # A ten-minute run takes at least these steps, however slow the machine: with fewer the words are not learnt.
-LEAST_STEPS = {"autoencoder": 2000, "denoiser": 2100}
+LEAST_STEPS = {"autoencoder": 800, "denoiser": 1050}
 CALIBRATION_STEPS = 12
 
 

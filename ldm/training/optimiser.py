@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ldm.errors import UsageError
 from ldm.machine import bf16_pays
 from ldm.training.sharded import local, piece_like, whole
 
@@ -76,9 +77,15 @@ class MuonConfig(OptimiserConfig):
     muon_learning_rate: float | None = None
 
     def build(self, network: nn.Module, num_steps: int, blocks: Iterable[nn.Module] = ()) -> tuple[Optimizer, LRScheduler]:
-        """``blocks``: parts of ``network`` between its first layers and its last, which Muon is not for."""
+        """``blocks``: parts of ``network`` between its first layers and its last, which Muon is not for.
+
+        Raises:
+            UsageError: for a rate below 0.
+        """
         if self.muon_learning_rate is None:
             return super().build(network, num_steps)
+        if self.muon_learning_rate < 0:
+            raise UsageError(f"model.optimiser.muon_learning_rate is {self.muon_learning_rate:g}; give 0 or more")
         hidden = {id(layer.weight) for block in blocks for layer in block.modules() if isinstance(layer, WITH_MATRIX)}
         of_muon = [parameter for parameter in _trained(network) if id(parameter) in hidden]
         others = [parameter for parameter in _trained(network) if id(parameter) not in hidden]

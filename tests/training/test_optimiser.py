@@ -127,3 +127,8 @@ def test_a_state_that_was_saved_goes_on() -> None:
 def test_a_network_without_blocks_is_refused_with_the_mend() -> None:
     with pytest.raises(UsageError, match=r"Linear does not say which of its parts are blocks.*muon_learning_rate to null"):
         transformer_blocks(nn.Linear(2, 2))
+
+
+def test_a_rate_below_zero_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"muon_learning_rate is -0.1; give 0 or more"):
+        MuonConfig(muon_learning_rate=-0.1).build(nn.Linear(2, 2), 10)
