@@ -156,8 +156,19 @@ class FitCLI(LightningCLI):
         if self.checkpoint:
             content = load_checkpoint(self.checkpoint, mmap=True)  # on every process, for a few figures
             self.resumed_at = content["global_step"]
+            self._require_its_optimiser(content)
             if rank_zero_only.rank == 0:
                 print(f"going on from {self.checkpoint}: {describe(content)}")
+
+    def _require_its_optimiser(self, checkpoint: dict[str, Any]) -> None:
+        """Moments of one optimiser are none of the other's; torch would only say that their number is not the same."""
+        asked = self.options.model.optimiser.muon_learning_rate is not None
+        rates = checkpoint["lr_schedulers"][0]["base_lrs"]  # the second is Muon's
+        if (len(rates) > 1) != asked:
+            how, mend = ("without", "null") if asked else ("with", f"{rates[1]:g}")
+            raise UsageError(
+                f"{self.checkpoint} was trained {how} Muon: give --model.optimiser.muon_learning_rate {mend} to go on from it"
+            )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # not by ckpt_path in the config, which is kept: given again, it must not ask for an old checkpoint
