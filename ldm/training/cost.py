@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,8 @@ def stage_memory(stage: Stage, shards: int = 1) -> StaticMemory:
 class StepFlops:
     """Counts the FLOPs of what runs inside it, forward and backward, on this process; it changes nothing of what is computed.
 
+    Those of Muon are not among them: they are the same whatever the batch.
+
     Blocks that ``torch.compile`` would compile run uncompiled inside. Products count (matrices, convolutions, attention), by
     torch's own formulas; all else is free. torch's ``FlopCounterMode`` itself fails where gradients are asked for with
     ``torch.autograd.grad``, as in stage one.
@@ -142,6 +144,8 @@ class StepFlops:
         self._entered.__exit__(*error)
 
     def _tally(self, operation: str, flops: int) -> None:
+        if _not_counted:
+            return
         if not _in_backward():
             self.forward += flops
         elif not self._again:
@@ -153,6 +157,19 @@ class StepFlops:
 
     def _leave_module(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._again -= _in_backward()
+
+
+_not_counted: list[None] = []  # a place for each :func:`not_counted` entered
+
+
+@contextmanager
+def not_counted() -> Iterator[None]:
+    """What runs within is no part of a step's mathematics: an optimiser's products."""
+    _not_counted.append(None)
+    try:
+        yield
+    finally:
+        _not_counted.pop()
 
 
 class _Products(TorchDispatchMode):

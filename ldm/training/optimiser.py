@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.errors import UsageError
 from ldm.machine import bf16_pays
+from ldm.training.cost import not_counted
 from ldm.training.sharded import local, piece_like, whole
 
 MOMENTUM = 0.95
@@ -139,9 +140,10 @@ class Muon(AdamW):
             super().step()
         finally:
             self.param_groups = groups
-        for group in groups:
-            if group.get("muon"):
-                self._step_matrices(group)
+        with not_counted():
+            for group in groups:
+                if group.get("muon"):
+                    self._step_matrices(group)
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
