@@ -55,7 +55,7 @@ from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.ema import Average
-from ldm.training.optimiser import OptimiserConfig
+from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import draw_generators
 
 WEIGHT, KL_WEIGHT, EMA_DECAY = 0.5, 1e-6, 0.9999
@@ -136,7 +136,7 @@ def build_ours(setting: Setting, layout: str) -> AutoencoderTraining:
         adversary,
         ReconstructionLoss(1.0, 0.0),
         copy.deepcopy(perceptual()),
-        OptimiserConfig(1e-4, (0.5, 0.9)),
+        MuonConfig(1e-4, (0.5, 0.9)),
         OptimiserConfig(1e-4, (0.5, 0.9)),
         kl_weight=KL_WEIGHT,
         channels_last=layout == "channels_last",

@@ -41,7 +41,7 @@ from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversary import Adversary
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.guard import Guard
-from ldm.training.optimiser import OptimiserConfig
+from ldm.training.optimiser import MuonConfig, OptimiserConfig
 
 SIZE, BATCH, WEIGHT = 40, 8, 0.5
 # lower from the start on, for all: at the first rate validation PSNR moves by a decibel from one batch to the next
@@ -106,7 +106,7 @@ def train(
         adversary,
         ReconstructionLoss(0.0, 1.0),
         PerceptualLoss("alex", "random"),
-        OptimiserConfig(rate, (0.5, 0.9)),
+        MuonConfig(rate, (0.5, 0.9)),
         OptimiserConfig(rate, (0.5, 0.9)),
         perceptual_weight=0.1,
         kl_weight=1e-6,
