@@ -126,8 +126,8 @@ def train(
         # Adam goes on as it was: a fresh one would shake the weights by itself
         build = module.optimiser.build
 
-        def go_on(network: nn.Module, num_steps: int) -> tuple:
-            optimiser, schedule = build(network, num_steps)
+        def go_on(*arguments: object) -> tuple:
+            optimiser, schedule = build(*arguments)
             optimiser.load_state_dict(copy.deepcopy(start_from["optimiser"]))
             optimiser.param_groups[0]["lr"] = optimiser.param_groups[0]["initial_lr"] = rate
             return optimiser, schedule
