@@ -71,7 +71,7 @@ class MuonConfig(OptimiserConfig):
     """AdamW with warm-up, and Muon for the matrices and convolutions of a network's blocks where a rate is given.
 
     Attributes:
-        muon_learning_rate: of these weights, in AdamW's units; two to eight times ``learning_rate`` serves. None: all is
+        muon_learning_rate: of these weights, in AdamW's units; two (stage one) to four times ``learning_rate`` serves. None: all is
             AdamW's.
     """
 
