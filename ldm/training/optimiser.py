@@ -71,8 +71,8 @@ class MuonConfig(OptimiserConfig):
     """AdamW with warm-up, and Muon for the matrices and convolutions of a network's blocks where a rate is given.
 
     Attributes:
-        muon_learning_rate: of these weights, in AdamW's units; two (stage one) to four times ``learning_rate`` serves. None: all is
-            AdamW's.
+        muon_learning_rate: of these weights, in AdamW's units; two (stage one) to four times ``learning_rate`` serves.
+            None: all is AdamW's.
     """
 
     muon_learning_rate: float | None = None
