@@ -5,7 +5,6 @@ Shapes: B batch, N picture tokens, L text tokens, D width, H heads, d = D / H.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -13,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb, get_2d_rotary_pos_embed, get_2d_sincos_pos_embed
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.errors import UsageError
 
 Norm = Literal["layer_norm", "rms_norm"]
 Activation = Literal["gelu", "swiglu"]
-Rotation = tuple[Tensor, Tensor]
 
 
 def make_norm(kind: Norm, width: int, affine: bool = False, bias: bool = True) -> nn.Module:
@@ -46,11 +43,31 @@ def modulate(x: Tensor, modulation: Modulation) -> Tensor:
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention over (B, H, N, d); ``mask`` broadcasts to (B, H, N, L), True where a key may be seen.
 
-    On a CPU in bf16 the plain matrix products beat the flash kernel, its backward above all (1.7x on a 4.5M DiT step with 64
-    tokens), so they are asked for there. In fp32 flash takes 0.93 to 0.98 of their step's time, 0.86 to 0.97 in sampling.
+    On a CPU in bf16, gradients come from plain products, the logits in fp32: there torch's kernel is fast forward only. With
+    AMX, forward and backward of 64 tokens took 0.35 of its time so, of 256 0.68.
     """
-    with sdpa_kernel(SDPBackend.MATH) if v.device.type == "cpu" and v.dtype == torch.bfloat16 else nullcontext():
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.autocast("cpu", enabled=False):
+        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT
+        if mask is not None:
+            logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+        return logits.softmax(-1).to(v.dtype) @ v
+
+
+class Rotation(NamedTuple):
+    """By how much each two features of a head turn at each token: both say the same."""
+
+    turns: Tensor  # (1, N, d/2), complex64
+    cosines_sines: tuple[Tensor, Tensor]  # each (N, d), float32
+
+
+def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
+    """(B, N, H, d) -> (B, N, H, d), computed in float32."""
+    # complex numbers take 0.4 times as long, forward and backward (CPU); the compiler writes no code for them
+    if torch.compiler.is_compiling():
+        return apply_rotary_emb(heads, rotation.cosines_sines, sequence_dim=1)
+    return apply_rotary_emb(heads, rotation.turns, use_real=False)
 
 
 class KeysValues(NamedTuple):
@@ -58,6 +75,14 @@ class KeysValues(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """As autocast would give it to each of several matrix products: cast once for all of them."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class Attention(nn.Module):
@@ -83,9 +108,9 @@ class Attention(nn.Module):
         )
         self.to_out = nn.Linear(width, width)
 
-    def keys_values(self, context: Tensor) -> KeysValues:
-        """What cross-attention looks up in ``context`` (B, L, C)."""
-        return KeysValues(self._heads(self.to_k(context), self.norm_k), self._heads(self.to_v(context)))
+    def keys_values(self, context: Tensor, rotation: Rotation | None = None) -> KeysValues:
+        """What attention looks up in ``context`` (B, L, C)."""
+        return KeysValues(self._heads(self.to_k(context), self.norm_k, rotation), self._heads(self.to_v(context)))
 
     def forward(
         self,
@@ -98,17 +123,20 @@ class Attention(nn.Module):
 
         ``rotation`` turns queries and keys by their places, see :func:`rotary_embedding`.
         """
-        q = self._heads(self.to_q(x), self.norm_q)
-        k, v = context if isinstance(context, KeysValues) else self.keys_values(x if context is None else context)
-        if rotation is not None:
-            q, k = apply_rotary_emb(q, rotation), apply_rotary_emb(k, rotation)
+        x = autocasted(x)
+        q = self._heads(self.to_q(x), self.norm_q, rotation)
+        k, v = context if isinstance(context, KeysValues) else self.keys_values(x if context is None else context, rotation)
         attended = scaled_dot_product_attention(q, k, v, mask)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
-    def _heads(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """(B, N, D) -> (B, H, N, d), each head normalised."""
+    def _heads(self, projected: Tensor, norm: nn.Module | None = None, rotation: Rotation | None = None) -> Tensor:
+        """(B, N, D) -> (B, H, N, d), each head normalised and turned."""
         heads = projected.unflatten(-1, (self.num_heads, -1))
-        return (heads if norm is None else norm(heads)).transpose(1, 2)
+        if norm is not None:
+            heads = norm(heads)
+        if rotation is not None:
+            heads = rotate(heads, rotation)
+        return heads.transpose(1, 2)
 
 
 class GatedSiLU(nn.Module):
@@ -159,10 +187,11 @@ def rotary_embedding(
 ) -> Rotation:
     """Axial rotary embedding of a grid of tokens (Su et al. 2021, arXiv 2104.09864; axes as Heo et al. 2024, 2403.13298).
 
-    Returns cosines and sines, each (N, d) float32: half of a head turns by the column, half by the row, so that what two
-    tokens have to say to each other depends on how far apart they are and on nothing else. Other sizes than ``base_size`` are
-    stretched onto the same span of positions, as in :func:`position_embedding`.
+    Half of a head turns by the column, half by the row, so that what two tokens have to say to each other depends on how far
+    apart they are and on nothing else. Other sizes than ``base_size`` are stretched onto the same span of positions, as in
+    :func:`position_embedding`.
     """
     span = ((0, 0), (base_size, base_size))
-    cosines, sines = get_2d_rotary_pos_embed(head_width, span, (height_tokens, width_tokens), output_type="pt")
-    return cosines.float().to(device), sines.float().to(device)
+    turns = get_2d_rotary_pos_embed(head_width, span, (height_tokens, width_tokens), use_real=False).to(device)
+    cosines, sines = (part.repeat_interleave(2, dim=1) for part in (turns.real, turns.imag))
+    return Rotation(turns[None], (cosines, sines))

@@ -2,6 +2,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
 from ldm.diffusion.guidance import Condition, denoise
@@ -11,7 +12,7 @@ from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.timesteps import Uniform
 from ldm.errors import UsageError
 from ldm.models.dit import KEPT_TEXTS, DiT, text_computed_once
-from ldm.models.layers import FeedForward, position_embedding, rotary_embedding
+from ldm.models.layers import FeedForward, position_embedding, rotary_embedding, rotate, scaled_dot_product_attention
 
 SIZES = {"sample_size": 8, "width": 32, "num_layers": 2, "num_heads": 2, "text_width": 16}
 # beside the default, every choice at least once
@@ -241,6 +242,23 @@ def test_pixart_stands_in_for_it():
     assert pixart.proj_out.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bf16_with_gradients_is_as_exact_as_torch_s(masked):
+    q, k, v = torch.randn(3, 2, 3, 20, 16, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(20) < torch.tensor([[20], [7]]))[:, None, None] if masked else None
+
+    def with_gradients(attend, dtype):
+        given = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
+        attended = attend(*given, mask)
+        attended.float().square().sum().backward()
+        return [attended.detach().float(), *(tensor.grad.float() for tensor in given)]
+
+    exact = with_gradients(F.scaled_dot_product_attention, torch.float32)
+    torch_s = with_gradients(F.scaled_dot_product_attention, torch.bfloat16)
+    for wanted, ours, theirs in zip(exact, with_gradients(scaled_dot_product_attention, torch.bfloat16), torch_s, strict=True):
+        assert 0 < (ours - wanted).norm() < 1.5 * (theirs - wanted).norm()
+
+
 def test_a_compiled_block_is_the_same_block(randomised):
     """Traced whole, without a break, once for all blocks and once more where text lengths begin to differ."""
     dit = randomised(DiT(**SIZES, **VARIANTS[1]))
@@ -266,7 +284,7 @@ def test_swiglu_has_as_many_parameters_as_gelu(width):
 
 def test_positions_of_a_larger_grid_lie_between_those_of_the_trained_one():
     """Twice the tokens over the same span: every second one stands where one stood, whatever the other side."""
-    for embedding in (position_embedding, lambda *sizes: torch.cat(rotary_embedding(*sizes), dim=1)):
+    for embedding in (position_embedding, lambda *sizes: torch.cat(rotary_embedding(*sizes).cosines_sines, dim=1)):
         base, finer = embedding(16, 4, 4, 4).unflatten(0, (4, 4)), embedding(16, 8, 12, 4).unflatten(0, (8, 12))
         torch.testing.assert_close(finer[::2, ::3], base)
         assert len(base.flatten(0, 1).unique(dim=0)) == 16  # and no two places are one
@@ -274,13 +292,11 @@ def test_positions_of_a_larger_grid_lie_between_those_of_the_trained_one():
 
 def test_a_rotary_product_depends_on_the_distance_alone():
     """So a crop of the picture is the picture of a crop: queries and keys turned by places (r, c) and (r + i, c + j)."""
-    cosines, sines = (part.unflatten(0, (6, 6)) for part in rotary_embedding(16, 6, 6, 6))
+    rotation = rotary_embedding(16, 6, 6, 6)
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
 
     def turned(vector, row, column):
-        pairs = vector.unflatten(-1, (-1, 2))
-        quarter = torch.stack([-pairs[:, 1], pairs[:, 0]], dim=-1).flatten()
-        return vector * cosines[row, column] + quarter * sines[row, column]
+        return rotate(vector.expand(1, 36, 1, 16), rotation).reshape(6, 6, 16)[row, column]
 
     products = {
         (i, j): [turned(q, r, c) @ turned(k, r + i, c + j) for r in range(3) for c in range(3)]
