@@ -5,7 +5,8 @@
 Both have the same width, depth, heads, tokens and text, and parameters within 2 % of each other. A training step is the same
 for both (rectified flow, mean square, AdamW, clipping); the network alone differs. Guided sampling is from words to latents,
 with the same text encoder, scheduler (DPM-Solver++ 2M), steps and guidance: ours through our pipeline, theirs through
-``PixArtAlphaPipeline``. In bf16 both run under autocast; with --compile both have their blocks compiled.
+``PixArtAlphaPipeline``. In bf16 both train under autocast and draw with weights in bf16, as `ldm sample --precision bf16` and
+``torch_dtype`` do; with --compile both have their blocks compiled.
 
 Texts come in two lengths. ``padded``: to 120 tokens, as ``PixArtAlphaPipeline`` and its training pad them; both networks are
 given the same tensors, and ours leaves out what the mask says is padding. Otherwise theirs are cut to the longest prompt too.
@@ -22,6 +23,7 @@ import ldm  # noqa: F401 - first: it settles how OpenMP waits, for both that are
 
 # isort: on
 import argparse
+import copy
 import itertools
 import statistics
 import time
@@ -45,7 +47,7 @@ from ldm.diffusion.scheduler import make_scheduler
 from ldm.diffusion.timesteps import LogitNormal
 from ldm.machine import bf16_pays, describe
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.dit import DiT, text_computed_once
+from ldm.models.dit import DiT, text_computed_once, transformer_blocks
 from ldm.models.text import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.optimiser import OptimiserConfig
@@ -90,6 +92,14 @@ class Setting:
     def autocast(self, precision: str) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=precision == "bf16")
 
+    def ready(self, network: ModelMixin) -> ModelMixin:
+        """``network`` on the device, compiled if that is asked for."""
+        network.to(self.device)
+        if self.compiled:
+            for block in transformer_blocks(network):
+                block.compile()
+        return network
+
 
 # -- the two networks ----------------------------------------------------------------------------------------------------
 
@@ -113,11 +123,7 @@ def build(side: str, setting: Setting, text_width: int) -> ModelMixin:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    network.to(setting.device)
-    if setting.compiled:
-        for block in network.blocks if side == "ours" else network.transformer_blocks:
-            block.compile()
-    return network
+    return setting.ready(network)
 
 
 # -- a training step -----------------------------------------------------------------------------------------------------
@@ -155,21 +161,24 @@ class Training:
 
 
 def sampler(
-    side: str, network: ModelMixin, text_encoder: TextEncoder, setting: Setting, text_length: int
+    side: str, network: ModelMixin, text_encoder: TextEncoder, setting: Setting, text_length: int, precision: str = "fp32"
 ) -> Callable[[Tensor], Tensor]:
     """A function from noise (4, 4, h, w) to the latents of the four prompts; of ours with whichever network is given.
 
     ``text_length`` is theirs; our pipeline encodes prompts at the length they have.
     """
+    dtype, text_model = torch.float32, text_encoder.model
+    if precision == "bf16":
+        dtype, network, text_model = torch.bfloat16, setting.ready(copy.deepcopy(network)), copy.deepcopy(text_model)
     parts = {
         "vae": AutoencoderConfig([8, 8, 8, 8], 4, 1, 4, False, 32).build().eval(),
-        "text_encoder": text_encoder.model,
+        "text_encoder": text_model,
         "tokenizer": text_encoder.tokenizer,
         "transformer": network,
         "scheduler": make_scheduler("dpm++2m", *DIFFUSION),
     }
     assert isinstance(parts["scheduler"], DPMSolverMultistepScheduler)
-    pipeline = (LatentDiffusionPipeline if side == "ours" else PixArtAlphaPipeline)(**parts).to(setting.device)
+    pipeline = (LatentDiffusionPipeline if side == "ours" else PixArtAlphaPipeline)(**parts).to(setting.device, dtype)
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": setting.sampling_steps, "guidance_scale": 4.0, "output_type": "latent"}
     if side == "theirs":
@@ -178,18 +187,17 @@ def sampler(
     def draw(noise: Tensor) -> Tensor:
         network.eval()
         with text_computed_once(network):
-            latents = pipeline(PROMPTS, latents=noise, **options).images
+            latents = pipeline(PROMPTS, latents=noise.to(dtype), **options).images
         network.train()
         return latents
 
     return draw
 
 
-def sampling_seconds(draw: Callable[[Tensor], Tensor], noise: Tensor, setting: Setting, precision: str) -> float:
+def sampling_seconds(draw: Callable[[Tensor], Tensor], noise: Tensor, setting: Setting) -> float:
     """Seconds of one run."""
     began = setting.now()
-    with setting.autocast(precision):
-        draw(noise)
+    draw(noise)
     return setting.now() - began
 
 
@@ -238,14 +246,14 @@ def measure(setting: Setting, precisions: list[str], rounds: int, steps: int) ->
     timed: dict[tuple[str, str, str, str], Callable[[], float]] = {}
     for (side, network), (length, condition) in itertools.product(networks.items(), texts.items()):
         training = Training(network, setting, condition)
-        draw = sampler(side, network, text_encoder, setting, condition.mask.shape[1])
         for precision in precisions:
+            draw = sampler(side, network, text_encoder, setting, condition.mask.shape[1], precision)
             timed["step", precision, length, side] = partial(training.seconds, precision, steps)
             if not (side == "ours" and length):  # ours has nothing to pad
-                timed["sampling", precision, length, side] = partial(sampling_seconds, draw, noise, setting, precision)
+                timed["sampling", precision, length, side] = partial(sampling_seconds, draw, noise, setting)
             if setting.compiled:  # not on the clock: compiling
                 training.step(precision)
-                sampling_seconds(draw, noise, setting, precision)
+                sampling_seconds(draw, noise, setting)
     order = sorted(timed)  # the two sides of a figure next to each other
     seconds: dict[tuple[str, str, str, str], list[float]] = {key: [] for key in order}
     for turn in range(rounds):
