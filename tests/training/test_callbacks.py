@@ -88,16 +88,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_waiting_is_the_time_in_the_loader_alone(trained: Path) -> None:
-    shares = read_metrics(trained / "logs" / "metrics.csv")["time/data_wait_share"][1]
-    true_share = LOADING / (LOADING + STEPPING)
-    assert all(true_share - 0.3 < share < 0.95 for share in shares)
+    curves = read_metrics(trained / "logs" / "metrics.csv")
+    for share, seconds in zip(curves["time/data_wait_share"][1], curves["time/step_seconds"][1], strict=True):
+        # however busy the machine is, neither sleeps less; a tenth for what the two figures are not taken at once
+        assert share * seconds >= 0.9 * LOADING and (1 - share) * seconds >= 0.9 * STEPPING
 
 
 def test_neither_validation_nor_checkpoints_slow_the_rate(trained: Path) -> None:
     curves = read_metrics(trained / "logs" / "metrics.csv")
     seconds, rates = curves["time/step_seconds"][1], curves["time/images_per_second"][1]
-    # with the pauses a step would take 0.25 s on average
-    assert all(LOADING + STEPPING <= each < 0.15 for each in seconds)
+    assert all(each >= LOADING + STEPPING for each in seconds)
+    # with the pauses all steps would take as long as the run, however busy the machine is
+    assert 12 * sum(seconds) / len(seconds) < curves["time/elapsed_seconds"][1][-1] - PAUSE
     assert rates == pytest.approx([IMAGES / each for each in seconds], rel=1e-3)
     assert curves["time/mfu"][1] == pytest.approx([rate * 6.0 / 1e6 for rate in rates], rel=1e-3)
     assert curves["time/elapsed_seconds"][1][-1] > 2 * PAUSE
