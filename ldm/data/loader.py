@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -32,6 +33,8 @@ SLOTS = PREFETCH + 1
 END_CHECK_SECONDS = 5.0
 # shards that a stalled loader names
 NAMED_SHARDS = 3
+# by Ctrl-C and by clusters, to every process of a run; macOS cannot tell who sent a SIGTERM, so there it ends a worker
+SENT_TO_ALL = {signal.SIGINT, signal.SIGUSR1} | ({signal.SIGTERM} if hasattr(signal, "sigtimedwait") else set())
 
 
 class _Batches(Dataset):
@@ -81,7 +84,8 @@ class _PlainLoader(DataLoader):
         """Every batch, with what it was asked for."""
         # as long as memory is held here it stays mapped, and comes back without being mapped anew
         mapped: deque[list[Tensor]] = deque(maxlen=SLOTS * self.num_workers)
-        batches = super().__iter__()
+        with _signals_blocked():
+            batches = super().__iter__()
         with _Watchdog(0 if self.num_workers else self.max_wait, self._stalled) as watchdog:
             for draws in self.batch_sampler:
                 watchdog.awaited = draws
@@ -165,15 +169,24 @@ def batch_loader(dataset: ShardSamples, max_wait: float = 0, rank: int = 0, **op
     )
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process that starts meanwhile has them blocked from its first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SENT_TO_ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _heed_parent_alone(_worker: int) -> None:
     """Ctrl-C, and what a cluster sends to every process of a job, is the training process's to answer, which then ends this.
 
     A worker that dies of it would take the training process along before that has saved.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # blocked already, but by a fork server that was running before
+    signal.pthread_sigmask(signal.SIG_BLOCK, SENT_TO_ALL)
+    if signal.SIGTERM in SENT_TO_ALL:
         threading.Thread(target=_await_end, name="ldm-loader-end", daemon=True).start()
 
 

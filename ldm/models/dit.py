@@ -206,7 +206,8 @@ class DiT(ModelMixin, ConfigMixin):
                 f"latents of {tuple(hidden_states.shape[-2:])} are not divisible by patch_size {patch}; change either"
             )
         place = (height, width, config.sample_size // patch, hidden_states.device)
-        x = self.patch_embed(hidden_states.to(self.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
+        # contiguous, else all that is added to it keeps the layout of a picture: in bf16 on a CPU a forward took 1.4x as long
+        x = self.patch_embed(hidden_states.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
         if "sincos" in config.positions:
             x = x + position_embedding(config.width, *place).to(x)
         rotation = rotary_embedding(config.width // config.num_heads, *place) if "rope" in config.positions else None

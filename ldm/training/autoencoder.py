@@ -332,7 +332,7 @@ class AutoencoderTraining(Stage):
     def configure_optimizers(self) -> tuple[list, list]:
         num_steps = self.trainer.max_steps
         pairs = [
-            self.optimiser.build(self._trained(), num_steps, self._levels()),
+            self.optimiser.build(self._trained(), num_steps, self._levels(), self.compute_dtype),
             self.discriminator_optimiser.build(self.adversary.discriminator, num_steps - self.adversary.start),
         ]
         return [optimiser for optimiser, _ in pairs], [schedule for _, schedule in pairs]

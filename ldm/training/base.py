@@ -90,11 +90,16 @@ class Stage(LightningModule):
         """Parts of :meth:`averaged`, each inside those after it or beside them, that FSDP gathers one after another."""
         raise NotImplementedError
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the matrix products; weights are in fp32."""
+        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+
     def configure_model(self) -> None:
         """Under FSDP, spread the trained network and its averages over the processes."""
         network = self.averaged()
         if isinstance(self.trainer.strategy, FullySharded) and not is_sharded(network):
-            shard(network, self.blocks(), self.device_mesh["data_parallel"], self.trainer.precision == "bf16-mixed")
+            shard(network, self.blocks(), self.device_mesh["data_parallel"], self.compute_dtype)
             self.start_average(*self._averaging)
 
     def start_average(self, decay: float, power: PowerAverages | None = None) -> None:

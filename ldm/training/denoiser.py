@@ -170,7 +170,7 @@ class DenoiserTraining(Stage):
 
     def configure_optimizers(self) -> dict:
         blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
-        optimiser, schedule = self.optimiser.build(self.denoiser, self.trainer.max_steps, blocks)
+        optimiser, schedule = self.optimiser.build(self.denoiser, self.trainer.max_steps, blocks, self.compute_dtype)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- what it starts from -----------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.errors import UsageError
-from ldm.machine import bf16_pays
 from ldm.training.cost import not_counted
 from ldm.training.sharded import local, piece_like, whole
 
@@ -77,8 +76,10 @@ class MuonConfig(OptimiserConfig):
 
     muon_learning_rate: float | None = None
 
-    def build(self, network: nn.Module, num_steps: int, blocks: Iterable[nn.Module] = ()) -> tuple[Optimizer, LRScheduler]:
-        """``blocks``: parts of ``network`` between its first layers and its last, which Muon is not for.
+    def build(
+        self, network: nn.Module, num_steps: int, blocks: Iterable[nn.Module] = (), dtype: torch.dtype = torch.float32
+    ) -> tuple[Optimizer, LRScheduler]:
+        """``blocks``: parts of ``network`` between its first layers and its last, which Muon is not for; ``dtype``: see there.
 
         Raises:
             UsageError: for a rate below 0.
@@ -90,7 +91,7 @@ class MuonConfig(OptimiserConfig):
         hidden = {id(layer.weight) for block in blocks for layer in block.modules() if isinstance(layer, WITH_MATRIX)}
         of_muon = [parameter for parameter in _trained(network) if id(parameter) in hidden]
         others = [parameter for parameter in _trained(network) if id(parameter) not in hidden]
-        return self._with_schedule(Muon(others, of_muon, self.muon_learning_rate, **self._of_adamw()), num_steps)
+        return self._with_schedule(Muon(others, of_muon, self.muon_learning_rate, dtype, **self._of_adamw()), num_steps)
 
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:
@@ -114,18 +115,18 @@ class Muon(AdamW):
         parameters: list[nn.Parameter],
         of_muon: list[nn.Parameter],
         muon_learning_rate: float,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         **adamw: Any,
     ):
         """
         Args:
             parameters: that AdamW moves.
             of_muon: that Muon moves; of two dimensions or more, in the same order on all processes.
-            dtype: to iterate in (default: bf16 where it is faster than fp32; no more is needed).
+            dtype: to iterate in; bf16 is enough, but rounds by the order of a sum, as a run in fp32 does not.
             adamw: ``lr``, ``betas``, ``weight_decay`` and so on; the weight decay is Muon's too.
         """
         super().__init__([{"params": parameters}, {"params": of_muon, "lr": muon_learning_rate, "muon": True}], **adamw)
-        self.dtype = dtype or (torch.bfloat16 if bf16_pays() else torch.float32)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

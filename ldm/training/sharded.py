@@ -97,12 +97,12 @@ def _each(averages: dict[str, Any]) -> list[dict[str, Any]]:
     return [averages, *averages.get("power_function", {}).values()]
 
 
-def shard(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, bf16: bool) -> None:
+def shard(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Spread a network over the processes, so that ``blocks`` are gathered one after another when they are called.
 
-    ``bf16``: gather weights in bf16, and reduce gradients in fp32.
+    ``dtype``: to gather weights in; gradients are reduced in fp32.
     """
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
         _shard(block, mesh, policy)
     _shard(network, mesh, policy)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.images import ImageDataset
-from ldm.data.loader import ShardLoader, batch_loader
+from ldm.data.loader import ShardLoader, _heed_parent_alone, batch_loader
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.plan import Plan, Position
 from ldm.data.sources import ShardSource
@@ -231,7 +231,10 @@ def test_without_a_limit_or_in_time_nothing_is_said(folder):
     next(batches)
 
 
-def test_signals_sent_to_every_process_of_a_run_do_not_end_its_workers(folder):
+def test_signals_sent_to_every_process_of_a_run_do_not_end_its_workers(folder, monkeypatch):
+    """Not even one that is starting still."""
+    late = "ldm.data.loader._heed_parent_alone"
+    monkeypatch.setattr(late, lambda worker: [time.sleep(2 * worker), _heed_parent_alone(worker)])
     batches = iter(make(folder, workers=2))
     found = [next(batches)["key"]]
     workers = multiprocessing.active_children()

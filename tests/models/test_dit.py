@@ -242,6 +242,16 @@ def test_pixart_stands_in_for_it():
     assert pixart.proj_out.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_features_lie_side_by_side_in_every_block(randomised, variant):
+    """A picture's layout would go on from sum to sum and make each of them slow."""
+    dit, seen = randomised(DiT(**SIZES, **variant)), []
+    for block in dit.blocks:
+        block.register_forward_hook(lambda _, arguments, output: seen.extend([arguments[0], output]))
+    denoise(dit, *inputs())
+    assert len(seen) == 4 and all(x.is_contiguous() for x in seen)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_bf16_with_gradients_is_as_exact_as_torch_s(masked):
     q, k, v = torch.randn(3, 2, 3, 20, 16, generator=torch.Generator().manual_seed(0))

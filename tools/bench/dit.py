@@ -274,7 +274,7 @@ def main() -> None:
     """Measure, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small networks (14M), few tokens, three rounds: under 50 s")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="default: 5, 3 with --quick")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: fp32, and bf16 where the machine has it")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of both; takes minutes on a CPU")
     options = parser.parse_args()
@@ -282,9 +282,9 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     precisions = [options.precision] if options.precision else ["fp32"] + ["bf16"] * bf16_pays()
     if options.quick:
-        sizes, rounds, steps = (256, 12, 4, 16, 8, 6), 3, 1
+        sizes, rounds, steps = (256, 12, 4, 16, 8, 6), options.rounds or 3, 1
     else:  # DiT-S of the paper, on a GPU DiT-B, on latents of 32 x 32
-        sizes, rounds, steps = ((768, 12, 12, 32, 64, 20) if gpu else (384, 12, 6, 32, 8, 8)), options.rounds, 3
+        sizes, rounds, steps = ((768, 12, 12, 32, 64, 20) if gpu else (384, 12, 6, 32, 8, 8)), options.rounds or 5, 3
     setting = Setting(*sizes, options.compile, "cuda" if gpu else "cpu")
     print(describe())
     print(setting, f"{rounds} rounds of {steps} steps and a sampling of {len(PROMPTS)} prompts")
