@@ -9,10 +9,10 @@ Three pipelines share text encoder, autoencoder, scheduler (DPM-Solver++ 2M), st
 - ``dit``: ``LatentDiffusionPipeline`` round our DiT, its parameters within 2 % of PixArt's.
 
 One picture at a time and sixteen at once, of four prompts in turn. Texts are as each pipeline comes: ours as long as the
-longest prompt of the batch, theirs padded to 120 tokens (``padded``); and theirs cut to the longest prompt. In bf16 all run
-under autocast.
+longest prompt of the batch, theirs padded to 120 tokens (``padded``); and theirs cut to the longest prompt. In bf16 all have
+their weights in bf16.
 
-The pictures of ours and theirs are compared, in fp32; they differ a little, because theirs tells the network its time in whole
+The pictures of ours and theirs are compared; they differ a little, because theirs tells the network its time in whole
 thousandths and ours exactly. Where the time goes (text encoder, denoiser, decoding, and the rest) is measured in a pass of its
 own, which counts for no ratio. Ends with `ratio NAME MEDIAN MIN MAX`: seconds of theirs over ours, and over our DiT's, at each
 batch and precision.
@@ -66,19 +66,18 @@ class Contestant:
         options: dict[str, Any] = {"num_inference_steps": self.setting.sampling_steps, "guidance_scale": GUIDANCE}
         if self.longest is not None:
             options |= {"max_sequence_length": self.longest, "use_resolution_binning": False, "clean_caption": False}
-        return self.pipeline(prompts, latents=noise, **options).images
+        return self.pipeline(prompts, latents=noise.to(self.pipeline.dtype), **options).images
 
-    def seconds(self, noise: Tensor, precision: str) -> float:
+    def seconds(self, noise: Tensor) -> float:
         """Of one run."""
         began = self.setting.now()
-        with self.setting.autocast(precision):
-            self.draw(noise)
+        self.draw(noise)
         return self.setting.now() - began
 
-    def shares(self, noise: Tensor, precision: str) -> dict[str, float]:
+    def shares(self, noise: Tensor) -> dict[str, float]:
         """Where the seconds of one run go, each part over the whole."""
         with stopwatch(self.pipeline, self.setting) as parts:
-            whole = self.seconds(noise, precision)
+            whole = self.seconds(noise)
         shares = {part: spent / whole for part, spent in parts.items()}
         return shares | {"rest": 1 - sum(shares.values())}
 
@@ -108,8 +107,8 @@ def stopwatch(pipeline: DiffusionPipeline, setting: Setting) -> Iterator[dict[st
             delattr(network, name)
 
 
-def contestants(setting: Setting, autoencoder: tuple[list[int], int]) -> dict[str, Contestant]:
-    """By name; ``theirs_padded`` is theirs as it comes."""
+def contestants(setting: Setting, autoencoder: tuple[list[int], int], dtype: torch.dtype) -> dict[str, Contestant]:
+    """By name, with weights of ``dtype``; ``theirs_padded`` is theirs as it comes."""
     text_encoder = TextEncoder.load("minilm", setting.device)
     length = max(map(len, text_encoder.tokenizer(PROMPTS)["input_ids"]))
     pixart = build("theirs", setting, text_encoder.width).eval()
@@ -129,7 +128,7 @@ def contestants(setting: Setting, autoencoder: tuple[list[int], int]) -> dict[st
     def make(kind: type[DiffusionPipeline], network: torch.nn.Module, longest: int | None = None) -> Contestant:
         scheduler = make_scheduler("dpm++2m", *DIFFUSION)
         parts = {"vae": vae, "text_encoder": text_encoder.model, "tokenizer": text_encoder.tokenizer}
-        pipeline = kind(**parts, transformer=network, scheduler=scheduler).to(setting.device)
+        pipeline = kind(**parts, transformer=network, scheduler=scheduler).to(setting.device, dtype)
         pipeline.set_progress_bar_config(disable=True)
         return Contestant(pipeline, setting, longest)
 
@@ -141,32 +140,34 @@ def contestants(setting: Setting, autoencoder: tuple[list[int], int]) -> dict[st
     }
 
 
-def state_differences(entered: dict[str, Contestant], noise: Tensor) -> None:
-    """Print how far apart are the pictures that ought to be the same, in fp32."""
+def state_differences(precision: str, entered: dict[str, Contestant], noise: Tensor) -> None:
+    """Print how far apart are the pictures that ought to be the same."""
     ours, *theirs = (
         np.stack([*map(np.asarray, entered[name].draw(noise))]).astype(int) for name in ("ours", "theirs", "theirs_padded")
     )
     apart = [abs(pictures - ours).max() for pictures in theirs]
-    print(f"one PixArt in both pipelines: pictures differ by at most {apart[0]} of 255, padded {apart[1]}", end=" ")
-    print(f"(their standard deviation is {ours.std():.0f})", flush=True)
+    print(f"{precision}, one PixArt in both pipelines: pictures differ by at most {apart[0]} of 255,", end=" ")
+    print(f"padded {apart[1]} (their standard deviation is {ours.std():.0f})", flush=True)
 
 
-def measure(entered: dict[str, Contestant], setting: Setting, precisions: list[str], rounds: int) -> dict[str, list[float]]:
-    """Everything, printed as it comes; returns the ratios."""
+def measure(entered: dict[str, dict[str, Contestant]], setting: Setting, rounds: int) -> dict[str, list[float]]:
+    """Everything, printed as it comes; returns the ratios. ``entered``: by precision, then by name."""
     noise = torch.randn(max(BATCHES), 4, setting.side, setting.side, generator=torch.Generator().manual_seed(0)).to(
         setting.device
     )
-    state_differences(entered, noise[: len(PROMPTS)])
-    order = list(itertools.product(BATCHES, precisions, entered))  # those of a figure next to each other
+    for precision, those in entered.items():
+        state_differences(precision, those, noise[: len(PROMPTS)])
+    # those of a figure next to each other
+    order = [(batch, precision, name) for batch in BATCHES for precision, those in entered.items() for name in those]
     for batch, precision, name in order:
-        entered[name].seconds(noise[:batch], precision)  # the first run of a size is slow
-        shares = entered[name].shares(noise[:batch], precision)
+        entered[precision][name].seconds(noise[:batch])  # the first run of a size is slow
+        shares = entered[precision][name].shares(noise[:batch])
         spent = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
         print(f"batch {batch}, {precision}, {name}: {spent}", flush=True)
     seconds: dict[tuple[int, str, str], list[float]] = {key: [] for key in order}
     for turn in range(rounds):
         for batch, precision, name in order if turn % 2 == 0 else reversed(order):
-            seconds[batch, precision, name].append(entered[name].seconds(noise[:batch], precision))
+            seconds[batch, precision, name].append(entered[precision][name].seconds(noise[:batch]))
         print(
             f"round {turn + 1}, s:",
             {" ".join(map(str, key)): round(values[-1], 3) for key, values in seconds.items()},
@@ -176,7 +177,7 @@ def measure(entered: dict[str, Contestant], setting: Setting, precisions: list[s
         median = statistics.median(values)
         print(f"batch {batch}, {precision}, {name}: {median:.3f} s, {batch / median:.2f} images/s")
     ratios = {}
-    for batch, precision in itertools.product(BATCHES, precisions):
+    for batch, precision in itertools.product(BATCHES, entered):
         for theirs, ours in itertools.product(("theirs", "theirs_padded"), ("ours", "dit")):
             name = f"sample_{ours}_{precision}_batch{batch}{theirs.removeprefix('theirs')}"
             pairs = zip(seconds[batch, precision, theirs], seconds[batch, precision, ours], strict=True)
@@ -202,8 +203,10 @@ def main() -> None:
     rounds = 2 if options.quick else options.rounds
     print(describe())
     print(setting, f"{rounds} rounds")
-    entered = contestants(setting, AUTOENCODERS["quick" if options.quick else "gpu" if gpu else "cpu"])
-    for name, values in sorted(measure(entered, setting, precisions, rounds).items()):
+    autoencoder = AUTOENCODERS["quick" if options.quick else "gpu" if gpu else "cpu"]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    entered = {precision: contestants(setting, autoencoder, dtypes[precision]) for precision in precisions}
+    for name, values in sorted(measure(entered, setting, rounds).items()):
         print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
 
 
