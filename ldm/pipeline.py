@@ -118,7 +118,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """The condition of prompts; the empty string is the null condition."""
-        return Condition(*encode_captions(self.tokenizer, self.text_encoder, prompts))
+        embeddings, mask = encode_captions(self.tokenizer, self.text_encoder, prompts)
+        return Condition(embeddings.to(self.transformer.dtype), mask)
 
     @torch.no_grad()
     def encode_images(self, image: Pictures, height: int | None = None, width: int | None = None) -> Tensor:

@@ -102,6 +102,17 @@ def test_so_it_does_on_every_path(tiny_autoencoder, minilm, tmp_path, path, pred
     assert wanted.std() > 10
 
 
+def test_networks_in_bf16_draw_nearly_the_same(tiny_autoencoder, minilm, tmp_path):
+    set_latent_statistics(tiny_autoencoder, [0.1, -0.3, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
+    ours = make_pipeline(tiny_autoencoder, minilm)
+    ours.save_pretrained(tmp_path)
+    half = LatentDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn, exact = (made(PROMPTS, latents=noise, output_type="pt", **QUICK).images for made in (half, ours))
+    assert 0 < (drawn - exact).abs().mean() < 0.02
+
+
 def test_flow_schedulers_give_way_to_one_on_the_same_path(tiny_autoencoder, minilm, tmp_path):
     """With many steps DPM-Solver++ arrives where Euler does."""
     ours = make_pipeline(tiny_autoencoder, minilm, scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0))

@@ -54,7 +54,7 @@ def concatenate(first: Condition, second: Condition) -> Condition:
 def denoise(denoiser: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
     """Call a denoiser with the signature of diffusers' ``PixArtTransformer2DModel``; returns (B, C, H, W)."""
     return denoiser(
-        hidden_states=x_t,
+        hidden_states=x_t.to(getattr(denoiser, "dtype", x_t.dtype)),  # that of its weights, which PixArt asks for
         encoder_hidden_states=condition.embeddings,
         timestep=timestep,
         encoder_attention_mask=condition.mask,
