@@ -281,6 +281,8 @@ def main() -> None:
     quieten()
     gpu = torch.cuda.is_available()
     precisions = [options.precision] if options.precision else ["fp32"] + ["bf16"] * bf16_pays()
+    if options.quick and not gpu:  # one precision, to keep the time
+        precisions = precisions[-1:]
     if options.quick:
         sizes, rounds, steps = (256, 12, 4, 16, 8, 6), options.rounds or 3, 1
     else:  # DiT-S of the paper, on a GPU DiT-B, on latents of 32 x 32
