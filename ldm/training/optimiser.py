@@ -79,7 +79,7 @@ class MuonConfig(OptimiserConfig):
     def build(
         self, network: nn.Module, num_steps: int, blocks: Iterable[nn.Module] = (), dtype: torch.dtype = torch.float32
     ) -> tuple[Optimizer, LRScheduler]:
-        """``blocks``: parts of ``network`` between its first layers and its last, which Muon is not for; ``dtype``: see there.
+        """``blocks``: parts of ``network`` between its first layers and its last, for Muon; ``dtype``: :class:`Muon`'s.
 
         Raises:
             UsageError: for a rate below 0.

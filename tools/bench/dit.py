@@ -54,6 +54,7 @@ from ldm.training.optimiser import OptimiserConfig
 
 DIFFUSION = RectifiedFlow(), Velocity()
 PADDED = 120  # tokens, of PixArtAlphaPipeline
+PRECISION = "default: fp32, and bf16 where the machine has it; with --quick, on a CPU, the last of them alone"
 PROMPTS = [
     "a large red circle at the center and a small cyan heart at the left on a black background",
     "a large yellow ring at the top of a gray background with a tiny blue star in the middle of it",
@@ -270,19 +271,25 @@ def measure(setting: Setting, precisions: list[str], rounds: int, steps: int) ->
     return ratios
 
 
+def precisions_of(options: argparse.Namespace) -> list[str]:
+    """As ``PRECISION`` says."""
+    if options.precision:
+        return [options.precision]
+    all_of_them = ["fp32"] + ["bf16"] * bf16_pays()
+    return all_of_them[-1:] if options.quick and not torch.cuda.is_available() else all_of_them
+
+
 def main() -> None:
     """Measure, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small networks (14M), few tokens, three rounds: under 50 s")
     parser.add_argument("--rounds", type=int, help="default: 5, 3 with --quick")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: fp32, and bf16 where the machine has it")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help=PRECISION)
     parser.add_argument("--compile", action="store_true", help="compile the blocks of both; takes minutes on a CPU")
     options = parser.parse_args()
     quieten()
     gpu = torch.cuda.is_available()
-    precisions = [options.precision] if options.precision else ["fp32"] + ["bf16"] * bf16_pays()
-    if options.quick and not gpu:  # one precision, to keep the time
-        precisions = precisions[-1:]
+    precisions = precisions_of(options)
     if options.quick:
         sizes, rounds, steps = (256, 12, 4, 16, 8, 6), options.rounds or 3, 1
     else:  # DiT-S of the paper, on a GPU DiT-B, on latents of 32 x 32

@@ -36,12 +36,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
-from dit import DIFFUSION, PADDED, PROMPTS, Setting, build, quieten
+from dit import DIFFUSION, PADDED, PRECISION, PROMPTS, Setting, build, precisions_of, quieten
 from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.scheduler import make_scheduler
-from ldm.machine import bf16_pays, describe
+from ldm.machine import describe
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
@@ -189,18 +189,16 @@ def main() -> None:
     """Measure, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small network (14M) and few steps, two rounds: under 50 s")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: fp32, and bf16 where the machine has it")
+    parser.add_argument("--rounds", type=int, help="default: 5, 2 with --quick")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help=PRECISION)
     options = parser.parse_args()
     quieten()
     gpu = torch.cuda.is_available()
     # width, layers, heads and side of the latents: DiT-S of the paper, on a GPU DiT-B
     sizes, steps = ((256, 12, 4, 16), 2) if options.quick else ((768, 12, 12, 32), 20) if gpu else ((384, 12, 6, 32), 8)
-    precisions = [options.precision] if options.precision else ["fp32"] + ["bf16"] * bf16_pays()
-    if options.quick and not gpu:  # one precision, to keep the time
-        precisions = precisions[-1:]
+    precisions = precisions_of(options)
     setting = Setting(*sizes, max(BATCHES), steps, False, "cuda" if gpu else "cpu")
-    rounds = 2 if options.quick else options.rounds
+    rounds = options.rounds or (2 if options.quick else 5)
     print(describe())
     print(setting, f"{rounds} rounds")
     autoencoder = AUTOENCODERS["quick" if options.quick else "gpu" if gpu else "cpu"]
