@@ -58,7 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
-def describe() -> dict[str, str]:
+def machine_info() -> dict[str, str]:
     """The machine and the versions, for reports."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     described = {

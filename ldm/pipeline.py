@@ -1,4 +1,4 @@
-"""Words -> pictures, in diffusers' own terms: ``DiffusionPipeline.from_pretrained`` opens what training saves."""
+"""Words -> images, in diffusers' own terms: ``DiffusionPipeline.from_pretrained`` opens what training saves."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ldm.data.decode import DecodeError, decode_image
 from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.guidance import ClassifierFree, Condition, Conversion, Guidance, GuidedDenoiser
-from ldm.diffusion.sampling import Sampler
-from ldm.diffusion.scheduler import Diffusion, check_scheduler, describe, diffusion_from, diffusion_of
+from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.scheduler import Diffusion, check_scheduler, diffusion_config, diffusion_from, diffusion_of
 from ldm.errors import UsageError, first_line
 from ldm.files import read_json
 from ldm.models.autoencoder import autoencoder_hash, decode_latents, downsampling_factor, normalise_latents
 from ldm.models.dit import text_computed_once
-from ldm.models.pictures import Canvas, Pictures, to_output
-from ldm.models.text import encode_captions, max_tokens, text_encoder_hash
+from ldm.models.image_processor import Images, PreparedImages, to_output
+from ldm.models.text_encoder import encode_captions, max_tokens, text_encoder_hash
 
 # (pipeline, step, timestep, tensors) -> those of them to go on with
 Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-STRENGTH = 0.6  # keeps what a picture shows, and leaves colours and details to the prompt
+STRENGTH = 0.6  # keeps what an image shows, and leaves colours and details to the prompt
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -58,8 +58,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Args:
             trained_on: what the denoiser's latents were made with: sha256 of ``autoencoder`` and ``text_encoder``, and
                 ``latent_shape``; kept in ``model_index.json``, see :meth:`check_parts`.
-            diffusion: path and prediction of the denoiser, as :func:`ldm.diffusion.scheduler.describe` gives them; kept in
-                ``model_index.json``. Where it is not given, what ``scheduler`` says of them holds.
+            diffusion: path and prediction of the denoiser, as :func:`ldm.diffusion.scheduler.diffusion_config` gives them;
+                kept in ``model_index.json``. Where it is not given, what ``scheduler`` says of them holds.
         """
         super().__init__()
         self.register_modules(
@@ -67,7 +67,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         )
         self.register_to_config(trained_on=trained_on, diffusion=diffusion)
         if diffusion is None and scheduler is not None:
-            self.register_to_config(diffusion=describe(*diffusion_of(scheduler)))
+            self.register_to_config(diffusion=diffusion_config(*diffusion_of(scheduler)))
         self.vae_scale_factor = downsampling_factor(vae) if vae is not None else 8
 
     @property
@@ -122,13 +122,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return Condition(embeddings.to(self.transformer.dtype), mask)
 
     @torch.no_grad()
-    def encode_images(self, image: Pictures, height: int | None = None, width: int | None = None) -> Tensor:
-        """Normalised latents (B, C, h, w) of pictures; their sizes are dealt with as :meth:`__call__` does."""
+    def encode_images(self, image: Images, height: int | None = None, width: int | None = None) -> Tensor:
+        """Normalised latents (B, C, h, w) of images; their sizes are dealt with as :meth:`__call__` does."""
         return self._latents(self.canvas(image, None, height, width).images.to(self._execution_device))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
-        """Pictures of normalised latents (B, C, h, w), as :meth:`__call__` gives them; of previews too."""
+        """Images of normalised latents (B, C, h, w), as :meth:`__call__` gives them; of previews too."""
         return latents if output_type == "latent" else to_output(decode_latents(self.vae, latents), output_type)
 
     @property
@@ -159,23 +159,23 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance: Guidance | None = None,
         weak_transformer: ModelMixin | None = None,
-        image: Pictures | None = None,
+        image: Images | None = None,
         strength: float | None = None,
-        mask_image: Pictures | None = None,
+        mask_image: Images | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures from words, from pictures, or both.
+        """Draw images from words, from images, or both.
 
         With ``image`` it is image-to-image; with ``mask_image``, or where ``image`` is transparent, the rest is kept and only
-        that part drawn: inpainting, and outpainting of a picture on a larger, transparent canvas.
+        that part drawn: inpainting, and outpainting of an image on a larger, transparent canvas.
 
         Args:
             prompt: one or several, B; it may be empty where there are an ``image``, for variations of it, or ``latents``.
             negative_prompt: what guidance leads away from; one for all, or one per prompt.
             num_inference_steps: steps of the scheduler, each one call of the denoiser (``heun``: two).
             guidance_scale: w of ``null + w·(cond − null)``; 1 is no guidance.
-            num_images_per_prompt: N, pictures per prompt.
+            num_images_per_prompt: N, images per prompt.
             height, width: in pixels; those of ``image``, or the size trained on, unless given.
-            generator: one, or one per picture (then a picture does not depend on the batch it was drawn in).
+            generator: one, or one per image (then an image does not depend on the batch it was drawn in).
             latents: noise (B·N, C, h, w) of unit variance, instead of drawing it.
             output_type: ``pil``; ``np`` for (B·N, H, W, 3) and ``pt`` for (B·N, 3, H, W), float32 in [0, 1]; ``latent`` for
                 normalised latents (B·N, C, h, w), before the pixels of ``image`` are put back.
@@ -183,20 +183,20 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end: called as ``(pipeline, step, timestep, tensors)`` after each call of the denoiser; ``latents``
                 in the dict that it returns are gone on with. It may set ``pipeline._interrupt = True`` to end the walk.
             callback_on_step_end_tensor_inputs: which tensors it is given, both (B·N, C, h, w): ``latents``, the scheduler's
-                state, and ``pred_original_sample``, the clean picture's latents as the denoiser sees them now; they are
+                state, and ``pred_original_sample``, the clean image's latents as the denoiser sees them now; they are
                 previewed by :meth:`decode`.
             guidance: any rule of :mod:`ldm.diffusion.guidance`, in the place of ``guidance_scale``.
             weak_transformer: a weaker checkpoint of the same model that guidance leads away from, in the place of the negative
                 prompt: autoguidance.
-            image: PIL pictures or tensors (3, H, W) or (B, 3, H, W) in [0, 1], one, or one per prompt, all of one size. Scaled
+            image: PIL images or tensors (3, H, W) or (B, 3, H, W) in [0, 1], one, or one per prompt, all of one size. Scaled
                 and cut to ``height`` and ``width`` where they are given; of any size without.
             strength: share of the steps that is walked, in (0, 1]: how far to go from ``image``. 1 draws what there would be
                 without it, from the same noise. 0.6, and with a mask 1, unless given.
             mask_image: of the image's size, white where it is to be redrawn. Outside, and farther from it than one latent
-                (``vae_scale_factor`` pixels), where the two are blended, the picture's pixels stay identical.
+                (``vae_scale_factor`` pixels), where the two are blended, the image's pixels stay identical.
 
         Raises:
-            UsageError: for a prompt, a picture or a size that cannot be drawn, or a scheduler that does not fit the denoiser.
+            UsageError: for a prompt, an image or a size that cannot be drawn, or a scheduler that does not fit the denoiser.
             LdmError: when the denoiser's answer is not finite; names the step.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -253,21 +253,21 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def invert(
         self,
-        image: Pictures,
+        image: Images,
         prompt: str | Sequence[str] = "",
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
     ) -> Tensor:
-        """The noise that pictures would be drawn from: DDIM inversion, see :func:`ldm.diffusion.editing.invert`.
+        """The noise that images would be drawn from: DDIM inversion, see :func:`ldm.diffusion.editing.invert`.
 
         ``pipeline(prompt, latents=noise, num_inference_steps=…, guidance_scale=1.0)`` draws them again, with another prompt an
-        edited picture. Both ways along the pipeline's scheduler; it should be deterministic, best ``ddim`` or ``euler``.
+        edited image. Both ways along the pipeline's scheduler; it should be deterministic, best ``ddim`` or ``euler``.
 
         Args:
-            image, height, width: as :meth:`__call__` takes them, without a mask; B pictures.
-            prompt: what they show; one for all, or one per picture. It may be empty.
+            image, height, width: as :meth:`__call__` takes them, without a mask; B images.
+            prompt: what they show; one for all, or one per image. It may be empty.
             num_inference_steps: as many as it will be drawn again in.
             guidance_scale: the same as it will be drawn again with; away from 1 the way back is less exact.
 
@@ -285,26 +285,26 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return noise
 
-    def _prompts(self, prompt: str | Sequence[str], canvas: Canvas | None, may_be_empty: bool) -> list[str]:
-        """One per picture but for repeats."""
-        prompts, pictures = [prompt] if isinstance(prompt, str) else list(prompt), 1 if canvas is None else len(canvas.images)
+    def _prompts(self, prompt: str | Sequence[str], canvas: PreparedImages | None, may_be_empty: bool) -> list[str]:
+        """One per image but for repeats."""
+        prompts, images = [prompt] if isinstance(prompt, str) else list(prompt), 1 if canvas is None else len(canvas.images)
         for text in prompts:
             if not may_be_empty or text.strip():
                 self.check_prompt(text)
-        prompts = prompts * pictures if len(prompts) == 1 else prompts
-        if pictures not in (1, len(prompts)):
-            raise UsageError(f"{pictures} images for {len(prompts)} prompts; give one, or one per prompt")
+        prompts = prompts * images if len(prompts) == 1 else prompts
+        if images not in (1, len(prompts)):
+            raise UsageError(f"{images} images for {len(prompts)} prompts; give one, or one per prompt")
         return prompts
 
-    def canvas(self, image: Pictures, mask: Pictures | None, height: int | None, width: int | None) -> Canvas:
-        """Pictures to start from, as :meth:`__call__` takes them, ready for the autoencoder.
+    def canvas(self, image: Images, mask: Images | None, height: int | None, width: int | None) -> PreparedImages:
+        """Images to start from, as :meth:`__call__` takes them, ready for the autoencoder.
 
         Raises:
-            UsageError: for what is no picture, a mask that does not fit, or a size that cannot be drawn.
+            UsageError: for what is no image, a mask that does not fit, or a size that cannot be drawn.
         """
         if height or width:
             self.latent_shape(1, height, width)
-        canvas = Canvas.of(image, mask, height, width, self.vae_scale_factor * self.transformer.config.patch_size)
+        canvas = PreparedImages.of(image, mask, height, width, self.vae_scale_factor * self.transformer.config.patch_size)
         trained = self.transformer.config.sample_size * self.vae_scale_factor
         if not (height and width) and max(canvas.height, canvas.width) > 4 * trained:
             raise UsageError(
@@ -336,7 +336,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return GuidedDenoiser(self.transformer, condition, null, guidance, Conversion.of(*self.diffusion), weak)
 
     def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """(B, C, h, w) of pictures of ``height`` and ``width`` pixels, the size trained on unless given.
+        """(B, C, h, w) of images of ``height`` and ``width`` pixels, the size trained on unless given.
 
         Raises:
             UsageError: for a size that the patches do not divide.
@@ -345,27 +345,27 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         height, width = height or config.sample_size * factor, width or config.sample_size * factor
         unit = factor * config.patch_size
         if height % unit or width % unit:
-            raise UsageError(f"a picture of {width}x{height} cannot be drawn: give multiples of {unit} pixels")
+            raise UsageError(f"an image of {width}x{height} cannot be drawn: give multiples of {unit} pixels")
         return batch, config.in_channels, height // factor, width // factor
 
 
-def read_picture(path: str | os.PathLike) -> Image.Image:
-    """A picture file to start from: RGB, or RGBA where it has transparency; upright, in sRGB.
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """An image file to start from: RGB, or RGBA where it has transparency; upright, in sRGB.
 
     Raises:
         UsageError: naming the file, when it is none.
     """
     try:
         data = Path(path).read_bytes()
-        picture = decode_image(data)
+        image = decode_image(data)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); give a JPEG, PNG or WebP picture") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give a JPEG, PNG or WebP image") from None
     except DecodeError as error:
-        raise UsageError(f"{path}: {error}; give a JPEG, PNG or WebP picture") from None
+        raise UsageError(f"{path}: {error}; give a JPEG, PNG or WebP image") from None
     with Image.open(io.BytesIO(data)) as file:
         if file.has_transparency_data:
-            picture.putalpha(ImageOps.exif_transpose(file).convert("RGBA").getchannel("A"))
-    return picture
+            image.putalpha(ImageOps.exif_transpose(file).convert("RGBA").getchannel("A"))
+    return image
 
 
 def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:

@@ -18,23 +18,23 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from ldm.data.images import ImageDataset
-from ldm.data.shapes import held_out_prompts, seen_prompts
+from ldm.data.image_dataset import ImageDataset
 from ldm.errors import LdmError, UsageError
-from ldm.evaluate import draw, original_and_reconstruction, reconstruction_figures, shape_accuracy
+from ldm.evaluation.evaluate import generate_from_captions, original_and_reconstruction, reconstruction_figures, shape_accuracy
 from ldm.files import atomic_file, read_json, require_new_folder, write_json
 from ldm.losses import PerceptualLoss
-from ldm.machine import describe
+from ldm.machine import machine_info
 from ldm.models.autoencoder import load_autoencoder
 from ldm.pipeline import load_pipeline
 from ldm.progress import Progress, duration
-from ldm.report import Report, captioned_grid, paired_grid, read_metrics
+from ldm.reporting.report import Report, captioned_grid, paired_grid, read_metrics
+from ldm.shapes.scenes import held_out_prompts, seen_prompts
 
-Run = Callable[[Sequence[str]], None]
+RunCommand = Callable[[Sequence[str]], None]
 
 SIZE = 40  # pixels: at 32 a small star has arms of one pixel, at 64 everything costs three times as much
-# 10,000 pictures in ten minutes: the 2,240 captions come about five times each
-PICTURES_PER_MINUTE, MOST_PICTURES, LEAST_PICTURES, VALIDATION_PICTURES = 1000, 20_000, 640, 256
+# 10,000 images in ten minutes: the 2,240 captions come about five times each
+IMAGES_PER_MINUTE, MOST_IMAGES, LEAST_IMAGES, VALIDATION_IMAGES = 1000, 20_000, 640, 256
 SHOWN_PROMPTS = 32
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 3.0}
 
@@ -52,7 +52,7 @@ class Quickstart:
     out: Path
     minutes: float
     seed: int
-    run: Run
+    run: RunCommand
     state: dict[str, Any] = field(default_factory=dict)
 
     def claim(self) -> None:
@@ -135,11 +135,15 @@ class Quickstart:
         changes = {f"data.{split}": folder for split, folder in data.items()}
         if stage == "autoencoder":
             # the whole game, so that a step with the discriminator is what is timed
-            changes |= {"model.adversary.start": 0, "model.adversary.alone": 0, "model.adversary.warmup": 1}
+            changes |= {
+                "model.adversary.start": 0,
+                "model.adversary.discriminator_warmup": 0,
+                "model.adversary.generator_ramp": 1,
+            }
         else:
             changes |= {"model.autoencoder": str(self.out / "autoencoder"), "model.preview_prompts": []}
         changes |= {"trainer.max_steps": CALIBRATION_STEPS, "trainer.val_check_interval": CALIBRATION_STEPS}
-        timing = {"class_path": "ldm.training.callbacks.StepTimes", "init_args": {"file": str(trial / "seconds.json")}}
+        timing = {"class_path": "ldm.runs.callbacks.StepTimes", "init_args": {"file": str(trial / "seconds.json")}}
         config = self.recipe(stage, changes | {"trainer.callbacks": [timing], "data.validation_samples": 1})
         title = f"timing the {stage} on this machine"
         self.run([stage, "fit", "--config", str(config), "--out", str(trial), "--title", title])
@@ -149,12 +153,12 @@ class Quickstart:
         return max(round(self.minutes * 60 * SHARES[stage] / seconds), least, 20)
 
 
-def quickstart(out: Path, minutes: float, seed: int, run: Run) -> None:
-    """Everything from nothing to pictures from words, under ``out``.
+def quickstart(out: Path, minutes: float, seed: int, run: RunCommand) -> None:
+    """Everything from nothing to images from words, under ``out``.
 
     Args:
         minutes: what to aim at; a slow machine takes longer rather than train too little.
-        seed: of the pictures, the weights and the noise.
+        seed: of the images, the weights and the noise.
         run: runs one ``ldm`` command line.
 
     Raises:
@@ -177,10 +181,10 @@ def run_stages(quick: Quickstart) -> None:
     """All that is trained or written before anything is scored."""
     out, minutes, seed = quick.out, quick.minutes, quick.seed
     places = {name: out / name for name in ("shards", "shards-validation", "autoencoder", "latents", "latents-validation")}
-    pictures = round(min(max(minutes * PICTURES_PER_MINUTE, LEAST_PICTURES), MOST_PICTURES))
+    images = round(min(max(minutes * IMAGES_PER_MINUTE, LEAST_IMAGES), MOST_IMAGES))
     for name, count, its_seed, few in (
-        ("shards", pictures, seed, []),
-        ("shards-validation", VALIDATION_PICTURES, seed + 1, ["--held-out"]),
+        ("shards", images, seed, []),
+        ("shards-validation", VALIDATION_IMAGES, seed + 1, ["--held-out"]),
     ):
         arguments = ["shards", "shapes", str(places[name]), "--count", str(count), "--size", str(SIZE)]
         quick.stage(f"draw the {name}", [*arguments, "--seed", str(its_seed), *few], places[name])
@@ -190,8 +194,8 @@ def run_stages(quick: Quickstart) -> None:
         {"train": str(places["shards"]), "validation": str(places["shards-validation"])},
         lambda steps: {
             "model.adversary.start": steps * 2 // 3,
-            "model.adversary.alone": steps // 15,
-            "model.adversary.warmup": max(steps // 6, 1),
+            "model.adversary.discriminator_warmup": steps // 15,
+            "model.adversary.generator_ramp": max(steps // 6, 1),
         },
     )
     for name, shards in (("latents", "shards"), ("latents-validation", "shards-validation")):
@@ -219,11 +223,11 @@ def score_and_report(quick: Quickstart) -> None:
     count = 256 if quick.minutes >= 5 else 64
     for kind, prompts in (("held-out", held_out_prompts("one", count, seed)), ("seen", seen_prompts("one", count // 4, seed))):
         with Progress(f"drawing {kind} prompts", len(prompts)) as progress:
-            drawn[kind] = draw(pipeline, prompts, seed, 64, on_progress=progress.update, **SAMPLING), prompts
+            drawn[kind] = generate_from_captions(pipeline, prompts, seed, 64, on_progress=progress.update, **SAMPLING), prompts
         accuracy[kind] = shape_accuracy(*drawn[kind])
-    pictures, prompts = (few[:SHOWN_PROMPTS] for few in drawn["held-out"])
-    right = [read_scene_is(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-    samples = captioned_grid(pictures, prompts, columns=8, marks=right)
+    images, prompts = (few[:SHOWN_PROMPTS] for few in drawn["held-out"])
+    right = [read_scene_is(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    samples = captioned_grid(images, prompts, columns=8, marks=right)
     with atomic_file(out / "samples.png") as file:
         samples.save(file, "PNG")
     quick.state["seconds"]["sample and score"] = round(time.monotonic() - began, 1)
@@ -249,7 +253,7 @@ def score_and_report(quick: Quickstart) -> None:
         "seconds": quick.state["seconds"],
         "seconds_total": round(total, 1),
         "asked": quick.state["asked"],
-        "machine": describe(),
+        "machine": machine_info(),
         "prompts": count,
         "commands": commands,
     }
@@ -259,14 +263,14 @@ def score_and_report(quick: Quickstart) -> None:
         f"prompt accuracy {record['prompt_accuracy']:.3f} on {count} prompts of pairs never seen, "
         f"PSNR {figures['psnr']:.1f} dB, {duration(total)} in all\n"
         f"look at {out / 'report.html'} and {out / 'samples.png'}; draw more: "
-        f'ldm sample {shlex.quote(str(out / "pipeline"))} "a large pink ring at the top on a gray background" --out pictures'
+        f'ldm sample {shlex.quote(str(out / "pipeline"))} "a large pink ring at the top on a gray background" --out images'
     )
 
 
 def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image, pairs: Image.Image) -> None:
     """One self-contained page."""
     out = quick.out
-    page = Report("ldm quickstart", "From drawn shapes to pictures from words, trained here from nothing")
+    page = Report("ldm quickstart", "From drawn shapes to images from words, trained here from nothing")
     held_out, psnr = record["held_out"], record["reconstruction"]["psnr"]
     page.figures(
         {
@@ -277,13 +281,13 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
         }
     )
     note = "Colour and shape of every prompt were never seen together in training. A tick: all that the caption names is there."
-    page.picture("Pictures from words", samples, note)
+    page.image("Images from words", samples, note)
     page.table(
         "What the scorer read back from the pixels",
         ["attribute", "held-out pairs", "pairs seen"],
         [[name, held_out[name], record["seen"][name]] for name in held_out],
     )
-    page.picture("What the autoencoder keeps", pairs, f"LPIPS in training: {record['lpips']}.")
+    page.image("What the autoencoder keeps", pairs, f"LPIPS in training: {record['lpips']}.")
     page.table("Reconstruction", ["figure", "value"], [[name, value] for name, value in record["reconstruction"].items()])
     logs = {stage: read_metrics(out / "runs" / stage / "logs" / "metrics.csv") for stage in ("autoencoder", "denoiser")}
     for title, stage, names, log_y in (
@@ -296,7 +300,7 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
         page.curve(title, series, "batches trained", "", log_y=log_y, smooth=5)
     previews = sorted((out / "runs" / "denoiser" / "previews").glob("*.png"))
     for path in previews:
-        page.picture(f"Stage two at batch {int(path.stem.split('-')[1])}", Image.open(path))
+        page.image(f"Stage two at batch {int(path.stem.split('-')[1])}", Image.open(path))
     rows = [[name, duration(seconds)] for name, seconds in record["seconds"].items()]
     page.table("Time, without the seconds of starting up", ["step", "m:ss"], rows)
     page.table("Machine and versions", ["", ""], [[name, value] for name, value in record["machine"].items()])
@@ -309,9 +313,9 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
     page.save(out / "report.html")
 
 
-def read_scene_is(picture: Image.Image, prompt: str) -> bool:
-    """Whether the picture shows all that the prompt names."""
-    return shape_accuracy([picture], [prompt])["prompt_accuracy"] == 1.0
+def read_scene_is(image: Image.Image, prompt: str) -> bool:
+    """Whether the image shows all that the prompt names."""
+    return shape_accuracy([image], [prompt])["prompt_accuracy"] == 1.0
 
 
 def recipe_path(name: str) -> Path:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from ldm.data.shapes import generate
 from ldm.data.writer import write_images
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.dit import DiT
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.shapes.scenes import generate
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +41,11 @@ def tiny_text_encoder(tmp_path_factory):
 
 @pytest.fixture
 def tiny_autoencoder():
-    """Two levels, pictures of 16 pixels, untrained, its posterior widened so that means and deviations both count."""
+    """Two levels, images of 16 pixels, untrained, its posterior widened so that means and deviations both count."""
     torch.manual_seed(0)
-    config = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16)
+    config = AutoencoderConfig(
+        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
+    )
     return config.build().eval()
 
 
@@ -51,7 +53,7 @@ def tiny_autoencoder():
 def tiny_dit():
     """A DiT with random weights everywhere, so that every input matters to its output."""
     torch.manual_seed(0)
-    return randomise(DiT(sample_size=8, width=32, num_layers=2, num_heads=2, text_width=16)).eval()
+    return randomise(DiT(sample_size=8, width=32, num_layers=2, num_attention_heads=2, caption_channels=16)).eval()
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_shapes_pack_index_check(capsys: pytest.CaptureFixture, tmp_path: Path, 
 
 
 def test_index_and_check_say_what_cannot_be_used(capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path) -> None:
-    """One sample of four has a picture that is none, another no picture: a table, a line for each, and exit code 1."""
+    """One sample of four has an image that is none, another no image: a table, a line for each, and exit code 1."""
     image, folder = (photos / "0.png").read_bytes(), tmp_path / "shards"
     folder.mkdir()
     with tarfile.open(folder / "a.tar", "w") as tar:
@@ -140,10 +140,10 @@ def test_an_out_with_other_work_is_not_touched(capsys: pytest.CaptureFixture, tm
 
 
 def test_sample_refuses_a_model_that_is_none(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    code, _, said = run(capsys, "sample", tmp_path, "a red ring", "--out", tmp_path / "pictures")
+    code, _, said = run(capsys, "sample", tmp_path, "a red ring", "--out", tmp_path / "images")
     assert code == 2 and "model_index.json" in said and str(tmp_path) in said
     (tmp_path / "model_index.json").write_text("{}")
-    code, _, said = run(capsys, "sample", tmp_path, "a red ring", "--out", tmp_path / "pictures")
+    code, _, said = run(capsys, "sample", tmp_path, "a red ring", "--out", tmp_path / "images")
     assert code == 2 and said.count("\n") == 0 and str(tmp_path) in said
 
 
@@ -157,7 +157,10 @@ def test_sample_refuses_a_model_that_is_none(capsys: pytest.CaptureFixture, tmp_
         (["--trainer.precision", "16-mixed"], "trainer.precision"),
         (["--model.adversary.guard.lower", "2"], "model.adversary.guard.lower"),
         (["--model.equivariance.probability", "2"], "model.equivariance.probability"),
-        (["--model.autoencoder.widths", "[16, 16, 16, 16, 16]", "--model.autoencoder.sample_size", "80"], "multiples of 16"),
+        (
+            ["--model.autoencoder.block_out_channels", "[16, 16, 16, 16, 16]", "--model.autoencoder.sample_size", "80"],
+            "multiples of 16",
+        ),
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
     ],
 )

@@ -11,29 +11,31 @@ from ldm.cli import main
 from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.scheduler import matching_scheduler
-from ldm.drawing import folder as folders
-from ldm.drawing.folder import GRID_PICTURES, RunFolder, file_name
-from ldm.drawing.metadata import read_png
+from ldm.inference import output_folder as folders
+from ldm.inference.metadata import read_png
+from ldm.inference.output_folder import GRID_IMAGES, OutputFolder, file_name
 from ldm.models.autoencoder import AutoencoderConfig, set_latent_statistics
 from ldm.models.dit import DiT
-from ldm.models.text import minilm_folder
+from ldm.models.text_encoder import minilm_folder
 from ldm.pipeline import LatentDiffusionPipeline
 
 QUICK = ("--steps", "2", "--device", "cpu")
 
 
 def save_pipeline(path, seed=0):
-    """A pipeline for pictures of 16 pixels, of random networks; it takes prompts of 24 tokens."""
+    """A pipeline for images of 16 pixels, of random networks; it takes prompts of 24 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     tokenizer.model_max_length = 24
     torch.manual_seed(seed)
-    config = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16)
+    config = AutoencoderConfig(
+        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
+    )
     autoencoder = config.build().eval()
     set_latent_statistics(autoencoder, [0.0] * 4, [1.0] * 4)
     text = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
-    dit = DiT(sample_size=8, width=32, num_layers=2, num_heads=2, text_width=32)
+    dit = DiT(sample_size=8, width=32, num_layers=2, num_attention_heads=2, caption_channels=32)
     with torch.no_grad():
         for parameter in dit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -69,18 +71,18 @@ def sample(model, tmp_path, monkeypatch, capsys):
     return run
 
 
-def pictures(folder):
+def make_images(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("[0-9]*.png"))}
 
 
 def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
-def test_every_picture_has_its_name_its_seed_and_its_settings(sample, tmp_path):
+def test_every_image_has_its_name_its_seed_and_its_settings(sample, tmp_path):
     code, said, _ = sample("a red ring", "🟥", "--count", 2, "--seed", 5, "--guidance-interval", 0.2, 0.8, "--size", "32x16")
-    assert code == 0 and "4 pictures, grid.png and index.html: out" in said
+    assert code == 0 and "4 images, grid.png and index.html: out" in said
     names = ["0000-a-red-ring.png", "0001-a-red-ring.png", "0002.png", "0003.png"]
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [*names, "grid.png", "index.html", "run.json"]
@@ -89,12 +91,12 @@ def test_every_picture_has_its_name_its_seed_and_its_settings(sample, tmp_path):
         assert settings.seed == 5 + number and settings.guidance_interval == (0.2, 0.8) and settings.steps == 2
         assert (settings.width, settings.height) == (provenance.width, provenance.height) == (32, 16)
         assert provenance.sampler == "FlowMatchEulerDiscreteScheduler" and settings.prompt == ("a red ring", "🟥")[number // 2]
-    assert len({picture for picture in pictures(out).values()}) == 4
+    assert len({image for image in make_images(out).values()}) == 4
     code, said, _ = sample("a red ring", "--scheduler", "heun", out="other")
     assert code == 0 and read_png(tmp_path / "other" / names[0])[1].sampler == "FlowMatchHeunDiscreteScheduler"
 
 
-def test_a_picture_is_drawn_again_from_itself_bit_by_bit(sample, tmp_path, model):
+def test_an_image_is_drawn_again_from_itself_bit_by_bit(sample, tmp_path, model):
     assert sample("a red ring", "a star", "--seed", 5, "--negative", "blur", "--scheduler", "euler-ancestral")[0] == 0
     drawn = tmp_path / "out" / "0001-a-star.png"
     code, _, said = sample("--from-image", drawn, out="again")
@@ -107,7 +109,7 @@ def test_a_picture_is_drawn_again_from_itself_bit_by_bit(sample, tmp_path, model
     assert code == 2 and "holds no settings" in said and not (tmp_path / "none").exists()
 
 
-def test_a_picture_of_another_model_is_named_as_such(sample, tmp_path, model):
+def test_an_image_of_another_model_is_named_as_such(sample, tmp_path, model):
     assert sample("a red ring")[0] == 0
     drawn, other = tmp_path / "out" / "0000-a-red-ring.png", save_pipeline(tmp_path / "other", seed=1)
     hashes = [read_png(drawn)[1].model_hash[:12]]
@@ -124,19 +126,21 @@ def test_what_is_there_is_not_drawn_again(sample, tmp_path):
     arguments = ("--prompts", "prompts.jsonl", "--batch-size", 2, "--preview-every", 1)
     assert sample(*arguments)[0] == 0
     out = tmp_path / "out"
-    whole = {name: pixels(out / name) for name in pictures(out)}
+    whole = {name: pixels(out / name) for name in make_images(out)}
     grid = pixels(out / "grid.png")
     assert len(whole) == 4 and not (out / "preview.png").exists()
     for name in ("0001-a-red-ring.png", "0002-a-blue-ring.png", "grid.png", "index.html"):
         (out / name).unlink()
     stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("[0-9]*.png")}
     code, said, _ = sample(*arguments)
-    assert code == 0 and "4 pictures (2 were there)" in said
+    assert code == 0 and "4 images (2 were there)" in said
     assert all((out / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
-    assert list(pictures(out)) == list(whole) and all(abs(pixels(out / name) - one).max() <= 1 for name, one in whole.items())
+    assert list(make_images(out)) == list(whole) and all(
+        abs(pixels(out / name) - one).max() <= 1 for name, one in whole.items()
+    )
     assert (out / "index.html").exists() and abs(pixels(out / "grid.png") - grid).max() <= 1
     code, said, _ = sample(*arguments)
-    assert code == 0 and "4 pictures (4 were there)" in said
+    assert code == 0 and "4 images (4 were there)" in said
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,7 @@ def test_a_folder_of_another_request_is_refused_and_left_alone(sample, tmp_path,
 
 
 def test_an_interrupted_run_leaves_what_is_drawn_and_goes_on(sample, tmp_path, monkeypatch):
-    save = RunFolder.save
+    save = OutputFolder.save
 
     def interrupted(self, number, *rest, **metadata):
         if number == 2:
@@ -166,15 +170,18 @@ def test_an_interrupted_run_leaves_what_is_drawn_and_goes_on(sample, tmp_path, m
 
     arguments = ("a red ring", "--count", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save", interrupted)
+        patch.setattr(OutputFolder, "save", interrupted)
         code, _, said = sample(*arguments)
-    assert code == 130 and "2 of 4 pictures are drawn; the same command draws the rest" in said
-    there = pictures(tmp_path / "out")
+    assert code == 130 and "2 of 4 images are drawn; the same command draws the rest" in said
+    there = make_images(tmp_path / "out")
     assert len(there) == 2
     code, said, _ = sample(*arguments)
-    assert code == 0 and "4 pictures (2 were there)" in said
+    assert code == 0 and "4 images (2 were there)" in said
     assert sample(*arguments, out="at-once")[0] == 0
-    assert pictures(tmp_path / "out") == pictures(tmp_path / "at-once") and there.items() <= pictures(tmp_path / "out").items()
+    assert (
+        make_images(tmp_path / "out") == make_images(tmp_path / "at-once")
+        and there.items() <= make_images(tmp_path / "out").items()
+    )
 
 
 def test_a_full_disk_is_one_line(sample, tmp_path, monkeypatch):
@@ -190,7 +197,7 @@ def test_an_out_that_cannot_be_written_is_known_before_drawing(sample, tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
-    for out in ("file", "file/pictures", "full"):
+    for out in ("file", "file/images", "full"):
         code, _, said = sample("a red ring", out=out)
         assert code in (1, 2) and said.count("\n") == 1 and out in said
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
@@ -202,13 +209,13 @@ def test_broken_lines_are_named_and_the_others_drawn_if_asked(sample, tmp_path):
     code, _, said = sample("--prompts", "prompts.jsonl")
     assert code == 2 and said.count("\n") == 1 and "prompts.jsonl, line 2: " in said and not (tmp_path / "out").exists()
     code, said, complaints = sample("--prompts", "prompts.jsonl", "--keep-going")
-    assert code == 1 and "2 pictures" in said and "2 lines of prompts.jsonl are broken" in complaints
+    assert code == 1 and "2 images" in said and "2 lines of prompts.jsonl are broken" in complaints
     assert "line 2: " in complaints and "line 3: no sampler 'magic'" in complaints
-    there = pictures(tmp_path / "out")
+    there = make_images(tmp_path / "out")
     assert list(there) == ["0000-a-ring.png", "0003-a-star.png"]
     (tmp_path / "prompts.jsonl").write_text("\n".join([lines[0], '{"prompt": "two"}', '{"prompt": "three"}', lines[3]]))
     code, said, _ = sample("--prompts", "prompts.jsonl")
-    assert code == 0 and "4 pictures (2 were there)" in said and there.items() <= pictures(tmp_path / "out").items()
+    assert code == 0 and "4 images (2 were there)" in said and there.items() <= make_images(tmp_path / "out").items()
 
 
 def test_a_long_prompt_is_warned_of_with_the_words_that_are_cut(sample, tmp_path):
@@ -222,23 +229,23 @@ def test_a_long_prompt_is_warned_of_with_the_words_that_are_cut(sample, tmp_path
 
 
 def test_the_grid_of_a_long_run_shows_its_beginning(sample, tmp_path):
-    lines = "\n".join(f"ring {number}" for number in range(GRID_PICTURES + 3))
+    lines = "\n".join(f"ring {number}" for number in range(GRID_IMAGES + 3))
     (tmp_path / "prompts.txt").write_text(f"# rings\n\n{lines}\n")
     code, said, _ = sample("--prompts", "prompts.txt", "--batch-size", 32)
-    assert code == 0 and f"{GRID_PICTURES + 3} pictures, grid.png of the first {GRID_PICTURES}" in said
-    assert len(pictures(tmp_path / "out")) == GRID_PICTURES + 3
+    assert code == 0 and f"{GRID_IMAGES + 3} images, grid.png of the first {GRID_IMAGES}" in said
+    assert len(make_images(tmp_path / "out")) == GRID_IMAGES + 3
 
 
-def test_previews_are_written_while_a_picture_is_drawn(sample, tmp_path, monkeypatch):
+def test_previews_are_written_while_an_image_is_drawn(sample, tmp_path, monkeypatch):
     seen = []
-    write = RunFolder.preview
+    write = OutputFolder.preview
 
     def preview(self, *arguments):
         write(self, *arguments)
-        with Image.open(self.path / "preview.png") as picture:
-            seen.append(np.asarray(picture).std())
+        with Image.open(self.path / "preview.png") as image:
+            seen.append(np.asarray(image).std())
 
-    monkeypatch.setattr(RunFolder, "preview", preview)
+    monkeypatch.setattr(OutputFolder, "preview", preview)
     assert sample("a red ring", "--preview-every", 1)[0] == 0
     assert len(seen) == 2 and min(seen) > 1 and not (tmp_path / "out" / "preview.png").exists()
 

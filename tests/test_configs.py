@@ -19,7 +19,7 @@ from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.dit import DiT
-from ldm.training.cost import static_memory
+from ldm.runs.dry_run.cost import static_memory
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -65,7 +65,14 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     main(["shards", "shapes", "shards", "--count", "24", "--size", size])
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "4"]
     few = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "3"]
-    game = ["--model.adversary.start", "2", "--model.adversary.alone", "1", "--model.adversary.warmup", "2"]
+    game = [
+        "--model.adversary.start",
+        "2",
+        "--model.adversary.discriminator_warmup",
+        "1",
+        "--model.adversary.generator_ramp",
+        "2",
+    ]
     config = str(CONFIGS / recipes / "autoencoder.yaml")
     main(["autoencoder", "fit", "--config", config, "--out", "runs/ae", *data, *few, *game])
     assert AutoencoderKL.from_pretrained("runs/ae/autoencoder").config.latent_channels == 4
@@ -90,10 +97,10 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert Path("again-pipeline", weights).read_bytes() == Path("runs/dit/pipeline", weights).read_bytes()
 
-    for out in ("pictures", "again"):
+    for out in ("images", "again"):
         main(["sample", "runs/dit/pipeline", "a red ring", "a blue star", "--out", out, "--steps", "2", "--seed", "5"])
-    pictures, again = ({path.name: path.read_bytes() for path in Path(out).glob("*.png")} for out in ("pictures", "again"))
-    assert len(pictures) == 3 and pictures == again
+    images, again = ({path.name: path.read_bytes() for path in Path(out).glob("*.png")} for out in ("images", "again"))
+    assert len(images) == 3 and images == again
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "cluster").iterdir()), ids=lambda file: file.name)
@@ -103,7 +110,7 @@ def test_the_files_for_clusters_are_shell_and_go_on_where_a_run_was(file: Path) 
 
 
 def tiny_arguments(config: str, size: int) -> list[str]:
-    """A recipe of stage one, its pictures, networks and run made small, neither compiled nor in bf16."""
+    """A recipe of stage one, its images, networks and run made small, neither compiled nor in bf16."""
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "2"]
     arguments = [
         "autoencoder",
@@ -117,7 +124,14 @@ def tiny_arguments(config: str, size: int) -> list[str]:
         "1",
     ]
     arguments += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--data.image_size", str(size)]
-    arguments += ["--model.adversary.start", "0", "--model.adversary.alone", "0", "--model.adversary.warmup", "1"]
+    arguments += [
+        "--model.adversary.start",
+        "0",
+        "--model.adversary.discriminator_warmup",
+        "0",
+        "--model.adversary.generator_ramp",
+        "1",
+    ]
     arguments += ["--model.compile", "false", "--trainer.precision", "32-true"]
     return [*arguments, "--model.adversary.discriminator.init_args.width", "8"]
 
@@ -127,14 +141,14 @@ def tiny_arguments(config: str, size: int) -> list[str]:
     [("kl_f8_8gb", "[8, 8, 8, 8]", 8), ("kl_f8_24gb", "[8, 8, 8, 8]", 8), ("kl_f16_8gpu", "[8, 8, 8, 8, 8]", 16),
      ("kl_f4_cpu", "[8, 8, 8]", 4)],
 )  # fmt: skip
-def test_recipes_for_your_own_pictures(
+def test_recipes_for_your_own_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, widths: str, factor: int
 ) -> None:
-    """And, from what one of them leaves behind, the decoder alone on windows of larger pictures, which are validated whole."""
+    """And, from what one of them leaves behind, the decoder alone on windows of larger images, which are validated whole."""
     monkeypatch.chdir(tmp_path)
     main(["shards", "shapes", "shards", "--count", "8", "--size", "80"])
     arguments = tiny_arguments(f"{config}.yaml", 64)
-    arguments += ["--model.autoencoder.widths", widths, "--model.autoencoder.norm_groups", "4"]
+    arguments += ["--model.autoencoder.block_out_channels", widths, "--model.autoencoder.norm_num_groups", "4"]
     arguments += ["--model.autoencoder.sample_size", "64", "--model.perceptual.init_args.weights", "random"]
     main([*arguments, "--out", "run"])
     trained = AutoencoderKL.from_pretrained("run/autoencoder")
@@ -149,7 +163,7 @@ def test_recipes_for_your_own_pictures(
             assert torch.equal(before, finer.state_dict()[name]) or not name.startswith(("encoder.", "quant_conv."))
         assert not torch.equal(trained.decoder.conv_out.weight, finer.decoder.conv_out.weight)
         assert "run/autoencoder" not in Path("finer/autoencoder/config.json").read_text()
-        assert Image.open("finer/previews/step-00000003.png").width > 2 * 80  # whole pictures
+        assert Image.open("finer/previews/step-00000003.png").width > 2 * 80  # whole images
 
 
 def test_the_recipe_for_real_training_says_what_it_lacks_offline(
@@ -164,8 +178,14 @@ def test_the_recipe_for_real_training_says_what_it_lacks_offline(
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     monkeypatch.chdir(tmp_path)
     main(["shards", "shapes", "shards", "--count", "4", "--size", "64"])
-    arguments = [*tiny_arguments("kl_f8_8gpu.yaml", 64), "--out", "run", "--model.autoencoder.widths", "[8, 8, 8, 8]"]
-    arguments += ["--model.autoencoder.norm_groups", "4", "--model.autoencoder.sample_size", "64"]
+    arguments = [
+        *tiny_arguments("kl_f8_8gpu.yaml", 64),
+        "--out",
+        "run",
+        "--model.autoencoder.block_out_channels",
+        "[8, 8, 8, 8]",
+    ]
+    arguments += ["--model.autoencoder.norm_num_groups", "4", "--model.autoencoder.sample_size", "64"]
     with pytest.raises(SystemExit) as left:
         main(arguments)
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -204,14 +224,14 @@ def test_the_denoisers_have_the_sizes_of_the_paper(name: str) -> None:
         denoiser = DiT(**arguments)
     config = denoiser.config
     width, blocks, heads = PRESETS[name.rsplit("_", 1)[0]]
-    assert (config.width, config.num_layers, config.num_heads, config.patch_size) == (width, blocks, heads, 2)
+    assert (config.width, config.num_layers, config.num_attention_heads, config.patch_size) == (width, blocks, heads, 2)
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     said = " ".join(recipe.replace("# ", " ").split())
     assert f"{count / 1e6:.1f}M parameters" in said
     kept = static_memory(count, averaged=count, shards=8 if "fsdp" in name else 1)
     assert f": {kept.total / 1e9:.1f} GB kept" in said
 
-    text = config.text_width
+    text = config.caption_channels
     head_norms, text_norm, table = 4 * width // heads, 2 * width, 6 * width
     block = 8 * linear(width, width) + linear(width, 4 * width) + linear(4 * width, width) + head_norms + text_norm + table
     time = linear(256, width) + linear(width, width) + 8 * linear(width, width)  # 6 to modulate the blocks, 2 the output
@@ -231,7 +251,7 @@ def tiny_latents(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: p
 @pytest.mark.parametrize("recipe", [*(f"denoiser/{name}" for name in TRAINED_DENOISERS), *COMPARED])
 def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, recipe: str) -> None:
     arguments = ["denoiser", "fit", "--config", str(CONFIGS / f"{recipe}.yaml"), "--out", str(tmp_path / "run")]
-    tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_heads": 2, "text_width": 8}
+    tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 8}
     for name, value in tiny.items():
         arguments += [f"--model.denoiser.init_args.{name}", str(value)]
     arguments += ["--data.train", str(tiny_latents / "latents"), "--data.validation", str(tiny_latents / "latents")]
@@ -249,7 +269,7 @@ def test_what_is_compared_differs_in_nothing_else() -> None:
     for part in ("path", "prediction", "timesteps", "ema_decay", "optimiser"):
         assert ours[part] == shipped[part]
     network = ours["denoiser"]["init_args"]
-    sizes = ("in_channels", "sample_size", "patch_size", "width", "num_layers", "num_heads", "text_width")
+    sizes = ("in_channels", "sample_size", "patch_size", "width", "num_layers", "num_attention_heads", "caption_channels")
     defaults = {name: parameter.default for name, parameter in inspect.signature(DiT).parameters.items()}
     expected = defaults | shipped["denoiser"]["init_args"]
     assert all(value == expected[name] for name, value in network.items() if name not in sizes)

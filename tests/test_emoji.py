@@ -23,8 +23,8 @@ def test_a_missing_font_is_one_line_with_the_command_that_installs_it(tmp_path, 
 def test_captions_are_unique_and_those_of_the_readme_are_there():
     captions = [caption for _, caption in [*emoji.single_characters(), *emoji.sequences()]]
     assert {"slice of pizza", "crescent moon", "red heart", "woman astronaut", "keycap three"} <= set(captions)
-    pictured = [caption for character, caption in emoji.single_characters() if ord(character) >= 0x1F300]
-    assert len(set(pictured)) == len(pictured)
+    imaged = [caption for character, caption in emoji.single_characters() if ord(character) >= 0x1F300]
+    assert len(set(imaged)) == len(imaged)
 
 
 @needs_font
@@ -37,14 +37,14 @@ def test_glyphs_lie_whole_in_the_middle_of_white():
     rows, columns = np.nonzero(image.min(axis=2) < 250)
     assert abs(rows.min() + rows.max() - 63) <= 2 and abs(columns.min() + columns.max() - 63) <= 2
     assert emoji.draw("A", font, 64) is None  # the font has no letters
-    assert emoji.draw("\U0001f3ca\u200d\U0001f680", font, 64) is None  # two pictures, not one
+    assert emoji.draw("\U0001f3ca\u200d\U0001f680", font, 64) is None  # two images, not one
 
 
 @needs_font
 @pytest.mark.skipif(not features.check("raqm"), reason="Pillow without raqm")
 def test_the_set_is_large_enough(tmp_path, capsys):
     assert emoji.main([str(tmp_path / "out"), "--size", "16"]) == 0
-    pictures = sorted((tmp_path / "out").glob("*.png"))
-    assert len(pictures) >= 1400 and capsys.readouterr().out.startswith(f"{len(pictures)} emoji")
-    assert all(picture.with_suffix(".txt").read_text().strip() for picture in pictures)
-    assert Image.open(pictures[0]).size == (16, 16)
+    images = sorted((tmp_path / "out").glob("*.png"))
+    assert len(images) >= 1400 and capsys.readouterr().out.startswith(f"{len(images)} emoji")
+    assert all(image.with_suffix(".txt").read_text().strip() for image in images)
+    assert Image.open(images[0]).size == (16, 16)

@@ -1,4 +1,4 @@
-"""One model, one picture: what training previews is what its pipeline draws, once exported, moved and opened elsewhere.
+"""One model, one image: what training previews is what its pipeline draws, once exported, moved and opened elsewhere.
 
 Each case is a real run of ``ldm denoiser fit``, a few steps of a tiny network, and its preview is the PNG that the run wrote.
 """
@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from ldm.cli import dispatch
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash
-from ldm.models.text import minilm_folder, text_encoder_hash
+from ldm.models.text_encoder import minilm_folder, text_encoder_hash
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
-from ldm.report import captioned_grid
+from ldm.reporting.report import captioned_grid
 
 PROMPTS = ["a red ring", "a tiny blue star at the left on a beige background", "a circle"]
 STEPS, SAMPLING = 8, {"num_inference_steps": 4, "guidance_scale": 4.0}
@@ -73,7 +73,7 @@ def run(request: pytest.FixtureRequest, image_shards: Path, tmp_path_factory: py
     else:
         data, text = folder / "latents", {}
         export_latents(folder / "autoencoder", image_shards, data, text_encoder=str(folder / "words"))
-    sizes = {"sample_size": 16, "patch_size": 4, "width": 32, "num_layers": 2, "num_heads": 2, "text_width": 64}
+    sizes = {"sample_size": 16, "patch_size": 4, "width": 32, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 64}
     modules = {"path": "path", "prediction": "prediction", "timesteps": "timesteps"}
     diffusion = {name: {"class_path": f"ldm.diffusion.{modules[name]}.{case.pop(name)}"} for name in modules}
     precision = "bf16-mixed" if online else "32-true"
@@ -113,7 +113,7 @@ def draw(pipeline: LatentDiffusionPipeline) -> np.ndarray:
 def test_the_preview_is_what_the_pipeline_draws(run: Run) -> None:
     drawn = draw(load_pipeline(run.pipeline))
     assert np.abs(drawn - run.preview).max() <= 1
-    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 500  # pictures, and not a plain colour
+    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 500  # images, and not a plain colour
 
 
 def test_the_preview_is_of_the_average_and_not_of_the_weights_in_training(run: Run) -> None:
@@ -153,12 +153,12 @@ import numpy as np
 import ldm
 import torch
 from diffusers import DiffusionPipeline
-from ldm.report import captioned_grid
+from ldm.reporting.report import captioned_grid
 folder, out, *prompts = sys.argv[1:]
 pipeline = DiffusionPipeline.from_pretrained(folder)
 generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-pictures = pipeline(prompts, num_inference_steps=4, guidance_scale=4.0, generator=generators).images
-np.save(out, np.asarray(captioned_grid(pictures, prompts)))
+images = pipeline(prompts, num_inference_steps=4, guidance_scale=4.0, generator=generators).images
+np.save(out, np.asarray(captioned_grid(images, prompts)))
 """
 
 

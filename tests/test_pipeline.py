@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
-from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, V, Velocity
-from ldm.diffusion.scheduler import describe, make_scheduler, matching_scheduler, samplers_for
+from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, V, Velocity
+from ldm.diffusion.scheduler import diffusion_config, make_scheduler, matching_scheduler, samplers_for
 from ldm.errors import LdmError, UsageError
 from ldm.models.autoencoder import decode_latents, set_latent_statistics
 from ldm.models.dit import DiT
@@ -22,10 +22,10 @@ QUICK = {"num_inference_steps": 4, "guidance_scale": 4.0}
 
 @pytest.fixture
 def pipeline(tiny_autoencoder, minilm):
-    """Random everywhere but in its words; pictures of 16 pixels. Small steps away from zero keep the pictures unsaturated."""
+    """Random everywhere but in its words; images of 16 pixels. Small steps away from zero keep the images unsaturated."""
     set_latent_statistics(tiny_autoencoder, [0.1, -0.1, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
     torch.manual_seed(0)
-    dit = DiT(sample_size=8, width=32, num_layers=2, num_heads=2)
+    dit = DiT(sample_size=8, width=32, num_layers=2, num_attention_heads=2)
     with torch.no_grad():
         for parameter in dit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -44,8 +44,8 @@ def seeds(*numbers):
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
-def pixels(pictures):
-    return np.stack([np.asarray(picture).astype(int) for picture in pictures])
+def pixels(images):
+    return np.stack([np.asarray(image).astype(int) for image in images])
 
 
 def draw(pipeline, prompt=PROMPTS, generators=(0, 1, 2), **changes):
@@ -67,8 +67,8 @@ import ldm
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(folder)
 pipeline.set_progress_bar_config(disable=True)
-picture = pipeline(prompt, num_inference_steps=4, guidance_scale=4.0, generator=torch.Generator().manual_seed(0)).images[0]
-np.savez(out, decoded=decoded.numpy(), picture=np.asarray(picture), name=type(pipeline).__module__)
+image = pipeline(prompt, num_inference_steps=4, guidance_scale=4.0, generator=torch.Generator().manual_seed(0)).images[0]
+np.savez(out, decoded=decoded.numpy(), image=np.asarray(image), name=type(pipeline).__module__)
 """
 
 
@@ -82,13 +82,15 @@ def test_a_saved_pipeline_opens_in_another_process_through_diffusers(pipeline, t
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "out.npz")
     here = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), **QUICK).images[0]
-    assert np.array_equal(found["picture"], np.asarray(here)) and found["name"] == "ldm.pipeline"
+    assert np.array_equal(found["image"], np.asarray(here)) and found["name"] == "ldm.pipeline"
     with torch.no_grad():
         decoded = pipeline.vae.decode(torch.linspace(-1, 1, 256).view(1, 4, 8, 8)).sample
     np.testing.assert_allclose(found["decoded"], decoded, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("imports", ["import ldm, diffusers", "import diffusers, ldm", "import ldm.models.text, diffusers"])
+@pytest.mark.parametrize(
+    "imports", ["import ldm, diffusers", "import diffusers, ldm", "import ldm.models.text_encoder, diffusers"]
+)
 def test_diffusers_knows_the_pipeline_in_whichever_order_they_are_imported(imports):
     checks = "assert diffusers.LatentDiffusionPipeline is ldm.LatentDiffusionPipeline; from ldm import DiT"
     checks += "\nassert diffusers.AutoencoderKL and not hasattr(diffusers, 'Nonsense') and not hasattr(ldm, 'Nonsense')"
@@ -110,17 +112,17 @@ def test_load_pipeline_opens_what_was_saved_and_names_what_was_not(pipeline, tmp
         load_pipeline(tmp_path / "saved")
 
 
-def test_a_picture_does_not_depend_on_the_batch_it_was_drawn_in(pipeline):
+def test_an_image_does_not_depend_on_the_batch_it_was_drawn_in(pipeline):
     together = draw(pipeline)
     assert together.shape == (3, 16, 16, 3)
-    assert together.std() > 10 and np.abs(together[0] - together[1]).max() > 10  # pictures, and not all the same
+    assert together.std() > 10 and np.abs(together[0] - together[1]).max() > 10  # images, and not all the same
     for row, prompt in enumerate(PROMPTS):
         assert np.abs(draw(pipeline, prompt, [row])[0] - together[row]).max() <= 1
     backwards = draw(pipeline, PROMPTS[::-1], [2, 1, 0])
     assert np.abs(backwards[::-1] - together).max() <= 1
 
 
-def test_words_and_seeds_change_the_picture_and_nothing_else_does(pipeline):
+def test_words_and_seeds_change_the_image_and_nothing_else_does(pipeline):
     plain = draw(pipeline, PROMPTS[0], [0])
     assert np.array_equal(draw(pipeline, PROMPTS[0], [0]), plain)
     assert np.abs(draw(pipeline, PROMPTS[1], [0]) - plain).max() > 2
@@ -169,30 +171,30 @@ def test_prompts_that_would_not_be_drawn_as_written_are_refused(pipeline, prompt
 
 @pytest.mark.parametrize("height, width", [(18, 16), (16, 30), (15, 16)])
 def test_sizes_that_cannot_be_drawn_are_refused(pipeline, height, width):
-    with pytest.raises(UsageError, match=f"a picture of {width}x{height} cannot be drawn: give multiples of 4 pixels"):
+    with pytest.raises(UsageError, match=f"an image of {width}x{height} cannot be drawn: give multiples of 4 pixels"):
         pipeline(PROMPTS[0], height=height, width=width, **QUICK)
 
 
 def test_other_sizes_than_that_trained_on_can_be_drawn(pipeline):
-    (picture,) = pipeline(PROMPTS[0], height=12, width=32, **QUICK).images
-    assert picture.size == (32, 12)
+    (image,) = pipeline(PROMPTS[0], height=12, width=32, **QUICK).images
+    assert image.size == (32, 12)
 
 
-def test_output_types_are_one_picture_in_three_forms(pipeline):
+def test_output_types_are_one_image_in_three_forms(pipeline):
     def drawn(output_type):
         return pipeline(PROMPTS, generator=seeds(0, 1, 2), output_type=output_type, **QUICK).images
 
-    latents, tensors, pictures = (drawn(kind) for kind in ("latent", "pt", "pil"))
+    latents, tensors, images = (drawn(kind) for kind in ("latent", "pt", "pil"))
     assert latents.shape == (3, 4, 8, 8) and tensors.shape == (3, 3, 16, 16)
-    assert tensors.min() >= 0 and tensors.max() <= 1 and all(isinstance(picture, Image.Image) for picture in pictures)
+    assert tensors.min() >= 0 and tensors.max() <= 1 and all(isinstance(image, Image.Image) for image in images)
     with torch.no_grad():
         torch.testing.assert_close((decode_latents(pipeline.vae, latents) + 1) / 2, tensors)
-    assert np.array_equal((tensors.permute(0, 2, 3, 1) * 255).round().int().numpy(), pixels(pictures))
+    assert np.array_equal((tensors.permute(0, 2, 3, 1) * 255).round().int().numpy(), pixels(images))
     (as_tuple,) = pipeline(PROMPTS, generator=seeds(0, 1, 2), return_dict=False, **QUICK)
-    assert np.array_equal(pixels(as_tuple), pixels(pictures))
+    assert np.array_equal(pixels(as_tuple), pixels(images))
 
 
-def test_each_prompt_has_its_pictures_side_by_side(pipeline):
+def test_each_prompt_has_its_images_side_by_side(pipeline):
     many = draw(pipeline, PROMPTS[:2], range(4), num_images_per_prompt=2)
     each = [draw(pipeline, PROMPTS[row // 2], [row])[0] for row in range(4)]
     assert np.abs(many - np.stack(each)).max() <= 1
@@ -224,7 +226,7 @@ def test_starting_noise_may_be_given(pipeline):
 
 
 @pytest.mark.parametrize("name", samplers_for(RectifiedFlow(), Velocity()))
-def test_every_sampler_draws_each_picture_by_itself(pipeline, name):
+def test_every_sampler_draws_each_image_by_itself(pipeline, name):
     plain = draw(pipeline)
     pipeline.scheduler = make_scheduler(name, *pipeline.diffusion)
     together = draw(pipeline)
@@ -239,15 +241,15 @@ def test_every_sampler_draws_each_picture_by_itself(pipeline, name):
         (VariancePreserving(), V(), "ddim", {"eta": 0.7, "timestep_spacing": "linspace"}),
         (VariancePreserving(), Epsilon(), "ddpm", {}),
         (VarianceExploding(), Preconditioned(), "dpm++2m-sde", {}),
-        (RectifiedFlow(), Sample(), "heun", {}),
+        (RectifiedFlow(), X0(), "heun", {}),
     ],
 )
 def test_a_saved_pipeline_knows_its_diffusion_and_its_sampler(pipeline, tmp_path, path, prediction, name, options):
     parts = pipeline.components | {"scheduler": make_scheduler(name, path, prediction, **options)}
-    made = LatentDiffusionPipeline(**parts, diffusion=describe(path, prediction))
+    made = LatentDiffusionPipeline(**parts, diffusion=diffusion_config(path, prediction))
     made.save_pretrained(tmp_path)
     words = json.loads((tmp_path / "model_index.json").read_text())["diffusion"]
-    assert words == describe(path, prediction) and words["prediction"]["class_path"].endswith(type(prediction).__name__)
+    assert words == diffusion_config(path, prediction) and words["prediction"]["class_path"].endswith(type(prediction).__name__)
     again = load_pipeline(tmp_path).to("cpu")
     for each in (made, again):
         each.set_progress_bar_config(disable=True)
@@ -256,9 +258,9 @@ def test_a_saved_pipeline_knows_its_diffusion_and_its_sampler(pipeline, tmp_path
 
 
 def test_a_pipeline_that_does_not_say_what_it_was_trained_with_is_what_its_first_scheduler_says(pipeline):
-    assert describe(*pipeline.diffusion) == describe(RectifiedFlow(), Velocity())
+    assert diffusion_config(*pipeline.diffusion) == diffusion_config(RectifiedFlow(), Velocity())
     parts = pipeline.components | {"scheduler": matching_scheduler(VariancePreserving("linear"), V())}
-    assert describe(*LatentDiffusionPipeline(**parts).diffusion) == describe(VariancePreserving("linear"), V())
+    assert diffusion_config(*LatentDiffusionPipeline(**parts).diffusion) == diffusion_config(VariancePreserving("linear"), V())
 
 
 def test_a_scheduler_of_another_path_is_refused_before_anything_is_drawn(pipeline, tmp_path):

@@ -1,4 +1,4 @@
-"""Pictures from pictures, and the pipeline in the hands of one who knows diffusers."""
+"""Images from images, and the pipeline in the hands of one who knows diffusers."""
 
 from copy import deepcopy
 
@@ -24,12 +24,12 @@ from ldm.cli.invert import add
 from ldm.cli.parser import Parser
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import Preconditioned, V, Velocity
-from ldm.diffusion.scheduler import describe, make_scheduler
+from ldm.diffusion.scheduler import diffusion_config, make_scheduler
 from ldm.errors import UsageError
 from ldm.models.autoencoder import reconstruct, set_latent_statistics
 from ldm.models.dit import DiT
-from ldm.models.pictures import Canvas, feathered, filled
-from ldm.pipeline import LatentDiffusionPipeline, read_picture
+from ldm.models.image_processor import PreparedImages, feathered, filled
+from ldm.pipeline import LatentDiffusionPipeline, read_image
 
 PROMPT = "a red circle"
 QUICK = {"num_inference_steps": 5, "guidance_scale": 2.0}
@@ -41,11 +41,11 @@ DIFFUSIONS = {
 
 
 def made(autoencoder, minilm, kind="flow"):
-    """Random everywhere but in its words; pictures of 16 pixels. Small steps away from zero keep the pictures unsaturated."""
+    """Random everywhere but in its words; images of 16 pixels. Small steps away from zero keep the images unsaturated."""
     path, prediction, name = DIFFUSIONS[kind]
     set_latent_statistics(autoencoder, [0.1, -0.1, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
     torch.manual_seed(0)
-    dit = DiT(sample_size=8, width=32, num_layers=2, num_heads=2)
+    dit = DiT(sample_size=8, width=32, num_layers=2, num_attention_heads=2)
     with torch.no_grad():
         for parameter in dit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -55,7 +55,7 @@ def made(autoencoder, minilm, kind="flow"):
         tokenizer=minilm.tokenizer,
         transformer=dit.eval(),
         scheduler=make_scheduler(name, path, prediction),
-        diffusion=describe(path, prediction),
+        diffusion=diffusion_config(path, prediction),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -70,7 +70,7 @@ def seeds(*numbers):
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
-def picture(width=16, height=16, seed=0):
+def make_image(width=16, height=16, seed=0):
     """Noise: no pixel is like its neighbour."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -81,8 +81,8 @@ def half_mask(width=16, height=16, left=8):
     return mask
 
 
-def pixels(pictures):
-    return np.stack([np.asarray(each).astype(int) for each in pictures])
+def pixels(images):
+    return np.stack([np.asarray(each).astype(int) for each in images])
 
 
 def draw(pipeline, prompt=PROMPT, **changes):
@@ -90,9 +90,9 @@ def draw(pipeline, prompt=PROMPT, **changes):
 
 
 @pytest.mark.parametrize("kind", DIFFUSIONS)
-def test_strength_leads_from_the_picture_to_what_the_words_alone_would_draw(kind, tiny_autoencoder, minilm):
+def test_strength_leads_from_the_image_to_what_the_words_alone_would_draw(kind, tiny_autoencoder, minilm):
     pipeline = made(tiny_autoencoder, minilm, kind)
-    plain, image = pipeline(PROMPT, output_type="latent", generator=seeds(0), **QUICK).images, picture()
+    plain, image = pipeline(PROMPT, output_type="latent", generator=seeds(0), **QUICK).images, make_image()
     start = pipeline.encode_images(image)
     settings = {"image": image, "output_type": "latent"} | QUICK
     drawn = {s: pipeline(PROMPT, strength=s, generator=seeds(0), **settings).images for s in (0.2, 0.6, 1.0)}
@@ -101,22 +101,22 @@ def test_strength_leads_from_the_picture_to_what_the_words_alone_would_draw(kind
     assert torch.equal(pipeline(PROMPT, generator=seeds(0), **settings).images, drawn[0.6])
 
 
-def test_the_picture_enters_by_the_mode_of_its_posterior(pipeline):
-    image = picture()
+def test_the_image_enters_by_the_mode_of_its_posterior(pipeline):
+    image = make_image()
     latents = pipeline.encode_images(image)
     assert torch.equal(latents, pipeline.encode_images(image)) and latents.shape == (1, 4, 8, 8)
-    expected = reconstruct(pipeline.vae, Canvas.of(image, None, None, None, 4).images)
+    expected = reconstruct(pipeline.vae, PreparedImages.of(image, None, None, None, 4).images)
     torch.testing.assert_close(pipeline.decode(latents, "pt"), (expected + 1) / 2)
 
 
-def test_a_picture_a_tensor_and_a_list_are_the_same_and_each_is_drawn_by_itself(pipeline):
-    images = [picture(seed=1), picture(seed=2)]
+def test_an_image_a_tensor_and_a_list_are_the_same_and_each_is_drawn_by_itself(pipeline):
+    images = [make_image(seed=1), make_image(seed=2)]
     tensors = torch.stack([torch.from_numpy(np.array(each)).permute(2, 0, 1) / 255 for each in images])
     together = draw(pipeline, [PROMPT, "a ring"], image=images, generator=seeds(0, 1))
     assert np.abs(draw(pipeline, [PROMPT, "a ring"], image=tensors, generator=seeds(0, 1)) - together).max() <= 1
     for row, prompt in enumerate([PROMPT, "a ring"]):
         assert np.abs(draw(pipeline, prompt, image=tensors[row], generator=seeds(row))[0] - together[row]).max() <= 1
-    # one prompt for several pictures, several prompts for one picture
+    # one prompt for several images, several prompts for one image
     assert len(draw(pipeline, image=images, generator=seeds(0, 1))) == 2
     assert len(draw(pipeline, [PROMPT, "a ring", "a star"], image=images[0], generator=seeds(0, 1, 2))) == 3
     many = draw(pipeline, "", image=images, num_images_per_prompt=2, generator=seeds(0, 1, 2, 3))
@@ -127,13 +127,13 @@ def test_a_picture_a_tensor_and_a_list_are_the_same_and_each_is_drawn_by_itself(
 @pytest.mark.parametrize("kind", DIFFUSIONS)
 @pytest.mark.parametrize("strength", [None, 0.5])
 def test_what_is_not_masked_stays_pixel_for_pixel_beyond_the_band(kind, strength, tiny_autoencoder, minilm):
-    pipeline, image = made(tiny_autoencoder, minilm, kind), picture()
+    pipeline, image = made(tiny_autoencoder, minilm, kind), make_image()
     drawn = draw(pipeline, image=image, mask_image=half_mask(), strength=strength)[0]
     changed = (drawn != np.asarray(image)).any(2)
     band = pipeline.vae_scale_factor
     assert not changed[:, : 8 - band].any() and changed[:, 8:].mean() > 0.9
     everything = draw(pipeline, image=image, mask_image=Image.new("L", (16, 16), 255))
-    assert np.abs(everything - draw(pipeline)).max() <= 1  # the mask is the whole picture: it is text-to-image
+    assert np.abs(everything - draw(pipeline)).max() <= 1  # the mask is the whole image: it is text-to-image
 
 
 def test_the_mask_falls_off_evenly_over_the_band():
@@ -144,8 +144,8 @@ def test_the_mask_falls_off_evenly_over_the_band():
 
 
 def test_transparency_is_redrawn_and_the_rest_kept(pipeline):
-    """Outpainting: the picture lies on a larger, transparent canvas."""
-    image, canvas = picture(), Image.new("RGBA", (24, 16))
+    """Outpainting: the image lies on a larger, transparent canvas."""
+    image, canvas = make_image(), Image.new("RGBA", (24, 16))
     canvas.paste(image, (0, 0))
     drawn = draw(pipeline, image=canvas)[0]
     assert drawn.shape == (16, 24, 3)
@@ -168,8 +168,8 @@ def test_a_hole_is_filled_from_around_it():
 
 
 @pytest.mark.parametrize("size", [(16, 16), (18, 15), (9, 13)])
-def test_a_picture_of_any_size_comes_back_at_its_own(pipeline, size):
-    image = picture(*size)
+def test_an_image_of_any_size_comes_back_at_its_own(pipeline, size):
+    image = make_image(*size)
     mask = half_mask(*size, left=size[0] - 2)
     drawn = draw(pipeline, image=image, mask_image=mask)[0]
     assert drawn.shape == (size[1], size[0], 3)
@@ -178,10 +178,10 @@ def test_a_picture_of_any_size_comes_back_at_its_own(pipeline, size):
     assert draw(pipeline, image=image, height=12, width=20).shape == (1, 12, 20, 3)
 
 
-def test_a_picture_is_scaled_to_fill_the_size_asked_for_and_cut_at_the_centre():
+def test_an_image_is_scaled_to_fill_the_size_asked_for_and_cut_at_the_centre():
     image = Image.new("RGB", (64, 32), "red")
     image.paste("blue", (16, 0, 48, 32))
-    canvas = Canvas.of(image, None, 16, 16, 4)
+    canvas = PreparedImages.of(image, None, 16, 16, 4)
     assert canvas.images.shape == (1, 3, 16, 16) and (canvas.images[:, 2, :, 1:-1] > 0.9).all()
     assert canvas.finish(canvas.images, 2).shape == (1, 3, 16, 16)
 
@@ -189,25 +189,25 @@ def test_a_picture_is_scaled_to_fill_the_size_asked_for_and_cut_at_the_centre():
 @pytest.mark.parametrize(
     "changes, why",
     [
-        ({"image": "a.png"}, r"image is a str; give PIL pictures, or tensors"),
-        ({"image": []}, r"image holds pictures of no size at all"),
-        ({"image": [picture(), picture(12, 16)]}, r"image holds pictures of 16x16, 12x16; give .* all of one size"),
+        ({"image": "a.png"}, r"image is a str; give PIL images, or tensors"),
+        ({"image": []}, r"image holds images of no size at all"),
+        ({"image": [make_image(), make_image(12, 16)]}, r"image holds images of 16x16, 12x16; give .* all of one size"),
         ({"image": torch.zeros(16, 16)}, r"image is a tensor \(16, 16\) of torch.float32; give floats \(3, H, W\)"),
         ({"image": torch.zeros(3, 16, 16, dtype=torch.uint8)}, r"of torch.uint8; give floats"),
         ({"image": torch.full((3, 16, 16), 2.0)}, r"image has values from 2 to 2; give them in \[0, 1\]"),
         ({"image": torch.full((3, 16, 16), float("nan"))}, r"image has values from nan to nan"),
-        ({"image": picture(100, 16)}, r"image is 100x16, but the model was trained on 16x16; give height and width"),
-        ({"image": picture(), "width": 18}, r"a picture of 18x16 cannot be drawn: give multiples of 4"),
-        ({"image": picture(), "strength": 0.0}, r"strength is 0; give a number above 0"),
-        ({"image": picture(), "strength": 1.5}, r"strength is 1.5; give a number above 0"),
-        ({"image": picture(), "strength": 0.1}, r"strength 0.1 of 5 steps leaves none to walk; give a strength of 0.2"),
+        ({"image": make_image(100, 16)}, r"image is 100x16, but the model was trained on 16x16; give height and width"),
+        ({"image": make_image(), "width": 18}, r"an image of 18x16 cannot be drawn: give multiples of 4"),
+        ({"image": make_image(), "strength": 0.0}, r"strength is 0; give a number above 0"),
+        ({"image": make_image(), "strength": 1.5}, r"strength is 1.5; give a number above 0"),
+        ({"image": make_image(), "strength": 0.1}, r"strength 0.1 of 5 steps leaves none to walk; give a strength of 0.2"),
         ({"strength": 0.5}, r"strength and mask_image are of an image; give image, too"),
         ({"mask_image": half_mask()}, r"strength and mask_image are of an image; give image, too"),
-        ({"image": picture(), "mask_image": half_mask(20, 16)}, r"mask_image is 20x16, but the image 16x16; give a mask of"),
-        ({"image": picture(), "mask_image": Image.new("L", (16, 16))}, r"mask_image has no white: nothing would be redrawn"),
-        ({"image": picture(), "mask_image": "white"}, r"mask_image is a str; give a PIL picture"),
-        ({"image": picture(), "mask_image": [half_mask()] * 2}, r"2 masks for 1 images; give one, or one per image"),
-        ({"prompt": ["a", "b"], "image": [picture()] * 3}, r"3 images for 2 prompts; give one, or one per prompt"),
+        ({"image": make_image(), "mask_image": half_mask(20, 16)}, r"mask_image is 20x16, but the image 16x16; give a mask of"),
+        ({"image": make_image(), "mask_image": Image.new("L", (16, 16))}, r"mask_image has no white: nothing would be redrawn"),
+        ({"image": make_image(), "mask_image": "white"}, r"mask_image is a str; give a PIL image"),
+        ({"image": make_image(), "mask_image": [half_mask()] * 2}, r"2 masks for 1 images; give one, or one per image"),
+        ({"prompt": ["a", "b"], "image": [make_image()] * 3}, r"3 images for 2 prompts; give one, or one per prompt"),
         ({"prompt": ""}, r"the prompt is empty"),
         ({"output_type": "jpg"}, r"output_type is 'jpg'; choose from: pil, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["noise_pred"]}, r"no tensor 'noise_pred' .* choose from: latents, pred_"),
@@ -219,24 +219,24 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(pipeline, changes, why):
     assert "\n" not in str(error.value)
 
 
-def test_a_picture_file_keeps_its_transparency_and_one_that_is_none_is_named(tmp_path):
-    image = picture().convert("RGBA")
+def test_an_image_file_keeps_its_transparency_and_one_that_is_none_is_named(tmp_path):
+    image = make_image().convert("RGBA")
     image.putalpha(half_mask())
     image.save(tmp_path / "clear.png")
-    found = read_picture(tmp_path / "clear.png")
+    found = read_image(tmp_path / "clear.png")
     assert found.mode == "RGBA" and np.array_equal(np.asarray(found.getchannel("A")), np.asarray(half_mask()))
-    picture().save(tmp_path / "plain.png")
-    assert read_picture(tmp_path / "plain.png").tobytes() == picture().tobytes()
+    make_image().save(tmp_path / "plain.png")
+    assert read_image(tmp_path / "plain.png").tobytes() == make_image().tobytes()
     (tmp_path / "words.png").write_text("words")
     for name, why in (("words.png", "not a JPEG, PNG or WebP image"), ("none.png", r"cannot be read \(No such file")):
-        with pytest.raises(UsageError, match=f"{name}.*{why}.*; give a JPEG, PNG or WebP picture"):
-            read_picture(tmp_path / name)
+        with pytest.raises(UsageError, match=f"{name}.*{why}.*; give a JPEG, PNG or WebP image"):
+            read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", DIFFUSIONS)
-def test_an_inverted_picture_is_drawn_again(kind, tiny_autoencoder, minilm):
+def test_an_inverted_image_is_drawn_again(kind, tiny_autoencoder, minilm):
     pipeline = made(tiny_autoencoder, minilm, kind)
-    images, prompts = [picture(seed=1), picture(seed=2)], [PROMPT, "a ring"]
+    images, prompts = [make_image(seed=1), make_image(seed=2)], [PROMPT, "a ring"]
     noise = pipeline.invert(images, prompts, num_inference_steps=15)
     assert noise.shape == (2, 4, 8, 8) and noise.dtype == torch.float32
     settings = {"num_inference_steps": 15, "guidance_scale": 1.0, "output_type": "pt"}
@@ -281,7 +281,7 @@ def test_the_last_prediction_is_what_is_drawn(pipeline):
     torch.testing.assert_close(seen[-1], drawn, rtol=1e-4, atol=1e-4)
 
 
-def test_numpy_is_one_more_form_of_the_picture(pipeline):
+def test_numpy_is_one_more_form_of_the_image(pipeline):
     (drawn,) = pipeline(PROMPT, generator=seeds(0), output_type="np", return_dict=False, **QUICK)
     assert drawn.shape == (1, 16, 16, 3) and drawn.dtype == np.float32 and drawn.min() >= 0 and drawn.max() <= 1
     assert np.array_equal((drawn * 255).round().astype(int), draw(pipeline))
@@ -307,7 +307,7 @@ def test_a_scheduler_is_swapped_as_in_diffusers(kind, scheduler, options, tiny_a
     plain = draw(pipeline)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
     assert np.abs(draw(pipeline) - plain).max() > 0
-    assert draw(pipeline, image=picture(), mask_image=half_mask(), strength=0.5).std() > 10
+    assert draw(pipeline, image=make_image(), mask_image=half_mask(), strength=0.5).std() > 10
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_scheduler_of_another_kind_is_refused_with_those_that_fit(kind, schedu
 
 
 def test_networks_in_bf16_draw_nearly_the_same_and_the_state_stays_float32(pipeline, tmp_path):
-    changes = {"image": picture(), "mask_image": half_mask(), "strength": 0.6, "output_type": "pt", "generator": seeds(0)}
+    changes = {"image": make_image(), "mask_image": half_mask(), "strength": 0.6, "output_type": "pt", "generator": seeds(0)}
     pipeline.save_pretrained(tmp_path)
     exact, plain = (
         pipeline(PROMPT, **QUICK | changes).images,
@@ -353,7 +353,7 @@ def test_networks_in_bf16_draw_nearly_the_same_and_the_state_stays_float32(pipel
     assert (found - exact).abs().mean() < 0.02
     moved = pipeline.to(torch.bfloat16)
     assert torch.equal(moved(PROMPT, generator=seeds(0), output_type="pt", **QUICK).images, drawn)
-    assert half.invert(picture(), PROMPT, num_inference_steps=2).dtype == torch.float32
+    assert half.invert(make_image(), PROMPT, num_inference_steps=2).dtype == torch.float32
 
 
 def test_the_parts_are_called_in_the_order_in_which_offloading_moves_them(pipeline, monkeypatch):
@@ -366,16 +366,16 @@ def test_the_parts_are_called_in_the_order_in_which_offloading_moves_them(pipeli
         monkeypatch.setattr(pipeline.vae, name, lambda *a, m=method, name=name, **k: calls.append(f"vae.{name}") or m(*a, **k))
     freed = []
     monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: freed.append(len(calls)))
-    draw(pipeline, image=picture())
+    draw(pipeline, image=make_image())
     assert [*dict.fromkeys(calls)] == ["vae.encode", "text_encoder", "transformer", "vae.decode"] and freed == [len(calls)]
     assert calls.index("transformer") > max(n for n, name in enumerate(calls) if name == "text_encoder")
 
 
 def test_offloaded_parts_draw_the_same(pipeline):
     pytest.importorskip("accelerate")
-    plain = draw(pipeline, image=picture())
+    plain = draw(pipeline, image=make_image())
     pipeline.enable_model_cpu_offload(device="cpu")
-    assert np.array_equal(draw(pipeline, image=picture()), plain)
+    assert np.array_equal(draw(pipeline, image=make_image()), plain)
 
 
 def invert(arguments):
@@ -385,9 +385,9 @@ def invert(arguments):
     options.run(options)
 
 
-def test_the_command_writes_noise_reconstruction_and_pictures(pipeline, tmp_path, capsys):
+def test_the_command_writes_noise_reconstruction_and_images(pipeline, tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "model")
-    picture(18, 13).save(tmp_path / "given.png")
+    make_image(18, 13).save(tmp_path / "given.png")
     arguments = [tmp_path / "model", tmp_path / "given.png", PROMPT, "--steps", 5, "--out"]
     invert([*arguments, tmp_path / "out", "--edit", "a ring", "--edit", "a blue star"])
     names = {"noise.safetensors", "reconstruction.png", "redrawn.png", "edit-1.png", "edit-2.png"}

@@ -27,17 +27,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("recipes")
     first, second = (yaml.safe_load(recipe_path(f"shapes/{stage}.yaml").read_text()) for stage in ("autoencoder", "denoiser"))
     first["data"] |= {"batch_size": 4, "validation_samples": 8}
-    first["model"]["autoencoder"] |= {"widths": [8, 8, 16]}
+    first["model"]["autoencoder"] |= {"block_out_channels": [8, 8, 16]}
     first["model"]["adversary"]["discriminator"]["init_args"] |= {"width": 8}
     second["data"] |= {"batch_size": 16}
     second["model"] |= {"preview_steps": 4}
-    second["model"]["denoiser"]["init_args"] |= {"width": 48, "num_layers": 2, "num_heads": 2}
+    second["model"]["denoiser"]["init_args"] |= {"width": 48, "num_layers": 2, "num_attention_heads": 2}
     (folder / "autoencoder.yaml").write_text(yaml.safe_dump(first))
     (folder / "denoiser.yaml").write_text(yaml.safe_dump(second))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm.quickstart.recipe_path", lambda name: folder / Path(name).name)
-        patch.setattr("ldm.quickstart.LEAST_PICTURES", 96)
-        patch.setattr("ldm.quickstart.VALIDATION_PICTURES", 48)
+        patch.setattr("ldm.quickstart.LEAST_IMAGES", 96)
+        patch.setattr("ldm.quickstart.VALIDATION_IMAGES", 48)
         patch.setattr("ldm.quickstart.SAMPLING", {"num_inference_steps": 4, "guidance_scale": 3.0})
         yield
 

@@ -1,10 +1,10 @@
-"""Draw a captioned data set from the font Noto Color Emoji (SIL Open Font License): 1,400 and more pictures on white.
+"""Draw a captioned data set from the font Noto Color Emoji (SIL Open Font License): 1,400 and more images on white.
 
     python tools/emoji.py OUT [--size 128] [--font PATH]
 
 Writes ``OUT/u1f355.png`` and ``OUT/u1f355.txt`` ("slice of pizza") and so on, ready for ``ldm shards pack OUT``. The
 caption is the character's Unicode name in lower case, as this Python's ``unicodedata`` has it, but for the few whose
-name says something else than the picture shows. Flags and skin tones are left out.
+name says something else than the image shows. Flags and skin tones are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INSTALL = "install it with `apt-get install fonts-noto-color-emoji`, or give its
 FONT_SIZE = 109
 CANVAS = 144
 
-# In Unicode names "black" means filled and "white" outlined, whatever colour the picture has. A model that learns
+# In Unicode names "black" means filled and "white" outlined, whatever colour the image has. A model that learns
 # colours from captions would learn them wrong.
 RENAMED = {
     0x2600: "sun with rays",
@@ -121,7 +121,7 @@ def sequences() -> Iterator[tuple[str, str]]:
 
 
 def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | None:
-    """One emoji, its drawn box in the middle of a white square; None where the font has no single picture for it."""
+    """One emoji, its drawn box in the middle of a white square; None where the font has no single image for it."""
     if font.getlength(text) > 1.5 * font.getlength("\U0001f600"):
         return None  # a sequence that the font does not join
     canvas = Image.new("RGBA", (2 * CANVAS, 2 * CANVAS))

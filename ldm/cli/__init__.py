@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import __version__
-from ldm.cli import doctor, evaluate, frames, invert, latents, report, sample, serve, shards, stages
+from ldm.cli import animation, doctor, evaluate, invert, latents, report, sample, serve, shards, training
 from ldm.cli.parser import Commands, Parser, add_command
 from ldm.errors import LdmError
 
 EXAMPLE = """example:
-  ldm quickstart --out quickstart          the whole path on built-in pictures, with a report to look at
+  ldm quickstart --out quickstart          the whole path on built-in images, with a report to look at
   ldm shards pack photos shards --size 256
   ldm autoencoder fit --config configs/emoji/autoencoder.yaml --out runs/autoencoder
   ldm latents export --autoencoder runs/autoencoder/autoencoder --shards shards --out latents
   ldm denoiser fit --config configs/emoji/denoiser.yaml --out runs/denoiser
-  ldm sample runs/denoiser/pipeline "red heart" --out pictures
+  ldm sample runs/denoiser/pipeline "red heart" --out images
 """
 # these start at once, for they import no torch; and doctor looks whether it can be imported at all
 WITHOUT_NETWORKS = ("shards", "report", "doctor")
@@ -27,12 +27,12 @@ WITHOUT_NETWORKS = ("shards", "report", "doctor")
 
 def build_parser() -> argparse.ArgumentParser:
     """Every command but those of the two stages, which LightningCLI parses."""
-    what = "Train your own text-to-image model: from captioned images to pictures from words."
+    what = "Train your own text-to-image model: from captioned images to images from words."
     parser = Parser("ldm", description=what, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     add_quickstart(commands)
-    for part in (shards, latents, sample, invert, frames, serve, evaluate, report, doctor):
+    for part in (shards, latents, sample, invert, animation, serve, evaluate, report, doctor):
         part.add(commands)
     for name, what in (("autoencoder", "stage one"), ("denoiser", "stage two")):
         commands.add_parser(name, help=f"{what}: ldm {name} fit --config FILE --out DIR, ldm {name} export DIR OUT")
@@ -49,7 +49,7 @@ def add_quickstart(commands: Commands) -> None:
     )
     quickstart.add_argument("--out", default="quickstart", help="folder of everything it makes (default: quickstart)")
     quickstart.add_argument(
-        "--minutes", type=float, default=10.0, help="time to aim at; more gives better pictures (default: 10)"
+        "--minutes", type=float, default=10.0, help="time to aim at; more gives better images (default: 10)"
     )
     quickstart.add_argument("--seed", type=int, default=0)
 
@@ -65,7 +65,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     arguments = list(arguments)
     if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
         quieten_libraries()
-        stages.run(arguments[0], arguments[1:] or ["--help"])
+        training.run(arguments[0], arguments[1:] or ["--help"])
         return
     options = build_parser().parse_args(arguments)
     if arguments[0] not in WITHOUT_NETWORKS:

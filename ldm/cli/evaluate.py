@@ -22,8 +22,8 @@ def add(commands: Commands) -> None:
     )
     autoencoder.add_argument("models", nargs="+", metavar="model", help="directories of AutoencoderKLs, shown side by side")
     autoencoder.add_argument("--shards", required=True, help="folder of image shards")
-    autoencoder.add_argument("--samples", type=int, default=256, help="the first so many pictures (default: 256)")
-    autoencoder.add_argument("--image-size", type=int, help="fit pictures to this side in pixels (default: whole pictures)")
+    autoencoder.add_argument("--samples", type=int, default=256, help="the first so many images (default: 256)")
+    autoencoder.add_argument("--image-size", type=int, help="fit images to this side in pixels (default: whole images)")
     autoencoder.add_argument("--lpips", metavar="WEIGHTS", default="random", help="random (default), pretrained or a path")
     autoencoder.add_argument("--lpips-trunk", choices=["alex", "vgg"], default="alex", help="default: alex")
     autoencoder.add_argument(
@@ -53,11 +53,11 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
 
     import torch
 
-    from ldm.data.images import ImageDataset
-    from ldm.evaluate import figure_texts, reconstruction_figures
+    from ldm.data.image_dataset import ImageDataset
+    from ldm.evaluation.evaluate import figure_texts, reconstruction_figures
+    from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
     from ldm.files import write_json
     from ldm.losses import PerceptualLoss
-    from ldm.metrics import LatentHealth, ReconstructionFID
     from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
 
     for name, number in (("samples", options.samples), ("image-size", options.image_size)):
@@ -108,14 +108,14 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
 
 
 def run_evaluate_pipeline(options: argparse.Namespace) -> None:
-    from ldm.data.shapes import held_out_prompts, seen_prompts
-    from ldm.evaluate import draw, shape_accuracy
+    from ldm.evaluation.evaluate import generate_from_captions, shape_accuracy
     from ldm.pipeline import load_pipeline
+    from ldm.shapes.scenes import held_out_prompts, seen_prompts
 
     pipeline = load_pipeline(options.model)
     prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset, options.prompts, options.seed)
     with Progress("drawing", len(prompts)) as progress:
-        pictures = draw(
+        images = generate_from_captions(
             pipeline,
             prompts,
             options.seed,
@@ -124,4 +124,4 @@ def run_evaluate_pipeline(options: argparse.Namespace) -> None:
             guidance_scale=options.guidance,
             on_progress=progress.update,
         )
-    print_table({name: [f"{value:.4f}"] for name, value in shape_accuracy(pictures, prompts).items()}, "value")
+    print_table({name: [f"{value:.4f}"] for name, value in shape_accuracy(images, prompts).items()}, "value")

@@ -30,14 +30,14 @@ def add(commands: Commands) -> None:
     export.add_argument("--shards", required=True, help="folder of image shards")
     export.add_argument("--out", required=True, help="new folder, or that of the same export interrupted")
     add_text_encoder(export)
-    export.add_argument("--image-size", type=int, help="fit pictures to this side in pixels (default: each at its own size)")
+    export.add_argument("--image-size", type=int, help="fit images to this side in pixels (default: each at its own size)")
     export.add_argument("--mode", action="store_true", help="store the posterior's mode alone, not mean and deviation")
-    export.add_argument("--flip", action="store_true", help="store the latents of mirrored pictures, too")
-    export.add_argument("--captions", choices=["first", "all"], default="first", help="of a picture's (default: first)")
+    export.add_argument("--flip", action="store_true", help="store the latents of mirrored images, too")
+    export.add_argument("--captions", choices=["first", "all"], default="first", help="of an image's (default: first)")
     export.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="stored (default: float16)")
     precision = "that the networks compute in: bf16 and fp16 are for GPUs, bf16 for CPUs that have it, too (default: fp32)"
     export.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help=precision)
-    export.add_argument("--batch-size", type=int, default=64, help="pictures per call of the autoencoder (default: 64)")
+    export.add_argument("--batch-size", type=int, default=64, help="images per call of the autoencoder (default: 64)")
     export.add_argument("--threads", type=int, help="of this process (default: as many as CPU cores)")
     export.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU of this process's own, or the CPU)")
     export.add_argument("--max-bad-share", type=float, default=0.01, help="of samples that cannot be used (default: 0.01)")
@@ -48,20 +48,20 @@ def add(commands: Commands) -> None:
         latents,
         "check",
         run_check,
-        "prove that a folder of latents is whole, and that it holds what its pictures say",
+        "prove that a folder of latents is whole, and that it holds what its images say",
         "ldm latents check latents --deep --autoencoder runs/autoencoder/autoencoder",
     )
     check.add_argument("dir", help="folder of latent shards")
     check.add_argument("--deep", action="store_true", help="also look at every latent")
-    of_pictures = "decode some latents, and encode their pictures again where these are at hand"
-    check.add_argument("--autoencoder", metavar="DIR", help=of_pictures)
+    of_images = "decode some latents, and encode their images again where these are at hand"
+    check.add_argument("--autoencoder", metavar="DIR", help=of_images)
     add_sampled(check, 64)
 
     show = add_command(
         latents,
         "show",
         run_show,
-        "a page to look inside: pictures, channels, histograms, captions",
+        "a page to look inside: images, channels, histograms, captions",
         "ldm latents show latents --out latents.html --autoencoder runs/autoencoder/autoencoder",
     )
     show.add_argument("dir", help="folder of latent shards")
@@ -73,7 +73,7 @@ def add(commands: Commands) -> None:
         latents,
         "import",
         run_import,
-        "make latent shards of what another tool computed: LightningDiT's safetensors, or an .npy or .pt for each picture",
+        "make latent shards of what another tool computed: LightningDiT's safetensors, or an .npy or .pt for each image",
         "ldm latents import features latents --autoencoder sd-vae --captions classes.txt",
     )
     importing.add_argument("src", help="folder of the other tool's latents")
@@ -91,8 +91,8 @@ def add(commands: Commands) -> None:
         latents,
         "decode",
         run_decode,
-        "latents back to pictures",
-        "ldm latents decode latents pictures --autoencoder runs/autoencoder/autoencoder --samples 100",
+        "latents back to images",
+        "ldm latents decode latents images --autoencoder runs/autoencoder/autoencoder --samples 100",
     )
     decode.add_argument("dir", help="folder of latent shards")
     decode.add_argument("out", help="new folder for a PNG of each and captions.jsonl")
@@ -157,7 +157,7 @@ def run_check(options: argparse.Namespace) -> None:
     from ldm.latents.check import compare
 
     if options.shards is not None and options.autoencoder is None:
-        raise UsageError("--shards compares with what an autoencoder makes of its pictures; give --autoencoder, too")
+        raise UsageError("--shards compares with what an autoencoder makes of its images; give --autoencoder, too")
     Manifest.load(options.dir, LATENT_SHARDS)
     count = check(options.dir, options.deep)
     found = "every latent is finite" if options.deep else "names, sizes, hashes and counts agree with the manifest"
@@ -173,7 +173,7 @@ def run_check(options: argparse.Namespace) -> None:
         if comparison.note:
             print(comparison.note)
         count = len(comparison.problems)
-        found += f"; {comparison.decoded} decoded, {comparison.compared} of their pictures encoded again"
+        found += f"; {comparison.decoded} decoded, {comparison.compared} of their images encoded again"
     if count:
         raise LdmError(f"{options.dir}: {count} problem(s)")
     print(f"{options.dir} is whole: {found}")
@@ -226,7 +226,7 @@ def run_decode(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             on_progress=progress.update,
         )
-    print(f"{count} pictures and captions.jsonl: {options.out}")
+    print(f"{count} images and captions.jsonl: {options.out}")
 
 
 def default_device() -> torch.device:

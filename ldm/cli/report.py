@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    from ldm.run_report import write_run_report
+    from ldm.runs.report import write_run_report
 
     out = options.out or options.folder / "report.html"
     if options.every is not None and options.every < 1:

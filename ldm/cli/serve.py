@@ -9,12 +9,12 @@ from ldm.cli.parser import Commands, add_command
 from ldm.errors import UsageError
 
 LIMITS = {
-    "waiting": ("pictures that may wait for their turn", 16),
+    "waiting": ("images that may wait for their turn", 16),
     "requests": ("requests held open at one time", 64),
-    "pictures": ("pictures kept in memory for the gallery", 64),
+    "images": ("images kept in memory for the gallery", 64),
     "prompt": ("characters of a prompt", 1000),
-    "steps": ("steps of a picture", 150),
-    "pixels": ("pixels of a picture, width times height", 1024 * 1024),
+    "steps": ("steps of an image", 150),
+    "pixels": ("pixels of an image, width times height", 1024 * 1024),
 }
 
 
@@ -48,13 +48,13 @@ def run_serve(options: argparse.Namespace) -> None:
 
     from ldm.pipeline import load_pipeline
     from ldm.serve.app import create_app
-    from ldm.serve.order import Limits
     from ldm.serve.queue import Queue
+    from ldm.serve.request import Limits
     from ldm.serve.server import address, bind, serve
     from ldm.serve.worker import Worker
 
     chosen = {name: getattr(options, f"max_{name}") for name in LIMITS}
-    # so that a picture of the greatest size can be sent to start from: PNG in base64 has less than 6 bytes a pixel
+    # so that an image of the greatest size can be sent to start from: PNG in base64 has less than 6 bytes a pixel
     limits = Limits(**chosen, body=max(Limits.body, 6 * options.max_pixels))
     # the port first: that it is in use should be known before a large model is read
     with bind(options.host, options.port) as listening:

@@ -18,10 +18,10 @@ def add(commands: Commands) -> None:
         shards, "shapes", run_shapes, "draw the built-in data set", "ldm shards shapes shards --count 10000 --size 64"
     )
     shapes.add_argument("out")
-    shapes.add_argument("--count", type=int, default=10_000, help="pictures")
+    shapes.add_argument("--count", type=int, default=10_000, help="images")
     shapes.add_argument("--size", type=int, default=64, help="side in pixels")
     shapes.add_argument("--seed", type=int, default=0)
-    shapes.add_argument("--preset", choices=["one", "two"], default="one", help="objects per picture")
+    shapes.add_argument("--preset", choices=["one", "two"], default="one", help="objects per image")
     shapes.add_argument("--shard-size", type=int, default=1000, help="samples per shard")
     shapes.add_argument("--held-out", action="store_true", help="just the colour-shape pairs that are never drawn otherwise")
     pack = add_command(shards, "pack", run_pack, "pack captioned images", "ldm shards pack photos shards --size 256")
@@ -62,8 +62,8 @@ def add(commands: Commands) -> None:
 
 
 def run_shapes(options: argparse.Namespace) -> None:
-    from ldm.data.shapes import generate
     from ldm.data.writer import write_images
+    from ldm.shapes.scenes import generate
 
     if options.count < 1:
         raise UsageError(f"--count is {options.count}; give 1 or more")
@@ -77,12 +77,12 @@ def run_shapes(options: argparse.Namespace) -> None:
         manifest = write_images(
             options.out, "shapes", drawn, options.shard_size, extra, options.count, on_progress=progress.update
         )
-    print(f"{manifest.samples} pictures in {len(manifest.shards)} shards: {options.out}")
+    print(f"{manifest.samples} images in {len(manifest.shards)} shards: {options.out}")
 
 
 def run_pack(options: argparse.Namespace) -> None:
-    from ldm.data.pack import pack
-    from ldm.data.pack_journal import JOURNAL_NAME, QUARANTINE_NAME
+    from ldm.data.pack.journal import JOURNAL_NAME, QUARANTINE_NAME
+    from ldm.data.pack.packer import pack
 
     try:
         with Progress("packing") as progress:
@@ -107,7 +107,7 @@ def run_pack(options: argparse.Namespace) -> None:
         if (Path(options.out) / JOURNAL_NAME).is_file():
             print(f"{options.out} holds the shards made so far; the same command goes on from there", file=sys.stderr)
         raise
-    print(f"{result.packed} of {result.found} pictures in {len(result.manifest.shards)} shards: {options.out}")
+    print(f"{result.packed} of {result.found} images in {len(result.manifest.shards)} shards: {options.out}")
     if result.quarantined:
         print(f"{result.quarantined} could not be used; {Path(options.out) / QUARANTINE_NAME} says why")
     if result.enlarged:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of, decode_pixels
-from ldm.data.latents import NULL_TEXT_NAME, LatentInfo, LatentShard, latent_info, text_name
+from ldm.data.latent_schema import NULL_TEXT_NAME, LatentInfo, LatentShard, latent_info, text_name
 from ldm.data.manifest import (
     IMAGE_SHARDS,
     LATENT_SHARDS,

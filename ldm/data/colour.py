@@ -1,4 +1,4 @@
-"""Colours as an embedded ICC profile means them => sRGB, which is what every picture is taken for afterwards.
+"""Colours as an embedded ICC profile means them => sRGB, which is what every image is taken for afterwards.
 
 Colours are converted with the relative colorimetric intent and black point compensation: what sRGB can show is shown
 exactly, what lies outside is clipped, and a press's black becomes black. (By the perceptual intent the ICC's own sRGB
@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 MAX_PROFILE_BYTES = 4 * 2**20
 CACHED_PROFILES = 16
 
-# Colour space of the profile -> modes that it can describe. Grey pictures carry RGB profiles often enough.
+# Colour space of the profile -> modes that it can describe. Grey images carry RGB profiles often enough.
 _MODES = {"GRAY": ("L",), "RGB ": ("RGB", "L"), "CMYK": ("CMYK",)}
 # The many profiles called sRGB differ by rounding: one level of 255.
 _SAME = 1

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ldm.data.images import Augmentation, ImageDataset
-from ldm.data.latent_samples import LatentDataset
-from ldm.data.latents import common_info, latent_info, read_null_text
+from ldm.data.image_dataset import Augmentation, ImageDataset
+from ldm.data.latent_dataset import LatentDataset
+from ldm.data.latent_schema import common_info, latent_info, read_null_text
 from ldm.data.loader import ShardLoader, batch_loader
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.plan import WINDOW, Plan, sizes_and_weights
@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 @dataclass
-class Source:
+class WeightedSource:
     """One of several folders to train on.
 
     Attributes:
@@ -42,7 +42,7 @@ class ShardDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[Source],
+        train: str | list[WeightedSource],
         validation: str,
         batch_size: int = 16,
         validation_samples: int = 256,
@@ -70,17 +70,17 @@ class ShardDataModule(LightningDataModule):
             validation: of the same kind.
             batch_size: samples per step and process.
             validation_samples: how many of the validation samples to use; the first ones, always the same.
-            validation_whole: validate on whole pictures of image shards, each at its own size and a batch of its own, whatever
-                ``image_size`` and ``crop`` make of training pictures.
-            image_size: fit pictures to this side in pixels; needed where the shards hold pictures of several sizes.
-            crop: the square that is cut out of a training picture: the largest, in the centre or anywhere along the longer side
-                ("random"), then scaled to ``image_size``; or a "window" of ``image_size`` anywhere in the picture at its own
+            validation_whole: validate on whole images of image shards, each at its own size and a batch of its own, whatever
+                ``image_size`` and ``crop`` make of training images.
+            image_size: fit images to this side in pixels; needed where the shards hold images of several sizes.
+            crop: the square that is cut out of a training image: the largest, in the centre or anywhere along the longer side
+                ("random"), then scaled to ``image_size``; or a "window" of ``image_size`` anywhere in the image at its own
                 resolution (a smaller one is scaled up). Validation takes the same from the centre.
-            flip: probability of a mirrored training picture; of latents, where those of mirrored pictures were exported.
+            flip: probability of a mirrored training image; of latents, where those of mirrored images were exported.
             caption: which of several captions is trained on; of latents, where all were exported.
             caption_dropout: share of captions replaced by the empty one, so that guidance can be had.
             text_encoder: of latents exported with several text encoders, whose embeddings are trained on, counted from 0.
-            require_captions: leave out pictures without a caption, in folders where others have one.
+            require_captions: leave out images without a caption, in folders where others have one.
             workers: loader processes; 0 reads in the training process.
             max_wait_seconds: for one batch, before the loader counts as stalled and the run ends with the names of the shards
                 that it was to be read from; 0: no limit.
@@ -92,7 +92,7 @@ class ShardDataModule(LightningDataModule):
             cache_gib: its bound in GiB.
         """
         super().__init__()
-        self.train = train if isinstance(train, str | Path) else [Source(**vars(source)) for source in train]
+        self.train = train if isinstance(train, str | Path) else [WeightedSource(**vars(source)) for source in train]
         self.validation = validation
         for name, value in (("flip", flip), ("caption_dropout", caption_dropout), ("max_bad_share", max_bad_share)):
             if not 0 <= value <= 1:
@@ -112,8 +112,8 @@ class ShardDataModule(LightningDataModule):
         """The training sources, opened; all of one kind."""
         return self._open([source.path for source in self._weighted()])
 
-    def _weighted(self) -> list[Source]:
-        return [Source(str(self.train))] if isinstance(self.train, str | Path) else self.train
+    def _weighted(self) -> list[WeightedSource]:
+        return [WeightedSource(str(self.train))] if isinstance(self.train, str | Path) else self.train
 
     def _open(self, paths: Sequence[str]) -> list[ShardSource]:
         sources = [open_source(path, cache=self.cache) for path in paths]

@@ -42,7 +42,7 @@ _OTHERS = (
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
 )
-# EXIF orientation => what sets the picture upright; 1 is upright already
+# EXIF orientation => what sets the image upright; 1 is upright already
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -86,9 +86,9 @@ def decode_pixels(
 
     Args:
         data: JPEG, PNG or WebP bytes.
-        out: uint8 (H, W, 3), C-contiguous. Where the picture has just this size it is written there and ``out`` itself
+        out: uint8 (H, W, 3), C-contiguous. Where the image has just this size it is written there and ``out`` itself
             is returned; otherwise ``out`` is left alone and the result is a new array. After an error ``out`` may hold
-            part of the picture.
+            part of the image.
         min_side: the side in pixels that the shorter side is to be scaled down to by the caller. A large plain JPEG may
             then come at 1/2, 1/4 or 1/8 of its size (rounded up), but no smaller than twice ``min_side``. After scaling
             the difference is small (45 dB and more for photographs); where a side was rounded, its far end moves by less
@@ -112,7 +112,7 @@ def decode_pixels(
 
 
 def image_size_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of the picture that :func:`decode_image` gives, by its header alone. Raises as that does."""
+    """(height, width) of the image that :func:`decode_image` gives, by its header alone. Raises as that does."""
     if len(data) <= MAX_IMAGE_BYTES and (size := plain_size(data)) is not None:
         _check_size(*size, max_pixels)
         return size
@@ -122,7 +122,7 @@ def image_size_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def is_plain_rgb(data: bytes) -> bool:
-    """Whether any reader sees the picture that :func:`decode_image` sees, so that the bytes may be kept as they are.
+    """Whether any reader sees the image that :func:`decode_image` sees, so that the bytes may be kept as they are.
 
     True for a still JPEG, PNG or WebP of 8-bit RGB or grey, upright, opaque, without an ICC profile or with one that
     means sRGB, within the limits. The header alone is read: whether the pixels are whole, :func:`decode_pixels` tells.
@@ -211,7 +211,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             _check_size(height, width, max_pixels)
-            # A JPEG with a second picture inside (MPO: depth or gain map of a phone) is not an animation.
+            # A JPEG with a second image inside (MPO: depth or gain map of a phone) is not an animation.
             if image.format in ("PNG", "WEBP"):
                 if getattr(image, "n_frames", 1) > 1:
                     raise DecodeError(f"animated ({image.n_frames} frames); still images only")

@@ -13,14 +13,14 @@ from ldm.data.colour import is_srgb
 
 # Files from cameras and editors have 10 to 40 segments before the first scan.
 MAX_SEGMENTS = 256
-# As many as TurboJPEG itself allows on demand; progressive files have about 10. Each may cost a pass over the picture.
+# As many as TurboJPEG itself allows on demand; progressive files have about 10. Each may cost a pass over the image.
 MAX_SCANS = 500
 
 _SEGMENT = struct.Struct(">HH")  # marker, length
 _FRAME = struct.Struct(">HBHHB")  # length, bits, height, width, components
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xFFC0, 0xFFC1, 0xFFC2
 _SCAN, _APP1, _APP2 = 0xFFDA, 0xFFE1, 0xFFE2
-# DHT, DQT, DRI, COM, and APPn but for those with EXIF, XMP and ICC: nothing that changes what the picture looks like.
+# DHT, DQT, DRI, COM, and APPn but for those with EXIF, XMP and ICC: nothing that changes what the image looks like.
 _HARMLESS = frozenset((0xFFC4, 0xFFDB, 0xFFDD, 0xFFFE, 0xFFE0, *range(0xFFE3, 0xFFF0)))
 _EXIF, _XMP, _ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
 _TURNED = range(2, 9)
@@ -28,7 +28,7 @@ _TURNED_BY_XMP = re.compile(rb'tiff:Orientation(?:="|>)[2-8]')
 
 
 def plain_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) in pixels of a JPEG that is its sRGB picture as soon as it is decompressed; None for all others.
+    """(height, width) in pixels of a JPEG that is its sRGB image as soon as it is decompressed; None for all others.
 
     Such a JPEG has 8 bits, one or three components, is upright by EXIF and XMP, and has no ICC profile or one that
     means sRGB. Only what stands before the first scan is looked at, so the pixels may still turn out to be broken.
@@ -97,7 +97,7 @@ def can_hold(out: np.ndarray, shape: tuple[int, ...]) -> bool:
 
 
 def has_too_many_scans(data: bytes) -> bool:
-    """Whether a JPEG would be decompressed over and over: a small file can ask for a million passes over the picture.
+    """Whether a JPEG would be decompressed over and over: a small file can ask for a million passes over the image.
 
     Scans are counted by their marker, which compressed data cannot hold; what a phone appends (a film) holds one in
     65,536 bytes by chance, so a longer file may have more.
@@ -110,5 +110,5 @@ def _is_upright(segment: bytes) -> bool:
     try:
         exif.load(segment)
         return exif.get(ExifTags.Base.Orientation, 1) not in _TURNED
-    except Exception:  # Pillow raises much at broken EXIF; the picture then takes the way that can do without
+    except Exception:  # Pillow raises much at broken EXIF; the image then takes the way that can do without
         return False

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ldm.data.plan import Draw, Plan, Position
+from ldm.data.plan import Plan, PlannedSample, Position
 from ldm.data.quarantine import Quarantine
-from ldm.data.samples import ShardSamples
+from ldm.data.shard_dataset import ShardDataset
 from ldm.errors import LdmError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ SENT_TO_ALL = {signal.SIGINT, signal.SIGUSR1} | ({signal.SIGTERM} if hasattr(sig
 class _Batches(Dataset):
     """Whole batches by their samples' numbers, or the error that a user can mend in their place."""
 
-    def __init__(self, dataset: ShardSamples):
+    def __init__(self, dataset: ShardDataset):
         self.dataset = dataset
         self._shared: dict[int, Tensor] = {}  # bytes, by slot
         self._turn = 0
@@ -108,7 +108,7 @@ class _PlainLoader(DataLoader):
 
     def _stalled(self, draws: list[Any]) -> str:
         samples = self.dataset.dataset
-        shards = dict.fromkeys(samples.locate(draw.sample if isinstance(draw, Draw) else draw)[0] for draw in draws)
+        shards = dict.fromkeys(samples.locate(draw.sample if isinstance(draw, PlannedSample) else draw)[0] for draw in draws)
         names = [source.name(number) for source, number in (samples.shards[shard] for shard in shards)]
         more = f" and {len(names) - NAMED_SHARDS} more" if len(names) > NAMED_SHARDS else ""
         return (
@@ -151,7 +151,7 @@ class _Watchdog(threading.Thread):
                 os._exit(LdmError.exit_code)
 
 
-def batch_loader(dataset: ShardSamples, max_wait: float = 0, rank: int = 0, **options: Any) -> _PlainLoader:
+def batch_loader(dataset: ShardDataset, max_wait: float = 0, rank: int = 0, **options: Any) -> _PlainLoader:
     """A loader whose workers' errors reach the caller as they are, one line.
 
     Raised there, torch would hand them on as a traceback of many lines, and each worker would take five seconds to end.
@@ -211,14 +211,15 @@ class PlannedBatches:
         self.arguments = (batch_size, rank, world_size, position)
         self.plan = plan
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[PlannedSample]]:
         return self.plan.batches(*self.arguments)
 
 
 class ShardLoader:
     """Batches of a plan for one rank, without end.
 
-    Each carries its ``draws``, a :class:`ldm.data.plan.Draw` for every sample, and ``position``, how far training is once it is
+    Each carries its ``draws``, a :class:`ldm.data.plan.PlannedSample` for every sample, and ``position``, how far training is
+    once it is
     consumed.
 
     Iterated anew it goes on where it stands. Its state is that of all ranks alike (seed, epoch, samples consumed, what the
@@ -228,7 +229,7 @@ class ShardLoader:
 
     def __init__(
         self,
-        dataset: ShardSamples,
+        dataset: ShardDataset,
         plan: Plan,
         batch_size: int,
         rank: int = 0,

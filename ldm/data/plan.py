@@ -30,7 +30,7 @@ WINDOW = 2**20
 _SHARD_ORDER, _WITHIN_WINDOW, _WITHIN_SHARD = range(3)
 
 
-class Draw(NamedTuple):
+class PlannedSample(NamedTuple):
     """One sample drawn.
 
     Attributes:
@@ -121,7 +121,9 @@ class Plan:
                 consumed += len(samples)
             epoch, consumed = epoch + 1, 0
 
-    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1, position: Position = START) -> Iterator[list[Draw]]:
+    def batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, position: Position = START
+    ) -> Iterator[list[PlannedSample]]:
         """The batches of ``rank`` from ``position`` on, without end."""
         share = slice(rank * batch_size, (rank + 1) * batch_size)
         together = batch_size * world_size
@@ -134,7 +136,7 @@ class Plan:
             whole = len(samples) // together * together
             for start in range(0, whole, together):
                 mine = slice(start + share.start, start + share.stop)
-                yield [Draw(*draw) for draw in zip(samples[mine].tolist(), numbers[mine].tolist(), strict=True)]
+                yield [PlannedSample(*draw) for draw in zip(samples[mine].tolist(), numbers[mine].tolist(), strict=True)]
             samples, numbers = samples[whole:], numbers[whole:]
 
     def advance(self, position: Position, draws: int) -> Position:

@@ -29,7 +29,7 @@ _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShardSample:
     """One sample as it lies in the shard: its key, and its members' bytes by lower-case extension."""
 
     key: str
@@ -112,14 +112,14 @@ class ShardReader:
             spans[extension] = int(self._offsets[member]), int(self._sizes[member])
         return spans
 
-    def __getitem__(self, index: int) -> Sample:
-        """Sample ``index``. Raises :class:`DecodeError` where it comes twice or a member is over the size limit."""
+    def __getitem__(self, index: int) -> ShardSample:
+        """ShardSample ``index``. Raises :class:`DecodeError` where it comes twice or a member is over the size limit."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        return Sample(self.key(index), {extension: self._read(*span) for extension, span in self.spans(index).items()})
+        return ShardSample(self.key(index), {extension: self._read(*span) for extension, span in self.spans(index).items()})
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ShardSample]:
         return (self[index] for index in range(len(self)))
 
     def reopen(self, path: str | os.PathLike) -> None:

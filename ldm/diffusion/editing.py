@@ -1,6 +1,6 @@
-"""Starting from a picture: keeping a part of it while the rest is drawn, and the noise that it would be drawn from.
+"""Starting from an image: keeping a part of it while the rest is drawn, and the noise that it would be drawn from.
 
-All of it in normalised latents, and on the grid of a :class:`ldm.diffusion.sampling.Sampler`, so that it holds for every path,
+All of it in normalised latents, and on the grid of a :class:`ldm.diffusion.sampler.Sampler`, so that it holds for every path,
 prediction and scheduler. Starting part-way (image-to-image) is the sampler's own ``strength``.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.diffusion.sampling import Denoiser, Sampler, Step
+from ldm.diffusion.sampler import Denoiser, Sampler, SamplerStep
 
 
 def latent_mask(mask: Tensor, factor: int) -> Tensor:
@@ -26,11 +26,11 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KnownPart:
-    """The part of a picture that is kept while the rest is drawn (Lugmayr et al. 2022, RePaint, arXiv 2201.09865, section 4.1).
+    """The part of an image that is kept while the rest is drawn (Lugmayr et al. 2022, RePaint, arXiv 2201.09865, section 4.1).
 
     Attributes:
-        x0: the picture's latents (B, C, h, w).
-        eps: its noise, one for all steps: the known part then follows one straight line down to the picture.
+        x0: the image's latents (B, C, h, w).
+        eps: its noise, one for all steps: the known part then follows one straight line down to the image.
         mask: (B, 1, h, w), 1 where it is redrawn.
     """
 
@@ -38,8 +38,8 @@ class KnownPart:
     eps: Tensor
     mask: Tensor
 
-    def put_back(self, sampler: Sampler, step: Step) -> None:
-        """Replace the known part of a step's latents, and of what it predicts, by the picture's own."""
+    def put_back(self, sampler: Sampler, step: SamplerStep) -> None:
+        """Replace the known part of a step's latents, and of what it predicts, by the image's own."""
         step.latents = self.mask * step.latents + (1 - self.mask) * sampler.noised(self.x0, self.eps, step.number + 1)
         step.x0 = self.mask * step.x0 + (1 - self.mask) * self.x0
 

@@ -6,7 +6,7 @@ Guidance counts ``w`` as diffusers does: ``null + w·(cond − null)``, neutral 
 A :class:`Guidance` is a rule, chosen in YAML, for making one prediction of two; rules nest, as in
 ``Interval(Rescale(ClassifierFree(5.0)), low=0.3, high=0.8)``. :class:`GuidedDenoiser` carries it out for one batch of captions,
 on what the network predicts, whatever the sampler. Autoguidance is any rule with a weaker network in the null's place.
-Every rule is neutral at w = 1. All channels are guided alike, and no picture depends on the others in its batch.
+Every rule is neutral at w = 1. All channels are guided alike, and no image depends on the others in its batch.
 
 The rules agree with ``diffusers.guiders`` (the tests hold them to it). Those are not called, because they count solver steps
 instead of knowing t, want their state set from outside at every step, and act on the raw prediction alone.
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.path import Path, expand
+from ldm.diffusion.path import ProbabilityPath, expand
 from ldm.diffusion.prediction import Prediction
 from ldm.errors import UsageError
 
@@ -63,13 +63,13 @@ def denoise(denoiser: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condi
 
 
 class Conversion(NamedTuple):
-    """Between a prediction y and x0, at the input that the network was given (scaled by ``Path.input_scale``) and t (B,)."""
+    """Between a prediction y and x0, at the input that the network was given (scaled by the path) and t (B,)."""
 
     to_x0: Callable[[Tensor, Tensor, Tensor], Tensor]  # (input, y, t) -> x0
     from_x0: Callable[[Tensor, Tensor, Tensor], Tensor]  # (input, x0, t) -> y
 
     @classmethod
-    def of(cls, path: Path, prediction: Prediction) -> Conversion:
+    def of(cls, path: ProbabilityPath, prediction: Prediction) -> Conversion:
         """That of a model trained on ``path`` to make ``prediction``; for t > 0, where x_t holds noise."""
 
         def unscaled(network_input: Tensor, t: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class ClassifierFree(Guidance):
 
 @dataclass(frozen=True)
 class ZeroStar(Guidance):
-    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): the null prediction is first scaled, per picture, to lie as near to the
+    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): the null prediction is first scaled, per image, to lie as near to the
     conditional one as it can, s* = ⟨cond, null⟩ / ‖null‖²; acts on the raw prediction and is meant for velocities.
 
     Args:
@@ -157,7 +157,7 @@ class AdaptiveProjected(Guidance):
     Args:
         scale: w.
         parallel: weight of the update's part along the conditional prediction (the paper's eta); 1 keeps it whole.
-        norm_threshold: greatest L2 norm of a picture's update (the paper's r); it grows with the root of the number of
+        norm_threshold: greatest L2 norm of an image's update (the paper's r); it grows with the root of the number of
             latent values. 0 is no bound.
         momentum: weight of the earlier updates of the run (the paper's beta), in (−1, 1); below 0 leads away from them.
     """
@@ -199,7 +199,7 @@ class AdaptiveProjected(Guidance):
 
 @dataclass(frozen=True)
 class Rescale(Guidance):
-    """Give the guided prediction the standard deviation of the conditional one, per picture (Lin et al. 2023, arXiv
+    """Give the guided prediction the standard deviation of the conditional one, per image (Lin et al. 2023, arXiv
     2305.08891, section 3.4), against over-exposure at large scales; acts on the raw prediction.
 
     Args:
@@ -222,7 +222,7 @@ class Rescale(Guidance):
 
         def combine(conditional: Tensor, null: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
             guided = inner(conditional, null, x_t, t)
-            # an untrained network says 0 everywhere: a picture without deviation stays as it is
+            # an untrained network says 0 everywhere: an image without deviation stays as it is
             ratio = deviation(conditional) / deviation(guided).clamp(min=1e-6)
             return guided * (self.amount * ratio + (1 - self.amount))
 
@@ -258,12 +258,12 @@ class Interval(Guidance):
 
 
 def inner_product(first: Tensor, second: Tensor) -> Tensor:
-    """Per picture: (B, …) -> (B, 1, …)."""
+    """Per image: (B, …) -> (B, 1, …)."""
     return (first * second).sum(tuple(range(1, first.ndim)), keepdim=True)
 
 
 def deviation(prediction: Tensor) -> Tensor:
-    """Standard deviation of each picture's values, all channels together: (B, …) -> (B, 1, …)."""
+    """Standard deviation of each image's values, all channels together: (B, …) -> (B, 1, …)."""
     return prediction.std(tuple(range(1, prediction.ndim)), keepdim=True)
 
 

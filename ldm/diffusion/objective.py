@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ldm.diffusion.guidance import Condition, denoise
-from ldm.diffusion.path import Path, expand
+from ldm.diffusion.path import ProbabilityPath, expand
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
@@ -36,7 +36,7 @@ class DenoisingObjective:
 
     def __init__(
         self,
-        path: Path,
+        path: ProbabilityPath,
         prediction: Prediction,
         timesteps: TimestepSampler,
         weighting: Weighting | None = None,

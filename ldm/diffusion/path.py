@@ -36,7 +36,7 @@ def require_positive(owner: object, **values: float) -> None:
             raise UsageError(f"{type(owner).__name__}: {name} is {value:g}; give a number greater than 0")
 
 
-class Path(ABC):
+class ProbabilityPath(ABC):
     """A choice of alpha(t) and sigma(t). All functions take t of shape (B,) in [0, 1] and return (B,)."""
 
     sigma_data: float = 1.0  # standard deviation of the data: normalised latents have 1
@@ -70,7 +70,7 @@ class Path(ABC):
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), eps) * eps
 
 
-class RectifiedFlow(Path):
+class RectifiedFlow(ProbabilityPath):
     """The straight path alpha = 1 − t, sigma = t (Liu et al. 2022, arXiv 2209.03003; Lipman et al. 2022, 2210.02747)."""
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class RectifiedFlow(Path):
         return t * NUM_TRAIN_TIMESTEPS
 
 
-class VariancePreserving(Path):
+class VariancePreserving(ProbabilityPath):
     """alpha = √ᾱ, sigma = √(1 − ᾱ) (Ho et al. 2020, arXiv 2006.11239), ᾱ as diffusers' ``DDPMScheduler`` counts it.
 
     As alpha² + sigma² = 1, the path is a rotation: alpha = cos φ, sigma = sin φ, from φ(0) = 0, the data itself. The
@@ -151,7 +151,7 @@ class VariancePreserving(Path):
         return t * NUM_TRAIN_TIMESTEPS - 1
 
 
-class VarianceExploding(Path):
+class VarianceExploding(ProbabilityPath):
     """alpha = 1, sigma geometric in t from ``sigma_min`` to ``sigma_max`` (Song et al. 2021, arXiv 2011.13456).
 
     The network is called as EDM's (Karras et al. 2022, arXiv 2206.00364, table 1): with c_in·x_t and c_noise = ln(sigma)/4.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.diffusion.path import Path, expand
+from ldm.diffusion.path import ProbabilityPath, expand
 
 LEAST_DETERMINANT = 1e-6  # as a share of the lengths of (alpha, sigma) and (c, d): the sine of the angle between them
 
@@ -32,20 +32,20 @@ class Prediction(ABC):
     """A choice of c(t) and d(t)."""
 
     @abstractmethod
-    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         """c(t) and d(t), each (B,) for t of shape (B,)."""
 
-    def target(self, path: Path, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    def target(self, path: ProbabilityPath, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should say, (B, …) like ``x0``."""
         c, d = self.coefficients(path, t)
         return expand(c, x0) * x0 + expand(d, eps) * eps
 
-    def determinant(self, path: Path, t: Tensor) -> Tensor:
+    def determinant(self, path: ProbabilityPath, t: Tensor) -> Tensor:
         """alpha·d − sigma·c (B,)."""
         c, d = self.coefficients(path, t)
         return path.alpha(t) * d - path.sigma(t) * c
 
-    def endpoints(self, path: Path, x_t: Tensor, y: Tensor, t: Tensor) -> Endpoints:
+    def endpoints(self, path: ProbabilityPath, x_t: Tensor, y: Tensor, t: Tensor) -> Endpoints:
         """x0 and eps from a noisy ``x_t`` and a prediction ``y``.
 
         Raises:
@@ -66,35 +66,35 @@ class Prediction(ABC):
 class Epsilon(Prediction):
     """The noise (Ho et al. 2020)."""
 
-    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(t), torch.ones_like(t)
 
 
 class Score(Prediction):
     """∇ log p(x_t | x0) = −eps / sigma (Song et al. 2021, arXiv 2011.13456)."""
 
-    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(t), -1 / path.sigma(t)
 
 
-class Sample(Prediction):
+class X0(Prediction):
     """The data x0."""
 
-    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), torch.zeros_like(t)
 
 
 class V(Prediction):
     """v = alpha·eps − sigma·x0 (Salimans & Ho 2022, arXiv 2202.00512)."""
 
-    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         return -path.sigma(t), path.alpha(t)
 
 
 class Velocity(Prediction):
     """dx_t/dt = alpha'·x0 + sigma'·eps, the probability-flow velocity of any path; eps − x0 for rectified flow."""
 
-    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         return path.derivatives(t)
 
 
@@ -105,7 +105,7 @@ class Preconditioned(Prediction):
     variance-preserving one and sigma_data = 1, F is −v. The standard deviation of the data is the path's ``sigma_data``.
     """
 
-    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = path.alpha(t), path.sigma(t)
         length = torch.hypot(sigma, alpha * path.sigma_data)
         return sigma / (path.sigma_data * length), -path.sigma_data * alpha / length

@@ -28,13 +28,13 @@ from diffusers import (
 
 from ldm.diffusion import path as paths
 from ldm.diffusion import prediction as predictions
-from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, Path, RectifiedFlow, VarianceExploding, VariancePreserving
-from ldm.diffusion.prediction import Epsilon, Preconditioned, Prediction, Sample, V, Velocity
+from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, ProbabilityPath, RectifiedFlow, VarianceExploding, VariancePreserving
+from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Prediction, V, Velocity
 from ldm.errors import UsageError
 
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 # name -> class and what sets it apart; the first of a path is what its pipelines are saved with
-SAMPLERS: dict[type[Path], dict[str, tuple[type[SchedulerMixin], dict[str, str]]]] = {
+SAMPLERS: dict[type[ProbabilityPath], dict[str, tuple[type[SchedulerMixin], dict[str, str]]]] = {
     VariancePreserving: {
         "ddim": (DDIMScheduler, {}),
         "ddpm": (DDPMScheduler, {}),
@@ -59,19 +59,19 @@ SAMPLERS: dict[type[Path], dict[str, tuple[type[SchedulerMixin], dict[str, str]]
         "euler": (EDMEulerScheduler, {}),
     },
 }
-PREDICTION_TYPES = {"epsilon": Epsilon, "sample": Sample, "v_prediction": V, "flow_prediction": Velocity}
+PREDICTION_TYPES = {"epsilon": Epsilon, "sample": X0, "v_prediction": V, "flow_prediction": Velocity}
 # x0 = (x_t − sigma·eps) / alpha: an error in eps comes out sigma / alpha times as large, 2 % of it 40 times the data
-LEAST_DETERMINANT = 5e-4
+LEAST_SIGNAL = 5e-4
 
 
 class Diffusion(NamedTuple):
     """What a model was trained with, and what its samplers are derived from."""
 
-    path: Path
+    path: ProbabilityPath
     prediction: Prediction
 
 
-def samplers_for(path: Path, prediction: Prediction) -> list[str]:
+def samplers_for(path: ProbabilityPath, prediction: Prediction) -> list[str]:
     """The names :func:`make_scheduler` takes for a model, the default first.
 
     Raises:
@@ -80,7 +80,7 @@ def samplers_for(path: Path, prediction: Prediction) -> list[str]:
     return list(_samplers(path, prediction))
 
 
-def make_scheduler(name: str, path: Path, prediction: Prediction, **options: Any) -> SchedulerMixin:
+def make_scheduler(name: str, path: ProbabilityPath, prediction: Prediction, **options: Any) -> SchedulerMixin:
     """The scheduler of a name for a model.
 
     Args:
@@ -115,7 +115,7 @@ def make_scheduler(name: str, path: Path, prediction: Prediction, **options: Any
     return scheduler
 
 
-def matching_scheduler(path: Path, prediction: Prediction) -> SchedulerMixin:
+def matching_scheduler(path: ProbabilityPath, prediction: Prediction) -> SchedulerMixin:
     """The scheduler that the saved pipeline samples with.
 
     Raises:
@@ -124,7 +124,7 @@ def matching_scheduler(path: Path, prediction: Prediction) -> SchedulerMixin:
     return make_scheduler(samplers_for(path, prediction)[0], path, prediction)
 
 
-def check_scheduler(scheduler: SchedulerMixin, path: Path, prediction: Prediction) -> None:
+def check_scheduler(scheduler: SchedulerMixin, path: ProbabilityPath, prediction: Prediction) -> None:
     """Refuse a scheduler, whoever made it, that does not walk the path of the model.
 
     Raises:
@@ -139,7 +139,7 @@ def check_scheduler(scheduler: SchedulerMixin, path: Path, prediction: Predictio
         found = scheduler.alphas_cumprod.double()
         if found.shape != t.shape or not torch.allclose(found, path.alpha(t).square(), rtol=0, atol=1e-4):
             wrong = ["its schedule of betas"]
-        blind = {"epsilon"} if path.alpha(t[-1:]) < LEAST_DETERMINANT else set()
+        blind = {"epsilon"} if path.alpha(t[-1:]) < LEAST_SIGNAL else set()
         if config.prediction_type not in {"epsilon", "sample", "v_prediction"} - blind:
             wrong = [f"prediction_type={config.prediction_type!r}"]
     if wrong:
@@ -159,19 +159,21 @@ def wanted_prediction(scheduler: SchedulerMixin) -> Prediction:
     return kind()
 
 
-def describe(path: Path, prediction: Prediction) -> dict[str, dict[str, Any]]:
+def diffusion_config(path: ProbabilityPath, prediction: Prediction) -> dict[str, dict[str, Any]]:
     """Path and prediction as JSON, in the words of the YAML that chose them; see :func:`diffusion_from`."""
     return {"path": _describe(path), "prediction": _describe(prediction)}
 
 
 def diffusion_from(description: dict[str, dict[str, Any]]) -> Diffusion:
-    """Path and prediction of what :func:`describe` gave; only classes of :mod:`ldm.diffusion` are made, nothing is imported.
+    """Path and prediction of what :func:`diffusion_config` gave; only classes of :mod:`ldm.diffusion` are made.
 
     Raises:
         UsageError: for anything else.
     """
     try:
-        return Diffusion(_make(description["path"], paths, Path), _make(description["prediction"], predictions, Prediction))
+        return Diffusion(
+            _make(description["path"], paths, ProbabilityPath), _make(description["prediction"], predictions, Prediction)
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(
             f"diffusion of model_index.json cannot be read ({type(error).__name__}: {error}); restore it"
@@ -196,7 +198,7 @@ def diffusion_of(scheduler: SchedulerMixin) -> Diffusion:
     return diffusion
 
 
-def _samplers(path: Path, prediction: Prediction) -> dict[str, tuple[type[SchedulerMixin], dict[str, str]]]:
+def _samplers(path: ProbabilityPath, prediction: Prediction) -> dict[str, tuple[type[SchedulerMixin], dict[str, str]]]:
     """The path's part of the table."""
     named = next((named for kind, named in SAMPLERS.items() if isinstance(path, kind)), None)
     if named is None:
@@ -204,30 +206,30 @@ def _samplers(path: Path, prediction: Prediction) -> dict[str, tuple[type[Schedu
         raise UsageError(f"no scheduler of diffusers walks {type(path).__name__}; set model.path to one of: {served}")
     one = torch.ones(1, dtype=torch.float64)
     lengths = [torch.hypot(*pair) for pair in ((path.alpha(one), path.sigma(one)), prediction.coefficients(path, one))]
-    if not prediction.determinant(path, one).abs() > LEAST_DETERMINANT * lengths[0] * lengths[1]:
+    if not prediction.determinant(path, one).abs() > LEAST_SIGNAL * lengths[0] * lengths[1]:
         raise UsageError(
-            f"{type(prediction).__name__} says nothing of the picture where {_words(path)} begins (alpha = 0); set "
+            f"{type(prediction).__name__} says nothing of the image where {_words(path)} begins (alpha = 0); set "
             "model.prediction to V, Sample or Velocity"
             + (", or the schedule to a plain linear or scaled_linear" if isinstance(path, VariancePreserving) else "")
         )
     # it averages slopes over sigma / alpha, in which the first step from almost pure noise is thousands long
-    without = {HeunDiscreteScheduler} if path.alpha(one) < LEAST_DETERMINANT else set()
+    without = {HeunDiscreteScheduler} if path.alpha(one) < LEAST_SIGNAL else set()
     return {name: entry for name, entry in named.items() if entry[0] not in without}
 
 
-def _demanded(path: Path) -> dict[str, Any]:
+def _demanded(path: ProbabilityPath) -> dict[str, Any]:
     """What a scheduler's config must say, where it has a say, to walk a path."""
     if isinstance(path, VarianceExploding):
         sigmas = {key: getattr(path, key) for key in ("sigma_min", "sigma_max", "sigma_data")}
         return {"prediction_type": "epsilon", "thresholding": False, **sigmas}
-    # latents are not bounded by 1; noise anew at every step would forget what is known of the picture
+    # latents are not bounded by 1; noise anew at every step would forget what is known of the image
     common = {"clip_sample": False, "thresholding": False, "stochastic_sampling": False}
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     apart = flow if isinstance(path, RectifiedFlow) else {"use_flow_sigmas": False}
     return common | apart | {"num_train_timesteps": NUM_TRAIN_TIMESTEPS}
 
 
-def _derived(kind: type[SchedulerMixin], path: Path, prediction: Prediction) -> dict[str, Any]:
+def _derived(kind: type[SchedulerMixin], path: ProbabilityPath, prediction: Prediction) -> dict[str, Any]:
     """The part of a scheduler's config that the model decides."""
     derived = _demanded(path)
     if not isinstance(path, VariancePreserving):
@@ -241,13 +243,13 @@ def _derived(kind: type[SchedulerMixin], path: Path, prediction: Prediction) -> 
     return derived | {"prediction_type": "v_prediction" if own in not_taken else own}
 
 
-def _words(path: Path, prediction: Prediction | None = None) -> str:
+def _words(path: ProbabilityPath, prediction: Prediction | None = None) -> str:
     """A model in a few words, for messages."""
     settings = ", ".join(f"{key}={value}" for key, value in _describe(path)["init_args"].items())
     return (f"{type(prediction).__name__} on " if prediction else "") + f"{type(path).__name__}({settings})"
 
 
-def _describe(part: Path | Prediction) -> dict[str, Any]:
+def _describe(part: ProbabilityPath | Prediction) -> dict[str, Any]:
     kind = type(part)
     known = vars(part) | ({"schedule": part.scheduler_config["beta_schedule"]} if isinstance(part, VariancePreserving) else {})
     settings = {name: known[name] for name in inspect.signature(kind).parameters}

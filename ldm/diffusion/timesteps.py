@@ -9,12 +9,12 @@ import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
-from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, Path, require_positive
+from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, ProbabilityPath, require_positive
 from ldm.errors import UsageError
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t ← shift·t / (1 + (shift − 1)·t): more noise for larger pictures (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
+    """t ← shift·t / (1 + (shift − 1)·t): more noise for larger images (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -22,7 +22,7 @@ class TimestepSampler(ABC):
     """A density over t."""
 
     @abstractmethod
-    def __call__(self, x0: Tensor, path: Path, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, x0: Tensor, path: ProbabilityPath, generator: torch.Generator | None = None) -> Tensor:
         """Draw a time for each of the latents ``x0`` (B, C, H, W) that ``path`` leads to noise, on their device."""
 
 
@@ -44,7 +44,7 @@ class ShiftedSampler(TimestepSampler):
     def draw(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """``batch_size`` times before the shift."""
 
-    def __call__(self, x0: Tensor, path: Path, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, x0: Tensor, path: ProbabilityPath, generator: torch.Generator | None = None) -> Tensor:
         height, width = x0.shape[-2:]
         shift = self.shift if self.base_side is None else self.shift * math.sqrt(height * width) / self.base_side
         return shift_time(self.draw(len(x0), x0.device, generator), shift)
@@ -100,7 +100,7 @@ class Mode(ShiftedSampler):
 class DiscreteUniform(TimestepSampler):
     """One of the 1000 steps that diffusers' DDPM schedulers count, all alike: t = (k + 1) / 1000 (Ho et al. 2020)."""
 
-    def __call__(self, x0: Tensor, path: Path, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, x0: Tensor, path: ProbabilityPath, generator: torch.Generator | None = None) -> Tensor:
         steps = torch.randint(1, NUM_TRAIN_TIMESTEPS + 1, (len(x0),), device=x0.device, generator=generator)
         return steps / NUM_TRAIN_TIMESTEPS
 
@@ -120,6 +120,6 @@ class LogNormal(TimestepSampler):
         require_positive(self, scale=scale)
         self.location, self.scale = location, scale
 
-    def __call__(self, x0: Tensor, path: Path, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, x0: Tensor, path: ProbabilityPath, generator: torch.Generator | None = None) -> Tensor:
         normal = torch.randn(len(x0), device=x0.device, generator=generator)
         return path.time(self.location + self.scale * normal)

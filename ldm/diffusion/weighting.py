@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ldm.diffusion.path import Path, require_positive
+from ldm.diffusion.path import ProbabilityPath, require_positive
 from ldm.diffusion.prediction import Prediction
 
 
@@ -19,10 +19,10 @@ class Weighting(ABC):
     """A choice of lambda(t)."""
 
     @abstractmethod
-    def scaled(self, path: Path, t: Tensor) -> Tensor:
+    def scaled(self, path: ProbabilityPath, t: Tensor) -> Tensor:
         """lambda(t)·sigma(t)² (B,), which is finite at both ends of the path, where lambda may not be."""
 
-    def __call__(self, path: Path, prediction: Prediction, t: Tensor) -> Tensor:
+    def __call__(self, path: ProbabilityPath, prediction: Prediction, t: Tensor) -> Tensor:
         """The weight (B,) of the mean squared error of what is predicted, at t (B,)."""
         return self.scaled(path, t) / prediction.determinant(path, t).square()
 
@@ -42,7 +42,7 @@ class MinSNR(Weighting):
         require_positive(self, gamma=gamma)
         self.gamma = gamma
 
-    def scaled(self, path: Path, t: Tensor) -> Tensor:
+    def scaled(self, path: ProbabilityPath, t: Tensor) -> Tensor:
         return torch.minimum(path.alpha(t).square(), self.gamma * path.sigma(t).square())
 
 
@@ -52,5 +52,5 @@ class EDM(Weighting):
     :class:`ldm.diffusion.prediction.Preconditioned` needs none: there it is 1, as c_out is what F is multiplied by.
     """
 
-    def scaled(self, path: Path, t: Tensor) -> Tensor:
+    def scaled(self, path: ProbabilityPath, t: Tensor) -> Tensor:
         return path.alpha(t).square() + (path.sigma(t) / path.sigma_data).square()

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from ldm.doctor.finding import FAIL, OK, WARN, Finding
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.machine import PACKAGES, describe
+from ldm.machine import PACKAGES, machine_info
 
 IMPORTED = ("torchvision", "lightning", "diffusers", "transformers", "lpips", "torchmetrics", "webdataset", "simplejpeg")
 # not only broken: malicious
@@ -40,7 +40,7 @@ def version_findings(installed: Mapping[str, str], required: Iterable[str]) -> I
 
 def installed_versions() -> dict[str, str]:
     """Of Python and of what training stands on, as far as it is installed."""
-    return {name: found for name, found in describe().items() if name in ("Python", *PACKAGES) and found != "not installed"}
+    return {name: found for name, found in machine_info().items() if name in ("Python", *PACKAGES) and found != "not installed"}
 
 
 def requirements() -> list[str]:
@@ -79,7 +79,7 @@ def weights_findings() -> Iterator[Finding]:
     try:
         import torchvision.models
 
-        from ldm.models.text import minilm_folder
+        from ldm.models.text_encoder import minilm_folder
     except (ImportError, RuntimeError):  # said among the imports
         return
     try:

@@ -1,4 +1,4 @@
-"""What only trying tells, a few seconds each: bf16, the decoding of pictures, two processes, torch.compile."""
+"""What only trying tells, a few seconds each: bf16, the decoding of images, two processes, torch.compile."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _product_seconds(device: torch.device, side: int, dtype: torch.dtype, budget
 
 
 def jpeg_findings() -> Iterator[Finding]:
-    """Pictures of 256 px decoded in a second on one core, by what stage one reads with and by Pillow."""
+    """Images of 256 px decoded in a second on one core, by what stage one reads with and by Pillow."""
     import simplejpeg
 
     random = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def jpeg_findings() -> Iterator[Finding]:
     pillow = _per_second(lambda: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     slow = ours < pillow
     mend = "pip install --force-reinstall simplejpeg: its wheel carries the fast decoder" if slow else ""
-    said = f"{ours:,.0f} pictures of 256 px a second on a core, {ours / pillow:.1f}x Pillow"
+    said = f"{ours:,.0f} images of 256 px a second on a core, {ours / pillow:.1f}x Pillow"
     yield Finding("JPEG", WARN if slow else OK, said, mend)
 
 

@@ -1,4 +1,4 @@
-"""Stored latents held against what made them: the autoencoder by its hash, the pictures by encoding some of them again."""
+"""Stored latents held against what made them: the autoencoder by its hash, the images by encoding some of them again."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ldm.data.decode import DecodeError
-from ldm.data.latents import LatentInfo, LatentShard, latent_info
+from ldm.data.latent_schema import LatentInfo, LatentShard, latent_info
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Problem
 from ldm.data.shards import ShardReader
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.latents.encode import PRECISIONS, LatentEncoder, load_matching
-from ldm.latents.pictures import CaptionedPictures
+from ldm.latents.images import CaptionedImages
 from ldm.models.autoencoder import downsampling_factor, pixels_to_images
 
 # An encoder rounds in each of its layers, and what it rounds off adds up as a random walk does: measured were 1 to 3 times eps
 # of bf16. Eight leave room for deeper ones, and are still below every mistake that was tried (pixels in [0, 1] instead of
-# [-1, 1] are 14 times eps of bf16 away, latents of another picture 60 and more).
+# [-1, 1] are 14 times eps of bf16 away, latents of another image 60 and more).
 ROUNDINGS = 8
-VIEWS = {"": "pictures", "_flip": "mirrored"}
+VIEWS = {"": "images", "_flip": "mirrored"}
 
 
 class Stored(NamedTuple):
-    """One picture's latents as they are stored.
+    """One image's latents as they are stored.
 
     Attributes:
         shard: name of the latent shard.
-        key: of the picture.
+        key: of the image.
         captions: its captions.
         latents: ``mean``, and ``std``, ``mean_flip``, ``std_flip`` where there are such, float32 (C, h, w).
     """
@@ -79,17 +79,17 @@ def decode(autoencoder: AutoencoderKL, latent: np.ndarray) -> Tensor:
     return autoencoder.decode(torch.from_numpy(latent)[None].to(autoencoder.device)).sample.float()
 
 
-class SourcePictures:
-    """The pictures that latents were made of, found by shard and key, as they were encoded."""
+class SourceImages:
+    """The images that latents were made of, found by shard and key, as they were encoded."""
 
     def __init__(self, source: ShardSource, resolution: int | None, factor: int):
-        """Of a source of images; the rest as :class:`ldm.latents.export.CaptionedPictures` takes it."""
+        """Of a source of images; the rest as :class:`ldm.latents.export.CaptionedImages` takes it."""
         self.source = source
-        self.dataset = CaptionedPictures(source, resolution, factor, "first")
+        self.dataset = CaptionedImages(source, resolution, factor, "first")
         self._number: int | None = None
 
     @classmethod
-    def open(cls, source: ShardSource, autoencoder: AutoencoderKL, shards: str | Path | None = None) -> SourcePictures | None:
+    def open(cls, source: ShardSource, autoencoder: AutoencoderKL, shards: str | Path | None = None) -> SourceImages | None:
         """Those of a source of latents; None where they no longer stand where they stood, or not on this machine.
 
         Args:
@@ -119,7 +119,7 @@ class SourcePictures:
         return cls(images, info.resolution, downsampling_factor(autoencoder))
 
     def image(self, stored: Stored, device: torch.device | str = "cpu") -> Tensor | None:
-        """The picture (1, 3, H, W) in [−1, 1] of a latent; None where its shard has no such key.
+        """The image (1, 3, H, W) in [−1, 1] of a latent; None where its shard has no such key.
 
         Raises :class:`DecodeError` where it cannot be used.
         """
@@ -147,14 +147,14 @@ class Comparison:
 
     Attributes:
         decoded: latents that were decoded.
-        compared: of these, how many had their pictures encoded again.
-        skipped: pictures that can no longer be decoded.
-        figures: "pictures" (and "mirrored") -> what was measured of them: of the errors of ``mean`` and ``std`` the largest and
-            the average, as they are and in standard deviations of the channel over the set; PSNR in dB against the picture of
-            the stored mean decoded, and of the mean encoded now; averages over pictures. Empty without pictures.
-        tolerance: how far a picture's latents may be off.
+        compared: of these, how many had their images encoded again.
+        skipped: images that can no longer be decoded.
+        figures: "images" (and "mirrored") -> what was measured of them: of the errors of ``mean`` and ``std`` the largest and
+            the average, as they are and in standard deviations of the channel over the set; PSNR in dB against the image of
+            the stored mean decoded, and of the mean encoded now; averages over images. Empty without images.
+        tolerance: how far an image's latents may be off.
         problems: what does not agree.
-        note: why there were no pictures to compare with; otherwise empty.
+        note: why there were no images to compare with; otherwise empty.
     """
 
     decoded: int
@@ -180,9 +180,9 @@ def compare(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Decode a sample of stored latents, and where the pictures are at hand, encode these again and see that both agree.
+    """Decode a sample of stored latents, and where the images are at hand, encode these again and see that both agree.
 
-    Pictures are encoded in float32, whatever the export computed in: the error is that of what is stored. A picture's latents
+    Images are encoded in float32, whatever the export computed in: the error is that of what is stored. An image's latents
     agree if, what storing in ``dtype`` rounds off apart, its ``mean`` is off by no more than ``ROUNDINGS`` times eps of the
     export's precision, on average over its values and in standard deviations of the channel over the set; and its ``std``
     likewise, as a share of itself. For fp32 eps is that of TF32 (2^-10), in which GPUs compute convolutions.
@@ -190,7 +190,7 @@ def compare(
     Args:
         folder: of latent shards.
         autoencoder_path: a directory of ``AutoencoderKL.save_pretrained``.
-        shards: see :meth:`SourcePictures.open`.
+        shards: see :meth:`SourceImages.open`.
         samples: latents looked at, evenly spread over the set.
         on_progress: called with (latents done, latents).
 
@@ -205,7 +205,7 @@ def compare(
     info = latent_info(source)
     autoencoder = load_matching(autoencoder_path, source, device)
     encoder = LatentEncoder(autoencoder, "fp32", "float32", mode=info.posterior == "mode")
-    pictures = SourcePictures.open(source, autoencoder, shards)
+    images = SourceImages.open(source, autoencoder, shards)
     judge = _Judge(info)
     total, decoded, compared, skipped = min(samples, source.manifest.samples), 0, 0, 0
     for decoded, stored in enumerate(sampled(source, samples), start=1):
@@ -213,22 +213,22 @@ def compare(
         reconstruction = decode(autoencoder, stored.latents["mean"])
         if not reconstruction.isfinite().all():
             judge.problem(where, "decodes to values that are not finite")
-        elif pictures is not None:
+        elif images is not None:
             try:
-                image = pictures.image(stored, autoencoder.device)
+                image = images.image(stored, autoencoder.device)
             except DecodeError:
                 skipped += 1
             else:
                 compared += image is not None
                 if image is None:
-                    judge.problem(where, f"is not among the pictures of {pictures.source.spec}")
+                    judge.problem(where, f"is not among the images of {images.source.spec}")
                 else:
                     _look(judge, where, autoencoder, encoder, stored, image, reconstruction)
         if on_progress is not None:
             on_progress(decoded, total)
     note = ""
-    if pictures is None:
-        note = f"the image shards ({info.source_shards or 'unknown'}) are not at hand; --shards DIR compares with the pictures"
+    if images is None:
+        note = f"the image shards ({info.source_shards or 'unknown'}) are not at hand; --shards DIR compares with the images"
     return Comparison(decoded, compared, skipped, judge.figures(), judge.tolerance, judge.problems(), note)
 
 
@@ -241,7 +241,7 @@ def _look(
     image: Tensor,
     reconstruction: Tensor,
 ) -> None:
-    """Encode one picture again, and its mirror image where that was stored, and hand over what was found."""
+    """Encode one image again, and its mirror image where that was stored, and hand over what was found."""
     for end, view in VIEWS.items():
         if f"mean{end}" not in stored.latents:
             continue
@@ -249,7 +249,7 @@ def _look(
         again = {name: values[0] for name, values in encoder(shown).items()}
         if again["mean"].shape != stored.latents[f"mean{end}"].shape:
             shapes = (" x ".join(map(str, latent.shape)) for latent in (stored.latents[f"mean{end}"], again["mean"]))
-            judge.problem(where, "has latents of {}, its picture gives {}".format(*shapes))
+            judge.problem(where, "has latents of {}, its image gives {}".format(*shapes))
             return
         for name, latent in again.items():
             judge.errors(where, view, f"{name}{end}", stored.latents[f"{name}{end}"], latent)
@@ -313,10 +313,10 @@ class _Judge:
                 off, where = max(beyond)
                 unit = "times itself" if name.startswith("std") else "standard deviations of the set"
                 what = (
-                    f"stores a {name} that is on average {off:.3g} {unit} from what its picture gives, where "
+                    f"stores a {name} that is on average {off:.3g} {unit} from what its image gives, where "
                     f"{self.info.precision} explains {self.tolerance:.2g}; so are {len(beyond)} of {len(offs)} looked at"
                 )
-                mend = f"they are of other pictures, or were prepared or normalised in another way; {again}"
+                mend = f"they are of other images, or were prepared or normalised in another way; {again}"
                 found.append(Problem(where, what, mend, len(beyond)))
         return tuple(found)
 

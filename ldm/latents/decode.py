@@ -1,4 +1,4 @@
-"""Latent shards -> pictures: a folder of PNGs with their captions, which can be packed again."""
+"""Latent shards -> images: a folder of PNGs with their captions, which can be packed again."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ldm.data.decode import DecodeError
-from ldm.data.latents import LatentShard, latent_info
+from ldm.data.latent_schema import LatentShard, latent_info
 from ldm.data.manifest import LATENT_SHARDS
-from ldm.data.ordered import in_order
+from ldm.data.parallel_map import in_order
 from ldm.data.sources import ShardSource, open_source
 from ldm.data.writer import encode_png
 from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_new_folder
 from ldm.latents.encode import Process, load_matching
-from ldm.models.autoencoder import images_to_pictures
+from ldm.models.autoencoder import images_to_pil
 
 CAPTIONS_NAME = "captions.jsonl"
 MAX_NAME_BYTES = 200
 
 _WRITERS = 4
-# pictures for each writer that wait for it: enough to keep all of them busy while a batch is decoded
+# images for each writer that wait for it: enough to keep all of them busy while a batch is decoded
 _AHEAD = 8
 
 
 class Decoded(NamedTuple):
-    """A picture and what is written of it."""
+    """An image and what is written of it."""
 
     key: str
     captions: list[str]
-    picture: Image.Image
+    image: Image.Image
     path: Path
 
 
@@ -63,25 +63,25 @@ def decode_latent_shards(
         out: a new folder, which appears whole or not at all.
         autoencoder_path: directory of the ``AutoencoderKL`` that made the latents.
         samples: as many, from the beginning; None: all.
-        flips: decode the latents of mirrored pictures, too, into ``{key}_flip.png``.
+        flips: decode the latents of mirrored images, too, into ``{key}_flip.png``.
         device: None: a GPU where there is one.
         batch_size: latents per call of the autoencoder.
-        on_progress: called with (pictures written, pictures).
+        on_progress: called with (images written, images).
 
     Returns:
-        how many pictures were written.
+        how many images were written.
 
     Raises:
         UsageError: another autoencoder made the latents, or what is asked cannot be done.
-        LdmError: a broken shard, pictures that are not finite, or ``out`` cannot be written.
+        LdmError: a broken shard, images that are not finite, or ``out`` cannot be written.
     """
     for name, value in (("samples", samples), ("batch-size", batch_size)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; give 1 or more")
-    source, out = open_source(latents, LATENT_SHARDS), require_new_folder(out, "decoded pictures")
+    source, out = open_source(latents, LATENT_SHARDS), require_new_folder(out, "decoded images")
     info = latent_info(source)
     if flips and not info.flips:
-        raise UsageError(f"{source.spec} has no latents of mirrored pictures; leave --flips out, or export with --flip")
+        raise UsageError(f"{source.spec} has no latents of mirrored images; leave --flips out, or export with --flip")
     autoencoder = load_matching(autoencoder_path, source, Process.here().device() if device is None else device)
     source.check_cheap()
     ends = ("", "_flip") if flips else ("",)
@@ -109,7 +109,7 @@ def decode_latent_shards(
 def _decode(
     source: ShardSource, autoencoder: AutoencoderKL, folder: Path, samples: int, ends: tuple[str, ...], batch_size: int
 ) -> Iterator[Decoded]:
-    """The pictures of the first ``samples``, each with a place of its own in the folder."""
+    """The images of the first ``samples``, each with a place of its own in the folder."""
     left = samples
     for number, entry in enumerate(source.manifest.shards):
         shard = LatentShard(source.path(number), entry.samples)
@@ -126,21 +126,21 @@ def _decode(
                 some = slice(start, min(start + batch_size, rows))
                 keys = words["keys"][some]
                 several = [
-                    _pictures(autoencoder, tensors[f"mean{end}"][some], f"{source.name(number)}: {keys[0]}") for end in ends
+                    _images(autoencoder, tensors[f"mean{end}"][some], f"{source.name(number)}: {keys[0]}") for end in ends
                 ]
-                for key, captions, *pictures in zip(keys, words["captions"][some], *several, strict=True):
-                    for end, picture in zip(ends, pictures, strict=True):
-                        yield Decoded(key, captions, picture, _claim(folder, key + end))
+                for key, captions, *images in zip(keys, words["captions"][some], *several, strict=True):
+                    for end, image in zip(ends, images, strict=True):
+                        yield Decoded(key, captions, image, _claim(folder, key + end))
 
 
-def _pictures(autoencoder: AutoencoderKL, mean: np.ndarray, where: str) -> list[Image.Image]:
-    """Stored latents (B, C, h, w) -> pictures; ``where`` names the first in errors."""
+def _images(autoencoder: AutoencoderKL, mean: np.ndarray, where: str) -> list[Image.Image]:
+    """Stored latents (B, C, h, w) -> images; ``where`` names the first in errors."""
     z = torch.from_numpy(mean.astype(np.float32)).to(autoencoder.device)
     with torch.inference_mode():
         images = autoencoder.decode(z, return_dict=False)[0]
     if not images.isfinite().all():
-        raise LdmError(f"{where} or one of the {len(z) - 1} after it decodes to no finite picture; is the autoencoder whole?")
-    return images_to_pictures(images)
+        raise LdmError(f"{where} or one of the {len(z) - 1} after it decodes to no finite image; is the autoencoder whole?")
+    return images_to_pil(images)
 
 
 def _claim(folder: Path, key: str) -> Path:
@@ -158,4 +158,4 @@ def _claim(folder: Path, key: str) -> Path:
 
 
 def _write(one: Decoded) -> None:
-    one.path.write_bytes(encode_png(one.picture))
+    one.path.write_bytes(encode_png(one.image))

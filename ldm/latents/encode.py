@@ -1,4 +1,4 @@
-"""The two frozen networks of an export: pictures -> posteriors, captions -> embeddings, the same bytes on every run."""
+"""The two frozen networks of an export: images -> posteriors, captions -> embeddings, the same bytes on every run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from ldm.data.latents import TextInfo, latent_info
+from ldm.data.latent_schema import TextInfo, latent_info
 from ldm.data.sources import ShardSource
 from ldm.errors import UsageError
 from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
-from ldm.models.text import TextEncoder, embed, max_tokens
+from ldm.models.text_encoder import TextEncoder, embed, max_tokens
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("ldm", "torch", "diffusers", "transformers", "safetensors")
@@ -110,7 +110,7 @@ def load_matching(path: str | Path, source: ShardSource, device: torch.device | 
 
 
 class LatentEncoder:
-    """Pictures to posteriors; may be called from several threads."""
+    """Images to posteriors; may be called from several threads."""
 
     def __init__(self, autoencoder: AutoencoderKL, precision: Precision, dtype: Dtype, mode: bool):
         """

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from ldm.data.decode import DecodeError
-from ldm.data.latents import Chunk, LatentInfo, write_null_text
+from ldm.data.latent_schema import Chunk, LatentInfo, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.moments import Moments
-from ldm.data.ordered import in_order
+from ldm.data.parallel_map import in_order
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter
@@ -40,7 +40,7 @@ from ldm.latents.encode import (
     single_threaded,
     versions,
 )
-from ldm.latents.pictures import CaptionedPictures
+from ldm.latents.images import CaptionedImages
 from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder, pixels_to_images
 
 CHUNK_SAMPLES = 256
@@ -49,11 +49,11 @@ AHEAD = 2
 
 
 class Job(NamedTuple):
-    """What one thread does at a time: embed the captions of a window of a shard's samples, or encode some of its pictures.
+    """What one thread does at a time: embed the captions of a window of a shard's samples, or encode some of its images.
 
     Attributes:
         shard, window: where it belongs.
-        chunk: of the shard, which the pictures go into; None: captions.
+        chunk: of the shard, which the images go into; None: captions.
         rows: numbers of the samples.
     """
 
@@ -64,7 +64,7 @@ class Job(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What became of pictures: the good samples with their latents (B, C, h, w), and for each tried the record of a bad one."""
+    """What became of images: the good samples with their latents (B, C, h, w), and for each tried the record of a bad one."""
 
     samples: list[dict[str, Any]]
     latents: dict[str, np.ndarray]
@@ -77,7 +77,7 @@ class Exporter:
     def __init__(
         self,
         out: Path,
-        dataset: CaptionedPictures,
+        dataset: CaptionedImages,
         encoder: LatentEncoder,
         texts: TextEncoders,
         batch_size: int,
@@ -188,7 +188,7 @@ class Exporter:
         return record
 
     def _chunk(self, parts: list[Encoded], embedded: list[dict[str, Embedded]]) -> tuple[Chunk, list[int]]:
-        """Pictures and captions together; and for each text encoder how many of the captions it cut."""
+        """Images and captions together; and for each text encoder how many of the captions it cut."""
         samples = [sample for part in parts for sample in part.samples]
         texts, cut = in_order_of([caption for sample in samples for caption in sample["captions"]], embedded)
         for sample in samples:
@@ -228,7 +228,7 @@ def export_latents(
     keep_statistics: bool = False,
     threads: int | None = None,
 ) -> Manifest:
-    """Encode every picture and caption once. Run again after an interruption, it goes on from its last whole shard.
+    """Encode every image and caption once. Run again after an interruption, it goes on from its last whole shard.
 
     Any number of processes may be given the same request at once, by torchrun, SLURM or hand: they share the shards out, and
     each returns when all are done.
@@ -237,16 +237,16 @@ def export_latents(
         autoencoder_path: a directory of ``AutoencoderKL.save_pretrained``.
         shards: folder of image shards; every sample needs a caption.
         out: a new folder, or one that an interrupted export of the same things left.
-        text_encoder: see :meth:`ldm.models.text.TextEncoder.load`; one or several.
-        batch_size: pictures per call of the autoencoder.
+        text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; one or several.
+        batch_size: images per call of the autoencoder.
         dtype: of what is stored.
-        image_size: fit pictures to this side; None: as they are, each less what is no multiple of the autoencoder's factor.
+        image_size: fit images to this side; None: as they are, each less what is no multiple of the autoencoder's factor.
         device: None: this process's own GPU, or the CPU.
         on_progress: called with (samples done, samples).
         precision: that the networks compute in.
         mode: store the posterior's mode alone.
-        flip: store the latents of mirrored pictures, too.
-        captions: store the first of a picture's captions, or all.
+        flip: store the latents of mirrored images, too.
+        captions: store the first of an image's captions, or all.
         max_bad_share: samples that cannot be used to bear, as a share of all.
         keep_statistics: write mean and standard deviation into the config of the autoencoder's directory, too.
         threads: None: as many as this process has CPU cores.
@@ -262,12 +262,12 @@ def export_latents(
     device = process.device() if device is None else torch.device(device)
     source = open_source(shards, IMAGE_SHARDS)
     if not source.manifest.extra.get("captioned", True):
-        raise UsageError(f"{source.spec} has no captions; stage two needs one for every picture")
+        raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
     autoencoder = load_autoencoder(autoencoder_path).to(device)
     with single_threaded():
         encoder = LatentEncoder(autoencoder, precision, dtype, mode)
         texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, precision)
-        dataset = CaptionedPictures(source, image_size, downsampling_factor(autoencoder), captions)
+        dataset = CaptionedImages(source, image_size, downsampling_factor(autoencoder), captions)
         info = LatentInfo(
             autoencoder=autoencoder_hash(autoencoder),
             text_encoders=texts.info([0] * len(texts.encoders)),

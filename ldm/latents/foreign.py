@@ -1,12 +1,12 @@
 """Reading latents that other tools computed. What they leave behind, as their code writes it:
 
 - LightningDiT (arXiv 2501.01423): ``*.safetensors`` with ``latents`` (N, C, h, w), drawn from the posterior and not normalised
-  (that is done when they are read), ``latents_flip`` of the mirrored pictures, ``labels`` (N,). A file gives each class its
+  (that is done when they are read), ``latents_flip`` of the mirrored images, ``labels`` (N,). A file gives each class its
   caption. ``latents_stats.pt`` beside them is not needed: the statistics are measured anew, over all latents.
-- One ``.npy`` or ``.pt`` for each picture: a latent (C, h, w), perhaps times the autoencoder's scaling factor (fast-DiT,
+- One ``.npy`` or ``.pt`` for each image: a latent (C, h, w), perhaps times the autoencoder's scaling factor (fast-DiT,
   diffusers' scripts); means and log-variances (2C, h, w), diffusers' ``latent_dist.parameters`` (MAR, arXiv 2406.11838); or
   means and standard deviations (2C, h, w) (PixArt-alpha, arXiv 2310.00426; REPA, arXiv 2410.06940). A first axis of 1 is
-  dropped. A ``.pt`` may hold a dict instead: ``latent``, ``latents`` or ``moments``, and the same of the mirrored picture by
+  dropped. A ``.pt`` may hold a dict instead: ``latent``, ``latents`` or ``moments``, and the same of the mirrored image by
   that name with ``_flip`` or ``_flipped``. Captions come from a ``.txt`` of the same name, or from a table.
 
 Nothing that could run code is loaded: no pickled arrays, and of ``.pt`` files tensors in plain containers alone.
@@ -30,15 +30,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.data.decode import MAX_TEXT_BYTES, DecodeError, decode_text
-from ldm.data.ordered import in_order
-from ldm.data.pack import printable
-from ldm.data.pack_sources import Item, TableSource
-from ldm.data.pack_walk import walk
+from ldm.data.pack.packer import printable
+from ldm.data.pack.sources import Item, TableSource
+from ldm.data.pack.walk import walk
+from ldm.data.parallel_map import in_order
 from ldm.data.quarantine import BadSample
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import read_json
 
-# one picture's, and what it may unpack to
+# one image's, and what it may unpack to
 MAX_FILE_BYTES = 2**28
 
 _SUFFIXES = (".npy", ".pt")
@@ -47,10 +47,10 @@ _FLIPS = ("_flip", "_flipped")
 _READERS = 4
 
 
-class Picture(NamedTuple):
-    """One picture as it was found; ``file`` is where, for people.
+class ForeignImage(NamedTuple):
+    """One image as it was found; ``file`` is where, for people.
 
-    ``latent`` and, where there is one, that of the mirrored picture (``flip``): (C, h, w) or (2C, h, w), float32, finite.
+    ``latent`` and, where there is one, that of the mirrored image (``flip``): (C, h, w) or (2C, h, w), float32, finite.
     """
 
     file: str
@@ -61,7 +61,7 @@ class Picture(NamedTuple):
 
 
 class Foreign(ABC):
-    """Latents of another tool: how many pictures, and each of them or why it cannot be used."""
+    """Latents of another tool: how many images, and each of them or why it cannot be used."""
 
     found: int
 
@@ -69,11 +69,11 @@ class Foreign(ABC):
         self.src, self.channels = src, channels
 
     @abstractmethod
-    def pictures(self, step: int = 1) -> Iterator[Picture | BadSample]:
-        """Every ``step``-th picture, lazily, always in the same order."""
+    def images(self, step: int = 1) -> Iterator[ForeignImage | BadSample]:
+        """Every ``step``-th image, lazily, always in the same order."""
 
     def bad(self, file: str, reason: DecodeError) -> BadSample:
-        """The record of a picture that cannot be used."""
+        """The record of an image that cannot be used."""
         return BadSample(str(self.src), file, str(reason))
 
 
@@ -116,7 +116,7 @@ class LightningFolder(Foreign):
             )
         return shape[0]
 
-    def pictures(self, step: int = 1) -> Iterator[Picture | BadSample]:
+    def images(self, step: int = 1) -> Iterator[ForeignImage | BadSample]:
         before = 0
         for path, count in self.counts.items():
             with safe_open(path, framework="pt") as file:
@@ -130,14 +130,14 @@ class LightningFolder(Foreign):
                             raise DecodeError(f"has label {labels[row]}, for which {self.captions_file} holds no caption")
                         latent = _checked(latents[row : row + 1], self.channels)
                         flip = None if flips is None else _checked(flips[row : row + 1], self.channels)
-                        yield Picture(file_and_row, f"{path.stem}/{row:06d}", [caption], latent, flip)
+                        yield ForeignImage(file_and_row, f"{path.stem}/{row:06d}", [caption], latent, flip)
                     except DecodeError as error:
                         yield self.bad(file_and_row, error)
             before += count
 
 
 class FileFolder(Foreign):
-    """A file for each picture."""
+    """A file for each image."""
 
     def __init__(self, src: Path, channels: int, table: str | os.PathLike | None):
         super().__init__(src, channels)
@@ -152,11 +152,11 @@ class FileFolder(Foreign):
             return self.table.items()
         return (Item(file) for file in walk(self.src) if file.lower().endswith(_SUFFIXES))
 
-    def pictures(self, step: int = 1) -> Iterator[Picture | BadSample]:
+    def images(self, step: int = 1) -> Iterator[ForeignImage | BadSample]:
         items = islice(self._items(), 0, None, step)
-        return (picture for _, picture in in_order(self._load, items, _READERS))
+        return (image for _, image in in_order(self._load, items, _READERS))
 
-    def _load(self, item: Item) -> Picture | BadSample:
+    def _load(self, item: Item) -> ForeignImage | BadSample:
         file = printable(item.file)
         try:
             path = self.src / item.file
@@ -169,7 +169,7 @@ class FileFolder(Foreign):
             flip = None if flip is None else _checked(flip, self.channels)
             if flip is not None and flip.shape != latent.shape:
                 raise DecodeError(f"has shapes {list(latent.shape)} and, mirrored, {list(flip.shape)}")
-            return Picture(file, os.path.splitext(file)[0], captions, latent, flip)
+            return ForeignImage(file, os.path.splitext(file)[0], captions, latent, flip)
         except DecodeError as error:
             return self.bad(file, error)
 
@@ -201,7 +201,7 @@ def _caption_beside(path: Path) -> Sequence[str]:
 
 
 def read_latent(path: Path) -> tuple[Tensor, Tensor | None]:
-    """What a ``.npy`` or ``.pt`` holds of a picture and of its mirror image.
+    """What a ``.npy`` or ``.pt`` holds of an image and of its mirror image.
 
     Raises :class:`DecodeError` for anything but a tensor, or a dict with one by a usual name. Runs no code from the file.
     """

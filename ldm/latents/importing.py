@@ -20,7 +20,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from ldm.data.decode import DecodeError
-from ldm.data.latents import Chunk, LatentInfo, write_null_text
+from ldm.data.latent_schema import Chunk, LatentInfo, write_null_text
 from ldm.data.manifest import LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.moments import Moments
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
@@ -29,12 +29,12 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_folder, require_new_folder
 from ldm.latents.encode import Dtype, Process, TextEncoders, versions
 from ldm.latents.export import CHUNK_SAMPLES
-from ldm.latents.foreign import FileFolder, Foreign, LightningFolder, Picture
+from ldm.latents.foreign import FileFolder, Foreign, ForeignImage, LightningFolder
 from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder
 
 MAX_BAD_SHARE = 0.01
 
-# as many pictures, evenly spread, tell how the whole set was made
+# as many images, evenly spread, tell how the whole set was made
 _LOOKED_AT = 1000
 
 log = logging.getLogger(__name__)
@@ -48,15 +48,15 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, source: Foreign) -> tuple[Layout, float]:
-        """Told by pictures all over the set, most of which are alike; and the root mean square of their means."""
+        """Told by images all over the set, most of which are alike; and the root mean square of their means."""
         kinds: Counter[tuple[bool, bool]] = Counter()
         squares, numbers, negative, bad = 0.0, 0, False, None
-        for picture in source.pictures(max(source.found // _LOOKED_AT, 1)):
-            if isinstance(picture, BadSample):
-                bad = bad or picture
+        for image in source.images(max(source.found // _LOOKED_AT, 1)):
+            if isinstance(image, BadSample):
+                bad = bad or image
                 continue
-            mean, second = picture.latent[: source.channels], picture.latent[source.channels :]
-            kinds[len(second) > 0, picture.flip is not None] += 1
+            mean, second = image.latent[: source.channels], image.latent[source.channels :]
+            kinds[len(second) > 0, image.flip is not None] += 1
             squares += float(mean.double().square().sum())
             numbers += mean.numel()
             negative |= bool((second < 0).any())
@@ -69,15 +69,15 @@ class Layout(NamedTuple):
             log.info("%s: the second half of the channels is read as the %s", source.src, spread)
         return cls(spread, flips), math.sqrt(squares / numbers)
 
-    def read(self, picture: Picture, dtype: str, undo: tuple[Tensor, Tensor] | None) -> dict[str, np.ndarray]:
+    def read(self, image: ForeignImage, dtype: str, undo: tuple[Tensor, Tensor] | None) -> dict[str, np.ndarray]:
         """``mean``, ``std``, ``mean_flip``, ``std_flip``, (C, h, w) each, those that the set has.
 
-        ``undo`` is what the latents were normalised by. Raises :class:`DecodeError` where the picture is not as the others are.
+        ``undo`` is what the latents were normalised by. Raises :class:`DecodeError` where the image is not as the others are.
         """
-        if self.flips != (picture.flip is not None):
+        if self.flips != (image.flip is not None):
             raise DecodeError(f"has {'no' if self.flips else 'a'} mirrored latent, unlike the others")
         found: dict[str, Tensor] = {}
-        for end, latent in (("", picture.latent), ("_flip", picture.flip)):
+        for end, latent in (("", image.latent), ("_flip", image.flip)):
             if latent is not None:
                 found |= {name + end: values for name, values in self._parts(latent, undo).items()}
         with np.errstate(over="ignore"):  # told below
@@ -130,8 +130,8 @@ def _warn_of_other_scale(source: Foreign, autoencoder_path: str | Path, found: f
         )
 
 
-class Sample(NamedTuple):
-    """A picture as it will be stored."""
+class ImportedSample(NamedTuple):
+    """An image as it will be stored."""
 
     key: str
     captions: list[str]
@@ -139,7 +139,7 @@ class Sample(NamedTuple):
 
 
 class Importer:
-    """What is gathered on the way from pictures to a manifest."""
+    """What is gathered on the way from images to a manifest."""
 
     def __init__(self, source: Foreign, layout: Layout, texts: TextEncoders, dtype: Dtype, undo: tuple[Tensor, Tensor] | None):
         self.source, self.layout, self.texts, self.dtype, self.undo = source, layout, texts, dtype, undo
@@ -151,11 +151,11 @@ class Importer:
         self.has_several_captions = False
         self.digest = hashlib.sha256()
 
-    def samples(self, on_progress: Callable[[int, int], None]) -> Iterator[Sample]:
-        """The pictures that can be used; raises :class:`LdmError` where too many cannot."""
+    def samples(self, on_progress: Callable[[int, int], None]) -> Iterator[ImportedSample]:
+        """The images that can be used; raises :class:`LdmError` where too many cannot."""
         found, done = self.source.found, 0
-        for done, picture in enumerate(self.source.pictures(), start=1):
-            sample = picture if isinstance(picture, BadSample) else self._sample(picture)
+        for done, image in enumerate(self.source.images(), start=1):
+            sample = image if isinstance(image, BadSample) else self._sample(image)
             if isinstance(sample, BadSample):
                 self.quarantine.add([[sample]])
                 if (bad := len(self.quarantine)) > MAX_BAD_SHARE * found:
@@ -169,22 +169,22 @@ class Importer:
         if done != found:
             raise LdmError(f"{self.source.src} changed while it was read ({found} latents, then {done}); import again")
 
-    def _sample(self, picture: Picture) -> Sample | BadSample:
+    def _sample(self, image: ForeignImage) -> ImportedSample | BadSample:
         try:
-            if (len(picture.latent) > self.source.channels) != (self.layout.spread is not None):
-                raise DecodeError(f"has {len(picture.latent)} channels, unlike the others")
-            latents = self.layout.read(picture, self.dtype, self.undo)
+            if (len(image.latent) > self.source.channels) != (self.layout.spread is not None):
+                raise DecodeError(f"has {len(image.latent)} channels, unlike the others")
+            latents = self.layout.read(image, self.dtype, self.undo)
         except DecodeError as error:
-            return self.source.bad(picture.file, error)
-        self.digest.update(json.dumps([picture.key, picture.captions, list(picture.latent.shape)]).encode())
-        for latent in (picture.latent, picture.flip):
+            return self.source.bad(image.file, error)
+        self.digest.update(json.dumps([image.key, image.captions, list(image.latent.shape)]).encode())
+        for latent in (image.latent, image.flip):
             if latent is not None:
                 self.digest.update(latent.numpy())
-        self.has_several_captions |= len(picture.captions) > 1
-        return Sample(picture.key, picture.captions, latents)
+        self.has_several_captions |= len(image.captions) > 1
+        return ImportedSample(image.key, image.captions, latents)
 
-    def write_shard(self, folder: Path, samples: Iterable[Sample], factor: int) -> None:
-        """One more shard; ``factor``: picture side over latent side."""
+    def write_shard(self, folder: Path, samples: Iterable[ImportedSample], factor: int) -> None:
+        """One more shard; ``factor``: image side over latent side."""
         before = self.shapes.total()
         with ShardWriter(folder, "latents", samples_per_shard=None, first_index=len(self.entries)) as writer:
             for number, few in enumerate(_alike(samples)):
@@ -195,7 +195,7 @@ class Importer:
                 self.shapes[few[0].latents["mean"].shape] += len(few)
         self.entries.append(replace(writer.entries[0], samples=self.shapes.total() - before))
 
-    def _chunk(self, samples: list[Sample], factor: int) -> Chunk:
+    def _chunk(self, samples: list[ImportedSample], factor: int) -> Chunk:
         captions = [sample.captions for sample in samples]
         texts, cut = self.texts([caption for several in captions for caption in several])
         self.cut += cut
@@ -205,7 +205,7 @@ class Importer:
                     f"{self.source.src}: {samples[0].key} or one of the {len(samples) - 1} after it has a caption whose "
                     f"embedding by {encoder.name} is not finite; give --dtype float32"
                 )
-        # all that is known of the pictures
+        # all that is known of the images
         size = [side * factor for side in samples[0].latents["mean"].shape[1:]]
         return Chunk(
             keys=[sample.key for sample in samples],
@@ -217,9 +217,9 @@ class Importer:
         )
 
 
-def _alike(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+def _alike(samples: Iterable[ImportedSample]) -> Iterator[list[ImportedSample]]:
     """Chunks of one size each."""
-    waiting: dict[tuple[int, ...], list[Sample]] = {}
+    waiting: dict[tuple[int, ...], list[ImportedSample]] = {}
     for sample in samples:
         shape = sample.latents["mean"].shape
         waiting.setdefault(shape, []).append(sample)
@@ -249,16 +249,16 @@ def import_latents(
         src: the folder.
         out: a new folder, which appears whole or not at all.
         autoencoder_path: directory of the ``AutoencoderKL`` that made the latents.
-        text_encoder: see :meth:`ldm.models.text.TextEncoder.load`; one or several.
+        text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; one or several.
         captions: for class labels a ``.txt`` or ``.json`` with the caption of each class; else a CSV, JSONL or Parquet table
             with the columns ``file`` (relative to ``src``) and ``caption``, which then says what is imported. None: a ``.txt``
             beside each latent.
         scaled: the latents are normalised as the autoencoder's config says (scaling and shift factor, or mean and standard
             deviation where it has no such factor), which is undone.
         dtype: of what is stored.
-        samples_per_shard: pictures per shard.
+        samples_per_shard: images per shard.
         device: of the text encoders. None: a GPU where there is one.
-        on_progress: called with (pictures done, pictures found).
+        on_progress: called with (images done, images found).
 
     Raises:
         UsageError: for folders, files or settings that do not serve.

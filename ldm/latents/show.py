@@ -1,4 +1,4 @@
-"""A look inside latent shards: a page of what their manifest knows, of pictures beside them, of their channels and captions."""
+"""A look inside latent shards: a page of what their manifest knows, of images beside them, of their channels and captions."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ldm.data.decode import DecodeError
-from ldm.data.latent_samples import LatentDataset
-from ldm.data.latents import LatentInfo, latent_info, text_name
+from ldm.data.latent_dataset import LatentDataset
+from ldm.data.latent_schema import LatentInfo, latent_info, text_name
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
-from ldm.latents.check import SourcePictures, Stored, decode, sampled
+from ldm.latents.check import SourceImages, Stored, decode, sampled
 from ldm.latents.encode import load_matching
-from ldm.models.autoencoder import images_to_pictures
-from ldm.report import Report, captioned_grid, paired_grid
+from ldm.models.autoencoder import images_to_pil
+from ldm.reporting.report import Report, captioned_grid, paired_grid
 
-# pictures in a row, which with its label is as wide as the page, and how many are shown in all
+# images in a row, which with its label is as wide as the page, and how many are shown in all
 COLUMNS, CELL = 7, 96
 SHOWN = 2 * COLUMNS
-# of more channels than these there are no rows of pictures, and curves instead of a table
+# of more channels than these there are no rows of images, and curves instead of a table
 FEW_CHANNELS = 16
-# Of a latent so many vectors are looked at: enough for statistics, and memory does not grow with the pictures.
+# Of a latent so many vectors are looked at: enough for statistics, and memory does not grow with the images.
 VECTORS_PER_LATENT = 1024
 BINS, REACH = 48, 4.0  # of histograms, which reach from -REACH to REACH standard deviations
 TOKEN_BINS = 60
@@ -67,10 +67,10 @@ def show(
     source = open_source(folder, LATENT_SHARDS)
     info = latent_info(source)
     counts = Counts.of(source, info)
-    autoencoder = pictures = None
+    autoencoder = images = None
     if autoencoder_path is not None:
         autoencoder = load_matching(autoencoder_path, source, device)
-        pictures = SourcePictures.open(source, autoencoder, shards)
+        images = SourceImages.open(source, autoencoder, shards)
     total = min(samples, source.manifest.samples)
     at = {(2 * n + 1) * total // (2 * min(SHOWN, total)) for n in range(min(SHOWN, total))}
     shown, vectors = [], Vectors(info.latents_mean, info.latents_std)
@@ -82,7 +82,7 @@ def show(
     space = Space.of(vectors)
     report = Report("Latents", source.spec)
     _overview(report, source, info, counts)
-    _pictures(report, info, space, shown, autoencoder, pictures)
+    _images(report, info, space, shown, autoencoder, images)
     _channels(report, space, shown)
     _statistics(report, info, space)
     _captions(report, info, counts, shown)
@@ -94,7 +94,7 @@ class Counts:
     """What is counted over the whole set.
 
     Attributes:
-        shapes: pictures by (C, h, w), the most frequent first.
+        shapes: images by (C, h, w), the most frequent first.
         lengths: for each text encoder captions by their number of tokens.
     """
 
@@ -217,23 +217,23 @@ def _overview(report: Report, source: ShardSource, info: LatentInfo, counts: Cou
     manifest = source.manifest
     report.figures(
         {
-            "pictures": manifest.samples,
+            "images": manifest.samples,
             "channels × height × width" if len(counts.shapes) == 1 else "the most frequent size": _by(
                 next(iter(counts.shapes))
             ),
             "MB in all": manifest.bytes / 1e6,
-            "KB a picture": manifest.bytes / 1e3 / manifest.samples,
+            "KB an image": manifest.bytes / 1e3 / manifest.samples,
         }
     )
     rows = [
         ("shards", f"{len(manifest.shards):,}"),
         ("autoencoder", info.autoencoder[:12]),
         ("image shards", f"{info.source[:12]}, exported from {info.source_shards or 'an unknown place'}"),
-        ("pictures left out", str(manifest.extra.get("quarantined", "unknown"))),
-        ("resolution", f"{info.resolution} pixels" if info.resolution else "each picture as it was"),
+        ("images left out", str(manifest.extra.get("quarantined", "unknown"))),
+        ("resolution", f"{info.resolution} pixels" if info.resolution else "each image as it was"),
         ("posterior", "mean and standard deviation" if info.posterior == "gaussian" else "the mode alone"),
-        ("mirrored pictures", "encoded, too" if info.flips else "no"),
-        ("captions", "all of a picture's" if info.captions == "all" else "the first of a picture's"),
+        ("mirrored images", "encoded, too" if info.flips else "no"),
+        ("captions", "all of an image's" if info.captions == "all" else "the first of an image's"),
         ("stored in", info.dtype),
         ("computed in", info.precision),
         ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
@@ -241,21 +241,21 @@ def _overview(report: Report, source: ShardSource, info: LatentInfo, counts: Cou
     report.table("What the manifest knows", ("entry", "value"), rows)
     if len(counts.shapes) > 1:
         shares = [(_by(shape), number, round(100 * number / manifest.samples, 1)) for shape, number in counts.shapes.items()]
-        report.table("Sizes", ("channels × height × width", "pictures", "%"), shares)
+        report.table("Sizes", ("channels × height × width", "images", "%"), shares)
     if info.text_encoders:
         rows = [(text.name, text.hash[:12], text.width, text.max_tokens, text.cut) for text in info.text_encoders]
         report.table("Text encoders", ("name", "hash", "width", "tokens kept", "captions cut"), rows)
 
 
-def _pictures(
+def _images(
     report: Report,
     info: LatentInfo,
     space: Space,
     shown: Sequence[Stored],
     autoencoder: AutoencoderKL | None,
-    pictures: SourcePictures | None,
+    images: SourceImages | None,
 ) -> None:
-    """Pictures, what their latents decode to, and the latents in three colours, one above the other."""
+    """Images, what their latents decode to, and the latents in three colours, one above the other."""
     shares = ", ".join(f"{share:.0%}" for share in space.shares)
     note = (
         f"Components: the first {len(space.shares)} principal ones of the latents ({shares} of the variance) as red, green and "
@@ -264,10 +264,10 @@ def _pictures(
     if len(space.shares) == 1:
         note = "Components: the one channel in grey, from −2.5 to 2.5 standard deviations. "
     if autoencoder is None:
-        note += "--autoencoder DIR decodes the latents, and puts them beside the pictures where the image shards are at hand."
-    elif pictures is None:
+        note += "--autoencoder DIR decodes the latents, and puts them beside the images where the image shards are at hand."
+    elif images is None:
         place = info.source_shards or "unknown"
-        note += f"The image shards ({place}) are not at hand: --shards DIR puts their pictures beside the decoded latents."
+        note += f"The image shards ({place}) are not at hand: --shards DIR puts their images beside the decoded latents."
     rows = []
     for start in range(0, len(shown), COLUMNS):
         few = shown[start : start + COLUMNS]
@@ -277,8 +277,8 @@ def _pictures(
                 for end in ("", "_flip")
                 if f"mean{end}" in few[0].latents
             }
-            if pictures is not None:
-                rows.append(("picture", [_picture(pictures, *pair) for pair in zip(few, decoded[""], strict=True)]))
+            if images is not None:
+                rows.append(("image", [_image(images, *pair) for pair in zip(few, decoded[""], strict=True)]))
             rows.append(("decoded", decoded[""]))
             if "_flip" in decoded:
                 rows.append(("decoded, mirrored", decoded["_flip"]))
@@ -287,20 +287,20 @@ def _pictures(
             sizes = [image.size for image in decoded[""]]
             components = [image.resize(size, Image.Resampling.NEAREST) for image, size in zip(components, sizes, strict=True)]
         rows.append(("components", components))
-    report.picture("Pictures and their latents", paired_grid(rows, CELL), note)
+    report.image("Images and their latents", paired_grid(rows, CELL), note)
 
 
 def _decoded(autoencoder: AutoencoderKL, latent: np.ndarray) -> Image.Image:
-    return images_to_pictures(decode(autoencoder, latent).nan_to_num())[0]
+    return images_to_pil(decode(autoencoder, latent).nan_to_num())[0]
 
 
-def _picture(pictures: SourcePictures, stored: Stored, decoded: Image.Image) -> Image.Image:
-    """The picture of a latent; a white one of the same size where it cannot be had."""
+def _image(images: SourceImages, stored: Stored, decoded: Image.Image) -> Image.Image:
+    """The image of a latent; a white one of the same size where it cannot be had."""
     try:
-        image = pictures.image(stored)
+        image = images.image(stored)
     except DecodeError:
         image = None
-    return Image.new("L", decoded.size, 255) if image is None else images_to_pictures(image)[0]
+    return Image.new("L", decoded.size, 255) if image is None else images_to_pil(image)[0]
 
 
 def _channels(report: Report, space: Space, shown: Sequence[Stored]) -> None:
@@ -310,11 +310,11 @@ def _channels(report: Report, space: Space, shown: Sequence[Stored]) -> None:
         few = [space.normalise(stored.latents["mean"]) for stored in shown[:COLUMNS]]
         rows = [("components", [space.colours(stored.latents["mean"]) for stored in shown[:COLUMNS]])] if channels > 1 else []
         rows += [(f"channel {channel}", [_grey(latent[channel]) for latent in few]) for channel in range(channels)]
-        report.picture("Channels", paired_grid(rows, CELL), note)
+        report.image("Channels", paired_grid(rows, CELL), note)
         return
     latent = space.normalise(shown[0].latents["mean"])
     grid = captioned_grid([_grey(channel) for channel in latent], [str(n) for n in range(channels)], columns=16, cell=46)
-    report.picture("Channels", grid, f"Of {shown[0].key}. {note}")
+    report.image("Channels", grid, f"Of {shown[0].key}. {note}")
 
 
 def _statistics(report: Report, info: LatentInfo, space: Space) -> None:
@@ -370,4 +370,4 @@ def _captions(report: Report, info: LatentInfo, counts: Counts, shown: Sequence[
     if panels:
         report.bars("Tokens per caption", panels, 0.5, bins * width + 0.5)
     rows = [(stored.key, " | ".join(stored.captions)) for stored in shown[:COLUMNS]]
-    report.table("Captions of the first pictures above", ("key", "captions"), rows)
+    report.table("Captions of the first images above", ("key", "captions"), rows)

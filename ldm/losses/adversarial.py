@@ -1,4 +1,4 @@
-"""The game between the discriminator and the decoder, on logits that are larger for real pictures."""
+"""The game between the discriminator and the decoder, on logits that are larger for real images."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Vanilla(NonSaturating):
 class LeCam(nn.Module):
     """relu(D(x) − ᾱ_fake)² + relu(ᾱ_real − D(x̂))², ᾱ moving averages of the logits (Tseng et al. 2021, arXiv 2104.03310).
 
-    It keeps a discriminator that has few pictures to learn from near what it said before. The relu is from the authors' code,
+    It keeps a discriminator that has few images to learn from near what it said before. The relu is from the authors' code,
     the paper has none: it leaves logits on the wrong side alone.
     """
 
@@ -85,9 +85,9 @@ class LeCam(nn.Module):
 
 @final
 class GradientPenalty:
-    """R1: ½γ E‖∇ₓ D(x)‖² on real pictures (Mescheder et al. 2018, arXiv 1801.04406), lazily (Karras et al. 2020, 1912.04958).
+    """R1: ½γ E‖∇ₓ D(x)‖² on real images (Mescheder et al. 2018, arXiv 1801.04406), lazily (Karras et al. 2020, 1912.04958).
 
-    D(x) is the mean of a picture's logits.
+    D(x) is the mean of an image's logits.
     """
 
     def __init__(self, gamma: float = 0.0, every: int = 16):
@@ -108,7 +108,7 @@ class GradientPenalty:
         return self.gamma > 0 and batch % self.every == 0
 
     def __call__(self, discriminator: nn.Module, real: Tensor) -> Tensor:
-        """The penalty on real pictures (B, 3, H, W), in fp32: its second derivatives need it."""
+        """The penalty on real images (B, 3, H, W), in fp32: its second derivatives need it."""
         with torch.autocast(real.device.type, enabled=False):
             real = real.float().detach().requires_grad_()
             logits = discriminator(real).flatten(1).mean(1).sum()

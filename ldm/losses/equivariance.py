@@ -1,4 +1,4 @@
-"""Latents that turn and shrink as pictures do: EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509)."""
+"""Latents that turn and shrink as images do: EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.errors import UsageError
 
-# in pixels; of smaller pictures LPIPS' trunks and a patch discriminator of three halvings keep nothing
+# in pixels; of smaller images LPIPS' trunks and a patch discriminator of three halvings keep nothing
 SMALLEST_SIDE = 32
 
 
@@ -21,7 +21,7 @@ class Equivariance:
 
     All losses then compare with τ(x), as in the paper; τ(z) and the latents of τ(x) are never compared themselves.
     Latents that bear this are smoother, and easier for a diffusion model to learn. The batch so treated takes the place of
-    the plain one, and its pictures are no larger: a step costs no more than without.
+    the plain one, and its images are no larger: a step costs no more than without.
 
     Zero to three quarter turns are as likely, and so are all sizes of whole latent places from ``min_scale`` to 1, both sides
     alike. They are drawn on the CPU, whatever the device, once for the whole batch.
@@ -31,7 +31,7 @@ class Equivariance:
         """
         Args:
             probability: share of batches that are treated; 0 leaves it out. The paper's is 0.5.
-            min_scale: the smallest scaling, to the nearest latent place; the paper's is 0.25. No picture's shorter side is
+            min_scale: the smallest scaling, to the nearest latent place; the paper's is 0.25. No image's shorter side is
                 scaled below 32 pixels.
 
         Raises:

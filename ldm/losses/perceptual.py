@@ -17,7 +17,7 @@ ENOUGH = 32
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924): distance between two pictures in a frozen network's features.
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924): distance between two images in a frozen network's features.
 
     The package ``lpips`` carries the linear heads; the trunk is torchvision's and a download of its own.
     """
@@ -55,7 +55,7 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Mean distance of the batch, a scalar. Raises :class:`UsageError` for pictures that shrink to nothing on the way."""
+        """Mean distance of the batch, a scalar. Raises :class:`UsageError` for images that shrink to nothing on the way."""
         try:
             return self.network(reconstruction, images).mean()
         except RuntimeError:
@@ -63,7 +63,7 @@ class PerceptualLoss(nn.Module):
             if min(height, width) >= ENOUGH:
                 raise
             raise UsageError(
-                f"{self.description} cannot look at pictures of {width} x {height} pixels; give larger ones ({ENOUGH} serve)"
+                f"{self.description} cannot look at images of {width} x {height} pixels; give larger ones ({ENOUGH} serve)"
             ) from None
 
 

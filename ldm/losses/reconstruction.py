@@ -1,7 +1,7 @@
 """How near the reconstruction is, and how near the posterior is to a unit Gaussian.
 
 Both are counted *per pixel value*, so that a KL weight of 1e-6 means here what it means in latent diffusion (Rombach et al.
-2022), where both are sums over a picture.
+2022), where both are sums over an image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ReconstructionLoss:
 
 
 class LearnedVariance(nn.Module):
-    """error·exp(−s) + s, s = ln σ² learned: the likelihood of the picture decides what the error weighs against the KL.
+    """error·exp(−s) + s, s = ln σ² learned: the likelihood of the image decides what the error weighs against the KL.
 
     Minimal where σ² is the error itself (Rybkin et al. 2021, arXiv 2006.13202, eq. 3 up to constants; latent diffusion's
     ``logvar``).

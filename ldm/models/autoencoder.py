@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.errors import UsageError, first_line
-from ldm.models.identity import network_hash
+from ldm.models.fingerprint import network_hash
 
 # our names -> diffusers'
 ARCHITECTURE = {
-    "widths": "block_out_channels",
+    "block_out_channels": "block_out_channels",
     "latent_channels": "latent_channels",
     "layers_per_block": "layers_per_block",
-    "norm_groups": "norm_num_groups",
-    "mid_attention": "mid_block_add_attention",
+    "norm_num_groups": "norm_num_groups",
+    "mid_block_add_attention": "mid_block_add_attention",
 }
 
 
@@ -34,26 +34,26 @@ class AutoencoderConfig:
     What is left out of the first six is the directory's with ``init_from``, and from scratch the default named here.
 
     Attributes:
-        widths: channels per level; each level after the first halves the picture, so three levels are f4, four f8
+        block_out_channels: channels per level; each level after the first halves the image, so three levels are f4, four f8
             (128, 256, 512, 512).
         latent_channels: channels of the latents (4).
         layers_per_block: residual blocks per level of the encoder; the decoder has one more (2).
-        norm_groups: groups of the GroupNorm; divides every width (32).
-        mid_attention: self-attention at the lowest resolution (true).
-        sample_size: side in pixels of the pictures that it trains on, and of a tile (256).
+        norm_num_groups: groups of the GroupNorm; divides every width (32).
+        mid_block_add_attention: self-attention at the lowest resolution (true).
+        sample_size: side in pixels of the images that it trains on, and of a tile (256).
         init_from: directory of an ``AutoencoderKL`` to start from, as ``save_pretrained`` writes it: SD, SDXL, SD3, FLUX, ours.
         train: ``decoder`` leaves encoder, latents and their statistics as the directory has them, bit for bit, so that a
             denoiser trained on them goes on fitting.
-        tiling: encode and decode pictures larger than ``sample_size`` in tiles, see :func:`enable_tiling`.
-        slicing: encode and decode a batch picture by picture. It saves memory where no gradients are kept; training it
+        tiling: encode and decode images larger than ``sample_size`` in tiles, see :func:`enable_tiling`.
+        slicing: encode and decode a batch image by image. It saves memory where no gradients are kept; training it
             only slows.
     """
 
-    widths: list[int] | None = None
+    block_out_channels: list[int] | None = None
     latent_channels: int | None = None
     layers_per_block: int | None = None
-    norm_groups: int | None = None
-    mid_attention: bool | None = None
+    norm_num_groups: int | None = None
+    mid_block_add_attention: bool | None = None
     sample_size: int | None = None
     init_from: str | None = None
     train: Literal["all", "decoder"] = "all"
@@ -62,8 +62,8 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Picture side over latent side."""
-        return 2 ** (len(self._settings()["widths"]) - 1)
+        """Image side over latent side."""
+        return 2 ** (len(self._settings()["block_out_channels"]) - 1)
 
     def build(self) -> AutoencoderKL:
         """The network, in training mode, what shall not train frozen.
@@ -83,11 +83,11 @@ class AutoencoderConfig:
     def _settings(self) -> dict[str, Any]:
         """The first six fields, none of them left out."""
         settings = {
-            "widths": [128, 256, 512, 512],
+            "block_out_channels": [128, 256, 512, 512],
             "latent_channels": 4,
             "layers_per_block": 2,
-            "norm_groups": 32,
-            "mid_attention": True,
+            "norm_num_groups": 32,
+            "mid_block_add_attention": True,
             "sample_size": 256,
         }
         given = {field: getattr(self, field) for field in settings if getattr(self, field) is not None}
@@ -108,21 +108,22 @@ class AutoencoderConfig:
             raise UsageError(
                 f"model.autoencoder.train {self.train} keeps the encoder of init_from, which is missing; give it, or train: all"
             )
-        if not settings["widths"]:
-            raise UsageError("model.autoencoder.widths is empty; give the channels of one level or more")
-        for field in ("latent_channels", "layers_per_block", "norm_groups", "sample_size"):
+        if not settings["block_out_channels"]:
+            raise UsageError("model.autoencoder.block_out_channels is empty; give the channels of one level or more")
+        for field in ("latent_channels", "layers_per_block", "norm_num_groups", "sample_size"):
             if settings[field] < 1:
                 raise UsageError(f"model.autoencoder.{field} is {settings[field]}; give 1 or more")
-        for width in settings["widths"]:
-            if width < 1 or width % settings["norm_groups"]:
+        for width in settings["block_out_channels"]:
+            if width < 1 or width % settings["norm_num_groups"]:
                 raise UsageError(
-                    f"model.autoencoder.widths holds {width}, not a multiple of norm_groups {settings['norm_groups']}; "
+                    f"model.autoencoder.block_out_channels holds {width}, not a multiple of norm_num_groups "
+                    f"{settings['norm_num_groups']}; "
                     "change either"
                 )
         if settings["sample_size"] % self.factor:
             raise UsageError(
                 f"model.autoencoder.sample_size {settings['sample_size']} is not a multiple of {self.factor}, the factor of "
-                f"{len(settings['widths'])} widths; change sample_size or the number of widths"
+                f"{len(settings['block_out_channels'])} widths; change sample_size or the number of widths"
             )
 
     def _from_directory(self, settings: dict[str, Any]) -> AutoencoderKL:
@@ -139,7 +140,7 @@ class AutoencoderConfig:
 
 
 def _from_scratch(settings: dict[str, Any]) -> AutoencoderKL:
-    levels = len(settings["widths"])
+    levels = len(settings["block_out_channels"])
     network = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
@@ -171,9 +172,9 @@ def _initialise(autoencoder: AutoencoderKL) -> None:
 
 
 def enable_tiling(autoencoder: AutoencoderKL) -> None:
-    """Encode and decode pictures larger than its ``sample_size`` in tiles of that side, blended over a quarter of it.
+    """Encode and decode images larger than its ``sample_size`` in tiles of that side, blended over a quarter of it.
 
-    Memory then no longer grows with the picture. Every tile is normalised by itself and ends at its own border, so the
+    Memory then no longer grows with the image. Every tile is normalised by itself and ends at its own border, so the
     result differs a little from that of the whole; the more, the narrower the last row or column of tiles is, and tiles
     begin every three quarters of a side.
     """
@@ -185,7 +186,7 @@ def enable_tiling(autoencoder: AutoencoderKL) -> None:
 
 
 def downsampling_factor(autoencoder: AutoencoderKL) -> int:
-    """Picture side over latent side."""
+    """Image side over latent side."""
     return 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
@@ -233,17 +234,17 @@ def autoencoder_hash(autoencoder: AutoencoderKL) -> str:
 def pixels_to_images(pixels: Tensor) -> Tensor:
     """uint8 (B, 3, H, W), in whatever memory order -> float32 in [−1, 1], contiguous."""
     images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
-    # At 256 px this costs nearly half of what decoding the JPEG does; hence no division, and on the CPU picture by picture,
+    # At 256 px this costs nearly half of what decoding the JPEG does; hence no division, and on the CPU image by image,
     # which stay in its cache.
     for image, its_pixels in zip(images, pixels, strict=True) if images.device.type == "cpu" else ((images, pixels),):
         image.copy_(its_pixels).sub_(127.5).mul_(1 / 127.5)
     return images
 
 
-def images_to_pictures(images: Tensor) -> list[Image.Image]:
-    """[−1, 1] (B, 3, H, W) -> B PIL pictures."""
+def images_to_pil(images: Tensor) -> list[Image.Image]:
+    """[−1, 1] (B, 3, H, W) -> B PIL images."""
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
+    return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
 
 def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:

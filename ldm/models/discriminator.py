@@ -14,8 +14,8 @@ from ldm.errors import UsageError
 class PatchDiscriminator(nn.Module):
     """Strided convolutions that give one logit per patch; larger for real.
 
-    The original normalises by batch, which lets a picture's logits depend on the others: real and reconstructed batches can
-    then be told apart by their statistics alone, and ranks differ. Here pictures are judged one by one, by spectral
+    The original normalises by batch, which lets an image's logits depend on the others: real and reconstructed batches can
+    then be told apart by their statistics alone, and ranks differ. Here images are judged one by one, by spectral
     normalisation (Miyato et al. 2018, arXiv 1802.05957) or group normalisation (Wu & He 2018, arXiv 1803.08494), which stand
     where the batch's did: not at the first layer.
     """
@@ -25,8 +25,8 @@ class PatchDiscriminator(nn.Module):
         Args:
             width: channels of the first layer; they double per layer, up to eight times.
             num_layers: halvings; the receptive field of the convolutions is 70 pixels with 3, 34 with 2.
-            norm: ``spectral`` bounds the weights and looks at no picture; ``group`` divides by what it measures over the whole
-                picture, 8 channels at a time, so that a logit also sees, through these figures, beyond its patch.
+            norm: ``spectral`` bounds the weights and looks at no image; ``group`` divides by what it measures over the whole
+                image, 8 channels at a time, so that a logit also sees, through these figures, beyond its patch.
         """
         super().__init__()
         if width < 1 or num_layers < 1:
@@ -58,7 +58,7 @@ class PatchDiscriminator(nn.Module):
         height, width = images.shape[-2:]
         if min(height, width) < self.smallest_side:
             raise UsageError(
-                f"PatchDiscriminator with num_layers {self.num_layers} has no logit for pictures of {width} x {height}, under "
-                f"{self.smallest_side} a side; lower num_layers or give larger pictures"
+                f"PatchDiscriminator with num_layers {self.num_layers} has no logit for images of {width} x {height}, under "
+                f"{self.smallest_side} a side; lower num_layers or give larger images"
             )
         return self.layers(images)

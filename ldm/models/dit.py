@@ -41,7 +41,7 @@ class DiTBlock(nn.Module):
     def __init__(
         self,
         width: int,
-        num_heads: int,
+        num_attention_heads: int,
         mlp_ratio: float,
         norm: Norm = "layer_norm",
         activation: Activation = "gelu",
@@ -51,9 +51,9 @@ class DiTBlock(nn.Module):
         """``own_table``: a learned table of its own is added to the modulation (adaLN-single)."""
         super().__init__()
         self.norm1 = make_norm(norm, width)
-        self.attention = Attention(width, num_heads, qk_norm=qk_norm, norm=norm)
+        self.attention = Attention(width, num_attention_heads, qk_norm=qk_norm, norm=norm)
         self.norm_text = make_norm(norm, width, affine=True)
-        self.text_attention = Attention(width, num_heads, context_width=width, qk_norm=qk_norm, norm=norm)
+        self.text_attention = Attention(width, num_attention_heads, context_width=width, qk_norm=qk_norm, norm=norm)
         self.norm2 = make_norm(norm, width)
         self.feed_forward = FeedForward(width, mlp_ratio, activation)
         self.modulation_table = nn.Parameter(torch.zeros(6, width)) if own_table else None
@@ -77,7 +77,7 @@ class DiTBlock(nn.Module):
         return torch.addcmul(x, to_feed_forward.gate, self.feed_forward(modulate(self.norm2(x), to_feed_forward)))
 
     def look_up(self, text: Tensor) -> KeysValues:
-        """What this block makes of a caption's tokens (B, L, D), whatever the picture: to be given in their place."""
+        """What this block makes of a caption's tokens (B, L, D), whatever the image: to be given in their place."""
         return self.text_attention.keys_values(text)
 
 
@@ -108,9 +108,9 @@ class DiT(ModelMixin, ConfigMixin):
         patch_size: int = 2,
         width: int = 384,
         num_layers: int = 12,
-        num_heads: int = 6,
+        num_attention_heads: int = 6,
         mlp_ratio: float = 4.0,
-        text_width: int = 384,
+        caption_channels: int = 384,
         pooled_text: bool = True,
         adaln: Literal["single", "zero"] = "single",
         norm: Norm = "layer_norm",
@@ -125,9 +125,9 @@ class DiT(ModelMixin, ConfigMixin):
             patch_size: side of a token, in latent pixels.
             width: features per token; a multiple of 4.
             num_layers: number of blocks.
-            num_heads: attention heads; divides ``width``.
+            num_attention_heads: attention heads; divides ``width``.
             mlp_ratio: hidden features of the feed-forward over ``width``.
-            text_width: features per token of the text encoder.
+            caption_channels: features per token of the text encoder.
             pooled_text: also add the mean of the caption's tokens to the time embedding, so that what the caption says as a
                 whole reaches every layer at once; small models learn their words sooner.
             adaln: how the time reaches the blocks: ``single``, one projection for all and a table per block (PixArt-α), or
@@ -141,22 +141,29 @@ class DiT(ModelMixin, ConfigMixin):
         super().__init__()
         if sample_size % patch_size:
             raise UsageError(f"model.denoiser: sample_size {sample_size} is not a multiple of patch_size {patch_size}")
-        if "rope" in positions and width % (4 * num_heads):
-            raise UsageError(f"model.denoiser: positions {positions} needs a width that is a multiple of 4 x {num_heads} heads")
+        if "rope" in positions and width % (4 * num_attention_heads):
+            raise UsageError(
+                f"model.denoiser: positions {positions} needs a width that is a multiple of 4 x {num_attention_heads} heads"
+            )
         self.gradient_checkpointing = False
         self._kept_texts: dict[tuple[int, int], tuple[Text, Tensor, Tensor | None]] | None = None
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, width)
         self.text_embed = nn.Sequential(
-            nn.LayerNorm(text_width), nn.Linear(text_width, width), nn.GELU(), nn.Linear(width, width)
+            nn.LayerNorm(caption_channels), nn.Linear(caption_channels, width), nn.GELU(), nn.Linear(width, width)
         )
-        self.pooled_embed = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width)) if pooled_text else None
+        self.pooled_embed = (
+            nn.Sequential(nn.LayerNorm(caption_channels), nn.Linear(caption_channels, width)) if pooled_text else None
+        )
         # adaLN-zero's projections lie in one matrix: one product for all blocks
         projections = num_layers if adaln == "zero" else 1
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, projections * 6 * width))
         self.blocks = nn.ModuleList(
-            [DiTBlock(width, num_heads, mlp_ratio, norm, activation, qk_norm, adaln == "single") for _ in range(num_layers)]
+            [
+                DiTBlock(width, num_attention_heads, mlp_ratio, norm, activation, qk_norm, adaln == "single")
+                for _ in range(num_layers)
+            ]
         )
         self.norm_out = make_norm(norm, width)
         self.modulation_out = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -189,7 +196,7 @@ class DiT(ModelMixin, ConfigMixin):
         """
         Args:
             hidden_states: noisy latents (B, C, H, W).
-            encoder_hidden_states: text embeddings (B, L, text_width).
+            encoder_hidden_states: text embeddings (B, L, caption_channels).
             timestep: (B,), in the units of the path's ``network_time``.
             encoder_attention_mask: (B, L), 1 where a token stands, 0 where padding does.
 
@@ -206,11 +213,11 @@ class DiT(ModelMixin, ConfigMixin):
                 f"latents of {tuple(hidden_states.shape[-2:])} are not divisible by patch_size {patch}; change either"
             )
         place = (height, width, config.sample_size // patch, hidden_states.device)
-        # contiguous, else all that is added to it keeps the layout of a picture: in bf16 on a CPU a forward took 1.4x as long
+        # contiguous, else all that is added to it keeps the layout of an image: in bf16 on a CPU a forward took 1.4x as long
         x = self.patch_embed(hidden_states.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
         if "sincos" in config.positions:
             x = x + position_embedding(config.width, *place).to(x)
-        rotation = rotary_embedding(config.width // config.num_heads, *place) if "rope" in config.positions else None
+        rotation = rotary_embedding(config.width // config.num_attention_heads, *place) if "rope" in config.positions else None
         text = self._text(encoder_hidden_states, encoder_attention_mask)
         time = self.time_embed(self.time_features(timestep.expand(len(x))).to(self.dtype))  # (B, D)
         if text.pooled is not None:
@@ -247,10 +254,10 @@ class DiT(ModelMixin, ConfigMixin):
 
     def _embed_text(self, embeddings: Tensor, mask: Tensor | None, trim: bool) -> Text:
         """``trim``: cut what is padding in every caption, and do without a mask where all that is left are tokens."""
-        if embeddings.shape[-1] != self.config.text_width:
+        if embeddings.shape[-1] != self.config.caption_channels:
             raise UsageError(
-                f"text embeddings are {embeddings.shape[-1]} wide, but the denoiser takes {self.config.text_width}; encode "
-                "captions with the text encoder that it was trained with, or change text_width"
+                f"text embeddings are {embeddings.shape[-1]} wide, but the denoiser takes {self.config.caption_channels}; "
+                "encode captions with the text encoder that it was trained with, or change caption_channels"
             )
         text, weights = embeddings.to(self.dtype), None
         if mask is not None:

@@ -1,6 +1,6 @@
 """Parts of the DiT: norms, attention, modulation, feed-forward, positions.
 
-Shapes: B batch, N picture tokens, L text tokens, D width, H heads, d = D / H.
+Shapes: B batch, N image tokens, L text tokens, D width, H heads, d = D / H.
 """
 
 from __future__ import annotations
@@ -86,7 +86,12 @@ class Attention(nn.Module):
     """Multi-head attention; to itself, or to a context when ``context_width`` is given."""
 
     def __init__(
-        self, width: int, num_heads: int, context_width: int | None = None, qk_norm: bool = True, norm: Norm = "layer_norm"
+        self,
+        width: int,
+        num_attention_heads: int,
+        context_width: int | None = None,
+        qk_norm: bool = True,
+        norm: Norm = "layer_norm",
     ):
         """
         Args:
@@ -94,14 +99,15 @@ class Attention(nn.Module):
                 bounded at high learning rates.
         """
         super().__init__()
-        if width % num_heads:
-            raise UsageError(f"model.denoiser: width {width} is not a multiple of num_heads {num_heads}")
-        self.num_heads = num_heads
+        if width % num_attention_heads:
+            raise UsageError(f"model.denoiser: width {width} is not a multiple of num_attention_heads {num_attention_heads}")
+        self.num_attention_heads = num_attention_heads
         # one product for all three is no faster (CPU), and to normalise its parts they must be copied out of it
         self.to_q = nn.Linear(width, width)
         self.to_k, self.to_v = (nn.Linear(context_width or width, width) for _ in range(2))
         self.norm_q, self.norm_k = (
-            make_norm(norm, width // num_heads, affine=True, bias=False) if qk_norm else nn.Identity() for _ in range(2)
+            make_norm(norm, width // num_attention_heads, affine=True, bias=False) if qk_norm else nn.Identity()
+            for _ in range(2)
         )
         self.to_out = nn.Linear(width, width)
 
@@ -128,7 +134,7 @@ class Attention(nn.Module):
 
     def _heads(self, projected: Tensor, norm: nn.Module | None = None, rotation: Rotation | None = None) -> Tensor:
         """(B, N, D) -> (B, H, N, d), each head normalised and turned."""
-        heads = projected.unflatten(-1, (self.num_heads, -1))
+        heads = projected.unflatten(-1, (self.num_attention_heads, -1))
         if norm is not None:
             heads = norm(heads)
         if rotation is not None:

@@ -1,4 +1,4 @@
-"""The server: one page, a queue before one drawing thread, and the latest pictures, in memory alone.
+"""The server: one page, a queue before one drawing thread, and the latest images, in memory alone.
 
 What may reach it: pages of its own origin, by its own names (against DNS rebinding and forged requests), so many at a time, of
 so many bytes. No part of a request ever becomes a path of this machine.
@@ -25,11 +25,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldm.errors import LdmError, UsageError
-from ldm.serve.order import Limits, Order, read_order
 from ldm.serve.queue import Job, Queue, QueueFull
-from ldm.serve.worker import Picture, Worker
+from ldm.serve.request import Limits, Order, read_order
+from ldm.serve.worker import GeneratedImage, Worker
 
-POLL_SECONDS = 0.05  # how often the progress of a picture is looked at
+POLL_SECONDS = 0.05  # how often the progress of an image is looked at
 ALIVE_SECONDS = 10.0  # a waiting request hears something at least so often
 MAX_MESSAGE = 300
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
@@ -54,21 +54,21 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, host: str = "127.0.
     """
     # no page of documentation: FastAPI's loads its script from elsewhere
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    pictures: dict[str, Picture] = {}  # in the order they were finished
+    images: dict[str, GeneratedImage] = {}  # in the order they were finished
     checking = asyncio.Lock()
 
-    def draw(order: Order, job: Job) -> Picture:
-        picture = worker.draw(order, job.report)
-        pictures[picture.id] = picture
-        for oldest in list(pictures)[: -limits.pictures]:
-            del pictures[oldest]
-        return picture
+    def draw(order: Order, job: Job) -> GeneratedImage:
+        image = worker.draw(order, job.report)
+        images[image.id] = image
+        for oldest in list(images)[: -limits.images]:
+            del images[oldest]
+        return image
 
-    def find(picture_id: str) -> Picture:
-        picture = pictures.get(picture_id)
-        if picture is None:
-            raise HTTPException(404, f"this picture is not among the last {limits.pictures}; draw it again")
-        return picture
+    def find(image_id: str) -> GeneratedImage:
+        image = images.get(image_id)
+        if image is None:
+            raise HTTPException(404, f"this image is not among the last {limits.images}; draw it again")
+        return image
 
     @app.exception_handler(AnyHTTPException)
     async def refuse(request: Request, error: AnyHTTPException) -> Response:
@@ -82,25 +82,25 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, host: str = "127.0.
         about = {"name": worker.name, "schedulers": worker.schedulers, "width": width, "height": height, "unit": worker.unit}
         return about | {"limits": known}
 
-    @app.get("/pictures")
+    @app.get("/images")
     async def gallery() -> list[dict[str, Any]]:
-        """Of all pictures, the oldest first."""
-        return [describe(picture) for picture in list(pictures.values())]
+        """Of all images, the oldest first."""
+        return [image_record(image) for image in list(images.values())]
 
-    @app.get("/pictures/{picture_id}/picture.png")
-    async def png(picture_id: str) -> Response:
-        return Response(find(picture_id).png, media_type="image/png")
+    @app.get("/images/{image_id}/image.png")
+    async def png(image_id: str) -> Response:
+        return Response(find(image_id).png, media_type="image/png")
 
-    @app.get("/pictures/{picture_id}/start.png")
-    async def start_png(picture_id: str) -> Response:
-        start = find(picture_id).start
+    @app.get("/images/{image_id}/start.png")
+    async def start_png(image_id: str) -> Response:
+        start = find(image_id).start
         if start is None:
-            raise HTTPException(404, "this picture did not start from another one")
+            raise HTTPException(404, "this image did not start from another one")
         return Response(start, media_type="image/png")
 
     @app.post("/draw")
     async def order(request: Request) -> Response:
-        """Draw a picture; the answer is a line of JSON for each change, and its end cancels the drawing."""
+        """Draw an image; the answer is a line of JSON for each change, and its end cancels the drawing."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "send JSON, with the header Content-Type: application/json")
         body = await read_body(request, limits)
@@ -121,7 +121,7 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, host: str = "127.0.
 
     for path, (name, media_type) in PAGE.items():
         app.get(path)(static(files("ldm.serve").joinpath(name).read_bytes(), media_type))
-    return Guard(app, limits, {"localhost", host.lower(), socket.gethostname().lower()})
+    return RequestFilter(app, limits, {"localhost", host.lower(), socket.gethostname().lower()})
 
 
 def static(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
@@ -157,16 +157,16 @@ def report(queue: Queue, job: Job) -> dict[str, Any]:
     """What is to be said of a job now."""
     state, progress = job.state, job.progress
     if state == "done":
-        return {"state": state, "picture": describe(job.result)}
+        return {"state": state, "image": image_record(job.result)}
     if state == "working" and progress is not None:
         return {"state": state, "step": progress.step, "steps": progress.steps, "preview": progress.preview}
     return {"state": state} | ({"ahead": queue.ahead(job)} if state == "waiting" else {"error": job.error[:MAX_MESSAGE]})
 
 
-def describe(picture: Picture) -> dict[str, Any]:
-    """A picture as the page knows it."""
-    settings = picture.settings.to_json()
-    return {"id": picture.id, "settings": settings, "started": picture.start is not None, "seconds": round(picture.seconds, 2)}
+def image_record(image: GeneratedImage) -> dict[str, Any]:
+    """An image as the page knows it."""
+    settings = image.settings.to_json()
+    return {"id": image.id, "settings": settings, "started": image.start is not None, "seconds": round(image.seconds, 2)}
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -175,7 +175,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     Raises:
         HTTPException: 413 for a longer one, 408 for one that does not arrive.
     """
-    too_long = HTTPException(413, f"the request has more than {limits.body} bytes; send a smaller picture")
+    too_long = HTTPException(413, f"the request has more than {limits.body} bytes; send a smaller image")
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or len(announced) > 18 or int(announced) > limits.body:
         raise too_long
@@ -199,7 +199,7 @@ def answer(status: int, error: str, headers: dict[str, str] | None = None) -> JS
     return JSONResponse({"error": line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + "…"}, status, headers)
 
 
-class Guard:
+class RequestFilter:
     """Before every request: by what name the server was called, from which page, and how many are here; after it, headers."""
 
     def __init__(self, app: ASGIApp, limits: Limits, names: set[str]):

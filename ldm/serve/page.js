@@ -2,7 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 let model = null;
-let start = null; // the picture to start from, an ImageBitmap
+let start = null; // the image to start from, an ImageBitmap
 let startShown = null; // its object URL
 
 function say(text) { $("status").textContent = text; }
@@ -21,7 +21,7 @@ async function setUp() {
     $(side).value = model[side];
   }
   for (const name of model.schedulers) $("scheduler").add(new Option(name, name));
-  for (const picture of await (await fetch("/pictures")).json()) finish(newCard(picture.settings), picture);
+  for (const image of await (await fetch("/images")).json()) finish(newCard(image.settings), image);
   $("draw").disabled = false;
 }
 
@@ -52,10 +52,10 @@ async function setStart(blob) {
     try {
       start = await createImageBitmap(blob);
       startShown = URL.createObjectURL(blob);
-      $("start-picture").src = startShown;
+      $("start-image").src = startShown;
       $("error").textContent = "";
     } catch {
-      $("error").textContent = "This file cannot be read as a picture; choose another one.";
+      $("error").textContent = "This file cannot be read as an image; choose another one.";
     }
   }
   if (!start) $("file").value = "";
@@ -112,15 +112,15 @@ function show(card, source) {
   image.src = source;
 }
 
-function finish(card, picture) {
-  const address = `/pictures/${picture.id}/picture.png`;
+function finish(card, image) {
+  const address = `/images/${image.id}/image.png`;
   card.querySelector(".waiting").hidden = true;
   card.querySelector(".actions").hidden = false;
-  card.querySelector("img").alt = picture.settings.prompt;
-  card.querySelector(".again").onclick = () => drawAgain(picture);
+  card.querySelector("img").alt = image.settings.prompt;
+  card.querySelector(".again").onclick = () => drawAgain(image);
   const download = card.querySelector(".download");
   download.href = address;
-  download.download = `${picture.settings.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-${picture.settings.seed}.png`;
+  download.download = `${image.settings.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-${image.settings.seed}.png`;
   show(card, address);
 }
 
@@ -147,7 +147,7 @@ async function draw(settings, base64) {
     const response = await fetch("/draw", { method: "POST", headers, body, signal: gone.signal });
     if (!response.ok) throw new Error((await response.json()).error);
     for await (const news of lines(response.body)) {
-      if (news.state === "done") { finish(card, news.picture); say("The picture is drawn."); return; }
+      if (news.state === "done") { finish(card, news.image); say("The image is drawn."); return; }
       if (news.state === "failed") throw new Error(news.error);
       if (news.state === "cancelled") break;
       progress(card, news);
@@ -184,12 +184,12 @@ function progress(card, news) {
   if (news.preview) show(card, news.preview);
 }
 
-async function drawAgain(picture) {
-  fillForm(picture.settings);
+async function drawAgain(image) {
+  fillForm(image.settings);
   let base64 = null;
   let blob = null;
-  if (picture.started) {
-    const response = await fetch(`/pictures/${picture.id}/start.png`);
+  if (image.started) {
+    const response = await fetch(`/images/${image.id}/start.png`);
     if (!response.ok) { $("error").textContent = (await response.json()).error; return; }
     blob = await response.blob();
     base64 = await blobAsBase64(blob); // the very bytes: a canvas may change them
@@ -197,7 +197,7 @@ async function drawAgain(picture) {
   await setStart(blob);
   $("error").textContent = "";
   // the settings as they are, also those that the form does not show; the start's name is the server's
-  await draw({ ...picture.settings, image: null }, base64);
+  await draw({ ...image.settings, image: null }, base64);
 }
 
 $("form").addEventListener("submit", (event) => {

@@ -24,7 +24,7 @@ class QueueFull(LdmError):
     """
 
     def __init__(self, waiting: int, retry_after: int):
-        super().__init__(f"{waiting} pictures are waiting already; come again in {retry_after} s")
+        super().__init__(f"{waiting} images are waiting already; come again in {retry_after} s")
         self.retry_after = retry_after
 
 

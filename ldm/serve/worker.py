@@ -1,4 +1,4 @@
-"""From an order to a picture: the one place of the server that calls the pipeline."""
+"""From an order to an image: the one place of the server that calls the pipeline."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.scheduler import samplers_for
-from ldm.drawing.draw import check_settings, scheduler_for
-from ldm.drawing.metadata import encode_png, provenance_of, scheduler_name
-from ldm.drawing.settings import PictureSettings
 from ldm.errors import LdmError
+from ldm.inference.generate import check_settings, scheduler_for
+from ldm.inference.metadata import encode_png, provenance_of, scheduler_name
+from ldm.inference.settings import GenerationSettings
 from ldm.machine import is_out_of_memory
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.serve.order import Order
+from ldm.serve.request import Order
 
-PREVIEWS = 8  # of one picture: each is one more decoding
+PREVIEWS = 8  # of one image: each is one more decoding
 PREVIEW_SIDE = 512  # pixels, at most
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a picture is. ``preview`` is a data URI of what the denoiser takes it for so far."""
+class JobProgress:
+    """How far an image is. ``preview`` is a data URI of what the denoiser takes it for so far."""
 
     step: int
     steps: int
@@ -40,11 +40,11 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A finished picture: PNG bytes with its settings inside, those of the picture it started from, and seconds it took."""
+class GeneratedImage:
+    """A finished image: PNG bytes with its settings inside, those of the image it started from, and seconds it took."""
 
     id: str
-    settings: PictureSettings
+    settings: GenerationSettings
     png: bytes
     start: bytes | None
     seconds: float
@@ -63,7 +63,7 @@ class Worker:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of a picture whose settings say none."""
+        """Width and height of an image whose settings say none."""
         return (self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor,) * 2
 
     @property
@@ -76,7 +76,7 @@ class Worker:
         """Names that settings may choose from."""
         return samplers_for(*self.pipeline.diffusion)
 
-    def check(self, settings: PictureSettings) -> None:
+    def check(self, settings: GenerationSettings) -> None:
         """Refuse what the model cannot draw; one thread may call it while another one draws.
 
         Raises:
@@ -87,13 +87,13 @@ class Worker:
         # what it starts from has been looked at, and is no file
         check_settings(self._checker, dataclasses.replace(settings, image=None, strength=None))
 
-    def draw(self, order: Order, report: Callable[[Progress], None]) -> Picture:
+    def draw(self, order: Order, report: Callable[[JobProgress], None]) -> GeneratedImage:
         """
         Args:
             report: called after every step; what it raises ends the drawing.
 
         Raises:
-            LdmError: when the picture cannot be drawn.
+            LdmError: when the image cannot be drawn.
         """
         settings, began, preview = order.settings, time.monotonic(), ""
 
@@ -102,12 +102,12 @@ class Worker:
             steps = pipeline.num_timesteps
             if step % max(1, steps // PREVIEWS) == 0:
                 preview = _data_uri(pipeline.decode(tensors["pred_original_sample"])[0])
-            report(Progress(step + 1, steps, preview))
+            report(JobProgress(step + 1, steps, preview))
             return {}
 
         own, self.pipeline.scheduler = self.pipeline.scheduler, scheduler_for(self.pipeline, settings)
         try:
-            picture = self.pipeline(
+            image = self.pipeline(
                 settings.prompt,
                 negative_prompt=settings.negative,
                 num_inference_steps=settings.steps,
@@ -120,30 +120,30 @@ class Worker:
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=["pred_original_sample"],
             ).images[0]
-            png = self._png(picture, settings)
+            png = self._png(image, settings)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                raise LdmError("there is not enough memory for a picture of this size; make it smaller") from error
+                raise LdmError("there is not enough memory for an image of this size; make it smaller") from error
             raise
         finally:
             self.pipeline.scheduler = own
         start = None if order.start is None else _encoded(order.start, "PNG")
-        return Picture(secrets.token_hex(8), settings, png, start, time.monotonic() - began)
+        return GeneratedImage(secrets.token_hex(8), settings, png, start, time.monotonic() - began)
 
-    def _png(self, picture: Image.Image, settings: PictureSettings) -> bytes:
+    def _png(self, image: Image.Image, settings: GenerationSettings) -> bytes:
         scheduler = self.pipeline.scheduler
         provenance = dataclasses.replace(
             self._provenance, scheduler=scheduler_name(scheduler), sampler=type(scheduler).__name__
         )
-        return encode_png(picture, settings, provenance)
+        return encode_png(image, settings, provenance)
 
 
-def _encoded(picture: Image.Image, file_format: str) -> bytes:
+def _encoded(image: Image.Image, file_format: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, file_format)
+    image.save(buffer, file_format)
     return buffer.getvalue()
 
 
-def _data_uri(picture: Image.Image) -> str:
-    picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-    return f"data:image/jpeg;base64,{base64.b64encode(_encoded(picture, 'JPEG')).decode()}"
+def _data_uri(image: Image.Image) -> str:
+    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    return f"data:image/jpeg;base64,{base64.b64encode(_encoded(image, 'JPEG')).decode()}"

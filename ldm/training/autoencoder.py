@@ -25,38 +25,38 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.manifest import IMAGE_SHARDS
-from ldm.data.plan import Draw
+from ldm.data.plan import PlannedSample
 from ldm.data.quarantine import BadSample
 from ldm.errors import UsageError, first_line
-from ldm.evaluate import trim
+from ldm.evaluation.evaluate import trim
+from ldm.evaluation.metrics import LatentHealth, ReconstructionFID, health_scalars
 from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
 from ldm.losses.equivariance import SMALLEST_SIDE
-from ldm.metrics import LatentHealth, ReconstructionFID, health_scalars
-from ldm.models.autoencoder import AutoencoderConfig, images_to_pictures, pixels_to_images, reconstruct, set_latent_statistics
-from ldm.training.adversary import Adversary
-from ldm.training.base import Stage
-from ldm.training.image_flops import autoencoder_flops
+from ldm.models.autoencoder import AutoencoderConfig, images_to_pil, pixels_to_images, reconstruct, set_latent_statistics
+from ldm.runs.dry_run.image_flops import autoencoder_flops
+from ldm.training.adversarial import AdversarialTraining
+from ldm.training.base import TrainingModule
+from ldm.training.fsdp import FullySharded, is_sharded, whole
+from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import draw_generators, step_generator
-from ldm.training.sharded import FullySharded, is_sharded, whole
-from ldm.training.skips import SkippedSteps
 
-PREVIEW_PICTURES = 8
+PREVIEW_IMAGES = 8
 # as many as tell a channel's mean and spread to a percent or two; the export of latents measures the whole set
-STATISTICS_PICTURES = 2048
+STATISTICS_IMAGES = 2048
 # not in checkpoints: made again from their descriptions
 FROZEN = ("perceptual.", "fid.")
 
 
-class AutoencoderTraining(Stage):
+class AutoencoderTraining(TrainingModule):
     """Reconstruction + LPIPS + KL, and a discriminator that comes in late, slowly and under guard."""
 
-    command, product, takes_turns = "autoencoder", "autoencoder", True
+    command, artifact, takes_turns = "autoencoder", "autoencoder", True
 
     def __init__(
         self,
         autoencoder: AutoencoderConfig,
-        adversary: Adversary,
+        adversary: AdversarialTraining,
         reconstruction: ReconstructionLoss,
         perceptual: PerceptualLoss,
         optimiser: MuonConfig,
@@ -81,7 +81,7 @@ class AutoencoderTraining(Stage):
             reconstruction, perceptual: the losses.
             optimiser: of the autoencoder.
             discriminator_optimiser: of the discriminator.
-            equivariance: latents that turn and shrink as pictures do (default: not asked for).
+            equivariance: latents that turn and shrink as images do (default: not asked for).
             perceptual_weight: of LPIPS against the reconstruction loss.
             kl_weight: of the KL in nats per pixel value.
             kl_warmup: batches over which the KL's weight rises from 0.
@@ -89,7 +89,7 @@ class AutoencoderTraining(Stage):
             accumulate: pieces that a batch is trained in, one after another, to save memory.
             max_skipped: batches in a row whose loss or gradients are not finite, before the run stops; each is skipped.
             fid_trunk: measure the reconstructions' FID at validation too: inception, alex-random, vgg-random or the path of a
-                checkpoint; see :class:`ldm.metrics.ReconstructionFID`.
+                checkpoint; see :class:`ldm.evaluation.metrics.ReconstructionFID`.
             channels_last: memory order of the networks: faster on GPUs and for large networks on CPUs, slower for tiny ones.
             gradient_checkpointing: compute every block of the autoencoder twice, to keep less in memory.
             compile: compile every block with ``torch.compile``: minutes at first, faster from then on.
@@ -133,7 +133,7 @@ class AutoencoderTraining(Stage):
         if judged is not None and self.adversary.trains(step):
             self._train_discriminator(judged, batch["draws"], step)
 
-    def _train_autoencoder(self, images: Tensor, draws: list[Draw], step: int) -> list[tuple[Tensor, Tensor]] | None:
+    def _train_autoencoder(self, images: Tensor, draws: list[PlannedSample], step: int) -> list[tuple[Tensor, Tensor]] | None:
         """One step of the autoencoder; returns what was asked for and what came, piece by piece, or None if it was skipped."""
         optimiser, _ = self.optimizers()
         optimiser.zero_grad()
@@ -154,7 +154,7 @@ class AutoencoderTraining(Stage):
             self.average.update()
         return judged if went_well else None
 
-    def _step(self, optimiser: Any, schedule: LRScheduler, finite: Tensor, player: str, draws: list[Draw]) -> bool:
+    def _step(self, optimiser: Any, schedule: LRScheduler, finite: Tensor, player: str, draws: list[PlannedSample]) -> bool:
         """Step, or count a step without one where ``finite``, the same on all processes, is not; returns which it was."""
         went_well = bool(torch.isfinite(finite))
         if went_well:
@@ -220,7 +220,7 @@ class AutoencoderTraining(Stage):
         )
         return adaptive_weight(*self.trainer.strategy.reduce(gradients, reduce_op="mean"), self.adversary.max_adaptive_weight)
 
-    def _train_discriminator(self, judged: list[tuple[Tensor, Tensor]], draws: list[Draw], step: int) -> None:
+    def _train_discriminator(self, judged: list[tuple[Tensor, Tensor]], draws: list[PlannedSample], step: int) -> None:
         """One step of the discriminator on what the decoder was asked for and what it gave."""
         # use_pl_optimizer=False: a step that Lightning does not count, so that max_steps means batches
         _, optimiser = self.optimizers(use_pl_optimizer=False)
@@ -294,12 +294,12 @@ class AutoencoderTraining(Stage):
         size = [data.train_set.image_size] * 2 if isinstance(first, BadSample) else first["image"].shape[1:]
         if any(side is not None and side % self.factor for side in size):
             raise UsageError(
-                f"pictures of {size[1]} x {size[0]} are not multiples of {self.factor}, by which the autoencoder shrinks them; "
+                f"images of {size[1]} x {size[0]} are not multiples of {self.factor}, by which the autoencoder shrinks them; "
                 "set data.image_size to one"
             )
         if self.autoencoder.use_tiling and None not in size and max(size) > self.autoencoder.config.sample_size:
             raise UsageError(
-                f"model.autoencoder.tiling would tile training pictures of {size[1]} x {size[0]}; raise "
+                f"model.autoencoder.tiling would tile training images of {size[1]} x {size[0]}; raise "
                 f"model.autoencoder.sample_size {self.autoencoder.config.sample_size} to their size"
             )
         if None not in size:
@@ -307,21 +307,21 @@ class AutoencoderTraining(Stage):
         if self.accumulate > data.batch_size:
             raise UsageError(f"model.accumulate {self.accumulate} is more than data.batch_size {data.batch_size}; lower it")
         few = (data.validation_set.attempt(index) for index in range(len(data.validation_set)))
-        good = islice((sample for sample in few if not isinstance(sample, BadSample)), PREVIEW_PICTURES)
+        good = islice((sample for sample in few if not isinstance(sample, BadSample)), PREVIEW_IMAGES)
         self._shown = [torch.from_numpy(sample["image"].copy())[None] for sample in good]
         self._train_set, self._batch_size = data.train_set, data.batch_size
 
     def _try_smallest(self, side: int) -> None:
-        """Whether LPIPS and the discriminator can look at pictures as small as they come; the latter is not asked for long."""
+        """Whether LPIPS and the discriminator can look at images as small as they come; the latter is not asked for long."""
         smallest = min(side, SMALLEST_SIDE) if self.equivariance.probability else side
-        picture = torch.zeros(1, 3, smallest, smallest)
+        image = torch.zeros(1, 3, smallest, smallest)
         try:
             with torch.no_grad():
-                self.perceptual(picture, picture)
-                self.adversary.generator_loss(picture)
+                self.perceptual(image, image)
+                self.adversary.generator_loss(image)
         except (RuntimeError, UsageError) as error:
             raise UsageError(
-                f"LPIPS or the discriminator cannot look at pictures of {smallest} pixels ({first_line(error)}); give larger "
+                f"LPIPS or the discriminator cannot look at images of {smallest} pixels ({first_line(error)}); give larger "
                 "ones (data.image_size), or a discriminator of fewer layers"
             ) from error
 
@@ -385,7 +385,7 @@ class AutoencoderTraining(Stage):
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
         originals = [trim(pixels_to_images(pixels.to(self.device)), self.factor) for pixels in self._shown]
         return [
-            (name, [picture for images in row for picture in images_to_pictures(images)])
+            (name, [image for images in row for image in images_to_pil(images)])
             for name, row in (("original", originals), ("reconstruction", map(self.reconstruct, originals)))
         ]
 
@@ -398,9 +398,9 @@ class AutoencoderTraining(Stage):
         copy.deepcopy(self.autoencoder).to(memory_format=torch.contiguous_format).save_pretrained(folder)
 
     def latent_health(self) -> dict[str, Tensor]:
-        """Of the latents of training pictures from all over the set; see :class:`ldm.metrics.LatentHealth`."""
+        """Of the latents of training images from all over the set; see :class:`ldm.evaluation.metrics.LatentHealth`."""
         health = LatentHealth(self.autoencoder.config.latent_channels, sync_on_compute=False).to(self.device)
-        number = min(len(self._train_set), STATISTICS_PICTURES)
+        number = min(len(self._train_set), STATISTICS_IMAGES)
         for few in torch.linspace(0, len(self._train_set) - 1, number).long().split(self._batch_size):
             images = pixels_to_images(self._train_set.batch(few.tolist())["image"].to(self.device))
             health.update(self.autoencoder.encode(images).latent_dist)

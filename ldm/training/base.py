@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import UsageError
-from ldm.training.cost import peak_flops
+from ldm.runs.dry_run.cost import peak_flops
 from ldm.training.ema import Average, PowerAverages
+from ldm.training.fsdp import FullySharded, is_sharded, shard
+from ldm.training.nonfinite import SkippedSteps
 from ldm.training.randomness import global_states, set_global_state
-from ldm.training.sharded import FullySharded, is_sharded, shard
-from ldm.training.skips import SkippedSteps
 
 # differing weights that an error names
 NAMED_WEIGHTS = 8
@@ -43,11 +43,11 @@ def require_weights(network: nn.Module, weights: Mapping[str, Tensor], what: str
         )
 
 
-class Stage(LightningModule):
+class TrainingModule(LightningModule):
     """A LightningModule that averages one network and can draw a preview and export itself."""
 
     #: `ldm COMMAND fit` trains it; what that leaves behind, as the name of its folder
-    command, product = "stage", "model"
+    command, artifact = "stage", "model"
     #: whether a backward pass leaves some of the trained parameters alone
     takes_turns = False
     #: steps left out because something in them was not finite; made with the stage's own limit
@@ -79,7 +79,7 @@ class Stage(LightningModule):
         raise NotImplementedError
 
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
-        """Rows of pictures with their labels, from fixed samples and seeds."""
+        """Rows of images with their labels, from fixed samples and seeds."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:

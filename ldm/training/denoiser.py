@@ -5,7 +5,7 @@ One step is :meth:`DenoiserTraining.training_step`: latents and captions from a 
 
 from __future__ import annotations
 
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,26 +15,26 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.plan import Draw
+from ldm.data.plan import PlannedSample
 from ldm.diffusion.guidance import ClassifierFree, Condition, Guidance
 from ldm.diffusion.objective import DenoisingObjective
-from ldm.diffusion.path import Path
+from ldm.diffusion.path import ProbabilityPath
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.scheduler import describe, matching_scheduler
+from ldm.diffusion.scheduler import diffusion_config, matching_scheduler
 from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
 from ldm.models.autoencoder import normalise_latents, set_latent_statistics
 from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.training.base import Stage, require_weights
+from ldm.runs.dry_run.image_flops import denoiser_flops
+from ldm.training.base import TrainingModule, require_weights
 from ldm.training.ema import SNAPSHOTS, PowerAverages
-from ldm.training.frozen import Statistics, frozen_for_images, frozen_for_latents
-from ldm.training.image_flops import denoiser_flops
+from ldm.training.encoders import Statistics, frozen_for_images, frozen_for_latents
+from ldm.training.fsdp import whole
+from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig
 from ldm.training.randomness import draw_generators
-from ldm.training.sharded import whole
-from ldm.training.skips import SkippedSteps
 
 # of t, in which the validation loss is counted
 NUM_BINS = 10
@@ -42,16 +42,16 @@ NUM_BINS = 10
 COUNTED_CAPTIONS = 16
 
 
-class DenoiserTraining(Stage):
+class DenoiserTraining(TrainingModule):
     """The objective on normalised latents. What ``fit`` leaves behind is a whole pipeline directory."""
 
-    command, product = "denoiser", "pipeline"
+    command, artifact = "denoiser", "pipeline"
 
     def __init__(
         self,
         denoiser: ModelMixin,
         autoencoder: str,
-        path: Path,
+        path: ProbabilityPath,
         prediction: Prediction,
         timesteps: TimestepSampler,
         optimiser: MuonConfig,
@@ -78,9 +78,9 @@ class DenoiserTraining(Stage):
             ema_decay: of the exponential average of the denoiser's weights. It is what is validated, previewed and exported,
                 unless ``power_averages`` names another as its product.
             power_averages: kept beside it and stored, so that an average of any length can be had after training.
-            online: train on image shards: pictures and captions are encoded at each step, in fp32 as they are exported by
+            online: train on image shards: images and captions are encoded at each step, in fp32 as they are exported by
                 default. The latents' statistics are the autoencoder directory's; where it has none they are measured on 2,048
-                training pictures before the first step, and kept in the checkpoints and in the pipeline.
+                training images before the first step, and kept in the checkpoints and in the pipeline.
             text_encoder: of captions, online (default: minilm); latents say themselves what theirs went through.
             gradient_checkpointing: compute every block twice, to keep less in memory.
             compile: compile every block with ``torch.compile``: minutes at first, faster from then on.
@@ -91,7 +91,7 @@ class DenoiserTraining(Stage):
         """
         super().__init__()
         self.denoiser = denoiser
-        self.autoencoder_path = FilePath(autoencoder)
+        self.autoencoder_path = Path(autoencoder)
         self.objective = DenoisingObjective(path, prediction, timesteps, weighting, direction_weight)
         self.scheduler = matching_scheduler(path, prediction)
         self.optimiser = optimiser
@@ -110,7 +110,7 @@ class DenoiserTraining(Stage):
         self.skips = SkippedSteps(max_skipped)
         self.num_images_seen, self._stepped = 0, False
         self._loss: Tensor | float = 0.0  # of a step so far, which may be several batches
-        self._draws: list[Draw] = []
+        self._draws: list[PlannedSample] = []
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class DenoiserTraining(Stage):
 
         Latents are drawn from their posteriors, each by its generator, or are the modes where there are none.
 
-        A caption that is dropped comes from the loader as the empty one: its embedding with latents, "" with pictures.
+        A caption that is dropped comes from the loader as the empty one: its embedding with latents, "" with images.
         """
         if self.online:
             batch = self.frozen.encode(batch)
@@ -166,7 +166,7 @@ class DenoiserTraining(Stage):
             self._write_snapshots()
 
     def _write_snapshots(self) -> None:
-        self.average.write_snapshots(FilePath(self.trainer.default_root_dir) / SNAPSHOTS, self.trainer.is_global_zero)
+        self.average.write_snapshots(Path(self.trainer.default_root_dir) / SNAPSHOTS, self.trainer.is_global_zero)
 
     def configure_optimizers(self) -> dict:
         blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
@@ -255,7 +255,7 @@ class DenoiserTraining(Stage):
             tokenizer=frozen.text_encoder.tokenizer,
             transformer=self.denoiser,
             scheduler=self.scheduler,
-            diffusion=describe(self.objective.path, self.objective.prediction),
+            diffusion=diffusion_config(self.objective.path, self.objective.prediction),
             trained_on=frozen.trained_on,
         )
 
@@ -264,15 +264,15 @@ class DenoiserTraining(Stage):
             return []
         pipeline = self.pipeline().to(self.device)
         pipeline.set_progress_bar_config(disable=True)
-        pictures = pipeline(
+        images = pipeline(
             self.preview_prompts,
             num_inference_steps=self.preview_steps,
             guidance=self.preview_guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in range(len(self.preview_prompts))],
         ).images
-        return [(prompt, [picture]) for prompt, picture in zip(self.preview_prompts, pictures, strict=True)]
+        return [(prompt, [image]) for prompt, image in zip(self.preview_prompts, images, strict=True)]
 
-    def save(self, folder: FilePath) -> None:
+    def save(self, folder: Path) -> None:
         self.pipeline().save_pretrained(folder)
 
 

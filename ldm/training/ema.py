@@ -4,7 +4,7 @@ The power-function average of Karras et al. 2024 (arXiv 2312.02696, section 3.1)
 that it forgets the beginning at any length of training: average ← beta(t)·average + (1 − beta(t))·weights with beta(t) =
 (1 − 1/t)^(gamma + 1). Its length is given as ``sigma_rel``, the standard deviation of the step that it averages over, relative
 to t: at 0.1, five sixths of the weight lie on the last fifth of the steps. Kept at two lengths or more and stored now and then,
-any other length can be had afterwards: :mod:`ldm.training.posthoc`.
+any other length can be had afterwards: :mod:`ldm.runs.posthoc_ema`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UsageError
 from ldm.files import atomic_file
-from ldm.training.sharded import like, local, whole
+from ldm.training.fsdp import like, local, whole
 
 # the folder of a run that power-function averages are stored in
 SNAPSHOTS = "snapshots"

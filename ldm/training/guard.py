@@ -15,7 +15,7 @@ LOWEST_LEVEL = 1e-3
 
 
 @final
-class Guard(nn.Module):
+class ReconstructionGuard(nn.Module):
     """A factor on the adversarial weight, moved at each validation.
 
     Reconstructions are worse when PSNR or LPIPS falls short of the best seen so far by more than agreed, or is no number. Then
@@ -72,7 +72,7 @@ class Guard(nn.Module):
         said = None
         if self.enabled and heard:
             losses = []
-            # PSNR is infinite where a flat picture is met exactly, which is no loss
+            # PSNR is infinite where a flat image is met exactly, which is no loss
             if psnr != math.inf and not (math.isfinite(psnr) and psnr >= self.best_psnr - self.max_psnr_loss):
                 losses.append(f"PSNR {psnr:.2f} dB (best: {self.best_psnr:.2f})")
             if not (math.isfinite(lpips) and lpips <= self.best_lpips * (1 + self.max_lpips_rise)):

@@ -16,8 +16,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.errors import UsageError
-from ldm.training.cost import not_counted
-from ldm.training.sharded import local, piece_like, whole
+from ldm.runs.dry_run.cost import not_counted
+from ldm.training.fsdp import local, piece_like, whole
 
 MOMENTUM = 0.95
 # an update's root mean square is then about what AdamW's is (Liu et al. 2025, arXiv 2502.16982, section 2.2)

@@ -1,9 +1,9 @@
 """Where the randomness of training comes from, and how it goes on after a stop.
 
 What a step draws for a sample (its time, its noise, its place in the posterior) is a function of the run's seed and of the
-number of the draw alone (:class:`ldm.data.plan.Draw`). So a step is the same on one process, on many, and in a run that was
-stopped and resumed, and nothing has to be remembered for it. Whatever a network draws itself (dropout) comes from torch's
-global generators, one state for each process, which checkpoints carry.
+number of the draw alone (:class:`ldm.data.plan.PlannedSample`). So a step is the same on one process, on many, and in a run
+that was stopped and resumed, and nothing has to be remembered for it. Whatever a network draws itself (dropout) comes from
+torch's global generators, one state for each process, which checkpoints carry.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ldm.data.plan import Draw
+from ldm.data.plan import PlannedSample
 
 
-def draw_generators(seed: int, draws: Sequence[Draw]) -> list[torch.Generator]:
+def draw_generators(seed: int, draws: Sequence[PlannedSample]) -> list[torch.Generator]:
     """A generator on the CPU for every sample of a batch: a GPU then trains on the same noise as a CPU."""
     return [_generator(seed, b"draw", draw.number) for draw in draws]
 

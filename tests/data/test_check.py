@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.numpy import load, save
 
 from ldm.data.check import check_folder, index_folder, index_remote
-from ldm.data.images import ImageDataset
-from ldm.data.latents import Chunk, LatentInfo, TextInfo, write_null_text
+from ldm.data.image_dataset import ImageDataset
+from ldm.data.latent_schema import Chunk, LatentInfo, TextInfo, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
 from ldm.data.remote import ShardCache
 from ldm.data.shards import ShardReader
@@ -27,8 +27,8 @@ PNG = encode_png(Image.new("RGB", (4, 4)))
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pictures in shards of 3, 3 and 1, all with captions."""
-    items = ((f"{index:04d}", np.full((5, 7, 3), index, np.uint8), f"picture {index}") for index in range(7))
+    """Seven images in shards of 3, 3 and 1, all with captions."""
+    items = ((f"{index:04d}", np.full((5, 7, 3), index, np.uint8), f"image {index}") for index in range(7))
     write_images(tmp_path / "out", "x", items, samples_per_shard=3, extra={"captioned": 7})
     return tmp_path / "out"
 
@@ -168,7 +168,7 @@ INFO = LatentInfo(
 
 
 def chunk(number, info=INFO, **tensors):
-    """Three pictures with 1, 0 and 2 captions of 2, 1 and 1 tokens; ``tensors`` replaces some (None: leaves them out)."""
+    """Three images with 1, 0 and 2 captions of 2, 1 and 1 tokens; ``tensors`` replaces some (None: leaves them out)."""
     names = ("mean", "std", "mean_flip", "std_flip")
     whole = Chunk(
         keys=[f"{number}{row}" for row in "abc"],

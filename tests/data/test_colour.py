@@ -77,7 +77,7 @@ def encoded(image, format="PNG", **options):
 
 
 @pytest.fixture
-def picture():
+def pixels():
     return np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)  # (H, W, 3)
 
 
@@ -86,20 +86,20 @@ def far(image, levels):
 
 
 @pytest.mark.parametrize(("format", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
-def test_a_wide_gamut_comes_out_as_its_definition_says(picture, format, options):
-    data = encoded(Image.fromarray(picture), format, icc_profile=P3_ICC, **options)
-    assert far(decode_image(data), p3_levels(picture)) <= 2
-    assert far(picture, p3_levels(picture)) > 20  # so there was something to do
+def test_a_wide_gamut_comes_out_as_its_definition_says(pixels, format, options):
+    data = encoded(Image.fromarray(pixels), format, icc_profile=P3_ICC, **options)
+    assert far(decode_image(data), p3_levels(pixels)) <= 2
+    assert far(pixels, p3_levels(pixels)) > 20  # so there was something to do
 
 
-def test_a_jpeg_takes_the_way_past_the_fast_one(picture):
-    data = encoded(Image.fromarray(picture), "JPEG", quality=95, icc_profile=P3_ICC)
+def test_a_jpeg_takes_the_way_past_the_fast_one(pixels):
+    data = encoded(Image.fromarray(pixels), "JPEG", quality=95, icc_profile=P3_ICC)
     raw = np.asarray(Image.open(io.BytesIO(data)))
     assert far(decode_pixels(data), p3_levels(raw)) <= 2
     assert not is_plain_rgb(data)
 
 
-def test_a_grey_profile_and_a_grey_picture_with_an_rgb_profile():
+def test_a_grey_profile_and_a_grey_image_with_an_rgb_profile():
     grey = np.arange(256, dtype=np.uint8)[None]  # (1, 256)
     rgb = decode_image(encoded(Image.fromarray(grey), icc_profile=GREY_ICC))
     assert far(rgb, srgb_levels((grey / 255) ** GREY_GAMMA)[..., None]) <= 2
@@ -132,17 +132,17 @@ def test_colours_are_converted_and_transparency_is_not(mode):
     assert np.all(rgb[2:] == (1, 2, 3))
 
 
-def test_palettes_are_converted(picture):
-    palette = Image.fromarray(picture).quantize(16)
+def test_palettes_are_converted(pixels):
+    palette = Image.fromarray(pixels).quantize(16)
     assert far(decode_image(encoded(palette, icc_profile=P3_ICC)), p3_levels(np.asarray(palette.convert("RGB")))) <= 2
 
 
-def test_srgb_by_whatever_profile_is_left_alone_to_the_bit(picture):
+def test_srgb_by_whatever_profile_is_left_alone_to_the_bit(pixels):
     assert is_srgb(SRGB_ICC, "RGB") and is_srgb(SRGB_ICC, "L") and is_srgb(None, "RGB") and is_srgb(b"", "L")
     assert not is_srgb(rgb_icc(SRGB, 2.2), "RGB") and not is_srgb(rgb_icc(SRGB, 2.2), "L")
-    data = encoded(Image.fromarray(picture), icc_profile=SRGB_ICC)
-    assert np.array_equal(np.asarray(decode_image(data)), picture)
-    assert is_plain_rgb(data) and not is_plain_rgb(encoded(Image.fromarray(picture), icc_profile=P3_ICC))
+    data = encoded(Image.fromarray(pixels), icc_profile=SRGB_ICC)
+    assert np.array_equal(np.asarray(decode_image(data)), pixels)
+    assert is_plain_rgb(data) and not is_plain_rgb(encoded(Image.fromarray(pixels), icc_profile=P3_ICC))
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,13 @@ def test_srgb_by_whatever_profile_is_left_alone_to_the_bit(picture):
     [b"no profile", P3_ICC[:200], P3_ICC[:128] + bytes(200), GREY_ICC, black_only_icc(), b"\0" * 100],
     ids=["text", "cut", "empty", "of grey", "of a press", "zeros"],
 )
-def test_a_profile_that_cannot_be_meant_is_ignored(picture, profile):
-    assert np.array_equal(np.asarray(decode_image(encoded(Image.fromarray(picture), icc_profile=profile))), picture)
+def test_a_profile_that_cannot_be_meant_is_ignored(pixels, profile):
+    assert np.array_equal(np.asarray(decode_image(encoded(Image.fromarray(pixels), icc_profile=profile))), pixels)
 
 
-def test_every_cut_of_a_profile_leaves_a_picture(picture):
+def test_every_cut_of_a_profile_leaves_an_image(pixels):
     for cut in range(1, len(P3_ICC), 11):
-        assert decode_image(encoded(Image.fromarray(picture), icc_profile=P3_ICC[:cut])).size == (20, 12)
+        assert decode_image(encoded(Image.fromarray(pixels), icc_profile=P3_ICC[:cut])).size == (20, 12)
 
 
 def test_a_press_without_a_profile_is_converted_by_pillow():
@@ -164,12 +164,12 @@ def test_a_press_without_a_profile_is_converted_by_pillow():
     assert to_srgb(image, None).tobytes() == to_srgb(image, P3_ICC).tobytes() == image.convert("RGB").tobytes()
 
 
-def test_few_transforms_are_kept_and_large_profiles_are_not_read(picture, monkeypatch):
-    image = Image.fromarray(picture)
+def test_few_transforms_are_kept_and_large_profiles_are_not_read(pixels, monkeypatch):
+    image = Image.fromarray(pixels)
     for step in range(3 * colour.CACHED_PROFILES):
         to_srgb(image, rgb_icc(DISPLAY_P3, 1.5 + step / 16))
     assert colour._transform.cache_info().currsize == colour.CACHED_PROFILES
     monkeypatch.setattr(colour, "MAX_PROFILE_BYTES", 100)
     colour._transform.cache_clear()
-    assert np.array_equal(np.asarray(to_srgb(image, P3_ICC)), picture)
+    assert np.array_equal(np.asarray(to_srgb(image, P3_ICC)), pixels)
     colour._transform.cache_clear()

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ldm.data.check import check_folder
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.images import ImageDataset
+from ldm.data.image_dataset import ImageDataset
 from ldm.data.manifest import Manifest
 from ldm.data.quarantine import BadSample
 from ldm.data.shards import ShardReader
@@ -33,8 +33,8 @@ SHARD = "x-00001.tar"
 KEYS = [f"{number:02d}" for number in range(24)]
 
 
-def picture(number: int) -> Image.Image:
-    """A smooth picture of its own colours for each sample."""
+def make_image(number: int) -> Image.Image:
+    """A smooth image of its own colours for each sample."""
     y, x = np.mgrid[:16, :16] * 8
     return Image.fromarray(np.stack([x, y, np.full_like(x, number * 10)], -1).astype(np.uint8))
 
@@ -49,7 +49,7 @@ def encoded(image: Image.Image, format: str = "JPEG", **options: object) -> byte
 def folder(tmp_path: Path) -> Path:
     with ShardWriter(tmp_path, "x", samples_per_shard=8) as writer:
         for number, key in enumerate(KEYS):
-            writer.write(key, {"jpg": encoded(picture(number), quality=95), "txt": f"picture {number}".encode()})
+            writer.write(key, {"jpg": encoded(make_image(number), quality=95), "txt": f"image {number}".encode()})
     Manifest("ldm-image-shards", tuple(writer.entries), {"captioned": 24}).save(tmp_path)
     return tmp_path
 
@@ -113,7 +113,7 @@ def with_members(change: Callable[[dict[str, bytes]], dict[str, bytes] | list[tu
 
 
 def member(name: str, data: bytes) -> Callable[[Path], None]:
-    """Another member, or other bytes in one; a sample's picture is replaced by one of any format."""
+    """Another member, or other bytes in one; a sample's image is replaced by one of any format."""
 
     def change(members: dict[str, bytes]) -> dict[str, bytes]:
         key, _, extension = name.partition(".")
@@ -144,7 +144,7 @@ def bomb_png() -> bytes:
 
 
 def bomb_jpeg() -> bytes:
-    data = bytearray(encoded(picture(10)))
+    data = bytearray(encoded(make_image(10)))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", 30000, 30000)
     return bytes(data)
@@ -158,7 +158,7 @@ class Trap:
 
 
 GREY_16 = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
-ANIMATION = {"save_all": True, "append_images": [picture(11)], "duration": 100}
+ANIMATION = {"save_all": True, "append_images": [make_image(11)], "duration": 100}
 PAGE = b"<!DOCTYPE html>\n<html><title>503 Service Unavailable</title></html>\n".ljust(2000)
 
 
@@ -250,27 +250,27 @@ CORRUPTIONS = {
     "a bomb of a PNG": Corruption(member("10.png", bomb_png()), {"10": "more pixels than the limit of"}),
     "a bomb of a JPEG": Corruption(member("10.jpg", bomb_jpeg()), {"10": "30000 x 30000 pixels, the limit is"}),
     "an animated PNG": Corruption(
-        member("10.png", encoded(picture(10), "PNG", **ANIMATION)), {"10": "animated (2 frames); still images only"}
+        member("10.png", encoded(make_image(10), "PNG", **ANIMATION)), {"10": "animated (2 frames); still images only"}
     ),
     "an animated WebP": Corruption(
-        member("10.webp", encoded(picture(10), "WEBP", **ANIMATION)), {"10": "animated (2 frames); still images only"}
+        member("10.webp", encoded(make_image(10), "WEBP", **ANIMATION)), {"10": "animated (2 frames); still images only"}
     ),
-    "a pickle under a picture's name": Corruption(
+    "a pickle under an image's name": Corruption(
         member("10.jpg", pickle.dumps(Trap())), {"10": "not a JPEG, PNG or WebP image (but a pickle)"}
     ),
-    "gzip data under a picture's name": Corruption(
+    "gzip data under an image's name": Corruption(
         member("10.jpg", gzip.compress(bytes(2**24), mtime=0)), {"10": "not a JPEG, PNG or WebP image (but gzip data)"}
     ),
-    "an error page under a picture's name": Corruption(
+    "an error page under an image's name": Corruption(
         member("10.jpg", PAGE), {"10": "not a JPEG, PNG or WebP image (but an HTML or XML page)"}
     ),
     # these can be used
-    "a pickle beside the picture": Corruption(member("10.pickle", pickle.dumps(Trap()))),
-    "an array of pickles beside the picture": Corruption(member("10.npy", pickle.dumps(Trap()))),
-    "a gzip bomb beside the picture": Corruption(member("10.txt.gz", gzip.compress(bytes(2**24), mtime=0))),
-    "a CMYK picture": Corruption(member("10.jpg", encoded(picture(10).convert("CMYK"), quality=95))),
-    "a 16-bit picture": Corruption(member("10.png", encoded(Image.fromarray(GREY_16), "PNG"))),
-    "a grey picture": Corruption(member("10.jpg", encoded(picture(10).convert("L")))),
+    "a pickle beside the image": Corruption(member("10.pickle", pickle.dumps(Trap()))),
+    "an array of pickles beside the image": Corruption(member("10.npy", pickle.dumps(Trap()))),
+    "a gzip bomb beside the image": Corruption(member("10.txt.gz", gzip.compress(bytes(2**24), mtime=0))),
+    "a CMYK image": Corruption(member("10.jpg", encoded(make_image(10).convert("CMYK"), quality=95))),
+    "a 16-bit image": Corruption(member("10.png", encoded(Image.fromarray(GREY_16), "PNG"))),
+    "a grey image": Corruption(member("10.jpg", encoded(make_image(10).convert("L")))),
 }  # fmt: skip
 
 
@@ -340,12 +340,12 @@ def test_read_once_good_and_bad_are_all_there_are(spoilt: Path, corruption: Corr
     assert len(good) + len(bad) == Manifest.load(spoilt).samples
     assert {sample.shard for sample in bad} <= {str(spoilt / SHARD)}
     assert agrees({sample.key: sample.reason for sample in bad}, corruption)
-    # what is good is itself: no picture has another's caption
+    # what is good is itself: no image has another's caption
     for sample in good:
         number = int(sample["key"])
-        assert sample["caption"] == f"picture {number}" and sample["image"].shape == (3, 16, 16)
+        assert sample["caption"] == f"image {number}" and sample["image"].shape == (3, 16, 16)
         if number != 10:
-            difference = sample["image"].transpose(1, 2, 0).astype(int) - np.asarray(picture(number), int)
+            difference = sample["image"].transpose(1, 2, 0).astype(int) - np.asarray(make_image(number), int)
             assert np.abs(difference).max() <= 12  # JPEG's own
     assert not (spoilt / "sprung").exists()
 
@@ -371,12 +371,12 @@ def test_the_traps_are_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (tmp_path / "sprung").exists()
 
 
-def test_colours_of_other_kinds_of_pictures_are_right(folder: Path) -> None:
+def test_colours_of_other_kinds_of_images_are_right(folder: Path) -> None:
     whole = (folder / SHARD).read_bytes()
     for change, expected in (
-        (CORRUPTIONS["a CMYK picture"], np.asarray(picture(10), int)),
-        (CORRUPTIONS["a 16-bit picture"], np.repeat(GREY_16[..., None] / 257, 3, -1)),
-        (CORRUPTIONS["a grey picture"], np.repeat(np.asarray(picture(10).convert("L"), int)[..., None], 3, -1)),
+        (CORRUPTIONS["a CMYK image"], np.asarray(make_image(10), int)),
+        (CORRUPTIONS["a 16-bit image"], np.repeat(GREY_16[..., None] / 257, 3, -1)),
+        (CORRUPTIONS["a grey image"], np.repeat(np.asarray(make_image(10).convert("L"), int)[..., None], 3, -1)),
     ):
         change.change(folder / SHARD)
         renew(folder)

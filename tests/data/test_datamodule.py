@@ -8,10 +8,10 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ldm.data.datamodule import ShardDataModule, Source
-from ldm.data.images import ImageDataset
-from ldm.data.latent_samples import LatentDataset
-from ldm.data.latents import Chunk, LatentInfo, TextInfo, write_null_text
+from ldm.data.datamodule import ShardDataModule, WeightedSource
+from ldm.data.image_dataset import ImageDataset
+from ldm.data.latent_dataset import LatentDataset
+from ldm.data.latent_schema import Chunk, LatentInfo, TextInfo, write_null_text
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.plan import Plan
 from ldm.data.writer import ShardWriter, write_images
@@ -130,7 +130,7 @@ def test_the_seed_orders_the_training(folder):
     assert not all(same(ours, theirs) for ours, theirs in pairs)
 
 
-def test_pictures_are_fitted_to_the_size_asked_for(image_shards):
+def test_images_are_fitted_to_the_size_asked_for(image_shards):
     (batch,) = take(module(image_shards, image_size=8).train_dataloader(), 1)
     assert batch["image"].shape == (3, 3, 8, 8)
 
@@ -160,7 +160,7 @@ def test_dropped_captions_are_the_null_text_at_the_rate_asked_for(latent_shards,
     assert all(all(batch["caption"]) for batch in module(image_shards, caption_dropout=1.0).val_dataloader())
 
 
-def test_flips_mirror_half_the_pictures_and_workers_agree(image_shards):
+def test_flips_mirror_half_the_images_and_workers_agree(image_shards):
     made, parallel = module(image_shards, flip=0.5), module(image_shards, flip=0.5, workers=2)
     plain = {sample["key"]: sample["image"] for sample in (made.train_set[index] for index in range(10))}
     batches = take(made.train_dataloader(), 60)
@@ -177,7 +177,7 @@ def test_flips_mirror_half_the_pictures_and_workers_agree(image_shards):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Nine pictures of noise of several sizes, one smaller than the rest: their folder and pixels (H, W, 3)."""
+    """Nine images of noise of several sizes, one smaller than the rest: their folder and pixels (H, W, 3)."""
     folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     shapes = [(24, 40), (40, 24), (33, 17), (24, 40), (24, 40), (50, 51), (10, 30), (40, 24), (64, 20)]
     pixels = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
@@ -194,7 +194,7 @@ def test_windows_are_those_of_their_draws_whatever_the_workers_and_after_a_resum
         for key, image in zip(batch["key"], batch["image"].permute(0, 2, 3, 1).numpy(), strict=True):
             if key != "6":  # that one was scaled
                 windows = np.lib.stride_tricks.sliding_window_view(pixels[int(key)], (16, 16, 3))
-                assert any((windows == picture).all((-3, -2, -1)).any() for picture in (image, image[:, ::-1]))
+                assert any((windows == variant).all((-3, -2, -1)).any() for variant in (image, image[:, ::-1]))
     for ours, theirs in zip(found, take(module(folder, workers=2, **settings).train_dataloader(), 9), strict=True):
         assert same(ours, theirs)
     stopped, resumed = (module(folder, **settings).train_dataloader() for _ in range(2))
@@ -215,7 +215,7 @@ def test_without_a_draw_windows_lie_in_the_centre(photographs):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_whole_pictures_are_validated_one_by_one_while_training_is_on_crops(photographs, workers):
+def test_whole_images_are_validated_one_by_one_while_training_is_on_crops(photographs, workers):
     folder, pixels = photographs
     made = module(folder, image_size=16, crop="window", validation_whole=True, validation_samples=8, workers=workers)
     loader = made.val_dataloader()
@@ -227,7 +227,7 @@ def test_whole_pictures_are_validated_one_by_one_while_training_is_on_crops(phot
     assert len(list(module(folder, image_size=8, validation_whole=True).val_dataloader())) == 9
 
 
-def test_windows_and_whole_pictures_are_refused_where_they_cannot_be(image_shards, latent_shards):
+def test_windows_and_whole_images_are_refused_where_they_cannot_be(image_shards, latent_shards):
     refusals = {
         r"^data.crop is window, but .* holds latents.* set it to centre$": (latent_shards, {"crop": "window", "image_size": 8}),
         r"^data.validation_whole is True, but .* holds latents.* set it to False$": (latent_shards, {"validation_whole": True}),
@@ -240,9 +240,9 @@ def test_windows_and_whole_pictures_are_refused_where_they_cannot_be(image_shard
 
 def test_a_mixture_holds_its_weights(tmp_path):
     for name, count in (("a", 8), ("b", 4)):
-        pictures = [(f"{name}{index}", np.full((8, 8, 3), index, np.uint8), name) for index in range(count)]
-        write_images(tmp_path / name, name, pictures, samples_per_shard=3)
-    sources = [Source(str(tmp_path / "a"), 0.5), Source(str(tmp_path / "b"), 2.0)]
+        images = [(f"{name}{index}", np.full((8, 8, 3), index, np.uint8), name) for index in range(count)]
+        write_images(tmp_path / name, name, images, samples_per_shard=3)
+    sources = [WeightedSource(str(tmp_path / "a"), 0.5), WeightedSource(str(tmp_path / "b"), 2.0)]
     made = ShardDataModule(sources, str(tmp_path / "a"), batch_size=3)
     made.setup("fit")
     counts = Counter(key for batch in take(made.train_dataloader(), 8) for key in batch["key"])  # two epochs of 12
@@ -251,7 +251,7 @@ def test_a_mixture_holds_its_weights(tmp_path):
 
 def test_kinds_are_not_mixed_and_shares_are_shares(image_shards, latent_shards):
     with pytest.raises(UsageError, match="mixes image shards and latent shards"):
-        ShardDataModule([Source(str(image_shards)), Source(str(latent_shards))], str(image_shards)).setup("fit")
+        ShardDataModule([WeightedSource(str(image_shards)), WeightedSource(str(latent_shards))], str(image_shards)).setup("fit")
     with pytest.raises(UsageError, match=r"data.caption_dropout is 1.5; give 0 to 1"):
         module(image_shards, caption_dropout=1.5)
 
@@ -332,10 +332,10 @@ def test_what_was_not_exported_is_refused(tmp_path, latent_shards):
     for message, (folder, settings) in refusals.items():
         with pytest.raises(UsageError, match=message):
             module(folder, **settings)
-    mixed = ShardDataModule([Source(str(latent_shards)), Source(str(other))], str(latent_shards))
+    mixed = ShardDataModule([WeightedSource(str(latent_shards)), WeightedSource(str(other))], str(latent_shards))
     with pytest.raises(UsageError, match=rf"^{other} has another autoencoder than {latent_shards} "):
         mixed.setup("fit")
-    some = ShardDataModule([Source(str(latent_shards)), Source(str(first))], str(latent_shards), flip=0.5)
+    some = ShardDataModule([WeightedSource(str(latent_shards)), WeightedSource(str(first))], str(latent_shards), flip=0.5)
     with pytest.raises(UsageError, match=rf"^data.flip is 0.5, but {first} holds"):
         some.setup("fit")
 
@@ -410,8 +410,8 @@ def test_resumed_with_another_batch_size_each_sample_left_comes_exactly_once(ima
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_on_other_data_an_epoch_begins_and_the_log_says_so(image_shards, tmp_path, caplog):
     fit(image_shards, tmp_path / "run", 2)
-    pictures = [(f"{index}", np.full((32, 32, 3), index, np.uint8), "x") for index in range(9)]
-    write_images(tmp_path / "others", "x", pictures)
+    images = [(f"{index}", np.full((32, 32, 3), index, np.uint8), "x") for index in range(9)]
+    write_images(tmp_path / "others", "x", images)
     after = fit(tmp_path / "others", tmp_path / "run", 5, resume=tmp_path / "run" / "step=2.ckpt")
-    assert sorted(chain.from_iterable(after)) == sorted(key for key, _, _ in pictures)
+    assert sorted(chain.from_iterable(after)) == sorted(key for key, _, _ in images)
     assert "training data changed since the checkpoint" in caplog.text

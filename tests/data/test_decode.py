@@ -26,15 +26,15 @@ def encoded(image, format="PNG", **options):
 
 
 @pytest.fixture
-def picture():
+def pixels():
     return np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)  # (H, W, 3)
 
 
 @pytest.mark.parametrize(("format", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
-def test_lossless_formats_come_back_exactly(picture, format, options):
-    image = decode_image(encoded(Image.fromarray(picture), format, **options))
+def test_lossless_formats_come_back_exactly(pixels, format, options):
+    image = decode_image(encoded(Image.fromarray(pixels), format, **options))
     assert image.mode == "RGB"
-    assert np.array_equal(np.asarray(image), picture)
+    assert np.array_equal(np.asarray(image), pixels)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
@@ -55,31 +55,31 @@ def test_cmyk_keeps_its_colour():
     assert red > 240 and green < 15 and blue < 15
 
 
-def test_transparency_shows_the_background(picture):
+def test_transparency_shows_the_background(pixels):
     alpha = np.zeros((6, 8, 1), np.uint8)
-    data = encoded(Image.fromarray(np.concatenate([picture, alpha], axis=2)))
+    data = encoded(Image.fromarray(np.concatenate([pixels, alpha], axis=2)))
     assert np.all(np.asarray(decode_image(data)) == 255)
     assert np.all(np.asarray(decode_image(data, background=(1, 2, 3))) == (1, 2, 3))
     palette = Image.new("P", (2, 2), 0)
     assert np.all(np.asarray(decode_image(encoded(palette, transparency=0))) == 255)
 
 
-def test_exif_orientation_is_applied_and_nothing_else_is_carried_on(picture):
+def test_exif_orientation_is_applied_and_nothing_else_is_carried_on(pixels):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "where I live"
-    image = decode_image(encoded(Image.fromarray(picture), "PNG", exif=exif))
-    assert np.array_equal(np.asarray(image), np.rot90(picture, -1))
+    image = decode_image(encoded(Image.fromarray(pixels), "PNG", exif=exif))
+    assert np.array_equal(np.asarray(image), np.rot90(pixels, -1))
     assert image.info == {}
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_does_not_spoil_the_pixels(picture):
-    image = decode_image(encoded(Image.fromarray(picture), "PNG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff"))
-    assert np.array_equal(np.asarray(image), picture)
+def test_broken_exif_does_not_spoil_the_pixels(pixels):
+    image = decode_image(encoded(Image.fromarray(pixels), "PNG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff"))
+    assert np.array_equal(np.asarray(image), pixels)
 
 
-def test_a_second_picture_inside_a_jpeg_is_not_an_animation(picture):
-    image = Image.fromarray(picture)
+def test_a_second_image_inside_a_jpeg_is_not_an_animation(pixels):
+    image = Image.fromarray(pixels)
     data = encoded(image, "MPO", save_all=True, append_images=[image])
     assert decode_image(data).size == (8, 6)
 
@@ -110,9 +110,9 @@ def test_member_sizes_are_limited(monkeypatch):
         decode_text(b"a" * (decode.MAX_TEXT_BYTES + 1))
 
 
-def test_every_cut_of_a_file_is_a_decode_error_or_an_image(picture):
+def test_every_cut_of_a_file_is_a_decode_error_or_an_image(pixels):
     for format in ("PNG", "JPEG", "WEBP"):
-        data = encoded(Image.fromarray(picture), format)
+        data = encoded(Image.fromarray(pixels), format)
         for cut in range(0, len(data) - 1, 7):
             try:
                 decode_image(data[:cut])
@@ -121,9 +121,9 @@ def test_every_cut_of_a_file_is_a_decode_error_or_an_image(picture):
 
 
 @pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF"])
-def test_formats_not_named_are_refused_whatever_the_file_is_called(picture, format):
+def test_formats_not_named_are_refused_whatever_the_file_is_called(pixels, format):
     with pytest.raises(DecodeError, match="not a JPEG, PNG or WebP"):
-        decode_image(encoded(Image.fromarray(picture), format))
+        decode_image(encoded(Image.fromarray(pixels), format))
 
 
 def test_text_is_strict_utf8_and_stripped():
@@ -165,8 +165,8 @@ def test_what_is_no_image_is_refused_with_the_right_reason(data, reason):
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
-def test_the_limit_of_pixels_holds_for_every_format(picture, format):
-    data = encoded(Image.fromarray(picture), format)
+def test_the_limit_of_pixels_holds_for_every_format(pixels, format):
+    data = encoded(Image.fromarray(pixels), format)
     assert decode_image(data, max_pixels=48).size == decode_pixels(data, max_pixels=48).shape[1::-1] == (8, 6)
     for way in (decode_image, decode_pixels):
         with pytest.raises(DecodeError, match="8 x 6 pixels, the limit is 47"):
@@ -190,12 +190,12 @@ PLAIN = {
 
 
 @pytest.mark.parametrize(("mode", "format"), PLAIN)
-def test_bytes_may_be_kept_where_decoding_changes_nothing(picture, mode, format):
-    image = Image.fromarray(picture)
+def test_bytes_may_be_kept_where_decoding_changes_nothing(pixels, mode, format):
+    image = Image.fromarray(pixels)
     if mode == "RGBA":
         image.putalpha(128)
     if mode == "I;16":
-        image = Image.fromarray(picture[..., 0].astype(np.uint16) * 256)
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256)
     data = encoded(
         image if image.mode == mode else image.convert(mode), format, **({"lossless": True} if format == "WEBP" else {})
     )
@@ -205,15 +205,15 @@ def test_bytes_may_be_kept_where_decoding_changes_nothing(picture, mode, format)
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
-def test_bytes_may_not_be_kept_where_the_picture_lies_on_its_side(picture, format):
+def test_bytes_may_not_be_kept_where_the_image_lies_on_its_side(pixels, format):
     exif = Image.Exif()
     for orientation in range(1, 9):
         exif[0x0112] = orientation
-        assert is_plain_rgb(encoded(Image.fromarray(picture), format, exif=exif)) == (orientation == 1)
+        assert is_plain_rgb(encoded(Image.fromarray(pixels), format, exif=exif)) == (orientation == 1)
 
 
-def test_bytes_may_not_be_kept_with_transparent_colours_frames_or_too_many_pixels(picture, monkeypatch):
-    image = Image.fromarray(picture)
+def test_bytes_may_not_be_kept_with_transparent_colours_frames_or_too_many_pixels(pixels, monkeypatch):
+    image = Image.fromarray(pixels)
     assert not is_plain_rgb(encoded(image, transparency=(0, 0, 0)))
     assert not is_plain_rgb(encoded(image, save_all=True, append_images=[Image.new("RGB", image.size)]))
     monkeypatch.setattr(decode, "MAX_PIXELS", 47)
@@ -222,22 +222,22 @@ def test_bytes_may_not_be_kept_with_transparent_colours_frames_or_too_many_pixel
     assert is_plain_rgb(encoded(image)) and is_plain_rgb(encoded(image, "JPEG"))
 
 
-def test_orientations_undo_what_they_say(picture):
-    # orientation n means: this transformation of the stored pixels is the picture
+def test_orientations_undo_what_they_say(pixels):
+    # orientation n means: this transformation of the stored pixels is the pixels
     upright = {
-        1: picture,
-        2: picture[:, ::-1],
-        3: picture[::-1, ::-1],
-        4: picture[::-1],
-        5: picture.transpose(1, 0, 2),
-        6: np.rot90(picture, -1),
-        7: np.rot90(picture, 2).transpose(1, 0, 2),
-        8: np.rot90(picture),
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, -1),
+        7: np.rot90(pixels, 2).transpose(1, 0, 2),
+        8: np.rot90(pixels),
     }
     for orientation, expected in upright.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        assert np.array_equal(np.asarray(decode_image(encoded(Image.fromarray(picture), exif=exif))), expected)
+        assert np.array_equal(np.asarray(decode_image(encoded(Image.fromarray(pixels), exif=exif))), expected)
 
 
 def test_json_is_an_object_in_utf8():

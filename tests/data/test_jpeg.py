@@ -14,7 +14,7 @@ SRGB_ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def natural(height, width, seed=0):
-    """A picture with large soft shapes and a little grain, as photographs have: uint8 (H, W, 3)."""
+    """An image with large soft shapes and a little grain, as photographs have: uint8 (H, W, 3)."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
     soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
@@ -126,14 +126,14 @@ def test_orientation_is_seen_whoever_wrote_it(orientation, order):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_what_stands_before_the_picture(extra, plain):
+def test_what_stands_before_the_image(extra, plain):
     data = with_segment(encoded(natural(16, 24)), extra)
     assert (plain_size(data) is not None) == plain
     pixels, expected = outcome(decode_pixels, data), outcome(decode_image, data)
     assert np.array_equal(pixels, expected) if expected is not None else pixels is None
 
 
-def test_a_second_picture_inside_does_not_matter():
+def test_a_second_image_inside_does_not_matter():
     buffer = io.BytesIO()
     first, second = (Image.fromarray(natural(16, 24, seed)) for seed in range(2))
     first.save(buffer, "MPO", save_all=True, append_images=[second])
@@ -246,7 +246,7 @@ def test_a_bomb_is_judged_by_its_header(monkeypatch):
         decode_pixels(data, max_pixels=255)
 
 
-def test_a_picture_that_is_painted_over_and_over_is_refused():
+def test_an_image_that_is_painted_over_and_over_is_refused():
     data = encoded(natural(16, 16), progressive=True)
     last = data.rindex(b"\xff\xda")
     again = data[:last] + data[last:-2] * (jpeg.MAX_SCANS + 1) + b"\xff\xd9"
@@ -254,6 +254,6 @@ def test_a_picture_that_is_painted_over_and_over_is_refused():
     for decode in (decode_pixels, decode_image):
         with pytest.raises(DecodeError, match="too many scans"):
             decode(again)
-    # a film behind the picture, as phones append one, holds scan markers by chance
+    # a film behind the image, as phones append one, holds scan markers by chance
     film = np.random.default_rng(0).bytes(2**26)
     assert not jpeg.has_too_many_scans(data + film)

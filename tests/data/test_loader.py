@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.images import ImageDataset
+from ldm.data.image_dataset import ImageDataset
 from ldm.data.loader import ShardLoader, _heed_parent_alone, batch_loader
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.plan import Plan, Position
@@ -33,7 +33,7 @@ TOTAL = sum(SIZES)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Seventeen pictures in four uneven shards."""
+    """Seventeen images in four uneven shards."""
     folder, number, entries = tmp_path_factory.mktemp("shards"), 0, []
     for shard, size in enumerate(SIZES):
         with ShardWriter(folder, "x", first_index=shard) as writer:
@@ -201,7 +201,7 @@ def test_a_worker_that_stalls_is_named_with_what_it_was_to_read(folder, monkeypa
 STALL = """
 import os, sys
 from pathlib import Path
-from ldm.data.images import ImageDataset
+from ldm.data.image_dataset import ImageDataset
 from ldm.data.loader import ShardLoader
 from ldm.data.plan import Plan
 
@@ -254,7 +254,7 @@ def test_signals_sent_to_every_process_of_a_run_do_not_end_its_workers(folder, m
 KILLED = """
 import multiprocessing, os, sys
 from pathlib import Path
-from ldm.data.images import ImageDataset
+from ldm.data.image_dataset import ImageDataset
 from ldm.data.loader import ShardLoader
 from ldm.data.plan import Plan
 

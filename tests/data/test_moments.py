@@ -60,7 +60,7 @@ def test_any_grouping_is_one_pass(sizes, seed, random):
 
 
 def test_parts_of_several_sizes_count_by_their_values():
-    """Pictures of several sizes: each position weighs the same."""
+    """Images of several sizes: each position weighs the same."""
     parts = [latents(3, 3)[0], latents(4, 4)[0][..., :1, :2]]
     values = np.concatenate([part.transpose(1, 0, 2, 3).reshape(3, -1) for part in parts], axis=1)
     found = Moments.merge(map(Moments.of, parts))

@@ -2,7 +2,7 @@ from itertools import count
 
 import pytest
 
-from ldm.data.ordered import in_order
+from ldm.data.parallel_map import in_order
 
 
 def test_results_come_in_order_and_few_are_made_ahead():

@@ -101,12 +101,12 @@ BAD = (3, 10, 11)
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty pictures in two shards, three of which are none."""
+    """Twenty images in two shards, three of which are none."""
     folder = tmp_path / "shards"
     folder.mkdir()
     with ShardWriter(folder, "x", samples_per_shard=10) as writer:
         for number in range(20):
-            image = b"no picture" if number in BAD else encode_png(Image.new("RGB", (4, 4), (number, 0, 0)))
+            image = b"no image" if number in BAD else encode_png(Image.new("RGB", (4, 4), (number, 0, 0)))
             writer.write(f"{number:02d}", {"png": image})
     Manifest(IMAGE_SHARDS, tuple(writer.entries)).save(folder)
     return folder

@@ -17,7 +17,7 @@ from ldm.errors import LdmError, UsageError
 
 def items(count):
     for index in range(count):
-        yield f"{index:04d}", np.full((5, 7, 3), index, np.uint8), f"picture {index}"
+        yield f"{index:04d}", np.full((5, 7, 3), index, np.uint8), f"image {index}"
 
 
 @pytest.fixture

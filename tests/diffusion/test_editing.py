@@ -1,4 +1,4 @@
-"""Starting from a picture, on data whose denoiser is known exactly, for every path, prediction and scheduler."""
+"""Starting from an image, on data whose denoiser is known exactly, for every path, prediction and scheduler."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 
 from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
-from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, V, Velocity
-from ldm.diffusion.sampling import Sampler
+from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, V, Velocity
+from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import make_scheduler, samplers_for
 from ldm.errors import UsageError
 
@@ -49,7 +49,7 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize("path, name", CASES)
 def test_the_state_is_what_the_network_sees_before_the_scheduler_s_scale(path, name):
-    """A walk from a picture calls the network with input_scale·(alpha·x0 + sigma·eps) first, at the level it says."""
+    """A walk from an image calls the network with input_scale·(alpha·x0 + sigma·eps) first, at the level it says."""
     x0, eps, seen = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1), []
     sampler = sampler_of(path, name, steps=10, strength=0.5)
     calls = 9 if name == "heun" else 5
@@ -63,7 +63,7 @@ def test_the_state_is_what_the_network_sees_before_the_scheduler_s_scale(path, n
     x_t, t = seen[0]
     expected = PATHS[path].alpha(t) * x0.double() + PATHS[path].sigma(t) * eps.double()
     torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-4)
-    # who knows the picture ends with it wherever he starts
+    # who knows the image ends with it wherever he starts
     assert len(seen) == calls
     torch.testing.assert_close(drawn, x0, rtol=0, atol=1e-3)
 
@@ -118,7 +118,7 @@ def test_what_the_denoiser_sees_is_told_at_every_step(path, name):
 
 
 @pytest.mark.parametrize("path, name", CASES)
-def test_the_known_part_ends_as_the_picture_and_stands_at_every_step_s_level(path, name):
+def test_the_known_part_ends_as_the_image_and_stands_at_every_step_s_level(path, name):
     x0, eps = normal(1, 1, 4, 4), normal(1, 1, 4, 4, seed=1)
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 2:] = 1
@@ -144,9 +144,9 @@ def test_a_latent_is_redrawn_where_any_of_its_pixels_is():
         ("scaled_linear", V()),
         ("scaled_linear", Epsilon()),
         ("zero_snr", V()),
-        ("zero_snr", Sample()),
+        ("zero_snr", X0()),
         ("flow", Velocity()),
-        ("flow", Sample()),
+        ("flow", X0()),
         ("exploding", Preconditioned()),
         ("exploding", Epsilon()),
     ],

@@ -19,7 +19,7 @@ from ldm.diffusion.guidance import (
     denoise,
 )
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving, expand
-from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, V, Velocity
+from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, V, Velocity
 from ldm.errors import UsageError
 
 RULES = [
@@ -139,7 +139,7 @@ def test_all_channels_are_guided(tiny_dit, inputs, captions, rule):
 
 
 @pytest.mark.parametrize("rule", [*RULES, Rescale(AdaptiveProjected(6.0, parallel=0.3, norm_threshold=2.0))], ids=name)
-def test_a_picture_does_not_depend_on_its_batch_and_a_run_begins_afresh(predictions, rule):
+def test_an_image_does_not_depend_on_its_batch_and_a_run_begins_afresh(predictions, rule):
     conditional, null, x_t, t = predictions
     conversion = Conversion.of(RectifiedFlow(), Velocity())
     together = rule.combiner(conversion)
@@ -241,7 +241,7 @@ def test_rescaling_wholly_keeps_the_standard_deviation_of_the_conditional_predic
     plain = ClassifierFree(6.0).combiner()(*predictions)
     assert (plain.flatten(1).std(1) > 2 * conditional.flatten(1).std(1)).all()
     same(rescaled.flatten(1).std(1), conditional.flatten(1).std(1))
-    ratio = rescaled / plain  # one factor per picture: the direction stays
+    ratio = rescaled / plain  # one factor per image: the direction stays
     same(ratio, ratio[:, :1, :1, :1].expand_as(ratio))
 
 
@@ -319,10 +319,10 @@ def test_projected_guidance_with_nothing_held_back_is_classifier_free(prediction
     same(rule.combiner(conversion)(*predictions), expected)
 
 
-def test_projected_guidance_bounds_the_update_of_each_picture(predictions):
+def test_projected_guidance_bounds_the_update_of_each_image(predictions):
     conditional, null, *_ = predictions
     norms = (conditional - null).flatten(1).norm(dim=1)
-    threshold = norms.median().item()  # one picture is below it, one above
+    threshold = norms.median().item()  # one image is below it, one above
     rule = AdaptiveProjected(2.0, parallel=1.0, norm_threshold=threshold, momentum=0)
     same((rule.combiner()(*predictions) - conditional).flatten(1).norm(dim=1), norms.clamp(max=threshold))
 
@@ -368,7 +368,7 @@ def test_projected_guidance_is_that_of_diffusers(predictions, settings):
     ("path", "prediction"),
     [
         (RectifiedFlow(), Velocity()),
-        (RectifiedFlow(), Sample()),
+        (RectifiedFlow(), X0()),
         (VariancePreserving(), V()),
         (VariancePreserving(), Epsilon()),
         (VariancePreserving(zero_terminal_snr=True), Velocity()),

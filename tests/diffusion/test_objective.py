@@ -6,14 +6,14 @@ from torch import nn
 from ldm.diffusion.guidance import Condition
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
-from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, Score, V, Velocity
+from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Score, V, Velocity
 from ldm.diffusion.timesteps import DiscreteUniform, LogitNormal, LogNormal, Mode, Uniform
 from ldm.diffusion.weighting import EDM, MinSNR
 from ldm.errors import UsageError
 
 CONDITION = Condition(torch.randn(6, 3, 16), torch.ones(6, 3, dtype=torch.int64))
 PATHS = [RectifiedFlow(), VariancePreserving(), VariancePreserving("linear", True), VarianceExploding(sigma_data=0.5)]
-PREDICTIONS = [Epsilon(), Score(), Sample(), V(), Velocity(), Preconditioned()]
+PREDICTIONS = [Epsilon(), Score(), X0(), V(), Velocity(), Preconditioned()]
 PAIRS = [(path, prediction) for path in PATHS for prediction in PREDICTIONS]
 
 
@@ -75,7 +75,7 @@ def test_a_weighting_leaves_the_unweighted_loss_beside_it(path, prediction):
     torch.testing.assert_close(result.loss, MinSNR(2.0)(path, prediction, t) * plain)
 
 
-@pytest.mark.parametrize("prediction, weighting", [(Preconditioned(), None), (Preconditioned(), EDM()), (Sample(), EDM())])
+@pytest.mark.parametrize("prediction, weighting", [(Preconditioned(), None), (Preconditioned(), EDM()), (X0(), EDM())])
 def test_the_loss_of_edm_is_the_paper_s(prediction, weighting):
     """lambda·‖D(x) − x0‖² with D = c_skip·x + c_out·F(c_in·x, c_noise), written out."""
     path, spread = VarianceExploding(sigma_data=0.5), 0.5

@@ -3,14 +3,14 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
-from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, Score, V, Velocity
+from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Score, V, Velocity
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PRESERVING = [VariancePreserving(schedule, zero) for zero in (False, True) for schedule in SCHEDULES]
 ZERO_SNR = PRESERVING[3:]
 EXPLODING = [VarianceExploding(), VarianceExploding(0.01, 50, 0.5)]
 PATHS = [RectifiedFlow(), *PRESERVING, *EXPLODING]
-PREDICTIONS = [Epsilon(), Score(), Sample(), V(), Velocity(), Preconditioned()]
+PREDICTIONS = [Epsilon(), Score(), X0(), V(), Velocity(), Preconditioned()]
 
 
 def named(value):
@@ -48,7 +48,7 @@ def test_endpoints_lie_on_the_path_whatever_the_network_says(path):
         torch.testing.assert_close(prediction.target(path, x0, eps, t), said)
 
 
-BLIND = [(path, Sample(), 0.0) for path in (RectifiedFlow(), *PRESERVING)]
+BLIND = [(path, X0(), 0.0) for path in (RectifiedFlow(), *PRESERVING)]
 BLIND += [(path, Score(), 0.0) for path in (RectifiedFlow(), *PRESERVING)]  # infinite there
 BLIND += [(path, prediction, 1.0) for path in (RectifiedFlow(), *ZERO_SNR) for prediction in (Epsilon(), Score())]
 
@@ -81,7 +81,7 @@ def test_targets_by_name():
     x0, eps = data(8)
     path = PRESERVING[0]
     assert torch.equal(Epsilon().target(path, x0, eps, t), eps)
-    assert torch.equal(Sample().target(path, x0, eps, t), x0)
+    assert torch.equal(X0().target(path, x0, eps, t), x0)
     assert torch.equal(Velocity().target(RectifiedFlow(), x0, eps, t), eps - x0)
 
 

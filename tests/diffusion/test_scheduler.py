@@ -17,8 +17,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ldm.diffusion.path import Path, RectifiedFlow, VarianceExploding, VariancePreserving
-from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, Score, V, Velocity
+from ldm.diffusion.path import ProbabilityPath, RectifiedFlow, VarianceExploding, VariancePreserving
+from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Score, V, Velocity
 from ldm.diffusion.scheduler import (
     check_scheduler,
     describe,
@@ -35,13 +35,13 @@ FLOW = ["euler", "euler-ancestral", "heun", "dpm++2m", "dpm++2m-sde", "unipc"]
 EXPLODING = ["dpm++2m", "dpm++2m-sde", "euler"]
 MODELS = [
     (VariancePreserving(), Epsilon(), PRESERVING),
-    (VariancePreserving("linear"), Sample(), PRESERVING),
+    (VariancePreserving("linear"), X0(), PRESERVING),
     (VariancePreserving("linear"), Velocity(), PRESERVING),
     # Heun's steps in sigma / alpha have no end to begin from
     (VariancePreserving("squaredcos_cap_v2"), V(), [name for name in PRESERVING if name != "heun"]),
     (VariancePreserving(zero_terminal_snr=True), V(), [name for name in PRESERVING if name != "heun"]),
     (RectifiedFlow(), Velocity(), FLOW),
-    (RectifiedFlow(), Sample(), FLOW),
+    (RectifiedFlow(), X0(), FLOW),
     (VarianceExploding(sigma_max=50.0, sigma_data=0.5), Preconditioned(), EXPLODING),
     (VarianceExploding(), Epsilon(), EXPLODING),
     (VarianceExploding(), Score(), EXPLODING),
@@ -72,11 +72,11 @@ def test_all_schedulers_of_a_schedule_have_its_betas(path):
     "path, prediction, name, kind, config",
     [
         (VariancePreserving(), Epsilon(), "ddim", DDIMScheduler, {"prediction_type": "epsilon", "clip_sample": False}),
-        (VariancePreserving(), Sample(), "ddpm", DDPMScheduler, {"prediction_type": "sample", "timestep_spacing": "trailing"}),
-        (VariancePreserving(), Sample(), "euler-ancestral", None, {"prediction_type": "v_prediction"}),
+        (VariancePreserving(), X0(), "ddpm", DDPMScheduler, {"prediction_type": "sample", "timestep_spacing": "trailing"}),
+        (VariancePreserving(), X0(), "euler-ancestral", None, {"prediction_type": "v_prediction"}),
         (VariancePreserving("linear", True), V(), "euler", EulerDiscreteScheduler, {"rescale_betas_zero_snr": True}),
         (VariancePreserving(), V(), "dpm++2m", DPMSolverMultistepScheduler, {"use_flow_sigmas": False}),
-        (RectifiedFlow(), Sample(), "unipc", UniPCMultistepScheduler, {"prediction_type": "flow_prediction"}),
+        (RectifiedFlow(), X0(), "unipc", UniPCMultistepScheduler, {"prediction_type": "flow_prediction"}),
         (RectifiedFlow(), Velocity(), "dpm++2m-sde", None, {"use_flow_sigmas": True, "algorithm_type": "sde-dpmsolver++"}),
         (VarianceExploding(0.01, 50.0, 0.7), V(), "euler", EDMEulerScheduler, {"sigma_max": 50.0, "sigma_data": 0.7}),
     ],
@@ -126,13 +126,13 @@ def test_options_are_those_the_model_leaves_open():
 )
 def test_noise_alone_is_refused_where_the_path_begins_without_any_data(path, prediction, mend):
     with pytest.raises(
-        UsageError, match=rf"{type(prediction).__name__} says nothing of the picture .* \(alpha = 0\).*{mend}"
+        UsageError, match=rf"{type(prediction).__name__} says nothing of the image .* \(alpha = 0\).*{mend}"
     ) as error:
         matching_scheduler(path, prediction)
     one_line(error)
 
 
-class Elsewhere(Path):
+class Elsewhere(ProbabilityPath):
     alpha = sigma = derivatives = time = network_time = None
 
 

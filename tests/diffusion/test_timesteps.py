@@ -135,7 +135,7 @@ def test_larger_latents_are_shifted_by_the_root_of_their_tokens(kind):
     torch.testing.assert_close(draw(kind(), 100, size=(64, 64)), draw(kind(), 100, size=(32, 32)))
 
 
-def test_the_shift_by_resolution_keeps_the_uncertainty_of_a_flat_picture():
+def test_the_shift_by_resolution_keeps_the_uncertainty_of_a_flat_image():
     # the mean of n pixels of x_t, over its signal: standard deviation (t / (1 − t)) / √n, whatever n (section 5.3.2)
     t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     small, large = 32 * 32, 96 * 48

@@ -4,7 +4,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
-from ldm.diffusion.prediction import Epsilon, Preconditioned, Sample, Score, V, Velocity
+from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Score, V, Velocity
 from ldm.diffusion.weighting import EDM, MinSNR
 from ldm.errors import UsageError
 
@@ -14,7 +14,7 @@ PATHS = [
     VariancePreserving("squaredcos_cap_v2", True),
     VarianceExploding(0.01, 50, 0.5),
 ]
-PREDICTIONS = [Epsilon(), Score(), Sample(), V(), Velocity(), Preconditioned()]
+PREDICTIONS = [Epsilon(), Score(), X0(), V(), Velocity(), Preconditioned()]
 TIMES = torch.linspace(0.02, 0.98, 31, dtype=torch.float64)
 ENDS = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
@@ -31,7 +31,7 @@ def test_min_snr_has_the_published_forms(schedule, gamma):
     snr = compute_snr(DDPMScheduler(**path.scheduler_config), steps)
     clipped, t = snr.clamp(max=gamma), (steps + 1) / 1000
     # the last steps of the cosine have ᾱ of 1e-9 in float32
-    torch.testing.assert_close(weighting(path, Sample(), t), clipped, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(weighting(path, X0(), t), clipped, rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(weighting(path, Epsilon(), t), clipped / snr, rtol=1e-3, atol=0)
     torch.testing.assert_close(weighting(path, V(), t), clipped / (snr + 1), rtol=1e-3, atol=1e-9)
 
@@ -54,7 +54,7 @@ def test_the_weight_of_edm_is_one_on_what_its_network_says(spread):
     torch.testing.assert_close(EDM()(path, Preconditioned(), t), torch.ones_like(t))
     sigma = path.sigma(t)
     published = (sigma**2 + spread**2) / (sigma * spread) ** 2
-    torch.testing.assert_close(EDM()(path, Sample(), t), published)
+    torch.testing.assert_close(EDM()(path, X0(), t), published)
 
 
 @pytest.mark.parametrize("weighting", [MinSNR(), EDM()], ids=name)
@@ -63,7 +63,7 @@ def test_the_weighted_error_is_that_of_the_data_whatever_is_predicted(path, weig
     x0, eps, guess = torch.randn(3, len(TIMES), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_t = path.sample(x0, eps, TIMES)
     guessed_eps = (x_t - path.alpha(TIMES)[:, None] * guess) / path.sigma(TIMES)[:, None]
-    of_the_data = weighting(path, Sample(), TIMES) * (guess - x0).square().mean(1)
+    of_the_data = weighting(path, X0(), TIMES) * (guess - x0).square().mean(1)
     for prediction in PREDICTIONS:
         error = prediction.target(path, guess, guessed_eps, TIMES) - prediction.target(path, x0, eps, TIMES)
         torch.testing.assert_close(weighting(path, prediction, TIMES) * error.square().mean(1), of_the_data)
@@ -74,7 +74,7 @@ def test_the_weighted_error_is_that_of_the_data_whatever_is_predicted(path, weig
 def test_weights_are_finite_at_both_ends_where_the_target_sees(path, weighting):
     for prediction in (V(), Velocity(), Preconditioned()):
         assert weighting(path, prediction, ENDS).isfinite().all()
-    assert weighting(path, Epsilon(), ENDS[:1]).isfinite().all() and weighting(path, Sample(), ENDS[1:]).isfinite().all()
+    assert weighting(path, Epsilon(), ENDS[:1]).isfinite().all() and weighting(path, X0(), ENDS[1:]).isfinite().all()
 
 
 def test_a_gamma_that_cannot_be_is_refused():

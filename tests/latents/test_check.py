@@ -1,4 +1,4 @@
-"""What is stored agrees with the autoencoder and the pictures it came from, and what does not is told."""
+"""What is stored agrees with the autoencoder and the images it came from, and what does not is told."""
 
 import shutil
 from dataclasses import replace
@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-from ldm.data.latent_samples import LatentDataset
-from ldm.data.latents import LatentShard, latent_info
+from ldm.data.latent_dataset import LatentDataset
+from ldm.data.latent_schema import LatentShard, latent_info
 from ldm.data.manifest import Manifest
-from ldm.data.shapes import generate
 from ldm.data.shards import ShardReader
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter, write_images
@@ -19,13 +18,16 @@ from ldm.errors import UsageError
 from ldm.latents.check import compare, sampled
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig, load_autoencoder
+from ldm.shapes.scenes import generate
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
     """Its folder; the posterior made wide and uneven, so that the deviations matter."""
     torch.manual_seed(0)
-    network = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16).build()
+    network = AutoencoderConfig(
+        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
+    ).build()
     with torch.no_grad():
         network.quant_conv.weight[4:] = network.quant_conv.weight[:4] / 2
         network.quant_conv.bias[4:] = torch.tensor([-1.0, 0.0, -2.0, -0.5])
@@ -43,7 +45,7 @@ def exported_once(autoencoder, tiny_text_encoder, image_shards, tmp_path_factory
 
 @pytest.fixture
 def exported(exported_once, tmp_path):
-    """Ten latents of pictures and of their mirror images in three shards."""
+    """Ten latents of images and of their mirror images in three shards."""
     return shutil.copytree(exported_once, tmp_path / "latents")
 
 
@@ -79,7 +81,7 @@ def test_what_was_exported_agrees(exported, autoencoder, image_shards):
     found = compare(exported, autoencoder, on_progress=lambda *step: steps.append(step))
     assert found.problems == () and found.note == ""
     assert (found.decoded, found.compared, found.skipped) == (10, 10, 0) and steps == [(n, 10) for n in range(1, 11)]
-    for view in ("pictures", "mirrored"):
+    for view in ("images", "mirrored"):
         figures = found.figures[view]
         assert 0 < figures["mean, average error"] <= figures["mean, largest error"] < 2**-9  # of float16, values below 4
         assert figures["std, largest error"] < 2**-9
@@ -93,7 +95,7 @@ def test_the_figures_are_those_of_one_pass_over_all(exported, autoencoder):
     info = latent_info(open_source(exported))
     means = np.stack([stored.latents["mean"] for stored in sampled(open_source(exported), 10)])
     rewrite(exported, lambda tensors: tensors | {"mean": np.zeros_like(tensors["mean"])})
-    figures = compare(exported, autoencoder).figures["pictures"]
+    figures = compare(exported, autoencoder).figures["images"]
     std = np.array(info.latents_std)[:, None, None]
     assert figures["mean, largest error"] == pytest.approx(np.abs(means).max(), rel=1e-3)
     assert figures["mean, average error"] == pytest.approx(np.abs(means).mean(), rel=1e-3)
@@ -106,8 +108,8 @@ def test_what_dtype_and_precision_round_off_is_no_error(autoencoder, tiny_text_e
     settings = {"dtype": "float32", "precision": precision, "mode": True}
     export_latents(autoencoder, image_shards, tmp_path / "out", tiny_text_encoder, **settings)
     found = compare(tmp_path / "out", autoencoder)
-    assert found.problems == () and found.compared == 10 and found.figures.keys() == {"pictures"}
-    error = found.figures["pictures"]["mean, largest error"]
+    assert found.problems == () and found.compared == 10 and found.figures.keys() == {"images"}
+    error = found.figures["images"]["mean, largest error"]
     assert error < 1e-4 if precision == "fp32" else error > 1e-4
     assert not any(name.startswith("std") for name in found.rows())
 
@@ -116,7 +118,7 @@ def test_what_dtype_and_precision_round_off_is_no_error(autoencoder, tiny_text_e
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("mean", lambda mean, info: mean[np.roll(np.arange(len(mean)), 1)]),  # of another picture
+        ("mean", lambda mean, info: mean[np.roll(np.arange(len(mean)), 1)]),  # of another image
         ("mean", lambda mean, info: (mean - centre(info.latents_mean)) / centre(info.latents_std)),
         ("mean", lambda mean, info: mean * 0.18215),
         ("mean_flip", lambda mean, info: mean[..., ::-1]),  # mirrored is not encoded mirrored
@@ -124,7 +126,7 @@ def test_what_dtype_and_precision_round_off_is_no_error(autoencoder, tiny_text_e
         ("std_flip", lambda std, info: 1.2 * std),
     ],
 )
-def test_other_pictures_and_other_normalisations_are_told(exported, autoencoder, precision, name, change):
+def test_other_images_and_other_normalisations_are_told(exported, autoencoder, precision, name, change):
     info = latent_info(open_source(exported))
     manifest = Manifest.load(exported)
     replace(manifest, extra=manifest.extra | {"precision": precision}).save(exported)
@@ -160,7 +162,7 @@ def test_other_image_shards_are_named_with_the_right_ones(exported, autoencoder,
 
 
 @pytest.mark.parametrize("place", ["", "/no/where", "https://no.where/shards"])
-def test_without_pictures_latents_are_decoded_at_least(exported, autoencoder, image_shards, place):
+def test_without_images_latents_are_decoded_at_least(exported, autoencoder, image_shards, place):
     manifest = Manifest.load(exported)
     replace(manifest, extra=manifest.extra | {"source_shards": place}).save(exported)
     found = compare(exported, autoencoder, samples=5)
@@ -184,12 +186,12 @@ def test_a_key_that_the_image_shard_does_not_have_is_told(exported, autoencoder,
     rewrite(exported, lambda tensors: tensors, lambda words: words.replace(b"00000002", b"00000007"))  # of another shard
     found = compare(exported, autoencoder)
     assert [(problem.where, problem.what, problem.samples) for problem in found.problems] == [
-        ("latents-00000.tar: 00000007", f"is not among the pictures of {image_shards}", 1)
+        ("latents-00000.tar: 00000007", f"is not among the images of {image_shards}", 1)
     ]
     assert found.compared == 9
 
 
-def test_pictures_of_several_sizes_and_windows_of_larger_ones(autoencoder, tiny_text_encoder, tmp_path):
+def test_images_of_several_sizes_and_windows_of_larger_ones(autoencoder, tiny_text_encoder, tmp_path):
     rng = np.random.default_rng(0)
     sizes = [(16, 24), (33, 16), (21, 40), (16, 24)]  # (height, width), of which the factor leaves even numbers
     items = [(f"{n}", rng.integers(0, 255, (*size, 3), dtype=np.uint8), "noise") for n, size in enumerate(sizes)]
@@ -202,7 +204,7 @@ def test_pictures_of_several_sizes_and_windows_of_larger_ones(autoencoder, tiny_
     assert shapes == {(4, 8, 8)}
 
 
-def test_a_picture_that_can_no_longer_be_decoded_is_skipped_and_counted(exported, autoencoder, image_shards, tmp_path):
+def test_an_image_that_can_no_longer_be_decoded_is_skipped_and_counted(exported, autoencoder, image_shards, tmp_path):
     shutil.copytree(image_shards, tmp_path / "images")
     path = next(iter(sorted((tmp_path / "images").glob("*.tar"))))
     data = bytearray(path.read_bytes())

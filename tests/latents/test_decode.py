@@ -1,4 +1,4 @@
-"""Latent shards become pictures again: those that the autoencoder decodes, to the pixel."""
+"""Latent shards become images again: those that the autoencoder decodes, to the pixel."""
 
 import errno
 import json
@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.images import ImageDataset
-from ldm.data.latents import Chunk, LatentInfo
+from ldm.data.image_dataset import ImageDataset
+from ldm.data.latent_schema import Chunk, LatentInfo
 from ldm.data.manifest import LATENT_SHARDS, Manifest
-from ldm.data.pack import pack
+from ldm.data.pack.packer import pack
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
 from ldm.latents.decode import decode_latent_shards
-from ldm.models.autoencoder import autoencoder_hash, images_to_pictures, load_autoencoder
+from ldm.models.autoencoder import autoencoder_hash, images_to_pil, load_autoencoder
 
 KEYS = [["0000", "a/b", "../../é"], ["0000", ".hidden"], ["x" * 300, "x" * 300 + "y"]]
 
@@ -37,7 +37,7 @@ def latents(autoencoder, tmp_path):
         shape = (len(keys), 4, 4, 4 + 2 * (number == 1))
         chunk = Chunk(
             keys=keys,
-            captions=[[f"picture {key}"] if number else [f"picture {key}", "another"] for key in keys],
+            captions=[[f"image {key}"] if number else [f"image {key}", "another"] for key in keys],
             latents={name: rng.normal(size=shape).astype(np.float16) for name in ("mean", "std", "mean_flip", "std_flip")},
             texts=[[np.zeros((1, 3), np.float16)] * (len(keys) if number else 2 * len(keys))],
             original_size=np.tile([8, 8], (len(keys), 1)),
@@ -73,11 +73,11 @@ def listed(out):
 def direct(autoencoder, mean):
     """The same with nothing in between."""
     with torch.inference_mode():
-        return images_to_pictures(load_autoencoder(autoencoder).decode(torch.from_numpy(mean.astype(np.float32))).sample)
+        return images_to_pil(load_autoencoder(autoencoder).decode(torch.from_numpy(mean.astype(np.float32))).sample)
 
 
 @pytest.mark.parametrize("flips", [False, True])
-def test_pictures_are_those_that_the_autoencoder_decodes(latents, autoencoder, tmp_path, flips):
+def test_images_are_those_that_the_autoencoder_decodes(latents, autoencoder, tmp_path, flips):
     folder, chunks = latents
     seen = []
     written = decode_latent_shards(
@@ -86,18 +86,18 @@ def test_pictures_are_those_that_the_autoencoder_decodes(latents, autoencoder, t
     rows = listed(tmp_path / "out")
     ends = ("", "_flip") if flips else ("",)
     expected = [
-        (key, captions, picture)
+        (key, captions, image)
         for chunk in chunks
-        for key, captions, *pictures in zip(
+        for key, captions, *images in zip(
             chunk.keys, chunk.captions, *(direct(autoencoder, chunk.latents[f"mean{end}"]) for end in ends), strict=True
         )
-        for picture in pictures
+        for image in images
     ]
     assert written == len(rows) == len(expected) == 7 * len(ends)
     assert seen == [(done, written) for done in range(1, written + 1)]
-    for row, (key, captions, picture) in zip(rows, expected, strict=True):
+    for row, (key, captions, image) in zip(rows, expected, strict=True):
         assert row["key"] == key and row["caption"] == (captions if len(captions) > 1 else captions[0])
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / row["file"])), np.asarray(picture))
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / row["file"])), np.asarray(image))
 
 
 def test_every_key_gets_a_file_of_its_own_inside_the_folder(latents, autoencoder, tmp_path):
@@ -115,7 +115,7 @@ def test_what_is_decoded_can_be_packed_again(latents, autoencoder, tmp_path):
     result = pack(tmp_path / "out", tmp_path / "shards", captions=tmp_path / "out" / "captions.jsonl")
     assert (result.packed, result.quarantined) == (7, 0)
     images = ImageDataset(tmp_path / "shards", 8)
-    assert [images[index]["caption"] for index in range(7)] == [f"picture {key}" for keys in KEYS for key in keys]
+    assert [images[index]["caption"] for index in range(7)] == [f"image {key}" for keys in KEYS for key in keys]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -147,7 +147,7 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(latents, autoencoder, tm
         decode_latent_shards(folder, tmp_path / "out", autoencoder, samples=0)
     manifest = Manifest.load(folder)
     Manifest(LATENT_SHARDS, manifest.shards, manifest.extra | {"flips": False}).save(folder)
-    with pytest.raises(UsageError, match="has no latents of mirrored pictures"):
+    with pytest.raises(UsageError, match="has no latents of mirrored images"):
         decode_latent_shards(folder, tmp_path / "out", autoencoder, flips=True)
     shard = folder / manifest.shards[1].name
     data = shard.read_bytes()
@@ -158,7 +158,7 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(latents, autoencoder, tm
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(latents, autoencoder, tmp_path, monkeypatch):
-    def full(picture):
+    def full(image):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("ldm.latents.decode.encode_png", full)
@@ -175,5 +175,5 @@ def test_latents_that_are_not_finite_are_named(latents, autoencoder, tmp_path):
     manifest = Manifest.load(folder)
     entries = (replace(writer.entries[0], samples=3), *manifest.shards[1:])
     Manifest(LATENT_SHARDS, entries, manifest.extra).save(folder)
-    with pytest.raises(LdmError, match=r"latents-00000.tar: a/b or one of the 0 after it decodes to no finite picture"):
+    with pytest.raises(LdmError, match=r"latents-00000.tar: a/b or one of the 0 after it decodes to no finite image"):
         decode_latent_shards(folder, tmp_path / "out", autoencoder, batch_size=1, device="cpu")

@@ -13,12 +13,11 @@ from safetensors.numpy import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.data.check import check_folder
-from ldm.data.images import ImageDataset
-from ldm.data.latent_samples import LatentDataset
-from ldm.data.latents import TextInfo, latent_manifest, read_null_text
+from ldm.data.image_dataset import ImageDataset
+from ldm.data.latent_dataset import LatentDataset
+from ldm.data.latent_schema import TextInfo, latent_manifest, read_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
 from ldm.data.quarantine import QUARANTINE_NAME
-from ldm.data.shapes import generate
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
@@ -32,7 +31,8 @@ from ldm.models.autoencoder import (
     pixels_to_images,
     set_latent_statistics,
 )
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.shapes.scenes import generate
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_finished_export_and_other_work_are_left_alone(export, autoencoder, im
     assert contents(out) == before and list(contents(tmp_path / "mine")) == [Path("notes")]
 
 
-def test_a_picture_without_a_caption_is_named(export, autoencoder, tmp_path):
+def test_an_image_without_a_caption_is_named(export, autoencoder, tmp_path):
     items = [(sample.key, sample.image, "" if sample.key.endswith("2") else "a caption") for sample in generate(4, 32, 0)]
     write_images(tmp_path / "images", "x", items)
     with pytest.raises(LdmError, match=r"1 of 4 samples cannot be used.*00000002 has no caption"):
@@ -206,7 +206,7 @@ def test_an_autoencoder_that_says_nan_is_stopped(export, autoencoder, image_shar
         export(tmp_path / "broken", image_shards, tmp_path / "out")
 
 
-def test_pictures_are_fitted_where_a_size_is_asked_for(export, autoencoder, image_shards, tmp_path):
+def test_images_are_fitted_where_a_size_is_asked_for(export, autoencoder, image_shards, tmp_path):
     export(autoencoder, image_shards, tmp_path / "out", image_size=16)
     assert LatentDataset(tmp_path / "out")[0]["mean"].shape == (4, 8, 8)
     assert load_file(tmp_path / "out" / "null_text.safetensors")["text"].dtype == np.float16
@@ -214,14 +214,14 @@ def test_pictures_are_fitted_where_a_size_is_asked_for(export, autoencoder, imag
 
 @pytest.fixture
 def mostly_whole(tmp_path):
-    """The function that writes 120 pictures in three shards, some of which cannot be used."""
+    """The function that writes 120 images in three shards, some of which cannot be used."""
 
     def write(bad=(), uncaptioned=()):
         folder = tmp_path / "mostly"
         folder.mkdir()
         with ShardWriter(folder, "x", samples_per_shard=50) as writer:
             for number in range(120):
-                image = encode_png(Image.new("RGB", (8, 8), (2 * number, 0, 0))) if number not in bad else b"no picture"
+                image = encode_png(Image.new("RGB", (8, 8), (2 * number, 0, 0))) if number not in bad else b"no image"
                 caption = f"red number {number % 3}" if number not in uncaptioned else ""
                 writer.write(f"{number:03d}", {"png": image, "txt": caption.encode()})
         Manifest(IMAGE_SHARDS, tuple(writer.entries), {"captioned": 120 - len(uncaptioned)}).save(folder)
@@ -247,9 +247,9 @@ def test_samples_that_cannot_be_used_are_left_out_and_on_record(export, autoenco
     keys = [key for chunk in words for key in chunk["keys"]]
     assert keys == [f"{number:03d}" for number in range(120) if number != 57]
     assert [caption for chunk in words for (caption,) in chunk["captions"]] == [f"red number {int(key) % 3}" for key in keys]
-    picture = torch.tensor([2 * 58, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    image = torch.tensor([2 * 58, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 8, 8)
     with torch.no_grad():
-        mean = load_autoencoder(autoencoder).encode(pixels_to_images(picture)).latent_dist.mean[0]
+        mean = load_autoencoder(autoencoder).encode(pixels_to_images(image)).latent_dist.mean[0]
     np.testing.assert_allclose(dataset[57]["mean"], mean, rtol=1e-2, atol=1e-2)
     # interrupted it comes to the same, the record too
     for samples in (60, 120):
@@ -274,7 +274,7 @@ def test_too_much_that_cannot_be_used_stops_the_export_in_one_line(export, autoe
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_mirrored_pictures_are_what_the_encoder_says_of_them(export, autoencoder, image_shards, tmp_path):
+def test_mirrored_images_are_what_the_encoder_says_of_them(export, autoencoder, image_shards, tmp_path):
     export(autoencoder, image_shards, tmp_path / "out", dtype="float32", flip=True, batch_size=4)
     images, network = ImageDataset(image_shards), load_autoencoder(autoencoder)
     chunks = list(LatentDataset(tmp_path / "out").chunked())
@@ -300,16 +300,16 @@ def test_modes_alone_have_no_deviation_and_their_own_statistics(export, autoenco
 
 @pytest.fixture
 def several_of_everything(tmp_path):
-    """Pictures of three sizes, with one, two or three captions, packed from larger ones, one of them turned by its EXIF."""
+    """Images of three sizes, with one, two or three captions, packed from larger ones, one of them turned by its EXIF."""
     folder, rng = tmp_path / "several", np.random.default_rng(0)
     folder.mkdir()
     with ShardWriter(folder, "x", samples_per_shard=7) as writer:
         for number in range(18):
             width, height = [(16, 16), (24, 17), (8, 16)][number % 3]
-            picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
             turned, buffer = Image.Exif(), io.BytesIO()
             turned[ExifTags.Base.Orientation] = 6 if number == 4 else 1
-            picture.save(buffer, "PNG", exif=turned)
+            image.save(buffer, "PNG", exif=turned)
             captions = [f"caption {number} {which}" for which in range(number % 3 + 1)]
             about = {"captions": captions} | ({"width": 640, "height": 480} if number == 2 else {})
             writer.write(f"{number:03d}", {"png": buffer.getvalue(), "json": json.dumps(about).encode()})
@@ -317,7 +317,7 @@ def several_of_everything(tmp_path):
     return folder
 
 
-def test_pictures_of_several_sizes_and_captions_keep_all_that_is_known_of_them(
+def test_images_of_several_sizes_and_captions_keep_all_that_is_known_of_them(
     export, autoencoder, several_of_everything, tiny_text_encoder, tmp_path
 ):
     manifest = export(autoencoder, several_of_everything, tmp_path / "out", captions="all", batch_size=2)

@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 
 from ldm.data.check import check_folder
-from ldm.data.latents import LatentShard, latent_manifest, read_null_text
+from ldm.data.latent_schema import LatentShard, latent_manifest, read_null_text
 from ldm.data.moments import Moments
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.data.sources import open_source
@@ -38,7 +38,7 @@ def autoencoder(tiny_autoencoder, tmp_path):
 
 @pytest.fixture
 def imported(autoencoder, tiny_text_encoder, tmp_path):
-    """The function that imports ``src``, and the manifest and pictures by key that come of it."""
+    """The function that imports ``src``, and the manifest and images by key that come of it."""
 
     def run(src, dtype="float32", **options):
         out = tmp_path / "out"
@@ -51,22 +51,22 @@ def imported(autoencoder, tiny_text_encoder, tmp_path):
 
 
 def stored(folder):
-    """Key -> everything that is stored of the picture."""
-    pictures = {}
+    """Key -> everything that is stored of the image."""
+    images = {}
     for entry in latent_manifest(folder)[0].shards:
         shard = LatentShard(folder / entry.name, entry.samples)
         for chunk in range(len(shard.spans)):
             tensors, words = shard.tensors(chunk), shard.words(chunk)
             for row, (key, captions) in enumerate(zip(words["keys"], words["captions"], strict=True)):
                 starts = tensors["text_start"][tensors["caption_start"][row] : tensors["caption_start"][row + 1] + 1]
-                picture = {
+                image = {
                     name: np.array(tensors[name][row])
                     for name in ("mean", "std", "mean_flip", "std_flip", "original_size", "crop")
                     if name in tensors
                 }
                 texts = [np.array(tensors["text"][a:b]) for a, b in pairwise(starts)]
-                pictures[key] = picture | {"captions": captions, "texts": texts}
-    return pictures
+                images[key] = image | {"captions": captions, "texts": texts}
+    return images
 
 
 def drawn(count, channels=CHANNELS, height=4, width=4, seed=0):
@@ -100,7 +100,7 @@ def write_files(folder, latents, suffix=".npy", captions=True):
         else:
             torch.save(latent, path)
         if captions:
-            path.with_suffix(".txt").write_text(f"picture {number} — é\n", "utf-8")
+            path.with_suffix(".txt").write_text(f"image {number} — é\n", "utf-8")
     return folder
 
 
@@ -117,15 +117,13 @@ def classes(tmp_path):
 def test_what_lightningdit_writes_comes_back_to_the_bit(imported, classes, tmp_path, tiny_text_encoder, autoencoder):
     latents, mirrored, labels = write_lightning(tmp_path / "src")
     seen = []
-    manifest, pictures = imported(
-        tmp_path / "src", captions=classes, samples_per_shard=3, on_progress=lambda *a: seen.append(a)
-    )
+    manifest, images = imported(tmp_path / "src", captions=classes, samples_per_shard=3, on_progress=lambda *a: seen.append(a))
     keys = [f"latents_rank{rank:02d}_shard000/{row:06d}" for rank, count in enumerate((3, 4)) for row in range(count)]
-    assert list(pictures) == keys and seen == [(done, 7) for done in range(1, 8)]
-    for number, picture in enumerate(pictures.values()):
-        assert np.array_equal(picture["mean"], latents[number]) and np.array_equal(picture["mean_flip"], mirrored[number])
-        assert picture["captions"] == [("a tench", "a goldfish", "a shark")[labels[number]]]
-        assert picture["original_size"].tolist() == [8, 8] and picture["crop"].tolist() == [0, 0, 8, 8]
+    assert list(images) == keys and seen == [(done, 7) for done in range(1, 8)]
+    for number, image in enumerate(images.values()):
+        assert np.array_equal(image["mean"], latents[number]) and np.array_equal(image["mean_flip"], mirrored[number])
+        assert image["captions"] == [("a tench", "a goldfish", "a shark")[labels[number]]]
+        assert image["original_size"].tolist() == [8, 8] and image["crop"].tolist() == [0, 0, 8, 8]
     assert [entry.samples for entry in manifest.shards] == [3, 3, 1]
     _, info = latent_manifest(tmp_path / "out")
     assert info.autoencoder == autoencoder_hash(load_autoencoder(autoencoder))
@@ -137,17 +135,17 @@ def test_what_lightningdit_writes_comes_back_to_the_bit(imported, classes, tmp_p
     # captions go through the code that an export sends them through
     encoders = TextEncoders.load([tiny_text_encoder], "cpu", "float32", "fp32")
     ((tench,),), _ = encoders(["a tench"])
-    np.testing.assert_allclose(pictures[keys[0]]["texts"][0], tench, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(images[keys[0]]["texts"][0], tench, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(read_null_text(open_source(tmp_path / "out")), encoders.null()[0])
 
 
 def test_without_mirrored_latents_and_in_bfloat16(imported, tmp_path):
     latents, _, _ = write_lightning(tmp_path / "src", flips=False, dtype=torch.bfloat16)
     (tmp_path / "classes.json").write_text('{"0": "zero", "1": "one", "2": "two"}')
-    _, pictures = imported(tmp_path / "src", captions=tmp_path / "classes.json")
-    assert np.array_equal([picture["mean"] for picture in pictures.values()], latents.float())
-    assert not any("mean_flip" in picture for picture in pictures.values())
-    assert [picture["captions"][0] for picture in pictures.values()] == ["zero", "one", "two"] * 2 + ["zero"]
+    _, images = imported(tmp_path / "src", captions=tmp_path / "classes.json")
+    assert np.array_equal([image["mean"] for image in images.values()], latents.float())
+    assert not any("mean_flip" in image for image in images.values())
+    assert [image["captions"][0] for image in images.values()] == ["zero", "one", "two"] * 2 + ["zero"]
 
 
 def test_class_captions_are_a_line_or_an_entry_for_each_class(tmp_path):
@@ -166,14 +164,14 @@ def test_class_captions_are_a_line_or_an_entry_for_each_class(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".npy", ".pt"])
 @pytest.mark.parametrize("axis", [True, False])
-def test_a_file_for_each_picture_comes_back_to_the_bit(imported, tmp_path, suffix, axis):
+def test_a_file_for_each_image_comes_back_to_the_bit(imported, tmp_path, suffix, axis):
     latents = drawn(5)
     write_files(tmp_path / "src", latents[:, None] if axis else latents, suffix)
-    manifest, pictures = imported(tmp_path / "src")
+    manifest, images = imported(tmp_path / "src")
     assert manifest.samples == 5 and manifest.extra["quarantined"] == 0
     for number, latent in enumerate(latents):
-        assert np.array_equal(pictures[key(number)]["mean"], latent)
-        assert pictures[key(number)]["captions"] == [f"picture {number} — é"]
+        assert np.array_equal(images[key(number)]["mean"], latent)
+        assert images[key(number)]["captions"] == [f"image {number} — é"]
     assert latent_manifest(tmp_path / "out")[1].posterior == "mode"
 
 
@@ -181,11 +179,11 @@ def test_moments_are_what_diffusers_makes_of_them(imported, tmp_path):
     """Log-variances, also those that it clamps."""
     moments = drawn(5, 2 * CHANNELS)
     moments[:, CHANNELS:] = moments[:, CHANNELS:] * 10 - 20
-    _, pictures = imported(write_files(tmp_path / "src", moments))
+    _, images = imported(write_files(tmp_path / "src", moments))
     for number, parameters in enumerate(moments):
         posterior = DiagonalGaussianDistribution(parameters[None])
-        assert np.array_equal(pictures[key(number)]["mean"], posterior.mean[0])
-        assert np.array_equal(pictures[key(number)]["std"], posterior.std[0])
+        assert np.array_equal(images[key(number)]["mean"], posterior.mean[0])
+        assert np.array_equal(images[key(number)]["std"], posterior.std[0])
     assert latent_manifest(tmp_path / "out")[1].posterior == "gaussian"
 
 
@@ -193,9 +191,9 @@ def test_standard_deviations_are_told_from_log_variances(imported, tmp_path):
     """PixArt-alpha and REPA store means and standard deviations, which are nowhere negative."""
     both = drawn(5, 2 * CHANNELS)
     both[:, CHANNELS:] = both[:, CHANNELS:].abs() / 100
-    _, pictures = imported(write_files(tmp_path / "src", both))
+    _, images = imported(write_files(tmp_path / "src", both))
     for number, (mean, std) in enumerate(zip(*both.chunk(2, 1), strict=True)):
-        assert np.array_equal(pictures[key(number)]["mean"], mean) and np.array_equal(pictures[key(number)]["std"], std)
+        assert np.array_equal(images[key(number)]["mean"], mean) and np.array_equal(images[key(number)]["std"], std)
 
 
 @pytest.mark.parametrize("name", ["latent", "latents", "moments"])
@@ -204,12 +202,12 @@ def test_dicts_with_the_usual_names(imported, tmp_path, name, flip):
     channels = 2 * CHANNELS if name == "moments" else CHANNELS
     latents, mirrored = drawn(3, channels) - 5, drawn(3, channels, seed=1) - 5
     dicts = [{name: a, name + flip: b[None], "label": 7} for a, b in zip(latents, mirrored, strict=True)]
-    _, pictures = imported(write_files(tmp_path / "src", dicts, ".pt"))
+    _, images = imported(write_files(tmp_path / "src", dicts, ".pt"))
     for number in range(3):
-        picture = pictures[key(number)]
-        assert np.array_equal(picture["mean"], latents[number][:CHANNELS])
-        assert np.array_equal(picture["mean_flip"], mirrored[number][:CHANNELS])
-        assert ("std" in picture, "std_flip" in picture) == (name == "moments",) * 2
+        image = images[key(number)]
+        assert np.array_equal(image["mean"], latents[number][:CHANNELS])
+        assert np.array_equal(image["mean_flip"], mirrored[number][:CHANNELS])
+        assert ("std" in image, "std_flip" in image) == (name == "moments",) * 2
 
 
 @pytest.mark.parametrize("kind", ["factor", "factor and shift", "statistics"])
@@ -225,10 +223,10 @@ def test_scaling_is_undone(autoencoder, imported, tmp_path, kind):
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     latents, spread = drawn(4), drawn(4, seed=1).abs()
     scaled = torch.cat([(latents - mean.view(-1, 1, 1)) / std.view(-1, 1, 1), spread / std.view(-1, 1, 1)], 1)
-    _, pictures = imported(write_files(tmp_path / "src", scaled), scaled=True)
+    _, images = imported(write_files(tmp_path / "src", scaled), scaled=True)
     for number in range(4):
-        np.testing.assert_allclose(pictures[key(number)]["mean"], latents[number], rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(pictures[key(number)]["std"], spread[number], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(images[key(number)]["mean"], latents[number], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(images[key(number)]["std"], spread[number], rtol=1e-6, atol=1e-6)
 
 
 def test_scaling_that_the_autoencoder_does_not_know_is_refused(imported, tmp_path):
@@ -255,11 +253,11 @@ def test_a_wrong_scale_is_told(autoencoder, imported, tmp_path, caplog, are_scal
 def test_several_sizes_are_a_chunk_each(imported, tmp_path):
     wide, tall = drawn(3, height=2, width=6), drawn(2, height=4, width=2)
     latents = [wide[0], tall[0], wide[1], tall[1], wide[2]]
-    manifest, pictures = imported(write_files(tmp_path / "src", latents))
+    manifest, images = imported(write_files(tmp_path / "src", latents))
     for number, latent in enumerate(latents):
-        picture = pictures[key(number)]
-        assert np.array_equal(picture["mean"], latent)
-        assert picture["original_size"].tolist() == [2 * side for side in latent.shape[1:]]
+        image = images[key(number)]
+        assert np.array_equal(image["mean"], latent)
+        assert image["original_size"].tolist() == [2 * side for side in latent.shape[1:]]
     assert manifest.samples == 5
     _, info = latent_manifest(tmp_path / "out")
     assert info.latent_shapes == ((4, 2, 6), (4, 4, 2)) and info.resolution is None
@@ -269,9 +267,9 @@ def test_captions_from_a_table(imported, tmp_path):
     write_files(tmp_path / "src", drawn(3), captions=False)
     rows = [{"file": f"{key(2)}.npy", "caption": ["two", "zwei"]}, {"file": f"{key(0)}.npy", "caption": "zero"}]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest, pictures = imported(tmp_path / "src", captions=tmp_path / "captions.jsonl")
-    assert {name: picture["captions"] for name, picture in pictures.items()} == {key(2): ["two", "zwei"], key(0): ["zero"]}
-    assert [len(picture["texts"]) for picture in pictures.values()] == [2, 1]
+    manifest, images = imported(tmp_path / "src", captions=tmp_path / "captions.jsonl")
+    assert {name: image["captions"] for name, image in images.items()} == {key(2): ["two", "zwei"], key(0): ["zero"]}
+    assert [len(image["texts"]) for image in images.values()] == [2, 1]
     assert manifest.samples == 2 and latent_manifest(tmp_path / "out")[1].captions == "all"
 
 
@@ -344,12 +342,12 @@ def test_what_cannot_be_used_is_put_on_record_and_counted(imported, tmp_path, mo
     np.save(src / "no caption.npy", drawn(1)[0].numpy())
     os.mkfifo(src / "pipe.npy")
     (src / "pipe.txt").write_text("a caption")
-    manifest, pictures = imported(src)
+    manifest, images = imported(src)
     lines = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_NAME).read_text("utf-8").splitlines()]
     assert sorted(line["key"] for line in lines) == sorted([*BAD, "no caption.npy", "pipe.npy"])
     assert {line["shard"] for line in lines} == {str(src)} and all(line["reason"] for line in lines)
     assert manifest.extra["quarantined"] == len(lines) == len(BAD) + 2
-    assert manifest.samples == len(pictures) == 16 and set(pictures) == {key(number) for number in range(16)}
+    assert manifest.samples == len(images) == 16 and set(images) == {key(number) for number in range(16)}
     assert not (src / "trap").exists()
     reasons = {line["key"]: line["reason"] for line in lines}
     assert reasons["channels.npy"] == "has 3 channels, the autoencoder 4"
@@ -381,8 +379,8 @@ def test_more_than_one_in_a_hundred_ends_it_and_leaves_nothing(imported, tmp_pat
 
 def test_a_label_without_a_caption_is_put_on_record(imported, classes, tmp_path):
     write_lightning(tmp_path / "src", (100, 100), labels=[0] * 150 + [3] + [1] * 49)
-    manifest, pictures = imported(tmp_path / "src", captions=classes)
-    assert (manifest.samples, manifest.extra["quarantined"], len(pictures)) == (199, 1, 199)
+    manifest, images = imported(tmp_path / "src", captions=classes)
+    assert (manifest.samples, manifest.extra["quarantined"], len(images)) == (199, 1, 199)
     (line,) = (tmp_path / "out" / QUARANTINE_NAME).read_text().splitlines()
     assert json.loads(line) == {
         "shard": str(tmp_path / "src"),
@@ -412,17 +410,17 @@ def test_a_broken_file_of_many_latents_stops_before_anything_is_written(imported
     assert not (tmp_path / "out").exists()
 
 
-def test_every_so_many_pictures_are_those_of_the_whole_set(classes, tmp_path):
+def test_every_so_many_images_are_those_of_the_whole_set(classes, tmp_path):
     write_lightning(tmp_path / "a", (4, 3, 1, 5))
     write_files(tmp_path / "b", drawn(13))
     for source in (
         LightningFolder(tmp_path / "a", CHANNELS, sorted((tmp_path / "a").glob("*.safetensors")), classes),
         FileFolder(tmp_path / "b", CHANNELS, None),
     ):
-        keys = [picture.key for picture in source.pictures()]
+        keys = [image.key for image in source.images()]
         assert len(set(keys)) == source.found == 13
         for step in (2, 3, 5, 20):
-            assert [picture.key for picture in source.pictures(step)] == keys[::step]
+            assert [image.key for image in source.images(step)] == keys[::step]
 
 
 def test_a_folder_that_grows_meanwhile_is_told(imported, tmp_path):
@@ -440,8 +438,8 @@ def test_too_large_for_half_precision_is_told(imported, tmp_path):
     latents = drawn(3) * 1e5
     with pytest.raises(LdmError, match=r"does not fit float16; give --dtype float32"):
         imported(write_files(tmp_path / "src", latents), dtype="float16")
-    _, pictures = imported(tmp_path / "src")
-    assert len(pictures) == 3
+    _, images = imported(tmp_path / "src")
+    assert len(images) == 3
 
 
 def test_folders_that_do_not_serve_are_named(imported, tmp_path):

@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.latents import Chunk, LatentInfo, TextInfo, latent_info
+from ldm.data.latent_schema import Chunk, LatentInfo, TextInfo, latent_info
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.moments import Moments
-from ldm.data.shapes import generate
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter, write_images
 from ldm.errors import LdmError, UsageError
@@ -24,16 +23,17 @@ from ldm.latents.show import CELL, COLUMNS, Counts, Space, Vectors, show
 from ldm.models.autoencoder import (
     AutoencoderConfig,
     decode_latents,
-    images_to_pictures,
+    images_to_pil,
     load_autoencoder,
     set_latent_statistics,
 )
+from ldm.shapes.scenes import generate
 
 LENGTHS = (2, 5, 3)  # tokens of captions, over and over
 
 
 def write(folder, channels, sizes, mode=False, encoders=1, flips=False):
-    """Latents of so many pictures of each size ((h, w) -> pictures), with one or two captions each, without an autoencoder."""
+    """Latents of so many images of each size ((h, w) -> images), with one or two captions each, without an autoencoder."""
     rng, moments, number = np.random.default_rng(0), [], 0
     folder.mkdir()
     with ShardWriter(folder, "latents", None) as writer:
@@ -79,7 +79,7 @@ def autoencoder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("autoencoder")
     AutoencoderConfig(
-        widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16
+        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
     ).build().save_pretrained(folder)
     return folder
 
@@ -101,13 +101,13 @@ def page(folder, **arguments):
     return (folder / "report.html").read_text()
 
 
-def pictures(text):
+def make_images(text):
     data = re.findall(r"data:image/png;base64,([^\"]+)", text)
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in data]
 
 
 def cells(grid, rows):
-    """The pictures of 32 pixels on a grid of :func:`ldm.report.paired_grid`, where they are thrice as large."""
+    """The images of 32 pixels on a grid of :func:`ldm.reporting.report.paired_grid`, where they are thrice as large."""
     step = CELL + CELL // 12
     tops = range(CELL // 12, grid.shape[0] - CELL, step)
     lefts = range(grid.shape[1] - COLUMNS * step, grid.shape[1], step)
@@ -189,10 +189,10 @@ def test_principal_axes_are_those_along_which_the_values_were_spread():
     np.testing.assert_allclose(red, [[[178.5, 127.5, 127.5]]], atol=4)
 
 
-def test_pictures_stand_beside_what_their_latents_decode_to(exported, autoencoder):
+def test_images_stand_beside_what_their_latents_decode_to(exported, autoencoder):
     text = page(exported, autoencoder_path=autoencoder)
     assert "not at hand" not in text and "--autoencoder" not in text
-    grid = cells(pictures(text)[0], rows=8)
+    grid = cells(make_images(text)[0], rows=8)
     network, info = load_autoencoder(autoencoder), latent_info(open_source(exported))
     set_latent_statistics(network, list(info.latents_mean), list(info.latents_std))
     center, scale = (np.array(values, np.float32)[:, None, None] for values in (info.latents_mean, info.latents_std))
@@ -203,19 +203,19 @@ def test_pictures_stand_beside_what_their_latents_decode_to(exported, autoencode
         for below, name in ((1, "mean"), (2, "mean_flip")):
             normalised = torch.from_numpy((stored.latents[name] - center) / scale)[None]
             with torch.no_grad():
-                decoded = np.asarray(images_to_pictures(decode_latents(network, normalised))[0])
+                decoded = np.asarray(images_to_pil(decode_latents(network, normalised))[0])
             np.testing.assert_allclose(grid[4 * row + below, column], decoded, atol=1)
 
 
-def test_without_the_pictures_latents_are_decoded_all_the_same(exported, autoencoder, image_shards):
-    whole = cells(pictures(page(exported, autoencoder_path=autoencoder))[0], rows=8)
+def test_without_the_images_latents_are_decoded_all_the_same(exported, autoencoder, image_shards):
+    whole = cells(make_images(page(exported, autoencoder_path=autoencoder))[0], rows=8)
     manifest = Manifest.load(exported)
     replace(manifest, extra=manifest.extra | {"source_shards": "/no/where"}).save(exported)
     text = page(exported, autoencoder_path=autoencoder)
     assert "The image shards (/no/where) are not at hand: --shards DIR" in text
-    assert np.array_equal(cells(pictures(text)[0], rows=6), np.delete(whole, (0, 4), axis=0))
+    assert np.array_equal(cells(make_images(text)[0], rows=6), np.delete(whole, (0, 4), axis=0))
     text = page(exported, autoencoder_path=autoencoder, shards=image_shards)
-    assert np.array_equal(cells(pictures(text)[0], rows=8), whole)
+    assert np.array_equal(cells(make_images(text)[0], rows=8), whole)
 
 
 def test_what_does_not_belong_together_is_refused(exported, autoencoder, tmp_path):

@@ -18,7 +18,7 @@ from ldm.models.discriminator import PatchDiscriminator
 REAL, FAKE = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]), torch.tensor([[-3.0, 0.0], [1.0, -0.5]])
 
 
-def pictures(seed=0, size=32):
+def make_images(seed=0, size=32):
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -97,7 +97,7 @@ class TestLeCam:
 
 
 class Linear(nn.Module):
-    """D(x) = ⟨w, x⟩, its gradient w everywhere; two logits of one mean for each picture."""
+    """D(x) = ⟨w, x⟩, its gradient w everywhere; two logits of one mean for each image."""
 
     def __init__(self, size):
         super().__init__()
@@ -111,16 +111,16 @@ class Linear(nn.Module):
 class TestGradientPenalty:
     @pytest.mark.parametrize("every", [1, 16])
     def test_of_a_linear_discriminator_it_is_the_closed_form(self, every):
-        """½γ‖w‖² · every, whatever the pictures, and its gradient γ·w · every."""
+        """½γ‖w‖² · every, whatever the images, and its gradient γ·w · every."""
         discriminator = Linear(4)
-        penalty = GradientPenalty(3.0, every)(discriminator, pictures(size=4))
+        penalty = GradientPenalty(3.0, every)(discriminator, make_images(size=4))
         torch.testing.assert_close(penalty, 1.5 * every * discriminator.weight.detach().square().sum())
         penalty.backward()
         torch.testing.assert_close(discriminator.weight.grad, 3.0 * every * discriminator.weight.detach())
 
     def test_it_is_the_gradient_s_square_by_finite_differences(self):
         torch.manual_seed(0)
-        discriminator, images = PatchDiscriminator(4, 1).eval(), pictures(size=8)[:1]
+        discriminator, images = PatchDiscriminator(4, 1).eval(), make_images(size=8)[:1]
         penalty, step = GradientPenalty(2.0, 1)(discriminator, images), 1e-4
         discriminator.double()
         steps = step * torch.eye(images.numel(), dtype=torch.float64).view(-1, *images.shape[1:])
@@ -137,7 +137,7 @@ class TestGradientPenalty:
 
     def test_descent_on_it_flattens_a_patch_discriminator_through_its_spectral_norms(self):
         torch.manual_seed(0)
-        discriminator, images, penalty = PatchDiscriminator(8, 2), pictures(), GradientPenalty(1.0, 1)
+        discriminator, images, penalty = PatchDiscriminator(8, 2), make_images(), GradientPenalty(1.0, 1)
         optimiser = torch.optim.Adam(discriminator.parameters(), lr=1e-2)
         before = {name: weight.detach().clone() for name, weight in discriminator.named_parameters()}
         values = []
@@ -153,7 +153,7 @@ class TestGradientPenalty:
 
     def test_it_stays_fp32_under_bf16_autocast(self):
         torch.manual_seed(0)
-        discriminator, images = PatchDiscriminator(8, 2).eval(), pictures()
+        discriminator, images = PatchDiscriminator(8, 2).eval(), make_images()
         expected = GradientPenalty(1.0, 1)(discriminator, images)
         with torch.autocast("cpu", torch.bfloat16):
             assert discriminator(images).dtype == torch.bfloat16  # so that a cast of the weights is in autocast's cache
@@ -192,7 +192,11 @@ class TestAdaptiveWeight:
         autoencoder = randomised(tiny_autoencoder).double()
         discriminator = PatchDiscriminator(8, 2).double().eval()
         perceptual, reconstruction = PerceptualLoss("alex", "random").double(), ReconstructionLoss()
-        last_layer, images, noise = autoencoder.decoder.conv_out.weight, pictures().double(), torch.randn(2, 4, 16, 16).double()
+        last_layer, images, noise = (
+            autoencoder.decoder.conv_out.weight,
+            make_images().double(),
+            torch.randn(2, 4, 16, 16).double(),
+        )
 
         def decoded():
             posterior = autoencoder.encode(images).latent_dist

@@ -11,13 +11,13 @@ FACTOR = 4
 
 
 def pair(height=128, width=128):
-    """Pictures of sixteenths, so that sums are exact, and the ideally equivariant latents: the mean per place."""
+    """Images of sixteenths, so that sums are exact, and the ideally equivariant latents: the mean per place."""
     images = torch.randint(-16, 17, (2, 3, height, width), generator=torch.Generator().manual_seed(0)) / 16
     return images, avg_pool2d(images, FACTOR)
 
 
 def grid(size=128):
-    """Coordinates of the middles of pixels, 0 to 1 over the picture."""
+    """Coordinates of the middles of pixels, 0 to 1 over the image."""
     middles = (torch.arange(size) + 0.5) / size
     return torch.meshgrid(middles, middles, indexing="ij")
 
@@ -29,7 +29,7 @@ def scaled_both_ways(images, side):
 
 
 @pytest.mark.parametrize("turns", range(4))
-def test_turns_of_equivariant_latents_are_latents_of_turned_pictures(turns):
+def test_turns_of_equivariant_latents_are_latents_of_turned_images(turns):
     images, latents = pair(64, 128)
     images, latents = turn_and_scale(images, turns, (64, 128)), turn_and_scale(latents, turns, (16, 32))
     assert images.shape[-2:] == ((128, 64) if turns % 2 else (64, 128))
@@ -45,15 +45,15 @@ def test_scaling_moves_nothing(side):
 
 
 @pytest.mark.parametrize("side, bound", [(8, 0.04), (16, 0.015), (24, 0.008), (31, 0.005)])
-def test_scaled_latents_of_a_smooth_picture_are_nearly_those_of_the_scaled_picture(side, bound):
-    """One wave of height ±1 across the picture: they differ by at most the bound on average, by more the smaller they get."""
+def test_scaled_latents_of_a_smooth_image_are_nearly_those_of_the_scaled_image(side, bound):
+    """One wave of height ±1 across the image: they differ by at most the bound on average, by more the smaller they get."""
     y, x = grid()
     pooled, latents = scaled_both_ways(torch.stack([(2 * torch.pi * x).sin(), (2 * torch.pi * (x + y)).cos()])[None], side)
     assert (pooled - latents).abs().mean() < bound
 
 
 def test_both_are_treated_alike():
-    """Whatever is drawn: a spot in the picture's corner and the spot in the latents' stay in the same place."""
+    """Whatever is drawn: a spot in the image's corner and the spot in the latents' stay in the same place."""
     images, latents = torch.zeros(1, 3, 128, 192), torch.zeros(1, 4, 32, 48)
     images[..., :32, :48], latents[..., :8, :12] = 1, 1
     equivariance = Equivariance(1.0)
@@ -145,7 +145,7 @@ def test_gradients_reach_the_latents_and_dtypes_stay():
     assert (latents.grad > 0).all()
 
 
-def test_the_smallest_picture_is_large_enough_for_those_who_judge_it():
+def test_the_smallest_image_is_large_enough_for_those_who_judge_it():
     images, latents = pair(64, 64)
     perceptual, discriminator = PerceptualLoss("alex", "random"), PatchDiscriminator(4, 3)
     equivariance = Equivariance(1.0, 0.01)

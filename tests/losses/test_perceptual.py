@@ -9,7 +9,7 @@ from ldm.errors import UsageError
 from ldm.losses import PerceptualLoss
 
 
-def pictures(seed=0, size=32):
+def make_images(seed=0, size=32):
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -30,15 +30,15 @@ class TestPerceptualLoss:
         assert again.description == "LPIPS (squeeze, random trunk)"
 
     def test_it_is_a_distance(self, perceptual):
-        a, b = pictures(0), pictures(1)
+        a, b = make_images(0), make_images(1)
         assert perceptual(a, a) == 0 and perceptual(a, b) > 0
         torch.testing.assert_close(perceptual(a, b), perceptual(b, a))
         near = (a + 0.05 * (b - a)).clamp(-1, 1)
         assert perceptual(near, a) < perceptual(b, a)
 
     def test_its_gradient_reaches_the_reconstruction_and_no_weight(self, perceptual):
-        reconstruction = pictures(0).requires_grad_()
-        perceptual(reconstruction, pictures(1)).backward()
+        reconstruction = make_images(0).requires_grad_()
+        perceptual(reconstruction, make_images(1)).backward()
         assert reconstruction.grad.abs().max() > 0 and reconstruction.grad.isfinite().all()
         assert not any(parameter.requires_grad for parameter in perceptual.parameters())
 
@@ -82,8 +82,8 @@ class TestPerceptualLoss:
         assert "model.perceptual.init_args.weights" in message and "path" in message and "'random'" in message
 
 
-def test_pictures_too_small_for_the_trunk_are_refused_in_one_line():
+def test_images_too_small_for_the_trunk_are_refused_in_one_line():
     small = torch.zeros(1, 3, 30, 40)
-    with pytest.raises(UsageError, match=r"LPIPS \(alex, random trunk\) cannot look at pictures of 40 x 30 pixels") as error:
+    with pytest.raises(UsageError, match=r"LPIPS \(alex, random trunk\) cannot look at images of 40 x 30 pixels") as error:
         PerceptualLoss("alex", "random")(small, small)
     assert "\n" not in str(error.value)

@@ -6,12 +6,12 @@ from torch.distributions import Normal, kl_divergence
 from ldm.losses import LearnedVariance, ReconstructionLoss, kl_per_pixel_value
 
 
-def pictures(seed=0, size=32):
+def make_images(seed=0, size=32):
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def test_reconstruction_loss_is_its_weighted_means():
-    a, b = pictures(0), pictures(1)
+    a, b = make_images(0), make_images(1)
     l1, l2 = (a - b).abs().mean(), ((a - b) ** 2).mean()
     torch.testing.assert_close(ReconstructionLoss()(a, b), l1)
     torch.testing.assert_close(ReconstructionLoss(0, 2)(a, b), 2 * l2)

@@ -12,7 +12,7 @@ from ldm.models.autoencoder import (
     autoencoder_hash,
     decode_latents,
     enable_tiling,
-    images_to_pictures,
+    images_to_pil,
     load_autoencoder,
     normalise_latents,
     pixels_to_images,
@@ -22,7 +22,13 @@ from ldm.models.autoencoder import (
 
 
 def small(**changes):
-    settings = {"widths": [8, 16], "norm_groups": 4, "layers_per_block": 1, "mid_attention": False, "sample_size": 16}
+    settings = {
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "mid_block_add_attention": False,
+        "sample_size": 16,
+    }
     return AutoencoderConfig(**settings | changes)
 
 
@@ -33,8 +39,8 @@ def images(batch=2, size=16):
 @torch.no_grad()
 @pytest.mark.parametrize("levels, factor", [(1, 1), (2, 2), (3, 4), (4, 8), (5, 16), (6, 32)])
 @pytest.mark.parametrize("latent_channels", [1, 4, 32])
-def test_each_level_after_the_first_halves_the_picture(levels, factor, latent_channels):
-    config = small(widths=[8] * levels, latent_channels=latent_channels, sample_size=64)
+def test_each_level_after_the_first_halves_the_image(levels, factor, latent_channels):
+    config = small(block_out_channels=[8] * levels, latent_channels=latent_channels, sample_size=64)
     assert config.factor == factor
     network = config.build()
     posterior = network.encode(images(size=64)).latent_dist
@@ -51,19 +57,19 @@ def test_left_out_it_is_the_f8_autoencoder_of_latent_diffusion():
 
 
 def test_mid_attention_and_blocks_are_as_asked():
-    assert small(mid_attention=True).build().encoder.mid_block.attentions[0] is not None
-    assert small(mid_attention=False).build().encoder.mid_block.attentions[0] is None
+    assert small(mid_block_add_attention=True).build().encoder.mid_block.attentions[0] is not None
+    assert small(mid_block_add_attention=False).build().encoder.mid_block.attentions[0] is None
     assert len(small(layers_per_block=3).build().encoder.down_blocks[0].resnets) == 3
 
 
 def test_sizes_that_do_not_fit_are_refused_by_name():
     with pytest.raises(UsageError, match=r"sample_size 18 is not a multiple of 4, the factor of 3 widths"):
-        small(widths=[8, 8, 8], sample_size=18).build()
-    with pytest.raises(UsageError, match=r"widths holds 10, not a multiple of norm_groups 4"):
-        small(widths=[8, 10]).build()
+        small(block_out_channels=[8, 8, 8], sample_size=18).build()
+    with pytest.raises(UsageError, match=r"block_out_channels holds 10, not a multiple of norm_num_groups 4"):
+        small(block_out_channels=[8, 10]).build()
 
 
-@pytest.mark.parametrize("field", ["latent_channels", "layers_per_block", "norm_groups", "sample_size"])
+@pytest.mark.parametrize("field", ["latent_channels", "layers_per_block", "norm_num_groups", "sample_size"])
 def test_less_than_one_of_anything_is_refused_by_name(field):
     with pytest.raises(UsageError, match=rf"model.autoencoder.{field} is 0; give 1 or more"):
         small(**{field: 0}).build()
@@ -71,8 +77,8 @@ def test_less_than_one_of_anything_is_refused_by_name(field):
 
 @pytest.mark.parametrize("widths, said", [([], "is empty"), ([8, 0], "holds 0"), ([-4], "holds -4")])
 def test_widths_that_are_none_are_refused(widths, said):
-    with pytest.raises(UsageError, match=rf"model.autoencoder.widths {said}"):
-        small(widths=widths).build()
+    with pytest.raises(UsageError, match=rf"model.autoencoder.block_out_channels {said}"):
+        small(block_out_channels=widths).build()
 
 
 # -- from a directory ----------------------------------------------------------------------------------------------------
@@ -161,11 +167,11 @@ def test_half_precision_is_trained_in_full(tiny_autoencoder, tmp_path):
 @pytest.mark.parametrize(
     "field, value, theirs",
     [
-        ("widths", [6, 6, 6], r"\[6, 6, 12\]"),
+        ("block_out_channels", [6, 6, 6], r"\[6, 6, 12\]"),
         ("latent_channels", 16, "4"),
         ("layers_per_block", 2, "1"),
-        ("norm_groups", 6, "3"),
-        ("mid_attention", False, "True"),
+        ("norm_num_groups", 6, "3"),
+        ("mid_block_add_attention", False, "True"),
     ],
 )
 @pytest.mark.parametrize("directory", ["sd"], indirect=True)
@@ -176,7 +182,7 @@ def test_what_disagrees_with_the_directory_is_refused_by_name(directory, field, 
 
 
 @pytest.mark.parametrize("directory", ["sd"], indirect=True)
-def test_what_agrees_may_be_said_and_the_size_of_pictures_is_free(directory):
+def test_what_agrees_may_be_said_and_the_size_of_images_is_free(directory):
     network = AutoencoderConfig([6, 6, 12], 4, 1, 3, True, 64, init_from=directory).build()
     assert network.config.sample_size == 64
     assert AutoencoderConfig(init_from=directory).build().config.sample_size == 24
@@ -201,22 +207,22 @@ def test_a_directory_that_lacks_weights_is_not_filled_up_at_random(tiny_autoenco
         load_autoencoder(tmp_path)
 
 
-# -- large pictures ------------------------------------------------------------------------------------------------------
+# -- large images ------------------------------------------------------------------------------------------------------
 
 
 def waves(height, width, period):
-    """A smooth picture, (1, 3, H, W), that repeats itself every ``period`` pixels."""
+    """A smooth image, (1, 3, H, W), that repeats itself every ``period`` pixels."""
     y, x = (torch.arange(side) * 2 * math.pi / period for side in (height, width))
     return 0.8 * torch.stack([x.sin() * y.cos()[:, None], (x + y[:, None]).cos(), (y + 1).sin()[:, None] + 0 * x])[None]
 
 
 @torch.no_grad()
-def tiled_and_whole(network, picture):
+def tiled_and_whole(network, image):
     """Latents and reconstruction of both."""
     both = []
     for switch in (lambda: enable_tiling(network), network.disable_tiling):
         switch()
-        z = network.encode(picture).latent_dist.mode()
+        z = network.encode(image).latent_dist.mode()
         both.append((z, network.decode(z).sample))
     return both
 
@@ -225,19 +231,19 @@ def tiled_and_whole(network, picture):
 def test_tiles_lie_where_they_belong(levels, side, randomised):
     """Where convolutions look at one pixel and every tile holds whole waves, a tile is a piece of the whole."""
     torch.manual_seed(0)
-    network = randomised(small(widths=[8] * levels, sample_size=side).build())
+    network = randomised(small(block_out_channels=[8] * levels, sample_size=side).build())
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
                 centre = module.weight[..., 1, 1].clone()
                 module.weight.zero_()[..., 1, 1] = centre
     # 13 and 5 quarters of a tile: neither is a multiple of a tile, nor of the three quarters from one to the next
-    (z, picture), (whole_z, whole) = tiled_and_whole(network, waves(side // 4 * 13, side // 4 * 5, side // 4))
+    (z, image), (whole_z, whole) = tiled_and_whole(network, waves(side // 4 * 13, side // 4 * 5, side // 4))
     torch.testing.assert_close(z, whole_z, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(picture, whole, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(image, whole, rtol=1e-3, atol=1e-3)
 
 
-def test_a_tiled_reconstruction_of_a_smooth_picture_is_close_to_the_whole_one():
+def test_a_tiled_reconstruction_of_a_smooth_image_is_close_to_the_whole_one():
     torch.manual_seed(0)
     (_, tiled), (_, whole) = tiled_and_whole(small(sample_size=64).build(), waves(256, 256, 32))
     assert whole.std() > 0.4
@@ -246,16 +252,16 @@ def test_a_tiled_reconstruction_of_a_smooth_picture_is_close_to_the_whole_one():
 
 @pytest.mark.parametrize("height, width", [(36, 100), (100, 36), (8, 40), (68, 16), (52, 44)])
 def test_any_multiple_of_the_factor_can_be_tiled(height, width):
-    (z, picture), (whole_z, whole) = tiled_and_whole(small(widths=[8, 8, 8]).build(), waves(height, width, 16))
-    assert z.shape == whole_z.shape and picture.shape == whole.shape and picture.isfinite().all()
+    (z, image), (whole_z, whole) = tiled_and_whole(small(block_out_channels=[8, 8, 8]).build(), waves(height, width, 16))
+    assert z.shape == whole_z.shape and image.shape == whole.shape and image.isfinite().all()
 
 
 @torch.no_grad()
 def test_tiles_of_few_latents_meet_as_those_of_diffusers_do_not():
-    network, picture = small(widths=[8] * 4).build(), waves(48, 48, 16)  # f8 at 16 px: two latents a side
+    network, image = small(block_out_channels=[8] * 4).build(), waves(48, 48, 16)  # f8 at 16 px: two latents a side
     network.enable_tiling()
-    assert network.encode(picture).latent_dist.mean.shape == (1, 4, 7, 7)  # diffusers 0.42: tiles of two, a half apart
-    (z, _), _ = tiled_and_whole(network, picture)
+    assert network.encode(image).latent_dist.mean.shape == (1, 4, 7, 7)  # diffusers 0.42: tiles of two, a half apart
+    (z, _), _ = tiled_and_whole(network, image)
     assert z.shape == (1, 4, 6, 6)
 
 
@@ -288,7 +294,7 @@ def test_slices_are_the_batch_and_so_are_their_gradients(randomised):
     torch.testing.assert_close((reconstruct(network, batch), gradients(network, batch)), sliced, rtol=1e-9, atol=1e-9)
 
 
-# -- latents and pictures ------------------------------------------------------------------------------------------------
+# -- latents and images ------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_posterior_is_narrow_and_finite(tiny_autoencoder):
@@ -373,13 +379,13 @@ def test_every_pixel_value_comes_back():
     pixels[1, 2] = 7
     floats = pixels_to_images(pixels)
     assert floats.dtype == torch.float32 and floats.min() == -1 and floats.max() == 1
-    pictures = images_to_pictures(floats)
-    assert [picture.mode for picture in pictures] == ["RGB", "RGB"] and pictures[0].size == (16, 16)
-    assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), pixels.permute(0, 2, 3, 1).numpy())
+    images = images_to_pil(floats)
+    assert [image.mode for image in images] == ["RGB", "RGB"] and images[0].size == (16, 16)
+    assert np.array_equal(np.stack([np.asarray(image) for image in images]), pixels.permute(0, 2, 3, 1).numpy())
 
 
-def test_pictures_are_clamped_and_neither_turned_nor_mirrored():
+def test_images_are_clamped_and_neither_turned_nor_mirrored():
     tall = torch.full((1, 3, 4, 2), -9.0)
     tall[0, :, 0, 1] = 9.0
-    (picture,) = images_to_pictures(tall.bfloat16())
-    assert picture.size == (2, 4) and picture.getpixel((1, 0)) == (255, 255, 255) and picture.getpixel((0, 1)) == (0, 0, 0)
+    (image,) = images_to_pil(tall.bfloat16())
+    assert image.size == (2, 4) and image.getpixel((1, 0)) == (255, 255, 255) and image.getpixel((0, 1)) == (0, 0, 0)

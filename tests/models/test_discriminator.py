@@ -38,7 +38,7 @@ def test_weights_after_the_first_layer_have_spectral_norm_1():
     assert norms[1:] == pytest.approx([1.0] * (len(norms) - 1), rel=0.02)
 
 
-def test_group_normalisation_stands_after_the_first_layer_and_lets_a_logit_see_the_whole_picture():
+def test_group_normalisation_stands_after_the_first_layer_and_lets_a_logit_see_the_whole_image():
     discriminator = PatchDiscriminator(16, 2, "group")
     groups = {place: layer for place, layer in enumerate(discriminator.layers) if isinstance(layer, nn.GroupNorm)}
     assert [layer.num_channels // layer.num_groups for layer in groups.values()] == [8, 8]
@@ -55,7 +55,7 @@ def test_groups_fit_any_width(width):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_picture_is_judged_by_itself(norm, training):
+def test_an_image_is_judged_by_itself(norm, training):
     discriminator = PatchDiscriminator(8, 2, norm).train(training)
     images = torch.randn(4, 3, 32, 32, requires_grad=True)
     discriminator(images)[1].sum().backward()
@@ -71,12 +71,12 @@ def test_the_batch_changes_nothing(norm):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_a_picture_without_a_single_logit_is_refused(num_layers):
+def test_an_image_without_a_single_logit_is_refused(num_layers):
     discriminator = PatchDiscriminator(4, num_layers)
     side = discriminator.smallest_side
     assert discriminator(torch.randn(1, 3, side, side)).shape == (1, 1, 1, 1)
     for height, width in ((side - 1, 64), (64, side - 1)):
-        with pytest.raises(UsageError, match=rf"num_layers {num_layers} has no logit for pictures of {width} x {height}"):
+        with pytest.raises(UsageError, match=rf"num_layers {num_layers} has no logit for images of {width} x {height}"):
             discriminator(torch.randn(1, 3, height, width))
         with pytest.raises(RuntimeError):
             discriminator.layers(torch.randn(1, 3, height, width))

@@ -14,7 +14,7 @@ from ldm.errors import UsageError
 from ldm.models.dit import KEPT_TEXTS, DiT, text_computed_once
 from ldm.models.layers import FeedForward, position_embedding, rotary_embedding, rotate, scaled_dot_product_attention
 
-SIZES = {"sample_size": 8, "width": 32, "num_layers": 2, "num_heads": 2, "text_width": 16}
+SIZES = {"sample_size": 8, "width": 32, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 16}
 # beside the default, every choice at least once
 VARIANTS = [
     {},
@@ -75,14 +75,14 @@ def test_a_token_is_drawn_where_it_was_read(patch_size, height, width):
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match="9 is not a multiple of patch_size 2"):
         DiT(sample_size=9)
-    with pytest.raises(UsageError, match="width 30 is not a multiple of num_heads 4"):
-        DiT(**SIZES | {"width": 30, "num_heads": 4})
+    with pytest.raises(UsageError, match="width 30 is not a multiple of num_attention_heads 4"):
+        DiT(**SIZES | {"width": 30, "num_attention_heads": 4})
     with pytest.raises(UsageError, match="positions rope needs a width that is a multiple of 4 x 3 heads"):
-        DiT(**SIZES | {"width": 30, "num_heads": 3}, positions="rope")
+        DiT(**SIZES | {"width": 30, "num_attention_heads": 3}, positions="rope")
     with pytest.raises(UsageError, match=r"\(8, 7\) are not divisible by patch_size 2"):
         denoise(DiT(**SIZES), *inputs(1, 8, 7))
     with pytest.raises(UsageError, match="text embeddings are 16 wide, but the denoiser takes 24"):
-        denoise(DiT(**SIZES | {"text_width": 24}), *inputs())
+        denoise(DiT(**SIZES | {"caption_channels": 24}), *inputs())
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def test_texts_made_anew_at_every_step_fill_no_memory_and_training_goes_on_as_ev
 
 
 @torch.no_grad()
-def test_a_caption_s_picture_does_not_depend_on_its_batch(tiny_dit):
+def test_a_caption_s_image_does_not_depend_on_its_batch(tiny_dit):
     x, timestep, condition = inputs()
     mask = condition.mask.clone()
     mask[1, 2:] = 0
@@ -170,7 +170,7 @@ def test_time_and_place_matter(tiny_dit):
     x, timestep, condition = inputs()
     plain = denoise(tiny_dit, x, timestep, condition)
     assert (denoise(tiny_dit, x, timestep + 300, condition) - plain).abs().max() > 1e-2
-    # without positions, attention would not tell a picture of moved patches from a moved picture
+    # without positions, attention would not tell an image of moved patches from a moved image
     moved = denoise(tiny_dit, x.roll(2, 3), timestep, condition).roll(-2, 3)
     assert (moved - plain).abs().max() > 1e-2
 
@@ -244,7 +244,7 @@ def test_pixart_stands_in_for_it():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_features_lie_side_by_side_in_every_block(randomised, variant):
-    """A picture's layout would go on from sum to sum and make each of them slow."""
+    """An image's layout would go on from sum to sum and make each of them slow."""
     dit, seen = randomised(DiT(**SIZES, **variant)), []
     for block in dit.blocks:
         block.register_forward_hook(lambda _, arguments, output: seen.extend([arguments[0], output]))
@@ -301,7 +301,7 @@ def test_positions_of_a_larger_grid_lie_between_those_of_the_trained_one():
 
 
 def test_a_rotary_product_depends_on_the_distance_alone():
-    """So a crop of the picture is the picture of a crop: queries and keys turned by places (r, c) and (r + i, c + j)."""
+    """So a crop of the image is the image of a crop: queries and keys turned by places (r, c) and (r + i, c + j)."""
     rotation = rotary_embedding(16, 6, 6, 6)
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
 

@@ -17,12 +17,14 @@ from ldm.serve.worker import Worker
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory, minilm):
-    """The directory of a pipeline with random weights and real words; pictures of 16 pixels, widths in fours."""
+    """The directory of a pipeline with random weights and real words; images of 16 pixels, widths in fours."""
     torch.manual_seed(0)
-    config = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16)
+    config = AutoencoderConfig(
+        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
+    )
     autoencoder = config.build().eval()
     set_latent_statistics(autoencoder, [0.1, -0.1, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
-    dit = DiT(sample_size=8, width=32, num_layers=2, num_heads=2)
+    dit = DiT(sample_size=8, width=32, num_layers=2, num_attention_heads=2)
     with torch.no_grad():
         for parameter in dit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

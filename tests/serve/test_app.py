@@ -20,14 +20,14 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 
-from ldm.drawing.draw import draw_pictures
-from ldm.drawing.metadata import read_png
-from ldm.drawing.settings import PictureSettings
 from ldm.errors import LdmError, UsageError
+from ldm.inference.generate import generate_images
+from ldm.inference.metadata import read_png
+from ldm.inference.settings import GenerationSettings
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.serve.app import create_app, follow, read_body
-from ldm.serve.order import MAX_SEED, Limits, read_order
-from ldm.serve.worker import Picture, Worker
+from ldm.serve.request import MAX_SEED, Limits, read_order
+from ldm.serve.worker import GeneratedImage, Worker
 
 RED = {"prompt": "a red circle", "seed": 3, "steps": 2}
 
@@ -43,12 +43,12 @@ class GatedWorker(Worker):
         self.drawing.set()
         while not self.gate.wait(0.005):
             report(None)
-        return Picture(secrets.token_hex(8), order.settings, b"", None, 0.0)
+        return GeneratedImage(secrets.token_hex(8), order.settings, b"", None, 0.0)
 
 
 @pytest.fixture
 def limits():
-    return Limits(steps=20, pixels=64 * 64, body=200_000, upload_pixels=300 * 300, pictures=5, body_seconds=1)
+    return Limits(steps=20, pixels=64 * 64, body=200_000, upload_pixels=300 * 300, images=5, body_seconds=1)
 
 
 @pytest.fixture
@@ -63,15 +63,15 @@ def post(client, content, **headers):
 
 
 def drawn(client, start=None, **changes):
-    """The last line of an order's answer, its picture's bytes, and all lines."""
+    """The last line of an order's answer, its image's bytes, and all lines."""
     response = post(client, {"settings": RED | changes} | ({} if start is None else {"start": start}))
     assert response.status_code == 200, response.text
     lines = [json.loads(line) for line in response.text.splitlines()]
     assert lines[-1]["state"] == "done", lines[-1]
-    picture = lines[-1]["picture"]
-    png = client.get(f"/pictures/{picture['id']}/picture.png")
+    image = lines[-1]["image"]
+    png = client.get(f"/images/{image['id']}/image.png")
     assert png.status_code == 200 and png.headers["content-type"] == "image/png"
-    return picture, png.content, lines
+    return image, png.content, lines
 
 
 def refused(response, status, line):
@@ -81,9 +81,9 @@ def refused(response, status, line):
     return response
 
 
-def encoded(picture, file_format="PNG"):
+def encoded(image, file_format="PNG"):
     buffer = io.BytesIO()
-    picture.save(buffer, file_format)
+    image.save(buffer, file_format)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -95,14 +95,14 @@ def noise():
 # ---------------------------------------------------------------------------------------------- drawing
 
 
-def test_a_picture_is_that_of_ldm_sample_and_carries_its_settings(client, worker, tmp_path):
-    picture, png, lines = drawn(client, negative="a star", guidance=2.5, scheduler="heun", guidance_rule="apg", width=32)
-    chosen = PictureSettings.from_json(picture["settings"], "answer")
+def test_an_image_is_that_of_ldm_sample_and_carries_its_settings(client, worker, tmp_path):
+    image, png, lines = drawn(client, negative="a star", guidance=2.5, scheduler="heun", guidance_rule="apg", width=32)
+    chosen = GenerationSettings.from_json(image["settings"], "answer")
     assert (chosen.seed, chosen.guidance, chosen.scheduler, chosen.width) == (3, 2.5, "heun", 32)
-    ((_, _, expected),) = draw_pictures(LatentDiffusionPipeline(**worker.pipeline.components), [chosen])
+    ((_, _, expected),) = generate_images(LatentDiffusionPipeline(**worker.pipeline.components), [chosen])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(expected))
-    (tmp_path / "picture.png").write_bytes(png)
-    settings_inside, provenance = read_png(tmp_path / "picture.png")
+    (tmp_path / "image.png").write_bytes(png)
+    settings_inside, provenance = read_png(tmp_path / "image.png")
     assert settings_inside == chosen and provenance.model == "tiny" and provenance.scheduler == "heun"
     previews = [line["preview"] for line in lines if "preview" in line]
     assert all(preview.startswith("data:image/jpeg;base64,") for preview in previews)
@@ -113,7 +113,7 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_others(client):
     assert first == again and first != other
 
 
-def test_progress_shows_previews_of_the_picture(worker):
+def test_progress_shows_previews_of_the_image(worker):
     seen = []
     worker.draw(read_order(json.dumps({"settings": RED | {"steps": 8}}).encode(), Limits(), worker.size), seen.append)
     assert [(progress.step, progress.steps) for progress in seen] == [(step, 8) for step in range(1, 9)]
@@ -124,29 +124,29 @@ def test_progress_shows_previews_of_the_picture(worker):
 
 def test_the_gallery_holds_the_latest(client):
     ids = [drawn(client, seed=seed)[0]["id"] for seed in range(7)]
-    listed = client.get("/pictures").json()
-    assert [picture["id"] for picture in listed] == ids[2:]
-    assert [picture["settings"]["seed"] for picture in listed] == [2, 3, 4, 5, 6]
-    refused(client.get(f"/pictures/{ids[0]}/picture.png"), 404, "not among the last 5")
+    listed = client.get("/images").json()
+    assert [image["id"] for image in listed] == ids[2:]
+    assert [image["settings"]["seed"] for image in listed] == [2, 3, 4, 5, 6]
+    refused(client.get(f"/images/{ids[0]}/image.png"), 404, "not among the last 5")
 
 
-def test_a_picture_starts_from_the_one_sent_and_can_be_drawn_again_from_it(client, noise):
-    picture, png, _ = drawn(client, encoded(noise), strength=0.5, width=32, height=16)
-    assert picture["started"] and picture["settings"]["image"].startswith("start-")
-    start = client.get(f"/pictures/{picture['id']}/start.png").content
+def test_an_image_starts_from_the_one_sent_and_can_be_drawn_again_from_it(client, noise):
+    image, png, _ = drawn(client, encoded(noise), strength=0.5, width=32, height=16)
+    assert image["started"] and image["settings"]["image"].startswith("start-")
+    start = client.get(f"/images/{image['id']}/start.png").content
     assert Image.open(io.BytesIO(start)).size == Image.open(io.BytesIO(png)).size == (32, 16)
     again, png_again, _ = drawn(client, base64.b64encode(start).decode(), strength=0.5, width=32, height=16)
-    assert png_again == png and again["settings"] == picture["settings"]
+    assert png_again == png and again["settings"] == image["settings"]
     assert drawn(client, strength=None, width=32, height=16)[1] != png
     other, _, _ = drawn(client)
-    refused(client.get(f"/pictures/{other['id']}/start.png"), 404, "did not start from another one")
+    refused(client.get(f"/images/{other['id']}/start.png"), 404, "did not start from another one")
 
 
 KINDS = {"PNG": ["RGB", "L", "P", "RGBA", "1", "I;16"], "JPEG": ["RGB", "L", "CMYK"], "WEBP": ["RGB", "RGBA"]}
 
 
 @pytest.mark.parametrize("file_format, mode", [(name, mode) for name, modes in KINDS.items() for mode in modes])
-def test_pictures_to_start_from_come_in_the_common_kinds(noise, file_format, mode):
+def test_images_to_start_from_come_in_the_common_kinds(noise, file_format, mode):
     body = {"settings": {"prompt": "x"}, "start": encoded(noise.convert(mode), file_format)}
     order = read_order(json.dumps(body).encode(), Limits(), (16, 16))
     assert (order.start.mode, order.start.size) == ("RGB", (16, 16)) and order.settings.width == 16
@@ -161,7 +161,7 @@ TOO_MUCH = {
     "steps is 0": {"steps": 0},
     f"the limit of this server is {MAX_SEED}": {"seed": MAX_SEED + 1},
     "seed is -1": {"seed": -1},
-    "a picture of 68x64 has more pixels": {"width": 68, "height": 64},
+    "an image of 68x64 has more pixels": {"width": 68, "height": 64},
     "18": {"width": 18},
     "no sampler 'ddim'": {"scheduler": "ddim"},
     "no sampler 'nonsense'": {"scheduler": "nonsense"},
@@ -170,7 +170,7 @@ TOO_MUCH = {
     "the prompt is empty": {"prompt": " "},
     "prompt is None": {"prompt": None},
     "there is no setting 'colour'": {"colour": "red"},
-    "strength is of a given picture": {"strength": 0.5},
+    "strength is of a given image": {"strength": 0.5},
     "image would name a file of the server": {"image": "/etc/passwd"},
     "mask would name a file of the server": {"mask": "../../etc/passwd"},
     "weak would name a file of the server": {"weak": "/"},
@@ -185,7 +185,7 @@ def test_settings_beyond_the_limits_are_refused_in_one_line(client, line):
 
 def test_a_prompt_longer_than_the_text_encoder_takes_is_refused(worker):
     with pytest.raises(UsageError, match="tokens, the text encoder takes"):
-        worker.check(PictureSettings("circle " * 600))
+        worker.check(GenerationSettings("circle " * 600))
 
 
 @pytest.mark.parametrize(
@@ -257,20 +257,20 @@ def bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
-def test_uploads_that_are_no_pictures_are_refused(client, noise):
+def test_uploads_that_are_no_images_are_refused(client, noise):
     gif, whole = encoded(noise, "GIF"), base64.b64decode(encoded(noise))
     b64 = base64.b64encode
     for start, line in {
         "not base64!": "not base64",
         "é": "cannot be read",
-        "": "cannot be read as a picture",
+        "": "cannot be read as an image",
         gif: "send a PNG, JPEG or WebP",
-        b64(whole[: len(whole) // 2]).decode(): "cannot be read as a picture",
-        b64(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode(): "cannot be read as a picture",
+        b64(whole[: len(whole) // 2]).decode(): "cannot be read as an image",
+        b64(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode(): "cannot be read as an image",
         b64(bomb(50_000, 50_000)).decode(): "more pixels than the limit of this server, 90000",
         b64(bomb(301, 300)).decode(): "more pixels than the limit of this server, 90000",
-        b64(bomb(300, 300)).decode(): "cannot be read as a picture",
-        b64(bomb(0, 0)).decode(): "cannot be read as a picture",
+        b64(bomb(300, 300)).decode(): "cannot be read as an image",
+        b64(bomb(0, 0)).decode(): "cannot be read as an image",
     }.items():
         refused(post(client, {"settings": RED, "start": start}), 422, line)
 
@@ -280,13 +280,13 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=10,
 )
-FIELDS = st.sampled_from([*PictureSettings.__dataclass_fields__, "start", "settings", "count"])
+FIELDS = st.sampled_from([*GenerationSettings.__dataclass_fields__, "start", "settings", "count"])
 NEAR = st.sampled_from(["a red ring", "apg", "euler", "unipc", 0, 1, -1, 4, 8, 16, 0.5, [0.2, 0.8], [0, 0], 2**63])
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(FIELDS, NEAR | JSON, max_size=4), st.dictionaries(st.sampled_from(["start", "x"]), JSON, max_size=1))
-def test_whatever_json_comes_the_answer_is_a_picture_or_one_line(client, changes, beside):
+def test_whatever_json_comes_the_answer_is_an_image_or_one_line(client, changes, beside):
     """Steps stay few so that what is right is drawn at once."""
     response = post(client, {"settings": {"prompt": "a ring"} | changes | {"steps": 1}} | beside)
     if response.status_code == 200:
@@ -311,10 +311,10 @@ def test_any_body_is_refused_in_one_line(client, content):
         "/etc/passwd",
         "/../../etc/passwd",
         "/..%2f..%2fetc%2fpasswd",
-        "/pictures/..%2f..%2fetc%2fpasswd/picture.png",
-        "/pictures/%2e%2e/picture.png",
-        "/pictures/%00/picture.png",
-        "/pictures//etc/passwd",
+        "/images/..%2f..%2fetc%2fpasswd/image.png",
+        "/images/%2e%2e/image.png",
+        "/images/%00/image.png",
+        "/images//etc/passwd",
         "/page.html",
         "/app.py",
         "/static/page.js",
@@ -322,7 +322,7 @@ def test_any_body_is_refused_in_one_line(client, content):
         "/redoc",
         "/openapi.json",
         "/file=/etc/passwd",
-        "/pictures/" + "x" * 3000 + "/picture.png",
+        "/images/" + "x" * 3000 + "/image.png",
     ],
 )
 def test_no_file_of_the_machine_is_reachable(client, path):
@@ -331,7 +331,7 @@ def test_no_file_of_the_machine_is_reachable(client, path):
 
 
 def test_other_methods_are_refused(client):
-    for method, path in (("GET", "/draw"), ("POST", "/"), ("DELETE", "/pictures"), ("PUT", "/model"), ("TRACE", "/")):
+    for method, path in (("GET", "/draw"), ("POST", "/"), ("DELETE", "/images"), ("PUT", "/model"), ("TRACE", "/")):
         refused(client.request(method, path), 405, "")
 
 
@@ -384,7 +384,7 @@ def test_of_64_at_a_time_one_is_drawn_16_wait_and_the_rest_are_told_to_come_agai
         soon(lambda: sum(answer.done() for answer in answers) == 64 - 17)
         told = [answer.result() for answer in answers if answer.done()]
         for response in told:
-            refused(response, 429, "16 pictures are waiting already; come again in")
+            refused(response, 429, "16 images are waiting already; come again in")
             assert int(response.headers["retry-after"]) >= 1
         assert client.get("/").status_code == 200  # the others still can look
         gated.gate.set()
@@ -392,7 +392,7 @@ def test_of_64_at_a_time_one_is_drawn_16_wait_and_the_rest_are_told_to_come_agai
         assert len(held) == 17
         assert [json.loads(response.text.splitlines()[-1])["state"] for response in held] == ["done"] * 17
         assert any('"ahead": 16' in response.text for response in held)
-        assert len(client.get("/pictures").json()) == 17
+        assert len(client.get("/images").json()) == 17
 
 
 def test_more_requests_than_are_held_open_are_told_to_come_again(worker, queue, soon):
@@ -454,7 +454,7 @@ def test_a_stopping_server_takes_no_more(client, queue):
     assert refused(post(client, {"settings": RED}), 503, "ldm serve is stopping").headers["retry-after"]
 
 
-@pytest.mark.parametrize("name", ["steps", "pixels", "waiting", "requests", "pictures", "prompt"])
+@pytest.mark.parametrize("name", ["steps", "pixels", "waiting", "requests", "images", "prompt"])
 def test_limits_that_allow_nothing_are_refused(name):
     with pytest.raises(UsageError, match=f"the limit on {name} is 0; give 1 or more"):
         Limits(**{name: 0})

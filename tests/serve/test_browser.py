@@ -152,7 +152,7 @@ def test_the_page_draws_and_draws_again_and_asks_nobody_else(browser, address, t
     shown = browser.evaluate("document.querySelector('.card').textContent")
     assert "a red circle" in shown and "32×16" in shown
 
-    # other settings, then those of the picture again
+    # other settings, then those of the image again
     browser.type("#prompt", "something else")
     browser.type("#seed", "8")
     browser.click(".again")
@@ -178,7 +178,7 @@ def test_the_page_draws_and_draws_again_and_asks_nobody_else(browser, address, t
     browser.call("Page.reload")
     browser.until("document.querySelectorAll('.actions:not([hidden])').length == 3")
 
-    # from a picture
+    # from an image
     Image.linear_gradient("L").save(tmp_path / "start.png")
     root = browser.call("DOM.getDocument")["root"]["nodeId"]
     file = browser.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]

@@ -65,7 +65,7 @@ def test_a_client_that_goes_leaves_the_machine_to_the_next(serving):
     body = json.dumps({"settings": {"prompt": "a ring", "steps": 1}})
     connection.request("POST", "/draw", body, {"Content-Type": "application/json"})
     assert b'"done"' in connection.getresponse().read()
-    connection.request("GET", "/pictures")
+    connection.request("GET", "/images")
     assert len(json.loads(connection.getresponse().read())) == 1 and time.monotonic() - began < 30
     connection.close()
 

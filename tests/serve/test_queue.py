@@ -83,7 +83,7 @@ def test_jobs_are_done_one_at_a_time_in_the_order_they_came(queue, gate):
 def test_so_many_wait_and_the_rest_are_told_when_to_come_again(queue, gate):
     jobs = [queue.submit(lambda job: None) for _ in range(3)]
     for _ in range(3):
-        with pytest.raises(QueueFull, match="3 pictures are waiting already; come again in 1 s") as full:
+        with pytest.raises(QueueFull, match="3 images are waiting already; come again in 1 s") as full:
             queue.submit(lambda job: None)
         assert full.value.retry_after >= 1
     jobs[1].cancel()  # leaves its place to another

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from ldm.training.checkpoint import CHECKPOINTS, latest_checkpoint
+from ldm.runs.checkpoints.callback import CHECKPOINTS, latest_checkpoint
 
 
 class LimitFileSize(Callback):

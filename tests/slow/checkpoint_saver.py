@@ -23,8 +23,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from ldm.training.checkpoint import CHECKPOINTS, Checkpoints, latest_checkpoint, load_checkpoint
-from ldm.training.checkpoint_files import checkpoints_in, step_of
+from ldm.runs.checkpoints.callback import CHECKPOINTS, Checkpoints, latest_checkpoint, load_checkpoint
+from ldm.runs.checkpoints.files import checkpoints_in, step_of
 
 
 class Numbers:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from ldm.cli import main
-from ldm.data.shapes import generate
 from ldm.data.writer import write_images
 from ldm.models.autoencoder import AutoencoderConfig
+from ldm.shapes.scenes import generate
 
 ROOT = Path(__file__).parents[2]
-NUM_PICTURES, SIZE = 24, 32
+NUM_IMAGES, SIZE = 24, 32
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,25 @@ class TinyRuns:
         if stage == "autoencoder":
             own = [
                 *("--data.train", f"{self.folder}/shards", "--data.validation", f"{self.folder}/shards"),
-                *("--model.autoencoder.widths", "[8, 16]", "--model.autoencoder.sample_size", str(SIZE)),
+                *("--model.autoencoder.block_out_channels", "[8, 16]", "--model.autoencoder.sample_size", str(SIZE)),
                 *("--model.adversary.discriminator.init_args.width", "8"),
                 *("--model.adversary.discriminator.init_args.num_layers", "1"),
-                *("--model.adversary.start", "2", "--model.adversary.alone", "1", "--model.adversary.warmup", "2"),
+                *(
+                    "--model.adversary.start",
+                    "2",
+                    "--model.adversary.discriminator_warmup",
+                    "1",
+                    "--model.adversary.generator_ramp",
+                    "2",
+                ),
             ]
         else:
             own = [
                 *("--data.train", f"{self.folder}/latents", "--data.validation", f"{self.folder}/latents"),
                 *("--model.autoencoder", f"{self.folder}/autoencoder", "--model.preview_steps", "2"),
                 *("--model.denoiser.init_args.sample_size", str(SIZE // 2), "--model.denoiser.init_args.width", "16"),
-                *("--model.denoiser.init_args.num_layers", "2", "--model.denoiser.init_args.num_heads", "2"),
-                *("--model.denoiser.init_args.text_width", "8", "--model.preview_prompts", "[a ring]"),
+                *("--model.denoiser.init_args.num_layers", "2", "--model.denoiser.init_args.num_attention_heads", "2"),
+                *("--model.denoiser.init_args.caption_channels", "8", "--model.preview_prompts", "[a ring]"),
             ]
         recipe = ROOT / "configs" / "shapes" / f"{stage}.yaml"
         return [sys.executable, "-m", "ldm", stage, "fit", "--config", str(recipe), *common, *own, *options]
@@ -62,9 +69,11 @@ class TinyRuns:
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny_text_encoder: str) -> TinyRuns:
     folder = tmp_path_factory.mktemp("tiny")
-    pictures = generate(NUM_PICTURES, SIZE, seed=0)
-    write_images(folder / "shards", "shapes", pictures, samples_per_shard=10, extra={"image_size": SIZE})
-    sizes = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=SIZE)
+    images = generate(NUM_IMAGES, SIZE, seed=0)
+    write_images(folder / "shards", "shapes", images, samples_per_shard=10, extra={"image_size": SIZE})
+    sizes = AutoencoderConfig(
+        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=SIZE
+    )
     sizes.build().save_pretrained(folder / "autoencoder")
     export = ["latents", "export", "--autoencoder", f"{folder}/autoencoder", "--shards", f"{folder}/shards"]
     main([*export, "--out", f"{folder}/latents", "--text-encoder", tiny_text_encoder])

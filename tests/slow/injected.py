@@ -38,7 +38,7 @@ class PoisonAt(Callback):
         if self.seen in self.batches and trainer.global_rank == self.rank:
             if "mean" in batch:
                 batch["mean"][0, 0, 0, 0] = torch.nan
-            else:  # pictures are bytes, which know no NaN
+            else:  # images are bytes, which know no NaN
                 batch["image"] = batch["image"].float()
                 batch["image"][0, 0, 0, 0] = torch.nan
         self.seen += 1

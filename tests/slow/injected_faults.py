@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from ldm.data.plan import Draw
-from ldm.data.samples import ShardSamples
+from ldm.data.plan import PlannedSample
+from ldm.data.shard_dataset import ShardDataset
 
 
 def mark(trainer: Trainer) -> bool:
@@ -84,8 +84,8 @@ class StallReading(Callback):
         data = trainer.datamodule
         first, read = self.step * data.batch_size * trainer.world_size, type(data.train_set).batch
 
-        def batch(samples: ShardSamples, draws: list[Any], *given: Any) -> Any:
-            if isinstance(draws[0], Draw) and draws[0].number >= first:
+        def batch(samples: ShardDataset, draws: list[Any], *given: Any) -> Any:
+            if isinstance(draws[0], PlannedSample) and draws[0].number >= first:
                 time.sleep(600)
             return read(samples, draws, *given)
 

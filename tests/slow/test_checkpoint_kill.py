@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.training.checkpoint import describe, latest_checkpoint, load_checkpoint
-from ldm.training.checkpoint_files import checkpoints_in, step_of
+from ldm.runs.checkpoints.callback import checkpoint_summary, latest_checkpoint, load_checkpoint
+from ldm.runs.checkpoints.files import checkpoints_in, step_of
 
 from .conftest import TinyRuns, run
 
@@ -70,6 +70,6 @@ def test_a_disk_that_takes_no_more_stops_both_processes_and_the_run_goes_on_from
     # all of a real run's checkpoint is weights and plain values, and its description finds everything
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
     assert checkpoint.keys() == load_checkpoint(folder / "last.ckpt").keys()
-    said = describe(checkpoint)
+    said = checkpoint_summary(checkpoint)
     for part in ("step 8", "learning rate ", "averaged over 8 steps", "samples of it consumed", "random states of 1 process"):
         assert part in said

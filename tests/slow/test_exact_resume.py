@@ -1,4 +1,4 @@
-"""Killed after any step and resumed is never killed: weights, optimisers, averages, guard, logged rows and pictures."""
+"""Killed after any step and resumed is never killed: weights, optimisers, averages, guard, logged rows and images."""
 
 from __future__ import annotations
 

@@ -62,19 +62,19 @@ class Files(NamedTuple):
         return code, said.splitlines()
 
 
-def picture(number: int) -> Image.Image:
+def make_image(number: int) -> Image.Image:
     pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(SHAPES[number % len(SHAPES)], Image.Resampling.BICUBIC)
 
 
 def write(folder: Path, sizes: tuple[int, ...], spoilt: dict[int, Any] | None = None, captioned: bool = True) -> Path:
-    """Shards of so many pictures with two captions each; ``spoilt`` makes other bytes of those of some numbers."""
+    """Shards of so many images with two captions each; ``spoilt`` makes other bytes of those of some numbers."""
     folder.mkdir()
     entries, number = [], 0
     for shard, size in enumerate(sizes):
         with ShardWriter(folder, "x", samples_per_shard=None, first_index=shard) as writer:
             for number in range(number, number + size):  # noqa: B020
-                png = encode_png(picture(number))
+                png = encode_png(make_image(number))
                 files = {"png": (spoilt or {}).get(number, bytes)(png)}
                 choose = random.Random(number)
                 captions = [" ".join(choose.choices(WORDS, k=choose.randrange(2, 9))), choose.choice(WORDS)]
@@ -93,7 +93,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def files(tiny_autoencoder, tiny_text_encoder: str, tmp_path: Path) -> Files:
-    """Forty pictures in three shards."""
+    """Forty images in three shards."""
     tiny_autoencoder.save_pretrained(tmp_path / "autoencoder")
     return Files(tmp_path, tmp_path / "autoencoder", tiny_text_encoder, write(tmp_path / "shards", (16, 5, 19)))
 
@@ -237,7 +237,7 @@ def test_latents_that_are_not_finite_are_named_in_one_line(files: Files, tmp_pat
 
 
 @pytest.mark.slow
-def test_pictures_that_cannot_be_decoded_are_named_once_and_counted(files: Files, tmp_path: Path) -> None:
+def test_images_that_cannot_be_decoded_are_named_once_and_counted(files: Files, tmp_path: Path) -> None:
     spoilt = {3: lambda png: png[: len(png) // 2], 17: lambda png: bytes(len(png)), 30: lambda png: b""}
     files = files._replace(shards=write(tmp_path / "spoilt", (16, 5, 19), spoilt))
     out = tmp_path / "out"
@@ -258,7 +258,7 @@ def test_pictures_that_cannot_be_decoded_are_named_once_and_counted(files: Files
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [6, 110])
-def test_a_shard_of_bad_pictures_alone_is_absent(files: Files, tmp_path: Path, bad: int) -> None:
+def test_a_shard_of_bad_images_alone_is_absent(files: Files, tmp_path: Path, bad: int) -> None:
     spoilt = {number: lambda png: b"none" for number in range(4, 4 + bad)}
     files = files._replace(shards=write(tmp_path / "spoilt", (4, bad, 5), spoilt))
     out = tmp_path / "out"

@@ -44,7 +44,7 @@ class Files(NamedTuple):
     whole: dict[int, dict[str, bytes]]
 
     def arguments(self, count: int, out: Path) -> list[str]:
-        # one picture at a time, so that a process does not claim all shards ahead
+        # one image at a time, so that a process does not claim all shards ahead
         given = {"autoencoder": self.folder / "autoencoder", "text-encoder": self.text_encoder, "shards": self.shards[count]}
         given |= {"out": out, "threads": 1, "batch-size": 1, "max-bad-share": 0.1}
         return ["latents", "export", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
@@ -57,7 +57,7 @@ class Files(NamedTuple):
 
 
 def write(folder: Path, sizes: tuple[int, ...]) -> Path:
-    """Captioned shards of so many pictures; the third one of all is none."""
+    """Captioned shards of so many images; the third one of all is none."""
     folder.mkdir()
     entries, keys = [], iter(range(sum(sizes)))
     for shard, size in enumerate(sizes):
@@ -80,7 +80,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def files(tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Files:
     """1, 3 and 5 shards; one process exports each quietly."""
     folder = tmp_path_factory.mktemp("export")
-    config = AutoencoderConfig(widths=[8, 16], norm_groups=4, layers_per_block=1, mid_attention=False, sample_size=16)
+    config = AutoencoderConfig(
+        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
+    )
     config.build().save_pretrained(folder / "autoencoder")
     sizes = {1: (11,), 3: SIZES[:3], 5: SIZES}
     files = Files(folder, tiny_text_encoder, {count: write(folder / f"shards{count}", sizes[count]) for count in sizes}, {})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.training.checkpoint import CHECKPOINTS, latest_checkpoint, load_checkpoint
+from ldm.runs.checkpoints.callback import CHECKPOINTS, latest_checkpoint, load_checkpoint
 
 from .conftest import TinyRuns, run
 from .test_preemption import AT, BY_LIGHTNING, HERE_TOO, injected, signal_at

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from ldm.data.manifest import tar_paths
-from ldm.data.pack import pack
-from ldm.data.pack_journal import JOURNAL_NAME
+from ldm.data.pack.journal import JOURNAL_NAME
+from ldm.data.pack.packer import pack
 from ldm.data.shards import ShardReader
 
 KILLS = 6
@@ -22,17 +22,17 @@ OPTIONS = {"size": 96, "shard_size": "300KB"}
 
 @pytest.fixture
 def src(tmp_path):
-    """240 captioned pictures of 640 px, a few seconds' work; every eighth of them cannot be used."""
+    """240 captioned images of 640 px, a few seconds' work; every eighth of them cannot be used."""
     src = tmp_path / "src"
     src.mkdir()
     generator = np.random.default_rng(0)
     for number in range(8):
         noise = Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8))
         noise.resize((800, 640), Image.Resampling.BICUBIC).save(tmp_path / f"{number}.jpg", quality=95)
-    (tmp_path / "7.jpg").write_bytes(b"no picture")
+    (tmp_path / "7.jpg").write_bytes(b"no image")
     for number in range(240):
         (src / f"{number:03d}.jpg").symlink_to(tmp_path / f"{number % 8}.jpg")
-        (src / f"{number:03d}.txt").write_text(f"picture number {number}")
+        (src / f"{number:03d}.txt").write_text(f"image number {number}")
     return src
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.training.checkpoint import CHECKPOINTS, latest_checkpoint, load_checkpoint
+from ldm.runs.checkpoints.callback import CHECKPOINTS, latest_checkpoint, load_checkpoint
 
 from .conftest import TinyRuns, run
 

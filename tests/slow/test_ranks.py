@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def write(folder: Path, sizes: tuple[int, ...], bad: tuple[int, ...] = ()) -> Path:
-    """Shards of so many pictures; those numbered ``bad`` are none."""
+    """Shards of so many images; those numbered ``bad`` are none."""
     folder.mkdir()
     entries, numbers = [], iter(range(sum(sizes)))
     for shard, size in enumerate(sizes):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ldm.data.shapes import generate
 from ldm.data.writer import write_images
+from ldm.shapes.scenes import generate
 
 CONFIG = Path(__file__).parents[2] / "configs/shapes/autoencoder.yaml"
 
@@ -23,7 +23,14 @@ def test_the_game_is_played_on_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ldm", "autoencoder", "fit", "--config", str(CONFIG), "--out", "run"]
     command += ["--data.train", "shards", "--data.validation", "shards", "--data.validation_samples", "8"]
     command += ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
-    command += ["--model.adversary.start", "1", "--model.adversary.alone", "0", "--model.adversary.warmup", "1"]
+    command += [
+        "--model.adversary.start",
+        "1",
+        "--model.adversary.discriminator_warmup",
+        "0",
+        "--model.adversary.generator_ramp",
+        "1",
+    ]
     command += ["--data.batch_size", "4", "--model.accumulate", "2", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]

@@ -20,7 +20,7 @@ _context.set_forkserver_preload(
         "ldm.latents.export",
         "ldm.training.autoencoder",
         "ldm.training.denoiser",
-        "ldm.training.run",
+        "ldm.runs.fit",
     ]
 )
 

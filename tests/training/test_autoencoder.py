@@ -16,7 +16,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.losses import Equivariance, GradientPenalty, LeCam, NonSaturating, PerceptualLoss, ReconstructionLoss
 from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images, set_latent_statistics
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.training.adversary import Adversary
+from ldm.training.adversarial import AdversarialTraining
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 
@@ -35,9 +35,11 @@ def make(**changes: object) -> AutoencoderTraining:
     return AutoencoderTraining(**settings | changes)
 
 
-def adversary(start: int = 1, alone: int = 100, warmup: int = 2, **changes: object) -> Adversary:
+def adversary(start: int = 1, alone: int = 100, warmup: int = 2, **changes: object) -> AdversarialTraining:
     torch.manual_seed(0)
-    return Adversary(PatchDiscriminator(8, 2), start=start, alone=alone, warmup=warmup, **changes)
+    return AdversarialTraining(
+        PatchDiscriminator(8, 2), start=start, discriminator_warmup=alone, generator_ramp=warmup, **changes
+    )
 
 
 def fit(module: AutoencoderTraining, shards: Path, folder: Path, steps: int) -> Trainer:
@@ -189,7 +191,7 @@ def test_neither_player_sends_gradients_to_the_other(
 
 
 def test_a_batch_in_pieces_is_the_batch(image_shards: Path, tmp_path: Path) -> None:
-    """The same weights to rounding, before the game is heard: then nothing depends on more than one picture."""
+    """The same weights to rounding, before the game is heard: then nothing depends on more than one image."""
     whole, pieces = make(adversary=adversary(0), kl_weight=0.0), make(adversary=adversary(0), kl_weight=0.0, accumulate=4)
     for module in (whole, pieces):
         # noise would be drawn in another order

@@ -73,7 +73,7 @@ def latents(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_a_choice_in_yaml_trains_and_samples(
     latents: tuple[Path, Path], tmp_path: Path, choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = {"in_channels": 4, "sample_size": 16, "patch_size": 4, "width": 32, "num_layers": 1, "num_heads": 2}
+    network = {"in_channels": 4, "sample_size": 16, "patch_size": 4, "width": 32, "num_layers": 1, "num_attention_heads": 2}
     config = {
         "seed_everything": 0,
         "trainer": {"max_steps": 2, "val_check_interval": 2, "logger": False},
@@ -81,7 +81,7 @@ def test_a_choice_in_yaml_trains_and_samples(
         "model": yaml.safe_load(CHOICES[choice])
         | {
             "autoencoder": str(latents[0]),
-            "denoiser": {"class_path": "ldm.models.dit.DiT", "init_args": network | {"text_width": 384}},
+            "denoiser": {"class_path": "ldm.models.dit.DiT", "init_args": network | {"caption_channels": 384}},
             "preview_prompts": ["a red ring"],
             "preview_steps": 3,
             "optimiser": {"learning_rate": 1.0e-3},
@@ -99,5 +99,5 @@ def test_a_choice_in_yaml_trains_and_samples(
     main(["denoiser", "fit", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")])
     assert len(rules) == 2 and (choice not in RULES or rules[0] == RULES[choice])
     assert Image.open(tmp_path / "run/previews/step-00000002.png").size[0] > 0
-    main(["sample", str(tmp_path / "run/pipeline"), "a red ring", "--out", str(tmp_path / "pictures"), "--steps", "3"])
-    assert list((tmp_path / "pictures").glob("0000-*.png"))
+    main(["sample", str(tmp_path / "run/pipeline"), "a red ring", "--out", str(tmp_path / "images"), "--steps", "3"])
+    assert list((tmp_path / "images").glob("0000-*.png"))

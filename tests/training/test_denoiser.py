@@ -21,7 +21,7 @@ from torch.nn.utils import parameters_to_vector
 
 from ldm.cli import dispatch
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.plan import Draw
+from ldm.data.plan import PlannedSample
 from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
 from ldm.diffusion.timesteps import LogitNormal, Uniform
@@ -29,12 +29,12 @@ from ldm.errors import LdmError, UsageError
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder, set_latent_statistics
 from ldm.models.dit import DiT
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import load_pipeline
+from ldm.runs.posthoc_ema import PostHocCLI, find_snapshots, reconstruct
 from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
 from ldm.training.optimiser import MuonConfig
-from ldm.training.posthoc import PostHocCLI, find_snapshots, reconstruct
 from ldm.training.randomness import draw_generators
 
 
@@ -56,7 +56,9 @@ def exported(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: pytes
 def make(autoencoder: Path, **changes: object) -> DenoiserTraining:
     torch.manual_seed(0)
     settings = {
-        "denoiser": DiT(in_channels=4, sample_size=16, patch_size=4, width=32, num_layers=2, num_heads=2, text_width=8),
+        "denoiser": DiT(
+            in_channels=4, sample_size=16, patch_size=4, width=32, num_layers=2, num_attention_heads=2, caption_channels=8
+        ),
         "autoencoder": str(autoencoder),
         "path": RectifiedFlow(),
         "prediction": Velocity(),
@@ -102,7 +104,7 @@ def test_preview_is_what_the_saved_pipeline_draws(exported: tuple[Path, Path], t
     module = make(exported[0])
     fit(module, exported[1], tmp_path, 20)
     with module.average_applied():
-        preview = [pictures[0] for _, pictures in module.preview()]
+        preview = [images[0] for _, images in module.preview()]
         module.save(tmp_path / "pipeline")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
@@ -122,13 +124,13 @@ def test_another_autoencoder_is_refused_and_both_are_named(exported: tuple[Path,
 
 @pytest.mark.parametrize(
     ("denoiser", "named"),
-    [({"in_channels": 8}, "in_channels"), ({"sample_size": 8}, "sample_size"), ({"text_width": 64}, "text_width")],
+    [({"in_channels": 8}, "in_channels"), ({"sample_size": 8}, "sample_size"), ({"caption_channels": 64}, "caption_channels")],
 )
 def test_sizes_that_do_not_fit_the_latents_are_refused(
     exported: tuple[Path, Path], tmp_path: Path, denoiser: dict, named: str
 ) -> None:
-    sizes = {"in_channels": 4, "sample_size": 16, "text_width": 8} | denoiser
-    module = make(exported[0], denoiser=DiT(patch_size=4, width=32, num_layers=1, num_heads=2, **sizes))
+    sizes = {"in_channels": 4, "sample_size": 16, "caption_channels": 8} | denoiser
+    module = make(exported[0], denoiser=DiT(patch_size=4, width=32, num_layers=1, num_attention_heads=2, **sizes))
     with pytest.raises(UsageError, match=named):
         fit(module, exported[1], tmp_path, 1)
 
@@ -289,8 +291,8 @@ def test_the_command_line_makes_a_pipeline_of_any_average(exported: tuple[Path, 
                     "patch_size": 4,
                     "width": 32,
                     "num_layers": 1,
-                    "num_heads": 2,
-                    "text_width": 8,
+                    "num_attention_heads": 2,
+                    "caption_channels": 8,
                 },
             },
             "path": {"class_path": "ldm.diffusion.path.RectifiedFlow"},
@@ -353,7 +355,7 @@ def test_the_validation_loss_is_the_same_on_two_processes(exported: tuple[Path, 
     for devices in (1, 2):
         command = [sys.executable, "-m", "ldm", "denoiser", "fit", "--config", str(config), "--out", f"run{devices}"]
         command += ["--model.autoencoder", str(exported[0]), "--model.denoiser.init_args.sample_size", "16"]
-        command += ["--model.denoiser.init_args.text_width", "8"]
+        command += ["--model.denoiser.init_args.caption_channels", "8"]
         command += ["--data.train", str(exported[1]), "--data.validation", str(exported[1])]
         command += ["--model.optimiser.learning_rate", "0", "--model.optimiser.muon_learning_rate", "0"]
         command += ["--model.preview_prompts", "null", "--data.batch_size", "4"]
@@ -367,7 +369,7 @@ def test_the_validation_loss_is_the_same_on_two_processes(exported: tuple[Path, 
     assert len(found[0]) > 5 and found[0] == found[1]
 
 
-# -- pictures encoded on the fly -------------------------------------------------------------------------------------
+# -- images encoded on the fly -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
@@ -384,7 +386,7 @@ def test_online_gives_the_loss_of_exported_latents(
         module.prepare(data)
         statistics.append(module.frozen.statistics)
         randomised(module.denoiser)
-        draws = [Draw(number, number) for number in (3, 1, 4, 9)]
+        draws = [PlannedSample(number, number) for number in (3, 1, 4, 9)]
         generators = draw_generators(2, draws)
         x0, condition = module.encode(data.train_set.batch(draws), generators)
         losses.append(module.objective(module.denoiser, x0, condition, generator=generators).loss)
@@ -402,7 +404,7 @@ def test_online_statistics_are_measured_kept_and_shipped(
     exact = json.loads((exported[1] / "manifest.json").read_text())
     measured = module.frozen.statistics
     for values, name in zip(measured, ("latents_mean", "latents_std"), strict=True):
-        np.testing.assert_allclose(values, exact[name], rtol=1e-3, atol=1e-3)  # all ten pictures, in fp32
+        np.testing.assert_allclose(values, exact[name], rtol=1e-3, atol=1e-3)  # all ten images, in fp32
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["latent_statistics"] == [list(values) for values in measured]
@@ -440,17 +442,21 @@ def test_shards_of_the_other_kind_are_refused(exported: tuple[Path, Path], image
 @pytest.mark.parametrize(
     ("denoiser", "data", "named"),
     [
-        ({"text_width": 64}, {}, "takes text of width 64, but captions are encoded by minilm of width 384; .*text_width"),
+        (
+            {"caption_channels": 64},
+            {},
+            "takes text of width 64, but captions are encoded by minilm of width 384; .*caption_channels",
+        ),
         ({"sample_size": 8}, {}, "sample_size is 8, but the latents need 16"),
-        ({}, {"image_size": 31}, "pictures of 31 x 31 in .* are not multiples of 2"),
+        ({}, {"image_size": 31}, "images of 31 x 31 in .* are not multiples of 2"),
         ({}, {"validation_whole": True}, "validation_whole is for stage one"),
     ],
 )
 def test_online_sizes_that_do_not_fit_are_refused(
     exported: tuple[Path, Path], image_shards: Path, tmp_path: Path, denoiser: dict, data: dict, named: str
 ) -> None:
-    sizes = {"in_channels": 4, "sample_size": 16, "text_width": 384} | denoiser
-    module = make(exported[0], online=True, denoiser=DiT(patch_size=4, width=32, num_layers=1, num_heads=2, **sizes))
+    sizes = {"in_channels": 4, "sample_size": 16, "caption_channels": 384} | denoiser
+    module = make(exported[0], online=True, denoiser=DiT(patch_size=4, width=32, num_layers=1, num_attention_heads=2, **sizes))
     with pytest.raises(UsageError, match=named):
         fit(module, image_shards, tmp_path, 1, data)
 
@@ -504,7 +510,7 @@ def test_what_a_step_draws_depends_on_the_draw_alone(exported: tuple[Path, Path]
     randomised(module.denoiser)
 
     def losses(*numbers: int) -> torch.Tensor:
-        draws = [Draw(number, number) for number in numbers]
+        draws = [PlannedSample(number, number) for number in numbers]
         generators = draw_generators(5, draws)
         x0, condition = module.encode(data.train_set.batch(draws), generators)
         return module.objective(module.denoiser, x0, condition, generator=generators).loss
@@ -530,7 +536,7 @@ def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(exported: tuple[
     trainer = fit(make(exported[0]), exported[1], tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    other = DiT(in_channels=4, sample_size=16, patch_size=2, width=32, num_layers=1, num_heads=2, text_width=8)
+    other = DiT(in_channels=4, sample_size=16, patch_size=2, width=32, num_layers=1, num_attention_heads=2, caption_channels=8)
     with pytest.raises(UsageError) as refused:
         make(exported[0], denoiser=other).on_load_checkpoint(checkpoint)
     message = str(refused.value)

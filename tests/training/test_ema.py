@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
+from ldm.runs.posthoc_ema import combine, find_snapshots, inner_product, reconstruct
 from ldm.training.ema import LONGEST_SIGMA_REL, SNAPSHOTS, Average, PowerAverages, gamma_of
-from ldm.training.posthoc import combine, find_snapshots, inner_product, reconstruct
 
 
 class Vector(nn.Module):

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from ldm.errors import UsageError
-from ldm.training.guard import LOWEST_LEVEL, Guard
+from ldm.training.guard import LOWEST_LEVEL, ReconstructionGuard
 
 GOOD, BAD = (25.0, 0.20), (24.0, 0.20)  # PSNR and LPIPS, the mark and a dB below it
 
 
-def marked(**settings: object) -> Guard:
+def marked(**settings: object) -> ReconstructionGuard:
     """A guard that has seen the good figures before the discriminator was heard."""
-    guard = Guard(**settings)
+    guard = ReconstructionGuard(**settings)
     assert guard.judge(*GOOD, heard=False) is None
     return guard
 
 
-def lowered(times: int = 1, **settings: object) -> Guard:
+def lowered(times: int = 1, **settings: object) -> ReconstructionGuard:
     guard = marked(**settings)
     for _ in range(times):
         guard.judge(*BAD, heard=True)
@@ -49,7 +49,7 @@ def test_it_lowers_the_level_where_figures_fall_short_by_more_than_agreed(
 
 
 def test_before_it_is_heard_the_figures_only_set_the_mark() -> None:
-    guard = Guard()
+    guard = ReconstructionGuard()
     for psnr, lpips in ((20.0, 0.5), (26.0, 0.3), (18.0, 0.2)):
         assert guard.judge(psnr, lpips, heard=False) is None
     assert guard.level == 1 and guard.best_psnr == 26 and guard.best_lpips == pytest.approx(0.2)
@@ -65,7 +65,7 @@ def test_the_mark_is_the_best_so_far_and_not_the_last() -> None:
 
 
 def test_the_first_figures_of_all_are_never_worse() -> None:
-    guard = Guard()
+    guard = ReconstructionGuard()
     assert guard.judge(5.0, 2.0, heard=True) is None and guard.level == 1
 
 
@@ -98,7 +98,7 @@ def test_a_knowing_discriminator_alone_lowers_nothing_and_saves_nothing() -> Non
 
 
 def test_the_accuracy_is_a_moving_average_from_chance() -> None:
-    guard = Guard()
+    guard = ReconstructionGuard()
     for _ in range(10):
         guard.watch_discriminator(torch.tensor(1.0))
     assert guard.accuracy == pytest.approx(1 - 0.5 * 0.98**10)
@@ -108,7 +108,7 @@ def test_the_accuracy_is_a_moving_average_from_chance() -> None:
     "psnr, lpips", [(math.nan, 0.2), (-math.inf, 0.2), (25.0, math.nan), (25.0, math.inf), (math.nan,) * 2]
 )
 def test_figures_that_are_no_numbers_are_worse_and_leave_the_marks_alone(psnr: float, lpips: float) -> None:
-    for guard in (Guard(), marked()):
+    for guard in (ReconstructionGuard(), marked()):
         marks = guard.best_psnr.clone(), guard.best_lpips.clone()
         said = guard.judge(psnr, lpips, heard=True)
         assert guard.level == 0.5 and ("nan" in said or "inf" in said) and "\n" not in said
@@ -118,8 +118,8 @@ def test_figures_that_are_no_numbers_are_worse_and_leave_the_marks_alone(psnr: f
         assert "goes up" in guard.judge(*GOOD, heard=True)
 
 
-def test_pictures_met_exactly_are_no_loss_and_no_mark() -> None:
-    """A flat picture can come back without any error; its PSNR is infinite, and that of a batch with it."""
+def test_images_met_exactly_are_no_loss_and_no_mark() -> None:
+    """A flat image can come back without any error; its PSNR is infinite, and that of a batch with it."""
     guard = marked()
     assert guard.judge(math.inf, 0.2, heard=True) is None
     assert guard.level == 1 and guard.best_psnr == 25
@@ -135,11 +135,11 @@ def test_the_level_finds_its_way_back_from_any_number_of_bad_validations() -> No
 
 
 def test_its_state_is_in_checkpoints() -> None:
-    guard, again = lowered(2), Guard()
+    guard, again = lowered(2), ReconstructionGuard()
     guard.watch_discriminator(torch.tensor(0.7))
     again.load_state_dict(guard.state_dict())
     for name in ("level", "best_psnr", "best_lpips", "accuracy"):
-        assert getattr(again, name) == getattr(guard, name) != getattr(Guard(), name)
+        assert getattr(again, name) == getattr(guard, name) != getattr(ReconstructionGuard(), name)
     assert again.judge(*BAD, heard=True) == guard.judge(*BAD, heard=True)
     assert again.level == guard.level == 0.125
     assert not list(guard.parameters())
@@ -155,4 +155,4 @@ def test_switched_off_the_level_is_1_even_where_a_checkpoint_had_lowered_it() ->
 @pytest.mark.parametrize("settings", [{"lower": 0.0}, {"lower": 1.0}, {"higher": 1.0}, {"lower": -1.0}])
 def test_factors_that_go_the_wrong_way_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=r"model\.adversary\.guard\.lower .* higher"):
-        Guard(**settings)
+        ReconstructionGuard(**settings)

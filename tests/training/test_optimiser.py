@@ -17,7 +17,7 @@ from ldm.training.optimiser import Muon, MuonConfig, orthogonalise
 
 
 def tiny_dit() -> DiT:
-    return DiT(sample_size=4, width=16, num_layers=2, num_heads=2, text_width=8)
+    return DiT(sample_size=4, width=16, num_layers=2, num_attention_heads=2, caption_channels=8)
 
 
 def tiny_pixart() -> PixArtTransformer2DModel:

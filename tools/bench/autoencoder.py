@@ -13,7 +13,7 @@ optimisers, the player whose turn it is not is frozen. Batches lie ready as byte
 Each side runs in the memory layout (contiguous or channels_last) in which it is faster. Peak memory, not measured with --quick,
 is that of a process of its own: on a GPU what torch allocated, on the CPU what is resident beyond the imports. Ends with
 `ratio NAME MEDIAN MIN MAX`: theirs over ours, of time per step and of memory, and what equivariance at every batch costs our
-step (time without over time with; it scales about half of the pictures' area away).
+step (time without over time with; it scales about half of the images' area away).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.plan import Draw
-from ldm.data.shapes import generate
+from ldm.data.plan import PlannedSample
 from ldm.data.writer import write_images
 from ldm.losses import Equivariance, Hinge, PerceptualLoss, ReconstructionLoss
-from ldm.machine import bf16_pays, describe
+from ldm.machine import bf16_pays, machine_info
 from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.training.adversary import Adversary
+from ldm.shapes.scenes import generate
+from ldm.training.adversarial import AdversarialTraining
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.ema import Average
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
@@ -99,7 +99,10 @@ class ReadyBatches(ShardDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         numbers = range(self.batch_size)
-        self.batch = {"image": self.train_set.batch(numbers)["image"], "draws": [Draw(number, number) for number in numbers]}
+        self.batch = {
+            "image": self.train_set.batch(numbers)["image"],
+            "draws": [PlannedSample(number, number) for number in numbers],
+        }
 
     def train_dataloader(self) -> Iterator[dict[str, Tensor]]:
         return repeat(self.batch)
@@ -130,7 +133,9 @@ def perceptual() -> PerceptualLoss:
 def build_ours(setting: Setting, layout: str) -> AutoencoderTraining:
     """The real stage, its discriminator heard from the first batch on."""
     torch.manual_seed(0)
-    adversary = Adversary(PatchDiscriminator(setting.discriminator_width), Hinge(), WEIGHT, start=0, alone=-1, warmup=0)
+    adversary = AdversarialTraining(
+        PatchDiscriminator(setting.discriminator_width), Hinge(), WEIGHT, start=0, discriminator_warmup=-1, generator_ramp=0
+    )
     ours = AutoencoderTraining(
         AutoencoderConfig(list(setting.widths), 4, setting.layers, 16, True, setting.size),
         adversary,
@@ -220,7 +225,7 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
 class PerceptualAndDiscriminatorLoss(nn.Module):
     """Latent diffusion's loss (Rombach et al. 2022, arXiv 2112.10752, appendix G), asked once per player.
 
-    The adaptive weight is that of Esser et al. 2021 (arXiv 2012.09841, eq. 7). Means, where theirs are sums over a picture.
+    The adaptive weight is that of Esser et al. 2021 (arXiv 2012.09841, eq. 7). Means, where theirs are sums over an image.
     """
 
     def __init__(self, perceptual: PerceptualLoss, discriminator: nn.Module):
@@ -310,7 +315,7 @@ def assert_same_gradients(setting: Setting, pixels: Tensor) -> None:
     theirs = LatentDiffusion(ours, setting)
     ours.optimiser.max_grad_norm = ours.discriminator_optimiser.max_grad_norm = math.inf
     fit(ours, setting, 1)
-    draws = [Draw(number, number) for number in range(setting.batch)]
+    draws = [PlannedSample(number, number) for number in range(setting.batch)]
     for player, mine in (("autoencoder", ours.autoencoder), ("discriminator", ours.adversary.discriminator)):
         theirs.backward(pixels_to_images(pixels), player, draw_generators(ours.seed, draws))
         wanted = [parameter.grad for parameter in theirs.players[player].parameters()]
@@ -426,8 +431,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small autoencoder (4M), few rounds, no memory: under 50 s")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 where the machine has it")
-    parser.add_argument("--size", type=int, help="of the pictures, in pixels (default: 64; on a GPU 256 without --quick)")
-    parser.add_argument("--batch", type=int, help="pictures (default: 4, 2 with --quick; on a GPU 16)")
+    parser.add_argument("--size", type=int, help="of the images, in pixels (default: 64; on a GPU 256 without --quick)")
+    parser.add_argument("--batch", type=int, help="images (default: 4, 2 with --quick; on a GPU 16)")
     options = parser.parse_args()
     quieten()
     gpu = torch.cuda.is_available()
@@ -437,7 +442,7 @@ def main() -> None:
     size = options.size or (256 if large else 64)
     batch = options.batch or (16 if large else 2 if options.quick else 4)
     rounds, steps = (2, 2) if options.quick else (options.rounds, 4)
-    print(describe())
+    print(machine_info())
     how = "bf16 autocast" if bf16 else "fp32"
     print(f"widths {network[0]}, {size} px, batch {batch}, {how}, {rounds} rounds of {steps} steps, both with an average")
     if options.quick:

@@ -10,9 +10,9 @@ nothing but paths, steps and seeds changed, once per seed. The latents are of sc
 images and judged K times on the way: after N, N/2, N/4, … One whose rate falls towards the end is judged fairly at its end
 alone, so it is trained twice, on N images and on N/4, each with a schedule of that length.
 
-Judged is the average of the weights, on pictures drawn from prompts with pairs of words that were never seen together: 20
+Judged is the average of the weights, on images drawn from prompts with pairs of words that were never seen together: 20
 steps of DPM-Solver++ 2M and guidance 3 for all, from the same noise: by prompt accuracy, all that a prompt says seen in its
-picture, and by the share of its words (background, colours, shapes, sizes, relation). And by the error of x0, the mean square
+image, and by the share of its words (background, colours, shapes, sizes, relation). And by the error of x0, the mean square
 of what the network takes for the clean latent less what it is, by tenths of the noise's share sigma / (alpha + sigma): unlike
 the losses (stored too), that can be compared between predictions and paths, tenth by tenth. All tenths in one number is their
 geometric mean, for ratios of which it does not matter what an error is worth at which noise.
@@ -54,18 +54,18 @@ import yaml
 from lightning import Callback, Trainer
 
 from ldm.cli import dispatch
-from ldm.data.shapes import held_out_prompts
 from ldm.diffusion.guidance import denoise
 from ldm.diffusion.path import expand
 from ldm.diffusion.scheduler import make_scheduler
-from ldm.evaluate import draw, shape_accuracy
+from ldm.evaluation.evaluate import generate_from_captions, shape_accuracy
 from ldm.files import atomic_file, read_json, write_json
-from ldm.machine import describe
+from ldm.machine import machine_info
+from ldm.shapes.scenes import held_out_prompts
 from ldm.training.denoiser import NUM_BINS, DenoiserTraining, fixed_noise
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "convergence"
 SCORES, STEP_SECONDS = "scores.jsonl", "step_seconds.json"
-TINY = {"width": 32, "num_layers": 1, "num_heads": 2}  # of --quick
+TINY = {"width": 32, "num_layers": 1, "num_attention_heads": 2}  # of --quick
 SAMPLING_STEPS, GUIDANCE = 20, 3.0
 
 
@@ -85,11 +85,11 @@ class Score(Callback):
         pipeline = module.pipeline()
         pipeline.scheduler = make_scheduler("dpm++2m", *pipeline.diffusion)
         options = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE}
-        pictures = draw(pipeline, self.prompts, seed=0, batch_size=64, **options)
+        images = generate_from_captions(pipeline, self.prompts, seed=0, batch_size=64, **options)
         losses = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         record = {"images": module.num_images_seen, "x0_error": x0_errors(trainer, module)} | losses
         with self.file.open("a") as file:
-            file.write(json.dumps(record | shape_accuracy(pictures, self.prompts)) + "\n")
+            file.write(json.dumps(record | shape_accuracy(images, self.prompts)) + "\n")
 
 
 @torch.no_grad()
@@ -260,7 +260,7 @@ def collect(bench: Bench, runs: Iterable[Run], seconds: dict[str, float]) -> lis
 
 
 def words_right(score: dict[str, Any]) -> float:
-    """Share of what the prompts name that the pictures show; the same as prompt accuracy, but for parts of a prompt."""
+    """Share of what the prompts name that the images show; the same as prompt accuracy, but for parts of a prompt."""
     return statistics.mean(score[name] for name in ("background", "colour", "shape", "size", "relation"))
 
 
@@ -307,13 +307,13 @@ def ratios(bench: Bench, lines: Iterable[Line]) -> dict[str, np.ndarray]:
     return found
 
 
-# -- the picture ---------------------------------------------------------------------------------------------------------
+# -- the image ---------------------------------------------------------------------------------------------------------
 
 COLOURS = ("#2563c9", "#16875a", "#d9691c", "#a13bb3", "#b58900", "#c92a4b")
 WIDTH, HEIGHT, LEFT, TOP, GAP = 360, 230, 56, 34, 96  # of a plot and around it
 
 
-def write_picture(file: Path, lines: Sequence[Line], seeds: int) -> None:
+def write_image(file: Path, lines: Sequence[Line], seeds: int) -> None:
     """Four plots in an SVG: means over the seeds, the spread behind them, a dot where a training ends."""
     images, seconds = [line.images for line in lines], [line.seconds for line in lines]
     words, error = [line.words for line in lines], [geometric_mean(line.error) for line in lines]
@@ -409,9 +409,9 @@ def compare(bench: Bench, recipes: Sequence[str], seeds: Sequence[int]) -> None:
         if not run.finished(bench):
             run.train(bench)
             print_summary(lines := show())
-            write_picture(bench.out / "convergence.svg", lines, len(seeds))
+            write_image(bench.out / "convergence.svg", lines, len(seeds))
     print_summary(lines := show())
-    write_picture(bench.out / "convergence.svg", lines, len(seeds))
+    write_image(bench.out / "convergence.svg", lines, len(seeds))
     for name, values in ratios(bench, lines).items():
         print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
 
@@ -444,7 +444,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, tiny networks, own latents: under 50 s, says nothing")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    print(describe())
+    print(machine_info())
     if options.quick:
         with tempfile.TemporaryDirectory() as temporary:
             compare(tiny_bench(Path(temporary)), options.recipes, [0])

@@ -34,12 +34,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ldm.data.images import ImageDataset
+from ldm.data.image_dataset import ImageDataset
 from ldm.data.loader import ShardLoader
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.plan import Plan, mixing
 from ldm.data.writer import ShardWriter
-from ldm.machine import describe
+from ldm.machine import machine_info
 from ldm.models.autoencoder import pixels_to_images
 
 warnings.filterwarnings("ignore")
@@ -48,7 +48,7 @@ OPTIONAL = ("litdata", "streaming")
 
 
 def jpegs(count: int, size: int, quality: int = 90) -> Iterator[bytes]:
-    """Pictures with the spectrum of photographs (amplitude falls with frequency) and edges: as hard to decode."""
+    """Images with the spectrum of photographs (amplitude falls with frequency) and edges: as hard to decode."""
     rng = np.random.default_rng(size)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])  # (S, S/2 + 1)
     frequency[0, 0] = 1
@@ -127,7 +127,7 @@ def imagefolder(folder: Path, workers: int) -> Iterator[Tensor]:
 
 
 def resized(sample: dict) -> Tensor:
-    """litdata's uint8 picture at the size wanted; a function of the module, because its workers are spawned."""
+    """litdata's uint8 image at the size wanted; a function of the module, because its workers are spawned."""
     return transforms.functional.center_crop(transforms.functional.resize(sample["image"], SIZE, antialias=True), SIZE)
 
 
@@ -141,7 +141,7 @@ def litdata(folder: Path, workers: int) -> Iterator[Tensor]:
 
 
 def normalised(samples: list[dict]) -> Tensor:
-    """streaming's Pillow pictures as a batch; a function of the module, because its workers are spawned."""
+    """streaming's Pillow images as a batch; a function of the module, because its workers are spawned."""
     transform = peers_transform()
     return torch.stack([transform(sample["image"]) for sample in samples])
 
@@ -187,7 +187,7 @@ def main() -> None:
     count, rounds = (384, 2) if options.quick else (options.images, options.rounds)
     sizes = (256,) if options.quick else (256, 512)
     peers = [] if options.quick else [name for name in OPTIONAL if importlib.util.find_spec(name)]
-    print(describe())
+    print(machine_info())
     print(f"{count} images, {rounds} rounds; left out: {', '.join(set(OPTIONAL) - set(peers)) or 'nothing'}")
     found = mixing(Plan((1000,) * 100), BATCH)
     print("mixing of 100 shards of 1000:", {name: round(value, 4) for name, value in found.items()})

@@ -45,10 +45,10 @@ from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.scheduler import make_scheduler
 from ldm.diffusion.timesteps import LogitNormal
-from ldm.machine import bf16_pays, describe
+from ldm.machine import bf16_pays, machine_info
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.dit import DiT, text_computed_once, transformer_blocks
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.optimiser import OptimiserConfig
 
@@ -105,18 +105,18 @@ class Setting:
 # -- the two networks ----------------------------------------------------------------------------------------------------
 
 
-def build(side: str, setting: Setting, text_width: int) -> ModelMixin:
+def build(side: str, setting: Setting, caption_channels: int) -> ModelMixin:
     """A network with random weights everywhere, so that no gate is shut."""
     torch.manual_seed(0)
     common = {"in_channels": 4, "sample_size": setting.side, "patch_size": 2, "num_layers": setting.layers}
     if side == "ours":
-        network = DiT(width=setting.width, num_heads=setting.heads, text_width=text_width, **common)
+        network = DiT(width=setting.width, num_attention_heads=setting.heads, caption_channels=caption_channels, **common)
     else:
         network = PixArtTransformer2DModel(
             num_attention_heads=setting.heads,
             attention_head_dim=setting.width // setting.heads,
             cross_attention_dim=setting.width,
-            caption_channels=text_width,
+            caption_channels=caption_channels,
             out_channels=4,
             use_additional_conditions=False,
             **common,
@@ -237,7 +237,7 @@ def measure(setting: Setting, precisions: list[str], rounds: int, steps: int) ->
     counts = {side: sum(parameter.numel() for parameter in network.parameters()) for side, network in networks.items()}
     text = Condition(*text_encoder.encode(PROMPTS))
     print(f"parameters: ours {counts['ours'] / 1e6:.2f}M, theirs {counts['theirs'] / 1e6:.2f}M", end="; ")
-    print(f"{(setting.side // 2) ** 2} tokens of picture, {text.mask.shape[1]} of text, padded {PADDED}")
+    print(f"{(setting.side // 2) ** 2} tokens of image, {text.mask.shape[1]} of text, padded {PADDED}")
     assert abs(counts["ours"] / counts["theirs"] - 1) < 0.02, "the two are not of one size"
     noise = torch.randn(len(PROMPTS), 4, setting.side, setting.side, generator=torch.Generator().manual_seed(0))
     noise = noise.to(setting.device)
@@ -295,7 +295,7 @@ def main() -> None:
     else:  # DiT-S of the paper, on a GPU DiT-B, on latents of 32 x 32
         sizes, rounds, steps = ((768, 12, 12, 32, 64, 20) if gpu else (384, 12, 6, 32, 8, 8)), options.rounds or 5, 3
     setting = Setting(*sizes, options.compile, "cuda" if gpu else "cpu")
-    print(describe())
+    print(machine_info())
     print(setting, f"{rounds} rounds of {steps} steps and a sampling of {len(PROMPTS)} prompts")
     ratios = measure(setting, precisions, rounds, steps)
     for name, values in sorted(ratios.items()):

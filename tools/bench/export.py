@@ -3,11 +3,11 @@
     python tools/bench/export.py [--quick] [--rounds R]
 
 Both encode the same JPEGs with the same autoencoder in fp32. The plain loop: ImageFolder, one DataLoader (with 0 and with 2
-workers), `encode`, one `.npy` per picture. Ours also writes the posterior's deviation, hashes, syncs and measures the set.
-In the first two settings all pictures share ten captions, like class names, which the loop leaves alone; in the one called
+workers), `encode`, one `.npy` per image. Ours also writes the posterior's deviation, hashes, syncs and measures the set.
+In the first two settings all images share ten captions, like class names, which the loop leaves alone; in the one called
 text each has its own, and the loop also sends every batch's captions through the same text encoder, one `.npy` for each.
 Images per second from the first batch's end to the last one's. Then the memory, not with --quick: the peak of a process that
-exports many pictures against that of one that exports a tenth. Ends with `ratio NAME MEDIAN MIN MAX`: ours over the loop's in a
+exports many images against that of one that exports a tenth. Ends with `ratio NAME MEDIAN MIN MAX`: ours over the loop's in a
 round.
 """
 
@@ -39,12 +39,12 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
-from ldm.data.shapes import generate
 from ldm.data.writer import ShardWriter
 from ldm.latents.export import export_latents
-from ldm.machine import describe
+from ldm.machine import machine_info
 from ldm.models.autoencoder import AutoencoderConfig, load_autoencoder
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.shapes.scenes import generate
 
 warnings.filterwarnings("ignore")
 transformers.utils.logging.disable_progress_bar()
@@ -54,7 +54,7 @@ CLASSES = 10
 
 
 class Setting(NamedTuple):
-    """Pictures of so many pixels a side for an autoencoder of these widths, each with a caption of its own or one of a few."""
+    """Images of so many pixels a side for an autoencoder of these widths, each with a caption of its own or one of a few."""
 
     count: int
     size: int
@@ -135,7 +135,7 @@ def peak(folder: Path, out: Path) -> int:
 
 
 def peaks(counts: tuple[int, int]) -> Iterator[int]:
-    """Of exports of so many pictures, each in a process of its own."""
+    """Of exports of so many images, each in a process of its own."""
     for count in counts:
         with tempfile.TemporaryDirectory() as temporary, multiprocessing.get_context("spawn").Pool(1) as pool:
             write(Path(temporary), SETTINGS["f4_64px"]._replace(count=count))
@@ -146,13 +146,13 @@ def main() -> None:
     """Measure, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="the small autoencoder, few pictures, two rounds, no memory: under 50 s"
+        "--quick", action="store_true", help="the small autoencoder, few images, two rounds, no memory: under 50 s"
     )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     settings = {"f4_64px": SETTINGS["f4_64px"]._replace(count=384)} if options.quick else SETTINGS
     rounds = 2 if options.quick else options.rounds
-    print(describe())
+    print(machine_info())
     ratios: dict[str, list[float]] = {}
     for name, setting in settings.items():
         with tempfile.TemporaryDirectory() as temporary:
@@ -163,13 +163,13 @@ def main() -> None:
                 rates |= {
                     f"loop_{workers}workers": loop(folder, folder / f"loop{workers}{turn}", workers) for workers in (0, 2)
                 }
-                print(f"{name}, {setting.count} pictures:", {key: round(rate, 1) for key, rate in rates.items()}, flush=True)
+                print(f"{name}, {setting.count} images:", {key: round(rate, 1) for key, rate in rates.items()}, flush=True)
                 for key in rates.keys() - {"ours"}:
                     ratios.setdefault(f"{key}_{name}", []).append(rates["ours"] / rates[key])
     if not options.quick:
         few, many = 2000, 20_000
         small, large = (size / 2**20 for size in peaks((few, many)))
-        print(f"peak memory: {small:.0f} MiB for {few} pictures, {large:.0f} MiB for {many}: {large - small:+.1f} MiB")
+        print(f"peak memory: {small:.0f} MiB for {few} images, {large:.0f} MiB for {many}: {large - small:+.1f} MiB")
     for name, values in sorted(ratios.items()):
         print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
 

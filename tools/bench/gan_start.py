@@ -5,7 +5,7 @@
 For every seed one autoencoder is trained without a discriminator; from there both recipes go on over the same batches, with
 the same losses, weight and learning rates. Theirs: the discriminator (batch norm, weights of N(0, 0.02)) is heard from its
 first step on, its gradient made as large as the reconstruction's. Ours: `alone`, `warmup` and the guard of
-`ldm.training.adversary`, spectral norm. A third run goes on without a discriminator. The autoencoder's raw weights are
+`ldm.training.adversarial`, spectral norm. A third run goes on without a discriminator. The autoencoder's raw weights are
 validated, not their average, which would hide the shock.
 
 What the game costs at a validation is what PSNR lies below that of the third run at the same step. Ends with `ratio NAME MEDIAN
@@ -32,15 +32,15 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.shapes import generate
 from ldm.data.writer import write_images
 from ldm.losses import Hinge, PerceptualLoss, ReconstructionLoss
-from ldm.machine import describe
+from ldm.machine import machine_info
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.training.adversary import Adversary
+from ldm.shapes.scenes import generate
+from ldm.training.adversarial import AdversarialTraining
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.guard import Guard
+from ldm.training.guard import ReconstructionGuard
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 
 SIZE, BATCH, WEIGHT = 40, 8, 0.5
@@ -65,12 +65,14 @@ class BatchNormDiscriminator(nn.Sequential):
                 nn.init.normal_(module.weight, 1, 0.02)
 
 
-class HardStart(Adversary):
+class HardStart(AdversarialTraining):
     """Latent diffusion's: heard from the first batch on, which its batch norm is in training mode for."""
 
     def __init__(self, start: int):
-        guard = Guard(enabled=False)
-        super().__init__(BatchNormDiscriminator(), Hinge(), WEIGHT, start=start, alone=-1, warmup=0, guard=guard)
+        guard = ReconstructionGuard(enabled=False)
+        super().__init__(
+            BatchNormDiscriminator(), Hinge(), WEIGHT, start=start, discriminator_warmup=-1, generator_ramp=0, guard=guard
+        )
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
         self.discriminator.requires_grad_(False)
@@ -79,9 +81,11 @@ class HardStart(Adversary):
         return loss
 
 
-def guarded_start(start: int, after: int) -> Adversary:
+def guarded_start(start: int, after: int) -> AdversarialTraining:
     """Ours: a sixth of what is left alone, half of it to rise."""
-    return Adversary(PatchDiscriminator(32, 2), Hinge(), WEIGHT, start=start, alone=after // 6, warmup=after // 2)
+    return AdversarialTraining(
+        PatchDiscriminator(32, 2), Hinge(), WEIGHT, start=start, discriminator_warmup=after // 6, generator_ramp=after // 2
+    )
 
 
 class Record(Callback):
@@ -96,7 +100,7 @@ class Record(Callback):
 
 
 def train(
-    adversary: Adversary, folder: Path, seed: int, steps: int, every: int, start_from: dict | None = None
+    adversary: AdversarialTraining, folder: Path, seed: int, steps: int, every: int, start_from: dict | None = None
 ) -> tuple[dict, list[tuple[int, float, float]]]:
     """Train so many steps; returns the autoencoder's state and optimiser's, and the figures of every validation."""
     torch.manual_seed(seed)
@@ -152,7 +156,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    print(describe())
+    print(machine_info())
     print(f"shapes of {SIZE} px, batch {BATCH}, {before} steps before the start, {after} after it, adversarial weight {WEIGHT}")
     ratios: dict[str, list[float]] = {"gan_start_psnr_cost": [], "gan_start_mean_psnr_cost": [], "gan_start_final_lpips": []}
     with tempfile.TemporaryDirectory() as temporary:
@@ -160,13 +164,13 @@ def main() -> None:
         write_images(folder / "train", "shapes", generate(4000, SIZE, seed=0), 1000)
         write_images(folder / "validation", "shapes", generate(64, SIZE, seed=1), 64)
         for seed in range(seeds):
-            never = Adversary(PatchDiscriminator(8, 2), weight=0.0, start=before - 1, alone=10**9)
+            never = AdversarialTraining(PatchDiscriminator(8, 2), weight=0.0, start=before - 1, discriminator_warmup=10**9)
             state, figures = train(never, folder, seed, before, before)
             _, psnr, lpips = figures[-1]
             print(f"seed {seed}: before the start PSNR {psnr:.2f} dB, LPIPS {lpips:.4f}", flush=True)
             most, average, last = {}, {}, {}
             recipes = {
-                "none": Adversary(PatchDiscriminator(8, 2), weight=0.0, start=after - 1, alone=10**9),
+                "none": AdversarialTraining(PatchDiscriminator(8, 2), weight=0.0, start=after - 1, discriminator_warmup=10**9),
                 "theirs": HardStart(0),
                 "ours": guarded_start(0, after),
             }

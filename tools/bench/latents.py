@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.latents import Chunk, LatentInfo, TextInfo, write_null_text
+from ldm.data.latent_schema import Chunk, LatentInfo, TextInfo, write_null_text
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.writer import ShardWriter
-from ldm.machine import describe
+from ldm.machine import machine_info
 
 warnings.filterwarnings("ignore")
 BATCH, LATENT, TOKENS, WIDTH = 64, (4, 32, 32), 16, 384
@@ -61,7 +61,7 @@ INFO = LatentInfo(
 
 
 def sample(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation (2, C, h, w), and text (L, D) of a picture, float16."""
+    """Mean and deviation (2, C, h, w), and text (L, D) of an image, float16."""
     rng = np.random.default_rng(number)
     latent = rng.normal(size=(2, *LATENT))
     latent[1] = np.abs(latent[1])
@@ -194,7 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     count, rounds = (2048, 2) if options.quick else (options.samples // PER_SHARD * PER_SHARD, options.rounds)
     peers = [] if options.quick else [name for name in OPTIONAL if importlib.util.find_spec(name)]
-    print(describe())
+    print(machine_info())
     print(f"{count} samples, {rounds} rounds; left out: {', '.join(set(OPTIONAL) - set(peers)) or 'nothing'}")
     loaders = {name: loader for name, loader in LOADERS.items() if name in peers or name not in OPTIONAL}
     ratios: dict[str, list[float]] = {}

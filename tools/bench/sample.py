@@ -1,4 +1,4 @@
-"""Guided sampling, from words to PIL pictures: our pipeline against diffusers' stock ``PixArtAlphaPipeline``.
+"""Guided sampling, from words to PIL images: our pipeline against diffusers' stock ``PixArtAlphaPipeline``.
 
     python tools/bench/sample.py [--quick] [--rounds R] [--precision bf16|fp32]
 
@@ -8,11 +8,11 @@ Three pipelines share text encoder, autoencoder, scheduler (DPM-Solver++ 2M), st
 - ``theirs``: ``PixArtAlphaPipeline`` round that very network;
 - ``dit``: ``LatentDiffusionPipeline`` round our DiT, its parameters within 2 % of PixArt's.
 
-One picture at a time and sixteen at once, of four prompts in turn. Texts are as each pipeline comes: ours as long as the
+One image at a time and sixteen at once, of four prompts in turn. Texts are as each pipeline comes: ours as long as the
 longest prompt of the batch, theirs padded to 120 tokens (``padded``); and theirs cut to the longest prompt. In bf16 all have
 their weights in bf16.
 
-The pictures of ours and theirs are compared; they differ a little, because theirs tells the network its time in whole
+The images of ours and theirs are compared; they differ a little, because theirs tells the network its time in whole
 thousandths and ours exactly. Where the time goes (text encoder, denoiser, decoding, and the rest) is measured in a pass of its
 own, which counts for no ratio. Ends with `ratio NAME MEDIAN MIN MAX`: seconds of theirs over ours, and over our DiT's, at each
 batch and precision.
@@ -41,14 +41,14 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.scheduler import make_scheduler
-from ldm.machine import describe
+from ldm.machine import machine_info
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
 
 BATCHES = (1, 16)
 GUIDANCE = 4.0
-# of the decoder; its time is part of a picture's
+# of the decoder; its time is part of an image's
 AUTOENCODERS = {"quick": ([32, 64, 64, 64], 1), "cpu": ([64, 128, 256, 256], 1), "gpu": ([128, 256, 512, 512], 2)}
 
 
@@ -61,7 +61,7 @@ class Contestant:
     longest: int | None  # tokens that theirs pads texts to; ours takes them at their length
 
     def draw(self, noise: Tensor) -> list[Image.Image]:
-        """A picture for each row of noise, of the prompts in turn."""
+        """An image for each row of noise, of the prompts in turn."""
         prompts = list(itertools.islice(itertools.cycle(PROMPTS), len(noise)))
         options: dict[str, Any] = {"num_inference_steps": self.setting.sampling_steps, "guidance_scale": GUIDANCE}
         if self.longest is not None:
@@ -122,7 +122,7 @@ def contestants(setting: Setting, autoencoder: tuple[list[int], int], dtype: tor
     vae = AutoencoderConfig(widths, 4, layers, sample_size=8 * setting.side).build().eval()
     counts["decoder"] = sum(weight.numel() for weight in vae.decoder.parameters()) / 1e6
     print("parameters:", ", ".join(f"{name} {count:.2f}M" for name, count in counts.items()), end="; ")
-    print(f"{(setting.side // 2) ** 2} tokens of picture, up to {length} of text, padded {PADDED}")
+    print(f"{(setting.side // 2) ** 2} tokens of image, up to {length} of text, padded {PADDED}")
     assert abs(counts["DiT"] / counts["PixArt"] - 1) < 0.02, "the two networks are not of one size"
 
     def make(kind: type[DiffusionPipeline], network: torch.nn.Module, longest: int | None = None) -> Contestant:
@@ -141,12 +141,12 @@ def contestants(setting: Setting, autoencoder: tuple[list[int], int], dtype: tor
 
 
 def state_differences(precision: str, entered: dict[str, Contestant], noise: Tensor) -> None:
-    """Print how far apart are the pictures that ought to be the same."""
+    """Print how far apart are the images that ought to be the same."""
     ours, *theirs = (
         np.stack([*map(np.asarray, entered[name].draw(noise))]).astype(int) for name in ("ours", "theirs", "theirs_padded")
     )
-    apart = [abs(pictures - ours).max() for pictures in theirs]
-    print(f"{precision}, one PixArt in both pipelines: pictures differ by at most {apart[0]} of 255,", end=" ")
+    apart = [abs(images - ours).max() for images in theirs]
+    print(f"{precision}, one PixArt in both pipelines: images differ by at most {apart[0]} of 255,", end=" ")
     print(f"padded {apart[1]} (their standard deviation is {ours.std():.0f})", flush=True)
 
 
@@ -199,7 +199,7 @@ def main() -> None:
     precisions = precisions_of(options)
     setting = Setting(*sizes, max(BATCHES), steps, False, "cuda" if gpu else "cpu")
     rounds = options.rounds or (2 if options.quick else 5)
-    print(describe())
+    print(machine_info())
     print(setting, f"{rounds} rounds")
     autoencoder = AUTOENCODERS["quick" if options.quick else "gpu" if gpu else "cpu"]
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -12,7 +12,7 @@ are cores or GPUs for all. A round has every measurement once, there and back in
 Communication under DDP: every other step exchanges no gradients (DDP's ``no_sync``), all else alike; the share is what the
 median step takes longer with them. FSDP cannot train without; its share is against one process alone, contention included. The
 bandwidth is that of an all-reduce of as many bytes as the gradients have, by itself, after training: bytes that a process sends
-over seconds. Expected is :func:`ldm.training.cost.expected_efficiency` from one process's step, the bytes and the bandwidth,
+over seconds. Expected is :func:`ldm.runs.dry_run.cost.expected_efficiency` from one process's step, bytes and bandwidth,
 nothing of the exchange hidden. ``contention``: a step without exchange over one process's step, less 1: what the processes take
 from each other of memory and caches, and the waiting where they put together a figure or two, such as the loss; the model knows
 nothing of either.
@@ -116,9 +116,9 @@ def shapes_options(rank: int, stage: str, folder: Path, quick: bool) -> list[str
 
 
 def describe_machine(rank: int) -> str:
-    from ldm.machine import describe
+    from ldm.machine import machine_info
 
-    return str(describe())
+    return str(machine_info())
 
 
 def measure(rank: int, case: Case, options: list[str], steps: int, port: int) -> Found:
@@ -169,7 +169,7 @@ def time_all_reduce(size: int, device: Any) -> list[float]:
 
 def report(rank: int, found: dict[Case, list[Found]]) -> dict[str, list[float]]:
     """Print the table; returns the ratios, one per round each."""
-    from ldm.training.cost import exchanged_bytes, expected_efficiency
+    from ldm.runs.dry_run.cost import exchanged_bytes, expected_efficiency
 
     print("\n| stage | strategy | processes | images/s | efficiency | expected | communication | contention | all-reduce |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -12,12 +12,12 @@ from lightning import Callback, LightningModule, Trainer
 
 from ldm.cli import dispatch
 from ldm.models.autoencoder import AutoencoderConfig
+from ldm.runs.fit import FitCLI
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.base import Stage
+from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
-from ldm.training.run import FitCLI
 
-STAGES: dict[str, type[Stage]] = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}
+STAGES: dict[str, type[TrainingModule]] = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}
 
 
 class Clock(Callback):
@@ -82,4 +82,12 @@ def data_options(stage: str, folder: Path) -> list[str]:
     if stage == "denoiser":
         return [*options, "--model.autoencoder", str(folder / "autoencoder"), "--model.preview_prompts", "[]"]
     # heard from the second one on
-    return [*options, "--model.adversary.start", "0", "--model.adversary.alone", "0", "--model.adversary.warmup", "1"]
+    return [
+        *options,
+        "--model.adversary.start",
+        "0",
+        "--model.adversary.discriminator_warmup",
+        "0",
+        "--model.adversary.generator_ramp",
+        "1",
+    ]

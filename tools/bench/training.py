@@ -5,14 +5,14 @@
 - Stage two: DiT-B/2 and DiT-XL/2 at 256 px (256 tokens) on cached latents, with and without compiled blocks, with and without
   gradient checkpointing.
 - Stage one: configs/autoencoder/kl_f8_8gpu.yaml at 256 px, both players, LPIPS of random weights, compiled and not.
-- Sampling: both DiTs and the f8 autoencoder, from words to pictures with guidance, in 20 and 50 steps, one and eight at once.
+- Sampling: both DiTs and the f8 autoencoder, from words to images with guidance, in 20 and 50 steps, one and eight at once.
 
 Training is ``ldm STAGE fit`` of the recipe through Lightning's ``Trainer.fit`` with loader, optimisers, averages and logs, but
 for previews, checkpoints and validation; bf16, TF32, one device, captions by MiniLM. The networks are untrained: time does not
-depend on what they hold. MFU is :mod:`ldm.training.cost`'s: FLOPs of the mathematics over the peak of the GPU, without
+depend on what they hold. MFU is :mod:`ldm.runs.dry_run.cost`'s: FLOPs of the mathematics over the peak of the GPU, without
 what gradient checkpointing computes again.
 
-Without a GPU networks, pictures and batches are tiny, in fp32 where bf16 does not pay, and with --quick nothing is compiled:
+Without a GPU networks, images and batches are tiny, in fp32 where bf16 does not pay, and with --quick nothing is compiled:
 that it runs is all that is shown. Ends with ``ratio NAME MEDIAN MIN MAX``: throughput compiled over plain and with gradient
 checkpointing over without, per round, and on a GPU the MFU of DiT-XL/2, compiled, over 20% and 25%, between which fast-DiT and
 LightningDiT are by what they publish.
@@ -42,11 +42,11 @@ from sample import AUTOENCODERS, Contestant
 from timed_fit import Clock, TimedFit, data_options, make_data
 
 from ldm.diffusion.scheduler import make_scheduler
-from ldm.machine import bf16_pays, describe
+from ldm.machine import bf16_pays, machine_info
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.training.cost import PeakMemory, peak_flops
+from ldm.runs.dry_run.cost import PeakMemory, peak_flops
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WARM_UP = 5  # steps: compilation, the allocator, the start of the loader
@@ -131,7 +131,7 @@ class Bench:
 
     def denoisers(self) -> Iterator[tuple[Row, Callable[[], None]]]:
         for name, (recipe, width, layers, heads, batch) in (TINY_DENOISERS if self.tiny else DENOISERS).items():
-            sizes = {"width": width, "num_layers": layers, "num_heads": heads, "text_width": 384}
+            sizes = {"width": width, "num_layers": layers, "num_attention_heads": heads, "caption_channels": 384}
             sizes["sample_size"] = 8 if self.tiny else 32
             network = [text for key, value in sizes.items() for text in (f"--model.denoiser.init_args.{key}", value)]
             for checkpointing, compiled in itertools.product((False, True), repeat=2):
@@ -142,7 +142,7 @@ class Bench:
     def autoencoders(self) -> Iterator[tuple[Row, Callable[[], None]]]:
         options = ["--config", CONFIGS / "autoencoder" / "kl_f8_8gpu.yaml", "--model.perceptual.init_args.weights", "random"]
         if self.tiny:
-            options += ["--model.autoencoder.widths", "[8, 8, 8, 8]", "--model.autoencoder.norm_groups", 4]
+            options += ["--model.autoencoder.block_out_channels", "[8, 8, 8, 8]", "--model.autoencoder.norm_num_groups", 4]
             options += ["--model.autoencoder.sample_size", 64, "--model.adversary.discriminator.init_args.width", 8]
             options += ["--model.perceptual.init_args.trunk", "alex"]
         for compiled in (False, True):
@@ -188,9 +188,9 @@ class Bench:
 
 def print_table(rows: Sequence[Row]) -> None:
     """In Markdown: medians, and the least and the most of the rounds."""
-    machine = describe()
+    machine = machine_info()
     print(f"\n{date.today()}, {machine['GPU'] if torch.cuda.is_available() else machine['CPU']}, torch {machine['torch']}\n")
-    print("| what | blocks | checkpointing | batch | images/s | ms a step or picture | MFU | peak memory |")
+    print("| what | blocks | checkpointing | batch | images/s | ms a step or image | MFU | peak memory |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         rate = f"{statistics.median(row.rates):.3g} ({min(row.rates):.3g} to {max(row.rates):.3g})"
@@ -237,7 +237,7 @@ def main() -> None:
     quieten()
     logging.disable(logging.WARNING)
     tiny = given.quick or not torch.cuda.is_available()
-    print(describe())
+    print(machine_info())
     rounds, steps = (1, 3) if given.quick else (given.rounds, 3 if tiny else 30)
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), tiny, steps)

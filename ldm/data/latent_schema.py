@@ -1,0 +1,330 @@
+"""Latent shards: the schema, what their manifest knows, writing, and memory-mapped reading.
+
+A latent shard is an uncompressed tar of chunks. A chunk of n images of one size, with m captions, is two members::
+
+    00000012.safetensors   mean           (n, C, h, w)  posterior mean, as the encoder gives it (not normalised)
+                           std            (n, C, h, w)  posterior standard deviation; not there in an export of modes
+                           mean_flip, std_flip          the same of the mirrored image, where asked for
+                           original_size  (n, 2) int32  height, width in pixels of the image that was packed, where its
+                                                        .json tells, otherwise of the image in the image shard
+                           crop           (n, 4) int32  top, left, height, width: what was encoded of the image in the shard
+                           caption_start  (n + 1) int64  image i has the captions caption_start[i] to caption_start[i + 1] - 1
+                           text           (T, D)        the token embeddings of all captions, unpadded, one after another
+                           text_start     (m + 1) int64 caption j is text[text_start[j] : text_start[j + 1]]
+                           text_2, text_2_start, ...    the same of further text encoders
+    00000012.json          {"keys": [a key for each image], "captions": [a list of captions for each image]}
+
+Floats are float16 or float32. A caption's attention mask is all ones over its own tokens, hence not stored.
+``manifest.json`` adds the entries named in :class:`LatentInfo`; ``null_text.safetensors`` beside it holds the encoded empty
+caption (``text``, ``text_2``, ...), the null condition of training and sampling. Nothing but ``tarfile`` and ``safetensors``
+is needed to read it.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load, save
+
+from ldm.data.decode import DecodeError
+from ldm.data.manifest import LATENT_SHARDS, Manifest
+from ldm.data.moments import Moments
+from ldm.data.shards import ShardReader
+from ldm.data.sources import ShardSource, open_source
+from ldm.errors import LdmError, UsageError, first_line
+from ldm.files import atomic_file
+
+NULL_TEXT_NAME = "null_text.safetensors"
+DTYPES = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """One text encoder that captions went through.
+
+    Attributes:
+        name: the name or folder it was loaded by.
+        hash: sha256 of its weights, config and tokenizer.
+        width: features per token.
+        max_tokens: as many tokens of a caption were kept.
+        cut: how many captions had more.
+    """
+
+    name: str
+    hash: str
+    width: int
+    max_tokens: int
+    cut: int
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """What the manifest of latent shards knows beyond its shards.
+
+    Attributes:
+        autoencoder: sha256 of the weights and architecture of the autoencoder that made the latents.
+        text_encoders: those that the captions went through, in the order of ``text``, ``text_2``, ...
+        latent_shapes: (C, h, w) of every size that occurs, the most frequent first.
+        resolution: side in pixels that images were fitted to; None: each as it was, but for what the autoencoder's factor
+            cut off.
+        posterior: "gaussian" (mean and std) or "mode" (the mean alone).
+        flips: whether the latents of mirrored images are there, too.
+        captions: "first" or "all" of an image's captions.
+        dtype: of the stored floats.
+        precision: that the networks computed in.
+        latents_mean: per channel over the whole set, in expectation over the posterior; C numbers.
+        latents_std: likewise.
+        source: hash of the image shards' manifest.
+        source_shards: where those stood.
+        versions: of the libraries that made it.
+    """
+
+    autoencoder: str
+    text_encoders: tuple[TextInfo, ...]
+    latent_shapes: tuple[tuple[int, int, int], ...]
+    resolution: int | None
+    posterior: str
+    flips: bool
+    captions: str
+    dtype: str
+    precision: str
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    source: str
+    source_shards: str
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> LatentInfo:
+        """Read it back from a manifest. Raises KeyError where that has no such thing."""
+        found = {name: manifest.extra[name] for name in cls.__dataclass_fields__}
+        for name in ("latents_mean", "latents_std"):
+            found[name] = tuple(found[name])
+        found["latent_shapes"] = tuple(tuple(shape) for shape in found["latent_shapes"])
+        found["text_encoders"] = tuple(TextInfo(**encoder) for encoder in found["text_encoders"])
+        return cls(**found)
+
+    def as_extra(self) -> dict[str, Any]:
+        """What goes into the manifest."""
+        return asdict(self)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int] | None:
+        """(C, h, w), or None where there are several sizes."""
+        return self.latent_shapes[0] if len(self.latent_shapes) == 1 else None
+
+
+def text_name(encoder: int) -> str:
+    """What the embeddings of text encoder number ``encoder`` (from 0) are called in a chunk and in the null text."""
+    return "text" if encoder == 0 else f"text_{encoder + 1}"
+
+
+def write_null_text(folder: str | Path, texts: Sequence[np.ndarray]) -> None:
+    """Keep the encoded empty caption, (L, D) for each text encoder, beside the manifest."""
+    with atomic_file(Path(folder) / NULL_TEXT_NAME) as file:
+        file.write(save({text_name(encoder): np.ascontiguousarray(text) for encoder, text in enumerate(texts)}))
+
+
+def read_null_text(source: ShardSource, encoder: int = 0) -> np.ndarray:
+    """The empty caption as text encoder number ``encoder`` gave it, (L, D) float32."""
+    return load(source.read(NULL_TEXT_NAME))[text_name(encoder)].astype(np.float32)
+
+
+@dataclass
+class Chunk:
+    """Latents of one size and everything known of their images; the names are those of the schema above.
+
+    Attributes:
+        keys: n.
+        captions: n lists, m captions in all.
+        latents: ``mean``, and ``std``, ``mean_flip``, ``std_flip`` where there are such, (n, C, h, w) each.
+        texts: for each text encoder the embeddings of the m captions, (L_j, D).
+        original_size: (n, 2).
+        crop: (n, 4).
+    """
+
+    keys: list[str]
+    captions: list[list[str]]
+    latents: dict[str, np.ndarray]
+    texts: list[list[np.ndarray]]
+    original_size: np.ndarray
+    crop: np.ndarray
+
+    def members(self) -> dict[str, bytes]:
+        """Its two members, by extension."""
+        tensors = {name: np.ascontiguousarray(latents) for name, latents in self.latents.items()}
+        tensors |= {name: np.asarray(getattr(self, name), np.int32) for name in ("original_size", "crop")}
+        tensors["caption_start"] = _starts(self.captions)
+        for encoder, texts in enumerate(self.texts):
+            tensors |= {text_name(encoder): np.concatenate(texts), f"{text_name(encoder)}_start": _starts(texts)}
+        words = json.dumps({"keys": self.keys, "captions": self.captions}, ensure_ascii=False)
+        return {"safetensors": save(tensors), "json": words.encode()}
+
+    def moments(self) -> Moments:
+        """Of latents drawn from the posteriors, per channel; mirrored ones are not counted."""
+        return Moments.of(self.latents["mean"], self.latents.get("std"))
+
+
+def _starts(parts: Sequence[Any]) -> np.ndarray:
+    """Where each of the parts begins when they stand one after another, and where the last one ends."""
+    return np.cumsum([0, *map(len, parts)], dtype=np.int64)
+
+
+def tensors_in(data: np.ndarray) -> dict[str, np.ndarray]:
+    """Read-only views of the tensors in the bytes of a safetensors file, uint8 (n,); nothing is copied.
+
+    The format: 8 bytes little-endian header length, a JSON header with dtype, shape and offsets, the data.
+    Raises :class:`DecodeError` where the bytes are none.
+    """
+    try:
+        header_size = int(data[:8].view("<u8")[0])
+        header = json.loads(bytes(data[8 : 8 + header_size]))
+        views = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = (8 + header_size + position for position in entry["data_offsets"])
+                views[name] = data[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise DecodeError(f"is in a chunk that is no safetensors of latents ({error})") from None
+    return views
+
+
+def _are_starts(starts: np.ndarray, parts: int | None, end: int) -> bool:
+    """Whether these are the starts of so many parts (None: any number) that stand one after another up to ``end``."""
+    right = parts is None or len(starts) == parts + 1
+    return right and starts[0] == 0 and starts[-1] == end and bool((np.diff(starts) >= 0).all())
+
+
+class LatentShard:
+    """The chunks of one latent shard, its file mapped into memory."""
+
+    def __init__(self, path: Path, samples: int):
+        """Raises :class:`LdmError` unless the shard is whole and holds so many ``samples``."""
+        with ShardReader(path, ("json", "safetensors")) as reader:
+            if reader.damage:
+                raise LdmError(f"{path} {reader.damage}; export again")
+            self.spans = [reader.spans(index) for index in range(len(reader))]
+        self.reopen(path)
+        self.starts = [0, *accumulate(len(self.tensors(chunk)["mean"]) for chunk in range(len(self.spans)))]
+        if self.starts[-1] != samples:
+            raise LdmError(f"{path} holds {self.starts[-1]} latents, its manifest says {samples}; export again")
+
+    def reopen(self, path: Path) -> None:
+        self.path = path
+        try:
+            # Neither np.memmap, every slice of which costs microseconds, nor mmap, which keeps the file open: thousands of
+            # shards may be mapped at a time.
+            data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise LdmError(f"{path} cannot be read ({reason}); restore it") from None
+        self.data = data.numpy()
+        self.data.flags.writeable = False
+        self._mapped: dict[int, dict[str, np.ndarray]] = {}
+
+    def close(self) -> None:
+        del self.data, self._mapped
+
+    def tensors(self, chunk: int) -> dict[str, np.ndarray]:
+        """What chunk number ``chunk`` holds; see the schema above. Raises :class:`DecodeError` where it is broken."""
+        if chunk not in self._mapped:
+            tensors = tensors_in(self._member(chunk, "safetensors"))
+            try:
+                shape, captions = tensors["mean"].shape, int(tensors["caption_start"][-1])
+                whole = len(shape) == 4 and _are_starts(tensors["caption_start"], shape[0], captions)
+                for name in tensors.keys() & {"std", "mean_flip", "std_flip"}:
+                    whole &= tensors[name].shape == shape
+                whole &= tensors["original_size"].shape == (shape[0], 2) and tensors["crop"].shape == (shape[0], 4)
+                for name in tensors:
+                    if name.startswith("text") and not name.endswith("_start"):
+                        whole &= _are_starts(tensors[f"{name}_start"], captions, len(tensors[name]))
+            except (KeyError, TypeError, IndexError) as error:
+                raise DecodeError(f"is in a chunk whose tensors are not those of latents ({error})") from None
+            if not whole:
+                raise DecodeError("is in a chunk whose tensors disagree about its samples")
+            self._mapped[chunk] = tensors
+        return self._mapped[chunk]
+
+    def words(self, chunk: int) -> dict[str, list[Any]]:
+        """``keys`` and ``captions`` of a chunk. Raises :class:`DecodeError` where they are broken."""
+        try:
+            words = json.loads(bytes(self._member(chunk, "json")))
+            counts = [len(captions) for captions in words["captions"]]
+            whole = len(words["keys"]) == len(counts) and counts == np.diff(self.tensors(chunk)["caption_start"]).tolist()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole:
+            raise DecodeError("is in a chunk without its keys and captions")
+        return words
+
+    def _member(self, chunk: int, extension: str) -> np.ndarray:
+        """The bytes of one of a chunk's two members, uint8 (n,)."""
+        if extension not in self.spans[chunk]:
+            raise DecodeError(f"is in a chunk without its .{extension}")
+        offset, size = self.spans[chunk][extension]
+        return self.data[offset : offset + size]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The chunk that holds sample ``row`` of the shard, and its row there."""
+        chunk = bisect_right(self.starts, row) - 1
+        return chunk, row - self.starts[chunk]
+
+
+def latent_info(source: ShardSource) -> LatentInfo:
+    """What the manifest of a latent source knows."""
+    try:
+        return LatentInfo.of(source.manifest)
+    except KeyError as error:
+        raise UsageError(f"the manifest of {source.spec} lacks {error}; export again: ldm latents export") from None
+    except TypeError as error:  # other fields than ours
+        raise UsageError(f"the manifest of {source.spec} does not serve ({error}); export again: ldm latents export") from None
+
+
+def common_info(sources: Sequence[ShardSource]) -> LatentInfo:
+    """What several latent sources know together: one autoencoder, one size, statistics over all samples.
+
+    Raises :class:`UsageError` naming both where two do not go together.
+    """
+    infos = [latent_info(source) for source in sources]
+    first = infos[0]
+    for source, info in zip(sources, infos, strict=True):
+        for what, theirs, ours in (
+            ("autoencoder", info.autoencoder, first.autoencoder),
+            ("text encoders", [text.hash for text in info.text_encoders], [text.hash for text in first.text_encoders]),
+            ("latent shape", info.latent_shapes, first.latent_shapes),
+            ("resolution", info.resolution, first.resolution),
+            ("posterior", info.posterior, first.posterior),
+        ):
+            if theirs != ours:
+                raise UsageError(
+                    f"{source.spec} has another {what} than {sources[0].spec} ({_short(theirs)}, {_short(ours)}); "
+                    "export both with the same"
+                )
+    if len(sources) == 1:  # to the last bit
+        return first
+    every = Moments.merge(
+        Moments.from_statistics(source.manifest.samples, info.latents_mean, info.latents_std)
+        for source, info in zip(sources, infos, strict=True)
+    )
+    return replace(first, latents_mean=tuple(every.mean.tolist()), latents_std=tuple(every.std.tolist()))
+
+
+def _short(value: Any) -> str:
+    """A hash, or several, to be read by people."""
+    if isinstance(value, list):
+        return " + ".join(map(_short, value))
+    return value[:12] if isinstance(value, str) else str(value)
+
+
+def latent_manifest(folder: str | Path) -> tuple[Manifest, LatentInfo]:
+    """The manifest of a latent folder and what it knows."""
+    source = open_source(folder, LATENT_SHARDS)
+    return source.manifest, latent_info(source)

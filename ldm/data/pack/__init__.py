@@ -1,0 +1,1 @@
+"""Image shards out of files, tables and data sets."""

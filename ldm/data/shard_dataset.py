@@ -1,0 +1,208 @@
+"""Samples by number, across the shards of one or more sources: what image and latent data sets have in common."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from ldm.data.decode import DecodeError
+from ldm.data.manifest import ShardEntry
+from ldm.data.plan import PlannedSample
+from ldm.data.quarantine import MAX_IN_A_ROW, BadSample, too_many_in_a_row
+from ldm.data.sources import ShardSource, open_source
+from ldm.errors import LdmError
+
+# what is known of a shard's inside is kept longer than it is open: finding out costs milliseconds, and memory is small
+KNOWN_SHARDS = 4096
+
+
+class Shard(Protocol):
+    """One shard, whose file can be closed and opened again without losing what was found out about it."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+    def reopen(self, path: Path) -> None:
+        """Open the same shard again, maybe at another place (a cache)."""
+
+
+AnyShard = TypeVar("AnyShard", bound=Shard)
+
+
+class ShardDataset(Dataset, Generic[AnyShard]):
+    """Random access to samples, in the order of the sources and their manifests.
+
+    A subclass says how a shard is opened and a sample loaded. Shards are opened when they are first needed, in whatever
+    process needs them, and a bounded number stays open.
+
+    Attributes:
+        max_in_a_row: as many bad samples one after another are walked over in search of a good one.
+        open_shards: at a time, in one process; of files well under the common limit of 1024.
+        decode_threads: decode a batch, in the training process.
+    """
+
+    format: str
+    max_in_a_row: int = MAX_IN_A_ROW
+    open_shards: int = 128
+    decode_threads: int = 1
+
+    def __init__(self, sources: str | Path | ShardSource | Sequence[ShardSource]):
+        """
+        Args:
+            sources: a folder of shards, or sources opened by :func:`ldm.data.sources.open_source`.
+        """
+        if isinstance(sources, str | Path):
+            sources = open_source(sources, self.format)
+        self.sources = (sources,) if isinstance(sources, ShardSource) else tuple(sources)
+        for source in self.sources:
+            source.check_cheap()
+        self.shards = [(source, number) for source in self.sources for number in range(len(source.manifest.shards))]
+        self.starts = np.cumsum([0] + [entry.samples for source in self.sources for entry in source.manifest.shards])
+        self._forget()
+
+    def open_shard(self, path: Path, entry: ShardEntry) -> AnyShard:
+        """Open one shard; :class:`LdmError` where that is impossible."""
+        raise NotImplementedError
+
+    def read(self, source: ShardSource, shard: AnyShard, row: int) -> Any:
+        """Sample ``row`` of a source's open shard as it lies there. Raises :class:`DecodeError` where it cannot be used."""
+        raise NotImplementedError
+
+    def decode(self, raw: Any, draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
+        """What :meth:`read` gave, made usable; ``draw`` seeds what is random about it, None: nothing is.
+
+        ``out`` is memory that the largest part of the sample may be written to, where it fits. Raises :class:`DecodeError`
+        where the sample cannot be used.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples put together as a batch."""
+        raise NotImplementedError
+
+    def batch(self, draws: Sequence[PlannedSample | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
+        """The samples drawn, put together; what is large in memory made by ``empty(shape, dtype=dtype)``."""
+        return self.collate(self.__getitems__(draws))
+
+    def key(self, shard: AnyShard, row: int) -> str:
+        """The key of a sample that cannot be used."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _forget(self) -> None:
+        # shards by number, the one used last at the end: with open files, and those whose inside is known besides
+        self._opened: OrderedDict[int, AnyShard] = OrderedDict()
+        self._known: OrderedDict[int, AnyShard] = OrderedDict()
+        self._lock, self._pool = Lock(), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_known", "_lock", "_pool")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._forget()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Sample ``index``, with nothing random about it. Raises :class:`LdmError` naming it where it cannot be used."""
+        sample = self.attempt(index)
+        if isinstance(sample, BadSample):
+            raise LdmError(f"{sample}; `ldm shards check --deep` names all such samples")
+        return sample
+
+    def attempt(self, index: int) -> dict[str, Any] | BadSample:
+        """Sample ``index``, with nothing random about it, or the record of why it cannot be used."""
+        try:
+            return self._load(index, None)
+        except DecodeError as error:
+            return self.bad(index, error)
+
+    def __getitems__(
+        self, draws: Sequence[PlannedSample | int], outs: Sequence[np.ndarray] | None = None
+    ) -> list[dict[str, Any]]:
+        """The samples drawn. The place of one that cannot be used is taken by the next good one; its ``bad`` says so.
+
+        ``outs``: for each the ``out`` of :meth:`decode`.
+        """
+        wanted = [*zip(draws, [None] * len(draws) if outs is None else outs, strict=True)]
+        # In a loader worker one thread: the workers are the parallelism. In the training process all cores, which wait.
+        if self.decode_threads == 1 or len(draws) == 1 or get_worker_info() is not None:
+            return [self._next_good(*one) for one in wanted]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.decode_threads, "ldm-decode")
+        # a share for each thread, not a task for each sample: handing one over costs a tenth of decoding it
+        shares = [wanted[start :: self.decode_threads] for start in range(self.decode_threads)]
+        samples: list[dict[str, Any]] = [{}] * len(draws)
+        for start, done in enumerate(self._pool.map(lambda share: [self._next_good(*one) for one in share], shares)):
+            samples[start :: self.decode_threads] = done
+        return samples
+
+    def _next_good(self, draw: PlannedSample | int, out: np.ndarray | None = None) -> dict[str, Any]:
+        index, number = draw if isinstance(draw, PlannedSample) else (draw, None)
+        bad: list[BadSample] = []
+        while True:
+            try:
+                return self._load(index, number, out) | {"bad": bad}
+            except DecodeError as error:
+                bad.append(self.bad(index, error))
+            if len(bad) > min(self.max_in_a_row, len(self) - 1):
+                raise too_many_in_a_row(len(bad), bad[-1])
+            index = (index + 1) % len(self)
+
+    def bad(self, index: int, error: DecodeError) -> BadSample:
+        """The record of sample ``index``, which cannot be used."""
+        return BadSample(*self.name_of(index), str(error))
+
+    def name_of(self, index: int) -> tuple[str, str]:
+        """The shard that sample ``index`` lies in, and its key there, or its number where the shard is beyond reading."""
+        shard, row = self.locate(index)
+        source, number = self.shards[shard]
+        try:
+            with self._lock:
+                key = self.key(self._open(shard), row)
+        except LdmError:
+            key = f"#{row}"
+        return source.name(number), key
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The shard that holds sample ``index``, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, index - int(self.starts[shard])
+
+    def _load(self, index: int, draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
+        shard, row = self.locate(index)
+        with self._lock:
+            raw = self.read(self.shards[shard][0], self._open(shard), row)
+        return self.decode(raw, draw, out)
+
+    def _open(self, shard: int) -> AnyShard:
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard]
+        while len(self._opened) >= self.open_shards:
+            oldest, opened = self._opened.popitem(last=False)
+            opened.close()
+            self._known[oldest] = opened
+        while len(self._known) > KNOWN_SHARDS:
+            self._known.popitem(last=False)
+        source, number = self.shards[shard]
+        path = source.path(number)
+        if (opened := self._known.pop(shard, None)) is not None:
+            opened.reopen(path)
+        else:
+            opened = self.open_shard(path, source.manifest.shards[number])
+        self._opened[shard] = opened
+        return opened

@@ -1,0 +1,1 @@
+"""Metrics of autoencoders and pipelines."""

@@ -1,0 +1,238 @@
+"""What is measured of an autoencoder beside PSNR, SSIM and LPIPS: the health of its latents, and its reconstruction FID.
+
+Both are torchmetrics: they add up over batches and over processes. Images are (B, 3, H, W) in [−1, 1].
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from ldm.errors import UsageError, first_line
+from ldm.files import sha256_file
+
+DEAD_BELOW = 0.01
+# A spread of a thousandth of a channel's own size is less than bf16 tells apart (2⁻⁸), and what float64 still gives four
+# digits of in the fourth moment.
+CONSTANT_BELOW = 1e-3
+
+NETWORKS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}
+
+
+class LatentHealth(Metric):
+    """Whether latents are fit for a denoiser, channel by channel, over posteriors N(μ, σ²) of images of any size.
+
+    Every value of a channel counts alike, so a large image counts for more than a small one. :meth:`compute` gives (C,) each:
+
+    - ``mean``, ``std``: of latents *drawn* from the posteriors: E[z] = E[μ], Var[z] = E[μ²] + E[σ²] − E[μ]².
+    - ``kl``: nats per latent value, E[½(μ² + σ² − 1 − ln σ²)] (Kingma & Welling 2014, arXiv 1312.6114, appendix B); 0 where
+      the posterior is the prior.
+    - ``kurtosis``: E[(μ − E[μ])⁴] / Var[μ]² − 3; 0 for a Gaussian, −1.2 for a uniform density, large for rare strong values.
+    - ``high_frequency``: the part of Σ|F|² at frequencies f with |f| > ¼ cycle per latent place, half of the Nyquist frequency
+      counted radially; F is the discrete Fourier transform of each map of μ less its own mean. 0 for constant maps, about
+      1 − π/16 = 0.80 for white noise. Latents with much of it are hard to denoise (arXiv 2502.14831).
+
+    and the scalar ``dead``: how many channels tell nothing of the image. As the active units of Burda et al. (2016, arXiv
+    1509.00519), whose Var[μ] over the data is above 0.01, but measured against the latent's own variance, which that paper's
+    prior keeps near 1: a channel is dead where Var[μ] / (Var[μ] + E[σ²]) ≤ 0.01. Their KL does not show it: a narrow posterior
+    around a constant has a large one. A spread of μ under a thousandth of its root mean square counts as none.
+    """
+
+    full_state_update = False
+
+    def __init__(self, channels: int, **settings: Any):
+        """
+        Args:
+            channels: C, of the latents.
+            settings: torchmetrics' own.
+        """
+        super().__init__(**settings)
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(8, channels, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, posterior: DiagonalGaussianDistribution) -> None:
+        """Take in the posteriors of one batch, (B, C, h, w)."""
+        mean, variance, log_variance = (x.double() for x in (posterior.mean, posterior.var, posterior.logvar))
+        square = mean.square()
+        kl = 0.5 * (square + variance - 1 - log_variance)
+        # orthonormal: summed over frequencies the power is the squared deviation summed over places
+        spectrum = torch.fft.fft2(mean - mean.mean((2, 3), keepdim=True), norm="ortho")
+        power = torch.view_as_real(spectrum).square().sum(-1)
+        y, x = (torch.fft.fftfreq(side, dtype=mean.dtype, device=mean.device) for side in mean.shape[2:])
+        high = power * (y[:, None].square() + x.square() > 0.25**2)
+        values = (mean, square, square * mean, square.square(), variance, kl, power, high)
+        self.sums += torch.stack([value.sum((0, 2, 3)) for value in values])
+        self.count += mean[:, 0].numel()
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures of all batches: (C,) float64 each, and ``dead`` ()."""
+        mean, square, cube, fourth, variance, kl, power, high = self.sums / self.count
+        spread = square - mean**2
+        noise_of_rounding = CONSTANT_BELOW**2 * square
+        spread = torch.where(spread > noise_of_rounding, spread, 0)
+        kurtosis = (fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4) / spread**2 - 3
+        return {
+            "mean": mean,
+            "std": (spread + variance).sqrt(),
+            "kl": kl,
+            "kurtosis": torch.where(spread > 0, kurtosis, 0),
+            "high_frequency": torch.where(power > noise_of_rounding, high / power, 0),
+            "dead": (spread <= DEAD_BELOW * (spread + variance)).sum(),
+        }
+
+
+def health_scalars(health: dict[str, Tensor]) -> dict[str, float]:
+    """What :meth:`LatentHealth.compute` gives, for a logger.
+
+    ``latent_mean_00``, ``latent_std_00``, ``latent_kl_00`` and so on for every channel; ``latent_dead``; and averages over the
+    channels: ``latent_kurtosis``, ``latent_high_frequency``.
+    """
+    scalars = {
+        f"latent_{name}_{channel:02d}": value
+        for name in ("mean", "std", "kl")
+        for channel, value in enumerate(health[name].tolist())
+    }
+    return scalars | {f"latent_{name}": float(health[name].double().mean()) for name in ("dead", "kurtosis", "high_frequency")}
+
+
+class ReconstructionFID(FrechetInceptionDistance):
+    """Fréchet distance between the features of images and of their reconstructions (Heusel et al. 2017, arXiv 1706.08500).
+
+    Figures of different trunks, and of different numbers of images, cannot be compared; the fewer, the larger it comes out
+    (Chong & Forsyth 2020, arXiv 1911.07023).
+
+    Attributes:
+        name: for logs and files: ``rfid`` with Inception's features alone, else with the trunk in it, as
+            ``rfid_alex_random`` or, with the first digits of the checkpoint's sha256, ``rfid_vgg_397923af``.
+        description: the same in words.
+    """
+
+    def __init__(self, trunk: str):
+        """
+        Args:
+            trunk: the network that gives the features.
+
+                - ``inception``: torch-fidelity's Inception-v3, resizing as the first FIDs did: the published metric.
+                - ``alex-random``, ``vgg-random``: torchvision's convolutions with random weights of a fixed seed; offline.
+                - the path of torchvision's checkpoint of alexnet or vgg16.
+
+        Raises:
+            UsageError: where the trunk cannot be had.
+        """
+        if trunk == "inception":
+            network, self.name, self.description = _Inception(), "rfid", "rFID (inception)"
+        elif trunk in (names := [f"{name}-random" for name in NETWORKS]):
+            kind = trunk.removesuffix("-random")
+            network, self.name, self.description = _random(kind), f"rfid_{kind}_random", f"rFID ({kind}, random trunk)"
+        elif Path(trunk).is_file():
+            kind, network = _pretrained(Path(trunk))
+            self.name, self.description = f"rfid_{kind}_{sha256_file(trunk)[:8]}", f"rFID ({kind}, {trunk})"
+        else:
+            raise UsageError(
+                f"the FID trunk {trunk} is not there; give inception, {', '.join(names)} or the path of torchvision's "
+                "checkpoint of alexnet or vgg16"
+            )
+        # every process is shown the same images, and each has all of the figure
+        super().__init__(feature=network.requires_grad_(False), normalize=True, sync_on_compute=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> ReconstructionFID:
+        """A frozen trunk: it stays in evaluation while a stage trains."""
+        return super().train(False)
+
+    def update(self, images: Tensor, real: bool) -> None:
+        """Take in images, (B, 3, H, W) in [−1, 1]: originals where ``real``, else reconstructions."""
+        # bf16 has too few digits for a covariance
+        with torch.autocast(images.device.type, enabled=False):
+            super().update(images.float(), real)
+
+    def compute(self) -> Tensor:
+        """The distance, (); rounding can leave that of equal sets a little under 0."""
+        return super().compute().clamp(min=0)
+
+
+class _Inception(nn.Module):
+    """Inception-v3 as FID means it, on bytes: (B, 3, H, W) in [−1, 1] -> (B, 2048)."""
+
+    num_features = 2048
+
+    def __init__(self) -> None:
+        super().__init__()
+        others = "or take another FID trunk (alex-random, vgg-random, a checkpoint)"
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as inception
+        except ModuleNotFoundError as error:
+            raise UsageError(f"the FID trunk inception needs torch-fidelity: pip install torch-fidelity, {others}") from error
+        try:
+            self.network = inception.FeatureExtractorInceptionV3("inception-v3-compat", [str(self.num_features)])
+        except (OSError, RuntimeError) as error:
+            raise UsageError(
+                f"the weights of the FID trunk inception cannot be had ({first_line(error)}); put {inception.URL_INCEPTION_V3} "
+                f"into {torch.hub.get_dir()}/checkpoints, {others}"
+            ) from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(((images.clamp(-1, 1) + 1) * 127.5).round().byte())[0]
+
+
+class _Convolutions(nn.Module):
+    """The last features of torchvision's alexnet or vgg16, averaged over places: (B, 3, H, W) in [−1, 1] -> (B, num_features).
+
+    Images are taken at their own size, hence of any size down to the one at which a layer has nothing left.
+    """
+
+    def __init__(self, kind: str):
+        super().__init__()
+        with torch.device("meta"):  # neither memory nor time for the classifier, which is not used
+            features = NETWORKS[kind](weights=None).features
+        self.layers = features[:-1]  # without the last pooling
+        self.num_features = next(layer.out_channels for layer in reversed(self.layers) if isinstance(layer, nn.Conv2d))
+        self.smallest = {"alex": 31, "vgg": 16}[kind]
+        # ImageNet's, which these networks were trained with
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if min(height, width) < self.smallest:
+            raise UsageError(
+                f"this FID trunk needs images of {self.smallest} pixels a side, not {width} x {height}; take larger"
+            )
+        return self.layers(((images + 1) / 2 - self.mean) / self.std).mean((2, 3))
+
+
+def _random(kind: str) -> _Convolutions:
+    """Weights that keep the variance from layer to layer (He et al. 2015, arXiv 1502.01852), the same ones each time."""
+    network = _Convolutions(kind)
+    network.layers.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for layer in network.layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layer.bias)
+    return network
+
+
+def _pretrained(checkpoint: Path) -> tuple[str, _Convolutions]:
+    """The network whose torchvision checkpoint this is, and its kind."""
+    complaint = UsageError(f"{checkpoint} is not torchvision's checkpoint of alexnet or vgg16; give one of these as FID trunk")
+    try:
+        weights = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        weights = {name.removeprefix("features."): w for name, w in weights.items() if name.startswith("features.")}
+    except (AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise complaint from error
+    for kind in NETWORKS:
+        network = _Convolutions(kind)
+        expected = network.layers.state_dict()
+        if {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in expected.items()}:
+            network.layers.load_state_dict(weights, assign=True)
+            return kind, network
+    raise complaint

@@ -1,0 +1,300 @@
+"""From image to image: interpolation between prompts and between seeds, as frames, GIF and MP4.
+
+Between two prompts their *predictions* are mixed, ``(1 − a)·f(x_t, first) + a·f(x_t, second)``, not their embeddings: tokens at
+the same place stand for different words, and where one prompt is longer there is nothing to mix with. A mixture of
+predictions is defined for any two prompts and any network, and is as smooth in ``a`` as the network is in x_t; its score is
+that of p(x | first)^(1 − a) · p(x | second)^a (Liu et al. 2022, arXiv 2206.01714). It costs one row more per frame that lies
+between two prompts. Between two seeds the noise goes along a great circle (Shoemake 1985; White 2016, arXiv 1609.04468).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from PIL.GifImagePlugin import getdata, getheader
+from torch import Tensor, nn
+
+from ldm.diffusion.guidance import Condition, Conversion, Guidance, concatenate, denoise
+from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.scheduler import make_scheduler, samplers_for
+from ldm.errors import UsageError
+from ldm.files import atomic_file
+from ldm.inference.generate import check_settings, scheduler_for
+from ldm.inference.settings import GenerationSettings
+from ldm.models.dit import text_computed_once
+
+if TYPE_CHECKING:
+    from ldm.pipeline import LatentDiffusionPipeline
+
+LEAST_SIDE = 320  # smaller images are enlarged for GIF and MP4: players show them as they are, or blurred
+MOST_GIF_FPS = 50  # browsers take a shorter duration than 2/100 s for 10/100 s
+
+
+class Frame(NamedTuple):
+    """A place between two keys, by their numbers: ``amount`` 0 is the first, 1 the second."""
+
+    first: int
+    second: int
+    amount: float
+
+
+def even_steps(keys: int, count: int, loop: bool = False) -> list[Frame]:
+    """``count`` places at even steps from the first of ``keys`` to the last, both of them places themselves.
+
+    With ``loop`` the way leads from the last key back to the first, and ends one step before it.
+
+    Raises:
+        UsageError: for fewer than two keys, or fewer frames than keys.
+    """
+    if keys < 2:
+        raise UsageError("there is nothing between one image and itself; give two prompts or two --seeds")
+    if count < keys:
+        raise UsageError(f"--frames is {count} for {keys} images to go through; give {keys} or more")
+    legs, steps = (keys, count) if loop else (keys - 1, count - 1)
+    frames = []
+    for number in range(count):
+        # whole numbers first: at a key the amount is 0 or 1, without a rounding error
+        leg, rest = divmod(number * legs, steps)
+        frames.append(Frame(leg - 1, leg, 1.0) if leg == legs else Frame(leg, (leg + 1) % keys, rest / steps))
+    return frames
+
+
+def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
+    """Along the great circle from one noise to the other, its norm going evenly from the one's to the other's.
+
+    A straight line between two noises of n values has 0.71 of their norm at its middle, which no noise has: the denoiser
+    makes flat images of it. Exact at 0 and 1, and where both are the same.
+    """
+    if amount in (0, 1):
+        return second if amount else first
+    one, other = first.double(), second.double()
+    norms = one.norm(), other.norm()
+    angle = ((one * other).sum() / (norms[0] * norms[1])).clamp(-1, 1).acos()
+    if angle.sin() < 1e-6:
+        return first.lerp(second, amount)
+    direction = ((1 - amount) * angle).sin() * one / norms[0] + (amount * angle).sin() * other / norms[1]
+    return (direction / angle.sin() * norms[0].lerp(norms[1], amount)).to(first)
+
+
+class BlendedDenoiser:
+    """What :class:`ldm.diffusion.guidance.GuidedDenoiser` is to captions, to mixtures of captions: their predictions are mixed,
+    and guidance acts on the mixture. All in one call; an image of one caption alone costs what it ever did."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        condition: Condition,
+        weights: Tensor,
+        null: Condition,
+        guidance: Guidance,
+        conversion: Conversion | None = None,
+    ):
+        """
+        Args:
+            condition: that of T captions.
+            weights: (B, T), of each caption in each image; an image's sum to 1, and those that are 0 cost nothing.
+            null: the null condition (or a negative prompt), one row.
+            guidance, conversion: as of :class:`ldm.diffusion.guidance.GuidedDenoiser`.
+        """
+        self.denoiser, self.guidance = denoiser, guidance
+        self.images, texts = weights.nonzero(as_tuple=True)
+        self.weights = weights[self.images, texts][:, None, None, None]
+        # kept, not made at every step, so that a denoiser may keep what it computes of one condition
+        self.alone = Condition(condition.embeddings[texts], condition.mask[texts])
+        self.both = concatenate(null.repeat(len(weights)), self.alone)
+        self.combine = guidance.combiner(conversion)
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, t: Tensor) -> Tensor:
+        """As that of :class:`ldm.diffusion.guidance.GuidedDenoiser`."""
+        inputs, times = x_t[self.images], timestep[self.images]
+        if not self.guidance.guides(t):
+            return self._blend(denoise(self.denoiser, inputs, times, self.alone), len(x_t))
+        both = denoise(self.denoiser, torch.cat([x_t, inputs]), torch.cat([timestep, times]), self.both)
+        return self.combine(self._blend(both[len(x_t) :], len(x_t)), both[: len(x_t)].float(), x_t, t)
+
+    def _blend(self, predictions: Tensor, count: int) -> Tensor:
+        weighted = self.weights * predictions.float()
+        return weighted.new_zeros(count, *weighted.shape[1:]).index_add(0, self.images, weighted)
+
+
+def key_settings(settings: GenerationSettings, prompts: Sequence[str], seeds: Sequence[int]) -> list[GenerationSettings]:
+    """The images to go through: prompts and seeds in pairs; a single one of either stands in every pair.
+
+    Raises:
+        UsageError: where neither there is one of them nor as many as of the others.
+    """
+    count = max(len(prompts), len(seeds))
+    if {len(prompts), len(seeds)} - {1, count}:
+        raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds make no pairs; give one seed, or one per prompt")
+    pairs = zip([*prompts] * (count // len(prompts)), [*seeds] * (count // len(seeds)), strict=True)
+    return [replace(settings, prompt=prompt, seed=seed) for prompt, seed in pairs]
+
+
+def deterministic_scheduler(pipeline: LatentDiffusionPipeline, settings: GenerationSettings) -> SchedulerMixin:
+    """The scheduler that settings name, the pipeline's own where they name none.
+
+    Raises:
+        UsageError: for one that adds noise at every step; lists those that do not.
+    """
+    scheduler, diffusion = scheduler_for(pipeline, settings), pipeline.diffusion
+    if adds_noise(scheduler):
+        names = [name for name in samplers_for(*diffusion) if not adds_noise(make_scheduler(name, *diffusion))]
+        raise UsageError(
+            f"scheduler {settings.scheduler or type(scheduler).__name__} adds noise at every step, so that neighbouring frames "
+            f"would differ by chance; choose one of: {', '.join(names)}"
+        )
+    return scheduler
+
+
+def adds_noise(scheduler: SchedulerMixin) -> bool:
+    """Whether its steps are drawn at random, as the options of its config are."""
+    config = scheduler.config
+    drawn = isinstance(scheduler, (DDPMScheduler, EulerAncestralDiscreteScheduler)) or config.get("eta", 0) > 0
+    return drawn or config.get("algorithm_type", "").startswith("sde")
+
+
+def draw_frames(
+    pipeline: LatentDiffusionPipeline,
+    keys: Sequence[GenerationSettings],
+    count: int,
+    loop: bool = False,
+    batch_size: int = 8,
+) -> Iterator[Image.Image]:
+    """``count`` images from key to key, one after the other; no more than ``batch_size`` are held at once.
+
+    A frame at a key is the image that the pipeline draws of the key's settings.
+
+    Args:
+        keys: two or more, alike but for prompt and seed, from words alone.
+
+    Raises:
+        UsageError: at once, for keys or a number of frames that make no way, a prompt or size that cannot be drawn, or a
+            sampler that adds noise.
+        LdmError: while drawing, when the denoiser's answer is not finite.
+    """
+    frames, settings = even_steps(len(keys), count, loop), keys[0]
+    if len({replace(key, prompt="any", seed=0) for key in keys}) > 1 or settings.image or settings.weak:
+        raise UsageError("images to go between may differ in prompt and seed alone, and need no image and no weak model")
+    for text in (*(key.prompt for key in keys), *filter(None, [settings.negative])):
+        pipeline.check_prompt(text)
+    check_settings(pipeline, settings)
+    scheduler = deterministic_scheduler(pipeline, settings)
+    return _drawn(pipeline, keys, frames, scheduler, batch_size)
+
+
+def _drawn(
+    pipeline: LatentDiffusionPipeline,
+    keys: Sequence[GenerationSettings],
+    frames: Sequence[Frame],
+    scheduler: SchedulerMixin,
+    batch_size: int,
+) -> Iterator[Image.Image]:
+    settings, device = keys[0], pipeline._execution_device
+    shape = pipeline.latent_shape(1, settings.height, settings.width)
+    texts = [*dict.fromkeys(key.prompt for key in keys)]
+    condition, null = pipeline.encode(texts), pipeline.encode([settings.negative])
+
+    def noise(seed: int) -> Tensor:
+        return randn_tensor(shape, torch.Generator().manual_seed(seed), device, torch.float32)
+
+    for start in range(0, len(frames), batch_size):
+        few = frames[start : start + batch_size]
+        weights, noises = torch.zeros(len(few), len(texts), device=device), []
+        for row, (first, second, amount) in enumerate(few):
+            ends = keys[first], keys[second]
+            for key, weight in zip(ends, (1 - amount, amount), strict=True):
+                weights[row, texts.index(key.prompt)] += weight
+            noises.append(slerp(*(noise(key.seed) for key in ends), amount))
+        conversion = Conversion.of(*pipeline.diffusion)
+        blended = BlendedDenoiser(pipeline.transformer, condition, weights, null, settings.rule(), conversion)
+        sampler = Sampler(scheduler, *pipeline.diffusion, settings.steps, device)
+        with torch.no_grad(), text_computed_once(pipeline.transformer):
+            latents = sampler(blended, torch.cat(noises))
+        yield from pipeline.decode(latents)
+    pipeline.maybe_free_model_hooks()
+
+
+def require_rate(fps: float, gif: bool) -> None:
+    """Refuse frames per second that cannot be shown.
+
+    Raises:
+        UsageError: naming the rate and the mend.
+    """
+    if not 0.1 <= fps <= 240:
+        raise UsageError(f"--fps is {fps:g}; give 0.1 to 240 frames per second")
+    if gif and fps > MOST_GIF_FPS:
+        raise UsageError(f"--fps is {fps:g}, but a GIF shows {MOST_GIF_FPS} frames a second at most; lower it, or take --mp4")
+
+
+def write_gif(path: Path, images: Iterable[Image.Image], fps: float) -> None:
+    """A GIF that starts over at its end, written image by image, each with a palette of its own.
+
+    Durations are whole hundredths of a second; they are rounded so that they add up to the time meant.
+    """
+    with atomic_file(path) as file:
+        for number, image in enumerate(images):
+            # no dithering: its grain would crawl from frame to frame
+            indexed = _enlarged(image.quantize(256))
+            if number == 0:
+                # Pillow's own save keeps every frame until the last one came
+                file.writelines(getheader(indexed.copy(), info={"loop": 0})[0])
+            hundredths = round((number + 1) * 100 / fps) - round(number * 100 / fps)
+            file.writelines(getdata(indexed, duration=10 * hundredths, include_color_table=True))
+        file.write(b";")
+
+
+def require_video() -> None:
+    """Refuse where PyAV is not installed, before any work is done.
+
+    Raises:
+        UsageError: naming the extra that has it.
+    """
+    if find_spec("av") is None:
+        raise UsageError("an MP4 needs the package av: pip install 'ldm[video]', or leave out --mp4")
+
+
+def write_mp4(path: Path, images: Iterable[Image.Image], fps: float) -> None:
+    """H.264 in yuv420p, which every player takes; its sides are even, so the last row or column of odd ones is doubled.
+
+    The colours are those of BT.709, and marked so: of an unmarked film players guess from its size.
+
+    Raises:
+        UsageError: where PyAV is not installed.
+    """
+    require_video()
+    import av
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+    rate = Fraction(fps).limit_denominator(1001)
+    with atomic_file(path) as file, av.open(file, "w", format="mp4") as container:
+        stream = None
+        for image in images:
+            pixels = np.asarray(_enlarged(image.convert("RGB")))
+            pixels = np.pad(pixels, [(0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)], mode="edge")
+            if stream is None:
+                stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
+                stream.height, stream.width = pixels.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                codec = stream.codec_context
+                codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+                codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+        if stream is not None:
+            container.mux(stream.encode())
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    """By a whole factor, so that every pixel stays as it is; those of :data:`LEAST_SIDE` and more are left alone."""
+    factor = -(-LEAST_SIDE // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

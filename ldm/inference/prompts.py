@@ -1,0 +1,155 @@
+"""Prompts from the command line or a file, as settings of images; and prompts that are longer than a text encoder takes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ldm.errors import UsageError
+from ldm.inference.settings import GenerationSettings
+from ldm.models.text_encoder import max_tokens
+
+Check = Callable[[GenerationSettings], None]
+
+
+class Fit(NamedTuple):
+    """A prompt as the text encoder takes it, and the words at its end that it does not take."""
+
+    kept: str
+    cut: str
+
+
+def fit_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Fit:
+    """Cut a prompt behind the last whole word that fits :func:`ldm.models.text_encoder.max_tokens`.
+
+    Raises:
+        UsageError: where not even one word fits, the tokenizer cannot say which tokens are which words, or what is there is no
+            text.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the prompt {prompt[:40]!a} holds half a surrogate pair, which is no character; mend it") from None
+    limit, length = max_tokens(tokenizer), len(tokenizer(prompt)["input_ids"])
+    if length <= limit:
+        return Fit(prompt, "")
+    too_long = UsageError(f"the prompt {prompt[:40]!r}… has {length} tokens, the text encoder takes {limit}; shorten it")
+    if not tokenizer.is_fast:
+        raise too_long
+    encoding = tokenizer(prompt, return_offsets_mapping=True)
+    numbered = zip(encoding.word_ids(), encoding["offset_mapping"], strict=True)
+    tokens = [(word, start, end) for word, (start, end) in numbered if word is not None]
+    room = limit - (length - len(tokens))  # the others are special ones
+
+    def ends_a_word(count: int) -> bool:
+        (before, _, end), (after, start, _) = tokens[count - 1 : count + 1]
+        # some tokenizers take a whole text for one word
+        return before != after or end < start or prompt[start].isspace()
+
+    whole = next((count for count in range(room, 0, -1) if ends_a_word(count)), None)
+    if whole is None:
+        raise too_long
+    end = tokens[whole - 1][2]
+    return Fit(prompt[:end], prompt[end:].strip())
+
+
+def repeated(content: Mapping[str, Any], count: Any, where: str) -> list[GenerationSettings]:
+    """``count`` images of one prompt, each with the seed after the one before.
+
+    Args:
+        content: settings as JSON, and ``size`` (``512x768``, or one number) in the place of width and height.
+        where: whose content it is, for errors.
+
+    Raises:
+        UsageError: naming ``where`` and the setting.
+    """
+    content = dict(content)
+    if type(count) is not int or count < 1:
+        raise UsageError(f"{where}: count is {count!r}; give a whole number, 1 or more")
+    if "size" in content:
+        try:
+            content["width"], content["height"] = parse_size(content.pop("size"))
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+    first = GenerationSettings.from_json(content, where)
+    return [GenerationSettings.from_json(first.to_json() | {"seed": first.seed + copy}, where) for copy in range(count)]
+
+
+def parse_size(size: str | int) -> tuple[int, int]:
+    """Width and height of ``512x768`` or of one number, in pixels.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    found = re.fullmatch(r"(\d{1,6})(?:[xX×](\d{1,6}))?", str(size))
+    if found is None:
+        raise UsageError(f"size is {size!r}; give WIDTHxHEIGHT or one number, in pixels: 512x768")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def read_prompts(
+    path: str | Path, defaults: Mapping[str, Any], count: int = 1, check: Check | None = None
+) -> list[GenerationSettings | UsageError]:
+    """The images that a prompt file asks for; a broken line stands as its error, in the place of one image.
+
+    Blank lines are passed over. A line of ``.txt`` is a prompt, and a comment where it begins with ``#``; a line of ``.jsonl``
+    is an object with the fields of :class:`GenerationSettings`, of which ``prompt`` must be there, ``size``, and ``count``, the
+    images of this line. Where a line says nothing of the seed, that of ``defaults`` counts on from image to image.
+
+    Args:
+        defaults: settings as JSON for what a line leaves out.
+        count: images of each line that does not say.
+        check: called with each line's first image; its UsageError makes the line a broken one.
+
+    Raises:
+        UsageError: for a file that cannot be read, is of another kind, or holds no prompt.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UsageError(f"{path} is no prompt file by its name; give a .txt with a prompt a line, or a .jsonl")
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give a .txt or .jsonl of prompts") from error
+    found: list[GenerationSettings | UsageError] = []
+    for number, raw in enumerate(lines, 1):
+        comment = path.suffix == ".txt" and raw.lstrip().startswith(b"#")
+        if not raw.strip() or comment:
+            continue
+        where = f"{path}, line {number}"
+        try:
+            content = _line(raw, path.suffix, where)
+            copies = content.pop("count", count)
+            counted_on = {"seed": defaults.get("seed", 0) + len(found)}
+            images = repeated(dict(defaults) | counted_on | content, copies, where)
+            if check is not None:
+                _named(check, images[0], where)
+            found += images
+        except UsageError as error:
+            found.append(error)
+    if not found:
+        raise UsageError(f"{path} holds no prompt; write one a line")
+    return found
+
+
+def _line(raw: bytes, kind: str, where: str) -> dict[str, Any]:
+    try:
+        text = raw.decode().strip()
+        content = {"prompt": text} if kind == ".txt" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: cannot be read ({error}); mend it, or draw the others with --keep-going") from None
+    if not isinstance(content, dict):
+        raise UsageError(f'{where}: no JSON object, such as {{"prompt": "a red ring"}}; mend it')
+    return content
+
+
+def _named(check: Check, settings: GenerationSettings, where: str) -> None:
+    try:
+        check(settings)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None

@@ -1,0 +1,137 @@
+"""Everything that decides one image, and nothing else: checked when it is made, read from and written to JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ldm.diffusion.guidance import AdaptiveProjected, ClassifierFree, Guidance, Interval, Rescale, ZeroStar
+from ldm.errors import UsageError
+
+RULES: dict[str, type[Guidance]] = {"classifier-free": ClassifierFree, "zero-star": ZeroStar, "apg": AdaptiveProjected}
+WORDS = {str: "text", int: "a whole number", float: "a number", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What decides one image of a model.
+
+    Attributes:
+        prompt: what to draw; it may be empty where there is an image, for variations of it.
+        negative: what guidance leads away from; the empty text is the null condition.
+        seed: of the noise that the image starts from, and of what a sampler adds; 0 to 2^63 − 1.
+        steps: of the scheduler.
+        guidance: the scale w, neutral at 1.
+        guidance_rule: classifier-free (Ho & Salimans 2022, arXiv 2207.12598), zero-star (CFG-Zero*, Fan et al. 2025, arXiv
+            2503.18886) or apg (Sadat et al. 2024, arXiv 2410.02416).
+        guidance_rescale: from 0 to 1, how far the guided prediction gets the deviation of the conditional one back (Lin et
+            al. 2023, arXiv 2305.08891).
+        guidance_interval: guide while low < t ≤ high, t from 0 (data) to 1 (noise) (Kynkäänniemi et al. 2024, arXiv
+            2404.07724).
+        scheduler: a name that :func:`ldm.diffusion.scheduler.make_scheduler` knows; the pipeline's own where it is left out.
+        eta: of the scheduler ddim, from 0 (deterministic) to 1.
+        width, height: in pixels; the size that the model was trained on where they are left out.
+        image: path of an image to start from.
+        strength: above 0 and up to 1, how far to leave that image.
+        mask: path of an image that is white where ``image`` is to be drawn anew.
+        weak: directory of a weaker checkpoint's pipeline, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
+
+    Raises:
+        UsageError: for a value that no image can have; names the field.
+    """
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    steps: int = 30
+    guidance: float = 3.0
+    guidance_rule: Literal["classifier-free", "zero-star", "apg"] = "classifier-free"
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    scheduler: str | None = None
+    eta: float | None = None
+    width: int | None = None
+    height: int | None = None
+    image: str | None = None
+    strength: float | None = None
+    mask: str | None = None
+    weak: str | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        shares = {"guidance_rescale": self.guidance_rescale, "eta": self.eta, "strength": self.strength}
+        for name, share in shares.items():
+            if share is not None and not 0 <= share <= 1:
+                raise UsageError(f"{name} is {share:g}; give a number from 0 to 1")
+        for name in ("steps", "width", "height"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; give 1 or more")
+        wrong = {
+            "the prompt is empty; say what to draw": not self.prompt.strip() and self.image is None,
+            f"seed is {self.seed}; give a number from 0 to {2**63 - 1}": not 0 <= self.seed < 2**63,
+            f"guidance is {self.guidance}; give a finite number": not math.isfinite(self.guidance),
+            f"guidance_rule is {self.guidance_rule!r}; choose one of: {', '.join(RULES)}": self.guidance_rule not in RULES,
+            f"guidance_interval is {low:g} to {high:g}; give 0 <= low < high <= 1": not 0 <= low < high <= 1,
+            "eta is of the scheduler ddim; give scheduler ddim, too": self.eta is not None and self.scheduler != "ddim",
+            "strength is of a given image; give image, too": self.strength is not None and self.image is None,
+            "mask is of a given image; give image, too": self.mask is not None and self.image is None,
+            "weak leads away from itself and negative from words; give one of them": bool(self.weak and self.negative),
+        }
+        for complaint, holds in wrong.items():
+            if holds:
+                raise UsageError(complaint)
+
+    def rule(self) -> Guidance:
+        """The guidance that the pipeline takes."""
+        rule = RULES[self.guidance_rule](self.guidance)
+        if self.guidance_rescale:
+            rule = Rescale(rule, self.guidance_rescale)
+        return rule if self.guidance_interval == (0.0, 1.0) else Interval(rule, *self.guidance_interval)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, as JSON keeps it; :meth:`from_json` gives the same settings back."""
+        return dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)}
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> GenerationSettings:
+        """The settings of a JSON object; what it leaves out has its default.
+
+        Args:
+            where: whose content it is, for errors: ``prompts.jsonl, line 3``.
+
+        Raises:
+            UsageError: for a field that is not known, missing, of another type or out of range; names it and ``where``.
+        """
+        if not isinstance(content, dict):
+            raise UsageError(f'{where}: settings are a JSON object, such as {{"prompt": "a red ring"}}; mend it')
+        hints = typing.get_type_hints(cls)
+        unknown = [key for key in content if key not in hints]
+        if unknown:
+            raise UsageError(f"{where}: there is no setting {unknown[0]!r}; choose from: {', '.join(hints)}")
+        if "prompt" not in content:
+            raise UsageError(f"{where}: prompt is missing; say what to draw")
+        try:
+            return cls(**{key: _checked(key, value, hints[key]) for key, value in content.items()})
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """A value of JSON as the field's own type."""
+    if typing.get_origin(hint) is tuple:
+        if not (isinstance(value, list | tuple) and len(value) == 2):
+            raise UsageError(f"{key} is {value!r}; give two numbers, [low, high]")
+        return tuple(_checked(key, part, float) for part in value)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if typing.get_origin(hint) is Literal:
+        kinds = (str,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        return float(value) if abs(value) < 2**63 else math.inf  # which no field takes
+    if type(value) not in kinds:
+        raise UsageError(f"{key} is {value!r}; give {' or '.join(WORDS[kind] for kind in kinds)}")
+    return value

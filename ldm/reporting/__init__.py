@@ -1,0 +1,1 @@
+"""Image grids, charts and pages."""

@@ -1,0 +1,1 @@
+"""Everything round a training step: fit, export, run folder, logging, preemption, faults."""

@@ -1,0 +1,175 @@
+"""What happens beside training: the line of progress, the preview images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from ldm.files import write_json
+from ldm.progress import Lap, Pace, Progress
+from ldm.reporting.report import captioned_grid, paired_grid, save_grid
+from ldm.training.base import TrainingModule
+from ldm.training.fsdp import is_sharded
+
+SHOWN = ("loss", "rec", "lpips", "g", "d", "lr")
+
+
+class Stopwatch(Iterator):
+    """An iterator that counts the seconds spent in the ``next()`` of another."""
+
+    def __init__(self, iterator: Iterator):
+        self.iterator = iterator
+        self.seconds = self.entered = 0.0  # in all; when it was last asked, by time.perf_counter
+
+    def __next__(self) -> Any:
+        self.entered = time.perf_counter()
+        try:
+            return next(self.iterator)
+        finally:
+            self.seconds += time.perf_counter() - self.entered
+
+
+class ProgressLine(Callback):
+    """The stage, the step, images a second, the losses, the time left; Lightning's own bar counts batches of an endless epoch.
+
+    With the metrics it logs, each over the last half minute of training and without the time that validations, previews and
+    checkpoints take: ``time/images_per_second`` of all processes together, ``time/step_seconds``, ``time/data_wait_share`` (0
+    to 1: of the time, what is spent in the loader's ``next()``, on the process that waits most) and, where the FLOPs are
+    known, ``time/mfu`` (0 to 1, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). ``time/elapsed_seconds`` is all that the
+    run has taken so far, kept through checkpoints.
+
+    A GPU is waited for only when metrics are logged, as it is for these.
+    """
+
+    def __init__(self, stage: str):
+        """
+        Args:
+            stage: what the line says.
+        """
+        self.stage = stage
+        self._before = 0.0  # seconds before this start
+
+    def state_dict(self) -> dict[str, float]:
+        return {"elapsed_seconds": self._elapsed()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._before = state["elapsed_seconds"]
+
+    def _elapsed(self) -> float:
+        return self._before + (time.perf_counter() - self._began if hasattr(self, "_began") else 0.0)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._began = time.perf_counter()
+        # here rather than around the loader: what Lightning does with a batch on its way to the device is no waiting
+        fetcher = trainer.fit_loop._data_fetcher
+        fetcher.iterator = self._fetching = Stopwatch(fetcher.iterator)
+        self._pace, self._figures = Pace(), {}
+        self._ended: float | None = None  # the last batch, by time.perf_counter
+        self._step, self._waited, self._interrupted = trainer.global_step, 0.0, False
+        self.progress = Progress(self.stage, trainer.max_steps, quiet=not trainer.is_global_zero)
+        self.progress.__enter__()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._interrupted = True
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._interrupted = True
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now, step = time.perf_counter(), trainer.global_step
+        if self._ended is not None:  # the first batch brings compilation and the start of the workers
+            pause = self._fetching.entered - self._ended if self._interrupted else 0.0
+            images = len(batch["draws"]) * trainer.world_size
+            self._pace.add(
+                Lap(now - self._ended - pause, step - self._step, images, self._fetching.seconds - self._waited), pause
+            )
+        self._ended, self._waited, self._interrupted = now, self._fetching.seconds, False
+        if step != self._step and trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
+            self._log(trainer, module)
+        self._step = step
+        self.progress.update(step, figures=self._figures, left=self._pace.left(trainer.max_steps - step))
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        """The figures of now: to the loggers, and onto the line until the next ones come."""
+        rate, wait = self._pace.images_per_second, self._pace.wait_share
+        figures: dict[str, float] = {"time/elapsed_seconds": self._elapsed()}
+        shown: dict[str, float | str] = {}
+        if rate is not None and wait is not None:
+            # the others wait for the slowest in every step
+            module.log("time/data_wait_share", wait, sync_dist=trainer.world_size > 1, reduce_fx="max")
+            figures["time/images_per_second"] = rate
+            wait = float(trainer.callback_metrics["time/data_wait_share"])
+            shown = {"images/s": rate, "waiting": f"{wait:.0%}"}
+            if self._pace.step_seconds is not None:
+                figures["time/step_seconds"] = self._pace.step_seconds
+            if module.flops_per_image and module.peak_flops:
+                figures["time/mfu"] = rate * module.flops_per_image / (module.peak_flops * trainer.world_size)
+                shown["MFU"] = f"{figures['time/mfu']:.1%}"
+        module.log_dict(figures)
+        logged = trainer.callback_metrics
+        shown |= {name: float(logged[f"train/{name}"]) for name in SHOWN if f"train/{name}" in logged}
+        shown |= {name.replace("/", " "): float(logged[name]) for name in ("val/psnr", "val/loss") if name in logged}
+        self._figures = shown
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.progress.__exit__(None, None, None)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "progress"):
+            self.progress.__exit__(None, None, None)
+
+
+class PreviewGrid(Callback):
+    """Before the first step and at each validation, the stage's preview: ``previews/step-00000123.png``, and TensorBoard."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
+        if trainer.global_step == 0:
+            with module.average_applied():
+                self._draw(trainer, module)
+
+    def on_validation_end(self, trainer: Trainer, module: TrainingModule) -> None:
+        if trainer.state.fn == "fit":
+            self._draw(trainer, module)
+
+    def _draw(self, trainer: Trainer, module: TrainingModule) -> None:
+        if not (trainer.is_global_zero or is_sharded(module.averaged())):
+            return
+        rows = module.preview()
+        if not rows or not trainer.is_global_zero:
+            return
+        if all(len(images) == 1 for _, images in rows):
+            grid = captioned_grid([images[0] for _, images in rows], [label for label, _ in rows])
+        else:
+            grid = paired_grid(rows)
+        save_grid(grid, rows, self.folder / f"step-{trainer.global_step:08d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("preview", np.asarray(grid), trainer.global_step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("preview", [grid], trainer.global_step)
+
+
+class StepTimes(Callback):
+    """Write the median seconds per batch, the first ones left out, to a JSON file."""
+
+    def __init__(self, file: str):
+        self.file = file
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.times.append(time.monotonic())
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        seconds = [after - before for before, after in pairwise(self.times)]
+        write_json(self.file, {"seconds_per_step": median(seconds[1:] or seconds)})

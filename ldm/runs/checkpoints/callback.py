@@ -1,0 +1,276 @@
+"""When a run's checkpoints are written, and which of them stay; :mod:`ldm.runs.checkpoints.files` has how."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
+
+from ldm.errors import LdmError, UsageError
+from ldm.runs.checkpoints.files import (
+    CHECKPOINTS,
+    LAST_CHECKPOINT,
+    VerifiedCheckpointIO,
+    checkpoint_name,
+    checkpoint_summary,
+    checkpoints_in,
+    disk_error,
+    latest_checkpoint,
+    load_checkpoint,
+    point,
+    raise_together,
+    remove_checkpoint,
+    remove_leftovers,
+    step_of,
+)
+from ldm.runs.checkpoints.sharded import sharded_checkpoint
+
+__all__ = [
+    "BEST_CHECKPOINT",
+    "CHECKPOINTS",
+    "LAST_CHECKPOINT",
+    "Checkpoints",
+    "VerifiedCheckpointIO",
+    "checkpoint_summary",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "raise_together",
+    "sharded_checkpoint",
+]
+
+log = logging.getLogger(__name__)
+
+BEST_CHECKPOINT = "best.ckpt"
+
+
+class Checkpoints(Checkpoint):
+    """``checkpoints/step=00000123.ckpt`` in the run's folder, each with its sha256 beside; ``last.ckpt`` is the newest.
+
+    Where a validation is due at a step, its checkpoint is written after that: what a validation changes is in it, and
+    Lightning does not validate again on going on. One that cannot wait (:meth:`save_now`) notes that it owes the validation,
+    which then comes first. Whichever way, a run that goes on does what it would have done.
+    """
+
+    def __init__(
+        self,
+        every_steps: int | None = None,
+        every_minutes: float | None = 60.0,
+        keep_last: int = 2,
+        best: str | None = None,
+        best_mode: Literal["min", "max"] = "min",
+        background: bool = False,
+    ):
+        """
+        Args:
+            every_steps: one each time so many steps are done (default: one at each validation). One is always written at the
+                end of training.
+            every_minutes: one more, at the end of a step, when training has gone on for so long since the last of these (stops
+                do not count); they are never removed. null: none.
+            keep_last: how many of the newest stay. Of the older ones the best one stays, and those of every_minutes.
+            best: a figure of validation, such as val/psnr: a checkpoint is also written where it is better than ever before,
+                and best.ckpt points to it until then.
+            best_mode: whether lower (min) or higher (max) is better.
+            background: go on training while a checkpoint is written, from a copy in the host's memory; an error is raised at
+                the end of the step in which it happens.
+        """
+        for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes), ("keep_last", keep_last)):
+            if value is not None and value <= 0:
+                raise UsageError(f"checkpoints.{name} is {value}; give more than 0")
+        self.every_steps, self.every_minutes, self.keep_last = every_steps, every_minutes, keep_last
+        self.best, self.best_mode, self.background = best, best_mode, background
+        self._io = VerifiedCheckpointIO(background)
+        # of the run, kept in checkpoints
+        self._best_value = math.nan  # nothing yet
+        self._kept: list[str] = []
+        self._seconds = 0.0  # of training since the last one kept
+        self._owes_validation = False
+        # of this process
+        self._started = time.monotonic()
+        self._saved_step = -1
+        self._wanted = self._keep = self._better = False  # asked for since the last one
+        self._ours: list[str] = []  # checkpoints of this course of the run
+        self._written: tuple[Path, bool] | None = None  # not yet linked to; whether it is the best
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self._folder = Path(trainer.default_root_dir) / CHECKPOINTS
+        trainer.strategy.checkpoint_io = self._io
+        if self.background and getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            raise UsageError("checkpoints.background: all processes write a sharded checkpoint together; set it to false")
+        if stage == "fit" and trainer.is_global_zero:
+            remove_leftovers(self._folder)
+
+    # -- when ----------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._started = time.monotonic()
+        self._ours = [path.name for path in checkpoints_in(self._folder) if step_of(path) <= trainer.global_step]
+        if not trainer.strategy.broadcast(checkpoint_name(trainer.global_step) in self._ours):  # gone on from one of elsewhere
+            self._saved_step = -1
+        if not (self._folder / BEST_CHECKPOINT).exists():
+            self._best_value = math.nan
+        if self._owes_validation:
+            _validate_first(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._keep |= self._look_up(trainer)
+        if trainer.fit_loop._should_accumulate():  # in the midst of a step
+            return
+        step = trainer.global_step
+        routine = self.every_steps is not None and step % self.every_steps == 0
+        self._wanted |= routine or self._keep or 0 <= trainer.max_steps <= step
+        if self._wanted and not _validation_is_due(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._better |= self.best is not None and trainer.strategy.broadcast(self._is_better(trainer))
+        self._wanted |= self._better or self.every_steps is None
+        if self._wanted and not trainer.fit_loop._should_accumulate():
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.save_now(trainer)  # where it ended before its time
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """The write under way is finished first; the processes may no longer agree on anything."""
+        error = self._finish()
+        if error is not None:
+            log.error("%s", error)
+
+    def _look_up(self, trainer: Trainer) -> bool:
+        """Whether it is time to keep one, as the first process's clock says. Raises the error of a write in the background."""
+        if self.every_minutes is None and not self.background:
+            return False
+        error = None if self._io.is_writing else self._finish()
+        timed = self.every_minutes is not None and self._seconds_since_kept() >= 60 * self.every_minutes
+        if not trainer.strategy.reduce_boolean_decision(trainer.is_global_zero and (timed or error is not None), all=False):
+            return False
+        raise_together(error)
+        return True
+
+    def _seconds_since_kept(self) -> float:
+        return self._seconds + time.monotonic() - self._started
+
+    def _is_better(self, trainer: Trainer) -> bool:
+        figures = trainer.callback_metrics
+        if self.best not in figures:
+            known = ", ".join(sorted(name for name in figures if not name.startswith("train/")))
+            raise UsageError(f"checkpoints.best {self.best} is no figure of validation; give one of {known}")
+        value = float(figures[self.best])
+        first = math.isnan(self._best_value) and not math.isnan(value)
+        better = first or (value < self._best_value if self.best_mode == "min" else value > self._best_value)
+        if better:
+            self._best_value = value
+        return better
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def save_now(self, trainer: Trainer) -> Path:
+        """The checkpoint of this very step, on disk when this returns. Every process calls it, where a step is complete.
+
+        Raises:
+            LdmError: on every process, where it could not be written.
+        """
+        self._save(trainer)
+        raise_together(self._finish())
+        return self._folder / checkpoint_name(trainer.global_step)
+
+    def _save(self, trainer: Trainer) -> None:
+        raise_together(self._finish())  # one at a time
+        step, error = trainer.global_step, None
+        path = self._folder / checkpoint_name(step)
+        if step != self._saved_step:
+            self._owes_validation = _owes_validation(trainer)
+            if self._keep:
+                self._kept.append(path.name)
+                self._seconds, self._started, self._keep = 0.0, time.monotonic(), False
+            try:
+                trainer.save_checkpoint(path)
+            except LdmError as failure:
+                error = failure
+                trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait
+            self._saved_step = step
+        if trainer.is_global_zero and error is None:
+            self._written = path, self._better
+        self._wanted = self._better = False
+        if not self.background:
+            raise_together(error or self._finish())
+
+    def _finish(self) -> LdmError | None:
+        """Wait for the last write, point the links to it, and remove what need not stay; returns what went wrong."""
+        if self._written is None:
+            return None
+        (path, best), self._written = self._written, None
+        try:
+            self._io.wait()
+            point(self._folder / LAST_CHECKPOINT, path)
+            if best:
+                point(self._folder / BEST_CHECKPOINT, path)
+            self._remove_old(path)
+        except LdmError as error:
+            return error
+        except OSError as error:
+            return disk_error(path, error)
+        return None
+
+    def _remove_old(self, newest: Path) -> None:
+        # Of a course that the run was taken back from, and broken ones, what this one has come by does not count, nor stay;
+        # later steps are not ours to remove.
+        self._ours = [name for name in self._ours if name != newest.name] + [newest.name]
+        stay = {*self._ours[-self.keep_last :], *self._kept, (self._folder / BEST_CHECKPOINT).resolve().name}
+        for path in checkpoints_in(self._folder):
+            if step_of(path) < step_of(newest) and path.name not in stay:
+                remove_checkpoint(path)
+
+    # -- what it remembers ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best_value": self._best_value,
+            "kept": list(self._kept),
+            "seconds_since_kept": self._seconds_since_kept(),
+            "owes_validation": self._owes_validation,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best_value, self._kept = state["best_value"], list(state["kept"])
+        self._seconds, self._owes_validation = state["seconds_since_kept"], state["owes_validation"]
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved_step = checkpoint["global_step"]
+
+
+def _validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation comes right after this batch."""
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
+def _owes_validation(trainer: Trainer) -> bool:
+    """Whether what is saved now lacks the validation of its step, or a part of it."""
+    hook = trainer.lightning_module._current_fx_name
+    if trainer.validating:
+        return hook != "on_validation_end"
+    return hook == "on_train_batch_end" and _validation_is_due(trainer)
+
+
+def _validate_first(trainer: Trainer) -> None:
+    """Have Lightning begin with the validation of the step that it goes on from.
+
+    A checkpoint of on_train_batch_end reads to it as one whose validation is over. One stopped in the midst of a validation it
+    takes up again; so this becomes such a one, of which no batch is done.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not _validation_is_due(trainer):  # under these settings
+        return
+    if loop.restarted_on_train_batch_end:
+        loop.batch_progress.increment_completed()
+    loop._restart_stage = training_epoch_loop.RestartStage.RESTARTED_ON_LAST
+    loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
+    loop.val_loop.batch_progress.reset_on_run()

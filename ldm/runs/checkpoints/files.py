@@ -1,0 +1,294 @@
+"""Checkpoints as files: whole or not there, with a sha256 beside each, in sha256sum's own format.
+
+A checkpoint is one file, or, sharded, a folder of torch.distributed.checkpoint. ``step=00000123.ckpt.sha256`` is in place
+before the checkpoint itself is renamed to its name, so that one without is an older program's, and not half of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, distributed
+
+from ldm.errors import LdmError, UsageError, first_line
+from ldm.files import atomic_file, fsync_folder, sha256_file
+
+log = logging.getLogger(__name__)
+
+#: a run's folder of checkpoints, and the link in it to the newest one
+CHECKPOINTS, LAST_CHECKPOINT = "checkpoints", "last.ckpt"
+SIDECAR = ".sha256"
+NAME = re.compile(r"step=(\d+)\.ckpt")
+# of a sharded checkpoint: what is not sharded (Lightning's name), and the index of what is (torch's)
+UNSHARDED, INDEX = "meta.pt", ".metadata"
+
+MENDS = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or have the quota raised",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EIO: "look after the disk",
+}
+
+
+def checkpoint_name(step: int) -> str:
+    """As ``step=00000123.ckpt``."""
+    return f"step={step:08d}.ckpt"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A folder's checkpoints, whole or not, by step."""
+    return sorted((path for path in folder.glob("step=*.ckpt") if NAME.fullmatch(path.name)), key=step_of)
+
+
+def sidecar(path: Path) -> Path:
+    """Where a checkpoint's sha256 is."""
+    return path.with_name(path.name + SIDECAR)
+
+
+class _HashingWriter:
+    """What :func:`torch.save` writes to: hashes and counts on the way.
+
+    An error of the disk is kept until all has come by: raised in the midst it would reach us as torch's, without its cause.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        size = memoryview(data).nbytes
+        self.size += size
+        if self.error is None:
+            try:
+                self.file.write(data)
+                self.digest.update(data)
+            except OSError as error:
+                self.error = error
+        return size
+
+    def flush(self) -> None:
+        """The file is flushed by whoever opened it."""
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint and its sha256, and read it back; what stood at ``path`` stays until this one is whole.
+
+    Raises:
+        LdmError: one line; nothing half-written is left.
+    """
+    size = None
+    try:
+        with atomic_file(path) as file:
+            writer = _HashingWriter(file)
+            torch.save(checkpoint, writer)
+            size = writer.size
+            if writer.error is not None:
+                raise writer.error
+            file.flush()
+            os.fsync(file.fileno())  # before the sidecar vouches for it
+            write_sidecar(path, {path.name: writer.digest.hexdigest()})
+        what = what_is_broken(path)
+    except OSError as error:
+        raise disk_error(path, error, size) from error
+    if what:
+        raise LdmError(f"{path} {what} although just written; look after this machine's disk and memory")
+
+
+def write_sidecar(path: Path, hashes: dict[str, str]) -> None:
+    """Put the sha256 of a checkpoint's files, named from the folder that it lies in, beside it."""
+    with atomic_file(sidecar(path), "w") as file:
+        file.writelines(f"{digest}  {name}\n" for name, digest in hashes.items())
+
+
+def disk_error(path: Path, error: OSError, size: int | None = None) -> LdmError:
+    """What to say of a checkpoint that the disk did not take; ``size`` in bytes, where it is known."""
+    why = f"{error.strerror or first_line(error)}{f', it takes {size:,} bytes' if size else ''}"
+    mend = MENDS.get(error.errno, "see that files can be written there")
+    return LdmError(f"{path} could not be written ({why}); {mend}, then go on: --resume latest")
+
+
+class VerifiedCheckpointIO(CheckpointIO):
+    """Lightning's way to files. In the background, one write at a time.
+
+    Lightning's AsyncCheckpointIO does not say when a write is done, tells of a failed one at the next, and copies on the
+    device, where memory is short; here the copy is the host's.
+    """
+
+    def __init__(self, background: bool = False):
+        """
+        Args:
+            background: write in a thread, from a copy in the host's memory.
+        """
+        self.background = background
+        self._executor: ThreadPoolExecutor | None = None
+        self._write: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        if not self.background:
+            write_checkpoint(checkpoint, Path(path))
+            return
+        self.wait()
+        copy = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        self._executor = self._executor or ThreadPoolExecutor(1, "checkpoint")
+        self._write = self._executor.submit(write_checkpoint, copy, Path(path))
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write in the background is still under way."""
+        return self._write is not None and not self._write.done()
+
+    def wait(self) -> None:
+        """Until the write in the background is done. Raises its error."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
+
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Onto the host, verified, and never with more than weights and plain values, whatever is asked for."""
+        return load_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | os.PathLike) -> None:
+        remove_checkpoint(Path(path))
+
+    def teardown(self) -> None:
+        self.wait()
+
+
+def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint's content, verified; of a sharded one what is not sharded. ``mmap``: weights are read where they are used.
+
+    Raises:
+        UsageError: where it is not whole.
+    """
+    mend = "remove it and go on from the one before: --resume latest"
+    if what := what_is_broken(path):
+        raise UsageError(f"{path} {what}; {mend}")
+    try:
+        file = path / UNSHARDED if path.is_dir() else path
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UsageError(f"{path} is not a checkpoint of a run ({first_line(error)}); {mend}") from error
+
+
+def what_is_broken(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint, to be said after its name; None: nothing."""
+    path = path.resolve()  # last.ckpt has no sidecar of its own
+    if not path.exists():
+        return "does not exist"
+    try:
+        lines = sidecar(path).read_text().splitlines()
+    except FileNotFoundError:  # of an older program: only a cut can be seen
+        whole = all((path / name).is_file() for name in (UNSHARDED, INDEX)) if path.is_dir() else zipfile.is_zipfile(path)
+        return None if whole else "is cut off"
+    hashes = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if set(hashes) != set(files_of(path)):
+        return f"does not hold the files that {sidecar(path).name} lists"
+    wrong = [name for name, digest in hashes.items() if sha256_file(path.parent / name) != digest]
+    return f"is broken: {', '.join(wrong)} is not of the sha256 in {sidecar(path).name}" if wrong else None
+
+
+def files_of(path: Path) -> dict[str, Path]:
+    """A checkpoint's files, named from the folder that it lies in."""
+    files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return {file.relative_to(path.parent).as_posix(): file for file in sorted(files)}
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint and then its sha256."""
+    if path.is_dir():  # at once, for nobody to take a half for the whole
+        going = path.rename(path.with_name(f".{path.name}.removed.tmp"))
+        shutil.rmtree(going)
+    else:
+        path.unlink(missing_ok=True)
+    sidecar(path).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in a folder of checkpoints that nobody else writes to."""
+    for path in [*folder.glob(".*.tmp")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in folder.glob(f"step=*.ckpt{SIDECAR}"):
+        if not path.with_name(path.name.removesuffix(SIDECAR)).exists():
+            path.unlink()
+
+
+def point(link: Path, target: Path) -> None:
+    """Make ``link`` a relative link to its neighbour ``target``, replacing at once what it was."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+    fsync_folder(link.parent)
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint of a folder: of those up to ``last.ckpt``, the last that was written.
+
+    Later steps than that are of another course of the run, which was gone back from. A warning names each broken one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = checkpoints_in(folder)
+    last = (folder / LAST_CHECKPOINT).resolve()
+    if last.name in [path.name for path in found]:
+        found = [path for path in found if step_of(path) <= step_of(last)]
+    for path in reversed(found):
+        what = what_is_broken(path)
+        if what is None:
+            return path
+        if rank_zero_only.rank == 0:
+            log.warning("%s %s; trying the one before", path, what)
+    none = f"none of its {len(found)} checkpoints is whole" if found else "there is no checkpoint"
+    raise UsageError(f"{folder}: {none}; start the run anew, without --resume")
+
+
+def raise_together(error: LdmError | None) -> None:
+    """Raise on every process what any of them failed with. Every process calls it, with its own error or None."""
+    said: list[str | None] = [None if error is None else str(error)]
+    if distributed.is_available() and distributed.is_initialized():
+        said = [None] * distributed.get_world_size()
+        distributed.all_gather_object(said, None if error is None else str(error))
+    first = next((text for text in said if text is not None), None)
+    if first is not None:
+        raise error or LdmError(first)
+
+
+def checkpoint_summary(checkpoint: dict[str, Any]) -> str:
+    """Where a run goes on from, in two lines; what a checkpoint does not hold is left out."""
+    rates = [f"{schedule['_last_lr'][0]:.3g}" for schedule in checkpoint.get("lr_schedulers", [])]
+    updates = checkpoint.get("average", {}).get("optimization_step")
+    loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []) if "loops" in checkpoint else []
+    random = checkpoint.get("random")
+    whole = [f"step {checkpoint['global_step']:,}"]
+    if rates:
+        whole.append(f"learning rate{'s' if len(rates) > 1 else ''} {' and '.join(rates)}")
+    if updates is not None:
+        whole.append(f"weights averaged over {updates:,} steps")
+    rest = [f"data: epoch {place['epoch']:,}, {place['samples_consumed']:,} samples of it consumed" for place in loaders]
+    states = "no random states" if not random else f"random states of {len(random)} process{'es' if len(random) > 1 else ''}"
+    return f"{', '.join(whole)}\n{', '.join([*rest, states])}"

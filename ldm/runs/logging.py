@@ -1,0 +1,267 @@
+"""What a run's folder keeps beside its config: metrics, a log, and what each of its starts ran on.
+
+``logs/metrics.csv`` and TensorBoard's events go on where a resumed run goes on; ``logs/run.log`` holds what the loggers and
+warnings of the first process say (of others: ``run-rank1.log`` …), and ``logs/environment.json`` a record for each start.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import shlex
+import subprocess
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from ldm.errors import LdmError, first_line
+from ldm.files import atomic_file, read_json, write_json
+from ldm.machine import machine_info
+from ldm.reporting.report import ENVIRONMENT, LOGS, RUN_LOG
+
+# Of Lightning's loggers one tells what befalls a run; the others speak of every checkpoint.
+LOGGED = ("ldm", "lightning.pytorch", "lightning.fabric")
+INFORMATIVE = ("ldm", "lightning.pytorch.utilities.rank_zero")
+# seconds that a question to git may take, in a checkout on a slow disk
+GIT_SECONDS = 20
+
+# lines of the run itself, for the file alone: the command line says them in its own way
+_status = logging.getLogger(f"{__name__}.status")
+
+
+# -- metrics -------------------------------------------------------------------------------------------------------------
+
+
+class _Rows(ExperimentWriter):
+    """Lightning's writer deletes the file it finds, and rewrites it in place when a metric is new."""
+
+    def __init__(self, log_dir: str, resumed_at: int | None):
+        self.resumed_at = resumed_at
+        super().__init__(log_dir)
+        if resumed_at is not None and os.path.exists(self.metrics_file_path):
+            self.metrics_keys, rows = self._read()
+            self._write([row for row in rows if int(row["step"]) < resumed_at])
+
+    def _check_log_dir_exists(self) -> None:
+        if self.resumed_at is None:
+            Path(self.metrics_file_path).unlink(missing_ok=True)
+
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        text = Path(self.metrics_file_path).read_text(encoding="utf-8")
+        # a line without an end was being written when the run was killed
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        rows = list(reader)
+        return list(reader.fieldnames or []), rows
+
+    def _write(self, rows: Iterable[dict[str, str]]) -> None:
+        with atomic_file(self.metrics_file_path, "w") as file:
+            writer = csv.DictWriter(file, self.metrics_keys, lineterminator="\r\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(self._read()[1])
+
+
+class RunCSVLogger(CSVLogger):
+    """Lightning's CSV log, one for the whole of a run however often it is resumed.
+
+    The rows of steps that are trained again are dropped: a run that is killed may have logged further than it has saved. So it
+    ends with the same rows as a run that was never stopped.
+    """
+
+    def __init__(self, save_dir: str | os.PathLike, resumed_at: int | None = None):
+        """
+        Args:
+            save_dir: folder of the run.
+            resumed_at: steps trained in the checkpoint that it goes on from; None: from nothing.
+        """
+        super().__init__(save_dir, name="", version=LOGS)
+        self.resumed_at = resumed_at
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _Rows:
+        if self._experiment is None:
+            self._experiment = _Rows(self.log_dir, self.resumed_at)
+        return self._experiment
+
+
+def loggers(out: Path, given: Logger | Iterable[Logger] | bool | None, resumed_at: int | None) -> list[Logger]:
+    """The CSV and TensorBoard logs of every run, and beside them what ``trainer.logger`` of its config asks for.
+
+    Args:
+        out: folder of the run.
+        given: ``trainer.logger``.
+        resumed_at: as of :class:`RunCSVLogger`.
+    """
+    extra = [given] if isinstance(given, Logger) else [] if given is None or isinstance(given, bool) else list(given)
+    return [
+        RunCSVLogger(out, resumed_at),
+        TensorBoardLogger(out, name="", version=LOGS, purge_step=resumed_at or 0),
+        *extra,
+    ]
+
+
+# -- what ran, on what, and what it said ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def recorded(trainer: Trainer, module: LightningModule, command: Sequence[str], resumed_at: int | None) -> Iterator[None]:
+    """Keep the log of what runs inside, and put on record how it starts and ends; every process calls it.
+
+    Args:
+        trainer: whose ``default_root_dir`` is the folder of the run.
+        module: what it trains.
+        command: words of the command line, without the interpreter.
+        resumed_at: steps trained in the checkpoint that it goes on from; None: from nothing.
+    """
+    out, first = Path(trainer.default_root_dir), trainer.is_global_zero
+    with run_log(out, trainer.global_rank):
+        record = start_record(trainer, module, command, resumed_at) if first else {}
+        started = "started" if resumed_at is None else f"resumed at step {resumed_at}"
+        if first:
+            _append_record(out / ENVIRONMENT, record)
+            _status.info("%s: %s", started, record["command"])
+        why = f"before max_steps {trainer.max_steps}"
+        try:
+            yield
+        except BaseException as error:
+            why = _why(error)
+            if isinstance(error, Exception) and not isinstance(error, LdmError):
+                _status.error("an error that was not foreseen", exc_info=True)
+            raise
+        else:
+            if trainer.max_steps <= trainer.global_step:
+                why = ""
+        finally:
+            step = trainer.global_step
+            how = f"stopped at step {step}: {why}" if why else f"finished at step {step}"
+            (_status.warning if why else _status.info)(how)
+            if first:
+                record["ended"] = {"time": _now(), "step": step} | ({"why": why} if why else {})
+                with suppress(OSError):  # on a full disk, the error that led here is what must be said
+                    _append_record(out / ENVIRONMENT, record, replace_last=True)
+
+
+def start_record(trainer: Trainer, module: LightningModule, command: Sequence[str], resumed_at: int | None) -> dict[str, Any]:
+    """What a start runs on: plain values that name no folder of the machine but those that ``command`` names."""
+    counts = {name: sum(each.numel() for each in part.parameters()) for name, part in module.named_children()}
+    return {
+        "started": _now(),
+        "resumed_at_step": resumed_at,
+        "command": shlex.join(command),
+        "processes": trainer.world_size,
+        "nodes": trainer.num_nodes,
+        "precision": str(trainer.precision),
+        "parameters": {name: count for name, count in counts.items() if count},
+        "git": git_state(Path(__file__).parents[2]),
+        "versions": machine_info(),
+    }
+
+
+def git_state(checkout: Path) -> dict[str, Any] | None:
+    """The commit of a checkout and whether its tracked files were changed since; None where ``checkout`` is none."""
+    if not (checkout / ".git").exists():  # else git would look for one further up
+        return None
+    try:
+        commit = _git(checkout, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(checkout, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or a checkout that it does not trust
+        return None
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(checkout), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
+
+
+def _append_record(path: Path, record: dict[str, Any], replace_last: bool = False) -> None:
+    records = read_json(path) if path.exists() else []
+    write_json(path, [*(records[:-1] if replace_last else records), record])
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"exit {error.code}"
+    if isinstance(error, LdmError) and error.exit_code > 128:  # a signal's
+        return "as asked"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+
+
+class _LogFile(logging.FileHandler):
+    """Stays silent where it cannot be written: the disk is full, or a refused run's folder gone, and that is said elsewhere.
+
+    Logging's own traceback for every line would bury it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def _open(self) -> Any:
+        # with the first line, and not before: the first process may yet have to see whether the folder is new
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+@contextmanager
+def run_log(out: Path, rank: int) -> Iterator[None]:
+    """Write what the loggers of ldm and Lightning and warnings say to a file of the run, as well as where it goes anyway.
+
+    The first process's file has what is for information, too; that of another one comes to be with its first warning.
+    """
+    path = out / RUN_LOG if rank == 0 else out / LOGS / f"run-rank{rank}.log"
+    file = _LogFile(path, encoding="utf-8", delay=True)
+    file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    file.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    file.addFilter(lambda record: not record.getMessage().startswith("💡"))  # advertisements
+    with ExitStack() as afterwards:
+        afterwards.callback(file.close)
+        for name in LOGGED:
+            logger = logging.getLogger(name)
+            if not logger.hasHandlers():  # with a file as its only one, it would be silent from now on
+                _attach(logger, logging.lastResort, afterwards)
+            for console in logger.handlers:
+                afterwards.callback(console.setLevel, console.level)
+                console.setLevel(max(console.level, logging.WARNING))
+            _attach(logger, file, afterwards)
+        for name in INFORMATIVE:
+            logger = logging.getLogger(name)
+            afterwards.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.INFO)
+        for logger in (_status, logging.getLogger("py.warnings")):
+            afterwards.callback(setattr, logger, "propagate", logger.propagate)
+            logger.propagate = False
+            _attach(logger, file, afterwards)
+        show = warnings.showwarning
+        afterwards.callback(setattr, warnings, "showwarning", show)
+
+        def show_and_log(message: Warning | str, category: type[Warning], *place: Any, **where: Any) -> None:
+            logging.getLogger("py.warnings").warning("%s: %s", category.__name__, message)
+            show(message, category, *place, **where)
+
+        warnings.showwarning = show_and_log
+        yield
+
+
+def _attach(logger: logging.Logger, handler: logging.Handler, afterwards: ExitStack) -> None:
+    logger.addHandler(handler)
+    afterwards.callback(logger.removeHandler, handler)

@@ -1,0 +1,113 @@
+"""A trained pipeline as diffusers' own ``PixArtAlphaPipeline``: a directory that opens with no code of ours."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel, SchedulerMixin
+from torch import Tensor, nn
+
+from ldm.diffusion.scheduler import make_scheduler, wanted_prediction
+from ldm.errors import UsageError
+from ldm.models.autoencoder import latent_statistics
+from ldm.pipeline import LatentDiffusionPipeline
+
+TEXT_TOKENS = 120  # PixArtAlphaPipeline pads and cuts every prompt to this length
+BINNED_SIZES = (32, 64, 128)  # the latent sides that it knows images' sizes for
+
+
+def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
+    """Write ``pipeline`` into the empty ``folder`` as a ``PixArtAlphaPipeline``, drawing what it draws.
+
+    Its scheduler is DPM-Solver++ on the model's own path: those made for flows do not fit that pipeline, and DDIM goes astray
+    there where the number of steps does not divide 1000. With ``pipeline.scheduler`` set to the same one, the images agree
+    from the same noise. It lower-cases prompts and, unless called with ``clean_caption=False``, tidies them where Beautiful
+    Soup and ftfy are installed; it cuts them at 120 tokens.
+
+    Returns:
+        What to mind when calling that pipeline, a sentence each; empty for most.
+
+    Raises:
+        UsageError: for another denoiser, a text encoder that cannot read prompts of 120 tokens, or a prediction that the
+            scheduler does not take.
+    """
+    transformer, text_config = pipeline.transformer, pipeline.text_encoder.config
+    if not isinstance(transformer, PixArtTransformer2DModel):
+        raise UsageError(
+            f"the denoiser is a {type(transformer).__name__}, but PixArtAlphaPipeline runs a PixArtTransformer2DModel; train "
+            "with model.denoiser.class_path: diffusers.PixArtTransformer2DModel, or export without --as"
+        )
+    longest = getattr(text_config, "max_position_embeddings", TEXT_TOKENS)  # T5 has no limit
+    if longest < TEXT_TOKENS:
+        raise UsageError(
+            f"PixArtAlphaPipeline pads prompts to {TEXT_TOKENS} tokens, but this {type(pipeline.text_encoder).__name__} reads "
+            f"{longest}; train with a text encoder that reads more, such as a T5"
+        )
+    PixArtAlphaPipeline(
+        tokenizer=pipeline.tokenizer,
+        text_encoder=pipeline.text_encoder,
+        vae=with_normalised_latents(pipeline.vae),
+        transformer=transformer,
+        scheduler=fitting_scheduler(pipeline),
+    ).save_pretrained(folder)
+    remarks = []
+    if transformer.config.sample_size not in BINNED_SIZES or pipeline.vae_scale_factor != 8:
+        remarks.append("call it with use_resolution_binning=False: its list of image sizes does not hold this model's")
+    if pipeline.tokenizer("A B").input_ids != pipeline.tokenizer("a b").input_ids:
+        remarks.append("it lower-cases prompts, which this text encoder tells apart: train on lower-case captions")
+    return remarks
+
+
+def fitting_scheduler(pipeline: LatentDiffusionPipeline) -> SchedulerMixin:
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095) for the pipeline's model, shifted as its own scheduler is.
+
+    Raises:
+        UsageError: where it does not take what the network predicts, as ``PixArtAlphaPipeline`` does not convert it.
+    """
+    shift = {"flow_shift": pipeline.scheduler.config.shift} if "shift" in pipeline.scheduler.config else {}
+    scheduler = make_scheduler("dpm++2m", *pipeline.diffusion, **shift)
+    predicted, wanted = type(pipeline.diffusion.prediction), type(wanted_prediction(scheduler))
+    if predicted is not wanted:
+        raise UsageError(
+            f"the denoiser predicts {predicted.__name__}, but on its path PixArtAlphaPipeline can only run {wanted.__name__}; "
+            f"train with model.prediction.class_path: {wanted.__module__}.{wanted.__name__}, or export without --as"
+        )
+    return scheduler
+
+
+def with_normalised_latents(autoencoder: AutoencoderKL) -> AutoencoderKL:
+    """A copy whose ``scaling_factor`` alone normalises its latents, as the older pipelines of diffusers want it.
+
+    Where the channels differ in mean or deviation these go into the 1x1 convolutions around the latents,
+    ``W(std·n + mean) + b = (W·std)n + (W·mean + b)`` and the like for the encoder, and the factor is 1.
+    """
+    mean, std = (value.flatten() for value in latent_statistics(autoencoder, torch.empty(0, dtype=torch.float64)))
+    made = copy.deepcopy(autoencoder)
+    made.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None)
+    if not mean.any() and (std == std[0]).all():
+        made.register_to_config(scaling_factor=float(1 / std[0]))
+        return made
+    weight, bias = _affine(autoencoder.post_quant_conv, len(mean))
+    made.post_quant_conv = _convolution(weight * std, weight @ mean + bias, autoencoder)
+    weight, bias = _affine(autoencoder.quant_conv, 2 * len(mean))  # to means and log-variances
+    scale = torch.cat([1 / std, torch.ones_like(std)])
+    shift = torch.cat([-mean / std, -2 * std.log()])
+    made.quant_conv = _convolution(scale[:, None] * weight, scale * bias + shift, autoencoder)
+    made.register_to_config(use_quant_conv=True, use_post_quant_conv=True)
+    return made
+
+
+def _affine(convolution: nn.Conv2d | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Matrix and bias of a 1x1 convolution, float64; the identity where there is none."""
+    if convolution is None:
+        return torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    return convolution.weight.detach().cpu().double()[:, :, 0, 0], convolution.bias.detach().cpu().double()
+
+
+def _convolution(weight: Tensor, bias: Tensor, like: AutoencoderKL) -> nn.Conv2d:
+    convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1).requires_grad_(False)
+    convolution.weight.copy_(weight[:, :, None, None])
+    convolution.bias.copy_(bias)
+    return convolution.to(device=like.device, dtype=like.dtype)

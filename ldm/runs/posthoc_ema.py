@@ -1,0 +1,145 @@
+"""Averages of any length after training, made of stored ones (Karras et al. 2024, arXiv 2312.02696, section 3.2, appendix C).
+
+A power-function average of exponent gamma at step t weighs step s by p(s) = (gamma + 1)·s^gamma / t^(gamma + 1), s ≤ t. The
+snapshots' weights are combined so that their combination comes closest to the wanted one in the mean square; with the same
+coefficients the snapshots give that average of the network. Beyond the paper, the coefficients are made to sum to one, as the
+weights of an average do, so that few snapshots do not shrink the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldm.errors import LdmError, UsageError, first_line
+from ldm.files import atomic_folder
+from ldm.runs.fit import ExportCLI
+from ldm.training.base import TrainingModule, require_weights
+from ldm.training.ema import SNAPSHOTS, gamma_of
+
+
+class Snapshot(NamedTuple):
+    """A stored average."""
+
+    file: Path
+    step: int
+    sigma_rel: float
+
+
+class Combination(NamedTuple):
+    """How snapshots are summed to an average.
+
+    Attributes:
+        coefficients: one for each snapshot; their sum is 1.
+        error: root mean square distance of the profile that comes out from the wanted one, relative to the latter.
+    """
+
+    coefficients: np.ndarray
+    error: float
+
+
+def find_snapshots(run: str | Path) -> list[Snapshot]:
+    """Those of a run, the oldest first. Raises :class:`UsageError` where there is none."""
+    found = []
+    for file in sorted((Path(run) / SNAPSHOTS).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                metadata = tensors.metadata()
+            found.append(Snapshot(file, int(metadata["step"]), float(metadata["sigma_rel"])))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise LdmError(f"{file} is no whole snapshot of an average ({first_line(error)}); remove it") from error
+    if not found:
+        raise UsageError(f"{Path(run) / SNAPSHOTS} holds no averages; train with model.power_averages, which stores them")
+    return found
+
+
+def inner_product(steps: np.ndarray, gammas: np.ndarray, step: np.ndarray, gamma: np.ndarray) -> np.ndarray:
+    """∫ p(s)·p'(s) ds of the profiles that end at ``steps`` with exponents ``gammas`` and at ``step`` with ``gamma``."""
+    earlier, later = np.minimum(steps, step), np.maximum(steps, step)
+    of_later = np.where(steps < step, gamma, gammas)
+    return (gammas + 1) * (gamma + 1) / (gammas + gamma + 1) * (earlier / later) ** of_later / later
+
+
+def combine(steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_rel: float) -> Combination:
+    """The combination of averages of lengths ``sigma_rels`` at ``steps`` that is closest to ``sigma_rel`` at ``step``."""
+    # time in units of the wanted step: what is solved is then of order one
+    times, gammas = np.asarray(steps, np.float64) / step, np.array([gamma_of(length) for length in sigma_rels])
+    gamma = np.array(gamma_of(sigma_rel))
+    products = inner_product(times[:, None], gammas[:, None], times, gammas)  # (n, n)
+    wanted = inner_product(times, gammas, np.ones(()), gamma)  # (n,)
+    norm = inner_product(np.ones(()), gamma, np.ones(()), gamma)
+    # the sum's constraint has a Lagrange multiplier; snapshots alike in step and length leave the system without full rank
+    ones = np.ones(len(times))
+    system = np.block([[products, ones[:, None]], [ones[None], np.zeros((1, 1))]])
+    coefficients = np.linalg.lstsq(system, np.append(wanted, 1), rcond=None)[0][:-1]
+    square = norm - 2 * coefficients @ wanted + coefficients @ products @ coefficients
+    return Combination(coefficients, float(np.sqrt(max(square, 0) / norm)))
+
+
+def sum_snapshots(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) -> dict[str, Tensor]:
+    """The parameters of the combined network by name, float32; one snapshot is in memory at a time."""
+    total: dict[str, Tensor] = {}
+    for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
+        with safe_open(snapshot.file, "pt") as tensors:
+            weights = {name: tensors.get_tensor(name).float() for name in sorted(tensors.keys())}
+        total = total or {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        if {name: weight.shape for name, weight in weights.items()} != {name: weight.shape for name, weight in total.items()}:
+            raise UsageError(f"{snapshot.file} is of another network than {snapshots[0].file}; remove the one that is wrong")
+        for name, weight in weights.items():
+            total[name].add_(weight, alpha=float(coefficient))
+    return total
+
+
+def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], str]:
+    """The average of length ``sigma_rel`` at ``step`` (default: the last one stored): parameters by name, and how it was had.
+
+    Raises :class:`UsageError` where nothing was stored at ``step``.
+    """
+    steps = sorted({snapshot.step for snapshot in snapshots})
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UsageError(f"no average was stored at step {step}; give one of {', '.join(map(str, steps))}")
+    used = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    coefficients, error = combine([one.step for one in used], [one.sigma_rel for one in used], step, sigma_rel)
+    how = f"sigma_rel {sigma_rel:g} at step {step}, of {len(used)} stored averages, its profile met to {error:.2%}"
+    return sum_snapshots(used, coefficients), how
+
+
+class PostHocCLI(ExportCLI):
+    """The plain directory of a run with an average of any length, made of the averages that it stored."""
+
+    def __init__(self, stage: type[TrainingModule], run: Path, out: Path, sigma_rel: float, step: int | None = None):
+        """
+        Args:
+            stage: what the run trained.
+            run: its folder.
+            out: a new folder for what comes out.
+            sigma_rel: length of the average, relative to the training up to ``step``.
+            step: that it ends at (default: the last one stored, up to the run's last checkpoint).
+
+        Raises:
+            UsageError: where these do not serve.
+        """
+        gamma_of(sigma_rel)
+        self.snapshots, self.sigma_rel, self.step = find_snapshots(run), sigma_rel, step
+        super().__init__(stage, run, out)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.model.on_load_checkpoint(self.read())
+        # what is later was left by a training that went on from an earlier checkpoint
+        snapshots = [snapshot for snapshot in self.snapshots if snapshot.step <= self.model.average.step]
+        weights, how = reconstruct(snapshots, self.sigma_rel, self.step)
+        network = self.model.averaged().eval()
+        require_weights(network, weights, str(snapshots[0].file.parent))
+        self.datamodule.setup("fit")
+        self.model.prepare(self.datamodule)
+        network.load_state_dict(weights, strict=False)  # buffers are as they were built
+        with atomic_folder(self.destination) as folder:
+            self.model.save(folder)
+        print(f"{self.model.artifact}: {self.destination}, the average of {how}")

@@ -1,0 +1,370 @@
+"""A page about a run, from the files in its folder alone: it can be made while the run trains, and long after it.
+
+No checkpoint is opened and no network built, so that it costs a training run nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.errors import UsageError
+from ldm.files import read_json
+from ldm.progress import duration
+from ldm.reporting.report import (
+    ENVIRONMENT,
+    METRICS,
+    RUN_LOG,
+    Report,
+    captioned_grid,
+    paired_grid,
+    read_grid,
+    read_metrics,
+)
+
+Curves = dict[str, tuple[list[float], list[float]]]
+
+# A run that has written nothing for so long, or for so many of its steps between two lines of metrics, is taken to have ended.
+SILENT_SECONDS, SILENT_LINES = 600, 10
+# rows of metrics that the time left is reckoned from
+RECENT_ROWS = 20
+LOG_LINES, LOG_BYTES = 40, 64 * 1024
+STRIP_ROWS, STRIP_IMAGES, STRIP_CELL = 8, 6, 110
+SHOWN_QUARANTINED = 8
+
+# title, patterns of metrics, label of the vertical axis, whether it is logarithmic, points that the bold line is the mean of
+CHARTS = (
+    ("Loss", ("train/loss", "val/loss"), "", True, 9),
+    ("Reconstruction", ("train/rec", "train/lpips", "val/lpips"), "", True, 9),
+    ("PSNR", ("val/psnr",), "dB", False, 0),
+    ("SSIM", ("val/ssim",), "", False, 0),
+    ("FID", ("val/*fid*",), "", True, 0),
+    ("Loss by time t, in tenths", ("val/loss_bin_0[02469]",), "validation loss", True, 0),
+    ("KL", ("train/kl",), "nats per pixel value", True, 9),
+    ("The game", ("train/g", "train/d"), "loss", False, 9),
+    ("What the discriminator tells apart", ("train/d_accuracy",), "share of patches", False, 9),
+    ("How loudly the decoder hears it", ("train/g_weight",), "weight", False, 9),
+    ("GAN guard level", ("val/g_level",), "share of the weight asked for", False, 0),
+    ("Learning rate", ("train/lr*",), "", False, 0),
+    ("Gradient norm", ("train/*grad_norm*",), "before clipping", True, 9),
+    ("Steps skipped", ("train/*skipped*",), "in all", False, 0),
+    ("Samples quarantined", ("data/quarantined",), "in all", False, 0),
+    ("Speed", ("time/images_per_second",), "images a second", False, 0),
+    ("Waiting for data", ("time/data_wait_share",), "share of the time", False, 0),
+    ("Model FLOPs utilisation", ("time/mfu",), "share of the device's peak", False, 0),
+)
+
+
+@dataclass
+class RunRecord:
+    """What a run's folder says.
+
+    Attributes:
+        folder: of the run.
+        config: its resolved config.
+        starts: a record for each start; see :func:`ldm.runs.logging.start_record`. Older runs have none.
+        curves: metrics, over the batches trained.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    starts: list[dict[str, Any]]
+    curves: Curves
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Raises :class:`UsageError` for a folder that is no run's."""
+        path = folder / "logs" / "config.yaml"
+        if not path.is_file():
+            raise UsageError(f"{folder} is not the folder of a run: {path} is not there; give what --out of fit was")
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(config, dict) or not {"model", "trainer"} <= config.keys():
+            raise UsageError(f"{path} is no config of ldm autoencoder fit or ldm denoiser fit; give what --out of fit was")
+        environment = folder / ENVIRONMENT
+        starts = read_json(environment) if environment.is_file() else []
+        return cls(folder, config, starts, read_metrics(folder / METRICS))
+
+    @property
+    def stage(self) -> str:
+        return "denoiser" if "denoiser" in self.config["model"] else "autoencoder"
+
+    @property
+    def product(self) -> Path:
+        return Path(self.config.get("export") or self.folder / {"denoiser": "pipeline"}.get(self.stage, self.stage))
+
+    @property
+    def max_steps(self) -> int:
+        return self.config["trainer"]["max_steps"]
+
+    @cached_property
+    def step(self) -> int:
+        """Batches trained, as far as anything tells."""
+        logged = (int(steps[-1]) for name, (steps, _) in self.curves.items() if name != "data/quarantined")
+        ended = (start["ended"]["step"] for start in self.starts if "ended" in start)
+        return max((*logged, *ended, *(start["resumed_at_step"] or 0 for start in self.starts)), default=0)
+
+    @cached_property
+    def last_sign(self) -> float:
+        """When anything was last written, in seconds since 1970."""
+        folders = (self.folder / name for name in ("logs", "previews", "checkpoints"))
+        paths = (path for folder in folders if folder.is_dir() for path in (folder, *folder.iterdir()))
+        return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+
+    def latest(self, name: str) -> float | None:
+        """The last value of a metric."""
+        return self.curves[name][1][-1] if name in self.curves else None
+
+    def state(self, now: float) -> str:
+        """``training``, ``finished``, or ``stopped`` with why, at ``now`` in seconds since 1970."""
+        ended = self.starts[-1].get("ended") if self.starts else None
+        if self.step >= self.max_steps and (ended is not None or self.product.exists()):
+            return "finished"
+        if ended is not None:
+            return f"stopped: {ended['why']}" if "why" in ended else "stopped"
+        every = self.config["trainer"].get("log_every_n_steps") or 1
+        patience = max(SILENT_SECONDS, SILENT_LINES * every * (self.latest("time/step_seconds") or 0))
+        silent = now - self.last_sign
+        return "training" if silent < patience else f"stopped: nothing written for {duration(silent)}"
+
+    def seconds_left(self) -> float | None:
+        """From the last rows of metrics, pauses and all."""
+        steps, elapsed = self.curves.get("time/elapsed_seconds", ([], []))
+        steps, elapsed = steps[-RECENT_ROWS:], elapsed[-RECENT_ROWS:]
+        if not steps:
+            return None
+        first = (steps[0], elapsed[0]) if len(steps) > 1 else (0, 0)
+        return (self.max_steps - self.step) * (elapsed[-1] - first[1]) / (steps[-1] - first[0])
+
+    def checkpoints(self) -> list[tuple[int | None, Path]]:
+        """(step, file or folder), the oldest first; links and what is still being written are none."""
+        found: list[tuple[int | None, Path]] = []
+        for path in (self.folder / "checkpoints").glob("*.ckpt"):
+            step = re.search(r"step[=-]?(\d+)", path.name)
+            if not path.is_symlink() and not path.name.startswith("."):
+                found.append((int(step[1]) if step else None, path))
+        return sorted(found, key=lambda pair: (pair[0] is None, pair[0]))
+
+    def previews(self) -> list[tuple[int, Path]]:
+        """(step, file), the oldest first."""
+        found = ((re.fullmatch(r"step-(\d+)", path.stem), path) for path in (self.folder / "previews").glob("step-*.png"))
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def write_run_report(folder: Path, out: Path, refresh_seconds: int | None = None) -> str:
+    """Write the page about the run in ``folder`` to ``out``; returns the run's state, see :meth:`RunRecord.state`.
+
+    Args:
+        folder: what ``--out`` of ``fit`` was.
+        out: the HTML file, written atomically.
+        refresh_seconds: an open page loads itself again so often, as long as the run is training.
+
+    Raises:
+        UsageError: where ``folder`` is no run's.
+    """
+    run, now = RunRecord.read(folder), time.time()
+    state = run.state(now)
+    page = Report(
+        f"{run.folder.resolve().name}: {state}",
+        f"{'Stage two: denoiser' if run.stage == 'denoiser' else 'Stage one: autoencoder'} · "
+        f"page of {_clock(now)} · last sign of the run {_clock(run.last_sign)}",
+        refresh_seconds if state == "training" else None,
+    )
+    _progress(page, run, state)
+    _images(page, run)
+    _charts(page, run)
+    _data(page, run)
+    _checkpoints(page, run)
+    _commands(page, run, state)
+    _what(page, run)
+    _log(page, run)
+    page.save(out)
+    return state
+
+
+def _clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _progress(page: Report, run: RunRecord, state: str) -> None:
+    elapsed, left, wait = run.latest("time/elapsed_seconds"), run.seconds_left(), run.latest("time/data_wait_share")
+    figures: dict[str, str | float | None] = {
+        f"of {run.max_steps:,} steps": run.step,
+        "time so far": duration(elapsed) if elapsed is not None else None,
+        "time left": duration(left) if left is not None and run.step < run.max_steps else None,
+        "images a second": run.latest("time/images_per_second"),
+        "waiting for data": f"{wait:.0%}" if wait is not None else None,
+    }
+    mfu = run.latest("time/mfu")
+    named = {"train/loss": "loss", "val/loss": "validation loss", "val/psnr": "validation PSNR (dB)", "val/lpips": "LPIPS"}
+    named |= {"train/lr": "learning rate", "val/g_level": "GAN guard level", "train/skipped": "steps skipped"}
+    figures |= {label: run.latest(name) for name, label in named.items()}
+    figures |= {"model FLOPs utilisation": f"{mfu:.1%}" if mfu is not None else None}
+    page.figures({"state": state.partition(":")[0]} | {name: value for name, value in figures.items() if value is not None})
+
+
+def _images(page: Report, run: RunRecord) -> None:
+    previews = run.previews()
+    if not previews:
+        return
+    step, path = previews[-1]
+    grid, _ = read_grid(path)
+    page.image(f"Preview after {step:,} steps", grid, "Always of the same images or noise, with the averaged weights.")
+    if len(previews) < 2:
+        return
+    chosen = [previews[number] for number in _spread(len(previews), STRIP_ROWS)]
+    # Images that have no row to themselves share one. Runs of earlier versions tell no rows: then whole grids are shown.
+    grown = [(step, *read_grid(path)) for step, path in chosen]
+    rows = []
+    for step, _, labelled in grown:
+        alone = all(len(images) == 1 for _, images in labelled)
+        images = [images[0] for _, images in labelled] if alone else labelled[-1][1]
+        rows.append((f"{step:,} steps", images[:STRIP_IMAGES]))
+    steps = [f"{step:,} steps" for step, _ in chosen]
+    if not all(images for _, images in rows):
+        strip = captioned_grid([grid for _, grid, _ in grown], steps, cell=260)
+    elif all(len(images) == 1 for _, images in rows):
+        strip = captioned_grid([images[0] for _, images in rows], steps, columns=len(rows), cell=STRIP_CELL)
+    else:
+        strip = paired_grid(rows, STRIP_CELL)
+    page.image("From the first preview to the last", strip)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of ``count`` indices, evenly spread, both ends among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(number * (count - 1) / (most - 1)) for number in range(most)]
+
+
+def _charts(page: Report, run: RunRecord) -> None:
+    drawn = set()
+    for title, patterns, label, log_y, smooth in CHARTS:
+        names = [name for pattern in patterns for name in sorted(run.curves) if fnmatch(name, pattern)]
+        drawn |= set(names)
+        if names and not (title.endswith(("skipped", "quarantined")) and not any(run.latest(name) for name in names)):
+            series = {name: run.curves[name] for name in names}
+            page.curve(title, series, "batches trained", label, log_y, smooth, half=True)
+    if not run.curves:
+        page.text("Metrics", f"None yet: the first come after {run.config['trainer'].get('log_every_n_steps') or 1} steps.")
+    others = sorted(name for name in run.curves.keys() - drawn if not name.startswith("time/"))
+    if others:
+        lines = [f"{name}: {run.curves[name][1][0]:.5g} → {run.curves[name][1][-1]:.5g}" for name in others]
+        page.folded(f"{len(others)} more metrics, first → last", "\n".join(lines))
+
+
+def _data(page: Report, run: RunRecord) -> None:
+    """The samples that could not be used, of all processes."""
+    known = {}
+    for path in sorted(run.folder.glob("*quarantine.jsonl")):
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may still be in the making
+            known[line] = json.loads(line)
+    if known:
+        rows = [[bad["shard"], bad["key"], bad["reason"]] for bad in known.values()]
+        few = f", {SHOWN_QUARANTINED} of them" if len(rows) > SHOWN_QUARANTINED else ""
+        page.table(f"{len(rows):,} samples in quarantine{few}", ["shard", "key", "why"], rows[:SHOWN_QUARANTINED])
+
+
+def _checkpoints(page: Report, run: RunRecord) -> None:
+    checkpoints = run.checkpoints()
+    if not checkpoints:
+        page.text("Checkpoints", "None yet.")
+        return
+    marked = {name: (run.folder / "checkpoints" / f"{name}.ckpt").resolve() for name in ("last", "best")}
+    rows = []
+    for step, path in checkpoints:
+        size = sum(_size(file) for file in ([path] if path.is_file() else path.rglob("*")))
+        marks = [name for name, marked_path in marked.items() if marked_path == path.resolve()]
+        rows.append([path.name, step, f"{size / 2**20:,.1f} MiB", ", ".join(marks)])
+    page.table("Checkpoints", ["name", "step", "size", ""], rows)
+
+
+def _size(path: Path) -> int:
+    """In bytes; a training run removes files while they are looked at."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _commands(page: Report, run: RunRecord, state: str) -> None:
+    folder, config = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / "logs" / "config.yaml"))
+    go_on = f"ldm {run.stage} fit --config {config} --out {folder} --resume latest"
+    commands = [("compare with other runs", f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}")]
+    product = shlex.quote(str(run.product))
+    if state == "finished" and run.stage == "denoiser":
+        commands.insert(0, ("draw", f'ldm sample {product} "what to draw" --out images'))
+    elif state == "finished":
+        shards = run.config["data"]["train"]
+        shards = shlex.quote(shards) if isinstance(shards, str) else "SHARDS"
+        commands.insert(
+            0, ("go on to stage two", f"ldm latents export --autoencoder {product} --shards {shards} --out latents")
+        )
+    elif state != "training":
+        commands.insert(0, ("go on", go_on))
+    page.commands("What next", commands)
+
+
+def _what(page: Report, run: RunRecord) -> None:
+    """Networks, versions, starts and the config."""
+    model, last = run.config["model"], run.starts[-1] if run.starts else {}
+    counts = last.get("parameters", {})
+    names = dict.fromkeys([*counts, *(name for name in ("denoiser", "autoencoder") if name in model)])
+    rows = [[name, _class_of(model.get(name)), counts.get(name)] for name in names]
+    page.table("Networks", ["part", "class or directory", "parameters"], rows)
+    if run.starts:
+        rows = []
+        for start in run.starts:
+            ended, resumed, git = start.get("ended"), start["resumed_at_step"], start["git"]
+            how = f"step {ended['step']:,}" + (f", {ended['why']}" if "why" in ended else ", finished") if ended else "–"
+            commit = git["commit"][:12] + (" + changes" if git["dirty"] else "") if git else "no checkout"
+            rows.append(
+                [
+                    start["started"][:19].replace("T", " "),
+                    f"{resumed or 0:,}",
+                    how,
+                    f"{start['processes']}",
+                    start["precision"],
+                    commit,
+                ]
+            )
+        page.table("Starts", ["when", "from step", "until", "processes", "precision", "code"], rows)
+        page.table("Machine and versions", ["", ""], [[name, value] for name, value in last["versions"].items()])
+        page.folded("Command", last["command"])
+    page.folded("Config", (run.folder / "logs" / "config.yaml").read_text(encoding="utf-8"))
+
+
+def _class_of(section: Any) -> str:
+    """``DiT`` of ``class_path: ldm.models.dit.DiT``; of a directory, its path."""
+    if isinstance(section, dict):
+        return section.get("class_path", "").rpartition(".")[2]
+    return section if isinstance(section, str) else ""
+
+
+def _log(page: Report, run: RunRecord) -> None:
+    lines = _tail(run.folder / RUN_LOG)
+    if lines:
+        page.folded("The log's last lines", "\n".join(lines), opened=True)
+    for path in sorted((run.folder / "logs").glob("run-rank*.log")):
+        page.folded(f"Warnings of {path.stem.removeprefix('run-')}", "\n".join(_tail(path)))
+
+
+def _tail(path: Path) -> Sequence[str]:
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - LOG_BYTES, 0))
+        return file.read().decode("utf-8", "replace").splitlines()[-LOG_LINES:]

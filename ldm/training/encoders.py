@@ -1,0 +1,194 @@
+"""The two frozen networks of stage two: loaded beside latents made with them, or to encode images on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ldm.data.datamodule import ShardDataModule
+from ldm.data.image_dataset import ImageDataset
+from ldm.data.latent_schema import common_info
+from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS
+from ldm.data.moments import Moments
+from ldm.data.quarantine import BadSample
+from ldm.errors import UsageError
+from ldm.latents.encode import load_matching
+from ldm.models.autoencoder import (
+    autoencoder_hash,
+    downsampling_factor,
+    load_autoencoder,
+    pixels_to_images,
+    set_latent_statistics,
+)
+from ldm.models.text_encoder import TextEncoder
+
+# as many as tell a channel's mean and spread to a percent or two
+STATISTICS_IMAGES = 2048
+
+# mean and standard deviation of the latents, C numbers each
+Statistics = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass
+class Frozen:
+    """What a denoiser is trained beside; no module, because it belongs neither in checkpoints nor in the optimiser.
+
+    Attributes:
+        autoencoder: with the statistics of the training set's latents in its config.
+        text_encoder: what captions went through, or go through.
+        trained_on: of the pipeline's ``model_index.json``.
+    """
+
+    autoencoder: AutoencoderKL
+    text_encoder: TextEncoder
+    trained_on: dict[str, Any]
+
+    @property
+    def statistics(self) -> Statistics:
+        """Those of the autoencoder's config."""
+        return self.autoencoder.config.latents_mean, self.autoencoder.config.latents_std
+
+    def to(self, device: torch.device) -> None:
+        self.autoencoder.to(device)
+        self.text_encoder.model.to(device)
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """A batch of images and captions as latent shards would hold it; in fp32, as they are exported by default."""
+        images = pixels_to_images(batch["image"])
+        with torch.autocast(images.device.type, enabled=False):
+            posterior = self.autoencoder.encode(images).latent_dist
+            text, mask = self.text_encoder.encode(batch["caption"])
+        return {"mean": posterior.mean, "std": posterior.std, "text": text, "text_mask": mask}
+
+
+def frozen_for_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any]) -> Frozen:
+    """What the latents were made with. Raises :class:`UsageError` for anything else, or a denoiser of other sizes.
+
+    Args:
+        autoencoder: its directory.
+        denoiser: its config.
+    """
+    _require_format(data, LATENT_SHARDS, "false")
+    info = common_info(data.train_set.sources)
+    common_info((*data.train_set.sources, *data.validation_set.sources))
+    folder = data.train_set.sources[0].spec
+    network = load_matching(autoencoder, data.train_set.sources[0])
+    if info.latent_shape is None:
+        sizes = ", ".join(f"{width} x {height}" for _, height, width in info.latent_shapes)
+        raise UsageError(f"{folder} holds latents of several sizes ({sizes}); export with --image-size to train on one")
+    text = info.text_encoders[data.text_encoder]
+    _require_sizes(denoiser, info.latent_shape, text.width, f"{folder} was exported with {text.name}")
+    text_encoder = TextEncoder.load(text.name)
+    if text_encoder.hash != text.hash:
+        raise UsageError(
+            f"{folder} was exported with text encoder {text.hash[:12]}, but {text.name} is {text_encoder.hash[:12]} now; "
+            "put back the one it was exported with, or export again"
+        )
+    set_latent_statistics(network, info.latents_mean, info.latents_std)
+    return Frozen(network, text_encoder, _trained_on(info.autoencoder, text.hash, info.latent_shape))
+
+
+def frozen_for_images(
+    data: ShardDataModule,
+    autoencoder: Path,
+    text_encoder: str,
+    denoiser: Mapping[str, Any],
+    statistics: Statistics | None,
+    device: torch.device,
+) -> Frozen:
+    """What images and captions are to be encoded with. Raises :class:`UsageError` where that does not go together.
+
+    Args:
+        autoencoder: its directory.
+        text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`.
+        denoiser: its config.
+        statistics: of the latents, from a checkpoint; None: the directory's own, or measured where it has none.
+        device: to measure on.
+    """
+    _require_format(data, IMAGE_SHARDS, "true")
+    for source in (*data.train_set.sources, *data.validation_set.sources):
+        if not source.manifest.extra.get("captioned", True):
+            raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
+    if data.validation_whole:
+        raise UsageError("data.validation_whole is for stage one; set it to false")
+    folder = data.train_set.sources[0].spec
+    network, encoder = load_autoencoder(autoencoder), TextEncoder.load(text_encoder)
+    shape = _latent_shape(network, data.train_set, folder)
+    _require_sizes(denoiser, shape, encoder.width, f"captions are encoded by {encoder.name}")
+    config = network.config
+    if statistics is None and (config.latents_mean is None or config.latents_std is None):
+        statistics = measure_statistics(network.to(device), data.train_set, data.batch_size)
+    if statistics is not None:
+        set_latent_statistics(network, *statistics)
+    return Frozen(network, encoder, _trained_on(autoencoder_hash(network), encoder.hash, shape))
+
+
+@torch.no_grad()
+def measure_statistics(autoencoder: AutoencoderKL, dataset: ImageDataset, batch_size: int) -> Statistics:
+    """Of latents drawn from the posteriors of 2,048 images from all over the set, nothing random about them."""
+    number = min(len(dataset), STATISTICS_IMAGES)
+    chosen = np.arange(number) * len(dataset) // number
+    moments = []
+    for few in np.array_split(chosen, -(-number // batch_size)):
+        images = pixels_to_images(dataset.batch(few.tolist())["image"].to(autoencoder.device))
+        posterior = autoencoder.encode(images).latent_dist
+        moments.append(Moments.of(posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()))
+    total = Moments.merge(moments)
+    return total.mean.tolist(), total.std.tolist()
+
+
+def _trained_on(autoencoder: str, text_encoder: str, latent_shape: Sequence[int]) -> dict[str, Any]:
+    return {"autoencoder": autoencoder, "text_encoder": text_encoder, "latent_shape": list(latent_shape)}
+
+
+def _require_format(data: ShardDataModule, wanted: str, online: str) -> None:
+    for source in (*data.train_set.sources, *data.validation_set.sources):
+        if source.manifest.format != wanted:
+            raise UsageError(
+                f"{source.spec} holds {source.manifest.format}, but with model.online {online} stage two trains on {wanted}; "
+                "change either, or make latents of images: ldm latents export"
+            )
+
+
+def _latent_shape(autoencoder: AutoencoderKL, dataset: ImageDataset, folder: str) -> tuple[int, int, int]:
+    """(C, h, w) of what the images will be."""
+    if dataset.image_size is not None:
+        height = width = dataset.image_size
+    else:
+        first = dataset.attempt(0)
+        if isinstance(first, BadSample):
+            raise UsageError(f"{first}, so that the images' size is not known; set data.image_size")
+        height, width = first["image"].shape[1:]
+    factor = downsampling_factor(autoencoder)
+    if height % factor or width % factor:
+        raise UsageError(
+            f"images of {width} x {height} in {folder} are not multiples of {factor}, by which the autoencoder shrinks them; "
+            "set data.image_size to one"
+        )
+    return autoencoder.config.latent_channels, height // factor, width // factor
+
+
+def _require_sizes(denoiser: Mapping[str, Any], latent_shape: tuple[int, int, int], caption_channels: int, text: str) -> None:
+    """Refuse latents and embeddings that the denoiser is not made for; ``text`` says where the latter come from."""
+    channels, height, width = latent_shape
+    for name, needs in (("in_channels", channels), ("sample_size", max(height, width))):
+        if denoiser[name] != needs:
+            raise UsageError(f"model.denoiser.{name} is {denoiser[name]}, but the latents need {needs}; change it")
+    if height % denoiser["patch_size"] or width % denoiser["patch_size"]:
+        raise UsageError(
+            f"latents of {width} x {height} are not multiples of model.denoiser.patch_size {denoiser['patch_size']}; "
+            "change it, or the size of the images"
+        )
+    if denoiser["caption_channels"] != caption_channels:
+        raise UsageError(
+            f"model.denoiser takes text of width {denoiser['caption_channels']}, but {text} of width {caption_channels}; "
+            f"change model.denoiser.init_args.caption_channels"
+        )

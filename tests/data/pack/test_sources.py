@@ -1,0 +1,338 @@
+import io
+import json
+import os
+import sys
+
+import datasets
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from ldm.data.manifest import Manifest
+from ldm.data.pack import sources as pack_sources
+from ldm.data.pack import walk as pack_walk
+from ldm.data.pack.packer import pack
+from ldm.data.pack.sources import open_pack_source
+from ldm.data.pack.walk import walk
+from ldm.data.shards import ShardReader
+from ldm.errors import UsageError
+
+
+def make_image(path, size=(6, 4), caption=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+
+
+@pytest.fixture
+def src(tmp_path):
+    for name in ("b.png", "a/z.png", "c.final.png"):
+        make_image(tmp_path / "src" / name)
+    return tmp_path / "src"
+
+
+def packed(out):
+    """File -> all its captions, in the order of the shards."""
+    found = {}
+    for entry in Manifest.load(out).shards:
+        for sample in ShardReader(out / entry.name):
+            about = json.loads(sample.files["json"])
+            found[about["file"]] = about.get("captions", [sample.caption.decode()])
+            assert found[about["file"]][0] == sample.caption.decode()
+    return found
+
+
+def quarantine(out):
+    return {r["file"]: r["reason"] for r in map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())}
+
+
+# folders
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100_000])
+def test_the_walk_is_sorted_whatever_fits_into_memory(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(pack_walk, "_NAMES_AT_ONCE", at_once)
+    names = ["b", "a/x", "a/y", "a-b", "a.b", "ab/c/d", "B", "ab/c.d", "line\nbreak", os.fsdecode(b"caf\xe9"), "é/é", "a b"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    for name in (".hidden", "a/.hidden", ".folder/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(walk(tmp_path)) == sorted(names)
+
+
+def test_links_are_followed_and_circles_are_left(tmp_path):
+    make_image(tmp_path / "elsewhere" / "deep" / "x.png", caption="linked folder")
+    src = tmp_path / "src"
+    make_image(src / "a" / "y.png", caption="plain")
+    (src / "file.png").symlink_to(tmp_path / "elsewhere" / "deep" / "x.png")
+    (src / "file.txt").write_text("linked file")
+    (src / "folder").symlink_to(tmp_path / "elsewhere")
+    (src / "a" / "up").symlink_to(src)
+    (src / "here").symlink_to(".")
+    (src / "self.png").symlink_to("self.png")
+    (tmp_path / "elsewhere" / "back").symlink_to(src)
+    result = pack(src, tmp_path / "out")
+    assert packed(tmp_path / "out") == {
+        "a/y.png": ["plain"],
+        "file.png": ["linked file"],
+        "folder/deep/x.png": ["linked folder"],
+    }
+    assert result.found == 4 and "not a regular file" in quarantine(tmp_path / "out")["self.png"]
+
+
+def test_file_names_that_are_not_unicode_are_packed(src, tmp_path):
+    make_image(src / os.fsdecode(b"caf\xe9.png"), caption="odd")
+    assert pack(src, tmp_path / "out").packed == 1
+    assert packed(tmp_path / "out") == {r"caf\xe9.png": ["odd"]}
+
+
+def test_a_folder_that_cannot_be_read_is_named(src, tmp_path, monkeypatch):
+    def scandir(folder):
+        if str(folder).endswith("a"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UsageError, match=f"{src / 'a'} cannot be read"):
+        pack(src, tmp_path / "out")
+
+
+def test_captions_from_json_beside_the_image(src, tmp_path):
+    img2dataset = {"caption": "from the web", "url": "https://example.org/1.png", "status": "success", "exif": "{}"}
+    (src / "a" / "z.json").write_text(json.dumps(img2dataset))
+    (src / "b.json").write_text(json.dumps({"captions": ["one", "two", ""]}))
+    (src / "c.final.json").write_text(json.dumps({"caption": "of no use"}))
+    (src / "c.final.txt").write_text("the text goes first")
+    for name, text in {
+        "no.json": '{"title": "x"}',
+        "list.json": '["x"]',
+        "number.json": '{"caption": 3}',
+        "bad.json": "{",
+    }.items():
+        make_image(src / name.replace("json", "png"))
+        (src / name).write_text(text)
+    pack(src, tmp_path / "out")
+    assert packed(tmp_path / "out") == {
+        "a/z.png": ["from the web"],
+        "b.png": ["one", "two"],
+        "c.final.png": ["the text goes first"],
+    }
+    reasons = quarantine(tmp_path / "out")
+    assert reasons.keys() == {"no.png", "list.png", "number.png", "bad.png"}
+    assert "neither" in reasons["no.png"] and "not an object" in reasons["list.png"] and "not a text" in reasons["number.png"]
+
+
+# tables
+
+ROWS = [("b.png", "first"), ("a/z.png", "second, with comma")]
+
+
+def write_table(path, columns):
+    """The same columns as any of the three kinds; lists become JSON in CSV."""
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.table(columns), path)
+        return path
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    if path.suffix == ".jsonl":
+        path.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n")
+        return path
+    lines = [",".join(columns)]
+    for row in rows:
+        cells = ["" if cell is None else json.dumps(cell) if isinstance(cell, list) else cell for cell in row.values()]
+        lines.append(",".join('"' + cell.replace('"', '""') + '"' for cell in cells))
+    path.write_text("\n".join(lines))
+    return path
+
+
+KINDS = pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+
+
+@KINDS
+def test_a_table_says_what_is_packed_in_which_order(src, tmp_path, kind):
+    columns = {"other": ["1", "2"], "caption": [caption for _, caption in ROWS], "file": ["./b.png", "a/z.png"]}
+    table = write_table(tmp_path / f"captions.{kind}", columns)
+    (src / "b.txt").write_text("not asked for")
+    result = pack(src, tmp_path / "out", captions=table)
+    assert (result.packed, result.found) == (2, 2)
+    assert list(packed(tmp_path / "out").items()) == [(file, [caption]) for file, caption in ROWS]
+
+
+@KINDS
+def test_several_captions_of_a_table(src, tmp_path, kind):
+    captions = [["red", "rouge"], ["one"], []]
+    columns = {"file": ["b.png", "a/z.png", "c.final.png"], "caption": captions, "alt": ["[rot", None, "[1]"]}
+    table = write_table(tmp_path / f"captions.{kind}", columns)
+    pack(src, tmp_path / "one", captions=table)
+    assert packed(tmp_path / "one") == {"b.png": ["red", "rouge"], "a/z.png": ["one"]}
+    assert quarantine(tmp_path / "one") == {"c.final.png": "empty caption"}
+    pack(src, tmp_path / "both", captions=table, caption_columns=["alt", "caption"])
+    assert packed(tmp_path / "both") == {"b.png": ["[rot", "red", "rouge"], "a/z.png": ["one"], "c.final.png": ["[1]"]}
+
+
+@KINDS
+def test_columns_of_other_names(src, tmp_path, kind):
+    table = write_table(tmp_path / f"captions.{kind}", {"path": ["b.png"], "words": ["red"]})
+    pack(src, tmp_path / "out", captions=table, image_column="path", caption_columns=["words"])
+    assert packed(tmp_path / "out") == {"b.png": ["red"]}
+    with pytest.raises(UsageError, match=r"lacks the column file and caption \(found: path, words\)"):
+        pack(src, tmp_path / "again", captions=table)
+
+
+def test_images_in_a_table_that_cannot_be_used_are_quarantined(src, tmp_path):
+    (src / "b.png").write_text("no image")
+    (src / "note.md").write_text("no image either")
+    table = write_table(tmp_path / "c.csv", {"file": ["a/z.png", "b.png", "note.md"], "caption": ["x", "x", "x"]})
+    pack(src, tmp_path / "out", captions=table)
+    reasons = quarantine(tmp_path / "out")
+    assert reasons.keys() == {"b.png", "note.md"} and reasons["note.md"] == "not an allowed format"
+
+
+def test_names_that_only_share_a_hash_are_no_twins(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_sources, "_hash", lambda name: 7)
+    names = ["b.png", "a/z.png", "c.final.png"]
+    table = write_table(tmp_path / "c.csv", {"file": names, "caption": names})
+    assert open_pack_source(src, table).survey()[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("c.csv", "path,caption\nb.png,x\n", "lacks the column file (found: path, caption)"),
+        ("c.csv", "", "lacks the column file and caption (found: none)"),
+        ("c.csv", "file,caption\n", "holds no row"),
+        ("c.csv", "file,caption\n,x\n", 'row 1: "file" must be a path relative to'),
+        ("c.csv", "file,caption\nb.png,x\nq.png,x\nr.png,y\n", "names q.png, which is not in"),
+        ("c.csv", "file,caption\nb.png,x\na/z.png,x\n./b.png,y\n", "row 3: b.png is named twice"),
+        ("c.csv", "file,caption\n../x.png,x\n", "must be a path relative to"),
+        ("c.csv", "file,caption\n/etc/passwd,x\n", "must be a path relative to"),
+        ("c.csv", b"file,caption\nb.png,caf\xe9\n", "cannot be read"),
+        ("c.jsonl", "{]\n", "row 1 is not JSON"),
+        ("c.jsonl", "[1]\n", "row 1 is not a JSON object"),
+        ("c.jsonl", "[" * 100_000, "row 1 is not JSON"),
+        ("c.jsonl", '{"file": "b.png"}\n', "row 1 lacks the column caption (found: file)"),
+        ("c.jsonl", '{"file": "b.png", "caption": 3}\n', '"caption" must be a text or a list of texts, not 3'),
+        ("c.jsonl", '{"file": "b.png", "caption": ["x", null]}\n', '"caption" must be a text or a list of texts'),
+        ("c.parquet", "no parquet", "arquet"),
+        ("c.xlsx", "", "must end in .csv, .jsonl or .parquet"),
+        ("none.csv", None, "does not exist"),
+    ],
+)
+def test_a_caption_file_that_cannot_be_followed_is_one_line_and_nothing_is_written(src, tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UsageError) as error:
+        pack(src, tmp_path / "out", captions=tmp_path / name)
+    assert words in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+# data sets
+
+
+def images(count):
+    files = []
+    for seed in range(count):
+        buffer = io.BytesIO()
+        noise = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(buffer, "PNG")
+        files.append({"bytes": buffer.getvalue(), "path": f"{seed}.png"})
+    return files
+
+
+def dataset(rows, image="image", caption="caption", captions=None, kind=None):
+    captions = captions or [f"row {number}" for number in range(rows)]
+    made = datasets.Dataset.from_dict({image: images(rows), caption: captions, "extra": [0] * rows})
+    return made.cast_column(image, kind or datasets.Image())
+
+
+def test_a_dataset_on_disk(tmp_path):
+    dataset(5).save_to_disk(tmp_path / "src", num_shards=2)
+    result = pack(tmp_path / "src", tmp_path / "out", keep_bytes=True, shard_size=2, workers=3)
+    assert (result.packed, result.found) == (5, 5)
+    assert packed(tmp_path / "out") == {f"{number:09d}": [f"row {number}"] for number in range(5)}
+    kept = [s.files["png"] for e in result.manifest.shards for s in ShardReader(tmp_path / "out" / e.name)]
+    assert kept == [image["bytes"] for image in images(5)]
+
+
+def test_splits_of_a_dataset(tmp_path):
+    made = datasets.DatasetDict({"train": dataset(3), "test": dataset(2, captions=["", "last"])})
+    made.with_format("numpy").save_to_disk(tmp_path / "src")
+    result = pack(tmp_path / "src", tmp_path / "out")
+    assert (result.packed, result.quarantined, result.found) == (4, 1, 5)
+    assert list(packed(tmp_path / "out")) == ["train/000000000", "train/000000001", "train/000000002", "test/000000001"]
+    assert quarantine(tmp_path / "out") == {"test/000000000": "empty caption"}
+    assert pack(tmp_path / "src" / "test", tmp_path / "split").found == 2
+
+
+def test_columns_of_a_dataset(tmp_path):
+    dataset(2, "jpg", "text", [["one", "two"], ["three"]]).save_to_disk(tmp_path / "usual")
+    pack(tmp_path / "usual", tmp_path / "1")
+    assert packed(tmp_path / "1") == {"000000000": ["one", "two"], "000000001": ["three"]}
+    dataset(2, "photo", "words").save_to_disk(tmp_path / "odd")
+    with pytest.raises(UsageError, match=r"lacks the column image or .* \(found: photo, words, extra\); .*--image-column"):
+        pack(tmp_path / "odd", tmp_path / "2")
+    with pytest.raises(UsageError, match=r"lacks the column images .*--image-column"):
+        pack(tmp_path / "odd", tmp_path / "2", image_column="images")
+    with pytest.raises(UsageError, match=r"lacks the column caption or .*--caption-column"):
+        pack(tmp_path / "odd", tmp_path / "2", image_column="photo")
+    pack(tmp_path / "odd", tmp_path / "2", image_column="photo", caption_columns=["words"])
+    assert packed(tmp_path / "2") == {"000000000": ["row 0"], "000000001": ["row 1"]}
+
+
+def test_rows_of_a_dataset_without_an_image_are_quarantined(tmp_path):
+    rows = {"image": [images(1)[0]["bytes"], None, b"no image"], "caption": ["x"] * 3}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "src")
+    result = pack(tmp_path / "src", tmp_path / "out")
+    assert (result.packed, result.quarantined) == (1, 2)
+    assert quarantine(tmp_path / "out")["000000001"] == 'no bytes of an image in "image"'
+
+
+def test_a_dataset_of_other_things_or_of_nothing_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"image": [1, 2], "caption": ["a", "b"]}).save_to_disk(tmp_path / "numbers")
+    with pytest.raises(UsageError, match="none of the 2"):
+        pack(tmp_path / "numbers", tmp_path / "out")
+    datasets.DatasetDict({}).save_to_disk(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="holds no row"):
+        pack(tmp_path / "nothing", tmp_path / "out")
+    dataset(1).save_to_disk(tmp_path / "damaged")
+    (tmp_path / "damaged" / "data-00000-of-00001.arrow").write_bytes(b"no arrow")
+    with pytest.raises(UsageError, match="cannot be loaded by datasets") as error:
+        pack(tmp_path / "damaged", tmp_path / "out")
+    assert str(tmp_path / "damaged") in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_pack_of_a_dataset_goes_on_and_sees_a_change(tmp_path):
+    def stop(done, found):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    dataset(5).save_to_disk(tmp_path / "src")
+    pack(tmp_path / "src", tmp_path / "whole", shard_size=1)
+    for out in ("out", "changed"):
+        with pytest.raises(KeyboardInterrupt):
+            pack(tmp_path / "src", tmp_path / out, shard_size=1, on_progress=stop)
+    pack(tmp_path / "src", tmp_path / "out", shard_size=1)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    arrow = next((tmp_path / "src").glob("*.arrow"))
+    os.utime(arrow, (1, 1))
+    with pytest.raises(UsageError, match="has changed since"):
+        pack(tmp_path / "src", tmp_path / "changed", shard_size=1)
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "datasets"])
+def test_a_missing_package_is_named(src, tmp_path, monkeypatch, package):
+    (tmp_path / "c.parquet").write_bytes(b"")
+    (src / "dataset_dict.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=f"pip install {package}"):
+        pack(src, tmp_path / "out", captions=tmp_path / "c.parquet" if package == "pyarrow" else None)

@@ -1,0 +1,238 @@
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.decode import decode_pixels
+from ldm.data.image_dataset import Augmentation, ImageDataset, fit
+from ldm.data.loader import batch_loader
+from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.plan import PlannedSample
+from ldm.data.quarantine import BadSample
+from ldm.data.writer import ShardWriter, encode_png, write_images
+from ldm.errors import LdmError, UsageError
+from ldm.shapes.scenes import generate
+
+
+def write(folder, samples, **extra):
+    """Shards of two samples each, from bytes."""
+    folder.mkdir(exist_ok=True)
+    with ShardWriter(folder, "x", samples_per_shard=2) as writer:
+        for key, files in samples:
+            writer.write(key, files)
+    Manifest(IMAGE_SHARDS, tuple(writer.entries), extra).save(folder)
+    return folder
+
+
+def png(size, colour="red"):
+    return encode_png(Image.new("RGB", size, colour))
+
+
+def test_samples_come_in_the_order_of_the_manifest(image_shards):
+    dataset = ImageDataset(image_shards)
+    drawn = list(generate(10, 32, seed=0))
+    assert len(dataset) == 10 and len(dataset.sources[0].manifest.shards) == 3
+    for index in [*range(10), 7, 0]:  # and in any order
+        sample = dataset[index]
+        assert sample["key"] == drawn[index].key and sample["caption"] == drawn[index].caption
+        assert sample["image"].dtype == np.uint8 and np.array_equal(sample["image"].transpose(1, 2, 0), drawn[index].image)
+    for index in (-1, 10):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_manifest_order_counts_not_that_of_the_names(image_shards, tmp_path):
+    write_images(tmp_path / "x", "x", generate(4, 32, seed=0), samples_per_shard=2)
+    manifest = Manifest.load(tmp_path / "x")
+    Manifest(IMAGE_SHARDS, manifest.shards[::-1]).save(tmp_path / "x")
+    keys = [ImageDataset(tmp_path / "x")[index]["key"] for index in range(4)]
+    assert keys == ["00000002", "00000003", "00000000", "00000001"]
+
+
+def test_images_are_fitted_by_cutting_the_longer_side(tmp_path):
+    image = np.zeros((8, 24, 3), np.uint8)
+    image[:, 8:16] = 255  # the centre third
+    folder = write(tmp_path / "x", [("a", {"png": encode_png(Image.fromarray(image))}), ("b", {"png": png((8, 8))})])
+    dataset = ImageDataset(folder, image_size=8)
+    assert np.array_equal(dataset[0]["image"], np.full((3, 8, 8), 255))
+    assert dataset[1]["image"].shape == (3, 8, 8)
+    assert ImageDataset(folder, image_size=4)[1]["image"].shape == (3, 4, 4)
+    assert ImageDataset(folder)[0]["image"].shape == (3, 8, 24)
+
+
+def test_a_batch_is_uint8_images_and_lists(image_shards):
+    dataset = ImageDataset(image_shards)
+    batch = dataset.collate([dataset[1], dataset[5]])
+    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (2, 3, 32, 32)
+    assert batch["key"] == ["00000001", "00000005"] and batch["caption"] == [dataset[1]["caption"], dataset[5]["caption"]]
+
+
+def test_several_sizes_in_a_batch_say_how_to_mend_it_in_one_line(tmp_path):
+    dataset = ImageDataset(write(tmp_path / "x", [("a", {"png": png((8, 8))}), ("b", {"png": png((9, 8))})]))
+    with pytest.raises(LdmError) as error:
+        dataset.collate([dataset[0], dataset[1]])
+    assert "(8 x 8, 9 x 8)" in str(error.value) and "set data.image_size" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_other_sizes_may_follow_and_stay_as_they_were(tmp_path, workers):
+    sizes = [(8, 8)] * 6 + [(9, 5)] * 6 + [(8, 8)] * 10
+    samples = [(f"{number:02d}", {"png": png(size, (number, 0, 9))}) for number, size in enumerate(sizes)]
+    dataset = ImageDataset(write(tmp_path / "x", samples))
+    batches = list(batch_loader(dataset, batch_size=2, num_workers=workers))
+    for index, image in enumerate(image for batch in batches for image in batch["image"]):
+        assert np.array_equal(image, dataset[index]["image"])
+    assert index == len(sizes) - 1
+
+
+@pytest.mark.parametrize("size", [5, 16, 40])
+@pytest.mark.parametrize("shape", [(31, 44), (40, 33), (20, 20)])
+def test_scaled_to_within_a_step_as_pillow_scales(shape, size):
+    pixels = np.random.default_rng(size).integers(0, 256, (*shape, 3), np.uint8)
+    side = min(shape)
+    y, x = ((length - side) // 2 for length in shape)
+    expected = Image.fromarray(pixels[y : y + side, x : x + side]).resize((size, size), Image.Resampling.BICUBIC)
+    assert np.abs(fit(pixels, size).astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "files, reason",
+    [
+        ({"png": b"no image at all"}, "not a JPEG, PNG or WebP image"),
+        ({"png": png((8, 8))[:-30]}, "cannot be decoded"),
+        ({"png": png((8, 8)), "txt": b"\xff\xfe"}, "caption is not UTF-8"),
+        ({"txt": b"a caption"}, "has no image"),
+    ],
+)
+def test_a_sample_that_cannot_be_used_names_its_shard_and_key(tmp_path, files, reason):
+    whole = {"png": png((8, 8)), "txt": b"fine"}
+    dataset = ImageDataset(write(tmp_path / "x", [("a", whole), ("b", whole), ("c", whole), ("bad", files)]))
+    assert dataset[2]["caption"] == "fine"
+    with pytest.raises(LdmError) as error:
+        dataset[3]
+    message = str(error.value)
+    assert f"{tmp_path}/x/x-00001.tar: bad " in message and reason in message and "\n" not in message
+    record = dataset.attempt(3)
+    assert record[:2] == BadSample(f"{tmp_path}/x/x-00001.tar", "bad", "")[:2] and reason in record.reason
+
+
+def test_a_sample_may_lack_its_caption(tmp_path):
+    assert ImageDataset(write(tmp_path / "x", [("a", {"png": png((8, 8))})]))[0]["caption"] == ""
+
+
+def test_a_sample_without_a_caption_cannot_be_used_where_others_have_one(tmp_path):
+    samples = [
+        ("a", {"png": png((8, 8)), "txt": b"a"}),
+        ("b", {"png": png((8, 8)), "txt": b" \n"}),
+        ("c", {"png": png((8, 8))}),
+    ]
+    folder = write(tmp_path / "x", samples, captioned=1)
+    dataset = ImageDataset(folder)
+    assert dataset[0]["caption"] == "a"
+    assert [dataset.attempt(index)[1:] for index in (1, 2)] == [("b", "has no caption"), ("c", "has no caption")]
+    assert ImageDataset(folder, require_captions=False)[2]["caption"] == ""
+
+
+def test_one_of_several_captions_is_drawn_and_the_draw_alone_says_which(tmp_path):
+    captions = ["one", "two", "three"]
+    files = {"png": png((8, 8)), "txt": b"one", "json": json.dumps({"captions": captions}).encode()}
+    folder = write(tmp_path / "x", [("a", files)])
+    dataset = ImageDataset(folder, augmentation=Augmentation(caption="random", seed=1))
+    assert dataset[0]["caption"] == "one" == ImageDataset(folder).__getitems__([PlannedSample(0, 7)])[0]["caption"]
+    draws = [PlannedSample(0, number) for number in range(300)]
+    drawn = [sample["caption"] for sample in dataset.__getitems__(draws)]
+    assert drawn[::-1] == [sample["caption"] for sample in dataset.__getitems__(draws[::-1])]
+    for caption in captions:
+        assert abs(drawn.count(caption) / 300 - 1 / 3) < 4 * (2 / 9 / 300) ** 0.5
+
+
+def test_random_cuts_lie_anywhere_along_the_longer_side_and_other_cuts_in_the_centre(tmp_path):
+    ramp = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None], (40, 8, 3))  # (H, W, 3), rows numbered
+    folder = write(tmp_path / "x", [("a", {"png": encode_png(Image.fromarray(np.ascontiguousarray(ramp)))})])
+    dataset = ImageDataset(folder, image_size=8, augmentation=Augmentation(crop="random"))
+    firsts = []
+    for sample in dataset.__getitems__([PlannedSample(0, number) for number in range(200)]):
+        rows = sample["image"][0, :, 0]
+        assert sample["image"].shape == (3, 8, 8) and np.array_equal(rows, rows[0] + np.arange(8))
+        firsts.append(int(rows[0]))
+    assert {0, 32} <= set(firsts) and abs(np.mean(firsts) - 16) < 4 * 9.5 / 200**0.5
+    for centred in (dataset[0], ImageDataset(folder, image_size=8).__getitems__([PlannedSample(0, 3)])[0]):
+        assert centred["image"][0, 0, 0] == 16
+
+
+def jpeg(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def test_windows_come_from_anywhere_in_the_image_as_it_is(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.mgrid[:20, :24]  # every pixel says where it lies
+    folder = write(tmp_path / "x", [("a", {"png": encode_png(Image.fromarray(pixels))})])
+    dataset = ImageDataset(folder, image_size=16, augmentation=Augmentation(crop="window", seed=2))
+    draws = [PlannedSample(0, number) for number in range(1000)]
+    found, corners = dataset.batch(draws)["image"].permute(0, 2, 3, 1).numpy(), set()
+    for image in found:
+        y, x = map(int, image[0, 0, :2])
+        assert np.array_equal(image, pixels[y : y + 16, x : x + 16])
+        corners.add((y, x))
+    assert corners == {(y, x) for y in range(5) for x in range(9)}
+    assert np.array_equal(dataset.batch(draws[7:9])["image"].permute(0, 2, 3, 1), found[7:9])  # the draw alone says which
+    assert np.array_equal(dataset[0]["image"].transpose(1, 2, 0), pixels[2:18, 4:20])
+
+
+def test_windows_of_large_jpegs_are_of_their_full_resolution(tmp_path):
+    data = jpeg(np.random.default_rng(0).integers(0, 256, (256, 320, 3), np.uint8))
+    folder = write(tmp_path / "x", [("a", {"jpg": data})])
+    found = ImageDataset(folder, image_size=32, augmentation=Augmentation(crop="window"))[0]["image"]
+    assert np.array_equal(found.transpose(1, 2, 0), decode_pixels(data)[112:144, 144:176])
+
+
+@pytest.mark.parametrize("shape", [(12, 24), (24, 12), (16, 24), (12, 12), (1, 9)])
+def test_an_image_smaller_than_the_window_is_scaled_up_to_it(shape):
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    pixels = (8 * np.stack([y, x, x + y / 2], -1)).astype(np.uint8)
+    found = fit(pixels, 16, window=True)
+    assert found.shape == (16, 16, 3) and np.array_equal(found, fit(pixels, 16))
+    # as if it were scaled first and cut then, but for what lies beyond the window's edge
+    longer = [round(side * 16 / min(shape)) for side in shape]
+    scaled = np.asarray(Image.fromarray(pixels).resize(longer[::-1], Image.Resampling.BICUBIC)).astype(int)
+    top, left = ((side - 16) // 2 for side in longer)
+    if min(shape) > 1:
+        assert np.abs(found - scaled[top : top + 16, left : left + 16]).max() <= 3
+
+
+def test_windows_need_a_size(image_shards):
+    with pytest.raises(UsageError, match=r"^data.crop window .*; set data.image_size$"):
+        ImageDataset(image_shards, augmentation=Augmentation(crop="window"))
+
+
+def test_what_is_scaled_while_it_is_decompressed_looks_the_same(tmp_path):
+    """libjpeg-turbo's own scaling and ours on top of it, against ours alone."""
+    y, x = np.mgrid[:256, :320] / 40
+    pixels = (127.5 + 120 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1)).astype(np.uint8)
+    dataset = ImageDataset(write(tmp_path / "x", [("a", {"jpg": jpeg(pixels)})]), image_size=32)
+    found = dataset[0]["image"].transpose(1, 2, 0).astype(int)
+    assert found.shape == (32, 32, 3) and np.abs(found - fit(pixels, 32)).max() <= 6
+
+
+def test_folders_that_do_not_serve_are_refused(image_shards, tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere is not a folder"):
+        ImageDataset(tmp_path / "nowhere")
+    write_images(tmp_path / "x", "x", generate(4, 32, seed=0), samples_per_shard=2)
+    (tmp_path / "x" / "x-00001.tar").unlink()
+    with pytest.raises(LdmError, match=r"x-00001.tar is listed in the manifest but missing"):
+        ImageDataset(tmp_path / "x")
+
+
+def test_it_can_be_sent_to_another_process_while_its_shards_are_open(image_shards):
+    dataset = ImageDataset(image_shards)
+    expected = dataset[9]
+    again = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(again[9]["image"], expected["image"]) and again[0]["key"] == "00000000"

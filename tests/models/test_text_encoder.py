@@ -1,0 +1,138 @@
+import shutil
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from ldm.errors import LdmError, UsageError
+from ldm.models import text_encoder as text
+from ldm.models.text_encoder import MAX_TOKENS, TextEncoder, max_tokens, minilm_folder
+
+CAPTIONS = ["a red circle", "a tiny yellow star at the top left on a dark blue background", "", "cat"]
+WORDS = ["[PAD]", "[UNK]", "[START]", "[END]", "a", "red", "green", "ring", "on", "black"]
+
+
+def test_minilm_is_a_real_encoder_of_384_features(minilm):
+    embeddings, mask = minilm.encode(CAPTIONS)
+    assert minilm.width == 384 and embeddings.shape == (*mask.shape, 384) and embeddings.dtype == torch.float32
+    assert mask.sum(1).tolist() == [len(minilm.tokenizer(caption)["input_ids"]) for caption in CAPTIONS]
+    assert not minilm.model.training and not any(p.requires_grad for p in minilm.model.parameters())
+    assert not embeddings.requires_grad and not embeddings.is_inference()
+
+
+def test_minilm_knows_what_words_mean(minilm):
+    embeddings, mask = minilm.encode(["a red circle", "a round crimson disc", "stock prices fell sharply"])
+    pooled = torch.nn.functional.normalize(embeddings.sum(1) / mask.sum(1, keepdim=True), dim=1)
+    alike, unlike = pooled[0] @ pooled[1], pooled[0] @ pooled[2]
+    assert alike > unlike + 0.2
+
+
+def test_minilm_whose_weights_are_not_the_published_ones_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "tampered_minilm"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    data = bytearray((minilm_folder() / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (package / "model" / "model.safetensors").write_bytes(data)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(text, "MINILM_PACKAGE", "tampered_minilm")
+    with pytest.raises(LdmError, match=r"model.safetensors is not the file that was published"):
+        minilm_folder()
+    monkeypatch.setattr(text, "MINILM_PACKAGE", "no_such_package_at_all")
+    with pytest.raises(UsageError, match=r"pip install 'ldm\[quickstart\]'.*--text-encoder PATH"):
+        TextEncoder.load("minilm")
+
+
+def test_a_caption_s_embedding_does_not_depend_on_its_batch(minilm):
+    together, mask = minilm.encode(CAPTIONS)
+    for row, caption in enumerate(CAPTIONS):
+        alone, one = minilm.encode([caption])
+        length = one.shape[1]
+        assert mask[row].sum() == length and one.all()
+        torch.testing.assert_close(together[row, :length], alone[0], rtol=1e-4, atol=1e-5)
+        assert not together[row, length:].any()  # zeroed padding
+
+
+def test_a_caption_is_cut_at_what_the_encoder_takes(minilm):
+    limit = max_tokens(minilm.tokenizer)
+    assert limit <= minilm.model.config.max_position_embeddings
+    embeddings, mask = minilm.encode(["circle " * 2 * limit])
+    assert embeddings.shape[1] == mask.sum() == limit
+
+
+def test_max_tokens_follows_the_tokenizer_within_reason():
+    assert max_tokens(tokenizer(model_max_length=77)) == 77
+    assert max_tokens(tokenizer(model_max_length=8192)) == 512
+    assert max_tokens(tokenizer()) == MAX_TOKENS  # states no limit
+
+
+def test_the_hash_is_of_the_weights(minilm, tmp_path):
+    save(tmp_path / "a", bert(0))
+    save(tmp_path / "b", bert(1))
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    a, b, copy = (TextEncoder.load(str(tmp_path / name)) for name in ("a", "b", "copy"))
+    assert a.hash == copy.hash and len({a.hash, b.hash, minilm.hash}) == 3
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "no-such-model"])
+def test_what_cannot_be_had_is_one_line(name):
+    with pytest.raises(UsageError) as error:
+        TextEncoder.load(name)
+    message = str(error.value)
+    assert repr(name) in message and "\n" not in message and "'minilm'" in message
+
+
+def test_a_folder_without_weights_is_one_line(tmp_path):
+    bert(0).config.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError) as error:
+        TextEncoder.load(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def tokenizer(**settings):
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="[START] $A [END]", special_tokens=[("[START]", 2), ("[END]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", **settings)
+
+
+def bert(seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertModel(BertConfig(vocab_size=len(WORDS), **sizes))
+
+
+def clip(seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=len(WORDS), max_position_embeddings=20, eos_token_id=3, **sizes))
+
+
+def t5(seed):
+    torch.manual_seed(seed)
+    return T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_attention_heads=2))
+
+
+def save(folder, model):
+    model.save_pretrained(folder)
+    tokenizer(model_max_length=20).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [bert, clip, t5])
+def test_encoders_of_several_families_load_from_their_folder(make, tmp_path):
+    model = make(0).eval()
+    save(tmp_path, model)
+    encoder = TextEncoder.load(str(tmp_path))
+    assert type(encoder.model) is type(model) and encoder.width == 16 and encoder.name == str(tmp_path)
+    embeddings, mask = encoder.encode(["a red ring", "a green ring on a black", "red"])
+    assert embeddings.shape == (3, 8, 16) and mask.sum(1).tolist() == [5, 8, 3]
+    ids = torch.tensor([[2, 4, 5, 7, 3]])  # [START] a red ring [END]
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(embeddings[:1, :5], alone, rtol=1e-4, atol=1e-5)
+    assert not embeddings[0, 5:].any()

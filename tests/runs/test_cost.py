@@ -1,0 +1,160 @@
+"""FLOPs against closed forms and a published figure, memory against what is held, and the model of many processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import nn
+
+from ldm.models.dit import DiT
+from ldm.models.layers import Attention
+from ldm.runs.dry_run.cost import (
+    StepFlops,
+    exchanged_bytes,
+    expected_efficiency,
+    expected_step_seconds,
+    network_parameters,
+    peak_flops,
+    static_memory,
+)
+from ldm.training.optimiser import MuonConfig
+
+
+def test_a_linear_layer() -> None:
+    x = torch.randn(5, 32, requires_grad=True)
+    with StepFlops() as flops:
+        nn.Linear(32, 64)(x).sum().backward()
+    assert flops.forward == 2 * 5 * 32 * 64
+    assert flops.backward == 2 * flops.forward  # by the input and by the weight
+    assert flops.total == 3 * flops.forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # a fused kernel, which computes again, and plain products
+def test_attention_whatever_computes_it(dtype: torch.dtype) -> None:
+    batch, tokens, width = 2, 16, 64
+    x = torch.randn(batch, tokens, width, requires_grad=True)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), StepFlops() as flops:
+        Attention(width, 4)(x).sum().backward()
+    assert flops.forward == 2 * batch * (4 * tokens * width**2 + 2 * tokens**2 * width)
+    assert flops.backward == 2 * flops.forward
+
+
+def test_dit_xl_2_is_as_published() -> None:
+    """118.64 Gflops a forward at 256 px, multiply-adds counted once (Peebles & Xie 2022, table 4)."""
+    with torch.device("meta"):
+        network = DiTTransformer2DModel()  # diffusers' defaults are its sizes
+        image, number = torch.randn(1, 4, 32, 32), torch.zeros(1, dtype=torch.long)
+        with StepFlops() as flops:
+            network(image, number, number).sample.sum().backward()
+    assert flops.forward == pytest.approx(2 * 118.64e9, rel=0.001)
+    assert flops.backward == pytest.approx(2 * flops.forward, rel=0.001)
+
+
+def test_ours_of_the_same_sizes_differs_by_its_attention_to_the_text() -> None:
+    layers, width, tokens, words = 28, 1152, 256, 20
+    with torch.device("meta"):
+        network = DiT(4, 32, 2, width, layers, 16, caption_channels=768, pooled_text=False, adaln="zero")
+        with StepFlops() as flops:
+            network(torch.randn(1, 4, 32, 32), torch.randn(1, words, 768), torch.rand(1))
+    queries_and_out, keys_and_values, attended = 2 * tokens * width**2, 2 * words * width**2, 2 * tokens * words * width
+    text = 2 * layers * (queries_and_out + keys_and_values + attended) + 2 * words * (768 + width) * width
+    assert flops.forward - text == pytest.approx(2 * 118.64e9, rel=0.001)
+
+
+def test_what_checkpointing_computes_again_is_left_out() -> None:
+    counted = []
+    for checkpointing in (False, True):
+        network = DiT(sample_size=8, width=64, num_layers=3, num_attention_heads=2, caption_channels=16)
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        with StepFlops() as flops:
+            network(torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.rand(2)).sample.sum().backward()
+        counted.append((flops.forward, flops.backward))
+    assert counted[0] == counted[1]
+
+
+def test_a_gradient_penalty_counts() -> None:
+    """A backward pass through a backward pass calls no module, so it is not taken for checkpointing."""
+    layer, x = nn.Linear(8, 16, bias=False), torch.randn(4, 8, requires_grad=True)
+    with StepFlops() as flops:
+        (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+    product = 2 * 4 * 8 * 16
+    # d x; then through it: by its gradient and by W; and of that gradient on through the layer: by W and by x
+    assert (flops.forward, flops.backward) == (product, 5 * product)
+
+
+def test_a_compiled_block_is_counted_and_compiles_afterwards() -> None:
+    block, x = nn.Linear(8, 8), torch.randn(2, 8)
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, example: object) -> torch.fx.GraphModule:
+        calls.append(graph)
+        return graph
+
+    block.compile(backend=backend)
+    with StepFlops() as flops:
+        expected = block(x)
+    assert flops.forward == 2 * 2 * 8 * 8 and not calls
+    assert torch.equal(block(x), expected) and calls
+
+
+def test_counting_changes_nothing() -> None:
+    network, x = nn.Linear(8, 8), torch.randn(2, 8)
+    network(x).square().sum().backward()
+    expected, network.weight.grad = network.weight.grad, None
+    with StepFlops():
+        network(x).square().sum().backward()
+    assert torch.equal(network.weight.grad, expected)
+
+
+def test_parameters_by_part() -> None:
+    whole = nn.ModuleDict({"small": nn.Linear(2, 3), "large": nn.Linear(10, 10), "none": nn.ReLU()})
+    whole["small"].bias.requires_grad_(False)
+    counted = network_parameters(whole)
+    assert list(counted) == ["large", "small"]
+    assert (counted["small"].trained, counted["small"].frozen) == (6, 3)
+
+
+@pytest.mark.parametrize("muon", [None, 1e-3])
+def test_static_memory_is_what_a_step_leaves_behind(muon: float | None) -> None:
+    network = DiT(sample_size=4, width=16, num_layers=2, num_attention_heads=2, caption_channels=8)
+    optimiser, _ = MuonConfig(muon_learning_rate=muon).build(network, 10, network.blocks)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimiser.step()
+    parameters = list(network.parameters())
+    moments = [tensor for state in optimiser.state.values() for tensor in state.values() if tensor.numel() > 1]
+    number = sum(parameter.numel() for parameter in parameters)
+    matrices = sum(matrix.numel() for group in optimiser.param_groups if group.get("muon") for matrix in group["params"])
+    memory = static_memory(number, averaged=number, averages=2, matrices=matrices)
+    assert memory.weights == sum(parameter.nbytes for parameter in parameters)
+    assert memory.gradients == sum(parameter.grad.nbytes for parameter in parameters)
+    assert memory.optimiser == sum(moment.nbytes for moment in moments)
+    assert memory.averages == 2 * memory.weights
+    assert static_memory(number, averaged=number, averages=2, shards=4, matrices=matrices).total == memory.total / 4
+
+
+def test_one_process_exchanges_nothing() -> None:
+    assert exchanged_bytes(1e9, 1) == exchanged_bytes(1e9, 1, sharded=True) == 0
+    assert expected_efficiency(1.0, 1e9, 1, 1e9) == 1
+
+
+def test_a_ring_sends_twice_the_gradients_and_fsdp_half_as_much_again() -> None:
+    assert exchanged_bytes(1e9, 2) == 1e9
+    assert exchanged_bytes(1e9, 1000) == pytest.approx(2e9, rel=0.01)
+    assert exchanged_bytes(1e9, 8, sharded=True) == 1.5 * exchanged_bytes(1e9, 8)
+
+
+def test_a_step_takes_as_long_as_computing_and_what_is_not_hidden() -> None:
+    assert expected_step_seconds(1.0, 1e9, 2, 1e9) == 2.0
+    assert expected_efficiency(1.0, 1e9, 2, 1e9) == 0.5
+    assert expected_step_seconds(1.0, 1e8, 2, 1e9, overlap=1.0) == 1.0
+    assert expected_step_seconds(1.0, 1e8, 2, 1e9, overlap=0.5) == pytest.approx(1.05)
+    # ten seconds do not go behind a backward pass of two thirds of one
+    assert expected_step_seconds(1.0, 1e10, 2, 1e9, overlap=1.0) == pytest.approx(11 - 2 / 3)
+
+
+def test_a_cpu_is_sold_without_a_figure() -> None:
+    assert peak_flops(torch.device("cpu"), "bf16-mixed") is None
