@@ -19,7 +19,7 @@ from ldm.errors import LdmError, UsageError
 def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file in the target's own folder; on success fsync it and rename it to ``path``.
 
-    On an exception the temporary file is removed and what stood at ``path`` stays as it was.
+    On an exception the temporary file is removed and the previous content of ``path`` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +77,27 @@ def read_json(path: str | os.PathLike) -> Any:
         raise LdmError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LdmError(f"{path} is not readable JSON ({error}); write it again or restore it") from None
+
+
+def require_version(found: object, known: int, what: str) -> None:
+    """Refuse a file of a newer format than this ldm reads; an older one passes, for the reader knows its own past.
+
+    Args:
+        found: the version that the file carries; None in files written before formats had versions, which count as 0.
+        known: the newest version that the caller reads.
+        what: the file and its kind, for the message, such as ``shards/manifest.json: the manifest``.
+
+    Raises:
+        LdmError: when ``found`` is newer, or no version at all.
+    """
+    if found is None:
+        return
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise LdmError(f"{what} has format version {found!r}, which is no whole number; write it again or restore it")
+    if found > known:
+        raise LdmError(
+            f"{what} has format version {found}, and this ldm reads up to {known}; install the newer ldm that wrote it"
+        )
 
 
 def sha256_file(path: str | os.PathLike) -> str:
