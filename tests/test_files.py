@@ -14,9 +14,8 @@ def test_an_older_format_and_one_without_a_version_are_read() -> None:
 
 
 def test_a_newer_format_is_refused_by_name_with_the_fix() -> None:
-    with pytest.raises(
-        LdmError, match="shards/manifest.json: the manifest has format version 3.*up to 2.*newer ldm"
-    ) as refused:
+    said = r"shards/manifest\.json: the manifest has format version 3\b.*up to 2\b.*newer ldm"
+    with pytest.raises(LdmError, match=said) as refused:
         require_version(3, 2, "shards/manifest.json: the manifest")
     assert "\n" not in str(refused.value)
 
