@@ -25,7 +25,7 @@ from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import Diffusion, check_scheduler, diffusion_config, diffusion_from, diffusion_of
 from ldm.errors import UsageError, first_line
 from ldm.files import read_json
-from ldm.models.autoencoder import autoencoder_hash, decode_latents, downsampling_factor, normalise_latents
+from ldm.models.autoencoder import LatentNormalizer, autoencoder_hash, decode_latents, downsampling_factor
 from ldm.models.dit import text_computed_once
 from ldm.models.image_processor import Images, PreparedImages, to_output
 from ldm.models.text_encoder import encode_captions, max_tokens, text_encoder_hash
@@ -316,7 +316,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> normalised latents: the posterior's mode, as its noise is small beside what sampling adds."""
         posterior = self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0]
-        return normalise_latents(self.vae, posterior.mode().float())
+        return LatentNormalizer.of(self.vae).normalize(posterior.mode().float())
 
     def _guided(
         self,

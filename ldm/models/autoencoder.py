@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -253,30 +253,54 @@ def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
     return autoencoder.decode(z).sample.float().clamp(-1, 1)
 
 
-def set_latent_statistics(autoencoder: AutoencoderKL, mean: list[float], std: list[float]) -> None:
+def set_latent_statistics(autoencoder: AutoencoderKL, mean: Sequence[float], std: Sequence[float]) -> None:
     """Keep the per-channel mean and standard deviation of the training set's latents in the autoencoder's own config."""
     autoencoder.register_to_config(latents_mean=list(mean), latents_std=list(std))
 
 
-def latent_statistics(autoencoder: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std as (1, C, 1, 1). Directories from elsewhere carry a scale and a shift instead (SD, SDXL, FLUX)."""
-    config = autoencoder.config
-    if config.latents_mean is not None and config.latents_std is not None:
-        mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
-    else:
-        mean = torch.full((config.latent_channels,), config.shift_factor or 0.0)
-        std = torch.full((config.latent_channels,), 1 / config.scaling_factor)
-    return mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
+class LatentNormalizer(nn.Module):
+    """Per-channel normalisation of latents to zero mean and unit standard deviation.
 
+    The statistics are float32 buffers of shape (C,). They are no part of the state dict: the autoencoder's config keeps them.
+    """
 
-def normalise_latents(autoencoder: AutoencoderKL, z: Tensor) -> Tensor:
-    """Latents as the encoder gives them -> zero mean, unit standard deviation per channel, (B, C, h, w)."""
-    mean, std = latent_statistics(autoencoder, z)
-    return (z - mean) / std
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+
+    @classmethod
+    def of(cls, autoencoder: AutoencoderKL) -> LatentNormalizer:
+        """The normalisation of an autoencoder's config, on the autoencoder's device.
+
+        Directories from elsewhere (SD, SDXL, FLUX) carry a shift and a scale instead of statistics.
+        """
+        config = autoencoder.config
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean, std = config.latents_mean, config.latents_std
+        else:
+            mean = [config.shift_factor or 0.0] * config.latent_channels
+            std = [1 / config.scaling_factor] * config.latent_channels
+        return cls(mean, std).to(autoencoder.device)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) as the encoder gives them -> zero mean, unit standard deviation per channel."""
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w) -> latents as the decoder takes them."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean.to(like)[:, None, None], self.std.to(like)[:, None, None]  # (C, 1, 1)
 
 
 def decode_latents(autoencoder: AutoencoderKL, normalised: Tensor) -> Tensor:
     """Normalised latents (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]."""
-    mean, std = latent_statistics(autoencoder, normalised)
-    z = (normalised * std + mean).to(autoencoder.dtype)
+    z = LatentNormalizer.of(autoencoder).denormalize(normalised).to(autoencoder.dtype)
     return autoencoder.decode(z, return_dict=False)[0].float().clamp(-1, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.scheduler import make_scheduler, wanted_prediction
 from ldm.errors import UsageError
-from ldm.models.autoencoder import latent_statistics
+from ldm.models.autoencoder import LatentNormalizer
 from ldm.pipeline import LatentDiffusionPipeline
 
 TEXT_TOKENS = 120  # PixArtAlphaPipeline pads and cuts every prompt to this length
@@ -83,7 +83,8 @@ def with_normalised_latents(autoencoder: AutoencoderKL) -> AutoencoderKL:
     Where the channels differ in mean or deviation these go into the 1x1 convolutions around the latents,
     ``W(std·n + mean) + b = (W·std)n + (W·mean + b)`` and the like for the encoder, and the factor is 1.
     """
-    mean, std = (value.flatten() for value in latent_statistics(autoencoder, torch.empty(0, dtype=torch.float64)))
+    normalizer = LatentNormalizer.of(autoencoder)
+    mean, std = normalizer.mean.double(), normalizer.std.double()
     made = copy.deepcopy(autoencoder)
     made.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None)
     if not mean.any() and (std == std[0]).all():

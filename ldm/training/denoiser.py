@@ -24,7 +24,6 @@ from ldm.diffusion.scheduler import diffusion_config, matching_scheduler
 from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
-from ldm.models.autoencoder import normalise_latents, set_latent_statistics
 from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.runs.dry_run.image_flops import denoiser_flops
@@ -136,7 +135,7 @@ class DenoiserTraining(TrainingModule):
         z = batch["mean"].float()
         if draw is not None and "std" in batch:  # otherwise modes were exported
             z = z + batch["std"].float() * randn_tensor(z.shape, draw, z.device)
-        return normalise_latents(self.frozen.autoencoder, z), Condition(batch["text"].float(), batch["text_mask"])
+        return self.frozen.normalizer.normalize(z), Condition(batch["text"].float(), batch["text_mask"])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         norm = whole(nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.optimiser.max_grad_norm))
@@ -183,8 +182,7 @@ class DenoiserTraining(TrainingModule):
         if precision not in ("32-true", "bf16-mixed"):
             raise UsageError(f"trainer.precision {precision}: stage two keeps fp32 weights; give bf16-mixed or 32-true")
         super().setup(stage)
-        if self.online:
-            self.frozen.to(self.trainer.strategy.root_device)
+        self.frozen.to(self.trainer.strategy.root_device, networks=self.online)
         if self.compiles:
             for block in self.blocks():
                 block.compile()
@@ -225,7 +223,7 @@ class DenoiserTraining(TrainingModule):
         if self.online:
             self.statistics = checkpoint["latent_statistics"]
             if hasattr(self, "frozen"):  # a trainer prepares before it loads
-                set_latent_statistics(self.frozen.autoencoder, *self.statistics)
+                self.frozen.set_statistics(*self.statistics)
 
     # -- what is seen of it ------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ldm.data.quarantine import BadSample
 from ldm.errors import UsageError
 from ldm.latents.encode import load_matching
 from ldm.models.autoencoder import (
+    LatentNormalizer,
     autoencoder_hash,
     downsampling_factor,
     load_autoencoder,
@@ -49,15 +50,27 @@ class Frozen:
     autoencoder: AutoencoderKL
     text_encoder: TextEncoder
     trained_on: dict[str, Any]
+    normalizer: LatentNormalizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.normalizer = LatentNormalizer.of(self.autoencoder)
 
     @property
     def statistics(self) -> Statistics:
         """Those of the autoencoder's config."""
         return self.autoencoder.config.latents_mean, self.autoencoder.config.latents_std
 
-    def to(self, device: torch.device) -> None:
-        self.autoencoder.to(device)
-        self.text_encoder.model.to(device)
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise latents by other statistics."""
+        set_latent_statistics(self.autoencoder, mean, std)
+        self.normalizer = LatentNormalizer.of(self.autoencoder).to(self.normalizer.mean.device)
+
+    def to(self, device: torch.device, networks: bool) -> None:
+        """Move the latents' statistics, and the networks where images are encoded."""
+        self.normalizer.to(device)
+        if networks:
+            self.autoencoder.to(device)
+            self.text_encoder.model.to(device)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:

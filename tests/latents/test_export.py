@@ -25,9 +25,9 @@ from ldm.latents.claims import WORK_NAME
 from ldm.latents.encode import Process, TextEncoders, single_threaded
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import (
+    LatentNormalizer,
     autoencoder_hash,
     load_autoencoder,
-    normalise_latents,
     pixels_to_images,
     set_latent_statistics,
 )
@@ -108,7 +108,7 @@ def test_the_statistics_are_exact_and_normalise_what_is_drawn(export, autoencode
     set_latent_statistics(network, info.latents_mean, info.latents_std)
     rng = np.random.default_rng(0)
     drawn = np.concatenate([means + stds * rng.normal(size=means.shape) for _ in range(40)])
-    normalised = normalise_latents(network, torch.from_numpy(drawn))
+    normalised = LatentNormalizer.of(network).normalize(torch.from_numpy(drawn))
     torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(4).double(), rtol=0, atol=0.02)
     torch.testing.assert_close(normalised.std((0, 2, 3)), torch.ones(4).double(), rtol=0.02, atol=0)
 

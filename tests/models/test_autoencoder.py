@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from ldm.errors import UsageError
 from ldm.models.autoencoder import (
     AutoencoderConfig,
+    LatentNormalizer,
     autoencoder_hash,
     decode_latents,
     enable_tiling,
     images_to_pil,
     load_autoencoder,
-    normalise_latents,
     pixels_to_images,
     reconstruct,
     set_latent_statistics,
@@ -125,7 +125,7 @@ def test_a_warm_start_is_the_directory_bit_for_bit_without_what_was_measured_of_
     assert network.training and all(parameter.requires_grad for parameter in network.parameters())
     assert statistics(network) == {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, "shift_factor": None}
     z = network.encode(images()).latent_dist.mode()
-    assert torch.equal(normalise_latents(network, z), z)
+    assert torch.equal(LatentNormalizer.of(network).normalize(z), z)
 
 
 def test_decoder_alone_leaves_encoder_and_latents_bit_for_bit(directory, tmp_path):
@@ -307,18 +307,30 @@ def test_a_fresh_posterior_is_narrow_and_finite(tiny_autoencoder):
 def test_latent_statistics_normalise_and_are_undone_in_decoding(tiny_autoencoder):
     z = tiny_autoencoder.encode(images(16)).latent_dist.mode()
     set_latent_statistics(tiny_autoencoder, z.mean((0, 2, 3)).tolist(), z.std((0, 2, 3)).tolist())
-    normalised = normalise_latents(tiny_autoencoder, z)
+    normalised = LatentNormalizer.of(tiny_autoencoder).normalize(z)
     torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
     torch.testing.assert_close(normalised.std((0, 2, 3)), torch.ones(4), rtol=1e-5, atol=1e-5)
     plain = tiny_autoencoder.decode(z).sample.clamp(-1, 1)
     torch.testing.assert_close(decode_latents(tiny_autoencoder, normalised), plain, rtol=1e-4, atol=1e-5)
 
 
+def test_latent_statistics_are_float32_buffers_outside_the_state_dict(tiny_autoencoder):
+    set_latent_statistics(tiny_autoencoder, [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0])
+    normalizer = LatentNormalizer.of(tiny_autoencoder)
+    assert {name: (buffer.dtype, buffer.shape) for name, buffer in normalizer.named_buffers()} == {
+        "mean": (torch.float32, (4,)),
+        "std": (torch.float32, (4,)),
+    }
+    assert not normalizer.state_dict()
+    z = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(normalizer.denormalize(normalizer.normalize(z)), z)
+
+
 @torch.no_grad()
 def test_an_autoencoder_from_elsewhere_brings_scale_and_shift_instead(tiny_autoencoder):
     tiny_autoencoder.register_to_config(scaling_factor=0.36, shift_factor=0.12)
     z = torch.randn(2, 4, 8, 8)
-    normalised = normalise_latents(tiny_autoencoder, z)
+    normalised = LatentNormalizer.of(tiny_autoencoder).normalize(z)
     torch.testing.assert_close(normalised, (z - 0.12) * 0.36)  # as diffusers' SD3 and FLUX pipelines do
     plain = tiny_autoencoder.decode(z).sample.clamp(-1, 1)
     torch.testing.assert_close(decode_latents(tiny_autoencoder, normalised), plain, rtol=1e-4, atol=1e-5)
