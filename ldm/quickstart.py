@@ -28,6 +28,7 @@ from ldm.models.autoencoder import load_autoencoder
 from ldm.pipeline import load_pipeline
 from ldm.progress import Progress, duration
 from ldm.reporting.report import Report, captioned_grid, paired_grid, read_metrics
+from ldm.runs.layout import RunFolder
 from ldm.shapes.scenes import held_out_prompts, seen_prompts
 
 RunCommand = Callable[[Sequence[str]], None]
@@ -289,7 +290,7 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
     )
     page.image("What the autoencoder keeps", pairs, f"LPIPS in training: {record['lpips']}.")
     page.table("Reconstruction", ["figure", "value"], [[name, value] for name, value in record["reconstruction"].items()])
-    logs = {stage: read_metrics(out / "runs" / stage / "logs" / "metrics.csv") for stage in ("autoencoder", "denoiser")}
+    logs = {stage: read_metrics(RunFolder(out / "runs" / stage).metrics) for stage in ("autoencoder", "denoiser")}
     for title, stage, names, log_y in (
         ("Stage one: reconstruction loss", "autoencoder", ["train/rec", "train/lpips"], True),
         ("Stage one: the game", "autoencoder", ["train/g", "train/d", "train/d_accuracy", "train/g_weight"], False),
@@ -298,9 +299,8 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
     ):
         series = {name: logs[stage].get(name, ([], [])) for name in names}
         page.curve(title, series, "batches trained", "", log_y=log_y, smooth=5)
-    previews = sorted((out / "runs" / "denoiser" / "previews").glob("*.png"))
-    for path in previews:
-        page.image(f"Stage two at batch {int(path.stem.split('-')[1])}", Image.open(path))
+    for step, path in RunFolder(out / "runs" / "denoiser").previews():
+        page.image(f"Stage two at batch {step}", Image.open(path))
     rows = [[name, duration(seconds)] for name, seconds in record["seconds"].items()]
     page.table("Time, without the seconds of starting up", ["step", "m:ss"], rows)
     page.table("Machine and versions", ["", ""], [[name, value] for name, value in record["machine"].items()])

@@ -30,9 +30,6 @@ MAX_CAPTION_LINES = 4
 MAX_CURVE_POINTS = 600
 # of a grid's PNG: its labels with their images' boxes
 _ROWS_CHUNK = "ldm rows"
-# of a run's folder: what its page is made from
-LOGS = "logs"
-METRICS, RUN_LOG, ENVIRONMENT = f"{LOGS}/metrics.csv", f"{LOGS}/run.log", f"{LOGS}/environment.json"
 _INK, _FRAME, _GREEN, _RED = (32, 36, 44), (214, 217, 222), (22, 138, 70), (204, 44, 44)
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from ldm.files import write_json
 from ldm.progress import Lap, Pace, Progress
 from ldm.reporting.report import captioned_grid, paired_grid, save_grid
+from ldm.runs.layout import RunFolder
 from ldm.training.base import TrainingModule
 from ldm.training.fsdp import is_sharded
 
@@ -130,9 +131,6 @@ class ProgressLine(Callback):
 class PreviewGrid(Callback):
     """Before the first step and at each validation, the stage's preview: ``previews/step-00000123.png``, and TensorBoard."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-
     def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
         if trainer.global_step == 0:
             with module.average_applied():
@@ -152,7 +150,7 @@ class PreviewGrid(Callback):
             grid = captioned_grid([images[0] for _, images in rows], [label for label, _ in rows])
         else:
             grid = paired_grid(rows)
-        save_grid(grid, rows, self.folder / f"step-{trainer.global_step:08d}.png")
+        save_grid(grid, rows, RunFolder(Path(trainer.default_root_dir)).preview(trainer.global_step))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("preview", np.asarray(grid), trainer.global_step, dataformats="HWC")

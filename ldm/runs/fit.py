@@ -22,18 +22,11 @@ from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_folder, require_new_folder
 from ldm.machine import bf16_pays
-from ldm.reporting.report import LOGS
 from ldm.runs.callbacks import PreviewGrid, ProgressLine
-from ldm.runs.checkpoints.callback import (
-    CHECKPOINTS,
-    LAST_CHECKPOINT,
-    Checkpoints,
-    checkpoint_summary,
-    latest_checkpoint,
-    load_checkpoint,
-)
-from ldm.runs.checkpoints.files import checkpoints_in
+from ldm.runs.checkpoints.callback import Checkpoints
+from ldm.runs.checkpoints.files import checkpoint_summary, latest_checkpoint, load_checkpoint
 from ldm.runs.faults import orderly
+from ldm.runs.layout import RunFolder, checkpoints_in
 from ldm.runs.logging import loggers, recorded
 from ldm.runs.preemption import Preemption
 from ldm.training.base import TrainingModule
@@ -100,6 +93,11 @@ class FitCLI(LightningCLI):
         return self.config[self.config.subcommand]
 
     @property
+    def folder(self) -> RunFolder:
+        """Of the run."""
+        return RunFolder(Path(self.options.out))
+
+    @property
     def product(self) -> Path:
         """Where the plain directory goes."""
         return Path(self.options.export or Path(self.options.out) / self._model_class.artifact)
@@ -116,9 +114,9 @@ class FitCLI(LightningCLI):
         # the first process alone: by the time another one looks, the folder is already this run's
         if rank_zero_only.rank == 0:
             require_new_folder(self.product, "what the run makes")
-            if self.fresh and not (options.resume and (Path(options.out) / LOGS).is_dir()):
+            if self.fresh and not (options.resume and self.folder.logs.is_dir()):
                 require_new_folder(options.out, "the run")
-            elif not self.fresh and not (Path(options.out) / CHECKPOINTS).is_dir():
+            elif not self.fresh and not self.folder.checkpoints_folder.is_dir():
                 raise UsageError(f"{options.out} is not the folder of a run; give the one that the checkpoint is of as --out")
         for split in ("train", "validation"):
             given = options.data[split]
@@ -147,7 +145,7 @@ class FitCLI(LightningCLI):
     def _find_checkpoint(self) -> None:
         """What to go on from, by ``--resume`` or ``--ckpt_path``, and how many steps that has; None where there is nothing."""
         options = self.options
-        folder = Path(options.out) / CHECKPOINTS
+        folder = self.folder.checkpoints_folder
         self.checkpoint = options.ckpt_path and Path(options.ckpt_path)
         self.resumed_at: int | None = None
         if options.resume and self.checkpoint:
@@ -201,7 +199,7 @@ class FitCLI(LightningCLI):
                 *(settings.callbacks or []),
                 Preemption(),
                 ProgressLine(self.options.title or self._model_class.artifact),
-                PreviewGrid(out / "previews"),
+                PreviewGrid(),
             ],
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -278,12 +276,12 @@ class ExportCLI(FitCLI):
             UsageError: where these do not serve.
         """
         self.destination = require_new_folder(out, "what is exported")
-        self.checkpoint = checkpoint or run / CHECKPOINTS / LAST_CHECKPOINT
+        self.checkpoint = checkpoint or RunFolder(run).last_checkpoint
         self.write = write
-        for needed in (run / LOGS / "config.yaml", self.checkpoint):
+        for needed in (RunFolder(run).config, self.checkpoint):
             if not needed.exists():
                 raise UsageError(f"{needed} does not exist; give the folder of a run: ldm {stage.command} fit --out RUN")
-        super().__init__(stage, ["fit", "--config", str(run / LOGS / "config.yaml")])
+        super().__init__(stage, ["fit", "--config", str(RunFolder(run).config)])
 
     def before_instantiate_classes(self) -> None:
         """Nothing of the run's folder is written to."""

@@ -27,7 +27,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from ldm.errors import LdmError, first_line
 from ldm.files import atomic_file, read_json, write_json
 from ldm.machine import machine_info
-from ldm.reporting.report import ENVIRONMENT, LOGS, RUN_LOG
+from ldm.runs.layout import LOGS, RunFolder
 
 # Of Lightning's loggers one tells what befalls a run; the others speak of every checkpoint.
 LOGGED = ("ldm", "lightning.pytorch", "lightning.fabric")
@@ -131,7 +131,7 @@ def recorded(trainer: Trainer, module: LightningModule, command: Sequence[str], 
         record = start_record(trainer, module, command, resumed_at) if first else {}
         started = "started" if resumed_at is None else f"resumed at step {resumed_at}"
         if first:
-            _append_record(out / ENVIRONMENT, record)
+            _append_record(RunFolder(out).environment, record)
             _status.info("%s: %s", started, record["command"])
         why = f"before max_steps {trainer.max_steps}"
         try:
@@ -151,7 +151,7 @@ def recorded(trainer: Trainer, module: LightningModule, command: Sequence[str], 
             if first:
                 record["ended"] = {"time": _now(), "step": step} | ({"why": why} if why else {})
                 with suppress(OSError):  # on a full disk, the error that led here is what must be said
-                    _append_record(out / ENVIRONMENT, record, replace_last=True)
+                    _append_record(RunFolder(out).environment, record, replace_last=True)
 
 
 def start_record(trainer: Trainer, module: LightningModule, command: Sequence[str], resumed_at: int | None) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def run_log(out: Path, rank: int) -> Iterator[None]:
 
     The first process's file has what is for information, too; that of another one comes to be with its first warning.
     """
-    path = out / RUN_LOG if rank == 0 else out / LOGS / f"run-rank{rank}.log"
+    path = RunFolder(out).log(rank)
     file = _LogFile(path, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     file.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -27,6 +27,7 @@ from ldm.files import read_json
 from ldm.machine import machine_info
 from ldm.models.autoencoder import downsampling_factor
 from ldm.reporting.report import captioned_grid
+from ldm.runs.layout import RunFolder
 
 if TYPE_CHECKING:
     from ldm.training.denoiser import DenoiserTraining
@@ -78,7 +79,7 @@ def write_model_card(folder: Path, name: str, model: DenoiserTraining, run: Path
         model: as its run trained it.
         run: that run's folder, with ``logs/config.yaml`` and, where it is still there, ``logs/metrics.csv``.
     """
-    config = yaml.safe_load((run / "logs" / "config.yaml").read_text())
+    config = yaml.safe_load((RunFolder(run).config).read_text())
     config = without_paths({key: value for key, value in config.items() if key not in OF_THE_RUN_ALONE})
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     settings = sampling_settings(pipeline, model)
@@ -144,7 +145,7 @@ def draw_samples(pipeline: DiffusionPipeline, prompts: Sequence[str], settings: 
 
 def last_validation(run: Path, step: int) -> dict[str, float]:
     """The figures of the last validation in the run's log up to ``step``, and its ``step``; empty where there is none."""
-    log = run / "logs" / "metrics.csv"
+    log = RunFolder(run).metrics
     if not log.is_file():
         return {}
     with open(log, newline="") as file:

@@ -23,15 +23,13 @@ from ldm.errors import UsageError
 from ldm.files import read_json
 from ldm.progress import duration
 from ldm.reporting.report import (
-    ENVIRONMENT,
-    METRICS,
-    RUN_LOG,
     Report,
     captioned_grid,
     paired_grid,
     read_grid,
     read_metrics,
 )
+from ldm.runs.layout import RunFolder
 
 Curves = dict[str, tuple[list[float], list[float]]]
 
@@ -85,7 +83,7 @@ class RunRecord:
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
         """Raises :class:`UsageError` for a folder that is no run's."""
-        path = folder / "logs" / "config.yaml"
+        path = RunFolder(folder).config
         if not path.is_file():
             raise UsageError(f"{folder} is not the folder of a run: {path} is not there; give what --out of fit was")
         try:
@@ -94,9 +92,9 @@ class RunRecord:
             raise UsageError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from None
         if not isinstance(config, dict) or not {"model", "trainer"} <= config.keys():
             raise UsageError(f"{path} is no config of ldm autoencoder fit or ldm denoiser fit; give what --out of fit was")
-        environment = folder / ENVIRONMENT
+        environment = RunFolder(folder).environment
         starts = read_json(environment) if environment.is_file() else []
-        return cls(folder, config, starts, read_metrics(folder / METRICS))
+        return cls(folder, config, starts, read_metrics(RunFolder(folder).metrics))
 
     @property
     def stage(self) -> str:
@@ -120,7 +118,8 @@ class RunRecord:
     @cached_property
     def last_sign(self) -> float:
         """When anything was last written, in seconds since 1970."""
-        folders = (self.folder / name for name in ("logs", "previews", "checkpoints"))
+        run = RunFolder(self.folder)
+        folders = run.logs, run.previews_folder, run.checkpoints_folder
         paths = (path for folder in folders if folder.is_dir() for path in (folder, *folder.iterdir()))
         return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
@@ -152,7 +151,7 @@ class RunRecord:
     def checkpoints(self) -> list[tuple[int | None, Path]]:
         """(step, file or folder), the oldest first; links and what is still being written are none."""
         found: list[tuple[int | None, Path]] = []
-        for path in (self.folder / "checkpoints").glob("*.ckpt"):
+        for path in RunFolder(self.folder).checkpoints_folder.glob("*.ckpt"):
             step = re.search(r"step[=-]?(\d+)", path.name)
             if not path.is_symlink() and not path.name.startswith("."):
                 found.append((int(step[1]) if step else None, path))
@@ -160,8 +159,7 @@ class RunRecord:
 
     def previews(self) -> list[tuple[int, Path]]:
         """(step, file), the oldest first."""
-        found = ((re.fullmatch(r"step-(\d+)", path.stem), path) for path in (self.folder / "previews").glob("step-*.png"))
-        return sorted((int(match[1]), path) for match, path in found if match)
+        return RunFolder(self.folder).previews()
 
 
 def write_run_report(folder: Path, out: Path, refresh_seconds: int | None = None) -> str:
@@ -269,7 +267,7 @@ def _charts(page: Report, run: RunRecord) -> None:
 def _data(page: Report, run: RunRecord) -> None:
     """The samples that could not be used, of all processes."""
     known = {}
-    for path in sorted(run.folder.glob("*quarantine.jsonl")):
+    for path in RunFolder(run.folder).quarantines():
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may still be in the making
             known[line] = json.loads(line)
     if known:
@@ -283,7 +281,8 @@ def _checkpoints(page: Report, run: RunRecord) -> None:
     if not checkpoints:
         page.text("Checkpoints", "None yet.")
         return
-    marked = {name: (run.folder / "checkpoints" / f"{name}.ckpt").resolve() for name in ("last", "best")}
+    folder = RunFolder(run.folder)
+    marked = {"last": folder.last_checkpoint.resolve(), "best": folder.best_checkpoint.resolve()}
     rows = []
     for step, path in checkpoints:
         size = sum(_size(file) for file in ([path] if path.is_file() else path.rglob("*")))
@@ -301,7 +300,7 @@ def _size(path: Path) -> int:
 
 
 def _commands(page: Report, run: RunRecord, state: str) -> None:
-    folder, config = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / "logs" / "config.yaml"))
+    folder, config = shlex.quote(str(run.folder)), shlex.quote(str(RunFolder(run.folder).config))
     go_on = f"ldm {run.stage} fit --config {config} --out {folder} --resume latest"
     commands = [("compare with other runs", f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}")]
     product = shlex.quote(str(run.product))
@@ -344,7 +343,7 @@ def _what(page: Report, run: RunRecord) -> None:
         page.table("Starts", ["when", "from step", "until", "processes", "precision", "code"], rows)
         page.table("Machine and versions", ["", ""], [[name, value] for name, value in last["versions"].items()])
         page.folded("Command", last["command"])
-    page.folded("Config", (run.folder / "logs" / "config.yaml").read_text(encoding="utf-8"))
+    page.folded("Config", (RunFolder(run.folder).config).read_text(encoding="utf-8"))
 
 
 def _class_of(section: Any) -> str:
@@ -355,10 +354,10 @@ def _class_of(section: Any) -> str:
 
 
 def _log(page: Report, run: RunRecord) -> None:
-    lines = _tail(run.folder / RUN_LOG)
+    lines = _tail(RunFolder(run.folder).log())
     if lines:
         page.folded("The log's last lines", "\n".join(lines), opened=True)
-    for path in sorted((run.folder / "logs").glob("run-rank*.log")):
+    for path in RunFolder(run.folder).other_logs():
         page.folded(f"Warnings of {path.stem.removeprefix('run-')}", "\n".join(_tail(path)))
 
 

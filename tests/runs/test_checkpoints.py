@@ -22,15 +22,17 @@ from torch.distributed.checkpoint import save as save_shards
 from torch.utils.data import DataLoader
 
 from ldm.errors import LdmError, UsageError
-from ldm.runs.checkpoints.callback import (
-    Checkpoints,
+from ldm.runs.checkpoints.callback import Checkpoints
+from ldm.runs.checkpoints.files import (
     VerifiedCheckpointIO,
     checkpoint_summary,
     latest_checkpoint,
     load_checkpoint,
+    point,
+    sidecar,
 )
-from ldm.runs.checkpoints.files import checkpoint_name, checkpoints_in, point, sidecar, step_of
 from ldm.runs.checkpoints.sharded import sharded_checkpoint
+from ldm.runs.layout import checkpoint_name, checkpoints_in, step_of
 
 STEPS, VALIDATE_EVERY = 10, 4
 

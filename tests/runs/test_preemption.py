@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.runs import preemption
-from ldm.runs.checkpoints.callback import Checkpoints, load_checkpoint
+from ldm.runs.checkpoints.callback import Checkpoints
+from ldm.runs.checkpoints.files import load_checkpoint
 from ldm.runs.preemption import Interrupted, Preempted, Preemption, requeue
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from ldm.runs.checkpoints.callback import CHECKPOINTS, latest_checkpoint
+from ldm.runs.checkpoints.files import latest_checkpoint
+from ldm.runs.layout import RunFolder
 
 
 class LimitFileSize(Callback):
@@ -19,6 +20,6 @@ class LimitFileSize(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self.step:
-            size = latest_checkpoint(Path(trainer.default_root_dir, CHECKPOINTS)).stat().st_size
+            size = latest_checkpoint(RunFolder(Path(trainer.default_root_dir)).checkpoints_folder).stat().st_size
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, hard))

@@ -23,8 +23,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from ldm.runs.checkpoints.callback import CHECKPOINTS, Checkpoints, latest_checkpoint, load_checkpoint
-from ldm.runs.checkpoints.files import checkpoints_in, step_of
+from ldm.runs.checkpoints.callback import Checkpoints
+from ldm.runs.checkpoints.files import latest_checkpoint, load_checkpoint
+from ldm.runs.layout import RunFolder, checkpoints_in, step_of
 
 
 class Numbers:
@@ -54,7 +55,7 @@ class Heavy(LightningModule):
 
 
 def train(folder: Path, pipe: int, background: bool, processes: int = 1, *callbacks: Callback) -> None:
-    checkpoints = folder / CHECKPOINTS
+    checkpoints = RunFolder(folder).checkpoints_folder
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,
@@ -94,7 +95,7 @@ def killed(folder: Path, background: bool, seconds: float) -> int:
 
 def main(folder: Path, rounds: int, seed: int) -> None:
     chance, newest, in_a_write = random.Random(seed), 0, 0
-    checkpoints = folder / CHECKPOINTS
+    checkpoints = RunFolder(folder).checkpoints_folder
     for number in range(rounds):
         returned = killed(folder, bool(number % 2), chance.uniform(0, 0.3))
         assert returned >= newest, f"round {number}: after step {newest} it only came to {returned}"

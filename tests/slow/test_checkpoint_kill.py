@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.runs.checkpoints.callback import checkpoint_summary, latest_checkpoint, load_checkpoint
-from ldm.runs.checkpoints.files import checkpoints_in, step_of
+from ldm.runs.checkpoints.files import checkpoint_summary, latest_checkpoint, load_checkpoint
+from ldm.runs.layout import checkpoints_in, step_of
 
 from .conftest import TinyRuns, run
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.runs.checkpoints.callback import CHECKPOINTS, latest_checkpoint, load_checkpoint
+from ldm.runs.checkpoints.files import latest_checkpoint, load_checkpoint
+from ldm.runs.layout import RunFolder
 
 from .conftest import TinyRuns, run
 from .test_preemption import AT, BY_LIGHTNING, HERE_TOO, injected, signal_at
@@ -20,7 +21,7 @@ def test_where_a_process_is_killed_the_other_one_says_so_and_a_checkpoint_is_the
     command = tiny_runs.command("denoiser", tmp_path / "run", *killed, steps=10_000)
     status, said = run(tiny_runs.torchrun(command), **HERE_TOO)
     assert status == 1 and said.count(LOST) == 1 and "--resume latest" in said, said
-    assert load_checkpoint(latest_checkpoint(tmp_path / "run" / CHECKPOINTS))["global_step"] == 2
+    assert load_checkpoint(latest_checkpoint(RunFolder(tmp_path / "run").checkpoints_folder))["global_step"] == 2
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.runs.checkpoints.callback import CHECKPOINTS, latest_checkpoint, load_checkpoint
+from ldm.runs.checkpoints.files import latest_checkpoint, load_checkpoint
+from ldm.runs.layout import RunFolder
 
 from .conftest import TinyRuns, run
 
@@ -40,7 +41,7 @@ def stops(command: list[str], out: Path, rank: int, step: int = AT, **environmen
     assert asked.exists() and over - asked.stat().st_mtime < SECONDS, said
     (line,) = (line for line in said.splitlines() if line.startswith("ldm: ") and not line.startswith("ldm: saving"))
     assert line.startswith(f"ldm: stopped at step {step} as asked; ") and "--resume latest" in line
-    assert load_checkpoint(latest_checkpoint(out / CHECKPOINTS))["global_step"] == step
+    assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["global_step"] == step
     return status, said
 
 
@@ -82,7 +83,7 @@ def test_a_cluster_that_asks_every_process_queues_the_job_again_and_it_goes_on(t
     # the very same command again, as SLURM gives it
     status, said = run(tiny_runs.torchrun([*command, *signals]), **HERE_TOO | slurm)
     assert status == 0 and (out / "pipeline").is_dir(), said
-    assert load_checkpoint(latest_checkpoint(out / CHECKPOINTS))["global_step"] == AT + 2
+    assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["global_step"] == AT + 2
 
 
 @pytest.mark.slow
@@ -91,7 +92,7 @@ def test_ctrl_c_in_a_validation_saves_and_stops(tiny_runs: TinyRuns, tmp_path: P
     command = tiny_runs.command("autoencoder", out, *injected("injected_faults.SignalInValidation"), validate_every=AT)
     status, said = stops(command, out, 0)
     assert status == 130 and "ldm: saving; once more to stop now\n" in said, said
-    assert load_checkpoint(latest_checkpoint(out / CHECKPOINTS))["callbacks"]["Checkpoints"]["owes_validation"]
+    assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["callbacks"]["Checkpoints"]["owes_validation"]
 
 
 @pytest.mark.slow
@@ -100,4 +101,4 @@ def test_ctrl_c_twice_stops_at_once(tiny_runs: TinyRuns, tmp_path: Path) -> None
     twice = injected("injected_faults.SignalInValidation", times=2)
     status, said = run(tiny_runs.command("autoencoder", out, *twice, validate_every=AT), **HERE_TOO)
     assert status == 130 and said.endswith("ldm: interrupted\n") and "Traceback" not in said, said
-    assert not (out / CHECKPOINTS).exists()
+    assert not (RunFolder(out).checkpoints_folder).exists()

@@ -14,39 +14,16 @@ from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 
 from ldm.errors import LdmError, UsageError
 from ldm.runs.checkpoints.files import (
-    CHECKPOINTS,
-    LAST_CHECKPOINT,
     VerifiedCheckpointIO,
-    checkpoint_name,
-    checkpoint_summary,
-    checkpoints_in,
     disk_error,
-    latest_checkpoint,
-    load_checkpoint,
     point,
     raise_together,
     remove_checkpoint,
     remove_leftovers,
-    step_of,
 )
-from ldm.runs.checkpoints.sharded import sharded_checkpoint
-
-__all__ = [
-    "BEST_CHECKPOINT",
-    "CHECKPOINTS",
-    "LAST_CHECKPOINT",
-    "Checkpoints",
-    "VerifiedCheckpointIO",
-    "checkpoint_summary",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "raise_together",
-    "sharded_checkpoint",
-]
+from ldm.runs.layout import BEST_CHECKPOINT, LAST_CHECKPOINT, RunFolder, checkpoint_name, checkpoints_in, step_of
 
 log = logging.getLogger(__name__)
-
-BEST_CHECKPOINT = "best.ckpt"
 
 
 class Checkpoints(Checkpoint):
@@ -98,7 +75,7 @@ class Checkpoints(Checkpoint):
         self._written: tuple[Path, bool] | None = None  # not yet linked to; whether it is the best
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        self._folder = Path(trainer.default_root_dir) / CHECKPOINTS
+        self._folder = RunFolder(Path(trainer.default_root_dir)).checkpoints_folder
         trainer.strategy.checkpoint_io = self._io
         if self.background and getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             raise UsageError("checkpoints.background: all processes write a sharded checkpoint together; set it to false")

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import pickle
-import re
 import shutil
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +25,11 @@ from torch import Tensor, distributed
 
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_file, fsync_folder, sha256_file
+from ldm.runs.layout import LAST_CHECKPOINT, checkpoints_in, step_of
 
 log = logging.getLogger(__name__)
 
-#: a run's folder of checkpoints, and the link in it to the newest one
-CHECKPOINTS, LAST_CHECKPOINT = "checkpoints", "last.ckpt"
 SIDECAR = ".sha256"
-NAME = re.compile(r"step=(\d+)\.ckpt")
 # of a sharded checkpoint: what is not sharded (Lightning's name), and the index of what is (torch's)
 UNSHARDED, INDEX = "meta.pt", ".metadata"
 
@@ -42,21 +39,6 @@ MENDS = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EIO: "look after the disk",
 }
-
-
-def checkpoint_name(step: int) -> str:
-    """As ``step=00000123.ckpt``."""
-    return f"step={step:08d}.ckpt"
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(NAME.fullmatch(path.name)[1])
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """A folder's checkpoints, whole or not, by step."""
-    return sorted((path for path in folder.glob("step=*.ckpt") if NAME.fullmatch(path.name)), key=step_of)
 
 
 def sidecar(path: Path) -> Path:

@@ -27,12 +27,12 @@ class DryRunCLI(FitCLI):
     """``fit --dry-run`` and ``fit --find-batch``."""
 
     def __init__(self, stage: type[TrainingModule], arguments: list[str]):
-        self.folder: Path | None = None
+        self.trial: Path | None = None
         try:
             super().__init__(stage, arguments)
         finally:
-            if self.folder is not None and rank_zero_only.rank == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if self.trial is not None and rank_zero_only.rank == 0:
+                shutil.rmtree(self.trial, ignore_errors=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -48,10 +48,10 @@ class DryRunCLI(FitCLI):
             raise UsageError(f"trainer.max_steps is {options.trainer.max_steps}; give the steps of the whole run")
         out = Path(options.out).absolute()
         self.place = next(parent for parent in out.parents if parent.is_dir())
-        self.folder = self.place / f".{out.name}.dry-run"
+        self.trial = self.place / f".{out.name}.dry-run"
         if rank_zero_only.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        options.out = options.trainer.default_root_dir = str(self.folder)
+            shutil.rmtree(self.trial, ignore_errors=True)
+        options.out = options.trainer.default_root_dir = str(self.trial)
         options.export = None
         options.trainer.logger = False  # W&B is not told of it
         if options.find_batch:
@@ -78,5 +78,5 @@ class DryRunCLI(FitCLI):
             show_batches(self.finder)
         else:
             measured = self.measure.measured
-            total = total_of(self.model, self.trainer, measured, self.folder)
+            total = total_of(self.model, self.trainer, measured, self.trial)
             show_costs(self.model, self.trainer, measured, total, shutil.disk_usage(self.place).free, self.place)

@@ -17,6 +17,7 @@ from torch import nn
 from ldm.runs.checkpoints.callback import Checkpoints
 from ldm.runs.dry_run.cost import PeakMemory, network_parameters, peak_flops, stage_memory
 from ldm.runs.dry_run.rehearsal import Measured
+from ldm.runs.layout import RunFolder
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
 from ldm.training.fsdp import is_sharded
@@ -59,8 +60,8 @@ def total_of(stage: TrainingModule, trainer: Trainer, measured: Measured, folder
         seconds += written * measured.checkpoint_seconds
     # one more is there while it is written, before the oldest is removed; those by the clock stay
     kept = min(callback.keep_last + 1 + (callback.best is not None), written) + timed
-    images = max((file.stat().st_size for file in (folder / "previews").glob("*.png")), default=0)
-    logged = sum(file.stat().st_size for file in (folder / "logs").rglob("*") if file.is_file())
+    images = max((file.stat().st_size for file in RunFolder(folder).previews_folder.glob("*.png")), default=0)
+    logged = sum(file.stat().st_size for file in RunFolder(folder).logs.rglob("*") if file.is_file())
     rows = trainer.max_steps // trainer.log_every_n_steps
     logged = logged * rows // max(trainer.global_step // trainer.log_every_n_steps, 1)
     averaged = _bytes(stage.averaged())

@@ -1,0 +1,108 @@
+"""The folder of a run: every name in it, in one place.
+
+Three more are written from below, each named by the code that knows its format: ``quarantine.jsonl``
+(:mod:`ldm.data.quarantine`), ``skipped.jsonl`` (:mod:`ldm.training.nonfinite`) and ``snapshots``
+(:mod:`ldm.training.ema`). The exported model is named by the stage, ``TrainingModule.artifact``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.data.quarantine import QUARANTINE_NAME
+
+#: Lightning's loggers take this name apart from the folder that it lies in
+LOGS = "logs"
+
+#: links in the folder of checkpoints
+LAST_CHECKPOINT, BEST_CHECKPOINT = "last.ckpt", "best.ckpt"
+
+_CHECKPOINT = re.compile(r"step=(\d+)\.ckpt")
+_PREVIEW = re.compile(r"step-(\d+)\.png")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths in the folder of a run: what ``--out`` of ``fit`` is."""
+
+    path: Path
+
+    @property
+    def logs(self) -> Path:
+        return self.path / LOGS
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.logs / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.logs / "metrics.csv"
+
+    @property
+    def environment(self) -> Path:
+        """A record of each start of the run."""
+        return self.logs / "environment.json"
+
+    def log(self, rank: int = 0) -> Path:
+        """What the loggers and warnings of a process say."""
+        return self.logs / ("run.log" if rank == 0 else f"run-rank{rank}.log")
+
+    def other_logs(self) -> list[Path]:
+        """Those of all processes but the first; a process without warnings has none."""
+        return sorted(self.logs.glob("run-rank*.log"))
+
+    @property
+    def previews_folder(self) -> Path:
+        return self.path / "previews"
+
+    def preview(self, step: int) -> Path:
+        return self.previews_folder / f"step-{step:08d}.png"
+
+    def previews(self) -> list[tuple[int, Path]]:
+        """(step, file), the oldest first."""
+        return _by_step(self.previews_folder, _PREVIEW)
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """A link to the newest checkpoint."""
+        return self.checkpoints_folder / LAST_CHECKPOINT
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """A link to the best checkpoint by ``checkpoints.best``."""
+        return self.checkpoints_folder / BEST_CHECKPOINT
+
+    def quarantines(self) -> list[Path]:
+        """The samples that could not be used, a file of each process."""
+        return sorted(self.path.glob(f"*{QUARANTINE_NAME}"))
+
+
+def checkpoint_name(step: int) -> str:
+    """As ``step=00000123.ckpt``: a file, or a folder where it is sharded."""
+    return f"step={step:08d}.ckpt"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint.name} is no name of a checkpoint")
+    return int(match[1])
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the oldest first."""
+    return [path for _, path in _by_step(folder, _CHECKPOINT)]
+
+
+def _by_step(folder: Path, name: re.Pattern[str]) -> list[tuple[int, Path]]:
+    found = ((name.fullmatch(path.name), path) for path in folder.glob("*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
