@@ -1,4 +1,8 @@
-"""Writing webdataset shards so that equal input gives equal bytes, and each is either whole or not there."""
+"""Writing webdataset shards: equal input gives equal bytes, and a shard is either complete or absent.
+
+:class:`webdataset.TarWriter` writes the members. What it leaves open is here: when a shard is full (its own ``ShardWriter`` counts
+payload without headers, and leaves a cut tar behind after an exception), atomic renames, hashes, and the checks of keys.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from webdataset import TarWriter
 
 from ldm.data.manifest import IMAGE_SHARDS, Manifest, ShardEntry
 from ldm.data.shards import EXTENSIONS
@@ -25,8 +30,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 class ShardWriter:
     """Write samples to ``folder/{prefix}-{index:05d}.tar``, a new one whenever the next sample would not fit.
 
-    A context manager. Each shard is written under a temporary name, synced and renamed when it is full; on an
-    exception the unfinished one disappears. No time, user or mode of this machine enters the bytes.
+    A context manager. Each shard is written under a temporary name, synced and renamed when it is full; on an exception the
+    unfinished one is removed. No time, user or mode of this machine enters the bytes.
     """
 
     def __init__(
@@ -43,11 +48,11 @@ class ShardWriter:
         Args:
             folder: where the shards go; it exists.
             prefix: of their names.
-            samples_per_shard: the most that a shard holds; None: no bound.
+            samples_per_shard: the most that a shard holds; None: no limit.
             first_index: number of the first shard.
-            bytes_per_shard: the largest tar; one sample is written to each even where it is larger. None: no bound.
-            entries: shards that stand already; the numbers go on after them, and new ones are appended.
-            on_shard: called when a shard stands there, before the sample that did not fit is written to the next one.
+            bytes_per_shard: the largest tar; a larger sample gets a shard to itself. None: no limit.
+            entries: shards that exist already; numbering continues after them, and new entries are appended.
+            on_shard: called when a shard is complete, before the next sample is written.
         """
         for bound, what in ((samples_per_shard, "samples"), (bytes_per_shard, "bytes")):
             if bound is not None and bound < 1:
@@ -62,7 +67,7 @@ class ShardWriter:
         self._first_index = first_index
         self._on_shard = on_shard
         self._open = ExitStack()
-        self._tar: tarfile.TarFile | None = None
+        self._tar: TarWriter | None = None
         self._keys: set[str] = set()
 
     @property
@@ -87,33 +92,29 @@ class ShardWriter:
             raise ValueError(f"sample key {key!r} occurs twice in a shard")
         if unknown := files.keys() - EXTENSIONS or not files:
             raise ValueError(f"sample {key!r} needs members of {sorted(EXTENSIONS)}, not {unknown or 'none'}")
-        if self._keys and not self._fits(files):
+        if self._tar is not None and not self._fits(self._tar, files):
             self._finish_shard()
         if self._tar is None:
-            self._start_shard()
-        for extension, data in sorted(files.items()):
-            member = tarfile.TarInfo(f"{key}.{extension}")
-            member.size = len(data)
-            member.uname = member.gname = "ldm"
-            self._tar.addfile(member, io.BytesIO(data))
-        # tarfile would remember every member of a large shard
-        self._tar.members.clear()
+            self._tar = self._start_shard()
+        self._tar.write({"__key__": key, **files})
+        # tarfile keeps a record of every member: too much memory for a large shard
+        self._tar.tarstream.members.clear()
         self._keys.add(key)
 
-    def _fits(self, files: dict[str, bytes]) -> bool:
+    def _fits(self, tar: TarWriter, files: dict[str, bytes]) -> bool:
         if self.samples_per_shard is not None and len(self._keys) >= self.samples_per_shard:
             return False
         if self.bytes_per_shard is None:
             return True
         # a header and whole blocks for each member, two empty blocks at the end, all in whole records
         more = sum(tarfile.BLOCKSIZE + _whole(len(data), tarfile.BLOCKSIZE) for data in files.values())
-        size = _whole(self._tar.offset + more + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
+        size = _whole(tar.tarstream.offset + more + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
         return size <= self.bytes_per_shard
 
-    def _start_shard(self) -> None:
+    def _start_shard(self) -> TarWriter:
         self._path = self.folder / f"{self.prefix}-{self._first_index + len(self.entries):05d}.tar"
         file = self._open.enter_context(atomic_file(self._path))
-        self._tar = self._open.enter_context(tarfile.TarFile(fileobj=file, mode="w"))
+        return self._open.enter_context(TarWriter(file, user="ldm", group="ldm", mode=0o644, mtime=0, encoder=False))
 
     def _finish_shard(self) -> None:
         if self._tar is None:

@@ -56,6 +56,21 @@ def test_equal_input_gives_equal_bytes(folder, tmp_path):
     assert again.hash == Manifest.load(folder).hash
 
 
+def test_bytes_of_shards_never_change(tmp_path):
+    """Recorded when tarfile was used directly: names beyond a header's 100 bytes, names that are not ASCII, empty members."""
+    with ShardWriter(tmp_path, "x", samples_per_shard=None, bytes_per_shard=40960) as writer:
+        for n in range(6):
+            png = bytes((n * 7 + i * 31) % 256 for i in range(10_000 + n))
+            writer.write(f"{n:04d}", {"png": png, "txt": f"caption {n} é".encode(), "json": b"{}"})
+        writer.write("k" * 120, {"safetensors": bytes(range(256)) * 20})
+        writer.write("grüß", {"txt": b""})
+    assert [(entry.samples, entry.bytes, entry.sha256) for entry in writer.entries] == [
+        (3, 40960, "8636bbd4e1a6cc3f3ac67cd0ba70ec927303bd8435b9aaee839d2c2a43cf56dc"),
+        (3, 40960, "138fd03065de9b5586bbe3a3b4e24e60d9614a37b7dd39613a391b0430544373"),
+        (2, 10240, "ee4f60bdf37cc1d01a47b3647ffc291db8b0ebf9ef32e91997943bac4bdda01e"),
+    ]
+
+
 def test_an_exception_leaves_nothing_behind(tmp_path):
     def failing():
         yield from items(5)
