@@ -114,10 +114,10 @@ def add_sampled(parser: Parser, samples: int) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    from ldm.latents.encode import Process
+    from ldm.latents.compute import Process
     from ldm.latents.export import export_latents
 
-    first = Process.here().rank == 0
+    first = Process.from_environment().rank == 0
     with Progress("exporting latents", quiet=not first) as progress:
         manifest = export_latents(
             options.autoencoder,
@@ -230,6 +230,6 @@ def run_decode(options: argparse.Namespace) -> None:
 
 
 def default_device() -> torch.device:
-    from ldm.latents.encode import Process
+    from ldm.latents.compute import Process
 
-    return Process.here().device()
+    return Process.from_environment().device()

@@ -35,10 +35,10 @@ import torch
 from safetensors.numpy import load, save
 
 from ldm.data.decode import DecodeError
-from ldm.data.manifest import LATENT_SHARDS, Manifest
+from ldm.data.manifest import Manifest
 from ldm.data.moments import Moments
 from ldm.data.shards import ShardReader
-from ldm.data.sources import ShardSource, open_source
+from ldm.data.sources import ShardSource
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_file
 
@@ -322,9 +322,3 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return " + ".join(map(_short, value))
     return value[:12] if isinstance(value, str) else str(value)
-
-
-def latent_manifest(folder: str | Path) -> tuple[Manifest, LatentInfo]:
-    """The manifest of a latent folder and what it knows."""
-    source = open_source(folder, LATENT_SHARDS)
-    return source.manifest, latent_info(source)

@@ -1,4 +1,4 @@
-"""Work done in threads, its results in the order of what was given."""
+"""A parallel ``map`` by threads that keeps the order of its input."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Given = TypeVar("Given")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-def in_order(
-    make: Callable[[Given], Made], given: Iterable[Given], threads: int, ahead: int = 2
-) -> Iterator[tuple[Given, Made]]:
-    """Each of ``given`` with what ``make`` makes of it, in their order.
+def parallel_map(
+    function: Callable[[Given], Result], items: Iterable[Given], threads: int, ahead: int = 2
+) -> Iterator[tuple[Given, Result]]:
+    """Pairs (item, ``function(item)``) in the order of ``items``, computed in threads.
 
-    ``given`` is drawn from in the caller's thread, up to ``ahead`` for each thread before the one that is handed out.
+    ``items`` is iterated in the caller's thread, at most ``ahead`` items per thread beyond the pair that is yielded. An
+    exception of ``function`` is raised at its item's turn.
     """
-    waiting: deque[tuple[Given, Future[Made]]] = deque()
+    waiting: deque[tuple[Given, Future[Result]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="ldm") as pool:
         try:
-            for one in given:
-                waiting.append((one, pool.submit(make, one)))
+            for item in items:
+                waiting.append((item, pool.submit(function, item)))
                 if len(waiting) > ahead * threads:
-                    one, future = waiting.popleft()
-                    yield one, future.result()
+                    item, future = waiting.popleft()
+                    yield item, future.result()
             while waiting:
-                one, future = waiting.popleft()
-                yield one, future.result()
+                item, future = waiting.popleft()
+                yield item, future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

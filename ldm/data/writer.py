@@ -1,7 +1,7 @@
 """Writing webdataset shards: equal input gives equal bytes, and a shard is either complete or absent.
 
-:class:`webdataset.TarWriter` writes the members. What it leaves open is here: when a shard is full (its own ``ShardWriter`` counts
-payload without headers, and leaves a cut tar behind after an exception), atomic renames, hashes, and the checks of keys.
+:class:`webdataset.TarWriter` writes the members. What it leaves open is here: when a shard is full (its own ``ShardWriter``
+counts payload without headers, and leaves a cut tar behind after an exception), atomic renames, hashes, and the checks of keys.
 """
 
 from __future__ import annotations

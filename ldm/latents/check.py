@@ -20,7 +20,8 @@ from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Problem
 from ldm.data.shards import ShardReader
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
-from ldm.latents.encode import PRECISIONS, LatentEncoder, load_matching
+from ldm.latents.compute import PRECISIONS
+from ldm.latents.image_encoder import LatentEncoder, load_matching
 from ldm.latents.images import CaptionedImages
 from ldm.models.autoencoder import downsampling_factor, pixels_to_images
 

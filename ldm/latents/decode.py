@@ -18,12 +18,13 @@ from PIL import Image
 from ldm.data.decode import DecodeError
 from ldm.data.latent_schema import LatentShard, latent_info
 from ldm.data.manifest import LATENT_SHARDS
-from ldm.data.parallel_map import in_order
+from ldm.data.parallel_map import parallel_map
 from ldm.data.sources import ShardSource, open_source
 from ldm.data.writer import encode_png
 from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_new_folder
-from ldm.latents.encode import Process, load_matching
+from ldm.latents.compute import Process
+from ldm.latents.image_encoder import load_matching
 from ldm.models.autoencoder import images_to_pil
 
 CAPTIONS_NAME = "captions.jsonl"
@@ -82,7 +83,7 @@ def decode_latent_shards(
     info = latent_info(source)
     if flips and not info.flips:
         raise UsageError(f"{source.spec} has no latents of mirrored images; leave --flips out, or export with --flip")
-    autoencoder = load_matching(autoencoder_path, source, Process.here().device() if device is None else device)
+    autoencoder = load_matching(autoencoder_path, source, Process.from_environment().device() if device is None else device)
     source.check_cheap()
     ends = ("", "_flip") if flips else ("",)
     samples = min(samples or source.manifest.samples, source.manifest.samples)
@@ -93,7 +94,7 @@ def decode_latent_shards(
         ):
             # PNGs are compressed and written while the next batch is decoded
             decoded = _decode(source, autoencoder, folder, samples, ends, batch_size)
-            written = in_order(_write, decoded, _WRITERS, _AHEAD)
+            written = parallel_map(_write, decoded, _WRITERS, _AHEAD)
             with closing(written):
                 for done, (one, _) in enumerate(written, start=1):
                     caption = one.captions[0] if len(one.captions) == 1 else one.captions

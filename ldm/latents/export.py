@@ -22,25 +22,17 @@ from ldm.data.decode import DecodeError
 from ldm.data.latent_schema import Chunk, LatentInfo, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.moments import Moments
-from ldm.data.parallel_map import in_order
+from ldm.data.parallel_map import parallel_map
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, write_json
 from ldm.latents.claims import Claims
-from ldm.latents.encode import (
-    Dtype,
-    Embedded,
-    LatentEncoder,
-    Precision,
-    Process,
-    TextEncoders,
-    in_order_of,
-    single_threaded,
-    versions,
-)
+from ldm.latents.compute import Dtype, Precision, Process, single_threaded, versions
+from ldm.latents.image_encoder import LatentEncoder
 from ldm.latents.images import CaptionedImages
+from ldm.latents.text_encoders import Embedded, TextEncoders, embeddings_of
 from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder, pixels_to_images
 
 CHUNK_SAMPLES = 256
@@ -91,7 +83,7 @@ class Exporter:
     def run(self, claims: Claims, on_progress: Callable[[int, int], None]) -> None:
         """Make every shard that this process can claim."""
         source = self.dataset.sources[0]
-        with closing(in_order(self.work, self.jobs(claims), self.threads, AHEAD)) as results:
+        with closing(parallel_map(self.work, self.jobs(claims), self.threads, AHEAD)) as results:
             for number, of_shard in groupby(results, key=lambda pair: pair[0].shard):
                 missing = set(claims.missing())
                 done = sum(entry.samples for n, entry in enumerate(source.manifest.shards) if n not in missing)
@@ -190,7 +182,7 @@ class Exporter:
     def _chunk(self, parts: list[Encoded], embedded: list[dict[str, Embedded]]) -> tuple[Chunk, list[int]]:
         """Images and captions together; and for each text encoder how many of the captions it cut."""
         samples = [sample for part in parts for sample in part.samples]
-        texts, cut = in_order_of([caption for sample in samples for caption in sample["captions"]], embedded)
+        texts, cut = embeddings_of([caption for sample in samples for caption in sample["captions"]], embedded)
         for sample in samples:
             for known, encoder in zip(embedded, self.texts.encoders, strict=True):
                 if not all(np.isfinite(known[caption].text).all() for caption in sample["captions"]):
@@ -258,7 +250,7 @@ def export_latents(
     for name, value in (("batch-size", batch_size), ("threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; give 1 or more")
-    process, out = Process.here(), Path(out)
+    process, out = Process.from_environment(), Path(out)
     device = process.device() if device is None else torch.device(device)
     source = open_source(shards, IMAGE_SHARDS)
     if not source.manifest.extra.get("captioned", True):

@@ -31,9 +31,8 @@ from torch import Tensor
 
 from ldm.data.decode import MAX_TEXT_BYTES, DecodeError, decode_text
 from ldm.data.pack.packer import printable
-from ldm.data.pack.sources import Item, TableSource
-from ldm.data.pack.walk import walk
-from ldm.data.parallel_map import in_order
+from ldm.data.pack.sources import Item, TableSource, sorted_files
+from ldm.data.parallel_map import parallel_map
 from ldm.data.quarantine import BadSample
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import read_json
@@ -150,16 +149,16 @@ class FileFolder(Foreign):
     def _items(self) -> Iterator[Item]:
         if self.table is not None:
             return self.table.items()
-        return (Item(file) for file in walk(self.src) if file.lower().endswith(_SUFFIXES))
+        return (Item(file) for file in sorted_files(self.src) if file.lower().endswith(_SUFFIXES))
 
     def images(self, step: int = 1) -> Iterator[ForeignImage | BadSample]:
         items = islice(self._items(), 0, None, step)
-        return (image for _, image in in_order(self._load, items, _READERS))
+        return (image for _, image in parallel_map(self._load, items, _READERS))
 
     def _load(self, item: Item) -> ForeignImage | BadSample:
-        file = printable(item.file)
+        file = printable(item.key)
         try:
-            path = self.src / item.file
+            path = self.src / item.key
             captions = _caption_beside(path) if item.captions is None else item.captions
             captions = [caption for caption in map(str.strip, captions) if caption]
             if not captions:

@@ -27,9 +27,10 @@ from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_folder, require_new_folder
-from ldm.latents.encode import Dtype, Process, TextEncoders, versions
+from ldm.latents.compute import Dtype, Process, versions
 from ldm.latents.export import CHUNK_SAMPLES
 from ldm.latents.foreign import FileFolder, Foreign, ForeignImage, LightningFolder
+from ldm.latents.text_encoders import TextEncoders
 from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder
 
 MAX_BAD_SHARE = 0.01
@@ -278,7 +279,7 @@ def import_latents(
     layout, found = Layout.of(source)
     _warn_of_other_scale(source, autoencoder_path, found, own, scaled)
 
-    device = Process.here().device() if device is None else device
+    device = Process.from_environment().device() if device is None else device
     texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, "fp32")
     importer = Importer(source, layout, texts, dtype, (mean, std) if scaled else None)
     samples = importer.samples(on_progress or (lambda done, total: None))

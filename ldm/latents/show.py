@@ -19,7 +19,7 @@ from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.latents.check import SourceImages, Stored, decode, sampled
-from ldm.latents.encode import load_matching
+from ldm.latents.image_encoder import load_matching
 from ldm.models.autoencoder import images_to_pil
 from ldm.reporting.report import Report, captioned_grid, paired_grid
 

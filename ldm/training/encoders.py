@@ -19,7 +19,7 @@ from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS
 from ldm.data.moments import Moments
 from ldm.data.quarantine import BadSample
 from ldm.errors import UsageError
-from ldm.latents.encode import load_matching
+from ldm.latents.image_encoder import load_matching
 from ldm.models.autoencoder import (
     LatentNormalizer,
     autoencoder_hash,

@@ -17,7 +17,7 @@ from ldm.data.latent_schema import (
     LatentShard,
     TextInfo,
     common_info,
-    latent_manifest,
+    latent_info,
     read_null_text,
     tensors_in,
     text_name,
@@ -196,7 +196,7 @@ def test_the_moments_of_chunks_are_those_of_the_whole_set_without_the_mirrored(t
 
 
 def test_its_manifest_says_what_it_was_made_with(folder):
-    manifest, info = latent_manifest(folder)
+    manifest, info = Manifest.load(folder), latent_info(open_source(folder, LATENT_SHARDS))
     assert manifest.samples == 12 and [entry.samples for entry in manifest.shards] == [5, 4, 3]
     assert info == INFO and info.latent_shape is None
     assert replace(info, latent_shapes=((4, 2, 3),)).latent_shape == (4, 2, 3)
@@ -207,11 +207,11 @@ def test_an_incomplete_manifest_names_what_it_lacks(folder):
     manifest = Manifest.load(folder)
     Manifest(LATENT_SHARDS, manifest.shards, {k: v for k, v in manifest.extra.items() if k != "flips"}).save(folder)
     with pytest.raises(UsageError, match=rf"manifest of {folder} lacks 'flips'; export again"):
-        latent_manifest(folder)
+        latent_info(open_source(folder, LATENT_SHARDS))
     strange = manifest.extra | {"text_encoders": [{"name": "minilm", "mood": "good"}]}
     Manifest(LATENT_SHARDS, manifest.shards, strange).save(folder)
     with pytest.raises(UsageError, match=rf"manifest of {folder} .*mood.*; export again"):
-        latent_manifest(folder)
+        latent_info(open_source(folder, LATENT_SHARDS))
 
 
 def test_a_shard_that_holds_other_than_its_manifest_says_is_refused(folder):

@@ -15,15 +15,16 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ldm.data.check import check_folder
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.latent_dataset import LatentDataset
-from ldm.data.latent_schema import TextInfo, latent_manifest, read_null_text
+from ldm.data.latent_schema import TextInfo, latent_info, read_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
 from ldm.latents.claims import WORK_NAME
-from ldm.latents.encode import Process, TextEncoders, single_threaded
+from ldm.latents.compute import Process, single_threaded
 from ldm.latents.export import export_latents
+from ldm.latents.text_encoders import TextEncoders
 from ldm.models.autoencoder import (
     LatentNormalizer,
     autoencoder_hash,
@@ -85,7 +86,7 @@ def test_latents_are_what_the_encoders_say(autoencoder, image_shards, minilm, tm
 
 def test_the_manifest_says_what_made_it(autoencoder, image_shards, minilm, tmp_path):
     export_latents(autoencoder, image_shards, tmp_path / "out")
-    _, info = latent_manifest(tmp_path / "out")
+    info = latent_info(open_source(tmp_path / "out", LATENT_SHARDS))
     assert info.autoencoder == autoencoder_hash(load_autoencoder(autoencoder))
     assert info.text_encoders == (TextInfo("minilm", minilm.hash, 384, 512, 0),)
     assert (info.source, info.source_shards) == (Manifest.load(image_shards).hash, str(image_shards))
@@ -101,7 +102,7 @@ def test_the_statistics_are_exact_and_normalise_what_is_drawn(export, autoencode
     means, stds = (np.stack([dataset[i][name] for i in range(10)]).astype(np.float64) for name in ("mean", "std"))
     average = means.mean((0, 2, 3))
     deviation = np.sqrt((means**2).mean((0, 2, 3)) + (stds**2).mean((0, 2, 3)) - average**2)
-    _, info = latent_manifest(tmp_path / "out")
+    info = latent_info(open_source(tmp_path / "out", LATENT_SHARDS))
     np.testing.assert_allclose(info.latents_mean, average, rtol=0, atol=1e-12)
     np.testing.assert_allclose(info.latents_std, deviation, rtol=1e-12)
     network = load_autoencoder(autoencoder)
@@ -144,7 +145,7 @@ def test_an_interrupted_export_goes_on_to_the_same_bytes(export, autoencoder, re
     assert not list((tmp_path / "out").glob("*.tmp"))
     # what is unfinished cannot be taken for latents
     with pytest.raises(LdmError):
-        latent_manifest(tmp_path / "out")
+        latent_info(open_source(tmp_path / "out", LATENT_SHARDS))
     again = export(autoencoder, repeating_shards, tmp_path / "out")
     assert again.hash == whole.hash and contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in tars} == tars  # whole shards are not made again
@@ -286,12 +287,12 @@ def test_mirrored_images_are_what_the_encoder_says_of_them(export, autoencoder, 
         np.testing.assert_allclose(found["mean_flip"][index], posterior.mean[0], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found["std_flip"][index], posterior.std[0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(found["mean"], found["mean_flip"])
-    assert latent_manifest(tmp_path / "out")[1].flips
+    assert latent_info(open_source(tmp_path / "out", LATENT_SHARDS)).flips
 
 
 def test_modes_alone_have_no_deviation_and_their_own_statistics(export, autoencoder, image_shards, tmp_path):
     export(autoencoder, image_shards, tmp_path / "out", dtype="float32", mode=True)
-    (chunks, (_, info)) = list(LatentDataset(tmp_path / "out").chunked()), latent_manifest(tmp_path / "out")
+    chunks, info = list(LatentDataset(tmp_path / "out").chunked()), latent_info(open_source(tmp_path / "out", LATENT_SHARDS))
     assert info.posterior == "mode" and all("std" not in chunk for chunk in chunks)
     every = np.concatenate([chunk["mean"] for chunk in chunks]).astype(np.float64)
     np.testing.assert_allclose(info.latents_mean, every.mean((0, 2, 3)), rtol=1e-10)
@@ -321,7 +322,7 @@ def test_images_of_several_sizes_and_captions_keep_all_that_is_known_of_them(
     export, autoencoder, several_of_everything, tiny_text_encoder, tmp_path
 ):
     manifest = export(autoencoder, several_of_everything, tmp_path / "out", captions="all", batch_size=2)
-    _, info = latent_manifest(tmp_path / "out")
+    info = latent_info(open_source(tmp_path / "out", LATENT_SHARDS))
     # height and width over the autoencoder's factor of 2, what is left over cut off; number 4 lies on its side
     assert set(info.latent_shapes) == {(4, 8, 8), (4, 8, 12), (4, 8, 4), (4, 12, 8)} and info.latent_shape is None
     assert info.latent_shapes[-1] == (4, 12, 8) and info.captions == "all"
@@ -354,7 +355,7 @@ def test_images_of_several_sizes_and_captions_keep_all_that_is_known_of_them(
     assert seen == manifest.samples == 18
     # fitted to one side they are all alike, and the crop says what was cut
     export(autoencoder, several_of_everything, tmp_path / "square", image_size=8)
-    assert latent_manifest(tmp_path / "square")[1].latent_shapes == ((4, 4, 4),)
+    assert latent_info(open_source(tmp_path / "square", LATENT_SHARDS)).latent_shapes == ((4, 4, 4),)
     crops = np.concatenate([chunk["crop"] for chunk in LatentDataset(tmp_path / "square").chunked()])
     assert crops[:5].tolist() == [[0, 0, 16, 16], [0, 3, 17, 17], [4, 0, 8, 8], [0, 0, 16, 16], [3, 0, 17, 17]]
 
@@ -369,7 +370,7 @@ def test_several_text_encoders_stand_beside_each_other(autoencoder, image_shards
     (tmp_path / "clip" / "tokenizer_config.json").write_text(json.dumps(small))
     export_latents(autoencoder, image_shards, tmp_path / "out", ["minilm", str(tmp_path / "clip")], dtype="float32")
     source = open_source(tmp_path / "out")
-    first, second = latent_manifest(tmp_path / "out")[1].text_encoders
+    first, second = latent_info(open_source(tmp_path / "out", LATENT_SHARDS)).text_encoders
     captions = [ImageDataset(image_shards)[index]["caption"] for index in range(10)]
     cut = sum(len(ids) > 8 for ids in minilm.tokenizer(captions).input_ids)
     assert (first.width, first.cut, second.width, second.max_tokens) == (384, 0, 16, 8) and second.cut == cut > 0
@@ -434,4 +435,4 @@ def test_which_process_this_is_say_torchrun_and_slurm(monkeypatch, environment, 
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert Process.here() == expected
+    assert Process.from_environment() == expected

@@ -17,14 +17,15 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 
 from ldm.data.check import check_folder
-from ldm.data.latent_schema import LatentShard, latent_manifest, read_null_text
+from ldm.data.latent_schema import LatentShard, latent_info, read_null_text
+from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.moments import Moments
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError
-from ldm.latents.encode import TextEncoders
 from ldm.latents.foreign import FileFolder, LightningFolder, read_class_captions, read_latent
 from ldm.latents.importing import import_latents
+from ldm.latents.text_encoders import TextEncoders
 from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
 
 CHANNELS = 4
@@ -53,7 +54,7 @@ def imported(autoencoder, tiny_text_encoder, tmp_path):
 def stored(folder):
     """Key -> everything that is stored of the image."""
     images = {}
-    for entry in latent_manifest(folder)[0].shards:
+    for entry in Manifest.load(folder).shards:
         shard = LatentShard(folder / entry.name, entry.samples)
         for chunk in range(len(shard.spans)):
             tensors, words = shard.tensors(chunk), shard.words(chunk)
@@ -125,7 +126,7 @@ def test_what_lightningdit_writes_comes_back_to_the_bit(imported, classes, tmp_p
         assert image["captions"] == [("a tench", "a goldfish", "a shark")[labels[number]]]
         assert image["original_size"].tolist() == [8, 8] and image["crop"].tolist() == [0, 0, 8, 8]
     assert [entry.samples for entry in manifest.shards] == [3, 3, 1]
-    _, info = latent_manifest(tmp_path / "out")
+    info = latent_info(open_source(tmp_path / "out", LATENT_SHARDS))
     assert info.autoencoder == autoencoder_hash(load_autoencoder(autoencoder))
     assert (info.posterior, info.flips, info.captions, info.latent_shapes) == ("mode", True, "first", ((4, 4, 4),))
     assert (info.resolution, info.dtype, info.source_shards) == (8, "float32", str(tmp_path / "src"))
@@ -172,7 +173,7 @@ def test_a_file_for_each_image_comes_back_to_the_bit(imported, tmp_path, suffix,
     for number, latent in enumerate(latents):
         assert np.array_equal(images[key(number)]["mean"], latent)
         assert images[key(number)]["captions"] == [f"image {number} — é"]
-    assert latent_manifest(tmp_path / "out")[1].posterior == "mode"
+    assert latent_info(open_source(tmp_path / "out", LATENT_SHARDS)).posterior == "mode"
 
 
 def test_moments_are_what_diffusers_makes_of_them(imported, tmp_path):
@@ -184,7 +185,7 @@ def test_moments_are_what_diffusers_makes_of_them(imported, tmp_path):
         posterior = DiagonalGaussianDistribution(parameters[None])
         assert np.array_equal(images[key(number)]["mean"], posterior.mean[0])
         assert np.array_equal(images[key(number)]["std"], posterior.std[0])
-    assert latent_manifest(tmp_path / "out")[1].posterior == "gaussian"
+    assert latent_info(open_source(tmp_path / "out", LATENT_SHARDS)).posterior == "gaussian"
 
 
 def test_standard_deviations_are_told_from_log_variances(imported, tmp_path):
@@ -259,7 +260,7 @@ def test_several_sizes_are_a_chunk_each(imported, tmp_path):
         assert np.array_equal(image["mean"], latent)
         assert image["original_size"].tolist() == [2 * side for side in latent.shape[1:]]
     assert manifest.samples == 5
-    _, info = latent_manifest(tmp_path / "out")
+    info = latent_info(open_source(tmp_path / "out", LATENT_SHARDS))
     assert info.latent_shapes == ((4, 2, 6), (4, 4, 2)) and info.resolution is None
 
 
@@ -270,7 +271,7 @@ def test_captions_from_a_table(imported, tmp_path):
     manifest, images = imported(tmp_path / "src", captions=tmp_path / "captions.jsonl")
     assert {name: image["captions"] for name, image in images.items()} == {key(2): ["two", "zwei"], key(0): ["zero"]}
     assert [len(image["texts"]) for image in images.values()] == [2, 1]
-    assert manifest.samples == 2 and latent_manifest(tmp_path / "out")[1].captions == "all"
+    assert manifest.samples == 2 and latent_info(open_source(tmp_path / "out", LATENT_SHARDS)).captions == "all"
 
 
 class Hostile:
@@ -473,7 +474,7 @@ def test_the_source_is_known_by_its_content(imported, tmp_path):
         for folder in ("src", "out"):
             shutil.rmtree(tmp_path / folder, ignore_errors=True)
         imported(write_files(tmp_path / "src", latents))
-        return latent_manifest(tmp_path / "out")[1].source
+        return latent_info(open_source(tmp_path / "out", LATENT_SHARDS)).source
 
     latents = drawn(3)
     first = source(latents)

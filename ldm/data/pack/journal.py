@@ -1,8 +1,8 @@
-"""The journal of a pack that is under way: killed at any moment and asked again, it goes on where it was.
+"""The journal of an unfinished pack: killed at any moment and started again, it resumes.
 
-While a folder is being packed it holds whole shards, ``quarantine.jsonl`` as far as it goes, and the journal: a line
-that says what was asked of which listing, and one line for each shard that stands, synced after it. What was done
-since the last such line is done again. The manifest comes last; the journal then goes.
+While a folder is being packed it holds complete shards, ``quarantine.jsonl`` so far, and the journal: one line with the request
+and the hash of the listing, then one line for each complete shard, synced after it. Work since the last such line is repeated.
+The manifest is written last; then the journal is removed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _VERSION = 1
 class Journal:
     """A context manager that claims ``out``, new or with the same pack unfinished in it, for this process alone.
 
-    Left by an exception, all is kept for the next run; an OSError becomes an :class:`LdmError` that says so.
+    On an exception everything is kept for the next run; an OSError becomes an :class:`LdmError` that says so.
 
     Attributes:
-        entries: the shards that stand; the writer shares the list.
-        consumed: items of the listing dealt with, packed and quarantined; the caller counts on.
-        enlarged: images that were scaled up; the caller counts on.
+        entries: the complete shards; the writer shares the list.
+        consumed: items of the listing done, packed or quarantined; the caller increments it.
+        enlarged: images that were scaled up; the caller increments it.
     """
 
     def __init__(self, out: Path, request: dict[str, Any], listing: str) -> None:
         """
         Args:
             out: the folder.
-            request: every choice that shapes the bytes; JSON values.
-            listing: hash of what is to be packed.
+            request: every option that changes the bytes; JSON values.
+            listing: hash of the source's listing.
         """
         self.out = out
         self.entries: list[ShardEntry] = []
@@ -51,7 +51,7 @@ class Journal:
     def __enter__(self) -> Journal:
         """
         Raises:
-            UsageError: ``out`` holds other work, an unfinished pack of other things, or one that is at work now.
+            UsageError: ``out`` holds other work, an unfinished pack with other options, or one that is running.
             LdmError: its journal or its shards are damaged.
         """
         require_claimable(self.out)
@@ -74,27 +74,27 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         try:
             self._open.close()
-        except OSError as failed:  # what was left to write did not go onto a full disk
+        except OSError as failed:  # buffered bytes did not fit on a full disk
             error = failed
         if isinstance(error, OSError):
-            mend = "see to that and give the same command again, it goes on"
-            raise LdmError(f"{self.out} cannot be written ({error.strerror}); {mend}") from error
+            fix = "fix that and run the same command again to resume"
+            raise LdmError(f"{self.out} cannot be written ({error.strerror}); {fix}") from error
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another ldm packs into {self.out}; wait for it, or give another folder") from None
-        # the process that held it may have finished since, and taken its journal away
+            raise UsageError(f"another ldm is packing into {self.out}; wait for it, or give another folder") from None
+        # the process that held the lock may have finished meanwhile and removed its journal
         if os.fstat(self._file.fileno()).st_nlink == 0:
             require_new_folder(self.out, "image shards")
-            raise UsageError(f"another ldm packed into {self.out} until now; try again")
+            raise UsageError(f"another ldm has just packed into {self.out}; try again")
 
     def _read(self) -> None:
         self._file.seek(0)
         data = self._file.read()
         whole = data.rfind(b"\n") + 1
-        self._file.truncate(whole)  # the line that was being written when it was killed
+        self._file.truncate(whole)  # drop a line cut short by a kill
         if not whole:
             self._begin()
             return
@@ -113,15 +113,15 @@ class Journal:
 
     def _require_same(self, header: dict[str, Any]) -> None:
         unfinished = f"{self.out} holds an unfinished pack"
-        ways_out = f"give another folder, or remove {self.out} to start over"
+        fix = f"give another folder, or remove {self.out} to start over"
         if header["version"] != _VERSION:
-            raise UsageError(f"{unfinished} of another version of ldm; {ways_out}")
+            raise UsageError(f"{unfinished} of another version of ldm; {fix}")
         for name, asked in self._header["request"].items():
             before = header["request"].get(name)
             if before != asked:
-                raise UsageError(f"{unfinished} with {name} {before}, not {asked}; ask for the same to go on, {ways_out}")
+                raise UsageError(f"{unfinished} with {name} {before}, not {asked}; use the same to resume, {fix}")
         if header["listing"] != self._header["listing"]:
-            raise UsageError(f"{unfinished}, and what was to be packed has changed since; {ways_out}")
+            raise UsageError(f"{unfinished}, and the source has changed since; {fix}")
 
     def _check_files(self) -> None:
         sizes = {entry.name: entry.bytes for entry in self.entries} | {QUARANTINE_NAME: self._quarantine_bytes}
@@ -131,20 +131,20 @@ class Journal:
             # the quarantine may have grown after the last shard
             if there < size or (there != size and name != QUARANTINE_NAME):
                 raise LdmError(f"{path} is missing or was changed; restore it, or remove {self.out} and pack again")
-        for left in self.out.glob(".*.tmp"):  # of a run that was killed
+        for left in self.out.glob(".*.tmp"):  # left by a killed run
             left.unlink()
 
     @property
     def packed(self) -> int:
-        """Samples in the shards that stand."""
+        """Samples in the complete shards."""
         return sum(entry.samples for entry in self.entries)
 
     def quarantine(self, file: str, reason: str) -> None:
-        """Put an item that cannot be used on record."""
+        """Record an item that cannot be used."""
         self._quarantine.write(json.dumps({"file": file, "reason": reason}, ensure_ascii=False).encode() + b"\n")
 
     def record(self, entry: ShardEntry) -> None:
-        """A shard stands. It, those before it and the quarantine hold all the items consumed so far."""
+        """A shard is complete. It, those before it and the quarantine hold all items consumed so far."""
         _sync(self._quarantine)
         counts = {"consumed": self.consumed, "enlarged": self.enlarged, "quarantine_bytes": self._quarantine.tell()}
         self._append({"shard": asdict(entry)} | counts)
@@ -154,13 +154,13 @@ class Journal:
         _sync(self._file)
 
     def finish(self, manifest: Manifest) -> None:
-        """All is done: write the manifest, and remove the journal."""
+        """Write the manifest and remove the journal."""
         manifest.save(self.out)
         (self.out / JOURNAL_NAME).unlink()
         fsync_folder(self.out)
 
     def abandon(self) -> None:
-        """There is nothing to pack: leave ``out`` as it was."""
+        """Nothing to pack: restore ``out`` as it was."""
         (self.out / QUARANTINE_NAME).unlink()
         (self.out / JOURNAL_NAME).unlink()
         if self._made:

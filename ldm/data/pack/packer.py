@@ -1,8 +1,8 @@
-"""Captioned images => image shards, with every image that cannot be used put on record.
+"""Captioned images => image shards; every image that cannot be used is recorded in ``quarantine.jsonl``.
 
-Two passes over the source: the first checks and counts its listing, the second prepares image after image in a few
-threads and writes them in the listing's order. Threads, because decoding, scaling and encoding let go of the GIL, and
-because a fresh process would first import all of ldm.
+Two passes over the source: the first checks and counts its listing; the second prepares the images in threads and writes them
+in the listing's order. Threads, because decoding, scaling and encoding release the GIL, and because a new process would first
+import all of ldm.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.pack.journal import Journal, require_claimable
 from ldm.data.pack.prepare import Preparation, Prepared
 from ldm.data.pack.sources import ImageSource, Item, open_pack_source
-from ldm.data.parallel_map import in_order
+from ldm.data.parallel_map import parallel_map
 from ldm.data.writer import ShardWriter, parse_shard_size
 from ldm.errors import LdmError, UsageError
 
-# Items read ahead of the one that is written, for each worker: enough to bridge a slow one, and a bound on memory.
+# Items prepared ahead of the one that is written, per worker: enough to hide a slow one, and a limit on memory.
 _AHEAD = 8
 
 
@@ -41,7 +41,7 @@ class PackResult:
 
 
 def pack(
-    src: str | os.PathLike,
+    src: str | os.PathLike | ImageSource,
     out: str | os.PathLike,
     captions: str | os.PathLike | None = None,
     size: int | None = None,
@@ -59,38 +59,43 @@ def pack(
     caption_columns: Sequence[str] = (),
     workers: int | None = None,
 ) -> PackResult:
-    """Pack the images of ``src`` into the folder ``out``: shards, ``quarantine.jsonl`` and, last of all, the manifest.
+    """Pack the images of ``src`` into the folder ``out``: shards, ``quarantine.jsonl`` and, last, the manifest.
 
-    Equal input gives equal bytes, whatever the number of workers. Killed and called again with the same request it goes
-    on from the last whole shard, and ends with the bytes of a run that was never interrupted. Memory does not grow with
-    the number of images.
+    Equal input gives equal bytes, whatever the number of workers. Interrupted and called again with the same arguments, it
+    resumes after the last complete shard, and ends with the bytes of an uninterrupted run. Memory does not grow with the number
+    of images.
 
     Args:
         src: a folder of images, each with its caption in a ``.txt`` (or ``"caption"``, ``"captions"`` in a ``.json``) of
-            the same name; links are followed, hidden files left out. Or what ``datasets`` wrote with ``save_to_disk``.
+            the same name; links are followed, hidden files skipped. Or what ``datasets`` wrote with ``save_to_disk``. Or any
+            :class:`ImageSource`.
         out: new, empty, or holding the same pack unfinished.
         captions: a CSV, JSONL or Parquet file that lists the images to pack by their paths in ``src``, with captions.
         size, resize, min_size, keep_bytes, format, quality, background: see :class:`Preparation`.
         shard_size: samples (1000) or bytes (``256MB``, ``1GB``) that a shard holds at most.
         prefix: of the shards' names.
-        on_progress: called with items done and found after each item.
-        image_column: of ``captions`` (usual: ``file``) or of the data set (usual: ``image``, ``jpg``, ``png``).
-        caption_columns: in the same place (usual: ``caption``), one or several. A cell may hold a list of captions.
+        on_progress: called after each item with the number done and the number found.
+        image_column: of ``captions`` (default ``file``) or of the data set (default ``image``, ``jpg``, ``png``).
+        caption_columns: of the same (default ``caption``), one or several. A cell may hold a list of captions.
         workers: threads that prepare images; None: as many as there are CPU cores.
 
     Raises:
-        UsageError: with nothing written, where ``src`` holds nothing usable, ``out`` holds other work, or what is asked
-            cannot be done.
-        LdmError: ``src`` changed meanwhile, or an unfinished ``out`` is damaged.
+        UsageError: with nothing written, where ``src`` holds nothing usable, ``out`` holds other work, or an argument is
+            invalid.
+        LdmError: ``src`` changed during packing, or an unfinished ``out`` is damaged.
     """
     preparation = Preparation(size, resize, min_size, keep_bytes, format, quality, background).checked()
     samples_per_shard, bytes_per_shard = parse_shard_size(shard_size)
     workers = os.cpu_count() or 1 if workers is None else workers
     if workers < 1:
         raise UsageError(f"workers must be 1 or more, not {workers}")
-    src, out = Path(src), Path(out)
+    out = Path(out)
     require_claimable(out)
-    source = open_pack_source(src, captions, image_column, caption_columns)
+    if not isinstance(src, ImageSource):
+        src = open_pack_source(src, captions, image_column, caption_columns)
+    elif captions is not None or image_column is not None or caption_columns:
+        raise UsageError(f"{src.src} is read by {type(src).__name__}, which takes neither a table of captions nor columns")
+    source, src = src, src.src
     found, listing = source.survey()
 
     request = asdict(preparation) | {"shard_size": str(shard_size), "prefix": prefix, "image_column": image_column}
@@ -103,14 +108,14 @@ def pack(
     with journal:
         packed, first_reason = journal.packed, ""
         rest = islice(source.items(), journal.consumed, None)
-        results = in_order(partial(_prepare, source, preparation), rest, workers, _AHEAD)
+        results = parallel_map(partial(_prepare, source, preparation), rest, workers, _AHEAD)
         if journal.consumed and on_progress is not None:
             on_progress(journal.consumed, found)
         with writer, closing(results):
             for item, result in results:
                 if isinstance(result, DecodeError):
-                    journal.quarantine(printable(item.file), str(result))
-                    first_reason = first_reason or f"{printable(item.file)}: {result}"
+                    journal.quarantine(printable(item.key), str(result))
+                    first_reason = first_reason or f"{printable(item.key)}: {result}"
                 else:
                     writer.write(f"{packed:09d}", result.files)
                     packed += 1
@@ -136,10 +141,9 @@ def pack(
 
 
 def _prepare(source: ImageSource, preparation: Preparation, item: Item) -> Prepared | DecodeError:
-    """One item => the members of its sample, or the reason why it has none."""
+    """One item => the members of its sample, or why it cannot be used."""
     try:
-        data, captions = source.load(item)
-        return preparation(printable(item.file), data, captions)
+        return preparation(printable(item.key), *source.load(item))
     except DecodeError as error:
         return error
 

@@ -1,15 +1,17 @@
 """One image file and its captions => the members of a sample.
 
-A sample is ``jpg``, ``png`` or ``webp``, ``txt`` (the first caption) and ``json``: the file it came from, the size that
-it had, and where there are several captions, all of them.
+A sample is ``jpg``, ``png`` or ``webp``, ``txt`` (the first caption) and ``json``: the source file's name, the original size,
+all captions where there are several, and what else the source says.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -23,6 +25,7 @@ RESIZES = ("square", "shorter", "none")
 FORMATS = ("auto", "jpg", "png", "webp")
 MAX_SIZE = 4096
 PNG_UP_TO = 128
+NO_EXTRAS: Mapping[str, Any] = MappingProxyType({})
 
 _SIGNATURES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
 
@@ -37,17 +40,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to every image. The EXIF orientation is applied, colours become sRGB, metadata stay behind.
+    """How every image is prepared. The EXIF orientation is applied, colours are converted to sRGB, metadata is dropped.
 
     Attributes:
         size: pixels, see ``resize``.
-        resize: ``square`` (the usual one with ``size``): the shorter side is scaled to ``size`` and the centre cut out.
-            ``shorter``: the same without the cut. ``none`` (the usual one without ``size``): as it is. Lanczos.
+        resize: ``square`` (default with ``size``): scale the shorter side to ``size`` and crop the centre. ``shorter``: the
+            same without the crop. ``none`` (default without ``size``): no change. Lanczos.
         min_size: images whose shorter side has fewer pixels are refused.
-        keep_bytes: where nothing has to change, the file's own bytes stay as they are, its metadata with them.
+        keep_bytes: where nothing has to change, store the file's own bytes, its metadata included.
         format: ``jpg``, ``png``, ``webp``; ``auto``: PNG up to 128 pixels a side (lossless, and as small), else JPEG.
         quality: of JPEG (without chroma subsampling) and WebP, 1 to 100.
-        background: the colour that transparent images are put on: a name or ``#rrggbb``.
+        background: colour behind transparent images: a name or ``#rrggbb``.
     """
 
     size: int | None = None
@@ -59,7 +62,7 @@ class Preparation:
     background: str = "white"
 
     def checked(self) -> Preparation:
-        """The same, with ``resize`` chosen. Raises :class:`UsageError` for values that make no sense."""
+        """The same, with the default ``resize`` filled in. Raises :class:`UsageError` for invalid values."""
         sizes = (("size", self.size, MAX_SIZE), ("min-size", self.min_size, MAX_SIZE), ("quality", self.quality, 100))
         for name, value, most in sizes:
             if value is not None and not 1 <= value <= most:
@@ -77,26 +80,27 @@ class Preparation:
     def colour(self) -> tuple[int, int, int]:
         """``background`` as RGB, 0..255."""
         try:
-            colour = ImageColor.getrgb(self.background)
-        except ValueError:
-            colour = ()
-        if len(colour) != 3:
-            raise UsageError(f"background must be white, black or #rrggbb, not {self.background}")
-        return colour
+            red, green, blue = ImageColor.getrgb(self.background)
+        except ValueError:  # an unknown name, or a colour with transparency
+            raise UsageError(f"background must be white, black or #rrggbb, not {self.background}") from None
+        return red, green, blue
 
-    def __call__(self, file: str, data: bytes, captions: Sequence[str]) -> Prepared:
-        """Prepare the image ``data`` that is called ``file``. Raises :class:`DecodeError`."""
+    def __call__(self, file: str, data: bytes, captions: Sequence[str], extras: Mapping[str, Any] = NO_EXTRAS) -> Prepared:
+        """Prepare the image ``data`` called ``file``; ``extras`` are added to its json. Raises :class:`DecodeError`."""
         texts = [text for text in map(_clean, captions) if text]
         if not texts:
             raise DecodeError("empty caption")
-        # Told by the header. decode_pixels lets other threads run meanwhile, and refuses broken JPEGs that Pillow lets pass.
+        # Decided by the header. decode_pixels releases the GIL, and refuses broken JPEGs that Pillow accepts.
         plain = (self.keep_bytes or data.startswith(b"\xff\xd8")) and is_plain_rgb(data)
         image = Image.fromarray(decode_pixels(data)) if plain else decode_image(data, background=self.colour())
         if min(image.size) < (self.min_size or 1):
             raise DecodeError(f"{image.width} x {image.height} pixels, smaller than the least size of {self.min_size}")
         resized = self._resized(image)
         origin = {"file": file, "width": image.width, "height": image.height}
-        about = json.dumps(origin | ({"captions": texts} if len(texts) > 1 else {}), ensure_ascii=False).encode()
+        if taken := extras.keys() & {*origin, "caption", "captions"}:
+            raise DecodeError(f"extras called {', '.join(sorted(taken))}, which packing writes itself")
+        fields = {**origin, **({"captions": texts} if len(texts) > 1 else {}), **extras}
+        about = json.dumps(fields, ensure_ascii=False).encode()
         if len(about) > MAX_JSON_BYTES:
             raise DecodeError(f"captions of {len(about)} bytes, the limit is {MAX_JSON_BYTES}")
         kind = _SIGNATURES.get(data[:2])
@@ -111,7 +115,7 @@ class Preparation:
         if self.resize == "square":
             return ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
         width, height = (round(side * self.size / min(image.size)) for side in image.size)
-        if width * height > MAX_PIXELS:  # a long thin line, scaled up
+        if width * height > MAX_PIXELS:  # an extreme aspect ratio, scaled up
             raise DecodeError(
                 f"{image.width} x {image.height} pixels would become {width} x {height}, the limit is {MAX_PIXELS}"
             )
@@ -125,7 +129,7 @@ class Preparation:
             return {"png": encode_png(image)}
         try:
             if kind == "jpg":
-                # as Pillow's, but other threads run meanwhile
+                # the bytes that Pillow writes, but without the GIL
                 pixels = np.asarray(image)
                 return {kind: simplejpeg.encode_jpeg(pixels, self.quality, colorsubsampling="444", fastdct=False)}
             buffer = io.BytesIO()

@@ -1,20 +1,24 @@
-"""What is to be packed: a folder of images, a table that names them, or a Hugging Face data set on disk.
+"""Sources of images to pack: a folder, a table that names files, a Hugging Face data set on disk, or a class of your own.
 
-A source is a listing in a fixed order, read lazily and as often as needed, and the way from an item to its bytes and
-captions. However long it is, the listing is never held in memory.
+A source lists its items in a fixed order, lazily and as often as asked, and loads each by itself: :class:`ImageSource`. The
+listing is never held in memory, however long it is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,8 +32,8 @@ from ldm.data.decode import (
     decode_text,
 )
 from ldm.data.manifest import tar_paths
+from ldm.data.pack.prepare import NO_EXTRAS
 from ldm.data.pack.tables import read_table, texts_of
-from ldm.data.pack.walk import walk
 from ldm.errors import UsageError, first_line
 from ldm.files import require_folder
 
@@ -37,43 +41,69 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt")
 
 _ALLOWED = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
-# Images of kinds that are not read: on record in the quarantine, so that nobody wonders where they went.
+# Images in formats that are not read: recorded in the quarantine, so that nobody wonders where they went.
 _OTHER_IMAGES = frozenset((".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg"))
 _IMAGES = _ALLOWED | _OTHER_IMAGES
 _ROWS_AT_ONCE = 1000
+# Names of one folder that are sorted in memory; more are sorted through temporary files.
+_NAMES_AT_ONCE = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One entry of a listing.
+    """One entry of a source's listing.
 
     Attributes:
-        file: its name: a path relative to the source (with /), or ``split/row`` of a data set.
-        captions: what the listing itself says of it; None: what lies beside the image does.
+        key: unique name: a path relative to the source (with /), or ``split/row`` of a data set. Packing stores it.
+        captions: those that the listing itself holds; None where :meth:`ImageSource.load` finds them.
     """
 
-    file: str
+    key: str
     captions: tuple[str, ...] | None = None
 
 
+class LoadedImage(NamedTuple):
+    """What a source holds of one item.
+
+    Attributes:
+        data: the encoded image file: JPEG, PNG or WebP.
+        captions: one or several.
+        extras: further JSON values, stored in the sample's ``.json``; ``file``, ``width``, ``height`` and ``captions`` are
+            taken.
+    """
+
+    data: bytes
+    captions: Sequence[str]
+    extras: Mapping[str, Any] = NO_EXTRAS
+
+
 class ImageSource(ABC):
-    """A listing, and what it lists."""
+    """Where images to pack come from: (key, bytes, captions, extras) for each of them.
+
+    To pack from somewhere else, subclass it with :meth:`items` and :meth:`load`, and give an instance to
+    :func:`ldm.data.pack.packer.pack`, or the class to ``ldm shards pack SRC OUT --source-class package.module.Class``.
+    Everything else (decoding, resizing, quarantine, resuming, sharding) is the packer's.
+
+    Attributes:
+        src: where it reads, as the user named it; for messages.
+        identity: changes when the content changes but neither keys, captions nor :meth:`state` do.
+    """
 
     identity = ""
 
-    def __init__(self, src: Path) -> None:
-        self.src = src
+    def __init__(self, src: str | os.PathLike) -> None:
+        self.src = Path(src)
 
     @abstractmethod
     def items(self) -> Iterator[Item]:
-        """Every item, lazily, always in the same order."""
+        """Every item, lazily, always in the same order. Called twice: to survey the source, and to pack it."""
 
     @abstractmethod
-    def load(self, item: Item) -> tuple[bytes, Sequence[str]]:
-        """An item's image file and its captions, as they are. Raises :class:`DecodeError`. Called from several threads."""
+    def load(self, item: Item) -> LoadedImage:
+        """An item's content. Raises :class:`DecodeError` where it cannot be used. Called from several threads."""
 
     def state(self, item: Item) -> str:
-        """What is cheap to know and changes when the item's content does."""
+        """Something cheap that changes when the item's content does, so that a changed source is not resumed."""
         return ""
 
     def checked_items(self) -> Iterator[Item]:
@@ -81,11 +111,11 @@ class ImageSource(ABC):
         return self.items()
 
     def survey(self) -> tuple[int, str]:
-        """How many items there are, and a hex sha256 over names, captions and states, in their order."""
+        """How many items there are, and a hex sha256 over keys, captions and states, in order."""
         found, digest = 0, hashlib.sha256(self.identity.encode())
         for item in self.checked_items():
             found += 1
-            digest.update(json.dumps([item.file, item.captions, self.state(item)]).encode())
+            digest.update(json.dumps([item.key, item.captions, self.state(item)]).encode())
         return found, digest.hexdigest()
 
 
@@ -93,7 +123,7 @@ class FolderSource(ImageSource):
     """The images of a folder and its subfolders, each with a ``.txt`` or ``.json`` of the same name."""
 
     def items(self) -> Iterator[Item]:
-        return (Item(file) for file in walk(self.src) if _suffix(file) in _IMAGES)
+        return (Item(file) for file in sorted_files(self.src) if _suffix(file) in _IMAGES)
 
     def checked_items(self) -> Iterator[Item]:
         empty = True
@@ -106,16 +136,16 @@ class FolderSource(ImageSource):
             raise UsageError(f"{self.src} holds no image (.{', .'.join(IMAGE_EXTENSIONS)}); give the folder that does")
 
     def state(self, item: Item) -> str:
-        path = os.path.join(self.src, item.file)
+        path = os.path.join(self.src, item.key)
         beside = None if item.captions is not None else _caption_file(path)
         return " ".join(_stat(path) for path in (path, beside) if path is not None)
 
-    def load(self, item: Item) -> tuple[bytes, Sequence[str]]:
-        path = os.path.join(self.src, item.file)
+    def load(self, item: Item) -> LoadedImage:
+        path = os.path.join(self.src, item.key)
         if _suffix(path) not in _ALLOWED:
             raise DecodeError("not an allowed format")
         data = _read(path, MAX_IMAGE_BYTES)
-        return data, _captions_beside(path) if item.captions is None else item.captions
+        return LoadedImage(data, _captions_beside(path) if item.captions is None else item.captions)
 
 
 class TableSource(FolderSource):
@@ -143,9 +173,9 @@ class TableSource(FolderSource):
         hashes = array("Q")  # 8 bytes a row: the names themselves would not fit
         missing, first_missing = 0, ""
         for item in self.items():
-            hashes.append(_hash(item.file))
-            if not os.path.isfile(os.path.join(self.src, item.file)):
-                first_missing = first_missing or item.file
+            hashes.append(_hash(item.key))
+            if not os.path.isfile(os.path.join(self.src, item.key)):
+                first_missing = first_missing or item.key
                 missing += 1
             yield item
         if missing:
@@ -155,16 +185,16 @@ class TableSource(FolderSource):
             )
         if not hashes:
             raise UsageError(f"caption file {self.table} holds no row; each image needs one, with file and caption")
-        self._refuse_twins(np.sort(np.frombuffer(hashes, np.uint64)))
+        self._refuse_duplicates(np.sort(np.frombuffer(hashes, np.uint64)))
 
-    def _refuse_twins(self, hashes: np.ndarray) -> None:
+    def _refuse_duplicates(self, hashes: np.ndarray) -> None:
         doubtful = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         seen: set[str] = set()
         for number, item in self._rows() if doubtful else ():
-            if item.file in seen:
-                raise UsageError(f"{self.table}, row {number}: {item.file} is named twice; give all its captions in one row")
-            if _hash(item.file) in doubtful:
-                seen.add(item.file)
+            if item.key in seen:
+                raise UsageError(f"{self.table}, row {number}: {item.key} is named twice; give all its captions in one row")
+            if _hash(item.key) in doubtful:
+                seen.add(item.key)
 
 
 class DatasetSource(ImageSource):
@@ -176,10 +206,10 @@ class DatasetSource(ImageSource):
             import datasets
         except ImportError:
             raise UsageError(f"reading {src} needs datasets; run `pip install datasets`") from None
-        datasets.disable_progress_bars()  # they would tear ours
+        datasets.disable_progress_bars()  # they would garble ours
         try:
             loaded = datasets.load_from_disk(str(src))
-        except Exception as error:  # of pyarrow, json, fsspec and more, as the damage is
+        except Exception as error:  # from pyarrow, json, fsspec and others, depending on the damage
             raise UsageError(
                 f"{src} cannot be loaded by datasets ({first_line(error)}); save it with save_to_disk again"
             ) from None
@@ -194,8 +224,8 @@ class DatasetSource(ImageSource):
             if isinstance(split.features[image], datasets.Image):
                 split = split.cast_column(image, datasets.Image(decode=False))  # the file's own bytes
             self._images[name] = image, split.select_columns(image)
-        # rows have no state of their own: the files that they lie in have
-        files = [file for file in walk(src) if file.endswith((".arrow", ".json"))]
+        # rows have no state; the files that hold them do
+        files = [file for file in sorted_files(src) if file.endswith((".arrow", ".json"))]
         self.identity = json.dumps([(file, _stat(os.path.join(src, file))) for file in files])
 
     def items(self) -> Iterator[Item]:
@@ -213,14 +243,14 @@ class DatasetSource(ImageSource):
             raise UsageError(f"{self.src} holds no row; give a data set that does")
         return self.items()
 
-    def load(self, item: Item) -> tuple[bytes, Sequence[str]]:
-        name, _, number = item.file.rpartition("/")
+    def load(self, item: Item) -> LoadedImage:
+        name, _, number = item.key.rpartition("/")
         column, split = self._images[name]
         value = split[int(number)][column]
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise DecodeError(f'no bytes of an image in "{column}"')
-        return data, item.captions or ()
+        return LoadedImage(data, item.captions or ())
 
 
 def open_pack_source(
@@ -229,7 +259,7 @@ def open_pack_source(
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
 ) -> ImageSource:
-    """The source that ``src`` and ``captions`` (a table) are. Raises :class:`UsageError` where they are none."""
+    """The source for a folder or saved data set ``src``, and a table ``captions``. Raises :class:`UsageError` for neither."""
     src = require_folder(src, "a folder of images to pack")
     if captions is not None:
         return TableSource(src, Path(captions), image_column or "file", caption_columns or ("caption",))
@@ -238,6 +268,49 @@ def open_pack_source(
     if image_column or caption_columns:
         raise UsageError(f"columns are named, but {src} is a folder of images; give the table they are in with --captions")
     return FolderSource(src)
+
+
+def sorted_files(folder: str | os.PathLike, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Paths of all files under ``folder``, relative and with /, sorted, in bounded memory; hidden files and folders excluded.
+
+    Links are followed, except links to a folder that contains them. Raises :class:`UsageError` for a folder that cannot be
+    read. ``inside`` and ``above`` are for the recursion.
+    """
+    with ExitStack() as stack:
+        try:
+            about = os.stat(folder)
+            here = (about.st_dev, about.st_ino)
+            if here in above:
+                return
+            with os.scandir(folder) as entries:
+                names = _sorted((_name(entry) for entry in entries if not entry.name.startswith(".")), stack)
+        except OSError as error:  # os.walk would skip it silently
+            raise UsageError(f"{error.filename} cannot be read ({error.strerror}); correct its permissions") from None
+        for name in names:
+            if name.endswith("/"):
+                yield from sorted_files(os.path.join(folder, name[:-1]), inside + name, above | {here})
+            else:
+                yield inside + name
+
+
+def _name(entry: os.DirEntry[str]) -> str:
+    # a folder's / takes part in the order, so that whole paths come sorted; isdir detects circular links
+    is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+    return f"{entry.name}/" if is_folder else entry.name
+
+
+def _sorted(names: Iterator[str], stack: ExitStack) -> Iterator[str]:
+    """The names in order, in bounded memory: an external merge sort of runs of ``_NAMES_AT_ONCE``."""
+    runs: list[Iterable[str]] = []
+    while run := sorted(islice(names, _NAMES_AT_ONCE)):
+        if len(run) < _NAMES_AT_ONCE:
+            runs.append(run)
+            break
+        file = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115 (the caller's stack closes it)
+        file.writelines(json.dumps(name) + "\n" for name in run)  # a name may hold a line break
+        file.seek(0)
+        runs.append(map(json.loads, file))
+    return heapq.merge(*runs)
 
 
 def _choose(asked: Sequence[str], usual: Sequence[str], columns: Sequence[str], where: str, what: str) -> list[str]:

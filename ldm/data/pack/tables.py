@@ -33,7 +33,7 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
 
 
 def texts_of(row: Row, columns: Sequence[str], where: str) -> tuple[str, ...]:
-    """The captions in a row's cells, each a text, a list of texts or nothing; ``where`` names the row in errors."""
+    """The captions in a row's cells, each a text, a list of texts or empty; ``where`` names the row in errors."""
     captions: list[str] = []
     for column in columns:
         cell = row[column]

@@ -326,7 +326,7 @@ def test_a_full_disk_is_one_line_and_the_pack_goes_on(many, tmp_path, monkeypatc
         patch.setattr(os, "replace", replace)
         with pytest.raises(LdmError, match="No space left on device") as error:
             pack(many, tmp_path / "out", shard_size=3)
-    assert str(tmp_path / "out") in str(error.value) and "goes on" in str(error.value)
+    assert str(tmp_path / "out") in str(error.value) and "to resume" in str(error.value)
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [f"images-{n:05d}.tar" for n in range(good)]
     pack(many, tmp_path / "out", shard_size=3)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -337,7 +337,7 @@ def test_two_at_once_do_not_share_a_folder(src, tmp_path):
     pack_until(2, src, out, shard_size=1)
     with open(out / JOURNAL_NAME) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another ldm packs into"):
+        with pytest.raises(UsageError, match="another ldm is packing into"):
             pack(src, out, shard_size=1)
     assert pack(src, out, shard_size=1).packed == 3
 
@@ -411,4 +411,4 @@ def test_the_command_line_passes_everything_on(src, tmp_path, capsys, monkeypatc
     monkeypatch.setattr("ldm.cli.shards.Progress", Stopped)
     with pytest.raises(SystemExit) as leave:
         main(["shards", "pack", str(src), str(tmp_path / "stopped"), "--keep-bytes", "--min-size", "8"])
-    assert leave.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert leave.value.code == 130 and "the same command again to resume" in capsys.readouterr().err

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import sys
+from base64 import b64encode
 
 import datasets
 import numpy as np
@@ -10,12 +11,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from ldm.cli import main
 from ldm.data.manifest import Manifest
 from ldm.data.pack import sources as pack_sources
-from ldm.data.pack import walk as pack_walk
 from ldm.data.pack.packer import pack
-from ldm.data.pack.sources import open_pack_source
-from ldm.data.pack.walk import walk
+from ldm.data.pack.sources import FolderSource, open_pack_source, sorted_files
 from ldm.data.shards import ShardReader
 from ldm.errors import UsageError
 
@@ -54,7 +54,7 @@ def quarantine(out):
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100_000])
 def test_the_walk_is_sorted_whatever_fits_into_memory(tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(pack_walk, "_NAMES_AT_ONCE", at_once)
+    monkeypatch.setattr(pack_sources, "_NAMES_AT_ONCE", at_once)
     names = ["b", "a/x", "a/y", "a-b", "a.b", "ab/c/d", "B", "ab/c.d", "line\nbreak", os.fsdecode(b"caf\xe9"), "é/é", "a b"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def test_the_walk_is_sorted_whatever_fits_into_memory(tmp_path, monkeypatch, at_
     for name in (".hidden", "a/.hidden", ".folder/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert list(walk(tmp_path)) == sorted(names)
+    assert list(sorted_files(tmp_path)) == sorted(names)
 
 
 def test_links_are_followed_and_circles_are_left(tmp_path):
@@ -327,6 +327,64 @@ def test_an_unfinished_pack_of_a_dataset_goes_on_and_sees_a_change(tmp_path):
     os.utime(arrow, (1, 1))
     with pytest.raises(UsageError, match="has changed since"):
         pack(tmp_path / "src", tmp_path / "changed", shard_size=1)
+
+
+# a source of one's own
+
+ALBUM = '''
+import base64, json
+from ldm.data.decode import DecodeError
+from ldm.data.pack.sources import ImageSource, Item, LoadedImage
+
+class Album(ImageSource):
+    """A JSON file of images in base64."""
+
+    def items(self):
+        self.album = json.loads(self.src.read_text())
+        return map(Item, self.album)
+
+    def load(self, item):
+        entry = self.album[item.key]
+        if "image" not in entry:
+            raise DecodeError("is an empty page")
+        return LoadedImage(base64.b64decode(entry["image"]), entry["captions"], {"year": entry["year"]})
+'''
+
+
+def test_a_class_from_outside_the_package_is_a_source(tmp_path, monkeypatch, capsys):
+    (tmp_path / "family_album.py").write_text(ALBUM)
+    monkeypatch.syspath_prepend(tmp_path)
+    from family_album import Album  # pyright: ignore[reportMissingImports]  written just now
+
+    pages = {f"page {n}": {"image": b64encode(image["bytes"]).decode(), "captions": [f"in {1990 + n}", "us"], "year": 1990 + n}
+             for n, image in enumerate(images(3))}  # fmt: skip
+    (tmp_path / "album.json").write_text(json.dumps(pages | {"page 3": {}}))
+    result = pack(Album(tmp_path / "album.json"), tmp_path / "out", keep_bytes=True)
+    assert (result.packed, result.quarantined) == (3, 1) and quarantine(tmp_path / "out") == {"page 3": "is an empty page"}
+    assert packed(tmp_path / "out") == {name: page["captions"] for name, page in pages.items()}
+    samples = list(ShardReader(tmp_path / "out" / "images-00000.tar"))
+    assert [json.loads(sample.files["json"])["year"] for sample in samples] == [1990, 1991, 1992]
+    assert [sample.image for sample in samples] == [image["bytes"] for image in images(3)]
+
+    command = ["shards", "pack", str(tmp_path / "album.json"), str(tmp_path / "again"), "--keep-bytes", "--source-class"]
+    main([*command, "family_album.Album"])
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (tmp_path / "out" / "manifest.json").read_bytes()
+    for wrong in ("family_album.None", "nowhere.Album", "Album", "pathlib.Path"):
+        with pytest.raises(SystemExit):
+            main([*command, wrong])
+        assert f"--source-class {wrong}" in capsys.readouterr().err
+
+
+def test_extras_never_replace_what_packing_writes(tmp_path):
+    class Renaming(FolderSource):
+        def load(self, item):
+            return super().load(item)._replace(extras={"width": 3})
+
+    make_image(tmp_path / "src" / "a.png", caption="a")
+    with pytest.raises(UsageError, match="extras called width, which packing writes itself"):
+        pack(Renaming(tmp_path / "src"), tmp_path / "out")
+    with pytest.raises(UsageError, match="read by Renaming, which takes neither"):
+        pack(Renaming(tmp_path / "src"), tmp_path / "out", captions="x.csv")
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "datasets"])

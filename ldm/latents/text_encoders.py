@@ -1,0 +1,121 @@
+"""The frozen text encoders of an export: captions -> embeddings, the same bytes on every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ldm.data.latent_schema import TextInfo
+from ldm.errors import UsageError
+from ldm.latents.compute import Dtype, Precision, autocast, require_precision
+from ldm.models.text_encoder import TextEncoder, embed, max_tokens
+
+# captions of one call of a text encoder, and the multiple that their lengths are rounded up to
+CAPTIONS_AT_A_TIME, TOKENS_STEP = 16, 8
+# embeddings cached for captions that occur again
+CACHED_BYTES = 2**28
+
+
+class Embedded(NamedTuple):
+    """A caption's embedding (L, D), and whether the caption was truncated."""
+
+    text: np.ndarray
+    cut: bool
+
+
+def embeddings_of(captions: Sequence[str], found: Sequence[dict[str, Embedded]]) -> tuple[list[list[np.ndarray]], list[int]]:
+    """For each encoder the embeddings of the captions and how many were truncated, out of :meth:`TextEncoders.lookup`."""
+    texts = [[known[caption].text for caption in captions] for known in found]
+    return texts, [sum(known[caption].cut for caption in captions) for known in found]
+
+
+class TextEncoders:
+    """One or several frozen text encoders that encode every caption; thread-safe.
+
+    A caption's embedding is the same to the last bit whichever captions share its batch: every call has a fixed number of
+    captions (padded where there are fewer) and a length that depends on the caption alone, rounded up. So embeddings of
+    repeated captions, common in most data sets, can be cached without any effect on the bytes written.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder], dtype: Dtype, precision: Precision):
+        require_precision(encoders[0].model.device, precision)
+        self.encoders, self.dtype, self.precision = encoders, getattr(torch, dtype), precision
+        self._cached: list[dict[str, Embedded]] = [{} for _ in encoders]
+        self._cached_bytes = 0
+        self._lock = Lock()
+
+    @classmethod
+    def load(cls, names: Sequence[str], device: torch.device | str, dtype: Dtype, precision: Precision) -> TextEncoders:
+        """By the names that :meth:`TextEncoder.load` takes. Raises :class:`UsageError` for none, or one twice."""
+        if not names or len(set(names)) != len(names):
+            raise UsageError(f"--text-encoder {' '.join(names)}: give one or more, each once")
+        return cls([TextEncoder.load(name, device) for name in names], dtype, precision)
+
+    def __call__(self, captions: Sequence[str]) -> tuple[list[list[np.ndarray]], list[int]]:
+        """For each encoder the embeddings (L_j, D) of the captions, in order, and how many it truncated."""
+        return embeddings_of(captions, self.lookup(captions))
+
+    def lookup(self, captions: Iterable[str]) -> list[dict[str, Embedded]]:
+        """For each encoder the embedding of each caption."""
+        wanted = set(captions)
+        found = []
+        for encoder, known in zip(self.encoders, self._cached, strict=True):
+            # another thread may clear it
+            here = {caption: embedded for caption in wanted if (embedded := known.get(caption)) is not None}
+            found.append(here | self._encode(encoder, known, sorted(wanted - here.keys())))
+        return found
+
+    def _encode(self, encoder: TextEncoder, known: dict[str, Embedded], captions: list[str]) -> dict[str, Embedded]:
+        if not captions:
+            return {}
+        limit = max_tokens(encoder.tokenizer)
+        with self._lock:  # tokenizers are not thread-safe
+            ids = encoder.tokenizer(captions).input_ids
+            cut = [len(tokens) > limit for tokens in ids]
+            if any(cut):
+                ids = encoder.tokenizer(captions, truncation=True, max_length=limit).input_ids
+        by_length: dict[int, list[int]] = {}
+        for number, tokens in enumerate(ids):
+            by_length.setdefault(min(-(-len(tokens) // TOKENS_STEP) * TOKENS_STEP, limit), []).append(number)
+        found = {}
+        for length, numbers in by_length.items():
+            for start in range(0, len(numbers), CAPTIONS_AT_A_TIME):
+                few = numbers[start : start + CAPTIONS_AT_A_TIME]
+                padded = torch.full((CAPTIONS_AT_A_TIME, length), encoder.tokenizer.pad_token_id or 0)
+                mask = torch.zeros((CAPTIONS_AT_A_TIME, length), dtype=torch.int64)
+                mask[:, 0] = 1  # padding rows too: softmax over an empty set is NaN
+                for row, number in enumerate(few):
+                    padded[row, : len(ids[number])] = torch.tensor(ids[number])
+                    mask[row, : len(ids[number])] = 1
+                with autocast(encoder.model.device, self.precision):
+                    embeddings, _ = embed(encoder.model, padded, mask)
+                embeddings = embeddings.to(self.dtype).cpu().numpy()
+                for row, number in enumerate(few):
+                    found[captions[number]] = Embedded(embeddings[row, : len(ids[number])].copy(), cut[number])
+        self._remember(known, found)
+        return found
+
+    def _remember(self, known: dict[str, Embedded], found: dict[str, Embedded]) -> None:
+        with self._lock:
+            self._cached_bytes += sum(embedded.text.nbytes for embedded in found.values())
+            if self._cached_bytes > CACHED_BYTES:
+                for texts in self._cached:
+                    texts.clear()
+                self._cached_bytes = 0
+            else:
+                known.update(found)
+
+    def null(self) -> list[np.ndarray]:
+        """The encoded empty caption, (L, D) for each encoder."""
+        return [texts[0] for texts in self([""])[0]]
+
+    def info(self, cut: Sequence[int]) -> tuple[TextInfo, ...]:
+        """Their entries of the manifest; ``cut``: how many captions each truncated."""
+        return tuple(
+            TextInfo(encoder.name, encoder.hash, encoder.width, max_tokens(encoder.tokenizer), number)
+            for encoder, number in zip(self.encoders, cut, strict=True)
+        )
