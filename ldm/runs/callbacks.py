@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from ldm.files import write_json
 from ldm.progress import Lap, Pace, Progress
 from ldm.reporting.report import captioned_grid, paired_grid, save_grid
+from ldm.runs.dry_run.cost import peak_flops
+from ldm.runs.dry_run.image_flops import ImageFlops
 from ldm.runs.layout import RunFolder
 from ldm.training.base import TrainingModule
 from ldm.training.fsdp import is_sharded
@@ -38,6 +40,27 @@ class Stopwatch(Iterator):
             self.seconds += time.perf_counter() - self.entered
 
 
+class ModelFlops(Callback):
+    """What utilisation (MFU) is computed from.
+
+    Attributes:
+        peak_flops: FLOP/s of a device for dense products in the run's precision; None where unknown, as for CPUs.
+        flops_per_image: of training on one image, forward and backward; None where the former is.
+    """
+
+    peak_flops: float | None = None
+    flops_per_image: float | None = None
+
+    def setup(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
+        self.peak_flops = peak_flops(trainer.strategy.root_device, str(trainer.precision))
+        if self.peak_flops is not None:
+            self._counter = ImageFlops(module)
+
+    def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
+        if self.peak_flops is not None:
+            self.flops_per_image = self._counter.count(trainer.datamodule)
+
+
 class ProgressLine(Callback):
     """The stage, the step, images a second, the losses, the time left; Lightning's own bar counts batches of an endless epoch.
 
@@ -50,12 +73,13 @@ class ProgressLine(Callback):
     A GPU is waited for only when metrics are logged, as it is for these.
     """
 
-    def __init__(self, stage: str):
+    def __init__(self, stage: str, model_flops: ModelFlops | None = None):
         """
         Args:
             stage: what the line says.
+            model_flops: a callback of the same trainer, for utilisation (default: none is logged).
         """
-        self.stage = stage
+        self.stage, self._model_flops = stage, model_flops or ModelFlops()
         self._before = 0.0  # seconds before this start
 
     def state_dict(self) -> dict[str, float]:
@@ -111,8 +135,8 @@ class ProgressLine(Callback):
             shown = {"images/s": rate, "waiting": f"{wait:.0%}"}
             if self._pace.step_seconds is not None:
                 figures["time/step_seconds"] = self._pace.step_seconds
-            if module.flops_per_image and module.peak_flops:
-                figures["time/mfu"] = rate * module.flops_per_image / (module.peak_flops * trainer.world_size)
+            if (flops := self._model_flops).flops_per_image and flops.peak_flops:
+                figures["time/mfu"] = rate * flops.flops_per_image / (flops.peak_flops * trainer.world_size)
                 shown["MFU"] = f"{figures['time/mfu']:.1%}"
         module.log_dict(figures)
         logged = trainer.callback_metrics

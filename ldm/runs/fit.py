@@ -22,15 +22,16 @@ from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_folder, require_new_folder
 from ldm.machine import bf16_pays
-from ldm.runs.callbacks import PreviewGrid, ProgressLine
+from ldm.runs.callbacks import ModelFlops, PreviewGrid, ProgressLine
 from ldm.runs.checkpoints.callback import Checkpoints
 from ldm.runs.checkpoints.files import checkpoint_summary, latest_checkpoint, load_checkpoint
 from ldm.runs.faults import orderly
 from ldm.runs.layout import RunFolder, checkpoints_in
 from ldm.runs.logging import loggers, recorded
 from ldm.runs.preemption import Preemption
+from ldm.runs.strategies import FullySharded, read_sharded
 from ldm.training.base import TrainingModule
-from ldm.training.fsdp import FullySharded, is_sharded, read_sharded
+from ldm.training.fsdp import is_sharded
 
 # The loader is endless and the trainer counts steps, so Lightning's hints about epochs and workers mislead here.
 EXPECTED_WARNINGS = (
@@ -193,12 +194,14 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         out, settings = Path(self.options.out), self.config_init[self.config.subcommand].trainer
+        model_flops = ModelFlops()
         trainer = super().instantiate_trainer(
             logger=loggers(out, settings.logger, self.resumed_at),
             callbacks=[
                 *(settings.callbacks or []),
                 Preemption(),
-                ProgressLine(self.options.title or self._model_class.artifact),
+                model_flops,
+                ProgressLine(self.options.title or self._model_class.artifact, model_flops),
                 PreviewGrid(),
             ],
             enable_progress_bar=False,

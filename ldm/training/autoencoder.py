@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
@@ -33,10 +33,9 @@ from ldm.evaluation.metrics import LatentHealth, ReconstructionFID, health_scala
 from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
 from ldm.losses.equivariance import SMALLEST_SIDE
 from ldm.models.autoencoder import AutoencoderConfig, images_to_pil, pixels_to_images, reconstruct, set_latent_statistics
-from ldm.runs.dry_run.image_flops import autoencoder_flops
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.base import TrainingModule
-from ldm.training.fsdp import FullySharded, is_sharded, whole
+from ldm.training.fsdp import is_sharded, whole
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import draw_generators, step_generator
@@ -275,7 +274,7 @@ class AutoencoderTraining(TrainingModule):
             raise UsageError(f"trainer.precision {precision}: gradients of the game overflow fp16; give bf16-mixed or 32-true")
         if precision == "bf16-true":
             raise UsageError("trainer.precision bf16-true keeps no fp32 weights, and small steps are lost; give bf16-mixed")
-        if isinstance(self.trainer.strategy, FullySharded):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for name, given in (("learn_variance", self.variance is not None), ("channels_last", self.channels_last)):
                 if given:
                     raise UsageError(f"model.{name} does not go with trainer.strategy fsdp; set it to false, or train with ddp")
@@ -324,10 +323,6 @@ class AutoencoderTraining(TrainingModule):
                 f"LPIPS or the discriminator cannot look at images of {smallest} pixels ({first_line(error)}); give larger "
                 "ones (data.image_size), or a discriminator of fewer layers"
             ) from error
-
-    def count_flops(self, data: ShardDataModule) -> float:
-        images = data.train_set.batch([0])["image"]
-        return autoencoder_flops(self.autoencoder, self.perceptual, self.adversary.discriminator, images)
 
     def configure_optimizers(self) -> tuple[list, list]:
         num_steps = self.trainer.max_steps

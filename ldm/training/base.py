@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import UsageError
-from ldm.runs.dry_run.cost import peak_flops
 from ldm.training.ema import Average, PowerAverages
-from ldm.training.fsdp import FullySharded, is_sharded, shard
+from ldm.training.fsdp import is_sharded, shard
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.randomness import global_states, set_global_state
 
@@ -54,9 +54,6 @@ class TrainingModule(LightningModule):
     skips: SkippedSteps
     #: of the noise of every step (:mod:`ldm.training.randomness`); a resumed run keeps its first one
     seed: int | None = None
-    #: of training on one image, and what a device could do in a second; None where unknown
-    flops_per_image: float | None = None
-    peak_flops: float | None = None
     _random_states: list[dict[str, Any]] | None = None
 
     def prepare(self, data: ShardDataModule) -> None:
@@ -65,14 +62,6 @@ class TrainingModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.prepare(self.trainer.datamodule)
-        self.peak_flops = peak_flops(self.trainer.strategy.root_device, str(self.trainer.precision))
-        if self.peak_flops is not None and self.flops_per_image is None:  # nothing to compare with elsewhere
-            self.flops_per_image = self.count_flops(self.trainer.datamodule)
-
-    def count_flops(self, data: ShardDataModule) -> float:
-        """Of training on one image, forward and back, through what is trained and what judges it; once :meth:`prepare` is
-        done, and before anything is sharded. What is encoded online is not in it."""
-        raise NotImplementedError
 
     def averaged(self) -> nn.Module:
         """The network whose average is kept."""
@@ -98,7 +87,7 @@ class TrainingModule(LightningModule):
     def configure_model(self) -> None:
         """Under FSDP, spread the trained network and its averages over the processes."""
         network = self.averaged()
-        if isinstance(self.trainer.strategy, FullySharded) and not is_sharded(network):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(network):
             shard(network, self.blocks(), self.device_mesh["data_parallel"], self.compute_dtype)
             self.start_average(*self._averaging)
 

@@ -26,7 +26,6 @@ from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
 from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.runs.dry_run.image_flops import denoiser_flops
 from ldm.training.base import TrainingModule, require_weights
 from ldm.training.ema import SNAPSHOTS, PowerAverages
 from ldm.training.encoders import Statistics, frozen_for_images, frozen_for_latents
@@ -37,8 +36,6 @@ from ldm.training.randomness import draw_generators
 
 # of t, in which the validation loss is counted
 NUM_BINS = 10
-# samples whose longest caption stands for that of a batch where FLOPs are counted
-COUNTED_CAPTIONS = 16
 
 
 class DenoiserTraining(TrainingModule):
@@ -199,13 +196,6 @@ class DenoiserTraining(TrainingModule):
             self.frozen = frozen_for_images(data, self.autoencoder_path, self.text_encoder, config, self.statistics, device)
         else:
             self.frozen = frozen_for_latents(data, self.autoencoder_path, config)
-
-    def count_flops(self, data: ShardDataModule) -> float:
-        samples = data.train_set.batch(range(min(COUNTED_CAPTIONS, len(data.train_set))))
-        if self.online:
-            samples["image"] = samples["image"].to(self.frozen.autoencoder.device)
-            samples = self.frozen.encode(samples)
-        return denoiser_flops(self.denoiser, samples["mean"], samples["text"], samples["text_mask"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

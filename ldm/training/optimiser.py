@@ -16,7 +16,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.errors import UsageError
-from ldm.runs.dry_run.cost import not_counted
 from ldm.training.fsdp import local, piece_like, whole
 
 MOMENTUM = 0.95
@@ -141,10 +140,9 @@ class Muon(AdamW):
             super().step()
         finally:
             self.param_groups = groups
-        with not_counted():
-            for group in groups:
-                if group.get("muon"):
-                    self._step_matrices(group)
+        for group in groups:
+            if group.get("muon"):
+                self._step_matrices(group)
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.progress import WINDOW_SECONDS, Lap, Pace, Progress
 from ldm.reporting.report import read_metrics
-from ldm.runs.callbacks import ProgressLine, Stopwatch
+from ldm.runs.callbacks import ModelFlops, ProgressLine, Stopwatch
 from ldm.runs.logging import RunCSVLogger
 
 LOADING, STEPPING, PAUSE = 0.03, 0.01, 1.0
@@ -29,8 +29,6 @@ class SlowData(IterableDataset):
 
 
 class SlowModule(LightningModule):
-    flops_per_image, peak_flops = 6.0, 1e6
-
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
@@ -83,7 +81,9 @@ def fit(folder: Path, steps: int, line: ProgressLine, resumed_at: int | None = N
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    fit(folder, 12, ProgressLine("tiny"))
+    flops = ModelFlops()
+    flops.flops_per_image, flops.peak_flops = 6.0, 1e6
+    fit(folder, 12, ProgressLine("tiny", flops))
     return folder
 
 

@@ -14,6 +14,7 @@ from ldm.models.autoencoder import AutoencoderConfig
 from ldm.runs.dry_run.command import DryRunCLI
 from ldm.runs.dry_run.estimate import Total, flops_text, warnings_of
 from ldm.runs.dry_run.find_batch import Trial, find_largest, largest_by_line, repeated
+from ldm.runs.dry_run.image_flops import ImageFlops
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.denoiser import DenoiserTraining
 
@@ -76,7 +77,7 @@ def test_stage_two_and_a_disk_that_will_not_do(latents: Path, runs: Path, capsys
     assert kind.steps == STEPS == cli.trainer.max_steps
     assert kind.flops == pytest.approx(3 * kind.flops_forward, rel=0.05)  # no gradient to the latents, hence the rest
     # on the CPU, captions are cut to their longest in the batch
-    assert cli.model.count_flops(cli.trainer.datamodule) == pytest.approx(kind.flops / BATCH, rel=0.1)
+    assert ImageFlops(cli.model).count(cli.trainer.datamodule) == pytest.approx(kind.flops / BATCH, rel=0.1)
     assert kind.seconds > 0 and 0 <= kind.waiting < 1 and kind.peak_bytes > 1e8
     assert measured.validation_seconds > 0 and measured.preview_seconds > 0 and measured.checkpoint_seconds > 0
     # weights, two moments, of Muon's matrices one, and two averages are in it
@@ -102,7 +103,7 @@ def test_stage_one_has_both_players_whatever_the_timetable_says(
     # the discriminator judges once, and then trains on the image and the reconstruction
     assert both.flops > alone.flops
     # but for how loud the discriminator is to be: a convolution's gradient
-    assert cli.model.count_flops(cli.trainer.datamodule) == pytest.approx(both.flops / BATCH, rel=0.02)
+    assert ImageFlops(cli.model).count(cli.trainer.datamodule) == pytest.approx(both.flops / BATCH, rel=0.02)
     assert {parameter.device.type for parameter in cli.model.parameters()} == {"cpu"}
     assert "step of both players" in capsys.readouterr().out
 

@@ -47,6 +47,7 @@ from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.runs.dry_run.cost import PeakMemory, peak_flops
+from ldm.runs.dry_run.image_flops import ImageFlops
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WARM_UP = 5  # steps: compilation, the allocator, the start of the loader
@@ -84,8 +85,11 @@ class Costs(Clock):
         self.memory = PeakMemory(trainer.strategy.root_device)
         self.memory.reset()
 
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self.counter = ImageFlops(module)
+
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.flops, self.peak = module.flops_per_image, self.memory.peak()
+        self.flops, self.peak = self.counter.count(trainer.datamodule), self.memory.peak()
 
 
 # -- what is measured ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.errors import UsageError
-from ldm.runs.callbacks import ProgressLine
+from ldm.runs.callbacks import ModelFlops, ProgressLine
 from ldm.runs.dry_run.estimate import show_costs, total_of
 from ldm.runs.dry_run.find_batch import FindBatch, show_batches
 from ldm.runs.dry_run.rehearsal import Measure, kinds_of
@@ -67,7 +67,7 @@ class DryRunCLI(FitCLI):
             trainer.callbacks[:] = [self.finder]
         else:
             self.measure = Measure(kinds)
-            others = [each for each in trainer.callbacks if not isinstance(each, ProgressLine)]
+            others = [each for each in trainer.callbacks if not isinstance(each, (ModelFlops, ProgressLine))]
             trainer.callbacks[:] = [self.measure, *others]
         return trainer
 

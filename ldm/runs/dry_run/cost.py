@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -109,7 +110,7 @@ def stage_memory(stage: TrainingModule, shards: int = 1) -> StaticMemory:
 class StepFlops:
     """Counts the FLOPs of what runs inside it, forward and backward, on this process; it changes nothing of what is computed.
 
-    Those of Muon are not among them: they are the same whatever the batch.
+    An optimiser's own are not among them (Muon has some): they are the same whatever the batch.
 
     Blocks that ``torch.compile`` would compile run uncompiled inside. Products count (matrices, convolutions, attention), by
     torch's own formulas; all else is free. torch's ``FlopCounterMode`` itself fails where gradients are asked for with
@@ -123,6 +124,7 @@ class StepFlops:
     def __init__(self) -> None:
         self.forward = self.backward = 0.0
         self._again = 0  # depth of modules called within a backward pass: gradient checkpointing
+        self._in_optimiser = 0  # depth of optimiser steps; one may call another's
 
     @property
     def total(self) -> float:
@@ -135,6 +137,8 @@ class StepFlops:
             register_module_forward_pre_hook(self._enter_module),
             # checkpointing leaves by an exception as soon as it has what it needs
             register_module_forward_hook(self._leave_module, always_call=True),
+            register_optimizer_step_pre_hook(self._enter_optimiser),
+            register_optimizer_step_post_hook(self._leave_optimiser),
         ):
             self._entered.callback(hook.remove)
         self._entered.enter_context(_Products(self._tally))
@@ -144,7 +148,7 @@ class StepFlops:
         self._entered.__exit__(*error)
 
     def _tally(self, operation: str, flops: int) -> None:
-        if _not_counted:
+        if self._in_optimiser:
             return
         if not _in_backward():
             self.forward += flops
@@ -158,18 +162,23 @@ class StepFlops:
     def _leave_module(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._again -= _in_backward()
 
+    def _enter_optimiser(self, optimiser: Optimizer, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._in_optimiser += 1
+        closure = named.get("closure")
+        if closure is None:
+            return arguments, named
 
-_not_counted: list[None] = []  # a place for each :func:`not_counted` entered
+        def counted() -> Any:  # Lightning hands forward and backward to the optimiser
+            self._in_optimiser -= 1
+            try:
+                return closure()
+            finally:
+                self._in_optimiser += 1
 
+        return arguments, named | {"closure": counted}
 
-@contextmanager
-def not_counted() -> Iterator[None]:
-    """What runs within is no part of a step's mathematics: an optimiser's products."""
-    _not_counted.append(None)
-    try:
-        yield
-    finally:
-        _not_counted.pop()
+    def _leave_optimiser(self, optimiser: Optimizer, arguments: tuple, named: dict[str, Any]) -> None:
+        self._in_optimiser -= 1
 
 
 class _Products(TorchDispatchMode):
