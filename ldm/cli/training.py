@@ -32,6 +32,8 @@ def run(name: str, arguments: list[str]) -> None:
             aside = {"--dry-run", "--find-batch", "--help", "-h"} & set(arguments)
             (DryRunCLI if aside else FitCLI)(stage, arguments)
     except SystemExit as leave:
+        if not leave.code:  # help, a run that is finished already, or one that torchrun has run
+            return
         # Lightning, interrupted, puts its house in order and leaves with 1
         if leave.code == 1:
             raise KeyboardInterrupt from None

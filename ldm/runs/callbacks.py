@@ -19,6 +19,7 @@ from ldm.reporting.report import captioned_grid, paired_grid, save_grid
 from ldm.runs.dry_run.cost import peak_flops
 from ldm.runs.dry_run.image_flops import ImageFlops
 from ldm.runs.layout import RunFolder
+from ldm.runs.lightning_private import wrap_batches
 from ldm.training.base import TrainingModule
 from ldm.training.fsdp import is_sharded
 
@@ -93,14 +94,16 @@ class ProgressLine(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._began = time.perf_counter()
-        # here rather than around the loader: what Lightning does with a batch on its way to the device is no waiting
-        fetcher = trainer.fit_loop._data_fetcher
-        fetcher.iterator = self._fetching = Stopwatch(fetcher.iterator)
+        wrap_batches(trainer, self._measure_waiting)
         self._pace, self._figures = Pace(), {}
         self._ended: float | None = None  # the last batch, by time.perf_counter
         self._step, self._waited, self._interrupted = trainer.global_step, 0.0, False
         self.progress = Progress(self.stage, trainer.max_steps, quiet=not trainer.is_global_zero)
         self.progress.__enter__()
+
+    def _measure_waiting(self, batches: Iterator[Any]) -> Stopwatch:
+        self._fetching = Stopwatch(batches)
+        return self._fetching
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._interrupted = True

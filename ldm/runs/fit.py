@@ -25,11 +25,13 @@ from ldm.machine import bf16_pays
 from ldm.runs.callbacks import ModelFlops, PreviewGrid, ProgressLine
 from ldm.runs.checkpoints.callback import Checkpoints
 from ldm.runs.checkpoints.files import checkpoint_summary, latest_checkpoint, load_checkpoint
-from ldm.runs.faults import orderly
+from ldm.runs.faults import explained
 from ldm.runs.layout import RunFolder, checkpoints_in
+from ldm.runs.lightning_private import set_ddp_options
 from ldm.runs.logging import loggers, recorded
 from ldm.runs.preemption import Preemption
 from ldm.runs.strategies import FullySharded, read_sharded
+from ldm.runs.torchrun import run_under_torchrun
 from ldm.training.base import TrainingModule
 from ldm.training.fsdp import is_sharded
 
@@ -105,6 +107,7 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.options
+        run_under_torchrun([self._model_class.command, *self.arguments], options.trainer)
         self._find_checkpoint()
         self.fresh = self.checkpoint is None
         if options.resume and not self.fresh and self.resumed_at >= options.trainer.max_steps and self.product.is_dir():
@@ -211,10 +214,8 @@ class FitCLI(LightningCLI):
             use_distributed_sampler=False,
         )
         if isinstance(trainer.strategy, DDPStrategy):
-            # not as a default: a config that names the strategy holds all of its arguments
-            trainer.strategy._ddp_kwargs["find_unused_parameters"] = self._model_class.takes_turns
-            # every process comes to the same ones by itself
-            trainer.strategy._ddp_kwargs["forward_sync_buffers"] = False
+            # every process computes the same buffers by itself
+            set_ddp_options(trainer.strategy, find_unused_parameters=self._model_class.takes_turns, forward_sync_buffers=False)
         sharded = isinstance(trainer.strategy, FullySharded)
         if self.checkpoint is not None and self.checkpoint.is_dir() != sharded:
             kind, needs = ("one file, of one process or ddp", "ddp") if sharded else ("sharded", "fsdp")
@@ -225,7 +226,7 @@ class FitCLI(LightningCLI):
         """A run that was refused before its first step leaves nothing behind, so that it can be asked for again."""
         command = ["ldm", self._model_class.command, *self.arguments]
         try:
-            with recorded(self.trainer, self.model, command, self.resumed_at), orderly(self.trainer):
+            with recorded(self.trainer, self.model, command, self.resumed_at), explained(self.trainer):
                 super()._run_subcommand(subcommand)
         except LdmError:
             if self.made_folder and self.trainer.is_global_zero and self.trainer.global_step == 0:

@@ -11,10 +11,11 @@ from types import FrameType
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from ldm.errors import LdmError, first_line
 from ldm.runs.checkpoints.callback import Checkpoints
+from ldm.runs.lightning_private import accumulates, ignore_after_training, log_step_metrics
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # One Ctrl-C reaches a process twice where torchrun sends it on.
@@ -81,7 +82,7 @@ class Preemption(Callback):
     def _stop_where_asked(self, trainer: Trainer) -> None:
         """Not in the midst of a step, of which half the gradients would be lost; nor after the last one: a run whose steps are
         all done would not be taken up for what it owes, so it is brought to its end."""
-        if trainer.fit_loop._should_accumulate() or 0 <= trainer.max_steps <= trainer.global_step or not self._agreed(trainer):
+        if accumulates(trainer) or 0 <= trainer.max_steps <= trainer.global_step or not self._agreed(trainer):
             return
         if trainer.validating:
             trainer.lightning_module.on_validation_model_train()  # to what is trained, and is to be saved
@@ -91,7 +92,7 @@ class Preemption(Callback):
         if isinstance(exception, Preempted) or trainer.world_size > 1:
             # A launcher sends these to the rest as soon as one process has left, and there may be something to say yet.
             # Among the handlers that Lightning puts back they are ignored from the very moment in which ours are gone.
-            trainer._signal_connector._original_handlers |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN)
+            ignore_after_training(trainer, signal.SIGTERM, signal.SIGUSR1)
 
     def _agreed(self, trainer: Trainer) -> bool:
         return trainer.strategy.reduce_boolean_decision(self.asked, all=False)
@@ -101,7 +102,7 @@ class Preemption(Callback):
         preempted = trainer.strategy.reduce_boolean_decision(bool(self._asked.keys() - {signal.SIGINT}), all=False)
         checkpoint = next(one for one in trainer.callbacks if isinstance(one, Checkpoints)).save_now(trainer)
         if not trainer.validating:
-            trainer._logger_connector.update_train_step_metrics()  # which Lightning does after this hook
+            log_step_metrics(trainer)
         reason = Preempted if preempted else Interrupted
         said = f"stopped at step {trainer.global_step} as asked; {checkpoint} is saved: go on with --resume latest"
         if trainer.is_global_zero and preempted:
@@ -109,9 +110,7 @@ class Preemption(Callback):
         trainer.strategy.barrier("stop")  # a launcher that sees one process leave may end the others
         if trainer.is_global_zero:
             raise reason(said)
-        # Lightning takes a process that it started itself for failed, and kills the first one, unless it leaves with 0.
-        started_by_first = isinstance(trainer.strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0
-        raise SystemExit(0 if started_by_first else reason.exit_code)
+        raise SystemExit(reason.exit_code)
 
 
 def requeue() -> str:

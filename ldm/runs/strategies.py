@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from ldm.errors import UsageError
 from ldm.runs.checkpoints.files import load_checkpoint
 from ldm.runs.checkpoints.sharded import sharded_checkpoint
+from ldm.runs.lightning_private import load_sharded_checkpoint
 from ldm.training.fsdp import like
 
 # prefix of the averages' shards among the weights of a checkpoint
@@ -75,7 +75,7 @@ class FullySharded(ModelParallelStrategy):
 def read_sharded(folder: Path) -> dict[str, Any]:
     """A checkpoint of :class:`FullySharded` as that of one process, its pieces put together on the CPU."""
     load_checkpoint(folder)  # verified
-    checkpoint = _load_distributed_checkpoint(folder)
+    checkpoint = load_sharded_checkpoint(folder)
     weights = checkpoint["state_dict"]
     for number, average in enumerate(_each(checkpoint["average"])):
         start = f"{AVERAGES}{number}."

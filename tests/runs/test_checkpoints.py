@@ -33,6 +33,7 @@ from ldm.runs.checkpoints.files import (
 )
 from ldm.runs.checkpoints.sharded import sharded_checkpoint
 from ldm.runs.layout import checkpoint_name, checkpoints_in, step_of
+from ldm.runs.lightning_private import skip_next_validation
 
 STEPS, VALIDATE_EVERY = 10, 4
 
@@ -133,7 +134,7 @@ def stop_at_once(trainer: Trainer) -> None:
 def save_and_stop(trainer: Trainer) -> None:
     """As a preemption: save without waiting for a validation, and end after this step."""
     trainer.checkpoint_callback.save_now(trainer)
-    trainer.fit_loop.epoch_loop._skip_next_val = True
+    skip_next_validation(trainer)
     trainer.should_stop = True
 
 

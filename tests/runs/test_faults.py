@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 
 from ldm.errors import LdmError, UsageError
 from ldm.machine import is_out_of_memory
-from ldm.runs.faults import explain, orderly
+from ldm.runs.faults import explain, explained
 from ldm.runs.preemption import Interrupted, Preempted
 
 
@@ -85,16 +85,16 @@ def test_a_lost_loader_process_too() -> None:
 @pytest.mark.parametrize("error", [ValueError("a defect"), RuntimeError("shapes differ"), OSError(28, "No space left")])
 def test_anything_else_keeps_its_traceback(error: BaseException) -> None:
     assert explain(error, trainer()) is None and not is_out_of_memory(error)
-    with pytest.raises(type(error)) as raised, orderly(trainer()):
+    with pytest.raises(type(error)) as raised, explained(trainer()):
         raise error
     assert raised.value is error
 
 
 def test_around_training_it_takes_the_place_of_what_torch_says() -> None:
-    with pytest.raises(LdmError, match="out of memory") as raised, orderly(trainer()):
+    with pytest.raises(LdmError, match="out of memory") as raised, explained(trainer()):
         raise MemoryError
     assert type(raised.value) is LdmError and isinstance(raised.value.__cause__, MemoryError)
     for error in (UsageError("mend it"), Preempted("saved"), Interrupted("saved"), SystemExit(143)):
-        with pytest.raises(type(error)) as raised, orderly(trainer()):
+        with pytest.raises(type(error)) as raised, explained(trainer()):
             raise error
         assert raised.value is error

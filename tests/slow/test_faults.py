@@ -10,7 +10,7 @@ from ldm.runs.checkpoints.files import latest_checkpoint, load_checkpoint
 from ldm.runs.layout import RunFolder
 
 from .conftest import TinyRuns, run
-from .test_preemption import AT, BY_LIGHTNING, HERE_TOO, injected, signal_at
+from .test_preemption import AT, HERE_TOO, TWO, injected, signal_at
 
 LOST = f"ldm: a process of this run has gone or does not answer, as seen at step {AT} on rank 0: "
 
@@ -26,9 +26,8 @@ def test_where_a_process_is_killed_the_other_one_says_so_and_a_checkpoint_is_the
 
 @pytest.mark.slow
 def test_out_of_memory_on_one_process_names_the_knobs_and_ends_both(tiny_runs: TinyRuns, tmp_path: Path) -> None:
-    """Lightning, which starts the second one here, would kill the first one without a word."""
     fault = injected("injected_faults.RunOutOfMemory", step=AT, rank=1)
-    command = tiny_runs.command("autoencoder", tmp_path / "run", *fault, *BY_LIGHTNING, steps=10_000)
+    command = tiny_runs.command("autoencoder", tmp_path / "run", *fault, *TWO, steps=10_000)
     status, said = run(command, **HERE_TOO)
     assert status == 1 and f"ldm: out of memory at step {AT} on rank 1: lower data.batch_size; raise model.accumulate" in said
     assert said.count(LOST) == 1 and "Traceback" not in said, said

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 HERE_TOO = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}  # injected.py and injected_faults.py
 AT = 3  # the step after which signals are sent
 SECONDS = 30.0  # that a run which is asked to stop may take
-BY_LIGHTNING = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
 def injected(callback: str, **arguments: object) -> list[str]:
@@ -59,11 +59,11 @@ def test_two_processes_stop_together_whichever_of_them_is_asked(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "rank", "number"), [("denoiser", 1, signal.SIGTERM), ("autoencoder", 0, signal.SIGUSR1)])
-def test_so_they_do_where_lightning_starts_the_second_one(
+def test_so_they_do_where_the_command_starts_two_by_itself(
     tiny_runs: TinyRuns, tmp_path: Path, stage: str, rank: int, number: int
 ) -> None:
     out = tmp_path / "run"
-    command = tiny_runs.command(stage, out, *signal_at(number, rank), *BY_LIGHTNING, steps=10_000)
+    command = tiny_runs.command(stage, out, *signal_at(number, rank), *TWO, steps=10_000)
     status, said = stops(command, out, rank)
     assert status == 143, said
 

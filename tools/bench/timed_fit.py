@@ -13,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from ldm.cli import dispatch
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.runs.fit import FitCLI
+from ldm.runs.lightning_private import accumulates
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
@@ -33,7 +34,7 @@ class Clock(Callback):
         self._ends: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
-        if not trainer.fit_loop._should_accumulate():
+        if not accumulates(trainer):
             self._ends.append(now(trainer.strategy.root_device))
 
     @property

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 
 from ldm.errors import LdmError, UsageError
 from ldm.runs.checkpoints.files import (
@@ -22,6 +21,7 @@ from ldm.runs.checkpoints.files import (
     remove_leftovers,
 )
 from ldm.runs.layout import BEST_CHECKPOINT, LAST_CHECKPOINT, RunFolder, checkpoint_name, checkpoints_in, step_of
+from ldm.runs.lightning_private import accumulates, current_hook, validate_first, validation_is_due, writes_shards
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self._folder = RunFolder(Path(trainer.default_root_dir)).checkpoints_folder
         trainer.strategy.checkpoint_io = self._io
-        if self.background and getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+        if self.background and writes_shards(trainer.strategy):
             raise UsageError("checkpoints.background: all processes write a sharded checkpoint together; set it to false")
         if stage == "fit" and trainer.is_global_zero:
             remove_leftovers(self._folder)
@@ -92,16 +92,16 @@ class Checkpoints(Checkpoint):
         if not (self._folder / BEST_CHECKPOINT).exists():
             self._best_value = math.nan
         if self._owes_validation:
-            _validate_first(trainer)
+            validate_first(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._keep |= self._look_up(trainer)
-        if trainer.fit_loop._should_accumulate():  # in the midst of a step
+        if accumulates(trainer):  # in the midst of a step
             return
         step = trainer.global_step
         routine = self.every_steps is not None and step % self.every_steps == 0
         self._wanted |= routine or self._keep or 0 <= trainer.max_steps <= step
-        if self._wanted and not _validation_is_due(trainer):
+        if self._wanted and not validation_is_due(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -109,7 +109,7 @@ class Checkpoints(Checkpoint):
             return
         self._better |= self.best is not None and trainer.strategy.broadcast(self._is_better(trainer))
         self._wanted |= self._better or self.every_steps is None
-        if self._wanted and not trainer.fit_loop._should_accumulate():
+        if self._wanted and not accumulates(trainer):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -224,30 +224,9 @@ class Checkpoints(Checkpoint):
         self._saved_step = checkpoint["global_step"]
 
 
-def _validation_is_due(trainer: Trainer) -> bool:
-    """Whether a validation comes right after this batch."""
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-
-
 def _owes_validation(trainer: Trainer) -> bool:
     """Whether what is saved now lacks the validation of its step, or a part of it."""
-    hook = trainer.lightning_module._current_fx_name
+    hook = current_hook(trainer)
     if trainer.validating:
         return hook != "on_validation_end"
-    return hook == "on_train_batch_end" and _validation_is_due(trainer)
-
-
-def _validate_first(trainer: Trainer) -> None:
-    """Have Lightning begin with the validation of the step that it goes on from.
-
-    A checkpoint of on_train_batch_end reads to it as one whose validation is over. One stopped in the midst of a validation it
-    takes up again; so this becomes such a one, of which no batch is done.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    if not _validation_is_due(trainer):  # under these settings
-        return
-    if loop.restarted_on_train_batch_end:
-        loop.batch_progress.increment_completed()
-    loop._restart_stage = training_epoch_loop.RestartStage.RESTARTED_ON_LAST
-    loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
-    loop.val_loop.batch_progress.reset_on_run()
+    return hook == "on_train_batch_end" and validation_is_due(trainer)

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.runs.checkpoints.callback import Checkpoints
 from ldm.runs.dry_run.cost import PeakMemory, StepFlops
+from ldm.runs.lightning_private import accumulates
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
 
@@ -127,7 +128,7 @@ class Measure(Callback):
             self._kind.flops, self._kind.flops_forward = self._counting.total, self._counting.forward
             self._stop_counting()
             self._memory.reset()  # what is not compiled takes more
-        if self._kind is None and not trainer.fit_loop._should_accumulate():
+        if self._kind is None and not accumulates(trainer):
             self._try_checkpoint(trainer)
             self._memory.reset()
             trainer.should_stop = True

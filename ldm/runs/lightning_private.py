@@ -1,0 +1,97 @@
+"""Every private part of Lightning that ldm relies on, each as a small function that says why.
+
+``tests/runs/test_lightning_private.py`` pins what each of them does in the installed version, so that an update of Lightning
+that changes one fails there by name.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the optimiser step of this batch is still to come: callbacks have no public way to ask."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation comes right after this batch: a checkpoint of the same step waits for it."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None, "training has not started"
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def skip_next_validation(trainer: Trainer) -> None:
+    """Leave out the validation that is due after this batch."""
+    trainer.fit_loop.epoch_loop._skip_next_val = True
+
+
+def current_hook(trainer: Trainer) -> str | None:
+    """The name of the hook that Lightning is in: it tells whether the validation of a step is over."""
+    return trainer.lightning_module._current_fx_name
+
+
+def validate_first(trainer: Trainer) -> None:
+    """Have a resumed run begin with the validation of the step that it resumes from.
+
+    Lightning takes a checkpoint of ``on_train_batch_end`` for one whose validation is over, and continues a validation that
+    the checkpoint interrupted. So the state is changed to that of a validation of which no batch is done.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not validation_is_due(trainer):  # under these settings
+        return
+    if loop.restarted_on_train_batch_end:
+        loop.batch_progress.increment_completed()
+    loop._restart_stage = training_epoch_loop.RestartStage.RESTARTED_ON_LAST
+    loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
+    loop.val_loop.batch_progress.reset_on_run()
+
+
+def wrap_batches(trainer: Trainer, wrap: Callable[[Iterator[Any]], Iterator[Any]]) -> None:
+    """Replace the iterator that batches come from, from ``on_train_start`` on.
+
+    Around the loader itself, the time that Lightning takes to move a batch to the device would count as waiting for data.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None, "training has not started"
+    fetcher.iterator = wrap(fetcher.iterator)
+
+
+def log_step_metrics(trainer: Trainer) -> None:
+    """Log the metrics of the batch that ends: Lightning does so after ``on_train_batch_end``, where a stopping run never
+    comes."""
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def ignore_after_training(trainer: Trainer, *signals: signal.Signals) -> None:
+    """Have Lightning ignore these signals when it restores the handlers of before training.
+
+    Set later, there would be a moment in which a launcher's signal ends the process in the middle of its last message.
+    """
+    handlers = trainer._signal_connector._original_handlers
+    handlers |= dict.fromkeys(signals, signal.SIG_IGN)
+
+
+def set_ddp_options(strategy: DDPStrategy, **options: Any) -> None:
+    """Set arguments of ``DistributedDataParallel`` on a strategy that is built: a config that names the strategy holds the
+    default of each, so that none can be a default of ours."""
+    strategy._ddp_kwargs |= options
+
+
+def writes_shards(strategy: Strategy) -> bool:
+    """Whether every process writes its part of a checkpoint."""
+    return getattr(strategy, "_save_distributed_checkpoint", False)
+
+
+def load_sharded_checkpoint(folder: Path) -> dict[str, Any]:
+    """All of a checkpoint of ``ModelParallelStrategy``, on the host of one process: ``state_dict``, ``optimizer_0`` … by the
+    names of parameters, and what is not sharded. Lightning's format, so Lightning reads it."""
+    return _load_distributed_checkpoint(folder)
