@@ -257,7 +257,7 @@ def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, recipe: str) ->
     arguments += ["--data.train", str(tiny_latents / "latents"), "--data.validation", str(tiny_latents / "latents")]
     arguments += ["--data.batch_size", "4", "--data.validation_samples", "4", "--data.workers", "0", "--model.compile", "false"]
     arguments += ["--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
-    arguments += ["--trainer.accumulate_grad_batches", "1", "--trainer.precision", "32-true"]
+    arguments += ["--model.accumulate", "2", "--trainer.precision", "32-true"]
     main([*arguments, "--model.autoencoder", str(tiny_latents / "autoencoder"), "--model.preview_steps", "1"])
     assert DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config.num_layers == 2
 

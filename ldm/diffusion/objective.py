@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,12 @@ class DenoisingLoss(NamedTuple):
     """The time it was measured at."""
     unweighted: Tensor
     """The mean squared error alone."""
+    prediction: Tensor
+    """(B, C, H, W)."""
+    target: Tensor
+    """What the prediction should be."""
+    activations: dict[int, Tensor]
+    """Block number -> output (B, N, D), of the blocks that were asked for."""
 
 
 class DenoisingObjective:
@@ -61,6 +68,7 @@ class DenoisingObjective:
         t: Tensor | None = None,
         eps: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        blocks: Sequence[int] = (),
     ) -> DenoisingLoss:
         """
         Args:
@@ -69,6 +77,7 @@ class DenoisingObjective:
             t: fixed times (B,); drawn when not given.
             eps: fixed noise like ``x0``; drawn when not given.
             generator: of what is drawn; a list has one for each sample, on the CPU, whatever else is in the batch.
+            blocks: numbers of the denoiser's blocks whose activations are wanted.
         """
         path = self.path
         t = self._draw_times(x0, generator) if t is None else t
@@ -76,14 +85,14 @@ class DenoisingObjective:
         x_t = path.sample(x0, eps, t)
         target = self.prediction.target(path, x0, eps, t)
         scale = expand(path.input_scale(t), x_t)
-        prediction = denoise(denoiser, scale * x_t, path.network_time(t), condition).float()
+        prediction, activations = denoise(denoiser, scale * x_t, path.network_time(t), condition).float(), {}
         unweighted = (prediction - target).square().flatten(1).mean(1)
         loss = unweighted if self.weighting is None else self.weighting(path, self.prediction, t) * unweighted
         if self.direction_weight:
             length = target.norm(dim=1, keepdim=True).clamp(min=1e-6)  # (B, 1, H, W)
             cosine = F.cosine_similarity(prediction / length, target / length, dim=1, eps=LEAST_LENGTH)  # (B, H, W)
             loss = loss + self.direction_weight * (1 - cosine).flatten(1).mean(1)
-        return DenoisingLoss(loss, t, unweighted)
+        return DenoisingLoss(loss, t, unweighted, prediction, target, activations)
 
     def _draw_times(self, x0: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         if not isinstance(generator, list):

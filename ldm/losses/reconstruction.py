@@ -6,6 +6,8 @@ Both are counted *per pixel value*, so that a KL weight of 1e-6 means here what 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -28,6 +30,20 @@ class ReconstructionLoss:
         if self.l2:
             loss = loss + self.l2 * F.mse_loss(reconstruction, images)
         return loss
+
+
+@dataclass
+class WeightedLoss:
+    """A further loss of stage one.
+
+    Attributes:
+        loss: (reconstruction, target), each (B, 3, H, W) in [−1, 1], -> scalar: any module, of torch.nn or of your own. Its
+            parameters, if it has any, are trained with the autoencoder's and kept in checkpoints.
+        weight: in the sum of the losses.
+    """
+
+    loss: nn.Module
+    weight: float = 1.0
 
 
 class LearnedVariance(nn.Module):

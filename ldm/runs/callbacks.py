@@ -21,6 +21,7 @@ from ldm.runs.dry_run.image_flops import ImageFlops
 from ldm.runs.layout import RunFolder
 from ldm.runs.lightning_private import wrap_batches
 from ldm.training.base import TrainingModule
+from ldm.training.ema import SNAPSHOTS
 from ldm.training.fsdp import is_sharded
 
 SHOWN = ("loss", "rec", "lpips", "g", "d", "lr")
@@ -183,6 +184,26 @@ class PreviewGrid(Callback):
                 logger.experiment.add_image("preview", np.asarray(grid), trainer.global_step, dataformats="HWC")
             elif isinstance(logger, WandbLogger):
                 logger.log_image("preview", [grid], trainer.global_step)
+
+
+class AverageSnapshots(Callback):
+    """Writes the module's power-function averages every ``snapshot_every`` steps and at the end, into ``snapshots``."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every, step = module.average.snapshot_every, module.average.step
+        if every and step % every == 0 and step != self._written:
+            self._write(trainer, module)
+
+    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
+        self._written = module.average.step
+
+    def on_train_end(self, trainer: Trainer, module: TrainingModule) -> None:
+        if module.average.snapshot_every:
+            self._write(trainer, module)
+
+    def _write(self, trainer: Trainer, module: TrainingModule) -> None:
+        self._written = module.average.step
+        module.average.write_snapshots(Path(trainer.default_root_dir) / SNAPSHOTS, trainer.is_global_zero)
 
 
 class StepTimes(Callback):

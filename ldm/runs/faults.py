@@ -45,10 +45,7 @@ def _lost(where: str) -> str:
 def _memory_knobs(trainer: Trainer) -> Iterator[str]:
     settings = inspect.signature(type(trainer.lightning_module).__init__).parameters
     yield "lower data.batch_size"
-    if "accumulate" in settings:
-        yield "raise model.accumulate, which trains the same batch in micro-batches"
-    else:
-        yield "raise trainer.accumulate_grad_batches by as much, for the same training"
+    yield "raise model.accumulate, which splits the same batch into more micro-batches"
     if "gradient_checkpointing" in settings:
         yield "set model.gradient_checkpointing to true"
     if "bf16" not in str(trainer.precision):

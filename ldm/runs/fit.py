@@ -22,7 +22,7 @@ from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_folder, require_new_folder
 from ldm.machine import bf16_pays
-from ldm.runs.callbacks import ModelFlops, PreviewGrid, ProgressLine
+from ldm.runs.callbacks import AverageSnapshots, ModelFlops, PreviewGrid, ProgressLine
 from ldm.runs.checkpoints.callback import Checkpoints
 from ldm.runs.checkpoints.files import checkpoint_summary, latest_checkpoint, load_checkpoint
 from ldm.runs.faults import explained
@@ -134,6 +134,11 @@ class FitCLI(LightningCLI):
                 f"trainer.val_check_interval {options.trainer.val_check_interval}: the clocks of processes differ; give a "
                 "number of batches"
             )
+        if options.trainer.accumulate_grad_batches != 1:
+            raise UsageError(
+                f"trainer.accumulate_grad_batches {options.trainer.accumulate_grad_batches}: give the whole batch as "
+                "data.batch_size and split it with model.accumulate"
+            )
         if options.trainer.max_epochs not in (None, -1):
             raise UsageError("trainer.max_epochs: the loader never ends; say with trainer.max_steps how many batches to train")
         if str(options.trainer.precision) in ("16", "16-mixed", "16-true") and not torch.cuda.is_available():
@@ -206,6 +211,7 @@ class FitCLI(LightningCLI):
                 model_flops,
                 ProgressLine(self.options.title or self._model_class.artifact, model_flops),
                 PreviewGrid(),
+                AverageSnapshots(),
             ],
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -215,7 +221,9 @@ class FitCLI(LightningCLI):
         )
         if isinstance(trainer.strategy, DDPStrategy):
             # every process computes the same buffers by itself
-            set_ddp_options(trainer.strategy, find_unused_parameters=self._model_class.takes_turns, forward_sync_buffers=False)
+            set_ddp_options(
+                trainer.strategy, find_unused_parameters=self._model_class.find_unused_parameters, forward_sync_buffers=False
+            )
         sharded = isinstance(trainer.strategy, FullySharded)
         if self.checkpoint is not None and self.checkpoint.is_dir() != sharded:
             kind, needs = ("one file, of one process or ddp", "ddp") if sharded else ("sharded", "fsdp")

@@ -1,23 +1,105 @@
-"""The other player of stage one: the discriminator, when it trains, and how loudly the decoder hears it."""
+"""The adversarial part of stage one: the discriminator, its timetable, and the guard over reconstructions."""
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UsageError
 from ldm.losses import AdversarialLoss, GradientPenalty, Hinge, LeCam
-from ldm.training.guard import ReconstructionGuard
+
+# as good as 0, but multiplying can raise it again
+LOWEST_LEVEL = 1e-3
+
+
+@final
+class ReconstructionGuard(nn.Module):
+    """A factor on the adversarial weight, moved at each validation.
+
+    Reconstructions are worse when PSNR or LPIPS falls short of the best so far by more than the limits, or is not finite. Then
+    the factor is lowered; once they are as good again, it is raised step by step, but held while the discriminator classifies
+    nearly every patch: its gradient is then noise, which the adaptive weight amplifies. Its state is in buffers, and so in
+    checkpoints.
+    """
+
+    def __init__(
+        self,
+        max_psnr_loss: float = 0.3,
+        max_lpips_rise: float = 0.05,
+        max_accuracy: float = 0.95,
+        lower: float = 0.5,
+        higher: float = 1.25,
+        enabled: bool = True,
+    ):
+        """
+        Args:
+            max_psnr_loss: dB below the best validation so far that are allowed.
+            max_lpips_rise: share by which LPIPS may be above the best validation so far.
+            max_accuracy: share of patches that the discriminator may classify correctly, a moving average.
+            lower: what the level is multiplied with when reconstructions are worse; it stays above 0.
+            higher: and while they are not; never above 1.
+            enabled: off, the level is 1.
+
+        Raises:
+            UsageError: where ``lower`` does not lower or ``higher`` does not raise.
+        """
+        super().__init__()
+        if not 0 < lower < 1 < higher:
+            raise UsageError(f"model.adversary.guard.lower {lower} must lie between 0 and 1, and higher {higher} above 1")
+        self.max_psnr_loss, self.max_lpips_rise, self.max_accuracy = max_psnr_loss, max_lpips_rise, max_accuracy
+        self.lower, self.higher, self.enabled = lower, higher, enabled
+        self.register_buffer("_level", torch.ones(()))
+        self.register_buffer("best_psnr", torch.tensor(-torch.inf))
+        self.register_buffer("best_lpips", torch.tensor(torch.inf))
+        self.register_buffer("accuracy", torch.tensor(0.5))
+
+    @property
+    def level(self) -> Tensor:
+        """The factor, a scalar from 0 to 1."""
+        return self._level if self.enabled else torch.ones_like(self._level)
+
+    def watch_discriminator(self, accuracy: Tensor, decay: float = 0.98) -> None:
+        """Take in the share of patches that were classified correctly in one batch."""
+        self.accuracy.lerp_(accuracy.detach().to(self.accuracy), 1 - decay)
+
+    def update(self, psnr: float, lpips: float, active: bool) -> str | None:
+        """After a validation: PSNR in dB and LPIPS. Returns what was done about the level and why; None: nothing.
+
+        Before the adversarial loss is ``active`` they only set the best so far.
+        """
+        message = None
+        if self.enabled and active:
+            losses = []
+            # PSNR is infinite where a flat image is met exactly, which is no loss
+            if psnr != math.inf and not (math.isfinite(psnr) and psnr >= self.best_psnr - self.max_psnr_loss):
+                losses.append(f"PSNR {psnr:.2f} dB (best: {self.best_psnr:.2f})")
+            if not (math.isfinite(lpips) and lpips <= self.best_lpips * (1 + self.max_lpips_rise)):
+                losses.append(f"LPIPS {lpips:.4f} (best: {self.best_lpips:.4f})")
+            if losses:
+                self._level.mul_(self.lower).clamp_(min=LOWEST_LEVEL)
+                message = f"{' and '.join(losses)}: the adversarial loss is lowered to {self.level:.3g}"
+            elif self.level < 1 and self.accuracy > self.max_accuracy:
+                message = f"the discriminator knows {self.accuracy:.0%} of patches: the weight is held at {self.level:.3g}"
+            elif self.level < 1:
+                self._level.mul_(self.higher).clamp_(max=1)
+                message = f"reconstructions are good again: the adversarial loss is raised to {self.level:.3g}"
+        if math.isfinite(psnr):
+            self.best_psnr.clamp_(min=psnr)
+        if math.isfinite(lpips):
+            self.best_lpips.clamp_(max=lpips)
+        return message
 
 
 @final
 class AdversarialTraining(nn.Module):
     """A discriminator with its loss and its timetable, in batches.
 
-    From ``start`` it trains; it is not heard for ``alone`` batches, because a discriminator that knows nothing yet has only
-    noise to teach; then its weight rises linearly over ``warmup`` batches; and the guard lowers it where
-    reconstructions suffer.
+    The discriminator trains from ``start`` on. The adversarial loss of the decoder begins ``discriminator_warmup`` batches
+    later, because the gradient of an untrained discriminator is noise, and its weight rises linearly over ``generator_ramp``
+    batches. The guard lowers the weight where reconstructions get worse.
     """
 
     def __init__(
@@ -36,11 +118,11 @@ class AdversarialTraining(nn.Module):
         """
         Args:
             discriminator: images (B, 3, H, W) -> logits, larger for real.
-            loss: of the game (default: hinge).
+            loss: of both (default: hinge).
             weight: of the adversarial loss, after its gradient was made as large as the reconstruction's.
             start: batch at which the discriminator begins to train.
-            discriminator_warmup: batches that it trains before it is heard.
-            warmup: batches over which its weight then rises from 0; 0 is as 1.
+            discriminator_warmup: batches that it trains before the decoder's adversarial loss begins.
+            generator_ramp: batches over which the weight then rises from 0; 0 is as 1.
             max_adaptive_weight: bound on the factor between the two gradients.
             guard: what lowers the weight (default: with its own defaults).
             lecam, gradient_penalty: regularisers (default: none).
@@ -64,12 +146,12 @@ class AdversarialTraining(nn.Module):
         return step >= self.start
 
     def ramp(self, step: int) -> float:
-        """How much of the weight the timetable allows at this batch, 0 to 1."""
-        heard = step - self.start - self.discriminator_warmup
-        return min(max(heard / max(self.generator_ramp, 1), 0.0), 1.0)
+        """The factor of the timetable on the weight at this batch, 0 to 1."""
+        active = step - self.start - self.discriminator_warmup
+        return min(max(active / max(self.generator_ramp, 1), 0.0), 1.0)
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        """What the decoder minimises. The discriminator judges and learns nothing, not even its spectral norms' estimates."""
+        """The decoder's loss. The discriminator does not learn from it, not even its estimates of spectral norms."""
         was_training = self.discriminator.training
         learning = [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
         self.discriminator.eval().requires_grad_(False)

@@ -1,26 +1,23 @@
 """Stage one: a KL autoencoder against a patch discriminator.
 
-Steps are counted in *batches trained* everywhere. Lightning's ``global_step`` counts every optimiser's steps; here it counts
-the autoencoder's alone, because the discriminator's optimiser is stepped outside Lightning's bookkeeping. A batch that is
-trained in several pieces (``accumulate``) is one step.
+Read :meth:`AutoencoderTraining.training_step` first. A step is one batch, however many micro-batches it is split into.
+Lightning's ``global_step`` counts the steps of every optimiser; here it counts the autoencoder's alone, because the
+discriminator's optimiser is stepped outside Lightning's bookkeeping.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from ldm.data.datamodule import ShardDataModule
@@ -31,26 +28,27 @@ from ldm.errors import UsageError, first_line
 from ldm.evaluation.evaluate import trim
 from ldm.evaluation.metrics import LatentHealth, ReconstructionFID, health_scalars
 from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
+from ldm.losses.auxiliary import names_of
 from ldm.losses.equivariance import SMALLEST_SIDE
+from ldm.losses.reconstruction import WeightedLoss
 from ldm.models.autoencoder import AutoencoderConfig, images_to_pil, pixels_to_images, reconstruct, set_latent_statistics
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.base import TrainingModule
+from ldm.training.encoders import measure_statistics
 from ldm.training.fsdp import is_sharded, whole
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import draw_generators, step_generator
 
 PREVIEW_IMAGES = 8
-# as many as tell a channel's mean and spread to a percent or two; the export of latents measures the whole set
-STATISTICS_IMAGES = 2048
 # not in checkpoints: made again from their descriptions
 FROZEN = ("perceptual.", "fid.")
 
 
 class AutoencoderTraining(TrainingModule):
-    """Reconstruction + LPIPS + KL, and a discriminator that comes in late, slowly and under guard."""
+    """Reconstruction + LPIPS + KL, and a discriminator that starts late, is weighted in slowly, and is guarded."""
 
-    command, artifact, takes_turns = "autoencoder", "autoencoder", True
+    command, artifact, find_unused_parameters = "autoencoder", "autoencoder", True
 
     def __init__(
         self,
@@ -61,6 +59,7 @@ class AutoencoderTraining(TrainingModule):
         optimiser: MuonConfig,
         discriminator_optimiser: OptimiserConfig,
         equivariance: Equivariance | None = None,
+        reconstruction_losses: list[WeightedLoss] | None = None,
         perceptual_weight: float = 1.0,
         kl_weight: float = 1e-6,
         kl_warmup: int = 0,
@@ -81,11 +80,12 @@ class AutoencoderTraining(TrainingModule):
             optimiser: of the autoencoder.
             discriminator_optimiser: of the discriminator.
             equivariance: latents that turn and shrink as images do (default: not asked for).
+            reconstruction_losses: further losses between reconstruction and target, each with its weight.
             perceptual_weight: of LPIPS against the reconstruction loss.
             kl_weight: of the KL in nats per pixel value.
             kl_warmup: batches over which the KL's weight rises from 0.
             learn_variance: learn what reconstruction and LPIPS together weigh against the KL.
-            accumulate: pieces that a batch is trained in, one after another, to save memory.
+            accumulate: micro-batches that a batch is split into, to save memory; the step stays that of the whole batch.
             max_skipped: batches in a row whose loss or gradients are not finite, before the run stops; each is skipped.
             fid_trunk: measure the reconstructions' FID at validation too: inception, alex-random, vgg-random or the path of a
                 checkpoint; see :class:`ldm.evaluation.metrics.ReconstructionFID`.
@@ -101,6 +101,8 @@ class AutoencoderTraining(TrainingModule):
         self.adversary = adversary
         self.reconstruction, self.perceptual = reconstruction, perceptual
         self.equivariance = equivariance or Equivariance(0)
+        self.reconstruction_losses = reconstruction_losses or []
+        self.reconstruction_modules = nn.ModuleList([each.loss for each in self.reconstruction_losses])
         self.variance = LearnedVariance() if learn_variance else None
         self.optimiser, self.discriminator_optimiser = optimiser, discriminator_optimiser
         self.perceptual_weight, self.kl_weight, self.kl_warmup = perceptual_weight, kl_weight, kl_warmup
@@ -128,53 +130,41 @@ class AutoencoderTraining(TrainingModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # the number of this step, from 0
         step, images = self.global_step, pixels_to_images(batch["image"])
-        judged = self._train_autoencoder(images, batch["draws"], step)
-        if judged is not None and self.adversary.trains(step):
-            self._train_discriminator(judged, batch["draws"], step)
+        pairs = self._train_autoencoder(images, batch["draws"], step)
+        if pairs is not None and self.adversary.trains(step):
+            self._train_discriminator(pairs, batch["draws"], step)
 
     def _train_autoencoder(self, images: Tensor, draws: list[PlannedSample], step: int) -> list[tuple[Tensor, Tensor]] | None:
-        """One step of the autoencoder; returns what was asked for and what came, piece by piece, or None if it was skipped."""
+        """One step of the autoencoder. Returns (target, reconstruction) of each micro-batch, or None if it was skipped."""
         optimiser, _ = self.optimizers()
         optimiser.zero_grad()
         generators, turns = draw_generators(self.seed, draws), step_generator(self.seed, step)
-        judged, figures = [], []
-        for piece, share in self._shares(images.chunk(self.accumulate)):
-            own, generators = generators[: len(piece)], generators[len(piece) :]
-            target, reconstruction, logged = self._autoencoder_backward(piece, share, step, own, turns)
-            judged.append((target, reconstruction))
-            figures.append({name: share * value.detach() for name, value in logged.items()})
+        pairs, metrics = [], []
+        parts = images.chunk(self.accumulate)
+        for part, share in self.micro_batches(parts, [len(part) for part in parts]):
+            own, generators = generators[: len(part)], generators[len(part) :]
+            target, reconstruction, logged = self._autoencoder_backward(part, share, step, own, turns)
+            pairs.append((target, reconstruction))
+            metrics.append({name: share * value.detach() for name, value in logged.items()})
         norm = whole(nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm))
-        summed = {f"train/{name}": sum(piece[name] for piece in figures) for name in figures[0]}
+        summed = {f"train/{name}": torch.stack([part[name] for part in metrics]).sum(0) for name in metrics[0]}
         mean = self.log_step(summed)
         schedule, _ = self.lr_schedulers()
         self.log_dict({"train/grad_norm": norm, "train/lr": schedule.get_last_lr()[0]})
-        went_well = self._step(optimiser, schedule, norm + mean["train/loss"], "autoencoder", draws)
-        if went_well:
-            self.average.update()
-        return judged if went_well else None
-
-    def _step(self, optimiser: Any, schedule: LRScheduler, finite: Tensor, player: str, draws: list[PlannedSample]) -> bool:
-        """Step, or count a step without one where ``finite``, the same on all processes, is not; returns which it was."""
-        went_well = bool(torch.isfinite(finite))
-        if went_well:
-            self.skips.took(player)
-        else:
-            optimiser.zero_grad()  # a parameter without a gradient is left alone, and so are its moments
-            self.skips.left_out(player, self.trainer, draws)
-            self.log("train/skipped", float(self.skips.total))
-        optimiser.step()
-        schedule.step()
-        return went_well
+        if not self.step_or_skip(optimiser, schedule, norm + mean["train/loss"], "autoencoder", draws):
+            return None
+        self.average.update()
+        return pairs
 
     def _autoencoder_backward(
         self, images: Tensor, share: float, step: int, generators: list[torch.Generator], turns: torch.Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Gradients of one piece, ``share`` of the batch: (what the decoder was asked for, what it gave, figures).
+        """Gradients of one micro-batch, ``share`` of the batch: (target, reconstruction, metrics).
 
-        Latents are drawn by a generator each; ``turns`` decides for all of them how the equivariance turns them.
+        Each latent is sampled by a generator of its own; ``turns`` chooses the transformation of the equivariance for all.
 
-        LPIPS and the discriminator are walked back once, to the reconstruction; at the decoder's last layer the two gradients
-        are compared there, and their sum goes on through the decoder.
+        The losses' networks and the discriminator are differentiated once, down to the reconstruction. At the decoder's last
+        layer the two gradients are compared, and their sum is propagated through the autoencoder.
         """
         posterior = self.autoencoder.encode(images).latent_dist
         target, latents = self.equivariance(images, posterior.sample(generators), turns)
@@ -183,29 +173,36 @@ class AutoencoderTraining(TrainingModule):
         with last_layer.register_forward_pre_hook(lambda _, given: before_last.append(given[0].detach())):
             reconstruction = self.autoencoder.decode(latents).sample.float()
         leaf = reconstruction.detach().requires_grad_()
-        faithful, perceptual = self.reconstruction(leaf, target), self.perceptual(leaf, target)
-        error = faithful + self.perceptual_weight * perceptual
-        (gradient,) = torch.autograd.grad(error, leaf)
-        figures = {"rec": faithful, "lpips": perceptual}
+        pixels, perceptual = self.reconstruction(leaf, target), self.perceptual(leaf, target)
+        error = pixels + self.perceptual_weight * perceptual
+        metrics = {"rec": pixels, "lpips": perceptual}
+        for name, each in zip(names_of(self.reconstruction_modules), self.reconstruction_losses, strict=True):
+            metrics[name] = term = each.loss(leaf, target)
+            error = error + each.weight * term
+        parameters = [parameter for parameter in self.reconstruction_modules.parameters() if parameter.requires_grad]
+        gradient, *of_parameters = torch.autograd.grad(error, [leaf, *parameters])
         loss = error.detach()
         if self.variance is not None:
             loss = self.variance(loss)
-            gradient = gradient * torch.exp(-self.variance.log_variance.detach())
-            figures["log_variance"] = self.variance.log_variance
+            precision = torch.exp(-self.variance.log_variance.detach())
+            gradient, of_parameters = gradient * precision, [each * precision for each in of_parameters]
+            metrics["log_variance"] = self.variance.log_variance
         if (ramp := self.adversary.ramp(step)) > 0:
             generator = self.adversary.generator_loss(leaf)
             (by_generator,) = torch.autograd.grad(generator, leaf)
             weight = self.adversary.weight * ramp * self.adversary.guard.level
             weight = weight * self._adaptive_weight(before_last[0], gradient, by_generator)
             gradient = gradient + weight * by_generator
-            figures |= {"g": generator, "g_weight": weight, "g_level": self.adversary.guard.level}
+            metrics |= {"g": generator, "g_weight": weight, "g_level": self.adversary.guard.level}
             loss = loss + weight * generator.detach()
         kl = kl_per_pixel_value(posterior, images)
         loss = loss + self.kl_weight * (min(step / self.kl_warmup, 1.0) if self.kl_warmup else 1.0) * kl
-        # its value is the loss; its gradient at the reconstruction is the one just put together
+        # its value is the loss; its gradients at the reconstruction and at the losses' parameters are those from above
         towards = (gradient * reconstruction).sum()
+        for parameter, its_gradient in zip(parameters, of_parameters, strict=True):
+            towards = towards + (its_gradient * parameter).sum()
         self.manual_backward(share * (loss + towards - towards.detach()))
-        return target, reconstruction.detach(), figures | {"kl": kl, "loss": loss}
+        return target, reconstruction.detach(), metrics | {"kl": kl, "loss": loss}
 
     def _adaptive_weight(self, features: Tensor, by_reconstruction: Tensor, by_generator: Tensor) -> Tensor:
         """How much larger the first gradient is at the decoder's last layer, over all processes."""
@@ -219,13 +216,13 @@ class AutoencoderTraining(TrainingModule):
         )
         return adaptive_weight(*self.trainer.strategy.reduce(gradients, reduce_op="mean"), self.adversary.max_adaptive_weight)
 
-    def _train_discriminator(self, judged: list[tuple[Tensor, Tensor]], draws: list[PlannedSample], step: int) -> None:
-        """One step of the discriminator on what the decoder was asked for and what it gave."""
+    def _train_discriminator(self, pairs: list[tuple[Tensor, Tensor]], draws: list[PlannedSample], step: int) -> None:
+        """One step of the discriminator on (target, reconstruction) of each micro-batch."""
         # use_pl_optimizer=False: a step that Lightning does not count, so that max_steps means batches
         _, optimiser = self.optimizers(use_pl_optimizer=False)
         optimiser.zero_grad()
         losses, accuracies = [], []
-        for (target, reconstruction), share in self._shares(judged):
+        for (target, reconstruction), share in self.micro_batches(pairs, [len(target) for target, _ in pairs]):
             loss, accuracy = self.adversary.discriminator_loss(target, reconstruction, step)
             self.manual_backward(share * loss)
             losses.append(share * loss.detach())
@@ -239,17 +236,8 @@ class AutoencoderTraining(TrainingModule):
         for average in self.adversary.lecam.buffers():  # moved by each process's own logits, and linear in them
             average.copy_(self.trainer.strategy.reduce(average, reduce_op="mean"))
         _, schedule = self.lr_schedulers()
-        if self._step(optimiser, schedule, norm + mean["train/d"], "discriminator", draws):
+        if self.step_or_skip(optimiser, schedule, norm + mean["train/d"], "discriminator", draws):
             self.adversary.guard.watch_discriminator(mean["train/d_accuracy"])
-
-    def _shares(self, pieces: Sequence[Any]) -> Iterator[tuple[Any, float]]:
-        """Every piece with its share of the batch. Processes exchange gradients at the last one alone."""
-        sizes = [len(piece[0] if isinstance(piece, tuple) else piece) for piece in pieces]
-        strategy = self.trainer.strategy
-        for number, (piece, size) in enumerate(zip(pieces, sizes, strict=True), 1):
-            alone = number < len(pieces) and isinstance(strategy, ParallelStrategy)
-            with strategy.block_backward_sync() if alone else nullcontext():
-                yield piece, size / sum(sizes)
 
     # -- what it starts from -----------------------------------------------------------------------------------------
 
@@ -271,13 +259,18 @@ class AutoencoderTraining(TrainingModule):
         """Refuse what cannot go well, before the first step."""
         precision, num_steps = str(self.trainer.precision), self.trainer.max_steps
         if "16" in precision and not precision.startswith("bf16"):
-            raise UsageError(f"trainer.precision {precision}: gradients of the game overflow fp16; give bf16-mixed or 32-true")
+            raise UsageError(f"trainer.precision {precision}: adversarial gradients overflow fp16; give bf16-mixed or 32-true")
         if precision == "bf16-true":
             raise UsageError("trainer.precision bf16-true keeps no fp32 weights, and small steps are lost; give bf16-mixed")
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for name, given in (("learn_variance", self.variance is not None), ("channels_last", self.channels_last)):
+            trained_losses = any(True for _ in self.reconstruction_modules.parameters())
+            for name, given in (
+                ("learn_variance", self.variance is not None),
+                ("channels_last", self.channels_last),
+                ("reconstruction_losses with parameters", trained_losses),
+            ):
                 if given:
-                    raise UsageError(f"model.{name} does not go with trainer.strategy fsdp; set it to false, or train with ddp")
+                    raise UsageError(f"model.{name} does not go with trainer.strategy fsdp; leave it out, or train with ddp")
         if not 0 <= self.adversary.start < num_steps:
             raise UsageError(
                 f"model.adversary.start {self.adversary.start} is not before trainer.max_steps {num_steps}: the "
@@ -303,8 +296,6 @@ class AutoencoderTraining(TrainingModule):
             )
         if None not in size:
             self._try_smallest(min(size))
-        if self.accumulate > data.batch_size:
-            raise UsageError(f"model.accumulate {self.accumulate} is more than data.batch_size {data.batch_size}; lower it")
         few = (data.validation_set.attempt(index) for index in range(len(data.validation_set)))
         good = islice((sample for sample in few if not isinstance(sample, BadSample)), PREVIEW_IMAGES)
         self._shown = [torch.from_numpy(sample["image"].copy())[None] for sample in good]
@@ -333,8 +324,10 @@ class AutoencoderTraining(TrainingModule):
         return [optimiser for optimiser, _ in pairs], [schedule for _, schedule in pairs]
 
     def _trained(self) -> nn.Module:
-        """What the first optimiser moves."""
-        return self.autoencoder if self.variance is None else nn.ModuleList([self.autoencoder, self.variance])
+        """What the first optimiser trains."""
+        beside = [] if self.variance is None else [self.variance]
+        beside += [loss for loss in self.reconstruction_modules if any(True for _ in loss.parameters())]
+        return nn.ModuleList([self.autoencoder, *beside]) if beside else self.autoencoder
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -358,19 +351,19 @@ class AutoencoderTraining(TrainingModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        """Latents' health and FID, and the guard's judgement."""
+        """Latents' health and FID; then the guard adjusts the adversarial loss."""
         self.log_dict({f"val/{name}": value for name, value in health_scalars(self.health.compute()).items()})
         self.health.reset()
         if self.fid is not None:
             self.log(f"val/{self.fid.name}", self.fid.compute())
             self.fid.reset()
-        figures = self.trainer.callback_metrics
+        metrics = self.trainer.callback_metrics
         guard, step = self.adversary.guard, self.global_step
-        # the first process's: on a GPU those of another may differ in the last digits, and so might the judgement
-        seen = self.trainer.strategy.broadcast((float(figures["val/psnr"]), float(figures["val/lpips"])))
-        said = guard.judge(*seen, self.adversary.ramp(step) > 0)
-        if said:
-            rank_zero_info(f"step {step}: {said}")
+        # the first process's: on a GPU another's may differ in the last digits, and so might what the guard does
+        seen = self.trainer.strategy.broadcast((float(metrics["val/psnr"]), float(metrics["val/lpips"])))
+        message = guard.update(*seen, self.adversary.ramp(step) > 0)
+        if message:
+            rank_zero_info(f"step {step}: {message}")
         self.log("val/g_level", guard.level)
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -386,20 +379,10 @@ class AutoencoderTraining(TrainingModule):
 
     def save(self, folder: Path) -> None:
         """Write the ``AutoencoderKL`` directory, with the latents' mean and standard deviation per channel."""
-        if self.autoencoder.encoder.conv_in.weight.requires_grad:  # frozen, its latents are what their directory says
-            health = self.latent_health()
-            set_latent_statistics(self.autoencoder, health["mean"].tolist(), health["std"].tolist())
+        if self.autoencoder.encoder.conv_in.weight.requires_grad:  # a frozen one keeps its directory's
+            set_latent_statistics(self.autoencoder, *measure_statistics(self.autoencoder, self._train_set, self._batch_size))
         # safetensors holds no tensor in another order
         copy.deepcopy(self.autoencoder).to(memory_format=torch.contiguous_format).save_pretrained(folder)
-
-    def latent_health(self) -> dict[str, Tensor]:
-        """Of the latents of training images from all over the set; see :class:`ldm.evaluation.metrics.LatentHealth`."""
-        health = LatentHealth(self.autoencoder.config.latent_channels, sync_on_compute=False).to(self.device)
-        number = min(len(self._train_set), STATISTICS_IMAGES)
-        for few in torch.linspace(0, len(self._train_set) - 1, number).long().split(self._batch_size):
-            images = pixels_to_images(self._train_set.batch(few.tolist())["image"].to(self.device))
-            health.update(self.autoencoder.encode(images).latent_dist)
-        return health.compute()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

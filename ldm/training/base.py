@@ -1,19 +1,21 @@
-"""What both stages share: the average, the checkpoint, and the plain directory at the end."""
+"""What both stages share: the parts of a step, the average, the checkpoint, and the exported artifact."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
+from ldm.data.plan import PlannedSample
 from ldm.errors import UsageError
 from ldm.training.ema import Average, PowerAverages
 from ldm.training.fsdp import is_sharded, shard
@@ -22,6 +24,8 @@ from ldm.training.randomness import global_states, set_global_state
 
 # differing weights that an error names
 NAMED_WEIGHTS = 8
+
+T = TypeVar("T")
 
 
 def require_weights(network: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
@@ -44,27 +48,72 @@ def require_weights(network: nn.Module, weights: Mapping[str, Tensor], what: str
 
 
 class TrainingModule(LightningModule):
-    """A LightningModule that averages one network and can draw a preview and export itself."""
+    """What the modules of both stages share: steps over micro-batches, the average of one network, its export.
 
-    #: `ldm COMMAND fit` trains it; what that leaves behind, as the name of its folder
+    Optimisation is manual, so that one batch of the loader is one step of the optimiser in both stages, however many
+    micro-batches it is split into.
+    """
+
+    #: the command whose ``fit`` trains it, and the name of the directory that it exports
     command, artifact = "stage", "model"
-    #: whether a backward pass leaves some of the trained parameters alone
-    takes_turns = False
-    #: steps left out because something in them was not finite; made with the stage's own limit
+    #: for DDP: whether some backward passes leave trained parameters without a gradient
+    find_unused_parameters = False
+    #: micro-batches that a batch is split into
+    accumulate: int
+    #: counts of steps whose loss or gradients were not finite
     skips: SkippedSteps
     #: of the noise of every step (:mod:`ldm.training.randomness`); a resumed run keeps its first one
     seed: int | None = None
     _random_states: list[dict[str, Any]] | None = None
 
-    def prepare(self, data: ShardDataModule) -> None:
-        """Take from the data what is needed, and refuse those that do not serve; before training and before an export."""
-        raise NotImplementedError
+    # -- a step, in parts ----------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        self.prepare(self.trainer.datamodule)
+    def micro_batches(self, parts: Sequence[T], sizes: Sequence[int]) -> Iterator[tuple[T, float]]:
+        """Each part of a batch with its share of the samples. Processes exchange gradients at the last one alone."""
+        strategy = self.trainer.strategy
+        for number, (part, size) in enumerate(zip(parts, sizes, strict=True), 1):
+            no_sync = number < len(parts) and isinstance(strategy, ParallelStrategy)
+            with strategy.block_backward_sync() if no_sync else nullcontext():
+                yield part, size / sum(sizes)
+
+    def step_or_skip(
+        self, optimiser: Any, schedule: LRScheduler, finite: Tensor, network: str, samples: Sequence[PlannedSample]
+    ) -> bool:
+        """Step the optimiser and its schedule; returns whether the step was taken.
+
+        Where ``finite`` is not, the step counts but no weight moves. It must be the same on all processes.
+        """
+        taken = bool(torch.isfinite(finite))
+        if taken:
+            self.skips.count_taken(network)
+        else:
+            optimiser.zero_grad()  # an optimiser leaves parameters without a gradient alone, and their moments
+            self.skips.count_skipped(network, self.trainer, samples)
+            self.log("train/skipped", float(self.skips.total))
+        optimiser.step()
+        schedule.step()
+        return taken
+
+    def log_step(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Log a step's metrics, each the mean over all processes, and return these means."""
+        together = torch.stack([value.detach().float().to(self.device) for value in metrics.values()])
+        together = self.trainer.strategy.reduce(together, reduce_op="mean")
+        means = dict(zip(metrics, together.unbind(), strict=True))
+        self.log_dict(means)
+        return means
+
+    # -- what a stage defines ------------------------------------------------------------------------------------------
+
+    def prepare(self, data: ShardDataModule) -> None:
+        """Load what the data need, and refuse data that do not fit; before training and before an export."""
+        raise NotImplementedError
 
     def averaged(self) -> nn.Module:
         """The network whose average is kept."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """Parts of :meth:`averaged`, inner ones first, that FSDP gathers one after another."""
         raise NotImplementedError
 
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
@@ -72,27 +121,33 @@ class TrainingModule(LightningModule):
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """Write the plain directory into the empty ``folder``; called under the average."""
+        """Write the artifact into the empty ``folder``; called while the average is applied."""
         raise NotImplementedError
 
-    def blocks(self) -> list[nn.Module]:
-        """Parts of :meth:`averaged`, each inside those after it or beside them, that FSDP gathers one after another."""
-        raise NotImplementedError
+    # -- setup ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if self.accumulate < 1:
+            raise UsageError(f"model.accumulate is {self.accumulate}; give 1 or more")
+        if self.accumulate > data.batch_size:
+            raise UsageError(f"model.accumulate {self.accumulate} is more than data.batch_size {data.batch_size}; lower it")
+        self.prepare(data)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of the matrix products; weights are in fp32."""
+        """Of matrix products; weights are in fp32."""
         return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
 
     def configure_model(self) -> None:
-        """Under FSDP, spread the trained network and its averages over the processes."""
+        """Under FSDP, shard the trained network and its averages over the processes."""
         network = self.averaged()
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(network):
             shard(network, self.blocks(), self.device_mesh["data_parallel"], self.compute_dtype)
             self.start_average(*self._averaging)
 
     def start_average(self, decay: float, power: PowerAverages | None = None) -> None:
-        """Begin to keep the average of :meth:`averaged`: an exponential one, and power-function ones beside it."""
+        """Begin the averages of :meth:`averaged`: an exponential one, and power-function ones if asked for."""
         self._averaging = decay, power
         self.average = Average(self.averaged(), decay, power)
 
@@ -117,25 +172,17 @@ class TrainingModule(LightningModule):
             torch.manual_seed(self.seed + self.global_rank)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # not before: what makes loaders and their processes ready draws, too
+        # not before: starting the loaders and their processes takes random numbers too
         if self._random_states is not None:
             if len(self._random_states) == self.trainer.world_size:
                 set_global_state(self._random_states[self.global_rank])
             self._random_states = None
 
-    def log_step(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Log a step's figures, each the mean over all processes, and return them so."""
-        together = torch.stack([value.detach().float().to(self.device) for value in figures.values()])
-        together = self.trainer.strategy.reduce(together, reduce_op="mean")
-        figures = dict(zip(figures, together.unbind(), strict=True))
-        self.log_dict(figures)
-        return figures
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["average"] = self.average.state_dict()
         checkpoint["skipped"] = self.skips.state_dict()
         checkpoint["seed"], checkpoint["random"] = self.seed, global_states()
-        # Lightning saves at the end of a validation, while the average still stands in: the checkpoint wants what is trained
+        # Lightning saves at the end of a validation while the average is applied: the checkpoint needs the trained weights
         trained = self.average.trained()
         if trained is not None:
             network = self.averaged()

@@ -1,21 +1,23 @@
-"""Stage two: a denoiser on frozen latents, captions dropped now and then so that guidance can be had.
+"""Stage two: a denoiser on latents, with some captions dropped for classifier-free guidance.
 
-One step is :meth:`DenoiserTraining.training_step`: latents and captions from a batch, then :mod:`ldm.diffusion.objective`.
+Read :meth:`DenoiserTraining.training_step` first: latents and captions from a batch, the loss of
+:mod:`ldm.diffusion.objective`, auxiliary losses, one step of the optimiser.
 """
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.plan import PlannedSample
 from ldm.diffusion.guidance import ClassifierFree, Condition, Guidance
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import ProbabilityPath
@@ -24,10 +26,11 @@ from ldm.diffusion.scheduler import diffusion_config, matching_scheduler
 from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
+from ldm.losses.auxiliary import AuxiliaryLoss, names_of
 from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.base import TrainingModule, require_weights
-from ldm.training.ema import SNAPSHOTS, PowerAverages
+from ldm.training.ema import PowerAverages
 from ldm.training.encoders import Statistics, frozen_for_images, frozen_for_latents
 from ldm.training.fsdp import whole
 from ldm.training.nonfinite import SkippedSteps
@@ -53,6 +56,8 @@ class DenoiserTraining(TrainingModule):
         optimiser: MuonConfig,
         weighting: Weighting | None = None,
         direction_weight: float = 0.0,
+        auxiliary_losses: list[AuxiliaryLoss] | None = None,
+        accumulate: int = 1,
         ema_decay: float = 0.9999,
         power_averages: PowerAverages | None = None,
         online: bool = False,
@@ -71,6 +76,8 @@ class DenoiserTraining(TrainingModule):
             path, prediction, timesteps: the diffusion; see :mod:`ldm.diffusion`.
             optimiser: of the denoiser.
             weighting, direction_weight: of the loss; see :class:`ldm.diffusion.objective.DenoisingObjective`.
+            auxiliary_losses: further terms of the loss, computed from activations of the denoiser's blocks.
+            accumulate: micro-batches that a batch is split into, to save memory; the step stays that of the whole batch.
             ema_decay: of the exponential average of the denoiser's weights. It is what is validated, previewed and exported,
                 unless ``power_averages`` names another as its product.
             power_averages: kept beside it and stored, so that an average of any length can be had after training.
@@ -86,6 +93,7 @@ class DenoiserTraining(TrainingModule):
             max_skipped: steps in a row whose loss or gradients are not finite, before the run stops; each is skipped.
         """
         super().__init__()
+        self.automatic_optimization = False
         self.denoiser = denoiser
         self.autoencoder_path = Path(autoencoder)
         self.objective = DenoisingObjective(path, prediction, timesteps, weighting, direction_weight)
@@ -101,24 +109,44 @@ class DenoiserTraining(TrainingModule):
         self.preview_prompts = preview_prompts or []
         self.preview_steps = preview_steps
         self.preview_guidance = preview_guidance if isinstance(preview_guidance, Guidance) else ClassifierFree(preview_guidance)
-        self.snapshot_every = power_averages.snapshot_every if power_averages else None
         self.start_average(ema_decay, power_averages)
-        self.skips = SkippedSteps(max_skipped)
-        self.num_images_seen, self._stepped = 0, False
-        self._loss: Tensor | float = 0.0  # of a step so far, which may be several batches
-        self._draws: list[PlannedSample] = []
+        self.accumulate, self.skips = accumulate, SkippedSteps(max_skipped)
+        self.auxiliary_losses = nn.ModuleList(auxiliary_losses or [])
+        self._activations = sorted({number for loss in self.auxiliary_losses for number in loss.blocks})
+        self.num_images_seen = 0
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One step of the optimiser on one batch."""
+        optimiser, schedule = self.optimizers(), self.lr_schedulers()
+        optimiser.zero_grad()
+        parts = split_batch(batch, self.accumulate)
+        metrics: dict[str, Tensor] = {}
+        for micro_batch, share in self.micro_batches(parts, [len(part["draws"]) for part in parts]):
+            terms = self.losses(micro_batch)
+            self.manual_backward(share * terms["train/loss"])
+            for name, term in terms.items():
+                metrics[name] = metrics.get(name, 0.0) + share * term.detach()
+        norm = whole(nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm))
+        means = self.log_step(metrics)
+        self.num_images_seen += len(batch["draws"]) * self.trainer.world_size
+        self.log_dict({"num_images_seen": float(self.num_images_seen), "train/grad_norm": norm})
+        self.log("train/lr", schedule.get_last_lr()[0])
+        # of all processes' losses and gradients, so that all of them decide alike
+        if self.step_or_skip(optimiser, schedule, norm + means["train/loss"], "denoiser", batch["draws"]):
+            self.average.update()
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The loss of a micro-batch as ``train/loss``, and its auxiliary terms by name."""
         generators = draw_generators(self.seed, batch["draws"])
         x0, condition = self.encode(batch, generators)
-        loss = self.objective(self.denoiser, x0, condition, generator=generators).loss.mean()
-        self.num_images_seen += len(x0) * self.trainer.world_size
-        self._draws += batch["draws"]
-        self._loss += loss.detach() / self.trainer.accumulate_grad_batches
-        self.log("num_images_seen", float(self.num_images_seen))
-        return loss
+        output = self.objective(self.denoiser, x0, condition, generator=generators, blocks=self._activations)
+        loss, terms = output.loss.mean(), {}
+        for name, auxiliary in zip(names_of(self.auxiliary_losses), self.auxiliary_losses, strict=True):
+            terms[f"train/{name}"] = term = auxiliary(output.activations, batch, output)
+            loss = loss + auxiliary.weight * term
+        return {"train/loss": loss} | terms
 
     def encode(self, batch: dict[str, Any], draw: list[torch.Generator] | None = None) -> tuple[Tensor, Condition]:
         """Normalised latents (B, C, h, w) and the captions' condition.
@@ -134,40 +162,15 @@ class DenoiserTraining(TrainingModule):
             z = z + batch["std"].float() * randn_tensor(z.shape, draw, z.device)
         return self.frozen.normalizer.normalize(z), Condition(batch["text"].float(), batch["text_mask"])
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        norm = whole(nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.optimiser.max_grad_norm))
-        loss = self.log_step({"train/loss": self._loss})["train/loss"]
-        # of all processes' losses and gradients, so that all of them decide alike
-        self._stepped = bool(torch.isfinite(norm + loss))
-        if self._stepped:
-            self.skips.took("denoiser")
-        else:
-            optimizer.zero_grad()  # a parameter without a gradient is left alone, and so are its moments
-            self.skips.left_out("denoiser", self.trainer, self._draws)
-            self.log("train/skipped", float(self.skips.total))
-        self._loss, self._draws = 0.0, []
-        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
-
-    def optimizer_step(self, *step: Any, **more: Any) -> None:
-        """Lightning's, and the averages', which must be in the checkpoint of this step."""
-        super().optimizer_step(*step, **more)
-        if self._stepped:
-            self._stepped = False
-            self.average.update()
-            if self.snapshot_every and self.average.step % self.snapshot_every == 0:
-                self._write_snapshots()
-
-    def on_train_end(self) -> None:
-        if self.snapshot_every:
-            self._write_snapshots()
-
-    def _write_snapshots(self) -> None:
-        self.average.write_snapshots(Path(self.trainer.default_root_dir) / SNAPSHOTS, self.trainer.is_global_zero)
-
     def configure_optimizers(self) -> dict:
         blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
-        optimiser, schedule = self.optimiser.build(self.denoiser, self.trainer.max_steps, blocks, self.compute_dtype)
+        optimiser, schedule = self.optimiser.build(self._trained(), self.trainer.max_steps, blocks, self.compute_dtype)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _trained(self) -> nn.Module:
+        """The denoiser, and auxiliary losses that have parameters."""
+        with_parameters = [loss for loss in self.auxiliary_losses if any(True for _ in loss.parameters())]
+        return nn.ModuleList([self.denoiser, *with_parameters]) if with_parameters else self.denoiser
 
     # -- what it starts from -----------------------------------------------------------------------------------------
 
@@ -178,11 +181,32 @@ class DenoiserTraining(TrainingModule):
         precision = str(self.trainer.precision)
         if precision not in ("32-true", "bf16-mixed"):
             raise UsageError(f"trainer.precision {precision}: stage two keeps fp32 weights; give bf16-mixed or 32-true")
+        self._require_activations()
         super().setup(stage)
         self.frozen.to(self.trainer.strategy.root_device, networks=self.online)
         if self.compiles:
             for block in self.blocks():
                 block.compile()
+
+    def _require_activations(self) -> None:
+        """Refuse auxiliary losses that this denoiser or strategy cannot serve."""
+        for loss in self.auxiliary_losses:
+            name = type(loss).__name__
+            if isinstance(self.trainer.strategy, ModelParallelStrategy) and any(True for _ in loss.parameters()):
+                raise UsageError(f"model.auxiliary_losses {name} has parameters, which fsdp does not shard; train with ddp")
+            if not loss.blocks:
+                continue
+            if "return_activations" not in inspect.signature(self.denoiser.forward).parameters:
+                raise UsageError(
+                    f"model.auxiliary_losses {name} asks for activations, which {type(self.denoiser).__name__} lacks; "
+                    "leave the loss out, or train an ldm.models.dit.DiT"
+                )
+            number_of_blocks = len(self.blocks())
+            if not all(0 <= number < number_of_blocks for number in loss.blocks):
+                raise UsageError(
+                    f"model.auxiliary_losses {name} asks for the blocks {list(loss.blocks)}; give numbers from 0 to "
+                    f"{number_of_blocks - 1}"
+                )
 
     def blocks(self) -> list[nn.Module]:
         """Of the denoiser: each is compiled, and under FSDP gathered, by itself."""
@@ -206,7 +230,8 @@ class DenoiserTraining(TrainingModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # sharded, they are in their places by now
             prefix = "denoiser."
-            weights = {name.removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
+            saved = checkpoint["state_dict"].items()
+            weights = {name.removeprefix(prefix): weight for name, weight in saved if name.startswith(prefix)}
             require_weights(self.denoiser, weights, "the checkpoint")
         super().on_load_checkpoint(checkpoint)
         self.num_images_seen = checkpoint["num_images_seen"]
@@ -262,6 +287,19 @@ class DenoiserTraining(TrainingModule):
 
     def save(self, folder: Path) -> None:
         self.pipeline().save_pretrained(folder)
+
+
+def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """A batch of tensors and lists as micro-batches, at most so many."""
+    total = len(batch["draws"])
+    size = -(-total // parts)
+    return [
+        {
+            name: value[start : start + size] if isinstance(value, (Tensor, list)) and len(value) == total else value
+            for name, value in batch.items()
+        }
+        for start in range(0, total, size)
+    ]
 
 
 def fixed_noise(first: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,7 @@ class Average:
         self.network = network
         self.exponential = EMAModel(self._parameters(), decay=decay, foreach=True)
         self.power = {length: PowerEMA(self._parameters(), length) for length in (power.sigma_rel if power else ())}
+        self.snapshot_every = power.snapshot_every if power else None
         self.product = self.power[power.product] if power and power.product is not None else self.exponential
 
     def all(self) -> list[EMAModel]:

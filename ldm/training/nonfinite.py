@@ -1,4 +1,4 @@
-"""Steps that are left out because their loss or gradients are not finite."""
+"""Steps that are skipped because their loss or gradients are not finite."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ldm.errors import LdmError
 
 log = logging.getLogger(__name__)
 
-#: of a run's folder: a line for each step left out, with the keys of its samples; of other processes ``1-skipped.jsonl`` …
+#: of a run's folder: a line for each skipped step, with the keys of its samples; of other processes ``1-skipped.jsonl`` …
 SKIPPED_NAME = "skipped.jsonl"
 
 
 class SkippedSteps:
-    """Counts the steps left out, writes down what they were to be trained on, and stops a run that has too many in a row.
+    """Counts skipped steps, writes down their samples, and stops a run that has too many in a row.
 
-    All processes must be told of the same step, as they are where losses and gradients are theirs together.
+    All processes report the same steps: whether one is finite is decided on losses and gradients reduced over all of them.
     """
 
     def __init__(self, max_in_a_row: int):
@@ -30,27 +30,27 @@ class SkippedSteps:
         self.total = 0
         self.in_a_row: dict[str, int] = {}
 
-    def took(self, player: str) -> None:
-        """A step of this player that was not left out."""
-        self.in_a_row[player] = 0
+    def count_taken(self, network: str) -> None:
+        """A step of this network that was taken."""
+        self.in_a_row[network] = 0
 
-    def left_out(self, player: str, trainer: Trainer, draws: Sequence[PlannedSample]) -> None:
-        """One that was. Raises :class:`LdmError` where it is one too many."""
+    def count_skipped(self, network: str, trainer: Trainer, draws: Sequence[PlannedSample]) -> None:
+        """One that was skipped. Raises :class:`LdmError` where it is one too many."""
         self.total += 1
-        self.in_a_row[player] = in_a_row = self.in_a_row.get(player, 0) + 1
+        self.in_a_row[network] = in_a_row = self.in_a_row.get(network, 0) + 1
         rank, step = trainer.global_rank, trainer.global_step
         file = Path(trainer.default_root_dir, SKIPPED_NAME if rank == 0 else f"{rank}-{SKIPPED_NAME}")
         dataset = trainer.datamodule.train_set
         samples = [dict(zip(("shard", "key"), dataset.name_of(draw.sample), strict=True)) for draw in draws]
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, "player": player, "samples": samples}) + "\n")
+            lines.write(json.dumps({"step": step, "network": network, "samples": samples}) + "\n")
         if rank == 0:  # the others' is the same
-            log.warning("the %s's loss or gradients of step %d are not finite: skipped (%d in a row)", player, step, in_a_row)
+            log.warning("the %s's loss or gradients of step %d are not finite: skipped (%d in a row)", network, step, in_a_row)
         if in_a_row > self.max_in_a_row:
             raise LdmError(
-                f"the {player}'s loss or gradients were not finite {in_a_row} times in a row, at step {step}; look at "
-                f"the samples in {file} (ldm shards check --deep, ldm latents check), go on from an earlier checkpoint with a "
+                f"the {network}'s loss or gradients were not finite {in_a_row} times in a row, at step {step}; look at "
+                f"the samples in {file} (ldm shards check --deep, ldm latents check), resume from an earlier checkpoint with a "
                 "lower learning_rate, or raise model.max_skipped"
             )
 

@@ -108,14 +108,16 @@ def test_stage_one_has_both_players_whatever_the_timetable_says(
     assert "step of both players" in capsys.readouterr().out
 
 
-def test_accumulated_batches_are_one_step(latents: Path, runs: Path) -> None:
-    cli = denoiser(latents, runs / "run", "--dry-run", "--trainer.accumulate_grad_batches", "2")
+def test_a_batch_in_micro_batches_is_one_step(latents: Path, runs: Path) -> None:
+    cli = denoiser(latents, runs / "run", "--dry-run", "--model.accumulate", "2")
     (kind,) = cli.measure.measured.kinds
     assert kind.steps == STEPS and cli.trainer.global_step >= 5
-    assert cli.trainer.fit_loop.epoch_loop.total_batch_idx + 1 == 2 * cli.trainer.global_step
+    assert cli.trainer.fit_loop.epoch_loop.total_batch_idx + 1 == cli.trainer.global_step
 
 
 def test_what_the_run_would_be_refused_for_is_said_and_nothing_stays(latents: Path, runs: Path) -> None:
+    with pytest.raises(UsageError, match=r"trainer\.accumulate_grad_batches 2: .* split it with model.accumulate"):
+        denoiser(latents, runs / "run", "--dry-run", "--trainer.accumulate_grad_batches", "2")
     with pytest.raises(UsageError, match="caption_channels"):
         denoiser(latents, runs / "run", "--dry-run", "--model.denoiser.init_args.caption_channels", "9")
     (runs / "taken").mkdir()
@@ -130,11 +132,11 @@ def test_the_largest_batch_is_found_with_its_line(
     stage: str, latents: Path, image_shards: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if stage == "denoiser":
-        cli = denoiser(latents, runs / "run", "--find-batch", "--trainer.accumulate_grad_batches", "2")
+        cli = denoiser(latents, runs / "run", "--find-batch", "--model.accumulate", "2")
     else:
         cli = autoencoder(image_shards, runs / "run", "--find-batch", "--model.accumulate", "2")
     sizes = [trial.size for trial in cli.finder.fits]
-    assert sizes[0] == (2 if stage == "autoencoder" else 1) and sizes == sorted(sizes)
+    assert sizes[0] == 2 and sizes == sorted(sizes)
     assert sizes[-1] == 10  # all samples that there are
     assert "batch_size: 10" in capsys.readouterr().out
     assert list(runs.iterdir()) == []

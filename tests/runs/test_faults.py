@@ -48,10 +48,7 @@ OUT_OF_MEMORY = (
 def test_out_of_memory_names_the_knobs_of_the_stage(error: BaseException) -> None:
     for module, knobs in (
         (InPieces(), {"data.batch_size", "model.accumulate", "trainer.precision"}),
-        (
-            InBatches(),
-            {"data.batch_size", "trainer.accumulate_grad_batches", "model.gradient_checkpointing", "trainer.precision"},
-        ),
+        (InBatches(), {"data.batch_size", "model.accumulate", "model.gradient_checkpointing", "trainer.precision"}),
     ):
         said = str(explain(error, trainer(module)))
         assert said.startswith("out of memory at step 0: ") and "\n" not in said

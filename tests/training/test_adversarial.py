@@ -14,9 +14,8 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.losses import GradientPenalty, Hinge, LeCam, NonSaturating, PerceptualLoss, ReconstructionLoss, kl_per_pixel_value
 from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.training.adversarial import AdversarialTraining
+from ldm.training.adversarial import AdversarialTraining, ReconstructionGuard
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.guard import ReconstructionGuard
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import draw_generators
 
@@ -144,7 +143,7 @@ class TestDiscriminatorLoss:
     def test_what_a_resume_needs_is_in_its_state(self) -> None:
         adversary, again = (make(lecam=LeCam(0.1)) for _ in range(2))
         adversary.discriminator_loss(make_images(0), make_images(1), 0)
-        adversary.guard.judge(20.0, 0.3, heard=False)
+        adversary.guard.update(20.0, 0.3, active=False)
         again.load_state_dict(adversary.state_dict())
         losses = [which.discriminator_loss(make_images(2), make_images(3), 1)[0] for which in (adversary, again)]
         assert torch.equal(*losses) and again.guard.best_psnr == 20

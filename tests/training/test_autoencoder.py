@@ -265,7 +265,7 @@ def test_too_many_such_batches_in_a_row_stop_the_run(image_shards: Path, tmp_pat
 def test_the_guard_is_asked_at_validation_and_its_state_is_in_checkpoints(image_shards: Path, tmp_path: Path) -> None:
     """With a mark that nothing reaches, every validation after the start halves the level."""
     module = make(adversary=adversary(0, 0, 1))
-    module.adversary.guard.judge(99.0, 0.0, heard=False)
+    module.adversary.guard.update(99.0, 0.0, active=False)
     trainer = run(module, image_shards, tmp_path, 6)
     assert float(module.adversary.guard.level) == float(trainer.callback_metrics["val/g_level"]) == 0.125
     trainer.save_checkpoint(tmp_path / "guarded.ckpt")

@@ -31,6 +31,7 @@ from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, load_aut
 from ldm.models.dit import DiT
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import load_pipeline
+from ldm.runs.callbacks import AverageSnapshots
 from ldm.runs.posthoc_ema import PostHocCLI, find_snapshots, reconstruct
 from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
@@ -242,7 +243,7 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(exported: tuple[Pat
 
 def test_an_average_made_after_a_training_is_the_one_kept_in_it(exported: tuple[Path, Path], tmp_path: Path) -> None:
     module = make(exported[0], power_averages=PowerAverages([0.05, 0.075, 0.1], snapshot_every=6))
-    fit(module, exported[1], tmp_path, 60)
+    fit(module, exported[1], tmp_path, 60, callbacks=[AverageSnapshots()])
     snapshots = find_snapshots(tmp_path)
     assert [one.step for one in snapshots] == [step for step in range(6, 61, 6) for _ in range(3)]
     made, _ = reconstruct([one for one in snapshots if one.sigma_rel != 0.075], 0.075)
@@ -272,10 +273,16 @@ def test_the_named_average_is_what_is_validated_and_a_checkpoint_has_them_all(
     assert all(torch.equal(*pair) for pair in zip(applied, module.average.power[0.1].shadow_params, strict=True))
 
 
-def test_averages_count_steps_and_not_the_batches_gathered_for_one(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    module = make(exported[0])
-    fit(module, exported[1], tmp_path, 3, accumulate_grad_batches=2)
-    assert module.average.step == 3 and module.num_images_seen == 48
+@pytest.mark.parametrize("accumulate", [3, 8])
+def test_micro_batches_are_the_batch(exported: tuple[Path, Path], tmp_path: Path, accumulate: int) -> None:
+    """The same weights up to rounding, and one step and one average a batch; 3 splits 8 samples unevenly."""
+    whole, split = make(exported[0]), make(exported[0], accumulate=accumulate)
+    for module in (whole, split):
+        fit(module, exported[1], tmp_path, 3)
+    torch.testing.assert_close(
+        *(parameters_to_vector(module.denoiser.parameters()) for module in (whole, split)), atol=1e-4, rtol=0
+    )
+    assert whole.global_step == split.global_step == split.average.step == 3 and split.num_images_seen == 24
 
 
 def test_the_command_line_makes_a_pipeline_of_any_average(exported: tuple[Path, Path], tmp_path: Path) -> None:
@@ -487,7 +494,7 @@ def test_a_step_with_nan_is_skipped_and_counted_with_its_samples(exported: tuple
         assert moved == [True, True, False, False, True]
     assert all(torch.isfinite(parameter).all() for parameter in module.denoiser.parameters())
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["player"], len(line["samples"])) for line in lines] == [
+    assert [(line["step"], line["network"], len(line["samples"])) for line in lines] == [
         (2, "denoiser", trainer.datamodule.batch_size),
         (3, "denoiser", trainer.datamodule.batch_size),
     ]

@@ -38,9 +38,8 @@ from ldm.machine import machine_info
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.shapes.scenes import generate
-from ldm.training.adversarial import AdversarialTraining
+from ldm.training.adversarial import AdversarialTraining, ReconstructionGuard
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.guard import ReconstructionGuard
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 
 SIZE, BATCH, WEIGHT = 40, 8, 0.5
@@ -176,7 +175,7 @@ def main() -> None:
             }
             for name, adversary in recipes.items():
                 if name == "ours":  # the guard's mark is what the start found
-                    adversary.guard.judge(psnr, lpips, heard=False)
+                    adversary.guard.update(psnr, lpips, heard=False)
                 _, figures = train(adversary, folder, seed, after, every, state)
                 if name == "none":
                     undisturbed = figures

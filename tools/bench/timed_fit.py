@@ -13,7 +13,6 @@ from lightning import Callback, LightningModule, Trainer
 from ldm.cli import dispatch
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.runs.fit import FitCLI
-from ldm.runs.lightning_private import accumulates
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
@@ -30,12 +29,11 @@ class Clock(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.images_per_step = trainer.datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        self.images_per_step = trainer.datamodule.batch_size * trainer.world_size
         self._ends: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
-        if not accumulates(trainer):
-            self._ends.append(now(trainer.strategy.root_device))
+        self._ends.append(now(trainer.strategy.root_device))
 
     @property
     def seconds(self) -> list[float]:

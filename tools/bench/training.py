@@ -116,7 +116,7 @@ class Bench:
         costs = Costs()
         switches = {"compile": row.compiled, "gradient_checkpointing": row.checkpointing}
         told = [text for name, value in switches.items() for text in (f"--model.{name}", str(value).lower())]
-        trainer = ["--trainer.devices", 1, "--trainer.accumulate_grad_batches", 1, "--data.batch_size", row.batch]
+        trainer = ["--trainer.devices", 1, "--model.accumulate", 1, "--data.batch_size", row.batch]
         trainer += ["--trainer.accelerator", "cpu" if self.tiny else "gpu", "--trainer.log_every_n_steps", 50]
         trainer += ["--trainer.precision", "bf16-mixed" if self.bf16 else "32-true", "--data.workers", 0 if self.tiny else 4]
         torch.compiler.reset()  # so that every round compiles the same

@@ -55,8 +55,7 @@ class DryRunCLI(FitCLI):
         options.export = None
         options.trainer.logger = False  # W&B is not told of it
         if options.find_batch:
-            options.data.batch_size = options.model.get("accumulate", 1)
-            options.trainer.accumulate_grad_batches = 1
+            options.data.batch_size = options.model.accumulate
             options.trainer.limit_val_batches = 0
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:

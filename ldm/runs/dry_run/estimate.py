@@ -50,7 +50,7 @@ class Total:
 def total_of(stage: TrainingModule, trainer: Trainer, measured: Measured, folder: Path) -> Total:
     """Time and disk; ``folder`` is that of the rehearsal, with its previews and logs."""
     callback = next(each for each in trainer.callbacks if isinstance(each, Checkpoints))
-    every, batches = trainer.val_check_batch, trainer.max_steps * trainer.accumulate_grad_batches
+    every, batches = trainer.val_check_batch, trainer.max_steps
     validations = int(batches // every) if every and math.isfinite(every) else 0
     seconds = sum(kind.steps * kind.seconds for kind in measured.kinds)
     seconds += validations * measured.validation_seconds + (validations + 1) * measured.preview_seconds
@@ -71,8 +71,8 @@ def total_of(stage: TrainingModule, trainer: Trainer, measured: Measured, folder
         "logs": (logged, f"about, {rows:,} rows"),
         "product": (averaged + sum(map(_bytes, _beside(stage).values())), f"the {stage.artifact}'s directory"),
     }
-    if isinstance(stage, DenoiserTraining) and stage.snapshot_every:
-        number = (trainer.max_steps // stage.snapshot_every + 1) * len(stage.average.power)
+    if stage.average.snapshot_every:
+        number = (trainer.max_steps // stage.average.snapshot_every + 1) * len(stage.average.power)
         bytes_of["snapshots"] = (number * averaged, f"{number:,} of {decimal(averaged)}; model.power_averages")
     return Total(seconds, validations, bytes_of)
 
@@ -190,7 +190,7 @@ def flops_text(flops: float) -> str:
 
 
 def _images_per_step(trainer: Trainer) -> int:
-    return trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    return trainer.datamodule.batch_size * trainer.world_size
 
 
 def _beside(stage: TrainingModule) -> dict[str, nn.Module]:

@@ -119,10 +119,7 @@ class FindBatch(Callback):
         try:
             for _ in range(2):  # the first allocates, and compiles
                 start = time.perf_counter()
-                if trainer.lightning_module.automatic_optimization:
-                    loop.automatic_optimization.run(trainer.optimizers[0], 0, {"batch": dict(enlarged), "batch_idx": 0})
-                else:
-                    loop.manual_optimization.run({"batch": dict(enlarged), "batch_idx": 0})
+                loop.manual_optimization.run({"batch": dict(enlarged), "batch_idx": 0})
                 synchronise(trainer)
             return Trial(size, self.memory.peak(), time.perf_counter() - start)
         except Exception as error:

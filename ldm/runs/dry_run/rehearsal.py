@@ -19,7 +19,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.runs.checkpoints.callback import Checkpoints
 from ldm.runs.dry_run.cost import PeakMemory, StepFlops
-from ldm.runs.lightning_private import accumulates
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
 
@@ -128,7 +127,7 @@ class Measure(Callback):
             self._kind.flops, self._kind.flops_forward = self._counting.total, self._counting.forward
             self._stop_counting()
             self._memory.reset()  # what is not compiled takes more
-        if self._kind is None and not accumulates(trainer):
+        if self._kind is None:
             self._try_checkpoint(trainer)
             self._memory.reset()
             trainer.should_stop = True
@@ -136,7 +135,7 @@ class Measure(Callback):
     def _has_enough(self, trainer: Trainer) -> bool:
         """All processes say the same."""
         timed = self._starts[WARM_UP:]
-        steps = (len(timed) - 1) // trainer.accumulate_grad_batches
+        steps = len(timed) - 1
         if self._kind is None or steps < FEWEST:
             return False
         enough = steps >= MOST or timed[-1] - timed[0] > ENOUGH_SECONDS
@@ -144,7 +143,7 @@ class Measure(Callback):
 
     def _conclude(self, trainer: Trainer) -> None:
         kind, timed = self._kind, self._starts[WARM_UP:]
-        kind.seconds = median(after - before for before, after in pairwise(timed[:: trainer.accumulate_grad_batches]))
+        kind.seconds = median(after - before for before, after in pairwise(timed))
         waited = self._profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"][1 - len(timed) :]
         kind.waiting = sum(waited) / (timed[-1] - timed[0])
         kind.peak_bytes = max(kind.peak_bytes, self._memory.peak())
