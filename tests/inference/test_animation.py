@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from ldm.cli import frames as command
+from ldm.cli import animation as command
 from ldm.cli.parser import Parser
 from ldm.diffusion.guidance import ClassifierFree, Condition, GuidedDenoiser, Interval
 from ldm.diffusion.path import VarianceExploding, VariancePreserving

@@ -5,7 +5,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models import PixArtTransformer2DModel
 from PIL import Image
 
-from ldm.cli import frames as command
+from ldm.cli import animation as command
 from ldm.cli.parser import Parser
 from ldm.errors import UsageError
 from ldm.inference.attention_maps import attention_grid, attention_probabilities, draw_watched, watched_attention, word_tokens
