@@ -11,6 +11,7 @@ from ldm.cli import main
 from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.scheduler import matching_scheduler
+from ldm.inference import generate
 from ldm.inference import output_folder as folders
 from ldm.inference.metadata import read_png
 from ldm.inference.output_folder import GRID_IMAGES, OutputFolder, file_name
@@ -133,14 +134,14 @@ def test_what_is_there_is_not_drawn_again(sample, tmp_path):
         (out / name).unlink()
     stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("[0-9]*.png")}
     code, said, _ = sample(*arguments)
-    assert code == 0 and "4 images (2 were there)" in said
+    assert code == 0 and "4 images (2 existed)" in said
     assert all((out / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
     assert list(make_images(out)) == list(whole) and all(
         abs(pixels(out / name) - one).max() <= 1 for name, one in whole.items()
     )
     assert (out / "index.html").exists() and abs(pixels(out / "grid.png") - grid).max() <= 1
     code, said, _ = sample(*arguments)
-    assert code == 0 and "4 images (4 were there)" in said
+    assert code == 0 and "4 images (4 existed)" in said
 
 
 @pytest.mark.parametrize(
@@ -172,16 +173,33 @@ def test_an_interrupted_run_leaves_what_is_drawn_and_goes_on(sample, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(OutputFolder, "save", interrupted)
         code, _, said = sample(*arguments)
-    assert code == 130 and "2 of 4 images are drawn; the same command draws the rest" in said
+    assert code == 130 and "2 of 4 images are generated; the same command generates the rest" in said
     there = make_images(tmp_path / "out")
     assert len(there) == 2
     code, said, _ = sample(*arguments)
-    assert code == 0 and "4 images (2 were there)" in said
+    assert code == 0 and "4 images (2 existed)" in said
     assert sample(*arguments, out="at-once")[0] == 0
     assert (
         make_images(tmp_path / "out") == make_images(tmp_path / "at-once")
         and there.items() <= make_images(tmp_path / "out").items()
     )
+
+
+def test_no_scheduler_is_made_to_name_it(sample, tmp_path, monkeypatch):
+    made, make = [], generate.make_scheduler
+    monkeypatch.setattr(generate, "make_scheduler", lambda *given, **options: made.append(given) or make(*given, **options))
+    assert sample("a red ring", "--count", 4, "--scheduler", "heun")[0] == 0
+    assert len(made) == 2  # one to check the settings, one for all four images
+    found = [read_png(path)[1] for path in (tmp_path / "out").glob("[0-9]*.png")]
+    assert {one.scheduler for one in found} == {"heun"} and len(found) == 4
+
+
+def test_a_folder_of_a_newer_format_is_refused(sample, tmp_path):
+    assert sample("a red ring")[0] == 0
+    request = tmp_path / "out" / "run.json"
+    request.write_text(json.dumps(json.loads(request.read_text()) | {"format_version": 99}))
+    code, _, said = sample("a red ring")
+    assert code == 1 and "run.json" in said and "format version 99" in said and said.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line(sample, tmp_path, monkeypatch):
@@ -215,7 +233,7 @@ def test_broken_lines_are_named_and_the_others_drawn_if_asked(sample, tmp_path):
     assert list(there) == ["0000-a-ring.png", "0003-a-star.png"]
     (tmp_path / "prompts.jsonl").write_text("\n".join([lines[0], '{"prompt": "two"}', '{"prompt": "three"}', lines[3]]))
     code, said, _ = sample("--prompts", "prompts.jsonl")
-    assert code == 0 and "4 images (2 were there)" in said and there.items() <= make_images(tmp_path / "out").items()
+    assert code == 0 and "4 images (2 existed)" in said and there.items() <= make_images(tmp_path / "out").items()
 
 
 def test_a_long_prompt_is_warned_of_with_the_words_that_are_cut(sample, tmp_path):

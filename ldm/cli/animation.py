@@ -88,7 +88,7 @@ def run_interpolate(options: argparse.Namespace) -> None:
     wanted = [kind for kind in writers if getattr(options, kind)]
     with atomic_folder(out) as folder:
         names = [folder / f"{number:04d}.png" for number in range(options.frames)]
-        with Progress("drawing", len(names)) as progress:
+        with Progress("generating", len(names)) as progress:
             for done, (name, image) in enumerate(zip(names, images, strict=True), start=1):
                 image.save(name)
                 progress.update(done)

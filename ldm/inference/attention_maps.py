@@ -160,7 +160,7 @@ def draw_watched(
     low, high = sorted(pipeline.diffusion.path.network_time(torch.tensor(times, dtype=torch.float64)).tolist())
     rounding = 1e-5 * max(abs(low), abs(high))
     with watched_attention(pipeline.transformer, 1, len(tokens), (low - rounding, high + rounding)) as watched:
-        [(_, _, image)] = generate_images(pipeline, [settings])
+        image = next(iter(generate_images(pipeline, [settings]))).image
     token_side = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
     grid = image.height // token_side, image.width // token_side
     token_maps = watched.mean()[0].T.unflatten(1, grid).numpy()  # (L, h, w)

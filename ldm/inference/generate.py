@@ -1,8 +1,9 @@
-"""Settings to images: many at constant memory, in batches of those that differ in words and seed alone."""
+"""Settings -> images, in constant memory: a batch holds images that differ in prompt and seed alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,22 +24,31 @@ from ldm.models.autoencoder import enable_tiling
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline, read_image
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PREVIEWED = 4  # images of a batch: each preview decodes them
+PREVIEWED = 4  # images of a batch, since each preview decodes them
 
 
 class GenerationStep(NamedTuple):
-    """How far a batch is.
+    """The progress of a batch.
 
     Attributes:
         settings: of its images.
-        done, total: calls of the denoiser.
-        guesses: the first images as the denoiser sees them now, where a preview is due.
+        done, total: denoiser evaluations.
+        previews: the first images as the denoiser predicts them now, where a preview is due.
     """
 
     settings: list[GenerationSettings]
     done: int
     total: int
-    guesses: list[Image.Image]
+    previews: list[Image.Image]
+
+
+class GeneratedImage(NamedTuple):
+    """An image, its number among the settings given, its settings, and the scheduler that sampled it."""
+
+    number: int
+    settings: GenerationSettings
+    image: Image.Image
+    scheduler: SchedulerMixin
 
 
 OnStep = Callable[[GenerationStep], None]
@@ -75,7 +85,7 @@ def open_pipeline(
     if compiled:
         network = pipeline.transformer
         if not network._repeated_blocks:
-            raise UsageError(f"{type(network).__name__} does not say which of its parts to compile; draw without compiling")
+            raise UsageError(f"{type(network).__name__} does not say which of its parts to compile; generate without compiling")
         network.compile_repeated_blocks()
     return pipeline
 
@@ -92,13 +102,13 @@ def scheduler_for(pipeline: LatentDiffusionPipeline, settings: GenerationSetting
     return make_scheduler(settings.scheduler, *pipeline.diffusion, **choice)
 
 
-def in_common(settings: GenerationSettings) -> GenerationSettings:
-    """What images must have in common to be drawn in one batch: all but words and seed."""
+def batch_key(settings: GenerationSettings) -> GenerationSettings:
+    """The settings that images of one batch share: all but the prompts and the seed."""
     return dataclasses.replace(settings, prompt="any", negative="", seed=0)
 
 
 def check_settings(pipeline: LatentDiffusionPipeline, settings: GenerationSettings) -> None:
-    """Refuse what the pipeline could not draw, before anything is drawn; words are looked at by :func:`fit_prompt`.
+    """Refuse settings that the pipeline cannot use, before anything is generated; :func:`fit_prompt` checks the prompts.
 
     Raises:
         UsageError: naming the setting.
@@ -120,37 +130,37 @@ def generate_images(
     batch_size: int = 1,
     on_step: OnStep | None = None,
     preview_every: int = 0,
-) -> Iterator[tuple[int, GenerationSettings, Image.Image]]:
-    """Draw images, as many at a time as ``batch_size``; no more than these are held.
+) -> Iterator[GeneratedImage]:
+    """Generate images, ``batch_size`` at a time; no more than these are held in memory.
 
     Every image has its own generator, so that it is the same in every batch but for rounding (at most 1 of 255 in fp32), and
     bit for bit where the batch has the same shape.
 
     Args:
-        settings: one per image; those that can be drawn together are, so that the order may change.
-        on_step: called after every call of the denoiser; what it raises ends the drawing.
-        preview_every: every so many calls it is given the images as the denoiser sees them; 0 is never.
-
-    Yields:
-        The number in ``settings``, the settings, and the image.
+        settings: one per image; those that can share a batch do, so that the order may change.
+        on_step: called after each denoiser evaluation; an exception in it ends the generation.
+        preview_every: it gets previews every so many evaluations; 0 is never.
 
     Raises:
-        UsageError: for settings that the pipeline cannot draw.
-        LdmError: when the denoiser's answer is not finite, or memory does not suffice.
+        UsageError: for settings that the pipeline cannot use.
+        LdmError: when the denoiser's output is not finite, or memory does not suffice.
     """
     alike: dict[GenerationSettings, list[int]] = {}
     for number, one in enumerate(settings):
-        alike.setdefault(in_common(one), []).append(number)
-    for common, numbers in alike.items():
-        given = _given(pipeline, common)
+        alike.setdefault(batch_key(one), []).append(number)
+    for shared, numbers in alike.items():
+        given, scheduler = _arguments(pipeline, shared), scheduler_for(pipeline, shared)
+        kept = functools.lru_cache(256)(lambda text: fit_prompt(pipeline.tokenizer, text).kept)
         for start in range(0, len(numbers), batch_size):
-            few = numbers[start : start + batch_size]
-            batch = [settings[number] for number in few]
-            images = _draw(pipeline, common, batch, given, on_step, preview_every)
-            yield from zip(few, batch, images, strict=True)
+            chosen = numbers[start : start + batch_size]
+            batch = [settings[number] for number in chosen]
+            prompts = [kept(one.prompt) for one in batch], [kept(one.negative) for one in batch]
+            images = _generate(pipeline, scheduler, batch, prompts, given, on_step, preview_every)
+            for number, one, image in zip(chosen, batch, images, strict=True):
+                yield GeneratedImage(number, one, image, scheduler)
 
 
-def _given(pipeline: LatentDiffusionPipeline, common: GenerationSettings) -> dict[str, Any]:
+def _arguments(pipeline: LatentDiffusionPipeline, common: GenerationSettings) -> dict[str, Any]:
     """The pipeline's arguments that are read from files."""
     given: dict[str, Any] = {}
     if common.image is not None:
@@ -166,10 +176,11 @@ def _given(pipeline: LatentDiffusionPipeline, common: GenerationSettings) -> dic
     return given
 
 
-def _draw(
+def _generate(
     pipeline: LatentDiffusionPipeline,
-    common: GenerationSettings,
+    scheduler: SchedulerMixin,
     batch: list[GenerationSettings],
+    prompts: tuple[list[str], list[str]],
     given: dict[str, Any],
     on_step: OnStep | None,
     preview_every: int,
@@ -177,18 +188,19 @@ def _draw(
     def after_step(_: LatentDiffusionPipeline, number: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
         if on_step is not None:
             due = preview_every > 0 and (number + 1) % preview_every == 0
-            guesses = pipeline.decode(tensors["pred_original_sample"][:PREVIEWED]) if due else []
-            on_step(GenerationStep(batch, number + 1, pipeline.num_timesteps, guesses))
+            previews = pipeline.decode(tensors["pred_original_sample"][:PREVIEWED]) if due else []
+            on_step(GenerationStep(batch, number + 1, pipeline.num_timesteps, previews))
 
-    own, pipeline.scheduler = pipeline.scheduler, scheduler_for(pipeline, common)
+    shared, (positive, negative) = batch[0], prompts
+    own, pipeline.scheduler = pipeline.scheduler, scheduler
     try:
         return pipeline(
-            [fit_prompt(pipeline.tokenizer, one.prompt).kept for one in batch],
-            negative_prompt=[fit_prompt(pipeline.tokenizer, one.negative).kept for one in batch],
-            num_inference_steps=common.steps,
-            guidance=common.rule(),
-            width=common.width,
-            height=common.height,
+            positive,
+            negative_prompt=negative,
+            num_inference_steps=shared.steps,
+            guidance=shared.rule(),
+            width=shared.width,
+            height=shared.height,
             generator=[torch.Generator().manual_seed(one.seed) for one in batch],
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=("pred_original_sample",),

@@ -1,40 +1,46 @@
-"""The folder of a run: every image's name is settled before any is drawn, so that an interrupted run can go on."""
+"""The output folder of a run. Every image's name is fixed before the first is generated, so that a run can be resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from ldm.errors import UsageError
-from ldm.files import atomic_file, read_json, require_new_folder, write_json
+from ldm.errors import LdmError, UsageError
+from ldm.files import atomic_file, read_json, require_new_folder, require_version, write_json
 from ldm.inference.gallery import write_gallery
-from ldm.inference.metadata import Provenance, save_png
+from ldm.inference.generate import GenerationStep, generate_images
+from ldm.inference.metadata import Provenance, save_png, scheduler_name
 from ldm.inference.settings import GenerationSettings
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.progress import Progress
 from ldm.reporting.report import captioned_grid
 
 REQUEST = "run.json"
+FORMAT_VERSION = 1  # of run.json
 PREVIEW = "preview.png"
 GRID_IMAGES = 64
 CELL = 160  # pixels
 
 
 class OutputFolder:
-    """A folder of numbered images and ``run.json``, which says what each of them is, drawn or not."""
+    """A folder of numbered images and ``run.json``, which holds the settings of each image, generated or not."""
 
     def __init__(self, path: str | Path, planned: Mapping[int, GenerationSettings], provenance: Provenance):
-        """Make the folder, or take up the one that holds some of the same images.
+        """Create the folder, or resume one that holds some of the same images.
 
         Args:
-            planned: every image's number and settings.
-            provenance: of the pipeline that they are to be drawn with.
+            planned: the number and settings of every image.
+            provenance: of the pipeline that generates them.
 
         Raises:
             UsageError: for a folder of other work, or of images that are not among these.
+            LdmError: for a folder that a newer ldm wrote.
             OSError: when it cannot be written.
         """
-        self.path, self.planned = Path(path), planned
+        self.path, self.planned, self.provenance = Path(path), planned, provenance
         self.names = {number: file_name(number, settings.prompt) for number, settings in planned.items()}
         images = {self.names[number]: settings.to_json() for number, settings in planned.items()}
         model = {"model": provenance.model, "model_hash": provenance.model_hash, "dtype": provenance.dtype}
@@ -43,28 +49,30 @@ class OutputFolder:
         else:
             require_new_folder(self.path, "the images")
             self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / REQUEST, model | {"images": images})
+        write_json(self.path / REQUEST, {"format_version": FORMAT_VERSION} | model | {"images": images})
 
     def _check(self, model: dict[str, str], images: dict[str, dict]) -> None:
-        before, mend = read_json(self.path / REQUEST), "give a new folder, or remove that one first"
+        request, fix = self.path / REQUEST, "give a new folder, or remove that one first"
+        before = read_json(request)
         listed = before.get("images") if isinstance(before, dict) else None
         if not isinstance(listed, dict) or not all(isinstance(settings, dict) for settings in listed.values()):
-            raise UsageError(f"{self.path / REQUEST} is not of ldm sample; {mend}")
-        there = {name: settings for name, settings in listed.items() if (self.path / name).is_file()}
+            raise UsageError(f"{request} was not written by ldm sample; {fix}")
+        require_version(before.get("format_version"), FORMAT_VERSION, f"{request}: the list of images")
+        existing = {name: settings for name, settings in listed.items() if (self.path / name).is_file()}
         for name in ("model_hash", "dtype"):
-            if there and before.get(name) != model[name]:
+            if existing and before.get(name) != model[name]:
                 known = f"{before.get('model')} {before.get(name)}"[:80], f"{model['model']} {model[name]}"[:80]
-                raise UsageError(f"{self.path} holds images of {known[0]}, not of {known[1]}; {mend}")
-        for name, settings in there.items():
+                raise UsageError(f"{self.path} holds images of {known[0]}, not of {known[1]}; {fix}")
+        for name, settings in existing.items():
             if name not in images:
-                raise UsageError(f"{self.path} holds {name} of another request; {mend}")
+                raise UsageError(f"{self.path} holds {name} of another request; {fix}")
             for key, value in images[name].items():
                 if settings.get(key) != value:
-                    drawn, asked = (repr(found)[:60] for found in (settings.get(key), value))
-                    raise UsageError(f"{self.path / name} was drawn with {key} {drawn}, not {asked}; {mend}")
+                    made, asked = (repr(found)[:60] for found in (settings.get(key), value))
+                    raise UsageError(f"{self.path / name} was generated with {key} {made}, not {asked}; {fix}")
 
     def missing(self) -> list[int]:
-        """The numbers that are still to be drawn."""
+        """The numbers of the images that are not generated yet."""
         return [number for number, name in self.names.items() if not (self.path / name).is_file()]
 
     def save(self, number: int, image: Image.Image, provenance: Provenance, metadata: bool = True) -> None:
@@ -78,20 +86,68 @@ class OutputFolder:
             grid.save(file, "PNG")
 
     def finish(self, columns: int | None = None) -> int:
-        """Write ``grid.png`` of the first images and ``index.html``; how many stand in the grid."""
+        """Write ``grid.png`` of the first images, and ``index.html``. Returns the number of images in the grid."""
         (self.path / PREVIEW).unlink(missing_ok=True)
         numbers = list(self.planned)[:GRID_IMAGES]
-        images = [self._small(number) for number in numbers]
+        images = [self._thumbnail(number) for number in numbers]
         grid = captioned_grid(images, [self.planned[number].prompt for number in numbers], columns, CELL)
         with atomic_file(self.path / "grid.png") as file:
             grid.save(file, "PNG")
         write_gallery(self.path)
         return len(numbers)
 
-    def _small(self, number: int) -> Image.Image:
+    def _thumbnail(self, number: int) -> Image.Image:
         with Image.open(self.path / self.names[number]) as image:
             image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
             return image.convert("RGB")
+
+
+def generate_missing(
+    pipeline: LatentDiffusionPipeline,
+    folder: OutputFolder,
+    batch_size: int = 1,
+    preview_every: int = 0,
+    metadata: bool = True,
+    quiet: bool = False,
+) -> int:
+    """Generate the images that a folder lacks. Whatever ends it, the images so far stay; call it again for the rest.
+
+    Args:
+        batch_size, preview_every: see :func:`ldm.inference.generate.generate_images`.
+        metadata: store the settings and the provenance in each PNG.
+        quiet: show no progress.
+
+    Returns:
+        The number of images generated.
+
+    Raises:
+        LdmError: when the folder cannot be written.
+    """
+    missing, done = folder.missing(), 0
+    provenance: dict[int, Provenance] = {}  # by scheduler, each named once
+    with Progress("generating", len(missing), quiet=quiet) as progress:
+
+        def on_step(step: GenerationStep) -> None:
+            progress.update(done, None, {"step": step.done, "of": step.total})
+            if step.previews:
+                folder.preview(step.previews, [settings.prompt for settings in step.settings])
+
+        wanted = [folder.planned[number] for number in missing]
+        try:
+            for made in generate_images(pipeline, wanted, batch_size, on_step, preview_every):
+                key = id(made.scheduler)
+                if key not in provenance:
+                    names = {"scheduler": scheduler_name(made.scheduler), "sampler": type(made.scheduler).__name__}
+                    provenance = {key: replace(folder.provenance, **names)}
+                folder.save(missing[made.number], made.image, provenance[key], metadata)
+                done += 1
+                progress.update(done)
+        except OSError as error:
+            raise LdmError(
+                f"{folder.path} cannot be written ({error.strerror}) after {done} of {len(missing)} images; make room, then "
+                "the same command generates the rest"
+            ) from error
+    return done
 
 
 def file_name(number: int, prompt: str) -> str:

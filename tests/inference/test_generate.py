@@ -12,7 +12,7 @@ from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
 from ldm.diffusion.scheduler import diffusion_config, matching_scheduler
 from ldm.errors import LdmError, UsageError
-from ldm.inference.generate import check_settings, generate_images, in_common, open_pipeline, scheduler_for
+from ldm.inference.generate import batch_key, check_settings, generate_images, open_pipeline, scheduler_for
 from ldm.inference.settings import GenerationSettings
 from ldm.models.autoencoder import set_latent_statistics
 from ldm.models.dit import DiT
@@ -69,9 +69,9 @@ def pixels(image):
 def drawn(pipeline, settings, **changes):
     """Images in the order of their settings."""
     found = sorted(generate_images(pipeline, settings, **changes), key=lambda one: one[0])
-    assert [number for number, _, _ in found] == list(range(len(settings)))
-    assert [given for _, given, _ in found] == list(settings)
-    return [pixels(image) for _, _, image in found]
+    assert [number for number, *_ in found] == list(range(len(settings)))
+    assert [given for _, given, *_ in found] == list(settings)
+    return [pixels(image) for _, _, image, _ in found]
 
 
 def difference(first, second):
@@ -151,12 +151,12 @@ def test_previews_are_what_the_denoiser_takes_the_image_for(pipeline):
     steps = []
     settings = [GenerationSettings(WORDS[seed % 3], seed=seed, steps=6) for seed in range(6)]
     images = drawn(pipeline, settings, batch_size=6, on_step=steps.append, preview_every=2)
-    assert [(step.done, step.total, len(step.guesses)) for step in steps] == [(n, 6, 0 if n % 2 else 4) for n in range(1, 7)]
+    assert [(step.done, step.total, len(step.previews)) for step in steps] == [(n, 6, 0 if n % 2 else 4) for n in range(1, 7)]
     assert steps[0].settings == settings
     # the last call leads to the image itself
-    for guess, image in zip(steps[-1].guesses, images, strict=False):
+    for guess, image in zip(steps[-1].previews, images, strict=False):
         assert difference(pixels(guess), image) <= 1
-    assert difference(pixels(steps[1].guesses[0]), images[0]) > 1
+    assert difference(pixels(steps[1].previews[0]), images[0]) > 1
 
 
 def test_what_is_raised_while_drawing_ends_it(pipeline):
@@ -228,10 +228,10 @@ def test_an_image_to_start_from_and_a_mask_reach_the_pipeline(pipeline, tmp_path
     assert difference(drawn(pipeline, [variation])[0], near) > 0
 
 
-def test_in_common_is_all_but_words_and_seed():
+def test_the_batch_key_is_all_but_prompts_and_seed():
     base = GenerationSettings("a ring", negative="blur", seed=3, steps=4)
-    assert in_common(base) == in_common(dataclasses.replace(base, prompt="a star", negative="", seed=9))
-    assert in_common(base) != in_common(dataclasses.replace(base, steps=5))
+    assert batch_key(base) == batch_key(dataclasses.replace(base, prompt="a star", negative="", seed=9))
+    assert batch_key(base) != batch_key(dataclasses.replace(base, steps=5))
 
 
 def test_a_pipeline_is_opened_as_asked(saved, pipeline):

@@ -345,12 +345,12 @@ def test_an_image_is_drawn_again_bit_for_bit(saved_pipeline, tmp_path):
         GenerationSettings("a ring", seed=5, steps=3, **ancestral),
     ]
     pipeline = open_pipeline(saved_pipeline)
-    for number, one, image in generate_images(pipeline, wanted):
+    for number, one, image, _ in generate_images(pipeline, wanted):
         save_png(image, tmp_path / f"{number}.png", one, provenance_of(pipeline, saved_pipeline))
     pipeline = open_pipeline(saved_pipeline)
     for number in range(len(wanted)):
         one, provenance = read_png(tmp_path / f"{number}.png")
-        ((_, _, again),) = generate_images(pipeline, [one])
+        ((_, _, again, _),) = generate_images(pipeline, [one])
         image = Image.open(tmp_path / f"{number}.png")
         assert np.array_equal(image, again) and image.size == (provenance.width, provenance.height)
         assert len(np.unique(image)) > 50 and provenance.model_hash == model_hash(saved_pipeline)

@@ -99,7 +99,7 @@ def test_an_image_is_that_of_ldm_sample_and_carries_its_settings(client, worker,
     image, png, lines = drawn(client, negative="a star", guidance=2.5, scheduler="heun", guidance_rule="apg", width=32)
     chosen = GenerationSettings.from_json(image["settings"], "answer")
     assert (chosen.seed, chosen.guidance, chosen.scheduler, chosen.width) == (3, 2.5, "heun", 32)
-    ((_, _, expected),) = generate_images(LatentDiffusionPipeline(**worker.pipeline.components), [chosen])
+    ((_, _, expected, _),) = generate_images(LatentDiffusionPipeline(**worker.pipeline.components), [chosen])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(expected))
     (tmp_path / "image.png").write_bytes(png)
     settings_inside, provenance = read_png(tmp_path / "image.png")
