@@ -69,9 +69,9 @@ def test_shapes_pack_index_check(capsys: pytest.CaptureFixture, tmp_path: Path, 
     assert run(capsys, "shards", "pack", photos, tmp_path / "p", "--size", "32")[0] == 0
     (tmp_path / "p/manifest.json").unlink()
     code, out, _ = run(capsys, "shards", "index", tmp_path / "p")
-    assert code == 0 and "3 samples in 1 shards" in out and "left out" not in out
+    assert code == 0 and "3 samples in 1 shards" in out and "skipped" not in out
     code, out, _ = run(capsys, "shards", "check", tmp_path / "p", "--deep")
-    assert code == 0 and "is whole: every sample decodes" in out
+    assert code == 0 and "is complete: every sample decodes" in out
     shard = next((tmp_path / "p").glob("*.tar"))
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
@@ -90,7 +90,7 @@ def test_index_and_check_say_what_cannot_be_used(capsys: pytest.CaptureFixture, 
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     code, out, _ = run(capsys, "shards", "index", folder)
-    assert code == 0 and "4 samples in 1 shards" in out and "1 of them have no image or come twice" in out
+    assert code == 0 and "4 samples in 1 shards" in out and "1 of them have no image or a duplicate key" in out
     for deep, usable, problems in (
         ([], 3, ["a.tar: 2 has no image"]),
         (["--deep"], 2, ["a.tar: 1 not a", "a.tar: 2 has"]),

@@ -1,4 +1,4 @@
-"""Proof that a shard folder holds what its manifest says, and the manifest of tars that came without one."""
+"""Verify that a shard folder holds what its manifest says, and index tars that came without a manifest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MAX_SHARD_BYTES = 2**40
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found of one shard: samples in it that are good, and what is wrong."""
+    """The result for one shard: how many samples are good, and its problems."""
 
     entry: ShardEntry
     good: int
@@ -48,8 +48,8 @@ class Checked:
 def index_folder(folder: str | os.PathLike, on_progress: Callable[[int, int], None] | None = None) -> Manifest:
     """Make the manifest of image shards from elsewhere (img2dataset, ...); the caller saves it. Nothing is rewritten.
 
-    ``extra`` tells how many samples have a caption, and how many cannot be used because they lack an image or come twice:
-    those are counted among the samples, and left out by whoever reads them. ``on_progress(shards_done, shards)``.
+    ``extra`` tells how many samples have a caption, and how many cannot be used because they lack an image or have a duplicate
+    key: the manifest counts those, and readers skip them. ``on_progress(shards_done, shards)``.
 
     Raises :class:`UsageError` where there is no tar, and :class:`LdmError` where a shard is damaged or has no sample.
     """
@@ -66,7 +66,7 @@ def index_remote(
 ) -> tuple[Manifest, Path]:
     """Make the manifest of tars at a URL (``https://host/train-{000..099}.tar``) and save it in the new folder ``out``.
 
-    Every shard is downloaded once, one at a time, and not kept; the manifest's ``location`` says where they stand, and
+    Every shard is downloaded once, one at a time, and not kept; the manifest's ``location`` says where they are, and
     ``out`` may be trained on like any folder of shards. Credentials are not stored. Raises as :func:`index_folder`.
     """
     location, files = remote_files(spec)
@@ -134,10 +134,10 @@ def index_shard(path: Path) -> tuple[ShardEntry, int, int]:
 def check_folder(
     folder: str | os.PathLike, deep: bool = False, on_progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[Problem], list[Checked]]:
-    """Hold a shard folder against its manifest: what is wrong with the folder, and what was found of every shard.
+    """Compare a shard folder with its manifest: the problems of the folder, and the result for every shard.
 
-    Names, sizes, hashes and counts; of latents also that each chunk has the tensors that the manifest promises. ``deep``: every
-    sample decoded as well, of latents every value seen to be finite. All is well where there is no problem in either.
+    Names, sizes, hashes and counts; for latents also that each chunk has the tensors that the manifest promises. ``deep``: also
+    decode every sample; for latents, require every value to be finite. The folder is sound where neither holds a problem.
     ``on_progress(samples_done, samples)``. Raises as :meth:`Manifest.load` does, and :class:`UsageError` for latents of another
     schema.
     """
@@ -164,7 +164,7 @@ def check_folder(
 
 
 def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInfo | None, deep: bool) -> Iterator[Problem]:
-    """What is wrong with a shard that is there and has the right size; ``info`` is of latents."""
+    """Problems of a shard that exists and has the right size; ``info``: for latents."""
     if sha256_file(path) != entry.sha256:
         yield Problem(entry.name, "has other bytes than the manifest's sha256", "restore it")
     with ShardReader(path, EXTENSIONS if info is None else ("json",)) as reader:
@@ -180,7 +180,7 @@ def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInf
         if held != entry.samples:
             what = f"holds {held} samples, the manifest says {entry.samples}"
             yield Problem(entry.name, what, "restore it", max(entry.samples - held, 0))
-        again = "restore the shard, or leave the sample out and run `ldm shards index` again"
+        again = "restore the shard, or remove the sample and run `ldm shards index` again"
         for index in range(min(held, entry.samples)) if info is None else ():
             try:
                 check_sample(reader, index, bool(manifest.extra.get("captioned")), deep)
@@ -191,7 +191,7 @@ def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInf
 
 
 def _latent_problems(path: Path, samples: int, info: LatentInfo, deep: bool) -> Iterator[Problem]:
-    """What is wrong with the chunks of a shard that ends where it should, with so many samples by its lists of keys."""
+    """Problems of the chunks of a complete shard, which has so many samples by its lists of keys."""
     again = "restore it, or export the latents again"
     try:
         shard = LatentShard(path, samples)
@@ -250,7 +250,7 @@ def _not_finite(tensors: dict[str, np.ndarray]) -> list[int]:
 
 
 def _null_text_problems(folder: Path, info: LatentInfo) -> Iterator[Problem]:
-    """What is wrong with the encoded empty caption, the null condition, which is there for each text encoder."""
+    """Problems of the encoded empty caption, the null condition, which every text encoder needs."""
     again = "restore it, or export the latents again"
     if not info.text_encoders:
         return
@@ -277,11 +277,11 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def check_sample(reader: ShardReader, index: int, captioned: bool, deep: bool = True) -> None:
-    """Look for what training needs of a sample, ``deep``: and decode it; :class:`DecodeError` where that fails."""
+    """Look for what training needs of a sample; ``deep``: also decode it. Raises :class:`DecodeError` where that fails."""
     if reader.spans(index).keys().isdisjoint(IMAGE_EXTENSIONS):
         raise DecodeError("has no image")
     if deep:
         sample = reader[index]
         if not captions_of(sample.caption, sample.files.get("json")) and captioned:
             raise DecodeError("has no caption")
-        decode_pixels(sample.image)
+        decode_pixels(sample.image or b"")

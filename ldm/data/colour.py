@@ -1,8 +1,8 @@
-"""Colours as an embedded ICC profile means them => sRGB, which is what every image is taken for afterwards.
+"""Conversion from an embedded ICC profile to sRGB, which all code downstream assumes.
 
-Colours are converted with the relative colorimetric intent and black point compensation: what sRGB can show is shown
-exactly, what lies outside is clipped, and a press's black becomes black. (By the perceptual intent the ICC's own sRGB
-profile of version 4 would move colours by 100 levels of 255.)
+Relative colorimetric intent with black point compensation: colours within sRGB are exact, others are clipped, and the black of
+a press profile becomes black. (By the perceptual intent the ICC's own sRGB profile of version 4 would move colours by 100
+levels of 255.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One DataModule for both stages: image shards or latent shards, as their manifests say. Knows no models."""
+"""One DataModule for both stages: image shards or latent shards, as their manifests say. It knows no model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WeightedSource:
 
     Attributes:
         path: a folder of shards, a pattern of tars (``data/{000..099}.tar``) or a URL (http, https, s3) of either.
-        weight: how often its samples come in an epoch: 2 is twice, 0.5 every other epoch.
+        weight: how often its samples are drawn per epoch: 2 is twice, 0.5 every other epoch.
     """
 
     path: str
@@ -38,7 +38,7 @@ class WeightedSource:
 
 
 class ShardDataModule(LightningDataModule):
-    """Training batches without end (the trainer counts steps), and a fixed validation set."""
+    """Endless training batches (the trainer counts steps) and a fixed validation set."""
 
     def __init__(
         self,
@@ -65,31 +65,31 @@ class ShardDataModule(LightningDataModule):
     ):
         """
         Args:
-            train: image shards (stage one) or latent shards (stage two): a folder, a pattern of tars or a URL of either, or a
-                list of such, with weights.
-            validation: of the same kind.
+            train: image shards (stage one) or latent shards (stage two): a folder, a pattern of tars, a URL of either, or a
+                list of these with weights.
+            validation: the same kind.
             batch_size: samples per step and process.
-            validation_samples: how many of the validation samples to use; the first ones, always the same.
-            validation_whole: validate on whole images of image shards, each at its own size and a batch of its own, whatever
-                ``image_size`` and ``crop`` make of training images.
-            image_size: fit images to this side in pixels; needed where the shards hold images of several sizes.
-            crop: the square that is cut out of a training image: the largest, in the centre or anywhere along the longer side
-                ("random"), then scaled to ``image_size``; or a "window" of ``image_size`` anywhere in the image at its own
-                resolution (a smaller one is scaled up). Validation takes the same from the centre.
-            flip: probability of a mirrored training image; of latents, where those of mirrored images were exported.
-            caption: which of several captions is trained on; of latents, where all were exported.
-            caption_dropout: share of captions replaced by the empty one, so that guidance can be had.
-            text_encoder: of latents exported with several text encoders, whose embeddings are trained on, counted from 0.
-            require_captions: leave out images without a caption, in folders where others have one.
+            validation_samples: how many validation samples to use: the first ones.
+            validation_whole: validate on whole images, each at its own size as a batch of one, whatever ``image_size`` and
+                ``crop`` are in training. Image shards only.
+            image_size: resize images to this side in pixels; required where the shards hold several sizes.
+            crop: the square taken from a training image: the largest, in the centre or at random along the longer side
+                ("random"), then resized to ``image_size``; or a random "window" of ``image_size`` at the image's own
+                resolution (smaller images are enlarged). Validation crops the centre.
+            flip: probability of a mirrored training image; for latents, where those of mirrored images were exported.
+            caption: which of several captions to train on; for latents, where all were exported.
+            caption_dropout: share of captions replaced by the empty one, which guidance needs.
+            text_encoder: which text encoder's embeddings to train on, by its position in the export, from 0.
+            require_captions: skip images without a caption, in folders where others have one.
             workers: loader processes; 0 reads in the training process.
-            max_wait_seconds: for one batch, before the loader counts as stalled and the run ends with the names of the shards
-                that it was to be read from; 0: no limit.
+            max_wait_seconds: limit for one batch; then the loader counts as stalled and the run ends with the names of the
+                shards it was reading. 0: no limit.
             seed: of the order, and of crops, flips and captions.
-            shuffle_window: samples mixed together; of remote shards, as many as half the cache holds.
-            max_bad_share: unusable samples to bear, as a share of all; more stop the run.
-            max_bad_in_a_row: unusable samples to bear one after another.
+            shuffle_window: samples permuted together; for remote shards at most what half the cache holds.
+            max_bad_share: unusable samples tolerated, as a share of all; more stop the run.
+            max_bad_in_a_row: consecutive unusable samples tolerated.
             cache: folder that keeps remote shards (default: $LDM_CACHE or ~/.cache/ldm/shards).
-            cache_gib: its bound in GiB.
+            cache_gib: its limit in GiB.
         """
         super().__init__()
         self.train = train if isinstance(train, str | Path) else [WeightedSource(**vars(source)) for source in train]
@@ -106,7 +106,7 @@ class ShardDataModule(LightningDataModule):
         self.max_bad_share, self.max_bad_in_a_row = max_bad_share, max_bad_in_a_row
         self.cache = replace(ShardCache(), max_bytes=int(cache_gib * GIB), **({"folder": Path(cache)} if cache else {}))
         self.loader: ShardLoader | None = None
-        self._counted = 0  # bad samples, as the log has them
+        self._counted = 0  # bad samples logged so far
 
     def sources(self) -> list[ShardSource]:
         """The training sources, opened; all of one kind."""
@@ -135,7 +135,7 @@ class ShardDataModule(LightningDataModule):
         return dataset
 
     def _check_latents(self, sources: list[ShardSource], augmentation: Augmentation) -> None:
-        """Raise :class:`UsageError` where the latents were not exported for these settings, or not with one another."""
+        """Raise :class:`UsageError` where the latents do not match these settings or one another."""
         encoders = common_info(sources).text_encoders
         if not 0 <= self.text_encoder < len(encoders):
             names = ", ".join(f"{number}: {encoder.name}" for number, encoder in enumerate(encoders))
@@ -160,7 +160,7 @@ class ShardDataModule(LightningDataModule):
                     )
 
     def setup(self, stage: str) -> None:
-        """Open what is needed, and refuse folders whose names and sizes disagree with their manifests."""
+        """Open the data sets, and refuse folders whose files disagree with their manifests."""
         size, how = (None, Augmentation()) if self.validation_whole else (self.image_size, Augmentation(self.augmentation.crop))
         self.validation_set = self._dataset(self._open([str(self.validation)]), size, how)
         few = min(self.validation_samples, len(self.validation_set))
@@ -169,7 +169,7 @@ class ShardDataModule(LightningDataModule):
             self.train_set = self._dataset(self.sources(), self.image_size, self.augmentation)
 
     def train_dataloader(self) -> ShardLoader:
-        """The loader of this rank; it keeps its place through checkpoints."""
+        """The loader of this rank; its position is saved in checkpoints."""
         world_size, rank = (self.trainer.world_size if self.trainer else 1), self._rank
         sources = self.train_set.sources
         sizes = [[shard.samples for shard in source.manifest.shards] for source in sources]
@@ -178,7 +178,7 @@ class ShardDataModule(LightningDataModule):
         plan = Plan(sizes, None if set(weights) == {1.0} else by_shard, self.seed, self._window(sources))
         folder = Path(self.trainer.default_root_dir) if self.trainer else None
         quarantine = Quarantine(
-            len(self.train_set),  # in time every process comes across all of them
+            len(self.train_set),  # over the epochs every process meets all of them
             self.max_bad_share,
             self.max_bad_in_a_row,
             folder and folder / (QUARANTINE_NAME if rank == 0 else f"{rank}-{QUARANTINE_NAME}"),
@@ -200,7 +200,7 @@ class ShardDataModule(LightningDataModule):
         return self.loader
 
     def _window(self, sources: Sequence[ShardSource]) -> int:
-        """The shuffle window; two windows of remote shards must fit the cache, or every epoch fetches them again and again."""
+        """The shuffle window; two windows of remote shards must fit the cache, or shards are fetched repeatedly."""
         remote = [source.manifest for source in sources if source.is_remote]
         if not remote:
             return self.shuffle_window
@@ -216,10 +216,11 @@ class ShardDataModule(LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """A training batch has reached its step: from here on it counts as consumed."""
-        if (bad := batch.pop("bad", None)) is not None:  # of validation: the training loader sees to its own
+        """A training batch that reaches its step counts as consumed."""
+        if (bad := batch.pop("bad", None)) is not None:  # of validation: the training loader counts its own
             self.validation_quarantine.add(bad)
         if (position := batch.pop("position", None)) is not None:
+            assert self.loader is not None and self.trainer is not None
             self.loader.consumed(position)
             if len(self.loader.quarantine) > self._counted:
                 self._counted = len(self.loader.quarantine)
@@ -233,8 +234,8 @@ class ShardDataModule(LightningDataModule):
             self.validation_set,
             self.max_wait_seconds,
             self._rank,
-            # Every process validates on the same samples, so that no figure depends on how many there are. Without this
-            # Lightning puts a distributed sampler of its own in, unless the trainer was told not to.
+            # Every process validates on the same samples, so that no metric depends on the number of processes. Without
+            # this, Lightning inserts its own distributed sampler, unless the trainer was told not to.
             sampler=DistributedSampler(few, num_replicas=1, rank=0, shuffle=False),
             batch_size=1 if self.validation_whole else self.batch_size,
             num_workers=self.workers,

@@ -1,7 +1,7 @@
-"""Bytes to images and captions: named formats only, and no more memory than agreed beforehand.
+"""Bytes to images and captions: an allowlist of formats and limits on memory.
 
-Whatever a shard or a folder holds may come from anyone. The format is told by the bytes, never by a name; the header is
-read before the pixels; and whatever cannot be used is a :class:`DecodeError` with a short reason.
+The data is untrusted. The format is detected from the bytes, never from a name; the header is read before the pixels; what
+cannot be used is a :class:`DecodeError` with a short reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_PIXELS = 2**26
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WebP": b"RIFF"}
-# What lies under an image's name when it is none; only to say so.
+# What files named like images often are instead; for messages only.
 _OTHERS = (
     (b"<", "an HTML or XML page"),
     (b"{", "JSON"),
@@ -81,8 +81,7 @@ def decode_pixels(
     """The pixels of :func:`decode_image`, as fast as they come: uint8 (H, W, 3), values 0..255, C-contiguous.
 
     Plain JPEGs (:func:`is_plain_rgb`) are decompressed by libjpeg-turbo without Pillow, to the same pixels. Of these,
-    a broken one is refused wherever the decompressor has a complaint; Pillow lets damage pass as long as the stream
-    goes on to the end.
+    a broken one is refused for any warning of the decompressor; Pillow accepts damage as long as the stream is complete.
 
     Args:
         data: JPEG, PNG or WebP bytes.
@@ -202,7 +201,7 @@ def _caption(value: Any) -> str:
 
 @contextlib.contextmanager
 def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """The image as its header tells, judged before a pixel is read; a failure inside the block is a DecodeError."""
+    """The image by its header, checked before a pixel is read; a failure inside the block is a DecodeError."""
     if len(data) > MAX_IMAGE_BYTES:
         raise DecodeError(f"image file of {len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
     if not data:
@@ -236,7 +235,7 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def _what_else(data: bytes) -> str:
-    """Why bytes are no image that is read here."""
+    """Why these bytes are not an image."""
     for name, signature in _SIGNATURES.items():
         if data.startswith(signature):
             return f"broken header of a {name} file"
@@ -246,7 +245,7 @@ def _what_else(data: bytes) -> str:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What sets the image upright; None where it is."""
+    """The transpose that turns the image upright; None where it is upright."""
     with contextlib.suppress(Exception):  # many real files carry a broken EXIF block around good pixels
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     return None

@@ -24,15 +24,15 @@ from ldm.errors import LdmError, UsageError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is random about a sample; the default is nothing. It depends on the seed and the draw alone.
+    """Random changes to a sample; by default none. They depend on the seed and the draw's number alone.
 
     Attributes:
-        crop: the square that is cut out of an image: the largest, in the centre or anywhere along the longer side, to be
-            scaled; or a "window" of the size asked for, anywhere in the image as it is. Without a draw, in the centre.
+        crop: the square taken from an image: the largest, in the centre or at random along the longer side, then resized; or a
+            "window" of the final size, anywhere in the image at its own resolution. Without a draw, in the centre.
         flip: probability of a mirrored image.
-        caption: which of several captions is taken.
+        caption: which of several captions is used.
         caption_dropout: probability of the empty caption.
-        seed: of all this.
+        seed: of all these.
     """
 
     crop: Literal["centre", "random", "window"] = "centre"
@@ -42,7 +42,7 @@ class Augmentation:
     seed: int = 0
 
     def random(self, draw: int | None) -> np.random.Generator | None:
-        """The random numbers of one draw; None where nothing is random."""
+        """The random generator of one draw; None where nothing is random."""
         nothing = self.crop == "centre" and self.caption == "first" and self.flip == self.caption_dropout == 0
         return None if draw is None or nothing else np.random.default_rng([self.seed, draw])
 
@@ -54,7 +54,7 @@ class ImageDataset(ShardDataset[ShardReader]):
     """Random access to the images and captions of image shards."""
 
     format = IMAGE_SHARDS
-    # simplejpeg and Pillow let go of the interpreter's lock
+    # simplejpeg and Pillow release the GIL
     decode_threads = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
     def __init__(
@@ -67,16 +67,16 @@ class ImageDataset(ShardDataset[ShardReader]):
         """
         Args:
             sources: a folder of image shards with its manifest, or opened sources.
-            image_size: fit every image to this side by cutting and scaling (:func:`fit`); None: leave them as they are.
-            augmentation: what is random about a draw.
-            require_captions: where a folder has captions at all, a sample without one cannot be used.
+            image_size: crop and resize every image to this side (:func:`fit`); None: leave them as they are.
+            augmentation: random changes.
+            require_captions: in a folder with captions, a sample without one cannot be used.
         """
         if augmentation.crop == "window" and image_size is None:
-            raise UsageError("data.crop window cuts windows of data.image_size; set data.image_size")
+            raise UsageError("data.crop window needs the window's side; set data.image_size")
         super().__init__(sources)
         self.image_size, self.augmentation = image_size, augmentation
         self.require_captions = require_captions
-        self._size = image_size and (image_size, image_size)  # (height, width) that an image is expected to have
+        self._size = (image_size, image_size) if image_size else None  # expected (height, width) of an image
 
     def open_shard(self, path: Path, entry: ShardEntry) -> ShardReader:
         return ShardReader(path)
@@ -114,7 +114,7 @@ class ImageDataset(ShardDataset[ShardReader]):
         return {"image": pixels.transpose(2, 0, 1), "caption": caption, "key": sample.key}
 
     def batch(self, draws: Sequence[PlannedSample | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
-        """The samples drawn, put together; most are decoded in place, which at 256 px saves a third of the time."""
+        """The batch of these draws; most images are decoded in place, which at 256 px saves a third of the time."""
         memory = None if self._size is None else empty((len(draws), *self._size, 3), dtype=torch.uint8)
         batch = self.collate(self.__getitems__(draws, None if memory is None else memory.numpy()), memory)
         self._size = batch["image"].shape[2:]
@@ -122,10 +122,10 @@ class ImageDataset(ShardDataset[ShardReader]):
 
     @staticmethod
     def collate(samples: list[dict[str, Any]], memory: Tensor | None = None) -> dict[str, Any]:
-        """``image`` uint8 (B, 3, H, W), ``caption`` and ``key`` lists of B, and ``bad`` where the loader asked for it.
+        """``image`` uint8 (B, 3, H, W), ``caption`` and ``key`` lists of B, and ``bad`` where present.
 
-        The image's channels lie last in memory, as decoders write them: whoever makes floats of them sorts that out, on
-        the device where it costs least. ``memory`` is (B, H, W, 3), some of the images in their places there already.
+        The image is channels-last in memory, as decoders write it; converting to float on the device changes that at no cost.
+        ``memory`` is (B, H, W, 3) and may hold some of the images in place already.
         """
         images = [sample["image"].transpose(1, 2, 0) for sample in samples]
         sizes = {image.shape for image in images}
@@ -133,8 +133,7 @@ class ImageDataset(ShardDataset[ShardReader]):
             found = ", ".join(f"{width} x {height}" for height, width, _ in sorted(sizes))
             raise LdmError(f"one batch holds images of several sizes ({found}); set data.image_size to fit them to one")
         shape = (len(images), *images[0].shape)
-        if memory is None or memory.shape != shape:
-            memory = torch.empty(shape, dtype=torch.uint8)
+        memory = memory if memory is not None and memory.shape == shape else torch.empty(shape, dtype=torch.uint8)
         for image, place in zip(images, memory.numpy(), strict=True):
             if image.ctypes.data != place.ctypes.data or image.strides != place.strides:
                 place[...] = image
@@ -144,10 +143,10 @@ class ImageDataset(ShardDataset[ShardReader]):
 
 
 def fit(pixels: np.ndarray, size: int, random: np.random.Generator | None = None, window: bool = False) -> np.ndarray:
-    """Cut a square out of (H, W, 3), in the centre or where ``random`` says, and scale it to (size, size, 3).
+    """Crop a square from (H, W, 3), in the centre or at random, and resize it to (size, size, 3).
 
-    The largest square; for a ``window`` the largest up to ``size``, so that only images smaller than that are scaled.
-    Bicubic with antialiasing: Pillow's to within one step of 255, in a fifth of its time.
+    The largest square; for a ``window`` the largest up to ``size``, so that only images smaller than that are resized. Bicubic
+    with antialiasing: within one level of 255 of Pillow's, in a fifth of its time.
     """
     height, width = pixels.shape[:2]
     side = min(height, width, size) if window else min(height, width)
@@ -155,6 +154,6 @@ def fit(pixels: np.ndarray, size: int, random: np.random.Generator | None = None
     y, x = spare // 2 if random is None else random.integers(spare, endpoint=True)
     square = pixels[y : y + side, x : x + side]
     if side == size:
-        return np.ascontiguousarray(square)  # a view would keep the rest of a large image until the batch is whole
+        return np.ascontiguousarray(square)  # a view would keep the whole image in memory until the batch is complete
     scaled = interpolate(torch.from_numpy(square).permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""JPEGs that need nothing but decompression, fast: a look at the markers, then libjpeg-turbo straight into an array."""
+"""Fast path for JPEGs that need nothing but decompression: check the markers, then libjpeg-turbo into an array."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) in pixels of a JPEG that is its sRGB image as soon as it is decompressed; None for all others.
 
     Such a JPEG has 8 bits, one or three components, is upright by EXIF and XMP, and has no ICC profile or one that
-    means sRGB. Only what stands before the first scan is looked at, so the pixels may still turn out to be broken.
-    Whatever is rare, malformed or no JPEG at all is None as well: that is for Pillow to judge.
+    means sRGB. Only markers before the first scan are read, so the pixels may still turn out to be broken. Rare or malformed
+    files, and those that are no JPEG, are None as well: Pillow handles them.
     """
     if data[:2] != b"\xff\xd8":
         return None
-    at, size, components, exif, profile = 2, None, 0, None, None
+    at, size, components, progressive, exif, profile = 2, None, 0, False, None, None
     try:
         for _ in range(MAX_SEGMENTS):
             marker, length = _SEGMENT.unpack_from(data, at)
@@ -57,7 +57,7 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
                     return None
             elif marker == _APP2:
                 if data.startswith(_ICC, body):
-                    # one profile in one piece: number 1 of 1
+                    # one profile in one segment: number 1 of 1
                     if profile is not None or data[body + 12 : body + 14] != b"\1\1":
                         return None
                     profile = data[body + 14 : at]
@@ -97,9 +97,9 @@ def can_hold(out: np.ndarray, shape: tuple[int, ...]) -> bool:
 
 
 def has_too_many_scans(data: bytes) -> bool:
-    """Whether a JPEG would be decompressed over and over: a small file can ask for a million passes over the image.
+    """Whether a JPEG has so many scans that decompression takes forever: a small file can ask for a million passes.
 
-    Scans are counted by their marker, which compressed data cannot hold; what a phone appends (a film) holds one in
+    Scans are counted by their marker, which compressed data cannot hold; what a phone appends (a video) holds one in
     65,536 bytes by chance, so a longer file may have more.
     """
     return data.count(b"\xff\xda") > MAX_SCANS + len(data) // 2**15
@@ -110,5 +110,5 @@ def _is_upright(segment: bytes) -> bool:
     try:
         exif.load(segment)
         return exif.get(ExifTags.Base.Orientation, 1) not in _TURNED
-    except Exception:  # Pillow raises much at broken EXIF; the image then takes the way that can do without
+    except Exception:  # Pillow raises many exceptions for broken EXIF; decode_image copes with them
         return False

@@ -1,4 +1,4 @@
-"""Latents and text embeddings by sample number, from latent shards."""
+"""Random access to latents and text embeddings of latent shards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ldm.errors import LdmError
 
 
 class LatentDataset(ShardDataset[LatentShard]):
-    """Latents by sample number, in the order of the manifest."""
+    """Latents and embeddings by sample number, in the order of the manifest."""
 
     format = LATENT_SHARDS
     open_shards = 4096  # a mapping holds no file open
@@ -39,10 +39,10 @@ class LatentDataset(ShardDataset[LatentShard]):
         """
         Args:
             sources: a folder of latent shards with its manifest, or opened sources.
-            augmentation: its ``flip`` (where the latents of mirrored images are there), ``caption`` and ``caption_dropout``;
-                the rest was settled when the latents were exported.
-            null_text: the encoded empty caption, (L, D): what a dropped caption becomes.
-            text_encoder: whose embeddings of the captions are read, by its place in the export, from 0.
+            augmentation: its ``flip`` (where the latents of mirrored images were exported), ``caption`` and
+                ``caption_dropout``; the rest was fixed by the export.
+            null_text: the encoded empty caption, (L, D), which replaces a dropped caption.
+            text_encoder: whose embeddings are read, by its position in the export, from 0.
         """
         super().__init__(sources)
         self.augmentation, self.null_text, self.text = augmentation, null_text, text_name(text_encoder)
@@ -64,9 +64,10 @@ class LatentDataset(ShardDataset[LatentShard]):
     def decode(
         self, raw: tuple[dict[str, np.ndarray], int], draw: int | None, out: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """``mean``, ``std`` (C, h, w) and ``text`` (L, D): mirrored, of some caption or of none, as the draw says.
+        """``mean``, ``std`` (C, h, w) and ``text`` (L, D): mirrored, of one caption or of none, as the draw's random
+        numbers say.
 
-        Views of the mapped file; nothing is written to ``out``. ``std`` is not there where modes were exported.
+        Views of the mapped file; nothing is written to ``out``. ``std`` is absent where modes were exported.
         """
         tensors, row = raw
         mirrored, caption, dropped = self._choose(draw)
@@ -80,13 +81,16 @@ class LatentDataset(ShardDataset[LatentShard]):
             text = tensors[self.text][starts.item(number) : starts.item(number + 1)]
         except KeyError as error:
             raise DecodeError(f"is in a chunk without {error}") from None
-        sample["text"] = self.null_text.astype(text.dtype, copy=False) if dropped else text
+        if dropped:
+            assert self.null_text is not None  # given wherever captions are dropped
+            text = self.null_text.astype(text.dtype, copy=False)
+        sample["text"] = text
         return sample
 
     def _choose(self, draw: int | None) -> tuple[bool, int, bool]:
-        """Whether a draw is mirrored, its caption as a fraction of 2^64, and whether that is dropped.
+        """Whether a draw is mirrored, its caption as a fraction of 2^64, and whether the caption is dropped.
 
-        From a hash of the seed and the draw, in a tenth of the time that seeding a generator for each draw would take.
+        By a hash of seed and draw: ten times faster than seeding a generator per draw.
         """
         how = self.augmentation
         if draw is None or (how.flip == how.caption_dropout == 0 and how.caption == "first"):
@@ -95,7 +99,7 @@ class LatentDataset(ShardDataset[LatentShard]):
         return flip < how.flip * 2**64, caption if how.caption == "random" else 0, dropout < how.caption_dropout * 2**64
 
     def batch(self, draws: Sequence[PlannedSample | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
-        """The samples drawn, put together; found all at once, which takes half the time of one by one."""
+        """The batch of these draws; located all at once, which takes half the time of one by one."""
         indices = np.array([draw.sample if isinstance(draw, PlannedSample) else draw for draw in draws])
         if indices.min() < 0 or indices.max() >= len(self):
             raise IndexError(indices)
@@ -120,8 +124,8 @@ class LatentDataset(ShardDataset[LatentShard]):
     def collate(samples: list[dict[str, Any]], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
         """``mean``, ``std`` (B, C, h, w), ``text`` (B, L, D) padded with zeros, ``text_mask`` (B, L) int64.
 
-        In the dtype in which they are stored, half as many bytes to move: the training step makes float32 of them. And
-        ``bad`` where the loader asked for it. The tensors' memory is made by ``empty``.
+        In the stored dtype, which halves the bytes to move; the training step converts to float32. And ``bad`` where present.
+        The tensors are allocated by ``empty``.
         """
         texts, lengths = [sample["text"] for sample in samples], [len(sample["text"]) for sample in samples]
         arrays = {name: [sample[name] for sample in samples] for name in ("mean", "std") if name in samples[0]}
@@ -143,14 +147,14 @@ class LatentDataset(ShardDataset[LatentShard]):
 
 
 def _dtype(arrays: Sequence[np.ndarray]) -> torch.dtype:
-    """The one that holds them all."""
+    """float16 where all arrays have it, else float32."""
     return torch.float16 if all(array.dtype == np.float16 for array in arrays) else torch.float32
 
 
 def _together(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Tensors of these shapes and dtypes in one piece of memory: each piece that a loader worker sends costs a third of a
+    """Tensors of these shapes and dtypes in one block of memory: each block that a loader worker sends costs a third of a
     millisecond, whatever its size."""
-    largest_first = sorted(shapes.items(), key=lambda item: -item[1][1].itemsize)  # so that none is out of line
+    largest_first = sorted(shapes.items(), key=lambda item: -item[1][1].itemsize)  # so that all are aligned
     sizes = [prod(shape) * dtype.itemsize for _, (shape, dtype) in largest_first]
     parts = empty((sum(sizes),), dtype=torch.uint8).split(sizes)
     return {name: part.view(dtype).view(shape) for part, (name, (shape, dtype)) in zip(parts, largest_first, strict=True)}

@@ -1,17 +1,17 @@
-"""Latent shards: the schema, what their manifest knows, writing, and memory-mapped reading.
+"""Latent shards: the schema, the manifest's entries, writing, and memory-mapped reading.
 
 A latent shard is an uncompressed tar of chunks. A chunk of n images of one size, with m captions, is two members::
 
     00000012.safetensors   mean           (n, C, h, w)  posterior mean, as the encoder gives it (not normalised)
-                           std            (n, C, h, w)  posterior standard deviation; not there in an export of modes
-                           mean_flip, std_flip          the same of the mirrored image, where asked for
+                           std            (n, C, h, w)  posterior standard deviation; absent in an export of modes
+                           mean_flip, std_flip          the same for the mirrored image, where exported
                            original_size  (n, 2) int32  height, width in pixels of the image that was packed, where its
                                                         .json tells, otherwise of the image in the image shard
                            crop           (n, 4) int32  top, left, height, width: what was encoded of the image in the shard
                            caption_start  (n + 1) int64  image i has the captions caption_start[i] to caption_start[i + 1] - 1
                            text           (T, D)        the token embeddings of all captions, unpadded, one after another
                            text_start     (m + 1) int64 caption j is text[text_start[j] : text_start[j + 1]]
-                           text_2, text_2_start, ...    the same of further text encoders
+                           text_2, text_2_start, ...    the same for further text encoders
     00000012.json          {"keys": [a key for each image], "captions": [a list of captions for each image]}
 
 Floats are float16 or float32. A caption's attention mask is all ones over its own tokens, hence not stored.
@@ -48,14 +48,14 @@ DTYPES = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64
 
 @dataclass(frozen=True)
 class TextInfo:
-    """One text encoder that captions went through.
+    """One text encoder of an export.
 
     Attributes:
         name: the name or folder it was loaded by.
         hash: sha256 of its weights, config and tokenizer.
         width: features per token.
-        max_tokens: as many tokens of a caption were kept.
-        cut: how many captions had more.
+        max_tokens: limit of a caption's tokens.
+        cut: how many captions were truncated to it.
     """
 
     name: str
@@ -67,24 +67,24 @@ class TextInfo:
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """What the manifest of latent shards knows beyond its shards.
+    """What the manifest of latent shards holds beside its list of shards.
 
     Attributes:
         autoencoder: sha256 of the weights and architecture of the autoencoder that made the latents.
         text_encoders: those that the captions went through, in the order of ``text``, ``text_2``, ...
         latent_shapes: (C, h, w) of every size that occurs, the most frequent first.
-        resolution: side in pixels that images were fitted to; None: each as it was, but for what the autoencoder's factor
-            cut off.
+        resolution: side in pixels that images were resized to; None: each at its own size, cropped to a multiple of the
+            autoencoder's downsampling factor.
         posterior: "gaussian" (mean and std) or "mode" (the mean alone).
-        flips: whether the latents of mirrored images are there, too.
+        flips: whether the latents of mirrored images are stored too.
         captions: "first" or "all" of an image's captions.
         dtype: of the stored floats.
-        precision: that the networks computed in.
+        precision: of the networks' computation.
         latents_mean: per channel over the whole set, in expectation over the posterior; C numbers.
         latents_std: likewise.
         source: hash of the image shards' manifest.
-        source_shards: where those stood.
-        versions: of the libraries that made it.
+        source_shards: where those were.
+        versions: of the libraries used.
     """
 
     autoencoder: str
@@ -104,7 +104,7 @@ class LatentInfo:
 
     @classmethod
     def of(cls, manifest: Manifest) -> LatentInfo:
-        """Read it back from a manifest. Raises KeyError where that has no such thing."""
+        """From a manifest. Raises KeyError for a missing entry."""
         found = {name: manifest.extra[name] for name in cls.__dataclass_fields__}
         for name in ("latents_mean", "latents_std"):
             found[name] = tuple(found[name])
@@ -113,7 +113,7 @@ class LatentInfo:
         return cls(**found)
 
     def as_extra(self) -> dict[str, Any]:
-        """What goes into the manifest."""
+        """The manifest's entries."""
         return asdict(self)
 
     @property
@@ -123,29 +123,29 @@ class LatentInfo:
 
 
 def text_name(encoder: int) -> str:
-    """What the embeddings of text encoder number ``encoder`` (from 0) are called in a chunk and in the null text."""
+    """Name of the embeddings of text encoder number ``encoder`` (from 0) in a chunk and in the null text."""
     return "text" if encoder == 0 else f"text_{encoder + 1}"
 
 
 def write_null_text(folder: str | Path, texts: Sequence[np.ndarray]) -> None:
-    """Keep the encoded empty caption, (L, D) for each text encoder, beside the manifest."""
+    """Write the encoded empty caption, (L, D) for each text encoder, beside the manifest."""
     with atomic_file(Path(folder) / NULL_TEXT_NAME) as file:
         file.write(save({text_name(encoder): np.ascontiguousarray(text) for encoder, text in enumerate(texts)}))
 
 
 def read_null_text(source: ShardSource, encoder: int = 0) -> np.ndarray:
-    """The empty caption as text encoder number ``encoder`` gave it, (L, D) float32."""
+    """The empty caption encoded by text encoder number ``encoder``, (L, D) float32."""
     return load(source.read(NULL_TEXT_NAME))[text_name(encoder)].astype(np.float32)
 
 
 @dataclass
 class Chunk:
-    """Latents of one size and everything known of their images; the names are those of the schema above.
+    """Latents of one size and all data of their images; the names are those of the schema above.
 
     Attributes:
         keys: n.
         captions: n lists, m captions in all.
-        latents: ``mean``, and ``std``, ``mean_flip``, ``std_flip`` where there are such, (n, C, h, w) each.
+        latents: ``mean``, and ``std``, ``mean_flip``, ``std_flip`` where stored, (n, C, h, w) each.
         texts: for each text encoder the embeddings of the m captions, (L_j, D).
         original_size: (n, 2).
         crop: (n, 4).
@@ -169,12 +169,12 @@ class Chunk:
         return {"safetensors": save(tensors), "json": words.encode()}
 
     def moments(self) -> Moments:
-        """Of latents drawn from the posteriors, per channel; mirrored ones are not counted."""
+        """Moments of latents sampled from the posteriors, per channel; mirrored ones are not counted."""
         return Moments.of(self.latents["mean"], self.latents.get("std"))
 
 
 def _starts(parts: Sequence[Any]) -> np.ndarray:
-    """Where each of the parts begins when they stand one after another, and where the last one ends."""
+    """Start offsets of the concatenated parts, and the end of the last."""
     return np.cumsum([0, *map(len, parts)], dtype=np.int64)
 
 
@@ -182,7 +182,7 @@ def tensors_in(data: np.ndarray) -> dict[str, np.ndarray]:
     """Read-only views of the tensors in the bytes of a safetensors file, uint8 (n,); nothing is copied.
 
     The format: 8 bytes little-endian header length, a JSON header with dtype, shape and offsets, the data.
-    Raises :class:`DecodeError` where the bytes are none.
+    Raises :class:`DecodeError` for anything else.
     """
     try:
         header_size = int(data[:8].view("<u8")[0])
@@ -198,7 +198,7 @@ def tensors_in(data: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _are_starts(starts: np.ndarray, parts: int | None, end: int) -> bool:
-    """Whether these are the starts of so many parts (None: any number) that stand one after another up to ``end``."""
+    """Whether these are the start offsets of so many concatenated parts (None: any number) that end at ``end``."""
     right = parts is None or len(starts) == parts + 1
     return right and starts[0] == 0 and starts[-1] == end and bool((np.diff(starts) >= 0).all())
 
@@ -207,7 +207,7 @@ class LatentShard:
     """The chunks of one latent shard, its file mapped into memory."""
 
     def __init__(self, path: Path, samples: int):
-        """Raises :class:`LdmError` unless the shard is whole and holds so many ``samples``."""
+        """Raises :class:`LdmError` unless the shard is complete and holds so many ``samples``."""
         with ShardReader(path, ("json", "safetensors")) as reader:
             if reader.damage:
                 raise LdmError(f"{path} {reader.damage}; export again")
@@ -234,7 +234,7 @@ class LatentShard:
         del self.data, self._mapped
 
     def tensors(self, chunk: int) -> dict[str, np.ndarray]:
-        """What chunk number ``chunk`` holds; see the schema above. Raises :class:`DecodeError` where it is broken."""
+        """The tensors of chunk number ``chunk``; see the schema above. Raises :class:`DecodeError` where it is broken."""
         if chunk not in self._mapped:
             tensors = tensors_in(self._member(chunk, "safetensors"))
             try:
@@ -260,7 +260,7 @@ class LatentShard:
             counts = [len(captions) for captions in words["captions"]]
             whole = len(words["keys"]) == len(counts) and counts == np.diff(self.tensors(chunk)["caption_start"]).tolist()
         except (ValueError, KeyError, TypeError, RecursionError):
-            whole = False
+            words, whole = {}, False
         if not whole:
             raise DecodeError("is in a chunk without its keys and captions")
         return words
@@ -279,19 +279,21 @@ class LatentShard:
 
 
 def latent_info(source: ShardSource) -> LatentInfo:
-    """What the manifest of a latent source knows."""
+    """The latent entries of a source's manifest."""
     try:
         return LatentInfo.of(source.manifest)
     except KeyError as error:
         raise UsageError(f"the manifest of {source.spec} lacks {error}; export again: ldm latents export") from None
-    except TypeError as error:  # other fields than ours
-        raise UsageError(f"the manifest of {source.spec} does not serve ({error}); export again: ldm latents export") from None
+    except TypeError as error:  # unknown fields
+        raise UsageError(
+            f"the manifest of {source.spec} is not one of latents ({error}); export again: ldm latents export"
+        ) from None
 
 
 def common_info(sources: Sequence[ShardSource]) -> LatentInfo:
-    """What several latent sources know together: one autoencoder, one size, statistics over all samples.
+    """Several latent sources as one: the same autoencoder and size, statistics over all samples.
 
-    Raises :class:`UsageError` naming both where two do not go together.
+    Raises :class:`UsageError` naming both where two do not match.
     """
     infos = [latent_info(source) for source in sources]
     first = infos[0]
@@ -308,7 +310,7 @@ def common_info(sources: Sequence[ShardSource]) -> LatentInfo:
                     f"{source.spec} has another {what} than {sources[0].spec} ({_short(theirs)}, {_short(ours)}); "
                     "export both with the same"
                 )
-    if len(sources) == 1:  # to the last bit
+    if len(sources) == 1:  # exact to the last bit
         return first
     every = Moments.merge(
         Moments.from_statistics(source.manifest.samples, info.latents_mean, info.latents_std)
@@ -318,7 +320,7 @@ def common_info(sources: Sequence[ShardSource]) -> LatentInfo:
 
 
 def _short(value: Any) -> str:
-    """A hash, or several, to be read by people."""
+    """A hash, or several, shortened for messages."""
     if isinstance(value, list):
         return " + ".join(map(_short, value))
     return value[:12] if isinstance(value, str) else str(value)

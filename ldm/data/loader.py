@@ -1,4 +1,4 @@
-"""Training batches without end, from a plan: stateful, resumed by arithmetic, with bad samples counted."""
+"""The training loader: endless batches of a plan, a state that resumes without reading, and a count of bad samples."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 
 # batches that each worker is asked for ahead of time
 PREFETCH = 2
-# A worker is asked for one more as soon as one arrives, before that is copied: this many may be in use at a time.
+# A worker is asked for one more as soon as a batch arrives, before that is copied: this many may be in use at a time.
 SLOTS = PREFETCH + 1
-# between a worker's looks whether its training process lives
+# interval at which a worker checks that its training process lives
 END_CHECK_SECONDS = 5.0
-# shards that a stalled loader names
+# shards named when the loader stalls
 NAMED_SHARDS = 3
 # by Ctrl-C and by clusters, to every process of a run; macOS cannot tell who sent a SIGTERM, so there it ends a worker
 SENT_TO_ALL = {signal.SIGINT, signal.SIGUSR1} | ({signal.SIGTERM} if hasattr(signal, "sigtimedwait") else set())
 
 
 class _Batches(Dataset):
-    """Whole batches by their samples' numbers, or the error that a user can mend in their place."""
+    """Whole batches by their samples' numbers, or in their place an error that the user can fix."""
 
     def __init__(self, dataset: ShardDataset):
         self.dataset = dataset
@@ -55,9 +55,9 @@ class _Batches(Dataset):
             return error
 
     def _share(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory shared with the training process, the same again and again; once for each batch.
+        """Memory shared with the training process, reused; called once per batch.
 
-        Fresh shared memory would cost a page fault for every 4 KiB, on both sides: as much as half of decoding into it.
+        New shared memory costs a page fault per 4 KiB on both sides: half as much time as decoding into it.
         """
         slot, self._turn = self._turn % SLOTS, self._turn + 1
         size = prod(shape) * dtype.itemsize
@@ -68,11 +68,11 @@ class _Batches(Dataset):
 
 
 class _PlainLoader(DataLoader):
-    """Raises errors that came in a batch's place, and copies what a worker will write over."""
+    """Raises errors returned in a batch's place, and copies batches out of memory that a worker will reuse."""
 
     def __init__(self, dataset: _Batches, max_wait: float, rank: int, **options: Any):
         in_workers = options.get("num_workers", 0) > 0
-        # a generator of its own: else every iteration would draw a seed for the workers, who need none, from the global one
+        # its own generator: otherwise each iteration would draw a worker seed, which nothing needs, from the global one
         super().__init__(dataset, timeout=max_wait if in_workers else 0, generator=torch.Generator(), **options)
         self.max_wait, self.rank = max_wait, rank
 
@@ -81,8 +81,8 @@ class _PlainLoader(DataLoader):
             yield batch
 
     def with_draws(self) -> Iterator[tuple[list[Any], Any]]:
-        """Every batch, with what it was asked for."""
-        # as long as memory is held here it stays mapped, and comes back without being mapped anew
+        """Every batch with its draws."""
+        # memory referenced here stays mapped, so that it is not mapped again when a worker reuses it
         mapped: deque[list[Tensor]] = deque(maxlen=SLOTS * self.num_workers)
         with _signals_blocked():
             batches = super().__iter__()
@@ -100,7 +100,7 @@ class _PlainLoader(DataLoader):
                     try:
                         raise batch
                     finally:
-                        # it would hold this frame, and the frame it: workers that the garbage collector finds end late
+                        # break the cycle of error and frame: workers that wait for the garbage collector end late
                         del batch
                 shared = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.is_shared()}
                 mapped.append([*shared.values()])
@@ -113,23 +113,23 @@ class _PlainLoader(DataLoader):
         more = f" and {len(names) - NAMED_SHARDS} more" if len(names) > NAMED_SHARDS else ""
         return (
             f"the loader of rank {self.rank} has stalled: no batch for {self.max_wait:g} s, to be read from "
-            f"{', '.join(names[:NAMED_SHARDS])}{more}; look whether that storage answers, or raise data.max_wait_seconds"
+            f"{', '.join(names[:NAMED_SHARDS])}{more}; check that storage, or raise data.max_wait_seconds"
         )
 
 
 class _Watchdog(threading.Thread):
     """Ends the process with one line when it waits too long for a batch that it reads itself.
 
-    A system call that does not return can only be left that way. Time is counted in wakings of this thread, so that a process
-    that was stopped for a while is not ended when it goes on.
+    Nothing else interrupts a system call that does not return. Time is counted in wake-ups of this thread, so that a process
+    that was suspended for a while is not ended when it continues.
     """
 
     TICKS = 20
 
-    def __init__(self, seconds: float, describe: Callable[[list[Any]], str]):
+    def __init__(self, seconds: float, message: Callable[[list[Any]], str]):
         super().__init__(name="ldm-loader-watchdog", daemon=True)
-        self.seconds, self.describe = seconds, describe
-        self.awaited: list[Any] | None = None  # an assignment is all that a batch costs
+        self.seconds, self.message = seconds, message
+        self.awaited: list[Any] | None = None  # one assignment per batch
         self._over = threading.Event()
 
     def __enter__(self) -> _Watchdog:
@@ -146,15 +146,15 @@ class _Watchdog(threading.Thread):
             awaited = self.awaited
             ticks = ticks + 1 if awaited is not None and awaited is before else 0
             before = awaited
-            if ticks > self.TICKS:
-                print(f"ldm: {self.describe(awaited)}", file=sys.stderr, flush=True)
+            if awaited is not None and ticks > self.TICKS:
+                print(f"ldm: {self.message(awaited)}", file=sys.stderr, flush=True)
                 os._exit(LdmError.exit_code)
 
 
 def batch_loader(dataset: ShardDataset, max_wait: float = 0, rank: int = 0, **options: Any) -> _PlainLoader:
-    """A loader whose workers' errors reach the caller as they are, one line.
+    """A loader whose workers' errors reach the caller unchanged, as one line.
 
-    Raised there, torch would hand them on as a traceback of many lines, and each worker would take five seconds to end.
+    Raised in a worker, they would arrive as a traceback of many lines, and each worker would take five seconds to end.
 
     Args:
         dataset: samples by number.
@@ -165,13 +165,13 @@ def batch_loader(dataset: ShardDataset, max_wait: float = 0, rank: int = 0, **op
     """
     ahead = {"prefetch_factor": PREFETCH} if options.get("num_workers") else {}
     return _PlainLoader(
-        _Batches(dataset), max_wait, rank, collate_fn=_unchanged, worker_init_fn=_heed_parent_alone, **ahead, **options
+        _Batches(dataset), max_wait, rank, collate_fn=_unchanged, worker_init_fn=_ignore_signals, **ahead, **options
     )
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """A process that starts meanwhile has them blocked from its first moment."""
+    """Block them, so that a process started meanwhile has them blocked from the start."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SENT_TO_ALL)
     try:
         yield
@@ -179,12 +179,13 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _heed_parent_alone(_worker: int) -> None:
-    """Ctrl-C, and what a cluster sends to every process of a job, is the training process's to answer, which then ends this.
+def _ignore_signals(_worker: int) -> None:
+    """Ignore Ctrl-C and the signals that clusters send to every process: the training process handles them and ends its
+    workers.
 
-    A worker that dies of it would take the training process along before that has saved.
+    A worker that died of one would take the training process with it before that has saved.
     """
-    # blocked already, but by a fork server that was running before
+    # blocked already, except by a fork server that was running before
     signal.pthread_sigmask(signal.SIG_BLOCK, SENT_TO_ALL)
     if signal.SIGTERM in SENT_TO_ALL:
         threading.Thread(target=_await_end, name="ldm-loader-end", daemon=True).start()
@@ -192,10 +193,11 @@ def _heed_parent_alone(_worker: int) -> None:
 
 def _await_end() -> None:
     parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in a worker
     while True:
         signalled = signal.sigtimedwait({signal.SIGTERM}, END_CHECK_SECONDS)
-        # torch looks for its parent's death too, but where a fork server starts the workers (as Python 3.14 does) takes
-        # that for the parent: both would live on
+        # torch checks for its parent's death too, but takes a fork server (the default of Python 3.14) for the parent: both
+        # would keep running
         if not parent.is_alive() or (signalled is not None and signalled.si_pid == parent.pid):
             os._exit(0)
 
@@ -205,7 +207,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 class PlannedBatches:
-    """A batch sampler that deals out a plan's batches for one rank, from a position on, without end."""
+    """A batch sampler of a plan's batches for one rank, from a position on, without end."""
 
     def __init__(self, plan: Plan, batch_size: int, rank: int, world_size: int, position: Position):
         self.arguments = (batch_size, rank, world_size, position)
@@ -218,13 +220,12 @@ class PlannedBatches:
 class ShardLoader:
     """Batches of a plan for one rank, without end.
 
-    Each carries its ``draws``, a :class:`ldm.data.plan.PlannedSample` for every sample, and ``position``, how far training is
-    once it is
-    consumed.
+    Each batch carries its ``draws``, a :class:`ldm.data.plan.PlannedSample` per sample, and ``position``, the progress of
+    training after it.
 
-    Iterated anew it goes on where it stands. Its state is that of all ranks alike (seed, epoch, samples consumed, what the
-    data were), so one rank's copy serves all, and a run may go on with other ranks, workers or another batch size: what an
-    epoch has left still comes exactly once.
+    A new iteration continues at the current position. The state (seed, epoch, samples consumed, hash of the data) is the same
+    on every rank, so one rank's copy serves all, and a run may resume with other ranks, workers or another batch size: the rest
+    of the epoch still comes exactly once.
     """
 
     def __init__(
@@ -246,13 +247,13 @@ class ShardLoader:
             dataset: samples by number.
             plan: their order.
             batch_size: samples per batch of one rank.
-            rank, world_size: which of how many processes this is.
+            rank, world_size: of this process.
             workers: loader processes; 0 reads in this one.
-            pin_memory: copy batches to page-locked memory, for the way to a GPU.
-            quarantine: told of every bad sample.
+            pin_memory: copy batches to page-locked memory, for the transfer to a GPU.
+            quarantine: counts every bad sample.
             data_hash: identity of the data, kept in the state.
-            confirm: batches count as consumed when :meth:`consumed` says so, for a trainer that fetches ahead; otherwise
-                when they are handed out.
+            confirm: batches count as consumed when :meth:`consumed` is called, for a trainer that prefetches; otherwise when
+                they are yielded.
             max_wait: seconds to wait for a batch; see :func:`batch_loader`.
         """
         plan.require(batch_size * world_size)
@@ -290,11 +291,9 @@ class ShardLoader:
         return {"seed": self.plan.seed, "epoch": epoch, "samples_consumed": consumed, "data": self.data_hash}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Where the data are others now, from the start of the next epoch, and the log says so."""
+        """Resume from a state. Where the data has changed, start at the next epoch and log it."""
         self.plan = self.plan.with_seed(state["seed"])
         self.position = Position(state["epoch"], state["samples_consumed"])
         if state["data"] != self.data_hash:
             self.position = Position(state["epoch"] + 1, 0)
-            log.warning(
-                "the training data changed since the checkpoint: going on from the start of epoch %d", state["epoch"] + 1
-            )
+            log.warning("the training data changed since the checkpoint: resuming at the start of epoch %d", state["epoch"] + 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, require_folder, write_json
+from ldm.files import read_json, require_folder, require_version, write_json
 
 MANIFEST_NAME = "manifest.json"
 PACK_JOURNAL_NAME = ".pack.jsonl"  # there while a folder is being packed
@@ -20,7 +20,7 @@ IMAGE_SHARDS = "ldm-image-shards"
 LATENT_SHARDS = "ldm-latent-shards"
 VERSION = 1
 
-_MENDS = {IMAGE_SHARDS: "run `ldm shards index {folder}`", LATENT_SHARDS: "run `ldm latents export` again"}
+_FIXES = {IMAGE_SHARDS: "run `ldm shards index {folder}`", LATENT_SHARDS: "run `ldm latents export` again"}
 _RESERVED = ("format", "version", "shards", "samples", "bytes")
 
 
@@ -36,16 +36,16 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a shard folder: where (a file name, or ``file: key``), what, what to do about it, and how many
-    samples are unusable for it."""
+    """One problem of a shard folder: where (a file name, or ``file: key``), what, how to fix it, and how many samples it makes
+    unusable."""
 
     where: str
     what: str
-    mend: str
+    fix: str
     samples: int = 0
 
     def __str__(self) -> str:
-        return f"{self.where} {self.what}; {self.mend}"
+        return f"{self.where} {self.what}; {self.fix}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Manifest:
 
     @property
     def location(self) -> str | None:
-        """Where the shards stand if not beside the manifest: a URL, or a path relative to the manifest's folder."""
+        """Where the shards are if not beside the manifest: a URL, or a path relative to the manifest's folder."""
         return self.extra.get("location")
 
     @property
@@ -94,68 +94,67 @@ class Manifest:
         """Read ``folder/manifest.json``; ``format`` is the one the caller can use (None: either).
 
         Raises :class:`UsageError` where the folder is missing, has no manifest or holds another format, and
-        :class:`LdmError` where the manifest is broken or of an unknown version. Looks at no shard: see
+        :class:`LdmError` where the manifest is broken or of a newer format. Reads no shard: see
         :meth:`check_cheap`.
         """
         folder = require_folder(folder, "a folder of shards (.tar files and their manifest.json)")
         path = folder / MANIFEST_NAME
         if not path.exists():
             require_finished_pack(folder)
-            raise UsageError(f"{folder} has no {MANIFEST_NAME}; {_mend(format, folder)}")
+            raise UsageError(f"{folder} has no {MANIFEST_NAME}; {_fix(format, folder)}")
         return cls.parse(read_json(path), folder, format)
 
     @classmethod
     def parse(cls, value: Any, folder: str | os.PathLike, format: str | None = None) -> Manifest:
         """Check what a ``manifest.json`` held; ``folder`` (a path or a URL) is for messages. Raises as :meth:`load` does."""
-        path, mend = f"{folder}/{MANIFEST_NAME}", _mend(format, folder)
+        path, fix = f"{folder}/{MANIFEST_NAME}", _fix(format, folder)
         if not isinstance(value, dict) or value.get("format") not in (IMAGE_SHARDS, LATENT_SHARDS):
-            raise LdmError(f'{path} is not a manifest of shards (no known "format"); {mend}')
-        if value.get("version") != VERSION:
-            raise LdmError(
-                f"{path} has version {value.get('version')!r}, this ldm reads version {VERSION}; "
-                f"use the ldm that wrote it, or {mend}"
-            )
+            raise LdmError(f'{path} is not a manifest of shards (no known "format"); {fix}')
+        version = value.get("version")
+        require_version(version, VERSION, path)
+        if version != VERSION:  # there has been one version so far
+            raise LdmError(f"{path} has no format version of a manifest ({version!r}); {fix}")
         if format is not None and value["format"] != format:
             raise UsageError(f"{path} describes {value['format']}, but {format} are needed here; give another folder")
-        shards = tuple(_entry(item, path, mend) for item in _list(value, path, mend))
+        shards = tuple(_entry(item, path, fix) for item in _list(value, path, fix))
         names = [shard.name for shard in shards]
         if len(set(names)) != len(names):
-            raise LdmError(f"{path} lists a shard twice; {mend}")
+            raise LdmError(f"{path} lists a shard twice; {fix}")
         if not isinstance(value.get("location"), str | None):
-            raise LdmError(f'{path}: "location" is not a path or URL; {mend}')
+            raise LdmError(f'{path}: "location" is not a path or URL; {fix}')
         manifest = cls(value["format"], shards, {k: v for k, v in value.items() if k not in _RESERVED})
         for total in ("samples", "bytes"):
             if value.get(total) != getattr(manifest, total):
                 raise LdmError(
-                    f'{path}: "{total}" is {value.get(total)!r}, its shards sum to {getattr(manifest, total)}; {mend}'
+                    f'{path}: "{total}" is {value.get(total)!r}, its shards sum to {getattr(manifest, total)}; {fix}'
                 )
         return manifest
 
     def cheap_problems(self, folder: str | os.PathLike, unlisted: bool = True) -> Iterator[Problem]:
-        """What a look at file names and sizes shows: missing, resized and (if asked for) unlisted shards."""
+        """What file names and sizes show: missing, resized and (if asked for) unlisted shards."""
         folder = Path(folder)
-        mend = _mend(self.format, folder)
+        fix = _fix(self.format, folder)
         if not self.shards:
-            yield Problem(MANIFEST_NAME, "lists no shard", mend)
+            yield Problem(MANIFEST_NAME, "lists no shard", fix)
         for shard in self.shards:
             path = folder / shard.name
             if not path.is_file():
-                yield Problem(shard.name, "is listed in the manifest but missing", f"restore it, or {mend}")
+                yield Problem(shard.name, "is listed in the manifest but missing", f"restore it, or {fix}")
             elif (size := path.stat().st_size) != shard.bytes:
                 what = f"has {size} bytes, the manifest says {shard.bytes}"
-                yield Problem(shard.name, what, f"restore it, or {mend}")
+                yield Problem(shard.name, what, f"restore it, or {fix}")
         stray = {path.name for path in tar_paths(folder)} - {shard.name for shard in self.shards} if unlisted else ()
         for name in sorted(stray):
-            yield Problem(name, "is not listed in the manifest", f"remove it, or {mend}")
+            yield Problem(name, "is not listed in the manifest", f"remove it, or {fix}")
 
     def check_cheap(self, folder: str | os.PathLike, unlisted: bool = True) -> None:
-        """Raise :class:`LdmError` unless every shard stands there with the stated size, and (if asked for) no other tar."""
+        """Raise :class:`LdmError` unless every shard exists with the stated size, and (if asked for) no other tar does."""
         for problem in self.cheap_problems(folder, unlisted):
             raise LdmError(f"{folder}: {problem}")
 
 
 def require_finished_pack(folder: Path) -> None:
-    """Raise :class:`UsageError` where a pack stopped in the middle: its shards are whole, but not all there."""
+    """Raise :class:`UsageError` where a pack was interrupted: its shards are complete, but some are missing."""
     if (folder / PACK_JOURNAL_NAME).exists():
         raise UsageError(f"{folder} is a pack that was not finished; run the same `ldm shards pack` again")
 
@@ -165,27 +164,27 @@ def tar_paths(folder: str | os.PathLike) -> list[Path]:
     return sorted(path for path in Path(folder).glob("*.tar") if path.is_file() and not path.name.startswith("."))
 
 
-def _mend(format: str | None, folder: str | os.PathLike) -> str:
+def _fix(format: str | None, folder: str | os.PathLike) -> str:
     where = f"{folder} --out DIR" if "://" in str(folder) else folder
-    return _MENDS.get(format or IMAGE_SHARDS, "").format(folder=where)
+    return _FIXES.get(format or IMAGE_SHARDS, "").format(folder=where)
 
 
-def _list(value: dict[str, Any], path: str, mend: str) -> list[Any]:
+def _list(value: dict[str, Any], path: str, fix: str) -> list[Any]:
     shards = value.get("shards")
     if not isinstance(shards, list):
-        raise LdmError(f'{path}: "shards" is not a list; {mend}')
+        raise LdmError(f'{path}: "shards" is not a list; {fix}')
     return shards
 
 
-def _entry(item: Any, path: str, mend: str) -> ShardEntry:
+def _entry(item: Any, path: str, fix: str) -> ShardEntry:
     try:
         entry = ShardEntry(**item)
     except TypeError:
-        raise LdmError(f"{path}: a shard needs name, samples, bytes and sha256, not {item!r}; {mend}") from None
+        raise LdmError(f"{path}: a shard needs name, samples, bytes and sha256, not {item!r}; {fix}") from None
     # A manifest may come from elsewhere: its names must stay inside the folder, its hashes name files of the cache.
     plain_name = isinstance(entry.name, str) and Path(entry.name).name == entry.name and entry.name.endswith(".tar")
     counts = all(type(number) is int and number >= 0 for number in (entry.samples, entry.bytes))
     plain_hash = isinstance(entry.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", entry.sha256)
     if not (plain_name and counts and plain_hash):
-        raise LdmError(f"{path}: not a shard entry: {item!r}; {mend}")
+        raise LdmError(f"{path}: not a shard entry: {item!r}; {fix}")
     return entry

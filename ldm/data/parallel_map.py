@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def parallel_map(
     function: Callable[[Given], Result], items: Iterable[Given], threads: int, ahead: int = 2
-) -> Iterator[tuple[Given, Result]]:
+) -> Generator[tuple[Given, Result]]:
     """Pairs (item, ``function(item)``) in the order of ``items``, computed in threads.
 
     ``items`` is iterated in the caller's thread, at most ``ahead`` items per thread beyond the pair that is yielded. An

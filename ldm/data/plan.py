@@ -1,14 +1,13 @@
-"""Which sample goes where: a pure function of (shard sizes, seed, position, batch size, ranks). No file is looked at.
+"""The order of training samples: a pure function of (shard sizes, seed, position, batch size, ranks). No file is read.
 
-The plan is one endless stream of draws. An epoch is a stretch of it in which every sample comes exactly once (or as often
-as its weight says); epochs follow one another without a seam, so a batch may begin in one epoch and end in the next, nothing
-is dropped or padded, and all ranks take equally many steps whatever the sizes of the shards. Step k of all ranks together
-takes the next ``batch_size * world_size`` draws, rank r the r-th ``batch_size`` of them; loader workers take whole batches in
-turn and deliver them in order, so their number changes nothing.
+A plan is one endless sequence of draws. In an epoch every sample is drawn exactly once (or as often as its weight says). Epochs
+are concatenated, so a batch may span two of them, nothing is dropped or padded, and all ranks take equally many steps whatever
+the sizes of the shards. A step of all ranks takes the next ``batch_size * world_size`` draws, rank r the r-th ``batch_size`` of
+them. Loader workers take whole batches in turn and deliver them in order, so their number changes nothing.
 
-How it mixes: in every epoch the shards come in a new order; they are taken together until ``window`` samples are in hand,
-and all of these are permuted. A set of up to ``window`` samples is thus permuted as a whole; of a larger one no more than a
-window's shards are open at a time, and what comes before a position is skipped by arithmetic, never read.
+Shuffling: every epoch permutes the shards, groups them into windows of at least ``window`` samples, and permutes each window. A
+set of up to ``window`` samples is thus permuted as a whole; of a larger one no more than a window's shards are open at a time.
+Draws before a position are skipped by arithmetic, not by reading.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ import numpy as np
 
 from ldm.errors import UsageError
 
-#: samples permuted together: enough to mix well, few enough that a window's shards can be held open or cached
+#: samples permuted together: enough to mix well, few enough that a window's shards can stay open or cached
 WINDOW = 2**20
 
-# what a random stream is for: part of its seed, so that no two uses share one
+# purpose of a random stream: part of its seed, so that no two purposes share one
 _SHARD_ORDER, _WITHIN_WINDOW, _WITHIN_SHARD = range(3)
 
 
 class PlannedSample(NamedTuple):
-    """One sample drawn.
+    """One draw of a plan.
 
     Attributes:
-        sample: its number, shard by shard in the order of the manifest.
-        number: of the draw, counted from the start of training: the seed of whatever is random about it.
+        sample: number of the sample, counted shard by shard in the order of the manifest.
+        number: of the draw, counted from the start of training; it seeds everything random about the sample.
     """
 
     sample: int
@@ -43,7 +42,7 @@ class PlannedSample(NamedTuple):
 
 
 class Position(NamedTuple):
-    """How far training has come: ``consumed`` draws of ``epoch``, over all ranks."""
+    """Progress of training: ``consumed`` draws of ``epoch``, over all ranks."""
 
     epoch: int = 0
     consumed: int = 0
@@ -54,11 +53,11 @@ START = Position()
 
 @dataclass(frozen=True)
 class Plan:
-    """The stream of draws from shards of these sizes.
+    """The sequence of draws from shards of these sizes.
 
     Attributes:
-        shard_samples: how many samples each shard holds.
-        weights: how often the samples of each shard come in an epoch (2: twice; 0.5: every other epoch); None: once.
+        shard_samples: samples of each shard.
+        weights: how often each shard's samples are drawn per epoch (2: twice; 0.5: every other epoch); None: once.
         seed: of the order.
         window: samples permuted together.
     """
@@ -107,7 +106,10 @@ class Plan:
             before = int(ends[begin - 1]) if begin else 0
             end = min(int(np.searchsorted(ends, before + self.window)) + 1, len(shards))
             if start < ends[end - 1]:
-                rows = [self._starts[shard] + self._rows(shard, first[shard], last[shard]) for shard in shards[begin:end]]
+                rows = [
+                    self._starts[shard] + self._rows(shard, int(first[shard]), int(last[shard]))
+                    for shard in shards[begin:end].tolist()
+                ]
                 mixed = self._random(_WITHIN_WINDOW, epoch, begin).permutation(np.concatenate(rows))
                 yield mixed[max(start - before, 0) :]
             begin = end
@@ -172,9 +174,9 @@ class Plan:
         size = self.shard_samples[shard]
         rows = []
         while first < last:
-            number, start = divmod(int(first), size)
-            stop = min(size, start + int(last - first))
-            whole = stop - start == size  # then the order within does not matter: the window is permuted
+            number, start = divmod(first, size)
+            stop = min(size, start + last - first)
+            whole = stop - start == size  # the order within does not matter: the window is permuted
             rows.append(np.arange(size) if whole else self._random(_WITHIN_SHARD, shard, number).permutation(size)[start:stop])
             first += stop - start
         return np.concatenate(rows) if rows else np.empty(0, np.int64)
@@ -184,11 +186,11 @@ class Plan:
 
 
 def mixing(plan: Plan, batch_size: int, epoch: int = 0) -> dict[str, float]:
-    """How well an epoch is mixed.
+    """How well an epoch is shuffled.
 
-    Returns ``rank_correlation``: Spearman's, between a sample's place in the files and in the order of delivery (0: none left);
-    ``shards_per_batch``: different shards in a batch on average; ``shards_per_batch_ideal``: the same were every batch drawn
-    from the whole set at random.
+    Returns ``rank_correlation``: Spearman's, between the order of samples in the files and in the epoch; ``shards_per_batch``:
+    mean number of different shards in a batch; ``shards_per_batch_ideal``: the same for batches drawn at random from the whole
+    set.
     """
     order = np.concatenate(list(plan.order(epoch)))
     shards = np.repeat(np.arange(len(plan.shard_samples)), plan.shard_samples)

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: put on record, counted, and too many of them end the run."""
+"""Samples that cannot be used: recorded and counted; too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class BadSample(NamedTuple):
 
 
 def too_many_in_a_row(number: int, last: BadSample, config: str | None = "data") -> LdmError:
-    """The end of a run; arguments as those of :class:`Quarantine`."""
+    """The error that stops a run; arguments as those of :class:`Quarantine`."""
     return LdmError(
-        f"{number} samples in a row cannot be used, the last one {last}; mend or leave out the shard "
+        f"{number} samples in a row cannot be used, the last one {last}; repair or remove the shard "
         f"(`ldm shards check` names what is wrong){_or_raise('max_bad_in_a_row', config)}"
     )
 
@@ -43,10 +43,10 @@ def _or_raise(key: str, config: str | None) -> str:
 
 
 class Quarantine:
-    """The bad samples that one process came across, each once.
+    """The bad samples that one process met, each once.
 
-    Every one is a line of ``file`` (JSON: shard, key, reason), the first few are said in the log. :meth:`add` raises
-    :class:`LdmError` where too many came in a row or in all.
+    Each is a line of ``file`` (JSON: shard, key, reason); the first few are logged. :meth:`add` raises :class:`LdmError` for
+    too many in a row or in total.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Quarantine:
     ):
         """
         Args:
-            samples: how many this process may come across in all its epochs; ``max_share`` is a share of these.
-            max_share: bad samples to bear, 0 to 1.
-            max_in_a_row: bad samples to bear one after another.
-            file: where to put them on record; appended to.
+            samples: how many this process may meet over all epochs; ``max_share`` is a share of these.
+            max_share: bad samples tolerated, 0 to 1.
+            max_in_a_row: consecutive bad samples tolerated.
+            file: record of them; appended to.
             config: the section of the config that has ``max_bad_share`` and ``max_bad_in_a_row``; "--": options of the command
                 line; None: nobody can set them.
-            quiet: say nothing in the log.
+            quiet: log nothing.
         """
         self.quiet = quiet
         self.samples, self.max_share, self.max_in_a_row, self.config = samples, max_share, max_in_a_row, config
@@ -78,7 +78,7 @@ class Quarantine:
         return len(self.known)
 
     def add(self, tried: Iterable[list[BadSample]]) -> None:
-        """Take note of what each draw of a batch came across before it found a good sample: mostly nothing."""
+        """Count the bad samples that each position of a batch met before a good one: mostly none."""
         for bad in tried:
             if not bad:
                 self._in_a_row = 0
@@ -88,22 +88,22 @@ class Quarantine:
             self.known.update(new)
             self._record(new)
             last = bad[-1]
-            # one draw after another, or one place after another in search of a good one
+            # in consecutive positions, or at one position in search of a good sample
             if (in_a_row := max(self._in_a_row, len(bad))) > self.max_in_a_row:
                 raise too_many_in_a_row(in_a_row, last, self.config)
             if len(self.known) > self.max_share * self.samples:
                 raise LdmError(
                     f"{len(self.known)} of {self.samples} samples cannot be used, more than {self.max_share:.2%}, the last one "
-                    f"{last}; mend or leave them out (`ldm shards check --deep` names them all)"
+                    f"{last}; repair or remove them (`ldm shards check --deep` names them all)"
                     f"{_or_raise('max_bad_share', self.config)}"
                 )
 
     def _record(self, new: list[BadSample]) -> None:
         for number, sample in enumerate(() if self.quiet else new, start=len(self.known) - len(new)):
             if number < _SHOWN:
-                log.warning("left out %s", sample)
+                log.warning("skipped %s", sample)
             elif number == _SHOWN:
-                log.warning("more samples are left out; %s", f"{self.file} lists them" if self.file else "no more are named")
+                log.warning("more samples are skipped; %s", f"{self.file} lists them" if self.file else "no more are named")
         if new and self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with open(self.file, "a", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""Fetching files over a network that fails at times, and keeping the shards among them in a bounded local cache.
+"""Fetching files over an unreliable network, and a local shard cache of limited size.
 
-fsspec carries the bytes (aiohttp for http and https, s3fs, gcsfs, huggingface_hub). What it leaves open is settled here:
-which failures are tried again, how long a silent server is waited for, proof of what arrived, and no secret in a message.
+fsspec transfers the bytes (aiohttp for http and https, s3fs, gcsfs, huggingface_hub). This file decides which failures are
+retried and how long a silent server is waited for, verifies what arrived, and keeps secrets out of messages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 import re
 import string
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Transfer:
-    """How patient a download is. Attempt ``n`` is followed by a pause of about ``base_seconds * 2 ** (n - 1)``."""
+    """Retries and timeouts of a download. Attempt ``n`` is followed by a pause of about ``base_seconds * 2 ** (n - 1)``."""
 
     attempts: int = 5
     base_seconds: float = 1.0
@@ -139,7 +139,7 @@ class ShardCache:
 
 
 def fetch(url: str, size: int, take: Callable[[Iterator[bytes]], _T], transfer: Transfer = PATIENT) -> _T:
-    """``take(chunks)`` of the bytes at ``url``, begun again after a pause where the transfer fails in passing.
+    """``take(chunks)`` of the bytes at ``url``, retried after a pause where the failure may be transient.
 
     ``take`` is given at most ``size + 1`` bytes: the last one tells that the file is larger. Raises
     :class:`MissingError` where there is no such file, :class:`UsageError` where the transport is not installed and
@@ -150,11 +150,11 @@ def fetch(url: str, size: int, take: Callable[[Iterator[bytes]], _T], transfer: 
         try:
             with closing(_read(url, size, transfer)) as chunks:
                 return take(chunks)
-        except _PassingError as error:
+        except _TransientError as error:
             if attempt >= transfer.attempts:
                 raise LdmError(
                     f"{redact(url)} could not be fetched in {attempt} attempts, the last one: {error}; "
-                    "see to the server or the network and run again: shards fetched so far are kept"
+                    "check the server or the network and run again: shards fetched so far are kept"
                 ) from None
             # Not from the shared generator: seeded training must not depend on the network.
             pause = transfer.base_seconds * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.5, 1.5)
@@ -182,12 +182,12 @@ def redact(url: str) -> str:
     return re.sub(r"//[^/]*@", "//", url, count=1).partition("?")[0]
 
 
-class _PassingError(Exception):
+class _TransientError(Exception):
     """A failure that may not happen again; the message is its reason."""
 
 
 def _store(chunks: Iterator[bytes], part: Path, entry: ShardEntry, url: str) -> None:
-    """Write a shard to ``part`` and prove it."""
+    """Write a shard to ``part`` and verify it."""
     digest, held = hashlib.sha256(), 0
     with open(part, "r+b") as file:
         for chunk in chunks:
@@ -200,14 +200,14 @@ def _store(chunks: Iterator[bytes], part: Path, entry: ShardEntry, url: str) -> 
                 "upload that shard again, or make the manifest again with `ldm shards index`"
             )
         if held < entry.bytes:
-            raise _PassingError(f"it ended after {held} of {entry.bytes} bytes")
+            raise _TransientError(f"it ended after {held} of {entry.bytes} bytes")
         if digest.hexdigest() != entry.sha256:
-            raise _PassingError("it has other bytes than the manifest's sha256 (was it indexed before its last upload?)")
+            raise _TransientError("it has other bytes than the manifest's sha256 (was it indexed before its last upload?)")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _read(url: str, size: int, transfer: Transfer) -> Iterator[bytes]:
+def _read(url: str, size: int, transfer: Transfer) -> Generator[bytes]:
     left = size + 1
     try:
         with _open(url, transfer) as file:
@@ -216,16 +216,16 @@ def _read(url: str, size: int, transfer: Transfer) -> Iterator[bytes]:
                 yield chunk
     except LdmError:
         raise
-    except Exception as error:  # each transport has a family of its own
+    except Exception as error:  # each transport raises its own exceptions
         while isinstance(error, _DEFECTS) and error.__context__ is not None:
-            error = error.__context__  # s3fs stumbles over a timeout that has no text: what came first is what happened
+            error = error.__context__  # s3fs fails on a timeout without text: the first exception is the cause
         if isinstance(error, _DEFECTS):
             raise
         raise _verdict(url, error) from None  # their text may hold a signed URL
 
 
 def _open(url: str, transfer: Transfer) -> Any:
-    """A binary file at ``url``, from a file system of its own: connections must not be shared over a fork."""
+    """A binary file at ``url``, from a new file system object: connections must not be shared over a fork."""
     import aiohttp
 
     system, scheme = transport(url), url.partition(":")[0]
@@ -248,12 +248,12 @@ def _open(url: str, transfer: Transfer) -> Any:
     }
     files = system(skip_instance_cache=True, use_listings_cache=False, **options.get(scheme, {}))
     if scheme == "s3":
-        files.retries = 1  # of its own it would try five times within each attempt of ours, unlogged
+        files.retries = 1  # its default is five tries within each attempt here, unlogged
     return files.open(url, "rb", block_size=8 * _CHUNK)
 
 
-def _verdict(url: str, error: Exception) -> Exception:
-    """Whether a transport's failure may pass (503, a reset, a timeout) or is a clear stop (404, 403, a bad URL)."""
+def _verdict(url: str, error: BaseException) -> Exception:
+    """A transient error (503, a reset, a timeout) or a final one (404, 403, a bad URL)."""
     status, kind = _status(error), type(error).__name__
     is_denied = status in (401, 403) or kind in ("NoCredentialsError", "DefaultCredentialsError")
     if status is None:
@@ -265,13 +265,13 @@ def _verdict(url: str, error: Exception) -> Exception:
         reason = f"{status} {http.client.responses.get(status, '')}".strip()
         is_final = status < 500 and status not in (408, 425, 429)
     if not is_final:
-        return _PassingError(reason)
-    mend = "give credentials that may read it" if is_denied else "see that the address is right"
+        return _TransientError(reason)
+    fix = "give credentials that may read it" if is_denied else "check the address"
     stop = MissingError if status == 404 else LdmError
-    return stop(f"{redact(url)} cannot be fetched: {reason}; {mend}")
+    return stop(f"{redact(url)} cannot be fetched: {reason}; {fix}")
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     """The HTTP status behind a failure: each library keeps it elsewhere, or speaks in Python's own errors."""
     if isinstance(error, FileNotFoundError):
         return 404
@@ -292,7 +292,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _use(path: Path, size: int) -> bool:
-    """Whether a cached shard stands there whole; if so it counts as used now."""
+    """Whether a shard is completely cached; if so it counts as used now."""
     stat = _stat(path)
     if stat is None or stat.st_size != size:
         return False

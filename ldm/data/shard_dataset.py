@@ -1,4 +1,4 @@
-"""Samples by number, across the shards of one or more sources: what image and latent data sets have in common."""
+"""Random access to samples across the shards of one or more sources: the base of image and latent data sets."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ldm.data.quarantine import MAX_IN_A_ROW, BadSample, too_many_in_a_row
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError
 
-# what is known of a shard's inside is kept longer than it is open: finding out costs milliseconds, and memory is small
+# a shard's index is kept longer than its file is open: building it costs milliseconds, keeping it little memory
 KNOWN_SHARDS = 4096
 
 
 class Shard(Protocol):
-    """One shard, whose file can be closed and opened again without losing what was found out about it."""
+    """One shard, whose file can be closed and reopened without losing its index."""
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
 
-    def reopen(self, path: Path) -> None:
-        """Open the same shard again, maybe at another place (a cache)."""
+    def reopen(self, path: Path) -> Any:
+        """Open the same shard again, perhaps at another path (a cache)."""
 
 
 AnyShard = TypeVar("AnyShard", bound=Shard)
@@ -41,13 +41,13 @@ AnyShard = TypeVar("AnyShard", bound=Shard)
 class ShardDataset(Dataset, Generic[AnyShard]):
     """Random access to samples, in the order of the sources and their manifests.
 
-    A subclass says how a shard is opened and a sample loaded. Shards are opened when they are first needed, in whatever
-    process needs them, and a bounded number stays open.
+    A subclass defines how a shard is opened and a sample loaded. Shards are opened on first use, in whichever process uses
+    them, and a limited number stays open.
 
     Attributes:
-        max_in_a_row: as many bad samples one after another are walked over in search of a good one.
-        open_shards: at a time, in one process; of files well under the common limit of 1024.
-        decode_threads: decode a batch, in the training process.
+        max_in_a_row: consecutive bad samples skipped in search of a good one.
+        open_shards: per process; well under the common limit of 1024 open files.
+        decode_threads: threads that decode a batch in the training process.
     """
 
     format: str
@@ -74,11 +74,11 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         raise NotImplementedError
 
     def read(self, source: ShardSource, shard: AnyShard, row: int) -> Any:
-        """Sample ``row`` of a source's open shard as it lies there. Raises :class:`DecodeError` where it cannot be used."""
+        """Sample ``row`` of an open shard as stored. Raises :class:`DecodeError` where it cannot be used."""
         raise NotImplementedError
 
     def decode(self, raw: Any, draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
-        """What :meth:`read` gave, made usable; ``draw`` seeds what is random about it, None: nothing is.
+        """Decode what :meth:`read` returned; ``draw`` seeds what is random about it, None: nothing is.
 
         ``out`` is memory that the largest part of the sample may be written to, where it fits. Raises :class:`DecodeError`
         where the sample cannot be used.
@@ -87,11 +87,11 @@ class ShardDataset(Dataset, Generic[AnyShard]):
 
     @staticmethod
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Samples put together as a batch."""
+        """Samples => a batch."""
         raise NotImplementedError
 
     def batch(self, draws: Sequence[PlannedSample | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
-        """The samples drawn, put together; what is large in memory made by ``empty(shape, dtype=dtype)``."""
+        """The batch of these draws; large tensors are allocated by ``empty(shape, dtype=dtype)``."""
         return self.collate(self.__getitems__(draws))
 
     def key(self, shard: AnyShard, row: int) -> str:
@@ -102,7 +102,7 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         return int(self.starts[-1])
 
     def _forget(self) -> None:
-        # shards by number, the one used last at the end: with open files, and those whose inside is known besides
+        # shards by number, most recently used last: those with open files, and closed ones whose index is kept
         self._opened: OrderedDict[int, AnyShard] = OrderedDict()
         self._known: OrderedDict[int, AnyShard] = OrderedDict()
         self._lock, self._pool = Lock(), None
@@ -115,14 +115,14 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         self._forget()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Sample ``index``, with nothing random about it. Raises :class:`LdmError` naming it where it cannot be used."""
+        """Sample ``index`` without randomness. Raises :class:`LdmError` naming it where it cannot be used."""
         sample = self.attempt(index)
         if isinstance(sample, BadSample):
             raise LdmError(f"{sample}; `ldm shards check --deep` names all such samples")
         return sample
 
     def attempt(self, index: int) -> dict[str, Any] | BadSample:
-        """Sample ``index``, with nothing random about it, or the record of why it cannot be used."""
+        """Sample ``index`` without randomness, or the record of why it cannot be used."""
         try:
             return self._load(index, None)
         except DecodeError as error:
@@ -131,17 +131,17 @@ class ShardDataset(Dataset, Generic[AnyShard]):
     def __getitems__(
         self, draws: Sequence[PlannedSample | int], outs: Sequence[np.ndarray] | None = None
     ) -> list[dict[str, Any]]:
-        """The samples drawn. The place of one that cannot be used is taken by the next good one; its ``bad`` says so.
+        """The samples of these draws. A sample that cannot be used is replaced by the next good one, whose ``bad`` records it.
 
-        ``outs``: for each the ``out`` of :meth:`decode`.
+        ``outs``: the ``out`` of :meth:`decode` for each.
         """
         wanted = [*zip(draws, [None] * len(draws) if outs is None else outs, strict=True)]
-        # In a loader worker one thread: the workers are the parallelism. In the training process all cores, which wait.
+        # One thread in a loader worker: the workers are the parallelism. In the training process all cores, which are idle.
         if self.decode_threads == 1 or len(draws) == 1 or get_worker_info() is not None:
             return [self._next_good(*one) for one in wanted]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.decode_threads, "ldm-decode")
-        # a share for each thread, not a task for each sample: handing one over costs a tenth of decoding it
+        # one task per thread, not per sample: submitting a task costs a tenth of decoding a sample
         shares = [wanted[start :: self.decode_threads] for start in range(self.decode_threads)]
         samples: list[dict[str, Any]] = [{}] * len(draws)
         for start, done in enumerate(self._pool.map(lambda share: [self._next_good(*one) for one in share], shares)):
@@ -165,7 +165,7 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         return BadSample(*self.name_of(index), str(error))
 
     def name_of(self, index: int) -> tuple[str, str]:
-        """The shard that sample ``index`` lies in, and its key there, or its number where the shard is beyond reading."""
+        """The shard of sample ``index``, and its key, or its row where the shard cannot be read."""
         shard, row = self.locate(index)
         source, number = self.shards[shard]
         try:

@@ -1,4 +1,4 @@
-"""Reading webdataset shards in any order, whatever state they are in.
+"""Random access to webdataset shards, damaged ones included.
 
 A shard is an uncompressed tar. A sample is the set of its members that share a key; key and extension part at the
 *first* dot of the base name, as in webdataset, so ``a/b.jpg`` and ``a/b.txt`` are the sample ``a/b``.
@@ -30,7 +30,7 @@ _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own
 
 @dataclass(frozen=True)
 class ShardSample:
-    """One sample as it lies in the shard: its key, and its members' bytes by lower-case extension."""
+    """One sample as stored in a shard: its key, and its members' bytes by lower-case extension."""
 
     key: str
     files: dict[str, bytes]
@@ -49,8 +49,8 @@ class ShardSample:
 class ShardReader:
     """Random access to the samples of one uncompressed tar, in the order in which their keys first occur.
 
-    Only headers are read up front; what is kept of them is some sixty bytes a sample, so that a million samples can be held
-    open. Data are read with ``pread``: a reader may be used after a fork. It holds one open file: :meth:`close` it.
+    Only headers are read up front; the index takes about sixty bytes per sample, so that a million samples can stay open. Data
+    are read with ``pread``: a reader may be used after a fork. It holds one open file: :meth:`close` it.
 
     Raises :class:`LdmError` naming the shard where it is missing or cannot be read. A damaged one is read as far as it goes:
     ``damage`` says what is wrong with it, or is None.
@@ -58,9 +58,9 @@ class ShardReader:
 
     def __init__(self, path: str | os.PathLike, extensions: Iterable[str] = EXTENSIONS) -> None:
         self._descriptor: int | None = None
-        self.reopen(path)
+        descriptor = self.reopen(path)
         try:
-            tar = index_tar(self._descriptor)
+            tar = index_tar(descriptor)
         except OSError as error:
             self.close()
             raise LdmError(f"{self.path} cannot be read ({error.strerror or error}); restore it") from None
@@ -113,7 +113,7 @@ class ShardReader:
         return spans
 
     def __getitem__(self, index: int) -> ShardSample:
-        """ShardSample ``index``. Raises :class:`DecodeError` where it comes twice or a member is over the size limit."""
+        """Sample ``index``. Raises :class:`DecodeError` where it comes twice or a member is over the size limit."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -122,8 +122,8 @@ class ShardReader:
     def __iter__(self) -> Iterator[ShardSample]:
         return (self[index] for index in range(len(self)))
 
-    def reopen(self, path: str | os.PathLike) -> None:
-        """Open the file again after :meth:`close`; the same shard may lie elsewhere now."""
+    def reopen(self, path: str | os.PathLike) -> int:
+        """Open the file again after :meth:`close`, perhaps at another path; returns its descriptor."""
         self.close()
         self.path = Path(path)
         try:
@@ -131,9 +131,10 @@ class ShardReader:
         except OSError as error:
             what = "does not exist" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
             raise LdmError(f"{self.path} {what}; restore it") from None
+        return self._descriptor
 
     def close(self) -> None:
-        """Close the file; what is known of its inside stays."""
+        """Close the file; the index is kept."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -159,6 +160,8 @@ class ShardReader:
     def _read(self, offset: int, size: int) -> bytes:
         if size > MAX_MEMBER_BYTES:
             raise DecodeError(f"has a member of {size} bytes, the limit is {MAX_MEMBER_BYTES}")
+        if self._descriptor is None:
+            raise ValueError(f"{self.path} is closed")
         data = os.pread(self._descriptor, size, offset)
         while 0 < len(data) < size:  # a read of 2 GiB or over a network may come in parts
             if not (more := os.pread(self._descriptor, size - len(data), offset + len(data))):

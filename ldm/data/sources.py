@@ -1,9 +1,9 @@
-"""Where shards come from: a local folder, some of a folder's shards by pattern, or a URL whose shards are cached.
+"""Where shards are read from: a local folder, some of a folder's shards by pattern, or a URL whose shards are cached.
 
-What may be given (a *spec*):
+A source is named by a *spec*:
 
 - ``data/train``: a local folder with its ``manifest.json``. Where that manifest has a ``location`` (a URL or a path),
-  the shards stand there and only the manifest here.
+  the shards are there and only the manifest here.
 - ``data/train-{00000..00009}.tar``, ``data/*.tar``: those of the folder's shards, in the manifest's order.
 - ``https://host/train`` and ``https://host/train/train-{00..09}.tar``, also ``http``, ``s3``, ``gs`` and ``hf``: the same,
   with the manifest at ``<folder>/manifest.json``. Patterns are matched with the manifest: nothing is ever listed.
@@ -37,7 +37,7 @@ _MAGIC = re.compile(r"[*?\[{]")
 
 @dataclass(frozen=True)
 class ShardSource:
-    """Shards to read, wherever they stand. Holds no connection and no lock: may be pickled and forked at any time.
+    """Shards to read, local or remote. Holds no connection and no lock: may be pickled and forked at any time.
 
     ``spec`` is what the user gave, less user, password and query, for messages. ``locations`` has an absolute path or
     a URL for each shard of ``manifest``. ``cache`` is None for local shards. ``restricted``: a pattern chose the shards.
@@ -52,7 +52,9 @@ class ShardSource:
     beside: str = field(default="", repr=False)  # the manifest's own path or URL
 
     def __post_init__(self) -> None:
-        for entry in self.manifest.shards if self.cache is not None else ():
+        if self.cache is None:
+            return
+        for entry in self.manifest.shards:
             if entry.bytes > self.cache.max_bytes:
                 raise UsageError(
                     f"{self.spec}: {entry.name} has {entry.bytes:,} bytes, the cache {self.cache.folder} may hold "
@@ -74,7 +76,7 @@ class ShardSource:
         return self.cache.get(self.manifest.shards[number], self.locations[number], self.transfer)
 
     def name(self, number: int) -> str:
-        """Where shard ``number`` stands, for messages: its path, or its URL without credentials."""
+        """Where shard ``number`` is, for messages: its path, or its URL without credentials."""
         return redact(self.locations[number])
 
     def read(self, name: str) -> bytes:
@@ -100,7 +102,7 @@ def open_source(
 
     ``format`` is the one the caller can use (None: either); ``cache`` is for remote shards (None: the default one).
     Raises :class:`UsageError` for what is not a spec, other schemes, unknown shards and a missing manifest, and
-    :class:`LdmError` where the manifest is broken or cannot be fetched. Looks at no shard: see ``check_cheap``.
+    :class:`LdmError` where the manifest is broken or cannot be fetched. Reads no shard: see ``check_cheap``.
     """
     text = os.fspath(spec)
     shown = redact(text) if _SCHEME.match(text) else text
@@ -110,7 +112,7 @@ def open_source(
         raise LdmError(f"{shown}: {MANIFEST_NAME} lists no shard; write the shards again")
     if place.pattern:
         manifest = replace(manifest, shards=_choose(manifest, place.pattern, shown))
-    # A remote manifest's shards stand beside it: it must not send its reader elsewhere, least of all to local files.
+    # A remote manifest's shards are beside it: it must not send its reader elsewhere, least of all to local files.
     base = place if place.is_remote or manifest.location is None else _location(place.folder, manifest.location)
     if base.is_remote:
         transport(base.folder)
@@ -205,7 +207,7 @@ def _several_folders(shown: str) -> UsageError:
 
 
 def _location(folder: str, location: str) -> _Place:
-    """Where a local manifest says that its shards stand; a path is relative to the manifest's folder."""
+    """Where a local manifest says that its shards are; a path is relative to the manifest's folder."""
     is_url = _SCHEME.match(location) is not None
     shown = f'{folder}/{MANIFEST_NAME}: "location" {redact(location) if is_url else location}'
     place = _place(location if is_url else os.path.join(folder, location), shown)
@@ -242,10 +244,10 @@ def _fetch_manifest(place: _Place, format: str | None, transfer: Transfer) -> Ma
     try:
         data = fetch(place.file(MANIFEST_NAME), MAX_MANIFEST_BYTES, b"".join, transfer)
     except MissingError:
-        mend = f"make one with `ldm shards index '{folder}/NAME-{{000..099}}.tar' --out DIR` and give DIR"
-        raise UsageError(f"{folder} has no {MANIFEST_NAME}; {mend}") from None
+        fix = f"make one with `ldm shards index '{folder}/NAME-{{000..099}}.tar' --out DIR` and give DIR"
+        raise UsageError(f"{folder} has no {MANIFEST_NAME}; {fix}") from None
     if len(data) > MAX_MANIFEST_BYTES:
-        raise LdmError(f"{folder}/{MANIFEST_NAME} has more than {MAX_MANIFEST_BYTES} bytes; see that the address is right")
+        raise LdmError(f"{folder}/{MANIFEST_NAME} has more than {MAX_MANIFEST_BYTES} bytes; check the address")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

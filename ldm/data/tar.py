@@ -1,7 +1,7 @@
-"""Where the members of an uncompressed tar lie: one quick walk over its headers, which says where the tar is damaged.
+"""Where the members of an uncompressed tar are: one fast scan of its headers, which reports damage.
 
-``tarfile`` walks a tar too, some ten times slower, and ends without a word where a header is cut or broken. Here that
-is told. Formats: POSIX.1-1988 (ustar), pax and GNU long names, as ``tarfile``, GNU tar, img2dataset and webdataset write them.
+``tarfile`` scans a tar too, about ten times slower, and stops silently at a cut or broken header; this scan reports it.
+Formats: POSIX.1-1988 (ustar), pax and GNU long names, as ``tarfile``, GNU tar, img2dataset and webdataset write them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 BLOCK = 512
-# a tar of another shape than we write may hold anything: bounds on what is believed
+# a foreign tar may hold anything: a limit on what is read
 _MAX_HEADER_DATA = 2**20
 
 _PLAIN, _LONG_NAME, _PAX = b"0\0", b"L", b"xX"
@@ -40,21 +40,21 @@ class TarIndex:
 
 
 class _Damage(Exception):
-    """Where the walk cannot go on, and why."""
+    """Why the scan stops here."""
 
 
 def index_tar(descriptor: int) -> TarIndex:
-    """Walk the headers of the open file; its data are not read. Raises nothing for bad content: see ``damage``."""
+    """Scan the headers of the open file, not its data. Raises nothing for bad content: see ``damage``."""
     size = os.fstat(descriptor).st_size
     if size == 0:
         return TarIndex(damage="is empty")
     with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as data:
-        return _walk(data, size)
+        return _scan(data, size)
 
 
-def _walk(data: mmap.mmap, size: int) -> TarIndex:
+def _scan(data: mmap.mmap, size: int) -> TarIndex:
     index, headers, offsets, sizes = TarIndex(), [], [], []
-    owners = []  # how many headers stood before each member's own: a broken one takes the members after it along
+    owners = []  # how many headers precede each member's data: a broken one invalidates all members after it
     position, name, length = 0, None, None
     try:
         while True:

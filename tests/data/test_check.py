@@ -45,7 +45,7 @@ def found(folder, deep=False):
     """All problems, as (where, what), and the good samples of each shard."""
     problems, shards = check_folder(folder, deep)
     every = [*problems, *(problem for shard in shards for problem in shard.problems)]
-    assert all(problem.mend for problem in every)
+    assert all(problem.fix for problem in every)
     return [(problem.where, problem.what) for problem in every], [shard.good for shard in shards]
 
 

@@ -71,7 +71,7 @@ def test_a_batch_is_uint8_images_and_lists(image_shards):
     assert batch["key"] == ["00000001", "00000005"] and batch["caption"] == [dataset[1]["caption"], dataset[5]["caption"]]
 
 
-def test_several_sizes_in_a_batch_say_how_to_mend_it_in_one_line(tmp_path):
+def test_several_sizes_in_a_batch_say_how_to_fix_it_in_one_line(tmp_path):
     dataset = ImageDataset(write(tmp_path / "x", [("a", {"png": png((8, 8))}), ("b", {"png": png((9, 8))})]))
     with pytest.raises(LdmError) as error:
         dataset.collate([dataset[0], dataset[1]])

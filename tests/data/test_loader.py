@@ -20,7 +20,7 @@ from PIL import Image
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.image_dataset import ImageDataset
-from ldm.data.loader import ShardLoader, _heed_parent_alone, batch_loader
+from ldm.data.loader import ShardLoader, _ignore_signals, batch_loader
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.plan import Plan, Position
 from ldm.data.sources import ShardSource
@@ -139,7 +139,7 @@ def test_too_few_samples_for_all_ranks_are_refused(folder):
 
 
 class Broken(ImageDataset):
-    """Meets an error that the user can mend, or a defect of ours."""
+    """Meets an error that the user can fix, or a defect of ours."""
 
     error: Exception
 
@@ -233,8 +233,8 @@ def test_without_a_limit_or_in_time_nothing_is_said(folder):
 
 def test_signals_sent_to_every_process_of_a_run_do_not_end_its_workers(folder, monkeypatch):
     """Not even one that is starting still."""
-    late = "ldm.data.loader._heed_parent_alone"
-    monkeypatch.setattr(late, lambda worker: [time.sleep(2 * worker), _heed_parent_alone(worker)])
+    late = "ldm.data.loader._ignore_signals"
+    monkeypatch.setattr(late, lambda worker: [time.sleep(2 * worker), _ignore_signals(worker)])
     batches = iter(make(folder, workers=2))
     found = [next(batches)["key"]]
     workers = multiprocessing.active_children()

@@ -38,7 +38,8 @@ def test_extra_cannot_hide_the_manifests_own_keys():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 9}, "version 9"),
+        ({"version": "1"}, "no whole number"),
+        ({"version": None}, "no format version"),
         ({"format": "other"}, "not a manifest"),
         ({"samples": 4}, '"samples" is 4'),
         ({"shards": None}, "not a list"),
@@ -47,13 +48,21 @@ def test_extra_cannot_hide_the_manifests_own_keys():
         ({"shards": [{"name": "a.tar", "samples": -5, "bytes": 17, "sha256": ""}]}, "not a shard entry"),
     ],
 )
-def test_broken_manifest_is_one_line_with_its_name_and_the_mend(folder, change, words):
+def test_broken_manifest_is_one_line_with_its_name_and_the_fix(folder, change, words):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(LdmError) as error:
         Manifest.load(folder, IMAGE_SHARDS)
     message = str(error.value)
-    assert str(path) in message and words in message and "ldm shards index" in message and "\n" not in message
+    assert str(path) in message and words in message and "\n" not in message
+    assert "ldm shards index" in message or "write it again" in message
+
+
+def test_a_newer_manifest_is_refused_by_name(folder):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    with pytest.raises(LdmError, match=rf"^{path} has format version 2, .* up to 1; install the newer ldm"):
+        Manifest.load(folder)
 
 
 def test_missing_folder_manifest_and_wrong_format_are_usage_errors(folder, tmp_path):

@@ -206,11 +206,11 @@ def test_what_passes_is_tried_again(server, source, cache, faults, caplog):
 @pytest.mark.parametrize(
     ("fault", "requests", "words"),
     [
-        (404, 1, "404 Not Found; see that the address"),
+        (404, 1, "404 Not Found; check the address"),
         (403, 1, "403 Forbidden; give credentials"),
         (401, 1, "401 Unauthorized; give credentials"),
         ("long", 1, "has more than the .* bytes.*upload"),
-        (503, 4, "in 4 attempts, the last one: 503 Service Unavailable; see to the server"),
+        (503, 4, "in 4 attempts, the last one: 503 Service Unavailable; check the server"),
         ("stall", 4, "in 4 attempts.*Timeout"),
         ("reset", 4, "in 4 attempts"),
         ("short", 4, "in 4 attempts"),

@@ -122,7 +122,7 @@ def test_the_place_of_a_bad_sample_is_taken_by_the_next_good_one(tmp_path):
 
 
 def test_what_is_random_follows_the_draw_not_the_sample_that_was_meant(tmp_path):
-    """So that a mended sample changes no other."""
+    """So that a fixed sample changes no other."""
     dataset = ImageDataset(write(tmp_path / "x", [4], bad=(1,)))
     decode, seen = dataset.decode, []
     dataset.decode = lambda raw, draw, out: seen.append((raw[0].key, draw)) or decode(raw, draw)

@@ -57,7 +57,7 @@ def test_equal_input_gives_equal_bytes(folder, tmp_path):
 
 
 def test_bytes_of_shards_never_change(tmp_path):
-    """Recorded when tarfile was used directly: names beyond a header's 100 bytes, names that are not ASCII, empty members."""
+    """Names beyond a header's 100 bytes, names that are not ASCII, empty members."""
     with ShardWriter(tmp_path, "x", samples_per_shard=None, bytes_per_shard=40960) as writer:
         for n in range(6):
             png = bytes((n * 7 + i * 31) % 256 for i in range(10_000 + n))
@@ -69,6 +69,13 @@ def test_bytes_of_shards_never_change(tmp_path):
         (3, 40960, "138fd03065de9b5586bbe3a3b4e24e60d9614a37b7dd39613a391b0430544373"),
         (2, 10240, "ee4f60bdf37cc1d01a47b3647ffc291db8b0ebf9ef32e91997943bac4bdda01e"),
     ]
+    from webdataset import TarWriter
+
+    path = tmp_path / "theirs.tar"
+    with open(path, "wb") as file, TarWriter(file, "ldm", "ldm", 0o644, encoder=False, mtime=0) as tar:
+        for sample in ShardReader(tmp_path / "x-00002.tar"):
+            tar.write({"__key__": sample.key, **sample.files})
+    assert path.read_bytes() == (tmp_path / "x-00002.tar").read_bytes()
 
 
 def test_an_exception_leaves_nothing_behind(tmp_path):

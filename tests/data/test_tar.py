@@ -1,4 +1,4 @@
-"""Our walk over a tar's headers sees what ``tarfile`` sees, and says so where the tar is damaged."""
+"""Our scan of a tar's headers sees what ``tarfile`` sees, and says so where the tar is damaged."""
 
 import io
 import os
@@ -58,7 +58,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("tar") / "x.tar"
 
 
-def walk(path):
+def scan(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return index_tar(descriptor)
@@ -66,9 +66,9 @@ def walk(path):
         os.close(descriptor)
 
 
-def walk_bytes(path, data):
+def scan_bytes(path, data):
     path.write_bytes(data)
-    return walk(path)
+    return scan(path)
 
 
 def rows(index):
@@ -84,7 +84,7 @@ def tarfile_rows(path):
 @settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=tars())
 def test_it_agrees_with_tarfile(place, data):
-    index = walk_bytes(place, data)
+    index = scan_bytes(place, data)
     assert index.damage is None
     assert rows(index) == tarfile_rows(place)
 
@@ -100,7 +100,7 @@ def test_it_agrees_with_tarfile_on_what_the_program_tar_writes(tmp_path, format)
     (tmp_path / "in" / "one.png").write_bytes(b"one")
     os.link(tmp_path / "in" / "one.png", tmp_path / "in" / "two.png")
     subprocess.run(["tar", f"--format={format}", "-cf", tmp_path / "x.tar", "-C", tmp_path / "in", "."], check=True)
-    index = walk(tmp_path / "x.tar")
+    index = scan(tmp_path / "x.tar")
     assert index.damage is None and len(index.names) == 5  # links are no files
     assert rows(index) == tarfile_rows(tmp_path / "x.tar")
 
@@ -114,7 +114,7 @@ def test_files_of_more_than_8_gib_are_stepped_over(tmp_path, format):
         file.write(big.tobuf(format))
         file.seek(-(-big.size // BLOCK) * BLOCK, os.SEEK_CUR)
         file.write(small.tobuf(format) + b"abc".ljust(BLOCK, b"\0") + bytes(2 * BLOCK))
-    index = walk(tmp_path / "x.tar")
+    index = scan(tmp_path / "x.tar")
     assert index.damage is None and rows(index) == tarfile_rows(tmp_path / "x.tar")
     assert index.sizes.tolist() == [2**33 + 5, 3]
 
@@ -140,21 +140,21 @@ def header_positions(data, end, index):
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_cut_is_damage_and_what_stands_before_it_is_read(tmp_path, format):
     data, end = written(format)
-    whole = rows(walk_bytes(tmp_path / "x.tar", data))
+    whole = rows(scan_bytes(tmp_path / "x.tar", data))
     assert len(whole) == 3
     for cut in range(0, end + 1, 128):
-        index = walk_bytes(tmp_path / "x.tar", data[:cut])
+        index = scan_bytes(tmp_path / "x.tar", data[:cut])
         assert index.damage is not None, cut
         assert rows(index) == [row for row in whole if row[1] + row[2] <= cut]
     for cut in range(end + BLOCK, len(data) + 1, BLOCK):  # of the end mark one block will do
-        index = walk_bytes(tmp_path / "x.tar", data[:cut])
+        index = scan_bytes(tmp_path / "x.tar", data[:cut])
         assert index.damage is None and rows(index) == whole
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_zeroed_headers_are_damage_and_zeroed_data_move_nothing(tmp_path, format):
     data, end = written(format)
-    index = walk_bytes(tmp_path / "x.tar", data)
+    index = scan_bytes(tmp_path / "x.tar", data)
     whole, headers = rows(index), header_positions(data, end, index)
     # zeros do not show in the text of a long name: it is no header, and has no checksum
     unproven = {position for position in headers if data[position + 257 : position + 262] != b"ustar"}
@@ -163,7 +163,7 @@ def test_zeroed_headers_are_damage_and_zeroed_data_move_nothing(tmp_path, format
         if size > BLOCK and position + size >= end:
             continue  # like a tar that ends there
         zeroed = data[:position] + bytes(size) + data[position + size :]
-        index = walk_bytes(tmp_path / "x.tar", zeroed)
+        index = scan_bytes(tmp_path / "x.tar", zeroed)
         if position in headers and position not in unproven:
             assert index.damage is not None
             assert rows(index) == whole[: len(rows(index))] and len(rows(index)) < 3
@@ -180,13 +180,13 @@ def test_a_flipped_bit_in_a_header_is_damage_or_changes_nothing(tmp_path, format
             member.size = size
             tar.addfile(member, io.BytesIO(b"x" * size))
     data = file.getvalue()
-    whole = rows(walk_bytes(tmp_path / "x.tar", data))
+    whole = rows(scan_bytes(tmp_path / "x.tar", data))
     seen = 0
     for header, before in ((0, 0), (3 * BLOCK, 1)):
         for byte in range(header, header + BLOCK):
             flipped = bytearray(data)
             flipped[byte] ^= 1 << byte % 8
-            index = walk_bytes(tmp_path / "x.tar", flipped)
+            index = scan_bytes(tmp_path / "x.tar", flipped)
             if index.damage is None:
                 assert rows(index) == whole
             else:
@@ -201,7 +201,7 @@ def test_a_flipped_bit_in_a_header_is_damage_or_changes_nothing(tmp_path, format
 def test_whatever_overwrites_it_nothing_is_raised_and_no_file_lies_outside(place, data, where, junk):
     where %= len(data)
     data = data[:where] + junk + data[where + len(junk) :]
-    for _, offset, size in rows(walk_bytes(place, data)):
+    for _, offset, size in rows(scan_bytes(place, data)):
         assert 0 <= offset <= offset + size <= len(data)
 
 
@@ -226,15 +226,15 @@ def with_extra(records, type=tarfile.XHDTYPE):
     ],
 )
 def test_broken_pax_records_are_damage(tmp_path, records):
-    index = walk_bytes(tmp_path / "x.tar", with_extra(records))
+    index = scan_bytes(tmp_path / "x.tar", with_extra(records))
     assert index.damage is not None and index.names == []
 
 
 def test_extra_headers_apply_to_the_next_member_alone(tmp_path):
-    index = walk_bytes(tmp_path / "x.tar", with_extra(b"10 path=b\n")[: -2 * BLOCK] + with_extra(b"11 mtime=1\n"))
+    index = scan_bytes(tmp_path / "x.tar", with_extra(b"10 path=b\n")[: -2 * BLOCK] + with_extra(b"11 mtime=1\n"))
     assert index.names == ["b", "a.txt"] and index.damage is None
     # a global header says nothing of one member
-    assert walk_bytes(tmp_path / "x.tar", with_extra(b"13 comment=x\n", tarfile.XGLTYPE)).names == ["a.txt"]
+    assert scan_bytes(tmp_path / "x.tar", with_extra(b"13 comment=x\n", tarfile.XGLTYPE)).names == ["a.txt"]
 
 
 def test_what_is_no_tar_says_so(tmp_path):
@@ -244,9 +244,9 @@ def test_what_is_no_tar_says_so(tmp_path):
         (b"\x1f\x8b" + bytes(range(256)) * 4, "is not an uncompressed tar"),
         (b"<html>503</html>", "is too short for a tar"),
     ):
-        index = walk_bytes(tmp_path / "x.tar", data)
+        index = scan_bytes(tmp_path / "x.tar", data)
         assert words in index.damage and index.names == [] and len(index.offsets) == len(index.sizes) == 0
-    assert walk_bytes(tmp_path / "x.tar", bytes(20 * BLOCK)).damage is None  # a tar without members
+    assert scan_bytes(tmp_path / "x.tar", bytes(20 * BLOCK)).damage is None  # a tar without members
 
 
 def test_a_size_in_binary_is_read(tmp_path):
@@ -255,6 +255,6 @@ def test_a_size_in_binary_is_read(tmp_path):
     header[124:136] = b"\x80" + (5).to_bytes(11, "big")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    index = walk_bytes(tmp_path / "x.tar", bytes(header) + b"hello".ljust(BLOCK, b"\0") + bytes(2 * BLOCK))
+    index = scan_bytes(tmp_path / "x.tar", bytes(header) + b"hello".ljust(BLOCK, b"\0") + bytes(2 * BLOCK))
     assert rows(index) == [("a.txt", BLOCK, 5)] == tarfile_rows(tmp_path / "x.tar") and index.damage is None
     assert index.offsets.dtype == np.int64

@@ -134,7 +134,7 @@ def test_other_images_and_other_normalisations_are_told(exported, autoencoder, p
     found = compare(exported, autoencoder)
     (problem,) = found.problems
     assert problem.where.startswith("latents-0000") and f"stores a {name} that is on average" in problem.what
-    assert f"{precision} explains" in problem.what and "export again" in problem.mend
+    assert f"{precision} explains" in problem.what and "export again" in problem.fix
     assert problem.samples >= 6
 
 

@@ -253,7 +253,7 @@ def test_images_that_cannot_be_decoded_are_named_once_and_counted(files: Files, 
     assert any(line.startswith("3 ") and f"could not be used; {out / 'quarantine.jsonl'} says why" in line for line in said)
     assert f"37 latents in 3 shards: {out}" in said
     for record in records:
-        assert sum(record["key"] in line and line.startswith("left out") for line in said) == 1, said
+        assert sum(record["key"] in line and line.startswith("skipped") for line in said) == 1, said
 
 
 @pytest.mark.slow
