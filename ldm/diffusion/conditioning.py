@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.dit import EncodedText
+if TYPE_CHECKING:
+    from ldm.models.dit import EncodedText
 
 
 class Condition(NamedTuple):

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from ldm.diffusion.conditioning import Condition, concatenate, denoise, encode_c
 from ldm.diffusion.path import ProbabilityPath, expand
 from ldm.diffusion.prediction import Prediction
 from ldm.errors import UsageError
-from ldm.models.dit import EncodedText
+
+if TYPE_CHECKING:
+    from ldm.models.dit import EncodedText
 
 
 class Conversion(NamedTuple):
