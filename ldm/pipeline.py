@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ldm.data.decode import DecodeError, decode_image
+from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.editing import KnownPart, invert, latent_mask
-from ldm.diffusion.guidance import ClassifierFree, Condition, Conversion, Guidance, GuidedDenoiser
+from ldm.diffusion.guidance import ClassifierFree, Conversion, Guidance, GuidedDenoiser
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import Diffusion, check_scheduler, diffusion_config, diffusion_from, diffusion_of
 from ldm.errors import UsageError, first_line
 from ldm.files import read_json
 from ldm.models.autoencoder import LatentNormalizer, autoencoder_hash, decode_latents, downsampling_factor
-from ldm.models.dit import text_computed_once
 from ldm.models.image_processor import Images, PreparedImages, to_output
 from ldm.models.text_encoder import encode_captions, max_tokens, text_encoder_hash
 
@@ -228,8 +228,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             prompts, negative_prompt, num_images_per_prompt, guidance or ClassifierFree(guidance_scale), weak_transformer
         )
         self._interrupt, self._num_timesteps = False, len(sampler)
-        denoisers = [self.transformer, *([] if weak_transformer is None else [weak_transformer])]
-        with self.progress_bar(total=len(sampler)) as progress, text_computed_once(*denoisers):
+        with self.progress_bar(total=len(sampler)) as progress:
             for step in sampler.walk(guided, latents, generator, x0):
                 if known is not None:
                     known.put_back(sampler, step)
@@ -280,7 +279,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         sampler = Sampler(self.scheduler, *self.diffusion, num_inference_steps, self._execution_device)
         x0 = self._latents(canvas.images)
         guided = self._guided(prompts, "", 1, ClassifierFree(guidance_scale))
-        with self.progress_bar(total=num_inference_steps) as progress, text_computed_once(self.transformer):
+        with self.progress_bar(total=num_inference_steps) as progress:
             noise = invert(sampler, guided, x0, on_step=progress.update)
         self.maybe_free_model_hooks()
         return noise

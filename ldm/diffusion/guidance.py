@@ -1,4 +1,4 @@
-"""Conditions, and guidance as a wrapper round a denoiser in sampling; the data drop captions in training.
+"""Guidance: a rule that combines a conditional and a null prediction at each call of the denoiser.
 
 Guidance counts ``w`` as diffusers does: ``null + w·(cond − null)``, neutral at 1. Papers that write
 ``(1 + w')·cond − w'·null`` (Ho & Salimans 2022, arXiv 2207.12598) mean w' = w − 1.
@@ -17,49 +17,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.conditioning import Condition, concatenate, denoise, encode_condition
 from ldm.diffusion.path import ProbabilityPath, expand
 from ldm.diffusion.prediction import Prediction
 from ldm.errors import UsageError
 
-
-class Condition(NamedTuple):
-    """Encoded captions: ``embeddings`` (B, L, D) and ``mask`` (B, L), 1 where a token stands and 0 where padding does."""
-
-    embeddings: Tensor
-    mask: Tensor
-
-    def pad(self, length: int) -> Condition:
-        """Pad to ``length`` tokens; the mask keeps the padding from being seen."""
-        missing = length - self.mask.shape[1]
-        return Condition(F.pad(self.embeddings, (0, 0, 0, missing)), F.pad(self.mask, (0, missing)))
-
-    def repeat(self, count: int) -> Condition:
-        """Every row ``count`` times in a row: (B·count, L, D)."""
-        return Condition(self.embeddings.repeat_interleave(count, 0), self.mask.repeat_interleave(count, 0))
-
-
-def concatenate(first: Condition, second: Condition) -> Condition:
-    """Stack two conditions along the batch, padded to the longer one."""
-    length = max(first.mask.shape[1], second.mask.shape[1])
-    first, second = first.pad(length), second.pad(length)
-    return Condition(torch.cat([first.embeddings, second.embeddings]), torch.cat([first.mask, second.mask]))
-
-
-def denoise(denoiser: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-    """Call a denoiser with the signature of diffusers' ``PixArtTransformer2DModel``; returns (B, C, H, W)."""
-    return denoiser(
-        hidden_states=x_t.to(getattr(denoiser, "dtype", x_t.dtype)),  # that of its weights, which PixArt asks for
-        encoder_hidden_states=condition.embeddings,
-        timestep=timestep,
-        encoder_attention_mask=condition.mask,
-        return_dict=False,
-    )[0]
+if TYPE_CHECKING:
+    from ldm.models.dit import EncodedText
 
 
 class Conversion(NamedTuple):
@@ -289,9 +259,22 @@ class GuidedDenoiser:
         """
         self.denoiser, self.weak, self.guidance = denoiser, weak, guidance
         self.condition, self.null = condition, null
-        # kept, not made at every step, so that a denoiser may keep what it computes of one condition
-        self.both = concatenate(null, condition) if weak is None else None
         self.combine = guidance.combiner(conversion)
+
+    # Encoded at the first call that needs them, and passed to all later ones.
+
+    @cached_property
+    def _conditional(self) -> Condition | EncodedText:
+        return encode_condition(self.denoiser, self.condition)
+
+    @cached_property
+    def _both(self) -> Condition | EncodedText:
+        return encode_condition(self.denoiser, concatenate(self.null, self.condition))
+
+    @cached_property
+    def _weak_null(self) -> Condition | EncodedText:
+        assert self.weak is not None
+        return encode_condition(self.weak, self.null)
 
     def __call__(self, x_t: Tensor, timestep: Tensor, t: Tensor) -> Tensor:
         """Guided prediction (B, C, H, W), float32.
@@ -302,11 +285,11 @@ class GuidedDenoiser:
             t: (B,) in [0, 1], the same in all rows.
         """
         if not self.guidance.guides(t):
-            return denoise(self.denoiser, x_t, timestep, self.condition).float()
+            return denoise(self.denoiser, x_t, timestep, self._conditional).float()
         if self.weak is None:
-            both = denoise(self.denoiser, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), self.both)
+            both = denoise(self.denoiser, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), self._both)
             null, conditional = both.float().chunk(2)
         else:
-            null = denoise(self.weak, x_t, timestep, self.null).float()
-            conditional = denoise(self.denoiser, x_t, timestep, self.condition).float()
+            null = denoise(self.weak, x_t, timestep, self._weak_null).float()
+            conditional = denoise(self.denoiser, x_t, timestep, self._conditional).float()
         return self.combine(conditional, null, x_t, t)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from ldm.diffusion.guidance import Condition, denoise
+from ldm.diffusion.conditioning import Condition, denoise
 from ldm.diffusion.path import ProbabilityPath, expand
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.timesteps import TimestepSampler
@@ -72,7 +72,7 @@ class DenoisingObjective:
     ) -> DenoisingLoss:
         """
         Args:
-            denoiser: called as in :func:`ldm.diffusion.guidance.denoise`, on the path's input_scale(t)·x_t.
+            denoiser: called as in :func:`ldm.diffusion.conditioning.denoise`, on the path's input_scale(t)·x_t.
             x0: normalised latents (B, C, H, W), float32.
             t: fixed times (B,); drawn when not given.
             eps: fixed noise like ``x0``; drawn when not given.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,14 +25,15 @@ from PIL import Image
 from PIL.GifImagePlugin import getdata, getheader
 from torch import Tensor, nn
 
-from ldm.diffusion.guidance import Condition, Conversion, Guidance, concatenate, denoise
+from ldm.diffusion.conditioning import Condition, concatenate, denoise, encode_condition
+from ldm.diffusion.guidance import Conversion, Guidance
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import make_scheduler, samplers_for
 from ldm.errors import UsageError
 from ldm.files import atomic_file
 from ldm.inference.generate import check_settings, scheduler_for
 from ldm.inference.settings import GenerationSettings
-from ldm.models.dit import text_computed_once
+from ldm.models.dit import EncodedText
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
@@ -109,17 +111,26 @@ class BlendedDenoiser:
         self.denoiser, self.guidance = denoiser, guidance
         self.images, texts = weights.nonzero(as_tuple=True)
         self.weights = weights[self.images, texts][:, None, None, None]
-        # kept, not made at every step, so that a denoiser may keep what it computes of one condition
-        self.alone = Condition(condition.embeddings[texts], condition.mask[texts])
-        self.both = concatenate(null.repeat(len(weights)), self.alone)
+        self.condition = Condition(condition.embeddings[texts], condition.mask[texts])
+        self.null = null.repeat(len(weights))
         self.combine = guidance.combiner(conversion)
+
+    # Encoded at the first call that needs them, and passed to all later ones.
+
+    @cached_property
+    def _conditional(self) -> Condition | EncodedText:
+        return encode_condition(self.denoiser, self.condition)
+
+    @cached_property
+    def _both(self) -> Condition | EncodedText:
+        return encode_condition(self.denoiser, concatenate(self.null, self.condition))
 
     def __call__(self, x_t: Tensor, timestep: Tensor, t: Tensor) -> Tensor:
         """As that of :class:`ldm.diffusion.guidance.GuidedDenoiser`."""
         inputs, times = x_t[self.images], timestep[self.images]
         if not self.guidance.guides(t):
-            return self._blend(denoise(self.denoiser, inputs, times, self.alone), len(x_t))
-        both = denoise(self.denoiser, torch.cat([x_t, inputs]), torch.cat([timestep, times]), self.both)
+            return self._blend(denoise(self.denoiser, inputs, times, self._conditional), len(x_t))
+        both = denoise(self.denoiser, torch.cat([x_t, inputs]), torch.cat([timestep, times]), self._both)
         return self.combine(self._blend(both[len(x_t) :], len(x_t)), both[: len(x_t)].float(), x_t, t)
 
     def _blend(self, predictions: Tensor, count: int) -> Tensor:
@@ -218,7 +229,7 @@ def _drawn(
         conversion = Conversion.of(*pipeline.diffusion)
         blended = BlendedDenoiser(pipeline.transformer, condition, weights, null, settings.rule(), conversion)
         sampler = Sampler(scheduler, *pipeline.diffusion, settings.steps, device)
-        with torch.no_grad(), text_computed_once(pipeline.transformer):
+        with torch.no_grad():
             latents = sampler(blended, torch.cat(noises))
         yield from pipeline.decode(latents)
     pipeline.maybe_free_model_hooks()

@@ -5,8 +5,8 @@ Its call is that of diffusers' ``PixArtTransformer2DModel``, so that either stan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,8 +32,6 @@ from ldm.models.layers import (
     position_embedding,
     rotary_embedding,
 )
-
-KEPT_TEXTS = 4  # guidance on an interval has two, a weaker model for guidance one more
 
 
 class DiTBlock(nn.Module):
@@ -76,17 +75,24 @@ class DiTBlock(nn.Module):
         x = x + self.text_attention(self.norm_text(x), text, text_mask)
         return torch.addcmul(x, to_feed_forward.gate, self.feed_forward(modulate(self.norm2(x), to_feed_forward)))
 
-    def look_up(self, text: Tensor) -> KeysValues:
-        """What this block makes of a caption's tokens (B, L, D), whatever the image: to be given in their place."""
+    def text_keys_values(self, text: Tensor) -> KeysValues:
+        """Keys and values of a caption's tokens (B, L, D): they depend on the caption alone and may take its place."""
         return self.text_attention.keys_values(text)
 
 
-class Text(NamedTuple):
-    """A batch of captions as the blocks take it."""
+class EncodedText(NamedTuple):
+    """A batch of captions as the blocks take it; see :meth:`DiT.encode_text`."""
 
-    pooled: Tensor | None  # (B, D), for the time embedding
-    for_blocks: Sequence[Tensor | KeysValues]  # one per block: tokens (B, L, D), or what the block looks up in them
+    pooled: Tensor | None  # (B, D), added to the time embedding
+    for_blocks: Sequence[Tensor | KeysValues]  # one per block: tokens (B, L, D), or their keys and values
     mask: Tensor | None  # (B, 1, 1, L), None where every token counts
+
+
+@dataclass
+class DiTOutput(Transformer2DModelOutput):
+    """``sample`` (B, C, H, W), and the outputs (B, N, D) of the blocks asked for, by number."""
+
+    activations: dict[int, Tensor] = field(default_factory=dict)
 
 
 class DiT(ModelMixin, ConfigMixin):
@@ -146,7 +152,6 @@ class DiT(ModelMixin, ConfigMixin):
                 f"model.denoiser: positions {positions} needs a width that is a multiple of 4 x {num_attention_heads} heads"
             )
         self.gradient_checkpointing = False
-        self._kept_texts: dict[tuple[int, int], tuple[Text, Tensor, Tensor | None]] | None = None
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, width)
@@ -188,20 +193,23 @@ class DiT(ModelMixin, ConfigMixin):
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | EncodedText,
         timestep: Tensor,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        return_activations: Sequence[int] = (),
+    ) -> DiTOutput | tuple[Tensor] | tuple[Tensor, dict[int, Tensor]]:
         """
         Args:
             hidden_states: noisy latents (B, C, H, W).
-            encoder_hidden_states: text embeddings (B, L, caption_channels).
+            encoder_hidden_states: text embeddings (B, L, caption_channels), or what :meth:`encode_text` made of them.
             timestep: (B,), in the units of the path's ``network_time``.
             encoder_attention_mask: (B, L), 1 where a token stands, 0 where padding does.
 
+            return_activations: blocks, by number from 0, whose outputs are wanted; nothing is kept of the others.
+
         Returns:
-            ``sample`` of shape (B, C, H, W).
+            ``sample`` (B, C, H, W), and ``activations`` of ``return_activations``: block number -> (B, N, D).
 
         Raises:
             UsageError: for sizes that the network cannot take.
@@ -212,47 +220,58 @@ class DiT(ModelMixin, ConfigMixin):
             raise UsageError(
                 f"latents of {tuple(hidden_states.shape[-2:])} are not divisible by patch_size {patch}; change either"
             )
+        if unknown := [number for number in return_activations if not 0 <= number < len(self.blocks)]:
+            raise UsageError(f"there is no block {unknown[0]} to return; give numbers from 0 to {len(self.blocks) - 1}")
         place = (height, width, config.sample_size // patch, hidden_states.device)
         # contiguous, else all that is added to it keeps the layout of an image: in bf16 on a CPU a forward took 1.4x as long
         x = self.patch_embed(hidden_states.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
         if "sincos" in config.positions:
             x = x + position_embedding(config.width, *place).to(x)
         rotation = rotary_embedding(config.width // config.num_attention_heads, *place) if "rope" in config.positions else None
-        text = self._text(encoder_hidden_states, encoder_attention_mask)
+        if isinstance(encoder_hidden_states, EncodedText):
+            text = encoder_hidden_states
+        else:
+            # on a GPU a look into the mask would make the host wait at every step
+            trim = encoder_hidden_states.device.type == "cpu"
+            text = self._embed_text(encoder_hidden_states, encoder_attention_mask, trim)
         time = self.time_embed(self.time_features(timestep.expand(len(x))).to(self.dtype))  # (B, D)
         if text.pooled is not None:
             time = time + text.pooled
         modulations = self.modulation(time).unflatten(1, (-1, 6, config.width)).unbind(1)  # one, or one per block: (B, 6, D)
         modulations *= len(self.blocks) // len(modulations)
-        for block, modulation, tokens in zip(self.blocks, modulations, text.for_blocks, strict=True):
+        activations = {}
+        for number, (block, modulation, tokens) in enumerate(zip(self.blocks, modulations, text.for_blocks, strict=True)):
             arguments = (x, modulation, tokens, text.mask, rotation)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
+            if number in return_activations:
+                activations[number] = x
         shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)  # each (B, 1, D)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, patch²·C)
         x = x.unflatten(1, (height, width)).unflatten(-1, (patch, patch, -1))  # (B, h, w, p, p, C)
         sample = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        if return_dict:
+            return DiTOutput(sample, activations)
+        return (sample, activations) if return_activations else (sample,)
 
-    def _text(self, embeddings: Tensor, mask: Tensor | None) -> Text:
-        """Embed the captions, unless :func:`text_computed_once` keeps them."""
-        kept = self._kept_texts
-        if kept is None or torch.is_grad_enabled():
-            # on a GPU a look into the mask would make the host wait at every step
-            return self._embed_text(embeddings, mask, trim=embeddings.device.type == "cpu")
-        name = (id(embeddings), id(mask))
-        if name not in kept:
-            if len(kept) == KEPT_TEXTS:  # of a caller who makes them anew at every step: nothing is gained, no memory lost
-                kept.pop(next(iter(kept)))
-            text = self._embed_text(embeddings, mask, trim=True)
-            looked_up = [block.look_up(tokens) for block, tokens in zip(self.blocks, text.for_blocks, strict=True)]
-            # the tensors are kept too: their ids are theirs only while they live
-            kept[name] = (text._replace(for_blocks=looked_up), embeddings, mask)
-        return kept[name][0]
+    @apply_forward_hook
+    def encode_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> EncodedText:
+        """The text embedding and every block's keys and values of a batch of captions.
 
-    def _embed_text(self, embeddings: Tensor, mask: Tensor | None, trim: bool) -> Text:
+        They depend on neither latents nor time: a sampler encodes a text once and passes the result to every call, in the
+        place of ``encoder_hidden_states``.
+
+        Args:
+            encoder_hidden_states: text embeddings (B, L, caption_channels).
+            encoder_attention_mask: (B, L), 1 for tokens and 0 for padding; None where every token counts.
+        """
+        text = self._embed_text(encoder_hidden_states, encoder_attention_mask, trim=True)
+        keys_values = [block.text_keys_values(tokens) for block, tokens in zip(self.blocks, text.for_blocks, strict=True)]
+        return text._replace(for_blocks=keys_values)
+
+    def _embed_text(self, embeddings: Tensor, mask: Tensor | None, trim: bool) -> EncodedText:
         """``trim``: cut what is padding in every caption, and do without a mask where all that is left are tokens."""
         if embeddings.shape[-1] != self.config.caption_channels:
             raise UsageError(
@@ -270,25 +289,7 @@ class DiT(ModelMixin, ConfigMixin):
         if self.pooled_embed is not None:
             weights = torch.ones_like(text[..., :1]) if weights is None else weights
             pooled = self.pooled_embed((text * weights).sum(1) / weights.sum(1).clamp(min=1))
-        return Text(pooled, [self.text_embed(text)] * len(self.blocks), mask)
-
-
-@contextmanager
-def text_computed_once(*denoisers: nn.Module) -> Iterator[None]:
-    """Within it every DiT among ``denoisers`` embeds each text and computes its keys and values once, while sampling.
-
-    A text is known by its two tensors, the very objects: pass the same ones at every step, and change neither them nor the
-    weights meanwhile. Networks that are no DiT, and calls with gradients, go on as ever.
-    """
-    dits = [module for denoiser in denoisers for module in denoiser.modules() if isinstance(module, DiT)]
-    before = [dit._kept_texts for dit in dits]
-    for dit in dits:
-        dit._kept_texts = {}
-    try:
-        yield
-    finally:
-        for dit, kept in zip(dits, before, strict=True):
-            dit._kept_texts = kept
+        return EncodedText(pooled, [self.text_embed(text)] * len(self.blocks), mask)
 
 
 def transformer_blocks(network: nn.Module) -> list[nn.Module]:

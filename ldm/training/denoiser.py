@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.diffusion.guidance import ClassifierFree, Condition, Guidance
+from ldm.diffusion.conditioning import Condition
+from ldm.diffusion.guidance import ClassifierFree, Guidance
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import ProbabilityPath
 from ldm.diffusion.prediction import Prediction

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# methods beside forward that a block is called by: an AutoencoderKL's, and of the blocks of our DiT
-CALLED_BESIDE_FORWARD = ("encode", "decode", "look_up")
+# methods beside forward that a module is called by: an AutoencoderKL's, a DiT's, and those of a DiT's blocks
+CALLED_BESIDE_FORWARD = ("encode", "decode", "encode_text", "text_keys_values")
 
 
 def shard(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:

@@ -5,18 +5,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from ldm.diffusion.conditioning import Condition, concatenate, denoise
 from ldm.diffusion.guidance import (
     AdaptiveProjected,
     ClassifierFree,
-    Condition,
     Conversion,
     Guidance,
     GuidedDenoiser,
     Interval,
     Rescale,
     ZeroStar,
-    concatenate,
-    denoise,
 )
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving, expand
 from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, V, Velocity

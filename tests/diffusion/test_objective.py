@@ -3,7 +3,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from ldm.diffusion.guidance import Condition
+from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Score, V, Velocity

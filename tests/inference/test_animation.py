@@ -10,7 +10,8 @@ from PIL import Image
 
 from ldm.cli import animation as command
 from ldm.cli.parser import Parser
-from ldm.diffusion.guidance import ClassifierFree, Condition, GuidedDenoiser, Interval
+from ldm.diffusion.conditioning import Condition
+from ldm.diffusion.guidance import ClassifierFree, GuidedDenoiser, Interval
 from ldm.diffusion.path import VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import Preconditioned, V
 from ldm.diffusion.scheduler import make_scheduler, samplers_for

@@ -10,7 +10,6 @@ from ldm.cli.parser import Parser
 from ldm.errors import UsageError
 from ldm.inference.attention_maps import attention_grid, attention_probabilities, draw_watched, watched_attention, word_tokens
 from ldm.inference.settings import GenerationSettings
-from ldm.models.dit import text_computed_once
 from ldm.models.layers import Attention, KeysValues
 from ldm.pipeline import LatentDiffusionPipeline
 
@@ -67,7 +66,7 @@ def test_a_token_that_wins_is_read_back_where_it_wins(tiny_dit):
 
 
 @torch.no_grad()
-def test_conditional_rows_and_real_tokens_alone_count_and_kept_texts_change_nothing(tiny_dit):
+def test_conditional_rows_and_real_tokens_alone_count_and_encoded_texts_change_nothing(tiny_dit):
     generator = torch.Generator().manual_seed(0)
     x, time = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([500.0, 500.0])
     texts = torch.randn(2, 5, 16, generator=generator)  # the null condition is the longer one
@@ -76,9 +75,10 @@ def test_conditional_rows_and_real_tokens_alone_count_and_kept_texts_change_noth
         tiny_dit(x[1:], texts[1:], time[1:], mask[1:])
     with watched_attention(tiny_dit, 1, 3) as guided:
         tiny_dit(x, texts, time, mask)
-    with text_computed_once(tiny_dit), watched_attention(tiny_dit, 1, 3) as kept:
+    encoded = tiny_dit.encode_text(texts, mask)
+    with watched_attention(tiny_dit, 1, 3) as kept:
         for _ in range(2):
-            tiny_dit(x, encoder_hidden_states=texts, timestep=time, encoder_attention_mask=mask)
+            tiny_dit(x, encoder_hidden_states=encoded, timestep=time)
     assert alone.mean().shape == (1, 16, 3) and (alone.count, kept.count) == (2, 4)
     torch.testing.assert_close(alone.mean().sum(-1), torch.ones(1, 16))
     for other in (guided, kept):

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
-from ldm.diffusion.guidance import Condition, denoise
+from ldm.diffusion.conditioning import Condition, denoise, denoise_with_activations, encode_condition
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.timesteps import Uniform
 from ldm.errors import UsageError
-from ldm.models.dit import KEPT_TEXTS, DiT, text_computed_once
+from ldm.models.dit import DiT
 from ldm.models.layers import FeedForward, position_embedding, rotary_embedding, rotate, scaled_dot_product_attention
 
 SIZES = {"sample_size": 8, "width": 32, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 16}
@@ -117,33 +117,37 @@ def test_padding_that_no_caption_needs_costs_nothing(tiny_dit):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tokens", [5, 3])
-def test_a_text_computed_once_says_the_same(randomised, variant, tokens):
+def test_an_encoded_text_gives_the_same_prediction(randomised, variant, tokens):
     dit = randomised(DiT(**SIZES, **variant)).eval()
     x, timestep, condition = inputs()
     condition.mask[1, tokens:] = 0
-    other = condition._replace(embeddings=condition.embeddings.flip(0).contiguous())
-    plain = [denoise(dit, x, t * timestep, text) for t in (1.0, 0.5) for text in (condition, other)]
+    plain = [denoise(dit, x, t * timestep, condition) for t in (1.0, 0.5)]
     calls = []
     for layer in (dit.text_embed, dit.blocks[1].text_attention.to_k):
         layer.register_forward_hook(lambda layer, *_: calls.append(layer))
-    with text_computed_once(torch.nn.Sequential(dit)):
-        kept = [denoise(dit, x, t * timestep, text) for t in (1.0, 0.5) for text in (condition, other)]
-    assert len(calls) == 2 * 2  # two texts, once each
-    for ours, theirs in zip(kept, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    # and nothing of it is left
-    dit.text_embed[1].bias.add_(1.0)
-    assert (denoise(dit, x, timestep, condition) - plain[0]).abs().max() > 1e-3
+    encoded = encode_condition(dit, condition)
+    for t, expected in zip((1.0, 0.5), plain, strict=True):
+        torch.testing.assert_close(denoise(dit, x, t * timestep, encoded), expected, rtol=1e-6, atol=1e-6)
+    assert len(calls) == 2  # each layer once
 
 
-def test_texts_made_anew_at_every_step_fill_no_memory_and_training_goes_on_as_ever(tiny_dit):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_the_outputs_of_the_blocks_asked_for(tiny_dit, checkpointing):
     x, timestep, condition = inputs()
-    with text_computed_once(tiny_dit):
-        with torch.no_grad():
-            outputs = [denoise(tiny_dit, x, timestep, condition._replace(mask=condition.mask.clone())) for _ in range(9)]
-        assert len(tiny_dit._kept_texts) == KEPT_TEXTS and all(torch.equal(output, outputs[0]) for output in outputs)
-        for _ in range(2):  # the graph is another one each time
-            denoise(tiny_dit, x, timestep, condition).sum().backward()
+    outputs = []
+    for block in tiny_dit.blocks:
+        block.register_forward_hook(lambda _, arguments, output: outputs.append(output))
+    if checkpointing:
+        tiny_dit.enable_gradient_checkpointing()
+    prediction, activations = denoise_with_activations(tiny_dit, x, timestep, condition, (1,))
+    assert list(activations) == [1] and activations[1].shape == (3, 16, 32) and torch.equal(activations[1], outputs[1])
+    assert torch.equal(prediction, denoise(tiny_dit, x, timestep, condition))
+    assert tiny_dit(x, condition.embeddings, timestep, condition.mask).activations == {}
+    assert list(tiny_dit(x, condition.embeddings, timestep, return_activations=[0, 1]).activations) == [0, 1]
+    activations[1].sum().backward()
+    assert tiny_dit.blocks[1].feed_forward[0].weight.grad.any() and tiny_dit.proj_out.weight.grad is None
+    with pytest.raises(UsageError, match="there is no block 2 to return; give numbers from 0 to 1"):
+        denoise_with_activations(tiny_dit, x, timestep, condition, (2,))
 
 
 @torch.no_grad()
@@ -215,8 +219,9 @@ def test_its_call_is_that_of_pixart():
         "timestep",
         "encoder_attention_mask",
         "return_dict",
+        "return_activations",
     ]
-    assert ours.keys() <= theirs.keys()
+    assert ours.keys() - {"return_activations"} <= theirs.keys()
     assert ours["return_dict"].default is theirs["return_dict"].default is True
 
 

@@ -54,7 +54,7 @@ import yaml
 from lightning import Callback, Trainer
 
 from ldm.cli import dispatch
-from ldm.diffusion.guidance import denoise
+from ldm.diffusion.conditioning import denoise
 from ldm.diffusion.path import expand
 from ldm.diffusion.scheduler import make_scheduler
 from ldm.evaluation.evaluate import generate_from_captions, shape_accuracy
