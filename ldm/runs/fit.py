@@ -24,13 +24,21 @@ from ldm.files import atomic_folder, require_new_folder
 from ldm.machine import bf16_pays
 from ldm.runs.callbacks import AverageSnapshots, ModelFlops, PreviewGrid, ProgressLine
 from ldm.runs.checkpoints.callback import Checkpoints
-from ldm.runs.checkpoints.files import checkpoint_summary, latest_checkpoint, load_checkpoint
+from ldm.runs.checkpoints.files import (
+    candidates,
+    checkpoint_summary,
+    latest_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    require_whole,
+)
+from ldm.runs.checkpoints.sharded import read_sharded
 from ldm.runs.faults import explained
-from ldm.runs.layout import RunFolder, checkpoints_in
+from ldm.runs.layout import RunFolder, is_checkpoint, step_of
 from ldm.runs.lightning_private import set_ddp_options
 from ldm.runs.logging import loggers, recorded
 from ldm.runs.preemption import Preemption
-from ldm.runs.strategies import FullySharded, read_sharded
+from ldm.runs.strategies import FullySharded
 from ldm.runs.torchrun import run_under_torchrun
 from ldm.training.base import TrainingModule
 from ldm.training.fsdp import is_sharded
@@ -110,10 +118,6 @@ class FitCLI(LightningCLI):
         run_under_torchrun([self._model_class.command, *self.arguments], options.trainer)
         self._find_checkpoint()
         self.fresh = self.checkpoint is None
-        if options.resume and not self.fresh and self.resumed_at >= options.trainer.max_steps and self.product.is_dir():
-            # a job that is put in a queue again and again must find its end
-            print(f"{options.out} is finished: {self.product}")
-            raise SystemExit(0)
         self.made_folder = not Path(options.out).exists() or not any(Path(options.out).iterdir())
         # the first process alone: by the time another one looks, the folder is already this run's
         if rank_zero_only.rank == 0:
@@ -152,36 +156,52 @@ class FitCLI(LightningCLI):
         options.trainer.default_root_dir = options.out
 
     def _find_checkpoint(self) -> None:
-        """What to go on from, by ``--resume`` or ``--ckpt_path``, and how many steps that has; None where there is nothing."""
-        options = self.options
+        """What to resume from, by ``--resume`` or ``--ckpt_path``, and how many steps that has; None where there is nothing.
+
+        The first process alone chooses and verifies; the others take its choice when the checkpoint is loaded.
+        """
+        options, first = self.options, rank_zero_only.rank == 0
         folder = self.folder.checkpoints_folder
         self.checkpoint = options.ckpt_path and Path(options.ckpt_path)
         self.resumed_at: int | None = None
         if options.resume and self.checkpoint:
-            raise UsageError("--resume and --ckpt_path both say what to go on from; give one")
+            raise UsageError("--resume and --ckpt_path both say what to resume from; give one")
         if options.resume and options.resume != LATEST:
             self.checkpoint = Path(options.resume)
             if not self.checkpoint.exists():
                 raise UsageError(f"--resume {self.checkpoint} does not exist; give latest, or one of {folder}")
-        elif options.resume and checkpoints_in(folder):
-            self.checkpoint = latest_checkpoint(folder)
-        elif options.resume and rank_zero_only.rank == 0:
-            print(f"{options.out}: no checkpoint to go on from yet; starting from nothing")
-        if self.checkpoint:
-            content = load_checkpoint(self.checkpoint, mmap=True)  # on every process, for a few figures
+        elif options.resume and (found := candidates(folder)):
+            self.checkpoint = found[-1]
+        elif options.resume and first:
+            print(f"{options.out}: no checkpoint to resume from yet; starting from nothing")
+        if not self.checkpoint:
+            return
+        if options.resume:
+            self._leave_where_finished(self.checkpoint)
+        if first:
+            if options.resume == LATEST:
+                self.checkpoint = latest_checkpoint(folder)
+            content = load_checkpoint(self.checkpoint, mmap=True)  # for a few values
             self.resumed_at = content["global_step"]
             self._require_its_optimiser(content)
-            if rank_zero_only.rank == 0:
-                print(f"going on from {self.checkpoint}: {checkpoint_summary(content)}")
+            print(f"resuming from {self.checkpoint}: {checkpoint_summary(content)}")
+
+    def _leave_where_finished(self, checkpoint: Path) -> None:
+        """A job that is put in a queue again and again must find its end."""
+        name = checkpoint.resolve()  # of last.ckpt
+        step = step_of(name) if is_checkpoint(name) else read_checkpoint(checkpoint, mmap=True)["global_step"]
+        if step >= self.options.trainer.max_steps and self.product.is_dir():
+            print(f"{self.options.out} is finished: {self.product}")
+            raise SystemExit(0)
 
     def _require_its_optimiser(self, checkpoint: dict[str, Any]) -> None:
         """Moments of one optimiser are none of the other's; torch would only say that their number is not the same."""
         asked = self.options.model.optimiser.muon_learning_rate is not None
         rates = checkpoint["lr_schedulers"][0]["base_lrs"]  # the second is Muon's
         if (len(rates) > 1) != asked:
-            how, mend = ("without", "null") if asked else ("with", f"{rates[1]:g}")
+            how, fix = ("without", "null") if asked else ("with", f"{rates[1]:g}")
             raise UsageError(
-                f"{self.checkpoint} was trained {how} Muon: give --model.optimiser.muon_learning_rate {mend} to go on from it"
+                f"{self.checkpoint} was trained {how} Muon: give --model.optimiser.muon_learning_rate {fix} to resume from it"
             )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -224,10 +244,6 @@ class FitCLI(LightningCLI):
             set_ddp_options(
                 trainer.strategy, find_unused_parameters=self._model_class.find_unused_parameters, forward_sync_buffers=False
             )
-        sharded = isinstance(trainer.strategy, FullySharded)
-        if self.checkpoint is not None and self.checkpoint.is_dir() != sharded:
-            kind, needs = ("one file, of one process or ddp", "ddp") if sharded else ("sharded", "fsdp")
-            raise UsageError(f"{self.checkpoint} is {kind}; go on from it with trainer.strategy {needs}")
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -303,7 +319,8 @@ class ExportCLI(FitCLI):
 
     def read(self) -> dict[str, Any]:
         """The checkpoint, verified; of a sharded one the whole."""
-        return (read_sharded if self.checkpoint.is_dir() else load_checkpoint)(self.checkpoint)
+        require_whole(self.checkpoint)
+        return (read_sharded if self.checkpoint.is_dir() else read_checkpoint)(self.checkpoint)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

@@ -90,6 +90,11 @@ def checkpoint_name(step: int) -> str:
     return f"step={step:08d}.ckpt"
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint."""
+    return _CHECKPOINT.fullmatch(path.name) is not None
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     match = _CHECKPOINT.fullmatch(checkpoint.name)

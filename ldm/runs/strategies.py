@@ -1,6 +1,7 @@
 """FSDP2 as a strategy of Lightning's trainer, with checkpoints that every process writes its shards of.
 
-Checkpoints are folders of :mod:`torch.distributed.checkpoint`; a run resumes from them on any number of processes.
+Checkpoints are folders of :mod:`torch.distributed.checkpoint`; a run resumes from them on any
+number of processes, under FSDP or DDP, and under FSDP from the file of a run on one process or under DDP.
 """
 
 from __future__ import annotations
@@ -12,15 +13,12 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ldm.errors import UsageError
-from ldm.runs.checkpoints.files import load_checkpoint
-from ldm.runs.checkpoints.sharded import sharded_checkpoint
-from ldm.runs.lightning_private import load_sharded_checkpoint
-from ldm.training.fsdp import like
-
-# prefix of the averages' shards among the weights of a checkpoint
-AVERAGES = "average."
+from ldm.runs.checkpoints.files import read_checkpoint, require_whole_together
+from ldm.runs.checkpoints.sharded import AVERAGES, OPTIMISER, each_average, shard_optimiser_state, sharded_checkpoint
+from ldm.training.fsdp import like, piece_like
 
 
 class FullySharded(ModelParallelStrategy):
@@ -38,30 +36,66 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """A folder of every process's pieces, the averages' among the weights'."""
+        """A folder of every process's shards, the averages' among the weights'."""
         checkpoint["state_dict"] |= self._averages()
-        for average in _each(checkpoint["average"]):
+        for average in each_average(checkpoint["average"]):
             average["shadow_params"] = None
         with sharded_checkpoint(Path(self.broadcast(filepath))) as folder:
             super().save_checkpoint(checkpoint, folder, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Weights, optimiser and averages in their places; returns what else there was."""
-        # verified: torch unpickles a part of what follows
-        saved = [*load_checkpoint(Path(checkpoint_path), mmap=True)["average"].get("power_function", {})]
+        path = require_whole_together(Path(checkpoint_path))  # torch unpickles a part of what follows
+        return self._load_sharded(path) if path.is_dir() else self._load_file(path)
+
+    def _load_file(self, path: Path) -> dict[str, Any]:
+        """Of a run on one process or under DDP: each process takes its shard of everything."""
+        assert self.model is not None and self.lightning_module is not None
+        checkpoint = read_checkpoint(path, mmap=True)
+        own = self.lightning_module.state_dict()
+        weights = {
+            name: like(piece_like(weight, own[name]), own[name]) if name in own else weight
+            for name, weight in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(own | weights if own.keys() - weights.keys() <= self._frozen() else weights)
+        for optimiser, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimiser.load_state_dict(shard_optimiser_state(state, optimiser))
+        parameters = [*self.lightning_module.average.network.parameters()]
+        for average in each_average(checkpoint["average"]):
+            shadows = zip(average["shadow_params"], parameters, strict=True)
+            average["shadow_params"] = [piece_like(shadow, parameter).clone() for shadow, parameter in shadows]
+        return checkpoint
+
+    def _load_sharded(self, path: Path) -> dict[str, Any]:
+        checkpoint = read_checkpoint(path)
+        saved = [*checkpoint["average"].get("power_function", {})]
         ours = [repr(sigma_rel) for sigma_rel in self.lightning_module.average.power]
         if saved != ours:
             raise UsageError(
-                f"{checkpoint_path} keeps averages of sigma_rel {', '.join(saved) or 'none'}, model.power_averages asks for "
+                f"{path} keeps averages of sigma_rel {', '.join(saved) or 'none'}, model.power_averages asks for "
                 f"{', '.join(ours) or 'none'}; sharded, they must be the same"
             )
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=True)
-        if Path(checkpoint_path).is_dir():
-            # into the very tensors that the averages are kept in
-            dcp.load({"state_dict": self._averages()}, checkpoint_id=checkpoint_path)
-            for average, ema in zip(_each(checkpoint["average"]), self.lightning_module.average.all(), strict=True):
-                average["shadow_params"] = ema.shadow_params
+        assert self.model is not None and self.lightning_module is not None
+        # into the very tensors that the network and the averages are kept in
+        frozen = self._frozen()
+        weights = {name: weight for name, weight in self.lightning_module.state_dict().items() if name not in frozen}
+        dcp.load({"state_dict": weights | self._averages()}, checkpoint_id=path)
+        for number, optimiser in enumerate(self.optimizers):
+            states = {f"{OPTIMISER}{number}": get_optimizer_state_dict(self.model, optimiser)}
+            dcp.load(states, checkpoint_id=path)
+            set_optimizer_state_dict(self.model, optimiser, states[f"{OPTIMISER}{number}"])
+        for average, ema in zip(each_average(checkpoint["average"]), self.lightning_module.average.all(), strict=True):
+            average["shadow_params"] = ema.shadow_params
         return checkpoint
+
+    def _frozen(self) -> set[str]:
+        """Names of the weights of networks that nothing is trained of, which are not in checkpoints."""
+        return {
+            f"{part}.{name}"
+            for part, network in self.lightning_module.named_children()
+            if not any(parameter.requires_grad for parameter in network.parameters())
+            for name in network.state_dict()
+        }
 
     def _averages(self) -> dict[str, Tensor]:
         average = self.lightning_module.average
@@ -70,20 +104,3 @@ class FullySharded(ModelParallelStrategy):
             for number, ema in enumerate(average.all())
             for index, (shadow, parameter) in enumerate(zip(ema.shadow_params, average.network.parameters(), strict=True))
         }
-
-
-def read_sharded(folder: Path) -> dict[str, Any]:
-    """A checkpoint of :class:`FullySharded` as that of one process, its pieces put together on the CPU."""
-    load_checkpoint(folder)  # verified
-    checkpoint = load_sharded_checkpoint(folder)
-    weights = checkpoint["state_dict"]
-    for number, average in enumerate(_each(checkpoint["average"])):
-        start = f"{AVERAGES}{number}."
-        pieces = {int(name.removeprefix(start)): weights.pop(name) for name in [*weights] if name.startswith(start)}
-        average["shadow_params"] = [pieces[index] for index in sorted(pieces)]
-    return checkpoint
-
-
-def _each(averages: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of all averages in the order of :meth:`ldm.training.ema.Average.all`."""
-    return [averages, *averages.get("power_function", {}).values()]

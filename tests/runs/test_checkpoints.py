@@ -17,20 +17,24 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import save as save_shards
 from torch.utils.data import DataLoader
 
 from ldm.errors import LdmError, UsageError
+from ldm.files import sha256_file
+from ldm.runs.checkpoints import files
 from ldm.runs.checkpoints.callback import Checkpoints
 from ldm.runs.checkpoints.files import (
-    VerifiedCheckpointIO,
+    FORMAT_VERSION,
+    VERSION_KEY,
     checkpoint_summary,
     latest_checkpoint,
     load_checkpoint,
     point,
     sidecar,
 )
+from ldm.runs.checkpoints.io import VerifiedCheckpointIO
 from ldm.runs.checkpoints.sharded import sharded_checkpoint
 from ldm.runs.layout import checkpoint_name, checkpoints_in, step_of
 from ldm.runs.lightning_private import skip_next_validation
@@ -317,6 +321,56 @@ def test_a_sharded_checkpoint_is_a_folder_that_is_whole_or_not_there(tmp_path: P
         load_checkpoint(path)
     VerifiedCheckpointIO().remove_checkpoint(path)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_checkpoint_of_a_newer_ldm_is_refused_by_name_and_one_without_a_version_is_read(tmp_path: Path) -> None:
+    fit(tmp_path / "run", max_steps=1)
+    content = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert content.pop(VERSION_KEY) == FORMAT_VERSION
+    path = tmp_path / checkpoint_name(1)
+    VerifiedCheckpointIO().save_checkpoint(content, path)
+    assert load_checkpoint(path)["global_step"] == 1
+    VerifiedCheckpointIO().save_checkpoint({**content, VERSION_KEY: FORMAT_VERSION + 1}, path)
+    with pytest.raises(LdmError, match=rf"{path}: the checkpoint has format version 2, .*reads up to 1; install the newer ldm"):
+        load_checkpoint(path)
+
+
+def test_to_resume_a_checkpoint_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is chosen; not where it is described, nor where it is loaded."""
+    fit(tmp_path, max_steps=2)
+    hashed: list[Path] = []
+    monkeypatch.setattr(files, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    last = latest_checkpoint(tmp_path / "checkpoints")
+    assert load_checkpoint(last, mmap=True)["global_step"] == 2
+    fit(tmp_path, resume=last, max_steps=2)
+    assert hashed == [last]
+
+
+def verify(rank: int, folder: Path) -> None:
+    """One of two processes, each with its own guess at the latest checkpoint."""
+    hashed: list[Path] = []
+    files.sha256_file = lambda path: hashed.append(path) or sha256_file(path)
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    for first, broken in ((1, False), (2, True)):
+        try:
+            path = files.require_whole_together(folder / checkpoint_name(first if rank == 0 else 2))
+            said = path.name
+        except UsageError as error:
+            assert broken
+            said = str(error)
+        (folder / f"said-{rank}-{first}").write_text(said)
+    (folder / f"hashed-{rank}").write_text(str(len(hashed)))
+    distributed.destroy_process_group()
+
+
+def test_of_two_processes_the_first_alone_hashes_and_both_take_its_checkpoint_or_its_error(tmp_path: Path) -> None:
+    _, second = saved(tmp_path, 1, 2)
+    flip_byte(second)
+    torch.multiprocessing.spawn(verify, (tmp_path,), nprocs=2)
+    said = {number: [(tmp_path / f"said-{rank}-{number}").read_text() for rank in (0, 1)] for number in (1, 2)}
+    assert said[1] == [checkpoint_name(1)] * 2
+    assert said[2][0] == said[2][1] and f"{second} is broken" in said[2][0]
+    assert [(tmp_path / f"hashed-{rank}").read_text() for rank in (0, 1)] == ["2", "0"]
 
 
 # -- a run that goes on ----------------------------------------------------------------------------------------------------

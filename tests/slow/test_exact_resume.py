@@ -94,10 +94,10 @@ def test_killed_at_random_steps_and_resumed(tiny_runs: TinyRuns, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_optimiser_is_refused_with_the_mend(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_optimiser_is_refused_with_the_fix(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     status, said = run(tiny_runs.command("denoiser", tmp_path / "run", steps=2), tmp_path)
     assert status == 0, said
     adamw = ["--resume", "latest", "--model.optimiser.muon_learning_rate", "null"]
     status, said = run(tiny_runs.command("denoiser", tmp_path / "run", *adamw, steps=4), tmp_path)
     assert status == 2 and said.count("\n") == 1, said
-    assert "was trained with Muon: give --model.optimiser.muon_learning_rate 0.004 to go on from it" in said
+    assert "was trained with Muon: give --model.optimiser.muon_learning_rate 0.004 to resume from it" in said

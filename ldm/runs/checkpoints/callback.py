@@ -13,13 +13,15 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ldm.errors import LdmError, UsageError
 from ldm.runs.checkpoints.files import (
-    VerifiedCheckpointIO,
+    FORMAT_VERSION,
+    VERSION_KEY,
     disk_error,
     point,
     raise_together,
     remove_checkpoint,
     remove_leftovers,
 )
+from ldm.runs.checkpoints.io import VerifiedCheckpointIO
 from ldm.runs.layout import BEST_CHECKPOINT, LAST_CHECKPOINT, RunFolder, checkpoint_name, checkpoints_in, step_of
 from ldm.runs.lightning_private import accumulates, current_hook, validate_first, validation_is_due, writes_shards
 
@@ -219,6 +221,9 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._best_value, self._kept = state["best_value"], list(state["kept"])
         self._seconds, self._owes_validation = state["seconds_since_kept"], state["owes_validation"]
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[VERSION_KEY] = FORMAT_VERSION
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_step = checkpoint["global_step"]

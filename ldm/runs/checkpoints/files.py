@@ -13,27 +13,28 @@ import os
 import pickle
 import shutil
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, distributed
+from torch import distributed
 
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import atomic_file, fsync_folder, sha256_file
+from ldm.files import atomic_file, fsync_folder, require_version, sha256_file
 from ldm.runs.layout import LAST_CHECKPOINT, checkpoints_in, step_of
 
 log = logging.getLogger(__name__)
 
 SIDECAR = ".sha256"
+#: of what a checkpoint holds; a newer one is refused
+FORMAT_VERSION, VERSION_KEY = 1, "format_version"
 # of a sharded checkpoint: what is not sharded (Lightning's name), and the index of what is (torch's)
 UNSHARDED, INDEX = "meta.pt", ".metadata"
 
-MENDS = {
+REMOVE = "remove it and resume from the one before: --resume latest"
+
+FIXES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there, or have the quota raised",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
@@ -87,6 +88,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
                 raise writer.error
             file.flush()
             os.fsync(file.fileno())  # before the sidecar vouches for it
+            if path.is_dir():  # a sharded one of another course of the run
+                remove_checkpoint(path)
             write_sidecar(path, {path.name: writer.digest.hexdigest()})
         what = what_is_broken(path)
     except OSError as error:
@@ -104,57 +107,8 @@ def write_sidecar(path: Path, hashes: dict[str, str]) -> None:
 def disk_error(path: Path, error: OSError, size: int | None = None) -> LdmError:
     """What to say of a checkpoint that the disk did not take; ``size`` in bytes, where it is known."""
     why = f"{error.strerror or first_line(error)}{f', it takes {size:,} bytes' if size else ''}"
-    mend = MENDS.get(error.errno, "see that files can be written there")
-    return LdmError(f"{path} could not be written ({why}); {mend}, then go on: --resume latest")
-
-
-class VerifiedCheckpointIO(CheckpointIO):
-    """Lightning's way to files. In the background, one write at a time.
-
-    Lightning's AsyncCheckpointIO does not say when a write is done, tells of a failed one at the next, and copies on the
-    device, where memory is short; here the copy is the host's.
-    """
-
-    def __init__(self, background: bool = False):
-        """
-        Args:
-            background: write in a thread, from a copy in the host's memory.
-        """
-        self.background = background
-        self._executor: ThreadPoolExecutor | None = None
-        self._write: Future[None] | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        if not self.background:
-            write_checkpoint(checkpoint, Path(path))
-            return
-        self.wait()
-        copy = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-        self._executor = self._executor or ThreadPoolExecutor(1, "checkpoint")
-        self._write = self._executor.submit(write_checkpoint, copy, Path(path))
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether a write in the background is still under way."""
-        return self._write is not None and not self._write.done()
-
-    def wait(self) -> None:
-        """Until the write in the background is done. Raises its error."""
-        write, self._write = self._write, None
-        if write is not None:
-            write.result()
-
-    def load_checkpoint(
-        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Onto the host, verified, and never with more than weights and plain values, whatever is asked for."""
-        return load_checkpoint(Path(path))
-
-    def remove_checkpoint(self, path: str | os.PathLike) -> None:
-        remove_checkpoint(Path(path))
-
-    def teardown(self) -> None:
-        self.wait()
+    fix = FIXES.get(error.errno, "see that files can be written there")
+    return LdmError(f"{path} could not be written ({why}); {fix}, then resume: --resume latest")
 
 
 def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -162,15 +116,66 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         UsageError: where it is not whole.
+        LdmError: where a newer ldm wrote it.
     """
-    mend = "remove it and go on from the one before: --resume latest"
-    if what := what_is_broken(path):
-        raise UsageError(f"{path} {what}; {mend}")
+    require_whole(path)
+    return read_checkpoint(path, mmap)
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """As :func:`load_checkpoint`, of a checkpoint that is verified already."""
     try:
         file = path / UNSHARDED if path.is_dir() else path
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UsageError(f"{path} is not a checkpoint of a run ({first_line(error)}); {mend}") from error
+        raise UsageError(f"{path} is not a checkpoint of a run ({first_line(error)}); {REMOVE}") from error
+    require_version(content.get(VERSION_KEY), FORMAT_VERSION, f"{path}: the checkpoint")
+    return content
+
+
+def require_whole(path: Path) -> None:
+    """Raise :class:`UsageError` for a checkpoint that is not whole. One that this process has verified is not hashed again."""
+    if what := _verify(path):
+        raise UsageError(f"{path} {what}; {REMOVE}")
+
+
+def require_whole_together(path: Path) -> Path:
+    """The first process's ``path``, which it alone has verified; every process calls it, and waits for the verdict.
+
+    Raises:
+        UsageError: on every process, where the checkpoint is not whole.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        require_whole(path)
+        return path
+    verdict: list[tuple[str, str | None] | None] = [None]
+    if distributed.get_rank() == 0:
+        verdict = [(str(path), _verify(path))]
+    distributed.broadcast_object_list(verdict, src=0)
+    assert verdict[0] is not None
+    path, what = Path(verdict[0][0]), verdict[0][1]
+    if what:
+        raise UsageError(f"{path} {what}; {REMOVE}")
+    return path
+
+
+# of the checkpoints that this process has verified: what their files looked like then
+_verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
+
+
+def _verify(path: Path) -> str | None:
+    """As :func:`what_is_broken`, once for each checkpoint as long as its files do not change."""
+    path = path.resolve()
+    if not path.exists():
+        return what_is_broken(path)
+    files = [*files_of(path).values(), *[each for each in [sidecar(path)] if each.exists()]]
+    seen = tuple((str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
+    if _verified.get(path) == seen:
+        return None
+    what = what_is_broken(path)
+    if what is None:
+        _verified[path] = seen
+    return what
 
 
 def what_is_broken(path: Path) -> str | None:
@@ -227,20 +232,27 @@ def point(link: Path, target: Path) -> None:
     fsync_folder(link.parent)
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of a folder: of those up to ``last.ckpt``, the last that was written.
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints of a folder that a run may resume from, the oldest first, whole or not: those up to ``last.ckpt``.
 
-    Later steps than that are of another course of the run, which was gone back from. A warning names each broken one.
-
-    Raises:
-        UsageError: there is none.
+    Later steps are of another course of the run, which an earlier ``--resume`` left.
     """
     found = checkpoints_in(folder)
     last = (folder / LAST_CHECKPOINT).resolve()
     if last.name in [path.name for path in found]:
         found = [path for path in found if step_of(path) <= step_of(last)]
+    return found
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest of :func:`candidates` that is whole. A warning names each broken one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = candidates(folder)
     for path in reversed(found):
-        what = what_is_broken(path)
+        what = _verify(path)
         if what is None:
             return path
         if rank_zero_only.rank == 0:

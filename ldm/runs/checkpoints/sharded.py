@@ -1,4 +1,8 @@
-"""Checkpoints that every process writes its part of: a folder of torch.distributed.checkpoint, whole or not there."""
+"""Checkpoints that every process writes its part of: a folder of torch.distributed.checkpoint, whole or not there.
+
+A run resumes from one on any number of processes, under FSDP or without (:func:`read_sharded`); and from a checkpoint in one
+file under FSDP (:func:`shard_optimiser_state`).
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,29 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
 
 from ldm.errors import LdmError, first_line
 from ldm.files import fsync_folder, sha256_file
-from ldm.runs.checkpoints.files import disk_error, files_of, raise_together, remove_checkpoint, write_sidecar
+from ldm.runs.checkpoints.files import (
+    disk_error,
+    files_of,
+    raise_together,
+    read_checkpoint,
+    remove_checkpoint,
+    write_sidecar,
+)
+from ldm.runs.lightning_private import load_sharded_checkpoint
+from ldm.training.fsdp import like, piece_like
+
+#: prefix of the averages' shards among the weights of a checkpoint
+AVERAGES = "average."
+#: prefix of an optimiser's state, as Lightning names it
+OPTIMISER = "optimizer_"
 
 
 @contextmanager
@@ -54,7 +74,7 @@ def _explain(path: Path, failure: BaseException) -> LdmError:
     cause = next((cause for cause in failures if isinstance(cause, OSError)), failures[0])
     if isinstance(cause, OSError):
         return disk_error(path, cause)
-    return LdmError(f"{path} could not be written ({first_line(cause)}); see that there is room, then go on: --resume latest")
+    return LdmError(f"{path} could not be written ({first_line(cause)}); see that there is room, then resume: --resume latest")
 
 
 def _seal(temporary: Path, path: Path) -> None:
@@ -70,3 +90,47 @@ def _seal(temporary: Path, path: Path) -> None:
     write_sidecar(path, hashes)
     os.rename(temporary, path)
     fsync_folder(path.parent)
+
+
+def read_sharded(folder: Path) -> dict[str, Any]:
+    """A sharded checkpoint, verified already, as that of one process: its shards put together on the host."""
+    read_checkpoint(folder)  # of a format that is known
+    checkpoint = load_sharded_checkpoint(folder)
+    weights = checkpoint["state_dict"]
+    for number, average in enumerate(each_average(checkpoint["average"])):
+        start = f"{AVERAGES}{number}."
+        shadows = {int(name.removeprefix(start)): weights.pop(name) for name in [*weights] if name.startswith(start)}
+        average["shadow_params"] = [shadows[index] for index in sorted(shadows)]
+    count = sum(name.startswith(OPTIMISER) for name in checkpoint)
+    checkpoint["optimizer_states"] = [_by_number(checkpoint.pop(f"{OPTIMISER}{number}")) for number in range(count)]
+    return checkpoint
+
+
+def _by_number(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state by the names of parameters, as torch's own: by their numbers, through all groups."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {numbers[name]: values for name, values in state["state"].items()}, "param_groups": groups}
+
+
+def shard_optimiser_state(state: dict[str, Any], optimiser: Optimizer) -> dict[str, Any]:
+    """The state of one process, its moments sharded as the parameters of ``optimiser`` are."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+    def sharded(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:  # the number of steps
+            return value
+        return like(piece_like(value, parameter).clone(), parameter)
+
+    return state | {
+        "state": {
+            number: {name: sharded(value, parameters[number]) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+    }
+
+
+def each_average(averages: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of all averages in the order of :meth:`ldm.training.ema.Average.all`."""
+    return [averages, *averages.get("power_function", {}).values()]

@@ -1,0 +1,68 @@
+"""Lightning's plugin for checkpoints, over :mod:`ldm.runs.checkpoints.files`."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from ldm.runs.checkpoints.files import read_checkpoint, remove_checkpoint, require_whole_together, write_checkpoint
+from ldm.runs.checkpoints.sharded import read_sharded
+
+
+class VerifiedCheckpointIO(CheckpointIO):
+    """Lightning's way to files. In the background, one write at a time.
+
+    Lightning's AsyncCheckpointIO does not say when a write is done, tells of a failed one at the next, and copies on the
+    device, where memory is short; here the copy is the host's.
+    """
+
+    def __init__(self, background: bool = False):
+        """
+        Args:
+            background: write in a thread, from a copy in the host's memory.
+        """
+        self.background = background
+        self._executor: ThreadPoolExecutor | None = None
+        self._write: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        if not self.background:
+            write_checkpoint(checkpoint, Path(path))
+            return
+        self.wait()
+        copy = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        self._executor = self._executor or ThreadPoolExecutor(1, "checkpoint")
+        self._write = self._executor.submit(write_checkpoint, copy, Path(path))
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write in the background is still under way."""
+        return self._write is not None and not self._write.done()
+
+    def wait(self) -> None:
+        """Until the write in the background is done. Raises its error."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
+
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Onto the host, verified by the first process, and never with more than weights and plain values.
+
+        A sharded checkpoint comes as that of one process.
+        """
+        path = require_whole_together(Path(path))
+        return read_sharded(path) if path.is_dir() else read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | os.PathLike) -> None:
+        remove_checkpoint(Path(path))
+
+    def teardown(self) -> None:
+        self.wait()
