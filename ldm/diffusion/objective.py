@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from ldm.diffusion.conditioning import Condition, denoise
+from ldm.diffusion.conditioning import Condition, denoise_with_activations
 from ldm.diffusion.path import ProbabilityPath, expand
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.timesteps import TimestepSampler
@@ -85,7 +85,8 @@ class DenoisingObjective:
         x_t = path.sample(x0, eps, t)
         target = self.prediction.target(path, x0, eps, t)
         scale = expand(path.input_scale(t), x_t)
-        prediction, activations = denoise(denoiser, scale * x_t, path.network_time(t), condition).float(), {}
+        prediction, activations = denoise_with_activations(denoiser, scale * x_t, path.network_time(t), condition, blocks)
+        prediction = prediction.float()
         unweighted = (prediction - target).square().flatten(1).mean(1)
         loss = unweighted if self.weighting is None else self.weighting(path, self.prediction, t) * unweighted
         if self.direction_weight:

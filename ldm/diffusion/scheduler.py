@@ -7,6 +7,7 @@ that any other sampler can be derived later: ``make_scheduler("unipc", *pipeline
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ldm.diffusion import path as paths
-from ldm.diffusion import prediction as predictions
 from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, ProbabilityPath, RectifiedFlow, VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Prediction, V, Velocity
 from ldm.errors import UsageError
@@ -165,15 +164,13 @@ def diffusion_config(path: ProbabilityPath, prediction: Prediction) -> dict[str,
 
 
 def diffusion_from(description: dict[str, dict[str, Any]]) -> Diffusion:
-    """Path and prediction of what :func:`diffusion_config` gave; only classes of :mod:`ldm.diffusion` are made.
+    """Path and prediction of what :func:`diffusion_config` gave; only classes of modules that are imported are made.
 
     Raises:
         UsageError: for anything else.
     """
     try:
-        return Diffusion(
-            _make(description["path"], paths, ProbabilityPath), _make(description["prediction"], predictions, Prediction)
-        )
+        return Diffusion(_make(description["path"], ProbabilityPath), _make(description["prediction"], Prediction))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(
             f"diffusion of model_index.json cannot be read ({type(error).__name__}: {error}); restore it"
@@ -256,9 +253,10 @@ def _describe(part: ProbabilityPath | Prediction) -> dict[str, Any]:
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": settings}
 
 
-def _make(description: dict[str, Any], module: Any, base: type) -> Any:
-    folder, _, name = description["class_path"].rpartition(".")
-    kind = getattr(module, name) if folder == module.__name__ else None
+def _make(description: dict[str, Any], base: type) -> Any:
+    """Of a module that is imported already: a file that is read must not decide what code runs."""
+    module, _, name = description["class_path"].rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
     if not (inspect.isclass(kind) and issubclass(kind, base)):
-        raise ValueError(f"{description['class_path']} is not a {base.__name__} of {module.__name__}")
+        raise ValueError(f"{description['class_path']} is no {base.__name__}, or its module must be imported first")
     return kind(**description["init_args"])
