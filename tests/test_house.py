@@ -1,4 +1,4 @@
-"""The floors of DESIGN.md: a file imports only from floors below its own, or from its own box; no circles."""
+"""The floors of the README's tree: a file imports only from floors below its own, or from its own box; no circles."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -109,7 +109,7 @@ def test_the_rule_itself():
 def test_every_file_stands_on_a_floor():
     assert [name for name in MODULES if name not in EXEMPT | GROUND and box_of(name) is None] == []
     assert MODULES.keys() >= GROUND
-    # and every box of the plan is there
+    # and every box of the table is there
     assert {box_of(name) for name in MODULES} >= BOXES.keys()
 
 
@@ -141,3 +141,37 @@ def test_lightning_stays_in_training_and_above():
 def test_data_knows_no_models():
     models = {"transformers", "diffusers", "lpips", "torchmetrics"}
     assert {name: packages(name) & models for name in MODULES if box_of(name) == "ldm.data" and packages(name) & models} == {}
+
+
+def test_the_tree_of_the_readme_shows_every_room():
+    readme = (ROOT.parent / "README.md").read_text()
+    rooms = [box.removeprefix("ldm.") for box in BOXES] + [name.removeprefix("ldm.") for name in GROUND]
+    assert [room for room in rooms if room not in readme[readme.index("ldm/\n") :]] == []
+
+
+def test_private_parts_of_lightning_are_used_in_one_file():
+    import lightning
+    import lightning.pytorch as package
+
+    names = set()
+    for folder in {Path(lightning.__file__).parent, Path(package.__file__).parent}:
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    names.add(node.attr)
+                elif isinstance(node, ast.FunctionDef):
+                    names.add(node.name)
+    private = {name for name in names if name.startswith("_") and not name.startswith("__")}
+    found = {}
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+        uses = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+        }
+        if uses & private - own and module != "ldm.runs.lightning_private":
+            found[module] = uses & private - own
+    assert found == {}
