@@ -27,7 +27,9 @@ from ldm.machine import machine_info
 from ldm.models.autoencoder import load_autoencoder
 from ldm.pipeline import load_pipeline
 from ldm.progress import Progress, duration
-from ldm.reporting.report import Report, captioned_grid, paired_grid, read_metrics
+from ldm.reporting.grids import captioned_grid, paired_grid
+from ldm.reporting.metrics_csv import read_metrics
+from ldm.reporting.pages import Report
 from ldm.runs.layout import RunFolder
 from ldm.shapes.scenes import held_out_prompts, seen_prompts
 
@@ -273,7 +275,7 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
     out = quick.out
     page = Report("ldm quickstart", "From drawn shapes to images from words, trained here from nothing")
     held_out, psnr = record["held_out"], record["reconstruction"]["psnr"]
-    page.figures(
+    page.metrics(
         {
             "prompt accuracy, held-out pairs": f"{held_out['prompt_accuracy']:.3f}",
             "prompt accuracy, pairs seen": f"{record['seen']['prompt_accuracy']:.3f}",

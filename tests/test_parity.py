@@ -24,7 +24,7 @@ from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash
 from ldm.models.text_encoder import minilm_folder, text_encoder_hash
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
-from ldm.reporting.report import captioned_grid
+from ldm.reporting.grids import captioned_grid
 
 PROMPTS = ["a red ring", "a tiny blue star at the left on a beige background", "a circle"]
 STEPS, SAMPLING = 8, {"num_inference_steps": 4, "guidance_scale": 4.0}
@@ -153,7 +153,7 @@ import numpy as np
 import ldm
 import torch
 from diffusers import DiffusionPipeline
-from ldm.reporting.report import captioned_grid
+from ldm.reporting.grids import captioned_grid
 folder, out, *prompts = sys.argv[1:]
 pipeline = DiffusionPipeline.from_pretrained(folder)
 generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]

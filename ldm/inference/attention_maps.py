@@ -24,7 +24,7 @@ from ldm.files import atomic_file
 from ldm.inference.generate import generate_images
 from ldm.models.dit import DiT
 from ldm.models.layers import Attention, KeysValues
-from ldm.reporting.report import captioned_grid
+from ldm.reporting.grids import captioned_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

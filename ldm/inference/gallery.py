@@ -18,7 +18,7 @@ from ldm.errors import UsageError
 from ldm.files import atomic_file, require_folder
 from ldm.inference.metadata import Provenance, read_png
 from ldm.inference.settings import GenerationSettings
-from ldm.reporting.report import STYLE as HOUSE_STYLE
+from ldm.reporting.pages import render
 
 NOT_DRAWN = ("grid.png", "preview.png")  # sheets of several images
 PIXELATED = 128  # side up to which an image is shown with its pixels visible
@@ -108,7 +108,7 @@ def _page(title: str, subtitle: str, cards: list[str]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{HOUSE_STYLE}{STYLE}</style></head>\n<body><main>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{render('style.css')}{STYLE}</style></head>\n<body><main>\n"
         f'<header><h1>{html.escape(title)}</h1><p class="subtitle">{html.escape(subtitle)}</p></header>\n'
         f'<div class="cards">\n{chr(10).join(cards)}\n</div></main>\n{DIALOG}\n<script>{SCRIPT}</script></body></html>\n'
     )

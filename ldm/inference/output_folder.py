@@ -16,7 +16,7 @@ from ldm.inference.metadata import Provenance, save_png, scheduler_name
 from ldm.inference.settings import GenerationSettings
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.progress import Progress
-from ldm.reporting.report import captioned_grid
+from ldm.reporting.grids import captioned_grid
 
 REQUEST = "run.json"
 FORMAT_VERSION = 1  # of run.json

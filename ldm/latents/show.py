@@ -21,7 +21,8 @@ from ldm.errors import LdmError, UsageError
 from ldm.latents.check import SourceImages, Stored, decode, sampled
 from ldm.latents.image_encoder import load_matching
 from ldm.models.autoencoder import images_to_pil
-from ldm.reporting.report import Report, captioned_grid, paired_grid
+from ldm.reporting.grids import captioned_grid, paired_grid
+from ldm.reporting.pages import Report
 
 # images in a row, which with its label is as wide as the page, and how many are shown in all
 COLUMNS, CELL = 7, 96
@@ -215,7 +216,7 @@ def _by(shape: Iterable[int]) -> str:
 
 def _overview(report: Report, source: ShardSource, info: LatentInfo, counts: Counts) -> None:
     manifest = source.manifest
-    report.figures(
+    report.metrics(
         {
             "images": manifest.samples,
             "channels × height × width" if len(counts.shapes) == 1 else "the most frequent size": _by(

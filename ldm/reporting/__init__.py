@@ -1,1 +1,1 @@
-"""Image grids, charts and pages."""
+"""Image grids, charts and HTML pages."""

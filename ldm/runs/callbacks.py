@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from ldm.files import write_json
 from ldm.progress import Lap, Pace, Progress
-from ldm.reporting.report import captioned_grid, paired_grid, save_grid
+from ldm.reporting.grids import captioned_grid, paired_grid, save_grid
 from ldm.runs.dry_run.cost import peak_flops
 from ldm.runs.dry_run.image_flops import ImageFlops
 from ldm.runs.layout import RunFolder

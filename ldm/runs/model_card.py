@@ -26,7 +26,7 @@ from ldm.errors import UsageError
 from ldm.files import read_json
 from ldm.machine import machine_info
 from ldm.models.autoencoder import downsampling_factor
-from ldm.reporting.report import captioned_grid
+from ldm.reporting.grids import captioned_grid
 from ldm.runs.layout import RunFolder
 
 if TYPE_CHECKING:

@@ -22,16 +22,10 @@ import yaml
 from ldm.errors import UsageError
 from ldm.files import read_json
 from ldm.progress import duration
-from ldm.reporting.report import (
-    Report,
-    captioned_grid,
-    paired_grid,
-    read_grid,
-    read_metrics,
-)
+from ldm.reporting.grids import captioned_grid, paired_grid, read_grid
+from ldm.reporting.metrics_csv import Curves, read_metrics
+from ldm.reporting.pages import Report
 from ldm.runs.layout import RunFolder
-
-Curves = dict[str, tuple[list[float], list[float]]]
 
 # A run that has written nothing for so long, or for so many of its steps between two lines of metrics, is taken to have ended.
 SILENT_SECONDS, SILENT_LINES = 600, 10
@@ -211,7 +205,7 @@ def _progress(page: Report, run: RunRecord, state: str) -> None:
     named |= {"train/lr": "learning rate", "val/g_level": "GAN guard level", "train/skipped": "steps skipped"}
     figures |= {label: run.latest(name) for name, label in named.items()}
     figures |= {"model FLOPs utilisation": f"{mfu:.1%}" if mfu is not None else None}
-    page.figures({"state": state.partition(":")[0]} | {name: value for name, value in figures.items() if value is not None})
+    page.metrics({"state": state.partition(":")[0]} | {name: value for name, value in figures.items() if value is not None})
 
 
 def _images(page: Report, run: RunRecord) -> None:

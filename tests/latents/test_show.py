@@ -107,7 +107,7 @@ def make_images(text):
 
 
 def cells(grid, rows):
-    """The images of 32 pixels on a grid of :func:`ldm.reporting.report.paired_grid`, where they are thrice as large."""
+    """The images of 32 pixels on a grid of :func:`ldm.reporting.grids.paired_grid`, where they are thrice as large."""
     step = CELL + CELL // 12
     tops = range(CELL // 12, grid.shape[0] - CELL, step)
     lefts = range(grid.shape[1] - COLUMNS * step, grid.shape[1], step)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.progress import WINDOW_SECONDS, Lap, Pace, Progress
-from ldm.reporting.report import read_metrics
+from ldm.reporting.metrics_csv import read_metrics
 from ldm.runs.callbacks import ModelFlops, ProgressLine, Stopwatch
 from ldm.runs.logging import RunCSVLogger
 

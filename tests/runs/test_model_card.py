@@ -21,7 +21,7 @@ from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text_encoder import minilm_folder
 from ldm.pipeline import load_pipeline
-from ldm.reporting.report import captioned_grid
+from ldm.reporting.grids import captioned_grid
 from ldm.runs.model_card import TO_WRITE, CardFields, base_name, without_paths
 
 PROMPTS = ["a red ring", "a 'tiny' blue star / comet"]

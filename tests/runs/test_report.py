@@ -16,7 +16,8 @@ from PIL import Image
 from ldm.cli import report as command
 from ldm.cli.parser import Parser
 from ldm.errors import UsageError
-from ldm.reporting.report import captioned_grid, paired_grid, read_grid, read_metrics, save_grid
+from ldm.reporting.grids import captioned_grid, paired_grid, read_grid, save_grid
+from ldm.reporting.metrics_csv import read_metrics
 from ldm.runs.report import SILENT_SECONDS, RunRecord, write_run_report
 
 HEADER = "epoch,step,time/elapsed_seconds,time/images_per_second,train/loss,val/loss\r\n"

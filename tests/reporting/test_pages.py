@@ -9,17 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from ldm.reporting.report import (
-    MAX_CAPTION_LINES,
-    MAX_CURVE_POINTS,
-    Report,
-    _log_ticks,
-    _thin,
-    _ticks,
-    _wrap,
-    captioned_grid,
-    paired_grid,
-)
+from ldm.reporting.charts import MAX_CURVE_POINTS, log_ticks, thin, ticks
+from ldm.reporting.grids import MAX_CAPTION_LINES, captioned_grid, paired_grid, wrap
+from ldm.reporting.pages import Report
 
 NASTY = """<script src="http://evil.example/x.js">alert('&')</script>"""
 
@@ -101,15 +93,15 @@ def test_columns_leave_even_margins():
 def test_captions_wrap_between_words_and_end_in_an_ellipsis_after_four_lines():
     font = ImageFont.load_default(size=14)
     short = "a small green triangle on a white background"
-    lines = _wrap(short, font, 160)
+    lines = wrap(short, font, 160)
     assert " ".join(lines) == short and all(font.getlength(line) <= 160 for line in lines)
     long = " ".join(["word"] * 100)
-    lines = _wrap(long, font, 160)
+    lines = wrap(long, font, 160)
     assert len(lines) == MAX_CAPTION_LINES and lines[-1].endswith("word…")
     assert all(font.getlength(line) <= 160 for line in lines)
-    pieces = _wrap("w" * 30, font, 160)
+    pieces = wrap("w" * 30, font, 160)
     assert len(pieces) > 1 and "".join(pieces) == "w" * 30
-    assert _wrap("", font, 160) == [] and _wrap("wide", font, 1)[0] == "w"
+    assert wrap("", font, 160) == [] and wrap("wide", font, 1)[0] == "w"
 
 
 def test_marks_are_green_for_accepted_and_red_for_refused():
@@ -143,7 +135,7 @@ def test_paired_rows_stand_above_each_other():
 
 def full_report() -> Report:
     report = Report(NASTY, NASTY)
-    report.figures({NASTY: NASTY, "PSNR (dB)": 31.25, "images": 1234567, "unknown": float("nan")})
+    report.metrics({NASTY: NASTY, "PSNR (dB)": 31.25, "images": 1234567, "unknown": float("nan")})
     report.table(NASTY, [NASTY, "value"], [[NASTY, 1.0]])
     report.curve(NASTY, {NASTY: ([0, 1], [1, 2])}, NASTY, NASTY)
     report.bars(NASTY, {NASTY: [1, 2]}, 0, 1, note=NASTY)
@@ -228,7 +220,7 @@ def test_unequal_lengths_are_refused_by_name():
 def test_thinning_keeps_ends_and_spikes():
     y = np.random.default_rng(0).normal(size=100_000)
     y[77_777], y[33_333] = 50, -50
-    chosen = _thin(y)
+    chosen = thin(y)
     assert len(chosen) <= MAX_CURVE_POINTS and {0, 33_333, 77_777, 99_999} <= set(chosen.tolist())
     assert (np.diff(chosen) > 0).all()
     assert all(len(line) <= MAX_CURVE_POINTS for line in curve({"l": (range(100_000), y)}, smooth=50).lines())
@@ -244,17 +236,17 @@ def test_smoothing_keeps_a_constant_and_quietens_noise():
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-3.2, 7.9), (0, 250_000), (1e-7, 9e-7), (999.0, 1001.0), (0, 3e13)])
 def test_ticks_are_few_round_evenly_spaced_and_inside(low, high):
-    ticks = np.array([value for value, _ in _ticks(low, high)])
-    labels = [label for _, label in _ticks(low, high)]
-    assert 3 <= len(ticks) <= 9 and ticks.min() >= low - 1e-9 * abs(low) and ticks.max() <= high * (1 + 1e-9)
-    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0]) and len(set(labels)) == len(labels)
+    values = np.array([value for value, _ in ticks(low, high)])
+    labels = [label for _, label in ticks(low, high)]
+    assert 3 <= len(values) <= 9 and values.min() >= low - 1e-9 * abs(low) and values.max() <= high * (1 + 1e-9)
+    assert np.allclose(np.diff(values), values[1] - values[0]) and len(set(labels)) == len(labels)
 
 
 @pytest.mark.parametrize("low, high", [(-4, 1), (0.1, 0.2), (-0.5, 0.6), (0.3, 1.9), (-300, 299), (-1.3, 1.1)])
 def test_logarithmic_ticks_name_the_value_where_they_stand(low, high):
-    ticks = _log_ticks(low, high)
-    assert 2 <= len(ticks) <= 10
-    for at, label in ticks:
+    found = log_ticks(low, high)
+    assert 2 <= len(found) <= 10
+    for at, label in found:
         assert low <= at <= high and np.log10(float(label)) == pytest.approx(at, abs=1e-6)
 
 

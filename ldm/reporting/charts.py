@@ -1,0 +1,189 @@
+"""The geometry of a page's charts: numbers become points, bars and ticks, which templates/charts.html puts into SVG.
+
+Lines and bars lie in a square of 0 to 1000 that stretches with the page, y downwards; ticks lie at percentages of it, so that
+their text does not stretch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+Heights = Sequence[float] | np.ndarray
+
+SIDE = 1000.0
+MAX_CURVE_POINTS = 600
+# beyond this the width of an axis itself would overflow
+LARGEST = 1e300
+# of a histogram's panel, so that the highest bar does not touch its caption
+TALLEST_BAR = 950.0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A label on an axis, ``at`` percent from the left or from the top."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A polyline: ``points`` as SVG writes them; ``style`` is empty, ``faint`` (under its mean) or ``dot`` (a single point)."""
+
+    points: str
+    series: int
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A series by name, its last value (None without data), and how many of its points could not be shown."""
+
+    name: str
+    last: float | None
+    omitted: int
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """What a line chart consists of; no lines where no series has a point to show."""
+
+    legend: list[LegendEntry]
+    lines: list[Line]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """The outline of its bars as an SVG path, and the line over them where there is one."""
+
+    name: str
+    path: str
+    line: str | None
+    ticks: list[Tick]
+
+
+def line_chart(title: str, series: Series, log_y: bool = False, smooth: int = 0) -> LineChart:
+    """Lay out named (x, y) series; ``title`` names the chart in errors.
+
+    Points that are not finite (or, with ``log_y``, not positive) are omitted and counted in the legend. Above
+    :data:`MAX_CURVE_POINTS` a series is thinned to the extremes of each stretch, so no spike is lost. ``smooth`` > 1 adds the
+    centred mean over that many points above the faint curve itself.
+
+    Raises:
+        ValueError: where x and y differ in length.
+    """
+    shown: list[tuple[np.ndarray, np.ndarray]] = []
+    legend = []
+    for name, (xs, ys) in series.items():
+        x, y = np.asarray(xs, dtype=np.float64).ravel(), np.asarray(ys, dtype=np.float64).ravel()
+        if len(x) != len(y):
+            raise ValueError(f"series {name!r} of curve {title!r} has {len(x)} x values and {len(y)} y values")
+        usable = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST) & ((y > 0) if log_y else True)
+        shown.append((x[usable], y[usable]))
+        last = float(y[usable][-1]) if usable.any() else None
+        legend.append(LegendEntry(name, last, int(len(usable) - usable.sum())))
+    if not any(len(x) for x, _ in shown):
+        return LineChart(legend, [], [], [])
+
+    all_x, all_y = (np.concatenate([pair[axis] for pair in shown]) for axis in (0, 1))
+    x_low, x_high = _widen(all_x.min(), all_x.max(), 0.0)
+    if log_y:
+        y_low, y_high = _widen(math.log10(all_y.min()), math.log10(all_y.max()), 0.04)
+    else:
+        y_low, y_high = _widen(all_y.min(), all_y.max(), 0.04)
+        y_low = 0.0 if all_y.min() >= 0 > y_low else y_low
+
+    def line(x: np.ndarray, y: np.ndarray, number: int, style: str = "") -> Line:
+        kept = thin(y)
+        height = np.log10(y[kept]) if log_y else y[kept]
+        points = _points(SIDE * (x[kept] - x_low) / (x_high - x_low), SIDE * (y_high - height) / (y_high - y_low))
+        return Line(points, number, style) if len(kept) > 1 else Line(f"{points} {points}", number, f"{style} dot".strip())
+
+    lines = []
+    for number, (x, y) in enumerate(shown):
+        if len(x) and 1 < smooth < len(x):
+            ones = np.ones(smooth)
+            mean = np.convolve(y, ones, "same") / np.convolve(np.ones(len(y)), ones, "same")
+            lines += [line(x, y, number, "faint"), line(x, mean, number)]
+        elif len(x):
+            lines.append(line(x, y, number))
+    x_ticks = [Tick(100 * (value - x_low) / (x_high - x_low), label) for value, label in ticks(x_low, x_high)]
+    y_values = log_ticks(y_low, y_high) if log_y else ticks(y_low, y_high)
+    return LineChart(legend, lines, x_ticks, [Tick(100 * (y_high - at) / (y_high - y_low), label) for at, label in y_values])
+
+
+def histograms(
+    panels: Mapping[str, Heights],
+    low: float,
+    high: float,
+    line: Heights | None = None,
+) -> list[Histogram]:
+    """Lay out histograms on one scale: the heights of each panel's bars, which share ``low`` to ``high`` evenly.
+
+    ``line`` goes over each panel, its points evenly spread over the same range. Heights that are not finite or below 0 count
+    as 0.
+    """
+    heights = {name: np.nan_to_num(np.maximum(values, 0), posinf=0) for name, values in panels.items()}
+    over = np.asarray([] if line is None else line, dtype=np.float64)
+    top = max([1 / LARGEST, *(float(values.max(initial=0)) for values in heights.values()), *over.tolist()])
+    scale = [Tick(100 * (value - low) / (high - low), label) for value, label in ticks(low, high)]
+    over_points = None if line is None else _points(np.linspace(0, SIDE, len(over)), SIDE - TALLEST_BAR * over / top)
+    laid_out = []
+    for name, values in heights.items():
+        edges = np.linspace(0, SIDE, len(values) + 1)[1:]
+        steps = "".join(f"V{SIDE - TALLEST_BAR * h / top:.1f}H{x:.1f}" for h, x in zip(values, edges, strict=True))
+        laid_out.append(Histogram(name, f"M0 {SIDE:g}{steps}V{SIDE:g}Z", over_points, scale))
+    return laid_out
+
+
+def _points(x: np.ndarray, y: np.ndarray) -> str:
+    return " ".join(f"{across:.1f},{down:.1f}" for across, down in zip(x, y, strict=True))
+
+
+def _widen(low: float, high: float, share: float) -> tuple[float, float]:
+    """An axis range that is never empty, with a share of it added at both ends."""
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
+        pad = abs(low) * 0.1 or 1.0
+        return low - pad, high + pad
+    return low - share * (high - low), high + share * (high - low)
+
+
+def ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """About five round values inside [low, high], with short labels (12.5k, 3M)."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = min((factor * power for factor in (1, 2, 2.5, 5, 10)), key=lambda s: abs(math.log(s / raw)))
+    values = [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    largest = max((abs(value) for value in values), default=0.0)
+    scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if s <= largest < 1e12), (1.0, ""))
+    scale, unit = (1.0, "") if largest < 1e4 else (scale, unit)
+    return [(value, f"{value / scale:.10g}{unit if value else ''}") for value in values]
+
+
+def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Ticks for [low, high], both log10: round values within a decade or two, else at most about eight decades."""
+    if high - low < 1:
+        return [(math.log10(value), label) for value, label in ticks(10.0**low, 10.0**high) if value > 0]
+    factors, stride = ((1, 2, 5) if high - low < 2.5 else (1,)), math.ceil((high - low) / 7)
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    values = [(k + math.log10(f), f"{f}e{k}") for k in decades if k % stride == 0 for f in factors]
+    return [(at, f"{float(label):g}") for at, label in values if low <= at <= high]
+
+
+def thin(y: np.ndarray) -> np.ndarray:
+    """Indices of at most MAX_CURVE_POINTS points: both ends, and the lowest and highest of each stretch."""
+    if len(y) <= MAX_CURVE_POINTS:
+        return np.arange(len(y))
+    edges = np.linspace(0, len(y), MAX_CURVE_POINTS // 2, dtype=int)
+    stretches = list(pairwise(edges))
+    low = [a + int(y[a:b].argmin()) for a, b in stretches]
+    high = [a + int(y[a:b].argmax()) for a, b in stretches]
+    return np.unique([0, len(y) - 1, *low, *high])
