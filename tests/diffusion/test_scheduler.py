@@ -21,7 +21,7 @@ from ldm.diffusion.path import ProbabilityPath, RectifiedFlow, VarianceExploding
 from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Score, V, Velocity
 from ldm.diffusion.scheduler import (
     check_scheduler,
-    describe,
+    diffusion_config,
     diffusion_from,
     diffusion_of,
     make_scheduler,
@@ -180,17 +180,17 @@ def test_a_scheduler_that_walks_another_path_is_refused_with_those_that_fit(sche
 
 @pytest.mark.parametrize("path, prediction, names", MODELS)
 def test_what_a_model_was_trained_with_is_kept_in_words(path, prediction, names):
-    words = json.loads(json.dumps(describe(path, prediction)))
+    words = json.loads(json.dumps(diffusion_config(path, prediction)))
     again = diffusion_from(words)
     assert type(again.prediction) is type(prediction) and type(again.path) is type(path)
-    assert describe(*again) == words
+    assert diffusion_config(*again) == words
     t = torch.rand(5, dtype=torch.float64)
     assert torch.equal(again.path.sigma(t), path.sigma(t))
     assert matching_scheduler(*again).config == matching_scheduler(path, prediction).config
 
 
 def test_the_words_are_those_of_the_yaml():
-    assert describe(VariancePreserving("linear", True), V()) == {
+    assert diffusion_config(VariancePreserving("linear", True), V()) == {
         "path": {
             "class_path": "ldm.diffusion.path.VariancePreserving",
             "init_args": {"schedule": "linear", "zero_terminal_snr": True},
