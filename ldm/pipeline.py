@@ -26,6 +26,7 @@ from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import Diffusion, check_scheduler, diffusion_config, diffusion_from, diffusion_of
 from ldm.errors import UsageError, first_line
 from ldm.files import read_json
+from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
 from ldm.models.autoencoder import LatentNormalizer, autoencoder_hash, decode_latents, downsampling_factor
 from ldm.models.image_processor import Images, PreparedImages, to_output
 from ldm.models.text_encoder import encode_captions, max_tokens, text_encoder_hash
