@@ -13,6 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.files import atomic_file
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the latter where Pillow was built without FreeType
+
 MAX_CAPTION_LINES = 4
 # the PNG chunk that holds each row's label and the boxes of its images
 _ROWS_CHUNK = "ldm rows"
@@ -105,13 +107,13 @@ def _pleasant_columns(count: int) -> int:
     return min(range(root, root + 3), key=lambda columns: (-count % columns, columns))
 
 
-def _font_for(cell: int) -> tuple[ImageFont.FreeTypeFont, int, int]:
+def _font_for(cell: int) -> tuple[Font, int, int]:
     """Font, line height and gap (pixels) that suit a cell."""
     size = min(22, max(11, round(cell * 0.085)))
     return ImageFont.load_default(size=size), round(size * 1.35), max(6, cell // 12)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrap(text: str, font: Font, width: int) -> list[str]:
     """Lines no wider than ``width`` pixels, broken between words; only a word too long for a line is cut."""
     lines: list[str] = []
     for word in text.split():
