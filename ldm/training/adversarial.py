@@ -25,6 +25,11 @@ class ReconstructionGuard(nn.Module):
     checkpoints.
     """
 
+    _level: Tensor
+    best_psnr: Tensor
+    best_lpips: Tensor
+    accuracy: Tensor
+
     def __init__(
         self,
         max_psnr_loss: float = 0.3,

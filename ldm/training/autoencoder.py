@@ -127,7 +127,8 @@ class AutoencoderTraining(TrainingModule):
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One step of the autoencoder on one batch, and from ``adversary.start`` on one of the discriminator."""
         # the number of this step, from 0
         step, images = self.global_step, pixels_to_images(batch["image"])
         pairs = self._train_autoencoder(images, batch["draws"], step)

@@ -72,8 +72,8 @@ class TrainingModule(LightningModule):
         """Each part of a batch with its share of the samples. Processes exchange gradients at the last one alone."""
         strategy = self.trainer.strategy
         for number, (part, size) in enumerate(zip(parts, sizes, strict=True), 1):
-            no_sync = number < len(parts) and isinstance(strategy, ParallelStrategy)
-            with strategy.block_backward_sync() if no_sync else nullcontext():
+            last = number == len(parts) or not isinstance(strategy, ParallelStrategy)
+            with nullcontext() if last else strategy.block_backward_sync():
                 yield part, size / sum(sizes)
 
     def step_or_skip(
