@@ -7,10 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from torch import Tensor, nn
 
@@ -247,10 +249,19 @@ def images_to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
 
+def encode(autoencoder: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribution:
+    """The posterior of images (B, 3, H, W) in [−1, 1]; its samples are latents that are not normalised yet."""
+    return cast(AutoencoderKLOutput, autoencoder.encode(images)).latent_dist
+
+
+def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) that are not normalised -> images (B, 3, H, W)."""
+    return cast(DecoderOutput, autoencoder.decode(latents)).sample  # pyright: ignore[reportArgumentType]  takes any Tensor
+
+
 def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
     """Images through the posterior's mode and back, (B, 3, H, W) in [−1, 1]."""
-    z = autoencoder.encode(images).latent_dist.mode()
-    return autoencoder.decode(z).sample.float().clamp(-1, 1)
+    return decode(autoencoder, encode(autoencoder, images).mode()).float().clamp(-1, 1)
 
 
 def set_latent_statistics(autoencoder: AutoencoderKL, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -303,4 +314,4 @@ class LatentNormalizer(nn.Module):
 def decode_latents(autoencoder: AutoencoderKL, normalised: Tensor) -> Tensor:
     """Normalised latents (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]."""
     z = LatentNormalizer.of(autoencoder).denormalize(normalised).to(autoencoder.dtype)
-    return autoencoder.decode(z, return_dict=False)[0].float().clamp(-1, 1)
+    return decode(autoencoder, z).float().clamp(-1, 1)
