@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there: atomic writes, hashes, claiming an output folder."""
+"""Atomic writes, hashes, format versions, and checks of input and output folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.errors import LdmError, UsageError
 def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file in the target's own folder; on success fsync it and rename it to ``path``.
 
-    On an exception the temporary file is removed and the previous content of ``path`` stays as it was.
+    On an exception the temporary file is removed and ``path`` keeps its previous content.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder beside ``path``; on success it is renamed to ``path``, which must not hold anything."""
+    """Yield an empty folder beside ``path``; on success rename it to ``path``, which must be absent or empty."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -69,7 +69,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; a missing or broken one is an :class:`LdmError` that names it."""
+    """Read a JSON file. Raises :class:`LdmError` for a missing or broken one."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -80,7 +80,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def require_version(found: object, known: int, what: str) -> None:
-    """Refuse a file of a newer format than this ldm reads; an older one passes, for the reader knows its own past.
+    """Refuse a file of a newer format than this ldm reads; the caller handles older ones.
 
     Args:
         found: the version that the file carries; None in files written before formats had versions, which count as 0.
@@ -93,7 +93,7 @@ def require_version(found: object, known: int, what: str) -> None:
     if found is None:
         return
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise LdmError(f"{what} has format version {found!r}, which is no whole number; write it again or restore it")
+        raise LdmError(f"{what} has format version {found!r}, which is not a whole number; write it again or restore it")
     if found > known:
         raise LdmError(
             f"{what} has format version {found}, and this ldm reads up to {known}; install the newer ldm that wrote it"
@@ -101,13 +101,13 @@ def require_version(found: object, known: int, what: str) -> None:
 
 
 def sha256_file(path: str | os.PathLike) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Hex sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_folder(path: str | os.PathLike, suffixes: tuple[str, ...] = (".json", ".safetensors")) -> str:
-    """Hex sha256 over the names and bytes of a folder's files with these suffixes (a model's weights and config)."""
+    """Hex sha256 over names and contents of a folder's files with these suffixes (a model's weights and config)."""
     digest = hashlib.sha256()
     for file in sorted(Path(path).rglob("*")):
         if file.is_file() and file.suffix in suffixes:
@@ -116,7 +116,7 @@ def sha256_folder(path: str | os.PathLike, suffixes: tuple[str, ...] = (".json",
 
 
 def require_new_folder(path: str | os.PathLike, what: str) -> Path:
-    """Return ``path`` if it is absent or an empty folder; else say that it holds other work."""
+    """Return ``path`` if it is absent or an empty folder, else raise :class:`UsageError`."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} already holds other work; give a new folder for {what}, or remove that one first")
@@ -124,7 +124,7 @@ def require_new_folder(path: str | os.PathLike, what: str) -> Path:
 
 
 def require_folder(path: str | os.PathLike, what: str) -> Path:
-    """Return ``path`` if it is a folder; else say what was expected there."""
+    """Return ``path`` if it is a folder, else raise :class:`UsageError`."""
     path = Path(path)
     if not path.is_dir():
         raise UsageError(f"{path} is not a folder; expected {what}")

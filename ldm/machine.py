@@ -1,4 +1,4 @@
-"""What this machine is: devices, and whether bf16 is worth it on them."""
+"""CPU, GPU and installed versions; whether bf16 is faster than fp32; out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PACKAGES = (
     "torchvision",
 )
 
-# torch's CPU allocator, CUDA outside of torch's allocator, and cuBLAS for its workspace
+# torch's CPU allocator, CUDA outside torch's allocator, cuBLAS's workspace
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def cpu_flags() -> set[str]:
-    """Instruction sets of the CPU, as Linux names them; empty where that cannot be told."""
+    """Instruction sets of the CPU as named by Linux; empty on other systems."""
     try:
         with open("/proc/cpuinfo") as file:
             return set(next((line for line in file if line.startswith("flags")), "").split())
@@ -33,7 +33,7 @@ def cpu_flags() -> set[str]:
 
 
 def cpu_name() -> str:
-    """The model of the CPU."""
+    """Model name of the CPU."""
     try:
         with open("/proc/cpuinfo") as file:
             return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
@@ -42,9 +42,9 @@ def cpu_name() -> str:
 
 
 def bf16_pays() -> bool:
-    """Whether bf16 is faster than fp32 here: a GPU that has it, or a CPU with AMX or AVX512-BF16.
+    """Whether bf16 is faster than fp32: a GPU with bf16, or a CPU with AMX or AVX512-BF16.
 
-    On other CPUs it is emulated, and a hundred times slower.
+    Other CPUs emulate bf16, a hundred times slower.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -52,24 +52,23 @@ def bf16_pays() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a GPU or of the machine did not suffice (for a CPU torch has no class of it)."""
+    """Whether a GPU or the machine ran out of memory. For CPU tensors torch raises a plain RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def machine_info() -> dict[str, str]:
-    """The machine and the versions, for reports."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    described = {
+    """Hardware and package versions, for reports."""
+    info = {
         "CPU": f"{cpu_name()}, {torch.get_num_threads()} threads",
-        "GPU": device,
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "bf16": "yes" if bf16_pays() else "no (fp32)",
         "Python": platform.python_version(),
     }
     for package in PACKAGES:
         try:
-            described[package] = version(package)
+            info[package] = version(package)
         except PackageNotFoundError:
-            described[package] = "not installed"
-    return described
+            info[package] = "not installed"
+    return info

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: bad input is one line that names the thing and the mend, and leaves nothing."""
+"""The command line: invalid input gives one line that names the thing and the fix, and writes nothing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ldm.cli import main
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit code, stdout, and what ``ldm:`` said on stderr."""
+    """Exit code, stdout, and the lines of stderr that begin with ``ldm:``."""
     code = 0
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as leave:
-        code = leave.code or 0
+        code = int(leave.code or 0)
     captured = capsys.readouterr()
     return code, captured.out, "\n".join(line for line in captured.err.splitlines() if line.startswith("ldm:"))
 

@@ -1,4 +1,4 @@
-"""A file's format version is read, or refused by name."""
+"""Format versions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def test_a_newer_format_is_refused_by_name_with_the_fix() -> None:
 
 
 @pytest.mark.parametrize("found", ["2", 1.0, True, -1, []])
-def test_what_is_no_version_is_refused(found: object) -> None:
-    with pytest.raises(LdmError, match="no whole number"):
+def test_an_invalid_version_is_refused(found: object) -> None:
+    with pytest.raises(LdmError, match="not a whole number"):
         require_version(found, 2, "run.json")

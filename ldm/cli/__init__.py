@@ -1,4 +1,4 @@
-"""The command line: arguments -> the floors below. Every error that a user can mend is one line and an exit code."""
+"""The command line. Every error that a user can fix is one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ldm.cli.parser import Commands, Parser, add_command
 from ldm.errors import LdmError
 
 EXAMPLE = """example:
-  ldm quickstart --out quickstart          the whole path on built-in images, with a report to look at
+  ldm quickstart --out quickstart          train on built-in images for ten minutes, with a report
   ldm shards pack photos shards --size 256
   ldm autoencoder fit --config configs/emoji/autoencoder.yaml --out runs/autoencoder
   ldm latents export --autoencoder runs/autoencoder/autoencoder --shards shards --out latents
   ldm denoiser fit --config configs/emoji/denoiser.yaml --out runs/denoiser
   ldm sample runs/denoiser/pipeline "red heart" --out images
 """
-# these start at once, for they import no torch; and doctor looks whether it can be imported at all
+# these start quickly because they do not import torch; doctor checks whether torch can be imported at all
 WITHOUT_NETWORKS = ("shards", "report", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every command but those of the two stages, which LightningCLI parses."""
-    what = "Train your own text-to-image model: from captioned images to images from words."
+    """A parser of every command except those of the two stages, which LightningCLI parses."""
+    what = "Train your own text-to-image model, from captioned images to images from prompts."
     parser = Parser("ldm", description=what, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
@@ -44,13 +44,11 @@ def add_quickstart(commands: Commands) -> None:
         commands,
         "quickstart",
         run_quickstart,
-        "the whole path on the built-in shapes, with a report",
+        "train a small model on built-in images, with a report",
         "ldm quickstart --minutes 10",
     )
-    quickstart.add_argument("--out", default="quickstart", help="folder of everything it makes (default: quickstart)")
-    quickstart.add_argument(
-        "--minutes", type=float, default=10.0, help="time to aim at; more gives better images (default: 10)"
-    )
+    quickstart.add_argument("--out", default="quickstart", help="output folder (default: quickstart)")
+    quickstart.add_argument("--minutes", type=float, default=10.0, help="time budget; more gives better images (default: 10)")
     quickstart.add_argument("--seed", type=int, default=0)
 
 
@@ -61,20 +59,20 @@ def run_quickstart(options: argparse.Namespace) -> None:
 
 
 def dispatch(arguments: Sequence[str]) -> None:
-    """Run one command line, errors as exceptions."""
+    """Run one command line; errors are raised."""
     arguments = list(arguments)
     if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
-        quieten_libraries()
+        silence_libraries()
         training.run(arguments[0], arguments[1:] or ["--help"])
         return
     options = build_parser().parse_args(arguments)
     if arguments[0] not in WITHOUT_NETWORKS:
-        quieten_libraries()
+        silence_libraries()
     options.run(options)
 
 
-def quieten_libraries() -> None:
-    """Their bars and hints would tear ours; their errors still reach the user."""
+def silence_libraries() -> None:
+    """Progress bars and warnings of other libraries would break up ours; errors are still shown."""
     import diffusers
     import transformers
 
@@ -84,7 +82,7 @@ def quieten_libraries() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: run, and leave with 0, 1 (failed), 2 (bad usage) or 130 (interrupted)."""
+    """The entry point. Exit codes: 0, 1 (failed), 2 (invalid usage), 130 (interrupted)."""
     debug = bool(os.environ.get("LDM_DEBUG"))
     try:
         dispatch(sys.argv[1:] if arguments is None else arguments)

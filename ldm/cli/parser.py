@@ -1,9 +1,10 @@
-"""What the commands' parsers have in common, and a table for what they print."""
+"""The commands' argument parsers, and a table for what they print."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 from ldm.errors import UsageError
 
@@ -11,16 +12,16 @@ Commands = argparse._SubParsersAction
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, as every other error of ours."""
+    """argparse that raises its errors as :class:`UsageError`."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def add_command(
     commands: Commands, name: str, run: Callable[[argparse.Namespace], None], description: str, example: str
 ) -> Parser:
-    """A command that ``run`` carries out."""
+    """Add a command; ``run`` receives its parsed options."""
     added = commands.add_parser(
         name,
         help=description,
@@ -33,16 +34,16 @@ def add_command(
 
 
 def add_group(commands: Commands, name: str, description: str) -> Commands:
-    """A word that commands stand behind: ``ldm shards pack``."""
+    """Add a group of commands, such as ``ldm shards``."""
     return commands.add_parser(name, help=description).add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
 
 def print_table(rows: Mapping[str, Sequence[str]], *columns: str) -> None:
-    """A table with a name at the head of each row and each column."""
+    """Print rows of values by metric name, under a header of column names."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("figure", *columns)
-    for name, figures in rows.items():
-        table.add_row(name, *figures)
+    table = Table("metric", *columns)
+    for name, values in rows.items():
+        table.add_row(name, *values)
     Console().print(table)

@@ -1,4 +1,4 @@
-"""``ldm report``: a page about a run, also while it trains."""
+"""``ldm report``: an HTML page about a run, also while it trains."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ldm.errors import UsageError
 
 def add(commands: Commands) -> None:
     report = add_command(
-        commands, "report", run_report, "a page about a run of fit, also while it trains", "ldm report runs/denoiser --every 60"
+        commands, "report", run_report, "an HTML page about a run, also while it trains", "ldm report runs/denoiser --every 60"
     )
-    report.add_argument("folder", metavar="RUN", type=Path, help="folder of the run: what --out of fit was")
-    report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in RUN)")
-    again = "write it again and again until the run ends; an open page follows"
+    report.add_argument("folder", metavar="RUN", type=Path, help="folder of the run (--out of fit)")
+    report.add_argument("--out", type=Path, metavar="FILE", help="output file (default: report.html in RUN)")
+    again = "rewrite it at this interval until the run ends; an open page reloads itself"
     report.add_argument("--every", type=int, metavar="SECONDS", help=again)
 
 

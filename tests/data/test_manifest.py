@@ -38,7 +38,7 @@ def test_extra_cannot_hide_the_manifests_own_keys():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": "1"}, "no whole number"),
+        ({"version": "1"}, "not a whole number"),
         ({"version": None}, "no format version"),
         ({"format": "other"}, "not a manifest"),
         ({"samples": 4}, '"samples" is 4'),
