@@ -1,4 +1,4 @@
-"""``ldm doctor``: versions, devices, what would run, what is missing."""
+"""``ldm doctor``: checks whether this machine can train."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from ldm.errors import LdmError
 
 
 def add(commands: Commands) -> None:
-    """Its command."""
     doctor = add_command(
         commands,
         "doctor",
         run_doctor,
-        "whether this machine can train: versions, devices, disk, speed; what is wrong, and the mend",
+        "check this machine: versions, devices, disk, speed; with fixes for what is wrong",
         "ldm doctor --out runs",
     )
-    doctor.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where runs are to go (default: here)")
-    doctor.add_argument("--quick", action="store_true", help="measure nothing: about half a minute less")
+    doctor.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="output folder of future runs (default: here)")
+    doctor.add_argument("--quick", action="store_true", help="skip the measurements, which take about half a minute")
     doctor.add_argument("--json", metavar="FILE", help="write the findings there, too")
 
 
@@ -29,19 +28,18 @@ def run_doctor(options: argparse.Namespace) -> None:
     from rich.text import Text
 
     from ldm.doctor.examine import examine
-    from ldm.doctor.finding import FAIL
     from ldm.files import write_json
 
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    with Console(stderr=True).status("looking") as status:
-        findings = list(examine(options.out, options.quick, lambda name: status.update(f"looking at {name}")))
-    table = Table("", *(Column(name, overflow="fold") for name in ("what", "found", "mend")))
+    with Console(stderr=True).status("checking") as status:
+        findings = list(examine(options.out, options.quick, lambda name: status.update(f"checking {name}")))
+    table = Table("", *(Column(name, overflow="fold") for name in ("check", "found", "fix")))
     for finding in findings:
-        # as they are: rich would take [serve] for markup
-        table.add_row(Text(finding.state, colours[finding.state]), *map(Text, (finding.name, finding.said, finding.mend)))
+        # Text, because rich would interpret [serve] as markup
+        table.add_row(Text(finding.state, colours[finding.state]), *map(Text, (finding.name, finding.found, finding.fix)))
     Console().print(table)
     if options.json:
-        write_json(options.json, {"findings": [vars(finding) for finding in findings]})
-    failed = [finding.name for finding in findings if finding.state == FAIL]
+        write_json(options.json, {"findings": [{"state": finding.state} | vars(finding) for finding in findings]})
+    failed = [finding.name for finding in findings if finding.failed]
     if failed:
-        raise LdmError(f"training will not go well before this is mended: {', '.join(failed)}")
+        raise LdmError(f"training cannot work before this is fixed: {', '.join(failed)}")

@@ -1,59 +1,55 @@
-"""All checks, one after another.
-
-Everything is looked at here and now: nothing is installed, downloaded or changed, but for files that are written and removed.
-"""
+"""All checks in order. They install, download and change nothing, apart from temporary files that they remove."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ldm.doctor.finding import Finding
+from ldm.doctor import Finding
 from ldm.doctor.installed import (
-    IMPORTED,
-    extra_findings,
-    import_findings,
+    check_extras,
+    check_imports,
+    check_network,
+    check_versions,
+    check_weights,
     installed_versions,
-    network_findings,
     requirements,
-    version_findings,
-    weights_findings,
 )
-from ldm.doctor.machine import device_findings, disk_findings, limit_findings, machine_findings
-from ldm.doctor.measured import bf16_findings, compile_findings, jpeg_findings, rendezvous_findings
+from ldm.doctor.machine import check_devices, check_disk, check_limits, check_machine
+from ldm.doctor.measured import check_bf16, check_compile, check_jpeg, check_two_processes
 from ldm.errors import first_line
 
 
 def examine(out: Path, quick: bool = False, on_check: Callable[[str], None] | None = None) -> Iterator[Finding]:
-    """Look at everything.
+    """Run every check.
 
     Args:
-        out: a folder, there or not, where runs are to go.
-        quick: leave out what takes seconds: everything that is measured.
-        on_check: told of each check's name before it begins.
+        out: output folder of future runs; it need not exist.
+        quick: skip the checks that take seconds.
+        on_check: receives the name of each check before it begins.
     """
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
-        "versions": lambda: version_findings(installed_versions(), requirements()),
-        "imports": lambda: import_findings(IMPORTED),
-        "devices": device_findings,
-        "memory and cores": machine_findings,
-        "limits": limit_findings,
-        "disk": lambda: disk_findings(out, measure=not quick),
-        "weights": weights_findings,
-        "extras": extra_findings,
-        "network": network_findings,
+        "versions": lambda: check_versions(installed_versions(), requirements()),
+        "imports": check_imports,
+        "devices": check_devices,
+        "memory and cores": check_machine,
+        "limits": check_limits,
+        "disk": lambda: check_disk(out, measure=not quick),
+        "weights": check_weights,
+        "extras": check_extras,
+        "network": check_network,
     }
     if not quick:
         checks |= {
-            "bf16": bf16_findings,
-            "JPEG": jpeg_findings,
-            "two processes": rendezvous_findings,
-            "torch.compile": compile_findings,
+            "bf16": check_bf16,
+            "JPEG": check_jpeg,
+            "two processes": check_two_processes,
+            "torch.compile": check_compile,
         }
     for name, check in checks.items():
         if on_check is not None:
             on_check(name)
         try:
             yield from check()
-        except Exception as error:  # what keeps one check from its end must not keep the others from theirs
-            yield Finding(name, "fail", f"could not be looked at: {first_line(error)}", "see to that, and run ldm doctor again")
+        except Exception as error:  # the other checks should still run
+            yield Finding(name, f"the check broke off: {first_line(error)}", "fix that, and run ldm doctor again", failed=True)

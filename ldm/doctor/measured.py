@@ -1,4 +1,4 @@
-"""What only trying tells, a few seconds each: bf16, the decoding of images, two processes, torch.compile."""
+"""Checks that measure, a few seconds each: bf16, JPEG decoding, two processes, torch.compile."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.doctor.finding import FAIL, OK, WARN, Finding
+from ldm.doctor import Finding
 from ldm.machine import bf16_pays
 
 
-def bf16_findings() -> Iterator[Finding]:
-    """A product of matrices in fp32 and in bf16, against what ``fit`` takes by default."""
+def check_bf16() -> Iterator[Finding]:
+    """Speed of a matrix product in fp32 and bf16, compared with the default precision of ``fit``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 8192 if device.type == "cuda" else 512
     seconds = {dtype: _product_seconds(device, side, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -29,14 +29,14 @@ def bf16_findings() -> Iterator[Finding]:
     rates = " and ".join(
         f"{2 * side**3 / time / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}" for dtype, time in seconds.items()
     )
-    said, default = f"{rates}: {gain:.2g}x", "bf16-mixed" if bf16_pays() else "32-true"
+    default, other = ("bf16-mixed", "32-true") if bf16_pays() else ("32-true", "bf16-mixed")
     wrong = gain < 0.8 if bf16_pays() else gain > 1.5
-    mend = f"fit takes {default} here; give trainer.precision {'32-true' if bf16_pays() else 'bf16-mixed'}" if wrong else ""
-    yield Finding("bf16", WARN if wrong else OK, f"{said}; fit takes {default}", mend)
+    found = f"{rates}: {gain:.2g}x; the default precision of fit is {default}"
+    yield Finding("bf16", found, f"set trainer.precision: {other}" if wrong else "")
 
 
 def _product_seconds(device: torch.device, side: int, dtype: torch.dtype, budget: float = 1.0) -> float:
-    """Of the fastest of some, within about ``budget`` seconds, but at least one after the first."""
+    """The fastest of up to 19 products after a warm-up, measured for about ``budget`` seconds."""
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best, begin = float("inf"), time.perf_counter()
     for number in range(20):
@@ -51,8 +51,8 @@ def _product_seconds(device: torch.device, side: int, dtype: torch.dtype, budget
     return best
 
 
-def jpeg_findings() -> Iterator[Finding]:
-    """Images of 256 px decoded in a second on one core, by what stage one reads with and by Pillow."""
+def check_jpeg() -> Iterator[Finding]:
+    """JPEG decoding on one core, with simplejpeg (used by stage one) and with Pillow."""
     import simplejpeg
 
     random = np.random.default_rng(0)
@@ -62,10 +62,8 @@ def jpeg_findings() -> Iterator[Finding]:
     data = file.getvalue()
     ours = _per_second(lambda: simplejpeg.decode_jpeg(data, "RGB"))
     pillow = _per_second(lambda: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    slow = ours < pillow
-    mend = "pip install --force-reinstall simplejpeg: its wheel carries the fast decoder" if slow else ""
-    said = f"{ours:,.0f} images of 256 px a second on a core, {ours / pillow:.1f}x Pillow"
-    yield Finding("JPEG", WARN if slow else OK, said, mend)
+    fix = "pip install --force-reinstall simplejpeg: its wheel includes the fast decoder" if ours < pillow else ""
+    yield Finding("JPEG", f"{ours:,.0f} images of 256 px per second and core, {ours / pillow:.1f}x Pillow", fix)
 
 
 def _per_second(work: Callable[[], object], budget: float = 0.5) -> float:
@@ -87,11 +85,11 @@ print(f"{time.perf_counter() - start:.1f}")
 """
 
 
-def compile_findings() -> Iterator[Finding]:
-    """Whether a small function can be compiled anew, and in how long."""
+def check_compile() -> Iterator[Finding]:
+    """Whether a small function can be compiled, and how long that takes."""
     compilers = [name for name in (os.environ.get("CXX", "g++"), "clang++") if shutil.which(name)]
     if not compilers:
-        yield Finding("torch.compile", WARN, "no C++ compiler", "apt install g++, or leave model.compile false")
+        yield Finding("torch.compile", "no C++ compiler", "apt install g++, or leave model.compile false")
         return
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
@@ -100,18 +98,18 @@ def compile_findings() -> Iterator[Finding]:
                 [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=COMPILE_SECONDS
             )
         except subprocess.TimeoutExpired:
-            said = f"a small function is not compiled after {COMPILE_SECONDS} s"
-            yield Finding("torch.compile", WARN, said, "model.compile takes minutes at first: for long runs alone")
+            found = f"a small function takes more than {COMPILE_SECONDS} s"
+            yield Finding("torch.compile", found, "set model.compile only for long runs: it takes minutes to begin")
             return
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
-        yield Finding("torch.compile", WARN, lines[-1], "leave model.compile false; LDM_DEBUG=1 shows more")
+        yield Finding("torch.compile", lines[-1], "leave model.compile false")
     else:
-        yield Finding("torch.compile", OK, f"a small function in {done.stdout.strip()} s, with {compilers[0]}")
+        yield Finding("torch.compile", f"a small function in {done.stdout.strip()} s, with {compilers[0]}")
 
 
-RENDEZVOUS_SECONDS, WHOLE_SECONDS = 10, 40
-MEETING = """
+SLOW_SECONDS, TIMEOUT_SECONDS = 10, 40
+ALL_REDUCE = """
 import time, torch, torch.distributed as dist
 from datetime import timedelta
 start = time.perf_counter()
@@ -124,36 +122,35 @@ dist.destroy_process_group()
 """
 
 
-def rendezvous_findings() -> Iterator[Finding]:
-    """Two processes of this machine that find each other and add a number up."""
+def check_two_processes() -> Iterator[Finding]:
+    """An all-reduce between two processes of this machine."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", MEETING],
-            env=os.environ | place | {"RANK": str(rank)},
+            [sys.executable, "-c", ALL_REDUCE],
+            env=os.environ | address | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    mend = "export GLOO_SOCKET_IFNAME=lo on one machine; of several, the interface between them"
+    fix = "export GLOO_SOCKET_IFNAME=lo on one machine; with several, the interface that connects them"
     try:
-        said = [process.communicate(timeout=WHOLE_SECONDS) for process in processes]
+        outputs = [process.communicate(timeout=TIMEOUT_SECONDS) for process in processes]
     except subprocess.TimeoutExpired:
-        yield Finding("two processes", FAIL, f"did not meet within {WHOLE_SECONDS} s", mend)
+        yield Finding("two processes", f"did not connect within {TIMEOUT_SECONDS} s", fix, failed=True)
         return
     finally:
         for process in processes:
             process.kill()
     if any(process.returncode for process in processes):
-        lines = next(error for process, (_, error) in zip(processes, said, strict=True) if process.returncode).splitlines()
-        yield Finding("two processes", FAIL, lines[-1] if lines else "ended without a word", mend)
+        lines = next(error for process, (_, error) in zip(processes, outputs, strict=True) if process.returncode).splitlines()
+        yield Finding("two processes", lines[-1] if lines else "ended without a message", fix, failed=True)
         return
-    seconds = max(float(output) for output, _ in said)
-    slow = seconds > RENDEZVOUS_SECONDS
-    yield Finding("two processes", WARN if slow else OK, f"met over gloo in {seconds:.1f} s", mend if slow else "")
+    seconds = max(float(output) for output, _ in outputs)
+    yield Finding("two processes", f"connected over gloo in {seconds:.1f} s", fix if seconds > SLOW_SECONDS else "")
