@@ -19,7 +19,7 @@ from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.dit import DiT
-from ldm.runs.dry_run.cost import static_memory
+from ldm.runs.dry_run.memory import static_memory
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ldm.data.image_dataset import Augmentation, ImageDataset
@@ -242,3 +242,8 @@ class ShardDataModule(LightningDataModule):
             persistent_workers=self.workers > 0,
             pin_memory=self._on_gpu,
         )
+
+
+def datamodule_of(trainer: Trainer) -> ShardDataModule:
+    """The trainer's DataModule."""
+    return trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  Lightning sets it outside of the class

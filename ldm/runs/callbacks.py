@@ -16,8 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from ldm.files import write_json
 from ldm.progress import Lap, Pace, Progress
 from ldm.reporting.grids import captioned_grid, paired_grid, save_grid
-from ldm.runs.dry_run.cost import peak_flops
-from ldm.runs.dry_run.image_flops import ImageFlops
+from ldm.runs.dry_run.flops import ImageFlops, peak_flops
 from ldm.runs.layout import RunFolder
 from ldm.runs.lightning_private import wrap_batches
 from ldm.training.base import TrainingModule

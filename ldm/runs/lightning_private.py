@@ -65,6 +65,11 @@ def wrap_batches(trainer: Trainer, wrap: Callable[[Iterator[Any]], Iterator[Any]
     fetcher.iterator = wrap(fetcher.iterator)
 
 
+def log_interval(trainer: Trainer) -> int:
+    """``log_every_n_steps``: public, but set outside of Trainer's class, where a type checker does not find it."""
+    return trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def log_step_metrics(trainer: Trainer) -> None:
     """Log the metrics of the batch that ends: Lightning does so after ``on_train_batch_end``, where a stopping run never
     comes."""

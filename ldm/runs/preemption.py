@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from ldm.errors import LdmError, first_line
-from ldm.runs.checkpoints.callback import Checkpoints
+from ldm.runs.checkpoints.callback import checkpoints_of
 from ldm.runs.lightning_private import accumulates, ignore_after_training, log_step_metrics
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -100,7 +100,7 @@ class Preemption(Callback):
     def _stop(self, trainer: Trainer) -> None:
         """Save and leave. All processes come here together."""
         preempted = trainer.strategy.reduce_boolean_decision(bool(self._asked.keys() - {signal.SIGINT}), all=False)
-        checkpoint = next(one for one in trainer.callbacks if isinstance(one, Checkpoints)).save_now(trainer)
+        checkpoint = checkpoints_of(trainer).save_now(trainer)
         if not trainer.validating:
             log_step_metrics(trainer)
         reason = Preempted if preempted else Interrupted

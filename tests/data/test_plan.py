@@ -1,15 +1,18 @@
 """The planner: every sample exactly once per epoch, whoever shares the work and wherever it was cut."""
 
+import runpy
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data.plan import START, Plan, Position, mixing, sizes_and_weights
+from ldm.data.plan import START, Plan, Position, sizes_and_weights
 from ldm.errors import UsageError
 
+mixing = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "bench" / "mixing.py"))["mixing"]
 sizes = st.lists(st.integers(0, 12), min_size=1, max_size=7).filter(any)
 windows = st.sampled_from([1, 5, 17, 10_000])
 

@@ -14,7 +14,7 @@ from ldm.models.autoencoder import AutoencoderConfig
 from ldm.runs.dry_run.command import DryRunCLI
 from ldm.runs.dry_run.estimate import Total, flops_text, warnings_of
 from ldm.runs.dry_run.find_batch import Trial, find_largest, largest_by_line, repeated
-from ldm.runs.dry_run.image_flops import ImageFlops
+from ldm.runs.dry_run.flops import ImageFlops
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.denoiser import DenoiserTraining
 
@@ -66,7 +66,7 @@ def autoencoder(shards: Path, out: Path, *options: str) -> DryRunCLI:
     return DryRunCLI(AutoencoderTraining, ["fit", "--config", f"{RECIPES}/autoencoder.yaml", *common(out), *own, *options])
 
 
-def test_stage_two_and_a_disk_that_will_not_do(latents: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stage_two_and_a_disk_that_is_too_small(latents: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     averages = '{"sigma_rel": [0.1], "snapshot_every": 2}'
     cli = denoiser(latents, runs / "not" / "yet" / "run", "--dry-run", "--model.power_averages", averages)
     assert list(runs.iterdir()) == []
@@ -93,19 +93,18 @@ def test_stage_two_and_a_disk_that_will_not_do(latents: Path, runs: Path, capsys
     assert "checkpoints most of all" in line and "keep_last" in line
 
 
-def test_stage_one_has_both_players_whatever_the_timetable_says(
+def test_stage_one_has_steps_with_and_without_the_adversary_whatever_the_schedule_says(
     image_shards: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli = autoencoder(image_shards, runs / "run", "--dry-run")
     assert list(runs.iterdir()) == []
-    alone, both = cli.measure.measured.kinds
-    assert (alone.steps, both.steps) == (8, STEPS - 8)
-    # the discriminator judges once, and then trains on the image and the reconstruction
-    assert both.flops > alone.flops
-    # but for how loud the discriminator is to be: a convolution's gradient
-    assert ImageFlops(cli.model).count(cli.trainer.datamodule) == pytest.approx(both.flops / BATCH, rel=0.02)
+    alone, adversarial = cli.measure.measured.kinds
+    assert (alone.steps, adversarial.steps) == (8, STEPS - 8)
+    assert adversarial.flops > alone.flops
+    # without the gradient of a convolution for the adaptive weight
+    assert ImageFlops(cli.model).count(cli.trainer.datamodule) == pytest.approx(adversarial.flops / BATCH, rel=0.02)
     assert {parameter.device.type for parameter in cli.model.parameters()} == {"cpu"}
-    assert "step of both players" in capsys.readouterr().out
+    assert "adversarial step" in capsys.readouterr().out
 
 
 def test_a_batch_in_micro_batches_is_one_step(latents: Path, runs: Path) -> None:

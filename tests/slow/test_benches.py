@@ -6,6 +6,7 @@ Nothing is asserted of a ratio; timings do not belong in tests.
 from __future__ import annotations
 
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,13 @@ def test_it_comes_to_its_ratios(script: str, tmp_path: Path) -> None:
     for _, _, *figures in ratios:
         median, least, most = map(float, figures)
         assert 0 < least <= median <= most and math.isfinite(most)
+
+
+def test_the_model_of_exchanged_bytes() -> None:
+    """A ring sends the gradients twice, FSDP half as much again; one process sends nothing."""
+    scaling = runpy.run_path(str(BENCH / "scaling.py"))
+    exchanged, efficiency = scaling["exchanged_bytes"], scaling["expected_efficiency"]
+    assert exchanged(1e9, 1) == exchanged(1e9, 1, sharded=True) == 0 and efficiency(1.0, 1e9, 1, 1e9) == 1
+    assert exchanged(1e9, 2) == 1e9 and exchanged(1e9, 1000) == pytest.approx(2e9, rel=0.01)
+    assert exchanged(1e9, 8, sharded=True) == 1.5 * exchanged(1e9, 8)
+    assert efficiency(1.0, 1e9, 2, 1e9) == 0.5

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mixing import mixing
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -37,7 +38,7 @@ from torchvision.datasets import ImageFolder
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.loader import ShardLoader
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
-from ldm.data.plan import Plan, mixing
+from ldm.data.plan import Plan
 from ldm.data.writer import ShardWriter
 from ldm.machine import machine_info
 from ldm.models.autoencoder import pixels_to_images

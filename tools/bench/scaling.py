@@ -12,7 +12,7 @@ are cores or GPUs for all. A round has every measurement once, there and back in
 Communication under DDP: every other step exchanges no gradients (DDP's ``no_sync``), all else alike; the share is what the
 median step takes longer with them. FSDP cannot train without; its share is against one process alone, contention included. The
 bandwidth is that of an all-reduce of as many bytes as the gradients have, by itself, after training: bytes that a process sends
-over seconds. Expected is :func:`ldm.runs.dry_run.cost.expected_efficiency` from one process's step, bytes and bandwidth,
+over seconds. Expected is :func:`expected_efficiency` from one process's step, bytes and bandwidth,
 nothing of the exchange hidden. ``contention``: a step without exchange over one process's step, less 1: what the processes take
 from each other of memory and caches, and the waiting where they put together a figure or two, such as the loss; the model knows
 nothing of either.
@@ -167,10 +167,29 @@ def time_all_reduce(size: int, device: Any) -> list[float]:
     return seconds
 
 
+def exchanged_bytes(parameter_bytes: float, processes: int, sharded: bool = False) -> float:
+    """Bytes that each of N ``processes`` sends in a step; ``parameter_bytes`` are those of the gradients.
+
+    DDP: a ring all-reduce of the gradients, 2·(N − 1)/N of their bytes (Patarasu & Yuan 2009, doi 10.1016/j.jpdc.2008.09.002).
+    FSDP (``sharded``): the weights are gathered for the forward and again for the backward pass, and the gradients scattered:
+    3·(N − 1)/N (Rajbhandari et al. 2020, arXiv 1910.02054, section 7; Zhao et al. 2023, arXiv 2304.11277).
+    """
+    return (3 if sharded else 2) * (processes - 1) / processes * parameter_bytes
+
+
+def expected_efficiency(
+    compute_seconds: float, gradient_bytes: float, processes: int, bytes_per_second: float, sharded: bool = False
+) -> float:
+    """Throughput on N processes over N times that of one, 0 to 1, if no exchange overlaps with compute.
+
+    ``compute_seconds``: of a step on one process. ``bytes_per_second``: that a process sends, on the slowest link.
+    """
+    exchange = exchanged_bytes(gradient_bytes, processes, sharded) / bytes_per_second
+    return compute_seconds / (compute_seconds + exchange)
+
+
 def report(rank: int, found: dict[Case, list[Found]]) -> dict[str, list[float]]:
     """Print the table; returns the ratios, one per round each."""
-    from ldm.runs.dry_run.cost import exchanged_bytes, expected_efficiency
-
     print("\n| stage | strategy | processes | images/s | efficiency | expected | communication | contention | all-reduce |")
     print("|---|---|---|---|---|---|---|---|---|")
     ratios: dict[str, list[float]] = {}

@@ -9,7 +9,7 @@
 
 Training is ``ldm STAGE fit`` of the recipe through Lightning's ``Trainer.fit`` with loader, optimisers, averages and logs, but
 for previews, checkpoints and validation; bf16, TF32, one device, captions by MiniLM. The networks are untrained: time does not
-depend on what they hold. MFU is :mod:`ldm.runs.dry_run.cost`'s: FLOPs of the mathematics over the peak of the GPU, without
+depend on what they hold. MFU is :mod:`ldm.runs.dry_run.flops`'s: FLOPs of the mathematics over the peak of the GPU, without
 what gradient checkpointing computes again.
 
 Without a GPU networks, images and batches are tiny, in fp32 where bf16 does not pay, and with --quick nothing is compiled:
@@ -46,8 +46,8 @@ from ldm.machine import bf16_pays, machine_info
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.runs.dry_run.cost import PeakMemory, peak_flops
-from ldm.runs.dry_run.image_flops import ImageFlops
+from ldm.runs.dry_run.flops import ImageFlops, peak_flops
+from ldm.runs.dry_run.memory import PeakMemory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WARM_UP = 5  # steps: compilation, the allocator, the start of the loader

@@ -229,6 +229,13 @@ class Checkpoints(Checkpoint):
         self._saved_step = checkpoint["global_step"]
 
 
+def checkpoints_of(trainer: Trainer) -> Checkpoints:
+    """The run's callback."""
+    callback = trainer.checkpoint_callback
+    assert isinstance(callback, Checkpoints)
+    return callback
+
+
 def _owes_validation(trainer: Trainer) -> bool:
     """Whether what is saved now lacks the validation of its step, or a part of it."""
     hook = current_hook(trainer)

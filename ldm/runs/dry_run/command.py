@@ -1,7 +1,7 @@
-"""``fit --dry-run``: what a run will ask for, from a few of its own steps, before hours are spent on it.
+"""``fit --dry-run``: memory, time and disk of a run from a few of its steps, before hours are spent on it.
 
-The run's own configuration is fitted in a hidden folder beside ``--out``, which is removed: every kind of step it has, a
-validation, a preview and a checkpoint, as they will be. ``--find-batch`` looks for the largest batch instead.
+The run's configuration is fitted in a hidden folder beside ``--out``, which is removed afterwards: steps of every kind, a
+validation, a preview and a checkpoint. ``--find-batch`` finds the largest batch instead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -18,7 +18,7 @@ from ldm.errors import UsageError
 from ldm.runs.callbacks import ModelFlops, ProgressLine
 from ldm.runs.dry_run.estimate import show_costs, total_of
 from ldm.runs.dry_run.find_batch import FindBatch, show_batches
-from ldm.runs.dry_run.rehearsal import Measure, kinds_of
+from ldm.runs.dry_run.measure import Measure, step_kinds
 from ldm.runs.fit import FitCLI
 from ldm.training.base import TrainingModule
 
@@ -36,12 +36,12 @@ class DryRunCLI(FitCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        what = "a few steps, a validation, a preview and a checkpoint; say what the run will cost, and leave nothing behind"
+        what = "run a few steps, a validation, a preview and a checkpoint; print the memory, time and disk of the whole run"
         parser.add_argument("--dry-run", action="store_true", help=what)
-        parser.add_argument("--find-batch", action="store_true", help="the same for the largest data.batch_size that fits")
+        parser.add_argument("--find-batch", action="store_true", help="find the largest data.batch_size that fits")
 
     def before_instantiate_classes(self) -> None:
-        """All that ``fit`` asks of the options; then they are turned to a folder that will not stay."""
+        """After the checks of ``fit``, turn the run to a temporary folder."""
         super().before_instantiate_classes()
         options = self.options
         if options.trainer.max_steps < 1:
@@ -53,21 +53,21 @@ class DryRunCLI(FitCLI):
             shutil.rmtree(self.trial, ignore_errors=True)
         options.out = options.trainer.default_root_dir = str(self.trial)
         options.export = None
-        options.trainer.logger = False  # W&B is not told of it
+        options.trainer.logger = False  # no W&B run
         if options.find_batch:
             options.data.batch_size = options.model.accumulate
             options.trainer.limit_val_batches = 0
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         trainer = super().instantiate_trainer(**settings)
-        kinds = kinds_of(self.model, trainer.max_steps)
+        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  set outside of the class
+        kinds = step_kinds(self.model, trainer.max_steps)
         if self.options.find_batch:
             self.finder = FindBatch(kinds[-1])
-            trainer.callbacks[:] = [self.finder]
+            callbacks[:] = [self.finder]
         else:
             self.measure = Measure(kinds)
-            others = [each for each in trainer.callbacks if not isinstance(each, (ModelFlops, ProgressLine))]
-            trainer.callbacks[:] = [self.measure, *others]
+            callbacks[:] = [self.measure, *(each for each in callbacks if not isinstance(each, (ModelFlops, ProgressLine)))]
         return trainer
 
     def after_fit(self) -> None:
@@ -77,5 +77,5 @@ class DryRunCLI(FitCLI):
             show_batches(self.finder)
         else:
             measured = self.measure.measured
-            total = total_of(self.model, self.trainer, measured, self.trial)
+            total = total_of(self.model, self.trainer, measured, Path(self.options.out))
             show_costs(self.model, self.trainer, measured, total, shutil.disk_usage(self.place).free, self.place)

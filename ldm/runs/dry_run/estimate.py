@@ -1,4 +1,4 @@
-"""What a whole run will take, from what was measured of a few of its steps; a table of it, and warnings."""
+"""Memory, time and disk of a whole run, from the measurements of a few of its steps: a table and warnings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import nn
 
-from ldm.runs.checkpoints.callback import Checkpoints
-from ldm.runs.dry_run.cost import PeakMemory, network_parameters, peak_flops, stage_memory
-from ldm.runs.dry_run.rehearsal import Measured
+from ldm.data.datamodule import datamodule_of
+from ldm.runs.checkpoints.callback import checkpoints_of
+from ldm.runs.dry_run.flops import peak_flops
+from ldm.runs.dry_run.measure import Measured
+from ldm.runs.dry_run.memory import PeakMemory, module_memory, network_parameters
 from ldm.runs.layout import RunFolder
+from ldm.runs.lightning_private import log_interval
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
 from ldm.training.fsdp import is_sharded
 
-# share of a step that waiting for data may take unremarked
+# share of a step spent waiting for data that is worth a warning
 WAITING = 0.1
 
 Row = tuple[str, str, str]
@@ -35,7 +38,7 @@ class Total:
     Attributes:
         seconds: steps, validations, previews and checkpoints.
         validations: how many.
-        bytes_of: what it leaves on the disk, and how that comes about.
+        bytes_of: what it leaves on the disk by name: bytes, and how they come about.
     """
 
     seconds: float
@@ -47,47 +50,42 @@ class Total:
         return sum(size for size, _ in self.bytes_of.values())
 
 
-def total_of(stage: TrainingModule, trainer: Trainer, measured: Measured, folder: Path) -> Total:
-    """Time and disk; ``folder`` is that of the rehearsal, with its previews and logs."""
-    callback = next(each for each in trainer.callbacks if isinstance(each, Checkpoints))
-    every, batches = trainer.val_check_batch, trainer.max_steps
-    validations = int(batches // every) if every and math.isfinite(every) else 0
+def total_of(module: TrainingModule, trainer: Trainer, measured: Measured, folder: Path) -> Total:
+    """Time and disk of the whole run; ``folder`` is that of the dry run, with its previews and logs."""
+    callback = checkpoints_of(trainer)
+    every, steps = trainer.val_check_batch, trainer.max_steps
+    validations = int(steps // every) if every and math.isfinite(every) else 0
     seconds = sum(kind.steps * kind.seconds for kind in measured.kinds)
     seconds += validations * measured.validation_seconds + (validations + 1) * measured.preview_seconds
     timed = int(seconds / 60 / callback.every_minutes) if callback.every_minutes else 0
-    written = 1 + timed + (trainer.max_steps // callback.every_steps if callback.every_steps else validations)
+    written = 1 + timed + (steps // callback.every_steps if callback.every_steps else validations)
     if not callback.background:
         seconds += written * measured.checkpoint_seconds
-    # one more is there while it is written, before the oldest is removed; those by the clock stay
+    # while one is written the oldest is still there; those of every_minutes stay
     kept = min(callback.keep_last + 1 + (callback.best is not None), written) + timed
     images = max((file.stat().st_size for file in RunFolder(folder).previews_folder.glob("*.png")), default=0)
+    rows, logged_rows = (number // log_interval(trainer) for number in (steps, trainer.global_step))
     logged = sum(file.stat().st_size for file in RunFolder(folder).logs.rglob("*") if file.is_file())
-    rows = trainer.max_steps // trainer.log_every_n_steps
-    logged = logged * rows // max(trainer.global_step // trainer.log_every_n_steps, 1)
-    averaged = _bytes(stage.averaged())
+    averaged = _bytes(module.averaged())
     bytes_of = {
         "checkpoints": (kept * measured.checkpoint_bytes, f"{kept:,} of {decimal(measured.checkpoint_bytes)}"),
         "previews": (2 * (validations + 1) * images, f"{validations + 1:,} of {decimal(images)}, in TensorBoard too"),
-        "logs": (logged, f"about, {rows:,} rows"),
-        "product": (averaged + sum(map(_bytes, _beside(stage).values())), f"the {stage.artifact}'s directory"),
+        "logs": (logged * rows // max(logged_rows, 1), f"about, {rows:,} rows"),
+        "exported model": (averaged + sum(map(_bytes, _encoders(module).values())), f"the {module.artifact}'s directory"),
     }
-    if stage.average.snapshot_every:
-        number = (trainer.max_steps // stage.average.snapshot_every + 1) * len(stage.average.power)
+    if module.average.snapshot_every:
+        number = (steps // module.average.snapshot_every + 1) * len(module.average.power)
         bytes_of["snapshots"] = (number * averaged, f"{number:,} of {decimal(averaged)}; model.power_averages")
     return Total(seconds, validations, bytes_of)
 
 
-def show_costs(stage: TrainingModule, trainer: Trainer, measured: Measured, total: Total, free: int, place: Path) -> None:
-    """Print it all.
-
-    Args:
-        free: bytes on the disk of ``place``, which the run will be in.
-    """
-    table = Table("", "", "", title=f"dry run of {stage.command} fit", show_header=False)
+def show_costs(module: TrainingModule, trainer: Trainer, measured: Measured, total: Total, free: int, place: Path) -> None:
+    """Print the table and the warnings; ``free`` are the bytes free on the disk of ``place``, the run's parent folder."""
+    table = Table("", "", "", title=f"dry run of {module.command} fit", show_header=False)
     sections = (
         data_rows(trainer),
-        parameter_rows(stage),
-        memory_rows(stage, trainer, measured),
+        parameter_rows(module),
+        memory_rows(module, trainer, measured),
         step_rows(trainer, measured),
         run_rows(measured, total, free, place),
     )
@@ -102,36 +100,27 @@ def show_costs(stage: TrainingModule, trainer: Trainer, measured: Measured, tota
 
 
 def data_rows(trainer: Trainer) -> Iterable[Row]:
-    """What there is to train on."""
-    data = trainer.datamodule
+    data = datamodule_of(trainer)
     for name, dataset in (("training data", data.train_set), ("validation data", data.validation_set)):
         for source in dataset.sources:
             manifest = source.manifest
             what = f"{manifest.samples:,} samples in {len(manifest.shards):,} shards, {decimal(manifest.bytes)}"
             yield name, what, source.spec
-    seen = trainer.max_steps * _images_per_step(trainer)
-    yield "samples trained on", f"{seen:,}", f"{seen / len(data.train_set):.3g} epochs"
+    samples = trainer.max_steps * _images_per_step(trainer)
+    yield "samples trained on", f"{samples:,}", f"{samples / len(data.train_set):.3g} epochs"
 
 
-def parameter_rows(stage: TrainingModule) -> Iterable[Row]:
-    """Of every network."""
-    for name, part in network_parameters(stage).items():
+def parameter_rows(module: TrainingModule) -> Iterable[Row]:
+    for name, part in network_parameters(module).items():
         yield f"parameters, {name}", f"{part.trained + part.frozen:,}", "trained" if part.trained else "frozen"
-    for name, network in _beside(stage).items():
+    for name, network in _encoders(module).items():
         yield f"parameters, {name}", f"{sum(parameter.numel() for parameter in network.parameters()):,}", "frozen"
 
 
-def memory_rows(stage: TrainingModule, trainer: Trainer, measured: Measured) -> Iterable[Row]:
-    """Computed and measured."""
-    static = stage_memory(stage, trainer.world_size if is_sharded(stage.averaged()) else 1)
-    parts = {
-        "weights": static.weights,
-        "gradients": static.gradients,
-        "optimiser": static.optimiser,
-        "averages": static.averages,
-    }
-    said = ", ".join(f"{name} {decimal(int(size))}" for name, size in parts.items())
-    yield "memory kept, computed", decimal(int(static.total)), said
+def memory_rows(module: TrainingModule, trainer: Trainer, measured: Measured) -> Iterable[Row]:
+    static = module_memory(module, trainer.world_size if is_sharded(module.averaged()) else 1)
+    parts = ", ".join(f"{name} {decimal(int(size))}" for name, size in vars(static).items())
+    yield "memory kept, computed", decimal(int(static.total)), parts
     what = PeakMemory(trainer.strategy.root_device).what
     for kind in measured.kinds:
         yield f"peak memory, {kind.name}", decimal(kind.peak_bytes), what
@@ -139,43 +128,41 @@ def memory_rows(stage: TrainingModule, trainer: Trainer, measured: Measured) -> 
 
 
 def step_rows(trainer: Trainer, measured: Measured) -> Iterable[Row]:
-    """Of every kind of step."""
     peak = peak_flops(trainer.strategy.root_device, str(trainer.precision))
-    images, batch = _images_per_step(trainer), trainer.datamodule.batch_size
+    images, batch = _images_per_step(trainer), datamodule_of(trainer).batch_size
     for kind in measured.kinds:
         rate, flops = images / kind.seconds, kind.flops / batch
         on_device = flops * rate / trainer.world_size
-        utilised = f", MFU {on_device / peak:.1%}" if peak else ""
+        mfu = f", MFU {on_device / peak:.1%}" if peak else ""
         yield f"{kind.name}: FLOPs", f"{flops_text(flops)} an image", f"{flops_text(kind.flops_forward / batch)} of it forward"
         yield f"{kind.name}: time", f"{kind.seconds:.3g} s", f"{images:,} images, {kind.waiting:.0%} of it waiting for data"
-        yield f"{kind.name}: speed", f"{rate:.3g} images/s", f"{flops_text(on_device)}/s a device{utilised}"
+        yield f"{kind.name}: speed", f"{rate:.3g} images/s", f"{flops_text(on_device)}/s a device{mfu}"
 
 
 def run_rows(measured: Measured, total: Total, free: int, place: Path) -> Iterable[Row]:
-    """Time and disk of all of it."""
     yield "a validation", f"{measured.validation_seconds:.3g} s", f"{total.validations:,} of them"
     yield "a preview", f"{measured.preview_seconds:.3g} s", f"{total.validations + 1:,} of them"
-    yield "a checkpoint", f"{measured.checkpoint_seconds:.3g} s", f"and {measured.reading_seconds:.3g} s to read it again"
+    yield "a checkpoint", f"{measured.checkpoint_seconds:.3g} s", f"{measured.reading_seconds:.3g} s to read"
     steps = " and ".join(f"{kind.steps:,}" for kind in measured.kinds)
-    yield "the whole run", str(timedelta(seconds=round(total.seconds))), f"{steps} steps, and the above"
+    yield "the whole run", str(timedelta(seconds=round(total.seconds))), f"{steps} steps, validations, previews, checkpoints"
     for name, (size, why) in total.bytes_of.items():
         yield f"disk, {name}", decimal(size), why
-    yield "disk, all of it", decimal(total.bytes), f"{decimal(free)} free in {place}"
+    yield "disk, total", decimal(total.bytes), f"{decimal(free)} free in {place}"
 
 
 def warnings_of(trainer: Trainer, measured: Measured, total: Total, free: int, place: Path) -> Iterable[str]:
-    """What should be seen to before the run."""
-    data = trainer.datamodule
+    """What to fix before the run."""
+    data = datamodule_of(trainer)
     if total.bytes > free:
         largest = max(total.bytes_of, key=lambda name: total.bytes_of[name][0])
-        fewer = {"checkpoints": "checkpoints.keep_last or every_minutes", "snapshots": "model.power_averages.snapshot_every"}
+        settings = {"checkpoints": "checkpoints.keep_last or every_minutes", "snapshots": "model.power_averages.snapshot_every"}
         yield (
-            f"the disk will not do: the run leaves {decimal(total.bytes)}, {largest} most of all, and {decimal(free)} are free "
-            f"in {place}; make room, give another --out, or see to {fewer.get(largest, 'trainer.val_check_interval')}"
+            f"the disk is too small: the run needs {decimal(total.bytes)}, {largest} most of all, and {decimal(free)} are free "
+            f"in {place}; make room, give another --out, or change {settings.get(largest, 'trainer.val_check_interval')}"
         )
     trained_on = {source.manifest.hash for source in data.train_set.sources}
     if any(source.manifest.hash in trained_on for source in data.validation_set.sources):
-        yield "data.validation is trained on as well: its figures say nothing about images never seen"
+        yield "data.validation is trained on as well: its metrics say nothing about unseen images"
     for kind in measured.kinds:
         if kind.waiting > WAITING:
             yield f"{kind.waiting:.0%} of a {kind.name} is waiting for data; raise data.workers, which is {data.workers}"
@@ -190,14 +177,14 @@ def flops_text(flops: float) -> str:
 
 
 def _images_per_step(trainer: Trainer) -> int:
-    return trainer.datamodule.batch_size * trainer.world_size
+    return datamodule_of(trainer).batch_size * trainer.world_size
 
 
-def _beside(stage: TrainingModule) -> dict[str, nn.Module]:
-    """Networks that a stage is trained with and that are no part of it."""
-    if not isinstance(stage, DenoiserTraining):
+def _encoders(module: TrainingModule) -> dict[str, nn.Module]:
+    """Networks of stage two that are no children of its module."""
+    if not isinstance(module, DenoiserTraining):
         return {}
-    return {"autoencoder": stage.frozen.autoencoder, "text encoder": stage.frozen.text_encoder.model}
+    return {"autoencoder": module.frozen.autoencoder, "text encoder": module.frozen.text_encoder.model}
 
 
 def _bytes(network: nn.Module) -> int:

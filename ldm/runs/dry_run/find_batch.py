@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +16,15 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from ldm.data.datamodule import datamodule_of
 from ldm.errors import LdmError, UsageError
 from ldm.machine import is_out_of_memory
-from ldm.runs.dry_run.cost import PeakMemory
-from ldm.runs.dry_run.rehearsal import Kind, synchronise
+from ldm.runs.dry_run.measure import StepKind, synchronise
+from ldm.runs.dry_run.memory import PeakMemory
 
-# of the memory that there is
+# share of the memory to fill
 USED = {"cuda": 0.92, "cpu": 0.8}
-# that a step may be expected to take; longer ones are not tried
+# batches whose steps are expected to take longer are not tried
 LONGEST_SECONDS = 30.0
 
 
@@ -36,22 +38,22 @@ class Trial:
 
 
 def largest_by_line(smaller: Trial, larger: Trial, limit: float) -> float:
-    """The batch whose peak is ``limit`` bytes, if memory goes on growing as between two batches; infinite if it did not."""
+    """The batch whose peak is ``limit`` bytes, extrapolated linearly from two batches; infinite where memory did not grow."""
     slope = (larger.peak_bytes - smaller.peak_bytes) / (larger.size - smaller.size)
     return larger.size + (limit - larger.peak_bytes) / slope if slope > 0 else math.inf
 
 
 def find_largest(attempt: Callable[[int], Trial | None], smallest: int, most: int, limit: float) -> tuple[list[Trial], float]:
-    """Doubling, as long as the line through the last two says that it fits; then the batch that the line says, and bisection
-    where that does not fit.
+    """Double the batch as long as the line through the last two trials says that it fits, then try the size that the line
+    predicts; bisect where a size does not fit.
 
     Args:
-        attempt: a batch of this size; None: out of memory.
-        smallest, most: sizes.
+        attempt: tries a batch of this size; None means out of memory.
+        smallest, most: batch sizes.
         limit: bytes.
 
     Returns:
-        What fits, by size, and the largest by the line.
+        The trials that fit, by size, and the largest batch that the line predicts.
     """
     fits: list[Trial] = []
     size, too_large, predicted = smallest, most + 1, math.inf
@@ -78,7 +80,7 @@ def find_largest(attempt: Callable[[int], Trial | None], smallest: int, most: in
 
 
 def repeated(batch: dict[str, Any], size: int) -> dict[str, Any]:
-    """The batch's samples over and over, so many as ``size``."""
+    """A batch of ``size`` samples, those of ``batch`` repeated."""
     given = len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
     numbers = [number % given for number in range(size)]
     enlarged = dict(batch)
@@ -91,48 +93,49 @@ def repeated(batch: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 class FindBatch(Callback):
-    """Trains the first batch's samples in ever larger batches, both players, and stops."""
+    """Trains larger and larger batches, made of the first batch's samples, and stops."""
 
-    def __init__(self, kind: Kind):
+    def __init__(self, kind: StepKind):
         self.kind = kind
         self.fits: list[Trial] = []
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.world_size > 1:
             raise UsageError(
-                "--find-batch: give --trainer.devices 1; what fits one process fits each of many, but for DDP's copy of the "
-                "gradients"
+                "--find-batch: give --trainer.devices 1; each of many processes needs the same memory, and under DDP a second "
+                "copy of the gradients"
             )
         device = trainer.strategy.root_device
         self.memory = PeakMemory(device)
         self.limit = USED[device.type] * self.memory.limit()
         self.kind.begin()
-        self.most = len(trainer.datamodule.train_set)
+        data = datamodule_of(trainer)
+        self.most = len(data.train_set)
         attempt = partial(self._attempt, trainer, batch)
-        self.fits, self.predicted = find_largest(attempt, trainer.datamodule.batch_size, self.most, self.limit)
+        self.fits, self.predicted = find_largest(attempt, data.batch_size, self.most, self.limit)
         trainer.should_stop = True
 
     def _attempt(self, trainer: Trainer, batch: dict[str, Any], size: int) -> Trial | None:
-        """Two steps of a batch, by Lightning's own loop."""
-        loop, enlarged = trainer.fit_loop.epoch_loop, repeated(batch, size)
+        """Two steps of a batch by Lightning's loop; the first, which allocates and compiles, is not timed."""
+        loop, enlarged, start = trainer.fit_loop.epoch_loop.manual_optimization, repeated(batch, size), 0.0
         self.memory.reset()
         try:
-            for _ in range(2):  # the first allocates, and compiles
+            for _ in range(2):
                 start = time.perf_counter()
-                loop.manual_optimization.run({"batch": dict(enlarged), "batch_idx": 0})
+                loop.run(OrderedDict(batch=dict(enlarged), batch_idx=0))
                 synchronise(trainer)
             return Trial(size, self.memory.peak(), time.perf_counter() - start)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        # past the handler, where the error still holds what did not fit
+        # outside of the handler: the error holds references to the tensors
         trainer.lightning_module.zero_grad()
         torch.cuda.empty_cache()
         return None
 
 
 def show_batches(finder: FindBatch) -> None:
-    """The sizes tried, and the lines for the YAML.
+    """Print the trials, and the lines for the YAML.
 
     Raises:
         LdmError: none fits.
@@ -152,9 +155,9 @@ def show_batches(finder: FindBatch) -> None:
     largest = finder.fits[-1]
     if int(finder.predicted) > largest.size:
         console.print(
-            f"Up to {int(finder.predicted):,} should fit, by the line through the last two; larger ones were not tried."
+            f"Extrapolated from the last two, up to {int(finder.predicted):,} should fit; larger ones were not tried."
         )
     if largest.size == finder.most:
-        console.print("There are no more samples to make a larger one of.")
+        console.print("The data have no more samples.")
     remark = f"measured: {decimal(largest.peak_bytes)} of {decimal(int(finder.limit))}"
     console.print(f"data:\n  batch_size: {largest.size}  # {remark}", highlight=False)

@@ -1,0 +1,142 @@
+"""Memory of training: what is held from step to step, computed from the parameters, and the peak, measured."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.training.base import TrainingModule
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of trained and of frozen parameters."""
+
+    trained: int
+    frozen: int
+
+
+def network_parameters(module: nn.Module) -> dict[str, Parameters]:
+    """Parameters of each child of ``module`` that has any, by name, the largest first."""
+    counted = {}
+    for name, network in module.named_children():
+        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        frozen = sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
+        if trained or frozen:
+            counted[name] = Parameters(trained, frozen)
+    return dict(sorted(counted.items(), key=lambda item: -item[1].trained - item[1].frozen))
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """Bytes that one process holds from step to step. Activations come on top; they are measured."""
+
+    weights: float
+    gradients: float
+    optimiser: float
+    averages: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimiser + self.averages
+
+
+def static_memory(
+    trained: int,
+    frozen: int = 0,
+    averaged: int = 0,
+    averages: int = 1,
+    bytes_each: int = 4,
+    shards: int = 1,
+    matrices: int = 0,
+) -> StaticMemory:
+    """Weights, gradients, the moments of AdamW (two a parameter, Loshchilov & Hutter 2019, arXiv 1711.05101) and averages.
+
+    Mixed precision keeps all of these in fp32; its 16-bit copies live as long as activations do.
+
+    Args:
+        trained, frozen: numbers of parameters.
+        averaged: parameters of the network whose averages are kept.
+        averages: how many averages.
+        bytes_each: of every number: 4 for ``32-true`` and ``bf16-mixed``, 2 for ``bf16-true``.
+        shards: processes that FSDP shards all of it over.
+        matrices: trained parameters that Muon updates; it keeps one moment of each.
+    """
+    numbers = (trained + frozen, trained, 2 * trained - matrices, averaged * averages)
+    return StaticMemory(*(number * bytes_each / shards for number in numbers))
+
+
+def module_memory(module: TrainingModule, shards: int = 1) -> StaticMemory:
+    """:func:`static_memory` of a training module with its optimisers and averages."""
+    parameters = list(network_parameters(module).values())
+    averaged = list(module.averaged().parameters())
+    groups = (group for optimiser in module.trainer.optimizers for group in optimiser.param_groups if group.get("muon"))
+    return static_memory(
+        sum(part.trained for part in parameters),
+        sum(part.frozen for part in parameters),
+        sum(parameter.numel() for parameter in averaged),
+        1 + len(module.average.power),
+        averaged[0].element_size(),
+        shards,
+        sum(matrix.numel() for group in groups for matrix in group["params"]),
+    )
+
+
+PROCESS = Path("/proc/self/status")
+
+
+class PeakMemory:
+    """The peak since :meth:`reset`: bytes allocated on a GPU, or on a CPU the resident set of the process.
+
+    Without Linux's /proc there is no reset, and the peak is that since the process started.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @property
+    def what(self) -> str:
+        """What is measured, in words."""
+        on_gpu = self.device.type == "cuda"
+        return "allocated on the GPU" if on_gpu else "resident set of the process, with Python and its libraries"
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if PROCESS.is_file():
+            return _bytes(PROCESS, "VmHWM")
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+    def limit(self) -> int:
+        """The largest peak in bytes that this machine allows."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return free + torch.cuda.memory_reserved(self.device)
+        if not PROCESS.is_file():
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min([_bytes(Path("/proc/meminfo"), "MemAvailable") + _bytes(PROCESS, "VmRSS"), *_control_group_limits()])
+
+
+def _bytes(file: Path, name: str) -> int:
+    """The value of an entry such as ``VmHWM:  1234 kB``."""
+    return next(int(line.split()[1]) * 1024 for line in file.read_text().splitlines() if line.startswith(f"{name}:"))
+
+
+def _control_group_limits() -> list[int]:
+    """Limits of a container or a SLURM job; elsewhere none."""
+    files = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    return [int(text) for file in files if file.is_file() and (text := file.read_text().strip()).isdigit()]
