@@ -1,13 +1,13 @@
 """A diffusion transformer with text cross-attention (Peebles & Xie 2022, arXiv 2212.09748; PixArt-α, 2310.00426).
 
-Its call is that of diffusers' ``PixArtTransformer2DModel``, so that either stands in for the other from YAML.
+It is called like diffusers' ``PixArtTransformer2DModel``, so that either can replace the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -35,7 +35,7 @@ from ldm.models.layers import (
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, text cross-attention, feed-forward. The time modulates the first and the last."""
+    """Self-attention, cross-attention to the text, feed-forward; the time modulates the first and the last."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class DiTBlock(nn.Module):
         norm: Norm = "layer_norm",
         activation: Activation = "gelu",
         qk_norm: bool = True,
-        own_table: bool = True,
+        modulation_table: bool = True,
     ):
-        """``own_table``: a learned table of its own is added to the modulation (adaLN-single)."""
+        """``modulation_table``: add a learned table per block to the modulation, which all blocks share (adaLN-single)."""
         super().__init__()
         self.norm1 = make_norm(norm, width)
         self.attention = Attention(width, num_attention_heads, qk_norm=qk_norm, norm=norm)
@@ -55,7 +55,7 @@ class DiTBlock(nn.Module):
         self.text_attention = Attention(width, num_attention_heads, context_width=width, qk_norm=qk_norm, norm=norm)
         self.norm2 = make_norm(norm, width)
         self.feed_forward = FeedForward(width, mlp_ratio, activation)
-        self.modulation_table = nn.Parameter(torch.zeros(6, width)) if own_table else None
+        self.modulation_table = nn.Parameter(torch.zeros(6, width)) if modulation_table else None
 
     def forward(
         self,
@@ -76,31 +76,32 @@ class DiTBlock(nn.Module):
         return torch.addcmul(x, to_feed_forward.gate, self.feed_forward(modulate(self.norm2(x), to_feed_forward)))
 
     def text_keys_values(self, text: Tensor) -> KeysValues:
-        """Keys and values of a caption's tokens (B, L, D): they depend on the caption alone and may take its place."""
+        """Keys and values of the text tokens (B, L, D), which :meth:`forward` takes in their place."""
         return self.text_attention.keys_values(text)
 
 
 class EncodedText(NamedTuple):
-    """A batch of captions as the blocks take it; see :meth:`DiT.encode_text`."""
+    """A batch of captions as the blocks take them; see :meth:`DiT.encode_text`."""
 
     pooled: Tensor | None  # (B, D), added to the time embedding
     for_blocks: Sequence[Tensor | KeysValues]  # one per block: tokens (B, L, D), or their keys and values
-    mask: Tensor | None  # (B, 1, 1, L), None where every token counts
+    mask: Tensor | None  # (B, 1, 1, L), None if nothing is padding
 
 
 @dataclass
 class DiTOutput(Transformer2DModelOutput):
-    """``sample`` (B, C, H, W), and the outputs (B, N, D) of the blocks asked for, by number."""
+    """``sample`` (B, C, H, W), and ``activations``: number of a requested block -> its output (B, N, D)."""
 
     activations: dict[int, Tensor] = field(default_factory=dict)
 
 
 class DiT(ModelMixin, ConfigMixin):
-    """Latents, a time and a caption -> what the prediction asks for, in the shape of the latents.
+    """Noisy latents, a time and a caption -> the prediction, in the shape of the latents.
 
-    ``enable_gradient_checkpointing()`` trades a second forward for memory; ``compile_repeated_blocks()`` compiles the blocks,
-    once for all of them. Both come from diffusers.
+    diffusers' ``enable_gradient_checkpointing()`` and ``compile_repeated_blocks()`` work on it.
     """
+
+    blocks: nn.ModuleList
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("DiTBlock",)
@@ -127,30 +128,28 @@ class DiT(ModelMixin, ConfigMixin):
         """
         Args:
             in_channels: channels of the latents.
-            sample_size: side of the latents trained on, in latent pixels; other sizes can be drawn too.
+            sample_size: side of the latents in training, in latent pixels; other sizes can be sampled too.
             patch_size: side of a token, in latent pixels.
             width: features per token; a multiple of 4.
             num_layers: number of blocks.
-            num_attention_heads: attention heads; divides ``width``.
-            mlp_ratio: hidden features of the feed-forward over ``width``.
+            num_attention_heads: attention heads; must divide ``width``.
+            mlp_ratio: hidden features of the feed-forward, as a multiple of ``width``.
             caption_channels: features per token of the text encoder.
-            pooled_text: also add the mean of the caption's tokens to the time embedding, so that what the caption says as a
-                whole reaches every layer at once; small models learn their words sooner.
-            adaln: how the time reaches the blocks: ``single``, one projection for all and a table per block (PixArt-α), or
-                ``zero``, a projection per block (DiT), which takes a third more parameters.
-            norm: of tokens, queries and keys; take what is fast on the device at hand (on a CPU ``layer_norm``).
-            activation: of the feed-forward; ``swiglu`` has two thirds of the hidden features, hence as many parameters.
-            qk_norm: normalise queries and keys, for high learning rates.
-            positions: ``sincos`` is added to the tokens; ``rope`` turns queries and keys of self-attention, which then know
-                what lies beside what; ``sincos_rope`` is both (LightningDiT, Yao et al. 2025, arXiv 2501.01423).
+            pooled_text: also add the mean of the text tokens to the time embedding, so that the caption as a whole reaches
+                every layer directly; small models learn the meaning of words sooner.
+            adaln: how the time reaches the blocks: ``single``, one projection for all blocks and a table per block
+                (PixArt-α), or ``zero``, a projection per block (DiT), with a third more parameters.
+            norm: of tokens, queries and keys. On a CPU ``layer_norm`` is faster.
+            activation: of the feed-forward. ``swiglu`` gets two thirds of the hidden features, for equal parameters.
+            qk_norm: normalise queries and keys, for stability at high learning rates.
+            positions: ``sincos`` is added to the tokens, ``rope`` rotates queries and keys of self-attention by their
+                position, ``sincos_rope`` does both (LightningDiT, Yao et al. 2025, arXiv 2501.01423).
         """
         super().__init__()
         if sample_size % patch_size:
-            raise UsageError(f"model.denoiser: sample_size {sample_size} is not a multiple of patch_size {patch_size}")
+            raise UsageError(f"DiT: sample_size {sample_size} is not a multiple of patch_size {patch_size}")
         if "rope" in positions and width % (4 * num_attention_heads):
-            raise UsageError(
-                f"model.denoiser: positions {positions} needs a width that is a multiple of 4 x {num_attention_heads} heads"
-            )
+            raise UsageError(f"DiT: positions {positions} needs a width that is a multiple of 4 x {num_attention_heads} heads")
         self.gradient_checkpointing = False
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -161,7 +160,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.pooled_embed = (
             nn.Sequential(nn.LayerNorm(caption_channels), nn.Linear(caption_channels, width)) if pooled_text else None
         )
-        # adaLN-zero's projections lie in one matrix: one product for all blocks
+        # adaLN-zero's projections are stacked into one linear layer: a single matrix product for all blocks
         projections = num_layers if adaln == "zero" else 1
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, projections * 6 * width))
         self.blocks = nn.ModuleList(
@@ -176,19 +175,18 @@ class DiT(ModelMixin, ConfigMixin):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Every block starts as the identity and the output as zero (adaLN-zero)."""
+        """Every block starts as the identity, and the network's output as zero (adaLN-zero)."""
         for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.config.width, -1))
-        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         nn.init.normal_(self.time_embed.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embed.linear_2.weight, std=0.02)
-        zero = [self.modulation[1], self.modulation_out[1], self.proj_out]
-        zero += [block.text_attention.to_out for block in self.blocks]
-        for linear in zero:
-            nn.init.zeros_(linear.weight)
+        to_text = [cast(DiTBlock, block).text_attention.to_out for block in self.blocks]
+        for linear in (self.modulation[1], self.modulation_out[1], self.proj_out, *to_text):
+            nn.init.zeros_(cast(nn.Linear, linear).weight)
 
     def forward(
         self,
@@ -202,19 +200,15 @@ class DiT(ModelMixin, ConfigMixin):
         """
         Args:
             hidden_states: noisy latents (B, C, H, W).
-            encoder_hidden_states: text embeddings (B, L, caption_channels), or what :meth:`encode_text` made of them.
+            encoder_hidden_states: text embeddings (B, L, caption_channels), or the result of :meth:`encode_text`.
             timestep: (B,), in the units of the path's ``network_time``.
-            encoder_attention_mask: (B, L), 1 where a token stands, 0 where padding does.
-
-            return_activations: blocks, by number from 0, whose outputs are wanted; nothing is kept of the others.
-
-        Returns:
-            ``sample`` (B, C, H, W), and ``activations`` of ``return_activations``: block number -> (B, N, D).
+            encoder_attention_mask: (B, L), 1 for tokens, 0 for padding; None if nothing is padding.
+            return_activations: numbers of the blocks, from 0, whose outputs to return.
 
         Raises:
-            UsageError: for sizes that the network cannot take.
+            UsageError: for latents, text embeddings or block numbers that do not fit the network.
         """
-        config, patch = self.config, self.config.patch_size
+        config, patch = self.config, self.config["patch_size"]
         height, width = hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch
         if (height * patch, width * patch) != tuple(hidden_states.shape[-2:]):
             raise UsageError(
@@ -222,22 +216,24 @@ class DiT(ModelMixin, ConfigMixin):
             )
         if unknown := [number for number in return_activations if not 0 <= number < len(self.blocks)]:
             raise UsageError(f"there is no block {unknown[0]} to return; give numbers from 0 to {len(self.blocks) - 1}")
-        place = (height, width, config.sample_size // patch, hidden_states.device)
-        # contiguous, else all that is added to it keeps the layout of an image: in bf16 on a CPU a forward took 1.4x as long
+        grid = (height, width, config["sample_size"] // patch, hidden_states.device)
+        # Without contiguous() all later sums keep the memory layout of an image: 1.4x the time of a bf16 forward on a CPU.
         x = self.patch_embed(hidden_states.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
-        if "sincos" in config.positions:
-            x = x + position_embedding(config.width, *place).to(x)
-        rotation = rotary_embedding(config.width // config.num_attention_heads, *place) if "rope" in config.positions else None
+        if "sincos" in config["positions"]:
+            x = x + position_embedding(config["width"], *grid).to(x)
+        rotation = None
+        if "rope" in config["positions"]:
+            rotation = rotary_embedding(config["width"] // config["num_attention_heads"], *grid)
         if isinstance(encoder_hidden_states, EncodedText):
             text = encoder_hidden_states
         else:
-            # on a GPU a look into the mask would make the host wait at every step
+            # trimming reads the mask's values, which on a GPU would synchronise with the host at every step
             trim = encoder_hidden_states.device.type == "cpu"
             text = self._embed_text(encoder_hidden_states, encoder_attention_mask, trim)
         time = self.time_embed(self.time_features(timestep.expand(len(x))).to(self.dtype))  # (B, D)
         if text.pooled is not None:
             time = time + text.pooled
-        modulations = self.modulation(time).unflatten(1, (-1, 6, config.width)).unbind(1)  # one, or one per block: (B, 6, D)
+        modulations = self.modulation(time).unflatten(1, (-1, 6, config["width"])).unbind(1)  # 1 or num_layers of (B, 6, D)
         modulations *= len(self.blocks) // len(modulations)
         activations = {}
         for number, (block, modulation, tokens) in enumerate(zip(self.blocks, modulations, text.for_blocks, strict=True)):
@@ -258,24 +254,19 @@ class DiT(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> EncodedText:
-        """The text embedding and every block's keys and values of a batch of captions.
+        """The part of :meth:`forward` that depends on the captions alone, for a sampler to compute once.
 
-        They depend on neither latents nor time: a sampler encodes a text once and passes the result to every call, in the
-        place of ``encoder_hidden_states``.
-
-        Args:
-            encoder_hidden_states: text embeddings (B, L, caption_channels).
-            encoder_attention_mask: (B, L), 1 for tokens and 0 for padding; None where every token counts.
+        The result takes the place of ``encoder_hidden_states`` in :meth:`forward`; the arguments are as there.
         """
         text = self._embed_text(encoder_hidden_states, encoder_attention_mask, trim=True)
-        keys_values = [block.text_keys_values(tokens) for block, tokens in zip(self.blocks, text.for_blocks, strict=True)]
-        return text._replace(for_blocks=keys_values)
+        (tokens, *_) = text.for_blocks
+        return text._replace(for_blocks=[cast(DiTBlock, block).text_keys_values(cast(Tensor, tokens)) for block in self.blocks])
 
     def _embed_text(self, embeddings: Tensor, mask: Tensor | None, trim: bool) -> EncodedText:
-        """``trim``: cut what is padding in every caption, and do without a mask where all that is left are tokens."""
-        if embeddings.shape[-1] != self.config.caption_channels:
+        """``trim``: cut padding that all captions share, and drop the mask where no padding is left."""
+        if embeddings.shape[-1] != (channels := self.config["caption_channels"]):
             raise UsageError(
-                f"text embeddings are {embeddings.shape[-1]} wide, but the denoiser takes {self.config.caption_channels}; "
+                f"text embeddings are {embeddings.shape[-1]} wide, but the denoiser takes {channels}; "
                 "encode captions with the text encoder that it was trained with, or change caption_channels"
             )
         text, weights = embeddings.to(self.dtype), None
@@ -293,19 +284,19 @@ class DiT(ModelMixin, ConfigMixin):
 
 
 def transformer_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a DiT or of what trains in its place: members of its lists that diffusers marks.
+    """The transformer blocks of a denoiser: items of its module lists whose class it names as diffusers' models do.
 
     Raises:
-        UsageError: for a network that does not say which of its parts are blocks.
+        UsageError: for a network that does not name the class of its blocks.
     """
-    # its own names for them, of which its PixArt has only the second
+    # of diffusers' two attributes, PixArt has only the second
     names = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()
-    listed = (block for blocks in network.modules() if isinstance(blocks, nn.ModuleList) for block in blocks)
-    # FSDP makes a class of its own of each
-    blocks = [block for block in listed if any(kind.__name__ in names for kind in type(block).__mro__)]
+    items = (item for modules in network.modules() if isinstance(modules, nn.ModuleList) for item in modules)
+    # FSDP replaces the class of each by a subclass
+    blocks = [item for item in items if any(kind.__name__ in names for kind in type(item).__mro__)]
     if not blocks:
         raise UsageError(
-            f"{type(network).__name__} does not say which of its parts are blocks; set model.compile to false, "
-            "trainer.strategy to ddp, and model.optimiser.muon_learning_rate to null"
+            f"{type(network).__name__} does not name the class of its blocks in _repeated_blocks, as compiling, FSDP and Muon "
+            "need; name it there, or train with DDP and AdamW, without compiling"
         )
     return blocks

@@ -6,7 +6,7 @@ Shapes: B batch, N image tokens, L text tokens, D width, H heads, d = D / H.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,14 @@ Activation = Literal["gelu", "swiglu"]
 
 
 def make_norm(kind: Norm, width: int, affine: bool = False, bias: bool = True) -> nn.Module:
-    """LayerNorm, or RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), which has no mean to take away and no bias."""
+    """LayerNorm, or RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), which has no bias."""
     if kind == "rms_norm":
         return nn.RMSNorm(width, eps=1e-6, elementwise_affine=affine)
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine, bias=bias)
 
 
 class Modulation(NamedTuple):
-    """What a block does to its input: ``gate · f(x · (1 + scale) + shift)``, each (B, 1, D) (Peebles & Xie 2022)."""
+    """Of ``gate · f(x · (1 + scale) + shift)``, each (B, 1, D) (Peebles & Xie 2022)."""
 
     shift: Tensor
     scale: Tensor
@@ -35,16 +35,16 @@ class Modulation(NamedTuple):
 
 
 def modulate(x: Tensor, modulation: Modulation) -> Tensor:
-    """(B, N, D) -> (B, N, D)."""
-    # in one walk through memory: a training step of a small DiT in fp32 on a CPU takes 1.09x without this and the like of it
+    """x · (1 + scale) + shift: (B, N, D) -> (B, N, D)."""
+    # fused: without addcmul here and in the block, a training step of a small DiT (fp32, CPU) takes 1.09x the time
     return torch.addcmul(modulation.shift, x, 1 + modulation.scale)
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention over (B, H, N, d); ``mask`` broadcasts to (B, H, N, L), True where a key may be seen.
+    """Attention over (B, H, N, d); ``mask`` broadcasts to (B, H, N, L), True where a key takes part.
 
-    With gradients, bf16 is computed in fp32 on a CPU: torch's kernel for it is fast forward only, and with AMX took 1.0 (256
-    tokens) to 4.5 times (25 tokens) as long both ways.
+    On a CPU, bf16 attention with gradients is computed in fp32: the backward pass of torch's bf16 kernel is slow. Forward and
+    backward together took it 1.0 (256 tokens) to 4.5 (25 tokens) times as long, on a CPU with AMX.
     """
     if v.device.type != "cpu" or v.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -53,29 +53,30 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 
 
 class Rotation(NamedTuple):
-    """By how much each two features of a head turn at each token: both say the same."""
+    """Rotary angles of every token and pair of features, in two equivalent forms; see :func:`rotate`."""
 
-    turns: Tensor  # (1, N, d/2), complex64
+    phases: Tensor  # (1, N, d/2), complex64
     cosines_sines: tuple[Tensor, Tensor]  # each (N, d), float32
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """(B, N, H, d) -> (B, N, H, d), computed in float32."""
-    # complex numbers take 0.4 times as long, forward and backward (CPU); the compiler writes no code for them
-    if torch.compiler.is_compiling():
-        return apply_rotary_emb(heads, rotation.cosines_sines, sequence_dim=1)
-    return apply_rotary_emb(heads, rotation.turns, use_real=False)
+    """Apply a rotary embedding in float32: (B, N, H, d) -> (B, N, H, d)."""
+    # complex arithmetic takes 0.4x the time (CPU, forward and backward), but torch.compile generates no code for it
+    real = torch.compiler.is_compiling()
+    angles = rotation.cosines_sines if real else rotation.phases
+    rotated = apply_rotary_emb(heads, angles, use_real=real, sequence_dim=1)  # pyright: ignore[reportArgumentType]  a pair
+    return cast(Tensor, rotated)
 
 
 class KeysValues(NamedTuple):
-    """What attention looks up, each (B, H, L, d); the keys are normalised already."""
+    """Projected keys (normalised) and values, each (B, H, L, d)."""
 
     keys: Tensor
     values: Tensor
 
 
-def autocasted(x: Tensor) -> Tensor:
-    """As autocast would give it to each of several matrix products: cast once for all of them."""
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """Cast as autocast would for each of several matrix products, once for all of them."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
@@ -83,7 +84,7 @@ def autocasted(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; to itself, or to a context when ``context_width`` is given."""
+    """Multi-head self-attention, or cross-attention to a context of ``context_width`` features."""
 
     def __init__(
         self,
@@ -93,16 +94,12 @@ class Attention(nn.Module):
         qk_norm: bool = True,
         norm: Norm = "layer_norm",
     ):
-        """
-        Args:
-            qk_norm: normalise queries and keys per head (Dehghani et al. 2023, arXiv 2302.05442), which keeps the logits
-                bounded at high learning rates.
-        """
+        """``qk_norm``: normalise queries and keys per head, to bound the logits (Dehghani et al. 2023, arXiv 2302.05442)."""
         super().__init__()
         if width % num_attention_heads:
-            raise UsageError(f"model.denoiser: width {width} is not a multiple of num_attention_heads {num_attention_heads}")
+            raise UsageError(f"width {width} is not a multiple of num_attention_heads {num_attention_heads}")
         self.num_attention_heads = num_attention_heads
-        # one product for all three is no faster (CPU), and to normalise its parts they must be copied out of it
+        # A fused QKV projection is no faster here (CPU): its parts must be copied before they are normalised.
         self.to_q = nn.Linear(width, width)
         self.to_k, self.to_v = (nn.Linear(context_width or width, width) for _ in range(2))
         self.norm_q, self.norm_k = (
@@ -112,7 +109,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def keys_values(self, context: Tensor, rotation: Rotation | None = None) -> KeysValues:
-        """What attention looks up in ``context`` (B, L, C)."""
+        """Keys and values of a ``context`` (B, L, C)."""
         return KeysValues(self._heads(self.to_k(context), self.norm_k, rotation), self._heads(self.to_v(context)))
 
     def forward(
@@ -122,18 +119,15 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        """x (B, N, D), context (B, L, C) or what :meth:`keys_values` made of it, mask (B, 1, 1, L) -> (B, N, D).
-
-        ``rotation`` turns queries and keys by their places, see :func:`rotary_embedding`.
-        """
-        x = autocasted(x)
+        """x (B, N, D), context (B, L, C) or its :meth:`keys_values`, mask (B, 1, 1, L) -> (B, N, D)."""
+        x = cast_for_autocast(x)
         q = self._heads(self.to_q(x), self.norm_q, rotation)
         k, v = context if isinstance(context, KeysValues) else self.keys_values(x if context is None else context, rotation)
         attended = scaled_dot_product_attention(q, k, v, mask)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor, norm: nn.Module | None = None, rotation: Rotation | None = None) -> Tensor:
-        """(B, N, D) -> (B, H, N, d), each head normalised and turned."""
+        """(B, N, D) -> (B, H, N, d), each head normalised and rotated."""
         heads = projected.unflatten(-1, (self.num_attention_heads, -1))
         if norm is not None:
             heads = norm(heads)
@@ -151,11 +145,10 @@ class GatedSiLU(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with a GELU between, or SwiGLU (Shazeer 2020, arXiv 2002.05202).
+    """Two linear layers with a GELU between them, or SwiGLU (Shazeer 2020, arXiv 2002.05202).
 
-    The GELU is exact: on a CPU it takes 0.4x the time of its tanh approximation.
-
-    SwiGLU has a third matrix; two thirds of the hidden features, to the nearest multiple of 8, keep the number of parameters.
+    The GELU is exact: on a CPU it takes 0.4x the time of its tanh approximation. SwiGLU has a third matrix; two thirds of the
+    hidden features, rounded to a multiple of 8, keep the number of parameters.
     """
 
     def __init__(self, width: int, ratio: float, activation: Activation = "gelu"):
@@ -167,7 +160,7 @@ class FeedForward(nn.Sequential):
             super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
-# Cached under inference_mode too, and then wanted by autograd: hence never inference tensors.
+# Whatever first fills the caches, training uses them too: tensors made under inference_mode would be refused by autograd.
 
 
 @lru_cache(maxsize=32)
@@ -175,10 +168,7 @@ class FeedForward(nn.Sequential):
 def position_embedding(
     width: int, height_tokens: int, width_tokens: int, base_size: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """2D sine-cosine embedding (N, D), float32, of a grid of tokens.
-
-    ``base_size`` is the side of the grid trained on: other sizes are stretched onto the same span of positions.
-    """
+    """2D sine-cosine embedding (N, D), float32, of a grid of tokens, scaled to the span of a grid of side ``base_size``."""
     embedding = get_2d_sincos_pos_embed(width, (height_tokens, width_tokens), base_size=base_size, output_type="pt")
     return embedding.float().to(device)
 
@@ -190,11 +180,10 @@ def rotary_embedding(
 ) -> Rotation:
     """Axial rotary embedding of a grid of tokens (Su et al. 2021, arXiv 2104.09864; axes as Heo et al. 2024, 2403.13298).
 
-    Half of a head turns by the column, half by the row, so that what two tokens have to say to each other depends on how far
-    apart they are and on nothing else. Other sizes than ``base_size`` are stretched onto the same span of positions, as in
-    :func:`position_embedding`.
+    Half of each head rotates by the column and half by the row, so that attention logits depend on the offset between two
+    tokens alone. Positions are scaled as in :func:`position_embedding`.
     """
     span = ((0, 0), (base_size, base_size))
-    turns = get_2d_rotary_pos_embed(head_width, span, (height_tokens, width_tokens), use_real=False).to(device)
-    cosines, sines = (part.repeat_interleave(2, dim=1) for part in (turns.real, turns.imag))
-    return Rotation(turns[None], (cosines, sines))
+    phases = cast(Tensor, get_2d_rotary_pos_embed(head_width, span, (height_tokens, width_tokens), use_real=False)).to(device)
+    cosines, sines = (part.repeat_interleave(2, dim=1) for part in (phases.real, phases.imag))
+    return Rotation(phases[None], (cosines, sines))

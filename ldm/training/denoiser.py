@@ -56,7 +56,6 @@ class DenoiserTraining(TrainingModule):
         timesteps: TimestepSampler,
         optimiser: MuonConfig,
         weighting: Weighting | None = None,
-        direction_weight: float = 0.0,
         auxiliary_losses: list[AuxiliaryLoss] | None = None,
         accumulate: int = 1,
         ema_decay: float = 0.9999,
@@ -76,8 +75,8 @@ class DenoiserTraining(TrainingModule):
             autoencoder: the directory that the latents were made with; it decodes previews and goes into the pipeline.
             path, prediction, timesteps: the diffusion; see :mod:`ldm.diffusion`.
             optimiser: of the denoiser.
-            weighting, direction_weight: of the loss; see :class:`ldm.diffusion.objective.DenoisingObjective`.
-            auxiliary_losses: further terms of the loss, computed from activations of the denoiser's blocks.
+            weighting: of the squared error by t; without one, all times count equally.
+            auxiliary_losses: further terms of the loss, computed from prediction, target or activations of the denoiser.
             accumulate: micro-batches that a batch is split into, to save memory; the step stays that of the whole batch.
             ema_decay: of the exponential average of the denoiser's weights. It is what is validated, previewed and exported,
                 unless ``power_averages`` names another as its product.
@@ -97,7 +96,7 @@ class DenoiserTraining(TrainingModule):
         self.automatic_optimization = False
         self.denoiser = denoiser
         self.autoencoder_path = Path(autoencoder)
-        self.objective = DenoisingObjective(path, prediction, timesteps, weighting, direction_weight)
+        self.objective = DenoisingObjective(path, prediction, timesteps, weighting)
         self.scheduler = matching_scheduler(path, prediction)
         self.optimiser = optimiser
         if text_encoder is not None and not online:

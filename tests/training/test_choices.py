@@ -49,7 +49,7 @@ CHOICES = {
         path: {class_path: ldm.diffusion.path.RectifiedFlow}
         prediction: {class_path: ldm.diffusion.prediction.Velocity}
         timesteps: {class_path: ldm.diffusion.timesteps.Mode, init_args: {shift: 3.0}}
-        direction_weight: 0.5
+        auxiliary_losses: [{class_path: ldm.losses.auxiliary.DirectionLoss, init_args: {weight: 0.5}}]
         preview_guidance: {class_path: ldm.diffusion.guidance.ZeroStar, init_args: {scale: 3.0, zero_init_steps: 1}}
         """,
 }

@@ -125,7 +125,7 @@ def test_a_state_that_was_saved_goes_on() -> None:
 
 
 def test_a_network_without_blocks_is_refused_with_the_mend() -> None:
-    with pytest.raises(UsageError, match=r"Linear does not say which of its parts are blocks.*muon_learning_rate to null"):
+    with pytest.raises(UsageError, match=r"Linear does not name the class of its blocks.*DDP and AdamW"):
         transformer_blocks(nn.Linear(2, 2))
 
 
