@@ -50,6 +50,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
     try:
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        assert isinstance(source.profile, ImageCms.core.CmsProfile)
         space = source.profile.xcolor_space
         if mode not in _MODES.get(space, ()):
             return None

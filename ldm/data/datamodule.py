@@ -236,7 +236,7 @@ class ShardDataModule(LightningDataModule):
             self._rank,
             # Every process validates on the same samples, so that no metric depends on the number of processes. Without
             # this, Lightning inserts its own distributed sampler, unless the trainer was told not to.
-            sampler=DistributedSampler(few, num_replicas=1, rank=0, shuffle=False),
+            sampler=DistributedSampler(few, 1, 0, shuffle=False),  # pyright: ignore[reportArgumentType]  anything with a length serves
             batch_size=1 if self.validation_whole else self.batch_size,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

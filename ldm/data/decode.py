@@ -212,8 +212,8 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             _check_size(height, width, max_pixels)
             # A JPEG with a second image inside (MPO: depth or gain map of a phone) is not an animation.
             if image.format in ("PNG", "WEBP"):
-                if getattr(image, "n_frames", 1) > 1:
-                    raise DecodeError(f"animated ({image.n_frames} frames); still images only")
+                if (frames := getattr(image, "n_frames", 1)) > 1:
+                    raise DecodeError(f"animated ({frames} frames); still images only")
             elif has_too_many_scans(data):
                 raise DecodeError("cannot be decoded (too many scans)")
             yield image
@@ -247,7 +247,7 @@ def _what_else(data: bytes) -> str:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """The transpose that turns the image upright; None where it is upright."""
     with contextlib.suppress(Exception):  # many real files carry a broken EXIF block around good pixels
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
 
 

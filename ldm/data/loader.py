@@ -74,9 +74,9 @@ class _PlainLoader(DataLoader):
         in_workers = options.get("num_workers", 0) > 0
         # its own generator: otherwise each iteration would draw a worker seed, which nothing needs, from the global one
         super().__init__(dataset, timeout=max_wait if in_workers else 0, generator=torch.Generator(), **options)
-        self.max_wait, self.rank = max_wait, rank
+        self.samples, self.max_wait, self.rank = dataset.dataset, max_wait, rank
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch names a private class
         for _, batch in self.with_draws():
             yield batch
 
@@ -87,6 +87,7 @@ class _PlainLoader(DataLoader):
         with _signals_blocked():
             batches = super().__iter__()
         with _Watchdog(0 if self.num_workers else self.max_wait, self._stalled) as watchdog:
+            assert self.batch_sampler is not None
             for draws in self.batch_sampler:
                 watchdog.awaited = draws
                 try:
@@ -107,9 +108,10 @@ class _PlainLoader(DataLoader):
                 yield draws, batch | {name: value.clone() for name, value in shared.items()}
 
     def _stalled(self, draws: list[Any]) -> str:
-        samples = self.dataset.dataset
-        shards = dict.fromkeys(samples.locate(draw.sample if isinstance(draw, PlannedSample) else draw)[0] for draw in draws)
-        names = [source.name(number) for source, number in (samples.shards[shard] for shard in shards)]
+        shards = dict.fromkeys(
+            self.samples.locate(draw.sample if isinstance(draw, PlannedSample) else draw)[0] for draw in draws
+        )
+        names = [source.name(number) for source, number in (self.samples.shards[shard] for shard in shards)]
         more = f" and {len(names) - NAMED_SHARDS} more" if len(names) > NAMED_SHARDS else ""
         return (
             f"the loader of rank {self.rank} has stalled: no batch for {self.max_wait:g} s, to be read from "

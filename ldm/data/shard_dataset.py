@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -129,7 +129,7 @@ class ShardDataset(Dataset, Generic[AnyShard]):
             return self.bad(index, error)
 
     def __getitems__(
-        self, draws: Sequence[PlannedSample | int], outs: Sequence[np.ndarray] | None = None
+        self, draws: Sequence[PlannedSample | int], outs: Iterable[np.ndarray] | None = None
     ) -> list[dict[str, Any]]:
         """The samples of these draws. A sample that cannot be used is replaced by the next good one, whose ``bad`` records it.
 

@@ -231,11 +231,11 @@ def _choose(manifest: Manifest, pattern: str, shown: str) -> tuple[ShardEntry, .
 
 def _expand(pattern: str, shown: str) -> list[str]:
     """``train-{00..02}.tar`` => its three names."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         return list(braceexpand(pattern))
-    except UnbalancedBracesError:
+    except ValueError:  # unbalanced braces
         raise UsageError(f"{shown} has a brace without its partner; write e.g. train-{{00000..00009}}.tar") from None
 
 

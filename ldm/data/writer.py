@@ -103,7 +103,7 @@ class ShardWriter:
             member.uname = member.gname = "ldm"
             self._tar.addfile(member, io.BytesIO(data))
         # tarfile keeps a record of every member: too much memory for a large shard
-        self._tar.members.clear()
+        self._tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  missing in typeshed
         self._keys.add(key)
 
     def _fits(self, tar: tarfile.TarFile, files: dict[str, bytes]) -> bool:

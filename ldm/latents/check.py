@@ -23,6 +23,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.latents.compute import PRECISIONS
 from ldm.latents.image_encoder import LatentEncoder, load_matching
 from ldm.latents.images import CaptionedImages
+from ldm.models.autoencoder import decode as decode_latent
 from ldm.models.autoencoder import downsampling_factor, pixels_to_images
 
 # An encoder rounds in each of its layers, and what it rounds off adds up as a random walk does: measured were 1 to 3 times eps
@@ -77,7 +78,7 @@ def sampled(source: ShardSource, count: int) -> Iterator[Stored]:
 
 def decode(autoencoder: AutoencoderKL, latent: np.ndarray) -> Tensor:
     """A stored mean (C, h, w) -> the image (1, 3, H, W), not clamped to [−1, 1]; not finite where the latent is broken."""
-    return autoencoder.decode(torch.from_numpy(latent)[None].to(autoencoder.device)).sample.float()
+    return decode_latent(autoencoder, torch.from_numpy(latent)[None].to(autoencoder.device)).float()
 
 
 class SourceImages:

@@ -49,8 +49,8 @@ class Claims:
         if self.is_done:  # by others, before this process had started; or by an earlier run
             before = self._finished_request()
             if before is None:
-                require_new_folder(self.out, "latent shards")
-            return self._require_same("a finished", before, request)
+                require_new_folder(self.out, "latent shards")  # raises: the folder holds a manifest
+            return self._require_same("a finished", before or {}, request)
         try:
             require_new_folder(self.out, "latent shards")
         except UsageError:

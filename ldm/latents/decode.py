@@ -25,7 +25,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_new_folder
 from ldm.latents.compute import Process
 from ldm.latents.image_encoder import load_matching
-from ldm.models.autoencoder import images_to_pil
+from ldm.models.autoencoder import decode, images_to_pil
 
 CAPTIONS_NAME = "captions.jsonl"
 MAX_NAME_BYTES = 200
@@ -138,7 +138,7 @@ def _images(autoencoder: AutoencoderKL, mean: np.ndarray, where: str) -> list[Im
     """Stored latents (B, C, h, w) -> images; ``where`` names the first in errors."""
     z = torch.from_numpy(mean.astype(np.float32)).to(autoencoder.device)
     with torch.inference_mode():
-        images = autoencoder.decode(z, return_dict=False)[0]
+        images = decode(autoencoder, z)
     if not images.isfinite().all():
         raise LdmError(f"{where} or one of the {len(z) - 1} after it decodes to no finite image; is the autoencoder whole?")
     return images_to_pil(images)

@@ -255,7 +255,7 @@ def export_latents(
     source = open_source(shards, IMAGE_SHARDS)
     if not source.manifest.extra.get("captioned", True):
         raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
-    autoencoder = load_autoencoder(autoencoder_path).to(device)
+    autoencoder = load_autoencoder(autoencoder_path, device)
     with single_threaded():
         encoder = LatentEncoder(autoencoder, precision, dtype, mode)
         texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, precision)

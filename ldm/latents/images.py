@@ -42,7 +42,7 @@ class CaptionedImages(ImageDataset):
                 raise DecodeError(f"{width} x {height} pixels, smaller than the autoencoder's factor {self.factor}")
             decoded["image"] = decoded["image"][:, :shown_height, :shown_width]
         else:
-            height, width = image_size_of(sample.image)  # it may have been decoded smaller
+            height, width = image_size_of(sample.image or b"")  # it may have been decoded smaller
             side = min(height, width)
             crop = ((height - side) // 2, (width - side) // 2, side, side)
         return {
@@ -91,7 +91,7 @@ def _original_size(sample: ShardSample) -> tuple[int, int] | None:
     """(height, width) of the image before it was packed, where packing noted it: img2dataset's and ours."""
     fields = decode_json(sample.files["json"]) if "json" in sample.files else {}
     for height, width in (("original_height", "original_width"), ("height", "width")):
-        size = fields.get(height), fields.get(width)
+        size = fields.get(height, 0), fields.get(width, 0)
         if all(type(side) is int and 0 < side < 2**31 for side in size):
             return size
     return None

@@ -43,7 +43,8 @@ class TextEncoders:
 
     def __init__(self, encoders: Sequence[TextEncoder], dtype: Dtype, precision: Precision):
         require_precision(encoders[0].model.device, precision)
-        self.encoders, self.dtype, self.precision = encoders, getattr(torch, dtype), precision
+        self.encoders, self.dtype = encoders, getattr(torch, dtype)
+        self.precision: Precision = precision
         self._cached: list[dict[str, Embedded]] = [{} for _ in encoders]
         self._cached_bytes = 0
         self._lock = Lock()
@@ -72,7 +73,7 @@ class TextEncoders:
     def _encode(self, encoder: TextEncoder, known: dict[str, Embedded], captions: list[str]) -> dict[str, Embedded]:
         if not captions:
             return {}
-        limit = max_tokens(encoder.tokenizer)
+        limit, pad = max_tokens(encoder.tokenizer), encoder.tokenizer.pad_token_id
         with self._lock:  # tokenizers are not thread-safe
             ids = encoder.tokenizer(captions).input_ids
             cut = [len(tokens) > limit for tokens in ids]
@@ -85,7 +86,7 @@ class TextEncoders:
         for length, numbers in by_length.items():
             for start in range(0, len(numbers), CAPTIONS_AT_A_TIME):
                 few = numbers[start : start + CAPTIONS_AT_A_TIME]
-                padded = torch.full((CAPTIONS_AT_A_TIME, length), encoder.tokenizer.pad_token_id or 0)
+                padded = torch.full((CAPTIONS_AT_A_TIME, length), pad if isinstance(pad, int) else 0)
                 mask = torch.zeros((CAPTIONS_AT_A_TIME, length), dtype=torch.int64)
                 mask[:, 0] = 1  # padding rows too: softmax over an empty set is NaN
                 for row, number in enumerate(few):

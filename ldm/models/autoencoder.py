@@ -209,8 +209,8 @@ def _read_config(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
 
 
-def load_autoencoder(path: str | Path) -> AutoencoderKL:
-    """A frozen autoencoder from a directory that ``AutoencoderKL.save_pretrained`` wrote.
+def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> AutoencoderKL:
+    """A frozen autoencoder, on ``device``, from a directory that ``AutoencoderKL.save_pretrained`` wrote.
 
     Raises:
         UsageError: when ``path`` holds none.
@@ -224,6 +224,7 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
         raise UsageError(f"{path} lacks {len(missing)} weights of an AutoencoderKL, {missing[0]} first; copy or train it anew")
     # the path that it came from is nobody's business where it is saved again
     autoencoder.register_to_config(_name_or_path="")
+    nn.Module.to(autoencoder, device)  # diffusers decorates its own `to` in a way that hides from types that it is a method
     return autoencoder.eval().requires_grad_(False)
 
 

@@ -258,7 +258,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
         UsageError: ``size`` (pixels) is outside :data:`SIZE_RANGE`.
     """
     _check_size(size)
-    image = np.tile(np.float32(BACKGROUNDS[scene.background]), (size, size, 1))  # (S, S, 3)
+    image = np.tile(np.array(BACKGROUNDS[scene.background], np.float32), (size, size, 1))  # (S, S, 3)
     for index, thing in enumerate(scene.objects):
         if scene.preset == "one":
             center, jitter = np.array(PLACES[scene.where]), np.full(2, _PLACE_JITTER[thing.size])
@@ -268,7 +268,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
             center = center if index == 0 else 1 - center
         x, y = center + jitter * rng.uniform(-1, 1, size=2)
         radius = RADII[thing.size] * (1 + _RADIUS_JITTER * rng.uniform(-1, 1))
-        image += coverage(thing.shape, size, x, y, radius)[..., None] * (np.float32(COLOURS[thing.colour]) - image)
+        image += coverage(thing.shape, size, x, y, radius)[..., None] * (np.array(COLOURS[thing.colour], np.float32) - image)
     return np.rint(image).astype(np.uint8)
 
 

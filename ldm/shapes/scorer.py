@@ -31,8 +31,8 @@ from ldm.shapes.scenes import (
     parse_caption,
 )
 
-_COLOUR_NAMES, _COLOUR_VALUES = list(COLOURS), np.float32(list(COLOURS.values()))  # (8, 3)
-_BACKGROUND_NAMES, _BACKGROUND_VALUES = list(BACKGROUNDS), np.float32(list(BACKGROUNDS.values()))  # (4, 3)
+_COLOUR_NAMES, _COLOUR_VALUES = list(COLOURS), np.array(list(COLOURS.values()), np.float32)  # (8, 3)
+_BACKGROUND_NAMES, _BACKGROUND_VALUES = list(BACKGROUNDS), np.array(list(BACKGROUNDS.values()), np.float32)  # (4, 3)
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 _FRAME = 20  # points a side of the standard frame

@@ -80,10 +80,12 @@ class Preparation:
     def colour(self) -> tuple[int, int, int]:
         """``background`` as RGB, 0..255."""
         try:
-            red, green, blue = ImageColor.getrgb(self.background)
-        except ValueError:  # an unknown name, or a colour with transparency
-            raise UsageError(f"background must be white, black or #rrggbb, not {self.background}") from None
-        return red, green, blue
+            rgb = ImageColor.getrgb(self.background)
+        except ValueError:
+            rgb = ()
+        if len(rgb) != 3:  # an unknown name, or a colour with transparency
+            raise UsageError(f"background must be white, black or #rrggbb, not {self.background}")
+        return rgb
 
     def __call__(self, file: str, data: bytes, captions: Sequence[str], extras: Mapping[str, Any] = NO_EXTRAS) -> Prepared:
         """Prepare the image ``data`` called ``file``; ``extras`` are added to its json. Raises :class:`DecodeError`."""
@@ -103,14 +105,14 @@ class Preparation:
         about = json.dumps(fields, ensure_ascii=False).encode()
         if len(about) > MAX_JSON_BYTES:
             raise DecodeError(f"captions of {len(about)} bytes, the limit is {MAX_JSON_BYTES}")
-        kind = _SIGNATURES.get(data[:2])
+        kind = _SIGNATURES.get(data[:2], "")
         keep = self.keep_bytes and plain and resized.size == image.size and self.format in ("auto", kind)
         files = {kind: data} if keep else self._encoded(resized)
         enlarged = min(resized.size) > min(image.size)
         return Prepared({**files, "txt": texts[0].encode(), "json": about}, enlarged)
 
     def _resized(self, image: Image.Image) -> Image.Image:
-        if self.resize == "none":
+        if self.resize == "none" or self.size is None:
             return image
         if self.resize == "square":
             return ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)

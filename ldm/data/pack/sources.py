@@ -215,7 +215,8 @@ class DatasetSource(ImageSource):
             ) from None
         self._images: dict[str, tuple[str, Any]] = {}
         self._captions: dict[str, tuple[Sequence[str], Any]] = {}
-        for name, split in loaded.items() if isinstance(loaded, dict) else [("", loaded)]:
+        for name, split in loaded.items() if isinstance(loaded, datasets.DatasetDict) else [("", loaded)]:
+            name = str(name)
             where = f"split {name} of {src}" if name else str(src)
             split = split.with_format(None)
             (image,) = _choose([image_column] if image_column else [], IMAGE_COLUMNS, split.column_names, where, "image")
