@@ -11,6 +11,11 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ldm.models.dit import DiT
+    from ldm.pipeline import LatentDiffusionPipeline
 
 __version__ = "0.1.0"
 

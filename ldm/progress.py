@@ -1,4 +1,4 @@
-"""One line that says what runs, how far it is, its figures and the time left: live on a terminal, now and then in a log."""
+"""A progress line with metrics and the time left: a bar on a terminal, a line of text every 20 seconds in a log."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from types import TracebackType
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
+from rich.text import Text
 
 LOG_EVERY_SECONDS = 20.0
-# of work that a moving rate looks back on
-WINDOW_SECONDS = 30.0
+WINDOW_SECONDS = 30.0  # of :class:`Pace`
 
-Figures = Mapping[str, float | str]
+Metrics = Mapping[str, float | str]
 
 
 def duration(seconds: float) -> str:
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 class Lap(NamedTuple):
-    """A piece of work: its seconds, the steps and images in them, and how many of the seconds were spent waiting for data."""
+    """Some training: its seconds, the steps and images in them, and how many of the seconds were spent waiting for data."""
 
     seconds: float
     steps: int
@@ -38,105 +38,113 @@ class Lap(NamedTuple):
 
 
 class Pace:
-    """How fast work goes, over its last :data:`WINDOW_SECONDS`; pauses count for the time left alone."""
+    """Speed of training over the last :data:`WINDOW_SECONDS`. Pauses (validation, checkpoints) only count for the time left."""
 
     def __init__(self) -> None:
-        self._laps: deque[Lap] = deque()
-        self._sum = Lap(0.0, 0, 0, 0.0)
-        self._steps, self._paused = 0, 0.0
+        self._totals = deque([Lap(0.0, 0, 0, 0.0)])  # sums since the start, at the end of each lap of the window
+        self._paused = 0.0
 
     def add(self, lap: Lap, pause: float = 0.0) -> None:
-        """Count a piece of work, and the seconds that stood still before it."""
-        self._steps += lap.steps
+        """Count a lap, and the seconds of a pause before it."""
         self._paused += pause
-        self._laps.append(lap)
-        self._sum = Lap(*(one + other for one, other in zip(self._sum, lap, strict=True)))
-        while self._sum.seconds - self._laps[0].seconds >= WINDOW_SECONDS:
-            self._sum = Lap(*(one - other for one, other in zip(self._sum, self._laps.popleft(), strict=True)))
+        seconds, steps, images, waited = self._totals[-1]
+        seconds += lap.seconds
+        self._totals.append(Lap(seconds, steps + lap.steps, images + lap.images, waited + lap.waited))
+        while seconds - self._totals[1].seconds >= WINDOW_SECONDS:
+            self._totals.popleft()
+
+    def _window(self) -> Lap:
+        first, last = self._totals[0], self._totals[-1]
+        return Lap(
+            last.seconds - first.seconds, last.steps - first.steps, last.images - first.images, last.waited - first.waited
+        )
 
     @property
     def images_per_second(self) -> float | None:
-        return self._sum.images / self._sum.seconds if self._sum.seconds > 0 else None
+        window = self._window()
+        return window.images / window.seconds if window.seconds > 0 else None
 
     @property
     def step_seconds(self) -> float | None:
-        return self._sum.seconds / self._sum.steps if self._sum.steps else None
+        window = self._window()
+        return window.seconds / window.steps if window.steps else None
 
     @property
     def wait_share(self) -> float | None:
-        """Of the time, 0 to 1."""
-        return max(self._sum.waited / self._sum.seconds, 0.0) if self._sum.seconds > 0 else None
+        """Fraction of the time spent waiting for data, 0 to 1."""
+        window = self._window()
+        return max(window.waited / window.seconds, 0.0) if window.seconds > 0 else None
 
     def left(self, steps: int) -> float | None:
-        """Seconds that so many more steps take, with pauses as frequent and as long as they were so far."""
+        """Seconds for this many more steps, if pauses stay as frequent and as long as they were so far."""
         if self.step_seconds is None:
             return None
-        return steps * (self.step_seconds + self._paused / self._steps)
+        return steps * (self.step_seconds + self._paused / self._totals[-1].steps)
 
 
 class Progress:
-    """A context manager; :meth:`update` is cheap enough to be called at every step."""
+    """A context manager that shows how far a task is. :meth:`update` is cheap enough to be called at every step."""
 
     def __init__(self, stage: str, total: int | None = None, quiet: bool = False):
         """
         Args:
-            stage: what runs, for example ``stage 1 of 2: autoencoder``.
-            total: steps there are, where known.
-            quiet: say nothing (other ranks).
+            stage: name of the task, such as ``stage 1 of 2: autoencoder``.
+            total: number of steps, where known.
+            quiet: print nothing (ranks other than 0).
         """
-        self.stage, self.total, self.quiet = stage, total, quiet
-        self.console = Console(stderr=True)
-        self._bar: RichProgress | None = None
+        self.stage, self.quiet, self._logged = stage, quiet, time.monotonic()
+        console = Console(stderr=True)
+        self._bar = RichProgress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            _TimeLeftColumn(),
+            # the only column that may be truncated
+            TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            console=console,
+            refresh_per_second=4,
+            speed_estimate_period=float("inf"),  # the time left follows from the last 1000 updates
+            expand=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._bar.add_task(stage, total=total, left=None, metrics="")
+        (self._task,) = self._bar.tasks
 
     def __enter__(self) -> Progress:
-        self._logged = time.monotonic()
-        self._first: tuple[float, int] | None = None  # when the first steps were through, and how many these were
-        if self.console.is_terminal and not self.quiet:
-            self._bar = RichProgress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=16),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-                # the only one that may be cut
-                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-                console=self.console,
-                refresh_per_second=4,
-                expand=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self.stage, total=self.total, left="", figures="")
+        self._bar.start()
         return self
 
-    def update(self, done: int, total: int | None = None, figures: Figures | None = None, left: float | None = None) -> None:
-        """Say that ``done`` steps are through, with the latest ``figures``.
+    def update(self, done: int, total: int | None = None, metrics: Metrics | None = None, left: float | None = None) -> None:
+        """Show that ``done`` steps are finished, with the latest ``metrics``.
 
-        ``left`` is the seconds to the end, where the caller knows better than the steps so far tell.
+        ``left`` is the number of seconds to the end, where the caller has a better estimate than the steps so far give.
         """
         if self.quiet:
             return
-        self.total = total or self.total
+        self._bar.update(self._task.id, completed=done, total=total, left=left, metrics=_format(metrics))
         now = time.monotonic()
-        if self._first is None:
-            self._first = now, done
-        began, before = self._first
-        if left is None and self.total and done > before:
-            left = (now - began) / (done - before) * (self.total - done)
-        said = "" if left is None else f"left {duration(left)}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=self.total, figures=_format(figures), left=said)
-        elif now - self._logged >= LOG_EVERY_SECONDS or done == self.total:
+        if self._bar.disable and (now - self._logged >= LOG_EVERY_SECONDS or done == self._task.total):
             self._logged = now
-            of = f"/{self.total}" if self.total else ""
-            parts = (f"{self.stage}: {done}{of}", _format(figures), said)
+            of = "" if self._task.total is None else f"/{int(self._task.total)}"
+            parts = (f"{self.stage}: {done}{of}", self._task.fields["metrics"], _time_left(self._task))
             print(" ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
 
-def _format(figures: Figures | None) -> str:
+class _TimeLeftColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_time_left(task))
+
+
+def _time_left(task: Task) -> str:
+    seconds = task.time_remaining if task.fields["left"] is None else task.fields["left"]
+    return "" if seconds is None else f"left {duration(seconds)}"
+
+
+def _format(metrics: Metrics | None) -> str:
     return " ".join(
-        f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}" for name, value in (figures or {}).items()
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}" for name, value in (metrics or {}).items()
     )

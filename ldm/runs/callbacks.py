@@ -123,7 +123,7 @@ class ProgressLine(Callback):
         if step != self._step and trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
             self._log(trainer, module)
         self._step = step
-        self.progress.update(step, figures=self._figures, left=self._pace.left(trainer.max_steps - step))
+        self.progress.update(step, metrics=self._figures, left=self._pace.left(trainer.max_steps - step))
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
         """The figures of now: to the loggers, and onto the line until the next ones come."""

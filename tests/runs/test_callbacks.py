@@ -168,7 +168,7 @@ def test_progress_reckons_from_where_it_began(capfd: pytest.CaptureFixture, monk
     with Progress("resumed", 1100) as progress:
         progress.update(1000)
         time.sleep(0.3)
-        progress.update(1001, figures={"loss": 0.123456, "waiting": "3%"})
+        progress.update(1001, metrics={"loss": 0.123456, "waiting": "3%"})
     first, second = capfd.readouterr().err.splitlines()
     assert first == "resumed: 1000/1100"
     assert second.startswith("resumed: 1001/1100 loss 0.1235 waiting 3% left 0:") and second[-2:] >= "29"
