@@ -1,4 +1,4 @@
-"""``ldm autoencoder`` and ``ldm denoiser``: fit, which LightningCLI parses, and what is made of a run afterwards."""
+"""``ldm autoencoder`` and ``ldm denoiser``: fit, whose options LightningCLI parses, and the exports of a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ldm.cli.parser import Parser
 from ldm.errors import UsageError
 
 if TYPE_CHECKING:
+    from ldm.training.base import TrainingModule
     from ldm.training.denoiser import DenoiserTraining
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Errors as exceptions."""
+    """Run ``ldm NAME ARGUMENTS``; raises its errors."""
     from jsonargparse import ArgumentError
 
     from ldm.runs.dry_run.command import DryRunCLI
@@ -23,51 +24,53 @@ def run(name: str, arguments: list[str]) -> None:
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.denoiser import DenoiserTraining
 
-    stage = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[name]
+    module_class = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[name]
     commands = {"export": run_export} | ({"ema": run_ema} if name == "denoiser" else {})
     try:
         if arguments[0] in commands:
-            commands[arguments[0]](stage, arguments[1:])
+            commands[arguments[0]](module_class, arguments[1:])
         else:
-            aside = {"--dry-run", "--find-batch", "--help", "-h"} & set(arguments)
-            (DryRunCLI if aside else FitCLI)(stage, arguments)
+            dry = {"--dry-run", "--find-batch", "--help", "-h"} & set(arguments)
+            (DryRunCLI if dry else FitCLI)(module_class, arguments)
     except SystemExit as leave:
-        if not leave.code:  # help, a run that is finished already, or one that torchrun has run
+        if not leave.code:  # help, a finished run, or one that torchrun has run
             return
-        # Lightning, interrupted, puts its house in order and leaves with 1
-        if leave.code == 1:
+        if leave.code == 1:  # of Lightning after Ctrl-C
             raise KeyboardInterrupt from None
         raise
     except ArgumentError as error:
         raise UsageError(f"ldm {name}: {' '.join(str(error).split())}; see ldm {name} fit --help") from error
 
 
-def run_export(stage: type, arguments: list[str]) -> None:
-    from ldm.runs.fit import ExportCLI
+def run_export(module_class: type[TrainingModule], arguments: list[str]) -> None:
+    from ldm.runs.export import export_run
 
-    parser = _parser(stage, "export", ExportCLI, f"runs/{stage.command} {stage.artifact}")
+    what = "The model of any checkpoint of a run, as a directory that other programs open."
+    parser = _parser(module_class, "export", what, f"runs/{module_class.command} {module_class.artifact}")
     parser.add_argument("--checkpoint", type=Path, help="of the run (default: its last)")
-    if stage.command == "denoiser":
+    if module_class.command == "denoiser":
         add_denoiser_options(parser)
     options = parser.parse_args(arguments)
-    write = denoiser_writer(options) if stage.command == "denoiser" else None
-    ExportCLI(stage, options.run, options.out, options.checkpoint, write)
+    write = denoiser_writer(options) if module_class.command == "denoiser" else None
+    export_run(module_class, options.run, options.out, options.checkpoint, write)
 
 
 def add_denoiser_options(parser: Parser) -> None:
-    kinds = "pixart: what diffusers' own PixArtAlphaPipeline opens (default: a pipeline directory of ours)"
+    kinds = "pixart: for diffusers' PixArtAlphaPipeline, which needs no code of ldm (default: ldm's own pipeline)"
     parser.add_argument("--as", dest="kind", choices=["pipeline", "pixart"], default="pipeline", help=kinds)
-    card = "also a README.md for the Hugging Face hub, with images of the preview prompts; then: hf upload OWNER/NAME OUT"
+    card = "add a README.md for the Hugging Face hub, with images of the preview prompts; then: hf upload OWNER/NAME OUT"
     parser.add_argument("--model-card", action="store_true", help=card)
-    parser.add_argument("--license", metavar="ID", help="for the card, as the hub names it: apache-2.0 (default: unknown)")
-    parser.add_argument("--dataset", metavar="NAME", action="append", help="for the card: on the hub; may be given again")
     parser.add_argument(
-        "--report", metavar="FILE", type=Path, help="for the card: the quickstart's report.json, if it is of RUN"
+        "--license", metavar="ID", help="for the card, by its name on the hub, such as apache-2.0 (default: unknown)"
+    )
+    parser.add_argument("--dataset", metavar="NAME", action="append", help="for the card, by its name on the hub; repeatable")
+    parser.add_argument(
+        "--report", metavar="FILE", type=Path, help="for the card: report.json of the quickstart that trained RUN"
     )
 
 
 def denoiser_writer(options: argparse.Namespace) -> Callable[[DenoiserTraining, Path], None] | None:
-    """What writes the folder in the place of the stage's own ``save``."""
+    """What writes the folder instead of the module's ``save``; None for that."""
     from ldm.runs.model_card import CardFields, write_model_card
 
     write = write_pixart if options.kind == "pixart" else None
@@ -87,31 +90,31 @@ def denoiser_writer(options: argparse.Namespace) -> Callable[[DenoiserTraining, 
 
 
 def write_pixart(model: DenoiserTraining, folder: Path) -> None:
-    """In the place of the stage's own ``save``."""
     from ldm.runs.pixart import export_pixart
 
     for remark in export_pixart(model.pipeline(), folder):
         print(remark)
 
 
-def run_ema(stage: type, arguments: list[str]) -> None:
-    from ldm.runs.posthoc_ema import PostHocCLI
+def run_ema(module_class: type[TrainingModule], arguments: list[str]) -> None:
+    from ldm.runs.posthoc_ema import export_average
 
-    parser = _parser(stage, "ema", PostHocCLI, f"runs/{stage.command} {stage.artifact} --sigma-rel 0.1")
-    lengths = "length of the average, as the standard deviation of the steps it is over, relative to the training"
-    parser.add_argument("--sigma-rel", type=float, required=True, help=lengths)
-    parser.add_argument("--step", type=int, help="that it ends at (default: the last that was stored)")
+    what = "The model of a run with an average of any length, made of the averages that the run stored."
+    parser = _parser(module_class, "ema", what, f"runs/{module_class.command} {module_class.artifact} --sigma-rel 0.1")
+    length = "length of the average: the standard deviation of the steps it is over, relative to the training"
+    parser.add_argument("--sigma-rel", type=float, required=True, help=length)
+    parser.add_argument("--step", type=int, help="step where it ends (default: the last one stored)")
     options = parser.parse_args(arguments)
-    PostHocCLI(stage, options.run, options.out, options.sigma_rel, options.step)
+    export_average(module_class, options.run, options.out, options.sigma_rel, options.step)
 
 
-def _parser(stage: type, command: str, made_by: type, example: str) -> Parser:
+def _parser(module_class: type[TrainingModule], command: str, description: str, example: str) -> Parser:
     parser = Parser(
-        f"ldm {stage.command} {command}",
-        description=made_by.__doc__,
-        epilog=f"example:\n  ldm {stage.command} {command} {example}",
+        f"ldm {module_class.command} {command}",
+        description=description,
+        epilog=f"example:\n  ldm {module_class.command} {command} {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="folder of the run: what --out of fit was")
+    parser.add_argument("run", type=Path, help="folder of the run: --out of fit")
     parser.add_argument("out", type=Path, help="new folder")
     return parser

@@ -15,6 +15,12 @@ from lightning import Trainer
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def is_rank_zero() -> bool:
+    """Whether this is the first process, before there is a trainer: an attribute that Lightning sets on a function."""
+    return rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def accumulates(trainer: Trainer) -> bool:

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import atomic_folder
-from ldm.runs.fit import ExportCLI
+from ldm.files import atomic_folder, require_new_folder
+from ldm.runs.export import SavedRun
 from ldm.training.base import TrainingModule, require_weights
 from ldm.training.ema import SNAPSHOTS, gamma_of
 
@@ -111,35 +111,26 @@ def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | Non
     return sum_snapshots(used, coefficients), how
 
 
-class PostHocCLI(ExportCLI):
-    """The plain directory of a run with an average of any length, made of the averages that it stored."""
+def export_average(module_class: type[TrainingModule], run: Path, out: Path, sigma_rel: float, step: int | None = None) -> None:
+    """Export a run's model with an average of any length, made of the averages that it stored.
 
-    def __init__(self, stage: type[TrainingModule], run: Path, out: Path, sigma_rel: float, step: int | None = None):
-        """
-        Args:
-            stage: what the run trained.
-            run: its folder.
-            out: a new folder for what comes out.
-            sigma_rel: length of the average, relative to the training up to ``step``.
-            step: that it ends at (default: the last one stored, up to the run's last checkpoint).
-
-        Raises:
-            UsageError: where these do not serve.
-        """
-        gamma_of(sigma_rel)
-        self.snapshots, self.sigma_rel, self.step = find_snapshots(run), sigma_rel, step
-        super().__init__(stage, run, out)
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        self.model.on_load_checkpoint(self.read())
-        # what is later was left by a training that went on from an earlier checkpoint
-        snapshots = [snapshot for snapshot in self.snapshots if snapshot.step <= self.model.average.step]
-        weights, how = reconstruct(snapshots, self.sigma_rel, self.step)
-        network = self.model.averaged().eval()
-        require_weights(network, weights, str(snapshots[0].file.parent))
-        self.datamodule.setup("fit")
-        self.model.prepare(self.datamodule)
-        network.load_state_dict(weights, strict=False)  # buffers are as they were built
-        with atomic_folder(self.destination) as folder:
-            self.model.save(folder)
-        print(f"{self.model.artifact}: {self.destination}, the average of {how}")
+    Args:
+        module_class: what the run trained.
+        run: its folder.
+        out: a new folder.
+        sigma_rel: length of the average, relative to the training up to ``step``.
+        step: where it ends (default: the last one stored, up to the run's last checkpoint).
+    """
+    gamma_of(sigma_rel)
+    stored = find_snapshots(run)
+    require_new_folder(out, "what is exported")
+    module = SavedRun(module_class, run).load()
+    # later ones are of a training that was resumed from an earlier checkpoint
+    snapshots = [snapshot for snapshot in stored if snapshot.step <= module.average.step]
+    weights, how = reconstruct(snapshots, sigma_rel, step)
+    network = module.averaged().eval()
+    require_weights(network, weights, str(snapshots[0].file.parent))
+    network.load_state_dict(weights, strict=False)  # without buffers
+    with atomic_folder(out) as folder:
+        module.save(folder)
+    print(f"{module.artifact}: {out}, the average of {how}")

@@ -32,7 +32,7 @@ from ldm.models.dit import DiT
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import load_pipeline
 from ldm.runs.callbacks import AverageSnapshots
-from ldm.runs.posthoc_ema import PostHocCLI, find_snapshots, reconstruct
+from ldm.runs.posthoc_ema import export_average, find_snapshots, reconstruct
 from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
 from ldm.training.optimiser import MuonConfig
@@ -311,12 +311,12 @@ def test_the_command_line_makes_a_pipeline_of_any_average(exported: tuple[Path, 
     }
     (tmp_path / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
     dispatch(["denoiser", "fit", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")])
-    PostHocCLI(DenoiserTraining, tmp_path / "run", tmp_path / "made", 0.1)
+    export_average(DenoiserTraining, tmp_path / "run", tmp_path / "made", 0.1)
     made, exported_one = (load_pipeline(folder).transformer for folder in (tmp_path / "made", tmp_path / "run/pipeline"))
     for ours, theirs in zip(made.parameters(), exported_one.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)  # 0.1 was stored and is the product
     with pytest.raises(UsageError, match="no average was stored at step 5; give one of 2, 4, 6, 8, 10, 12"):
-        PostHocCLI(DenoiserTraining, tmp_path / "run", tmp_path / "other", 0.07, 5)
+        export_average(DenoiserTraining, tmp_path / "run", tmp_path / "other", 0.07, 5)
 
 
 # -- the validation loss ---------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_file, fsync_folder, require_version, sha256_file
 from ldm.runs.layout import LAST_CHECKPOINT, checkpoints_in, step_of
+from ldm.runs.lightning_private import is_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def latest_checkpoint(folder: Path) -> Path:
         what = _verify(path)
         if what is None:
             return path
-        if rank_zero_only.rank == 0:
+        if is_rank_zero():
             log.warning("%s %s; trying the one before", path, what)
     none = f"none of its {len(found)} checkpoints is whole" if found else "there is no checkpoint"
     raise UsageError(f"{folder}: {none}; start the run anew, without --resume")

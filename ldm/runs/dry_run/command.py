@@ -12,7 +12,6 @@ from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.errors import UsageError
 from ldm.runs.callbacks import ModelFlops, ProgressLine
@@ -20,18 +19,19 @@ from ldm.runs.dry_run.estimate import show_costs, total_of
 from ldm.runs.dry_run.find_batch import FindBatch, show_batches
 from ldm.runs.dry_run.measure import Measure, step_kinds
 from ldm.runs.fit import FitCLI
+from ldm.runs.lightning_private import is_rank_zero
 from ldm.training.base import TrainingModule
 
 
 class DryRunCLI(FitCLI):
     """``fit --dry-run`` and ``fit --find-batch``."""
 
-    def __init__(self, stage: type[TrainingModule], arguments: list[str]):
+    def __init__(self, module_class: type[TrainingModule], arguments: list[str]):
         self.trial: Path | None = None
         try:
-            super().__init__(stage, arguments)
+            super().__init__(module_class, arguments)
         finally:
-            if self.trial is not None and rank_zero_only.rank == 0:
+            if self.trial is not None and is_rank_zero():
                 shutil.rmtree(self.trial, ignore_errors=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -49,7 +49,7 @@ class DryRunCLI(FitCLI):
         out = Path(options.out).absolute()
         self.place = next(parent for parent in out.parents if parent.is_dir())
         self.trial = self.place / f".{out.name}.dry-run"
-        if rank_zero_only.rank == 0:
+        if is_rank_zero():
             shutil.rmtree(self.trial, ignore_errors=True)
         options.out = options.trainer.default_root_dir = str(self.trial)
         options.export = None
