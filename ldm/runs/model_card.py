@@ -1,7 +1,7 @@
-"""A model card: the ``README.md`` by which the Hugging Face hub, and whoever reads it there, knows a model.
+"""A model card (Mitchell et al. 2019, arXiv 1810.03993): the ``README.md`` of a model on the Hugging Face hub.
 
-What it says is read from the run, from its log and from the very folder it describes, which is opened as its readers will open
-it; what no program can know is left to the author in marked lines (Mitchell et al. 2019, Model Cards, arXiv 1810.03993).
+Its content comes from the run, its log and the exported folder, which is opened as a reader opens it. What no program knows
+is left to the author in marked lines. The text is in ``ldm/reporting/templates/model_card.md``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from ldm.files import read_json
 from ldm.machine import machine_info
 from ldm.models.autoencoder import downsampling_factor
 from ldm.reporting.grids import captioned_grid
+from ldm.reporting.pages import render
 from ldm.runs.layout import RunFolder
 
 if TYPE_CHECKING:
@@ -35,22 +36,22 @@ if TYPE_CHECKING:
 CARD, SAMPLES = "README.md", "samples.png"
 TO_WRITE = "**To be written by the author:**"
 VERSIONS = ("ldm", "torch", "diffusers", "transformers", "lightning")
-# where a run stood on its machine, and what its terminal showed
+# options that say nothing about the model
 OF_THE_RUN_ALONE = ("out", "export", "title", "ckpt_path", "weights_only", "resume")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class CardFields:
-    """What a model's author says of it.
+    """What the author of a model states about it.
 
     Attributes:
-        license: as the hub names it, such as ``apache-2.0``; ``unknown`` where none was given.
+        license: its name on the hub, such as ``apache-2.0``, or ``unknown``.
         datasets: names on the hub, such as ``owner/name``.
-        report: ``report.json`` of the quickstart that measured the prompt accuracy of this model.
+        report: ``report.json`` of the quickstart that measured the model's prompt accuracy.
 
     Raises:
-        UsageError: for a licence that is no name, or a report without prompt accuracy.
+        UsageError: for a license that is no such name, or a report without prompt accuracy.
     """
 
     license: str = "unknown"
@@ -59,55 +60,52 @@ class CardFields:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
-            raise UsageError(f"--license {self.license!r} is not a name of the hub's; give one such as apache-2.0 or cc-by-4.0")
+            raise UsageError(
+                f"--license {self.license!r} is not a name of a license on the hub; give one such as apache-2.0 or cc-by-4.0"
+            )
         if self.report is not None and not isinstance(self.prompt_accuracy, float):
             raise UsageError(f"{self.report} has no prompt_accuracy; give the report.json that ldm quickstart wrote")
 
     @property
     def prompt_accuracy(self) -> float | None:
-        """Share of prompts whose image shows all that they name; None where nobody measured it."""
+        """Share of prompts whose image shows all that they name; None if it was not measured."""
         content = None if self.report is None else read_json(self.report)
         return content.get("prompt_accuracy") if isinstance(content, dict) else None
 
 
-def write_model_card(folder: Path, name: str, model: DenoiserTraining, run: Path, fields: CardFields) -> None:
-    """Write ``README.md`` and ``samples.png`` into ``folder``, and no path of this machine.
+def write_model_card(folder: Path, name: str, module: DenoiserTraining, run: Path, fields: CardFields) -> None:
+    """Write ``README.md`` and ``samples.png`` into ``folder``, without any path of this machine.
 
     Args:
-        folder: of a pipeline that ``model`` was just saved as, ours or a ``PixArtAlphaPipeline``.
+        folder: of a pipeline that ``module`` was just saved as, ldm's or a ``PixArtAlphaPipeline``.
         name: of the model.
-        model: as its run trained it.
-        run: that run's folder, with ``logs/config.yaml`` and, where it is still there, ``logs/metrics.csv``.
+        module: as its run trained it.
+        run: that run's folder, with ``logs/config.yaml`` and, if it is still there, ``logs/metrics.csv``.
     """
-    config = yaml.safe_load((RunFolder(run).config).read_text())
+    config = yaml.safe_load(RunFolder(run).config.read_text())
     config = without_paths({key: value for key, value in config.items() if key not in OF_THE_RUN_ALONE})
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    settings = sampling_settings(pipeline, model)
-    validation = last_validation(run, model.average.step)
-    prompts = model.preview_prompts
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    settings = sampling_settings(pipeline, module)
+    validation = last_validation(run, module.average.step)
+    prompts = module.preview_prompts
     if prompts:
-        images = draw_samples(pipeline, prompts, settings)
+        images = generate_samples(pipeline, prompts, settings)
         cell = min(max(images[0].width, 160), 512)
         captioned_grid(images, prompts, cell=cell).save(folder / SAMPLES)
-    sections = [
-        f"# {name}",
-        _what_it_is(pipeline, model),
-        _samples(prompts, settings),
-        _how_to_open(pipeline, prompts, settings),
-        _figures(model, validation, fields),
-        _parts(pipeline, model),
-        _training(model, config),
-        _for_the_author(fields),
-    ]
+    text = render(
+        "model_card.md",
+        **{"name": name, "fields": fields, "prompts": prompts, "samples": SAMPLES, "to_write": TO_WRITE},
+        **_network(pipeline, module),
+        **_usage(pipeline, prompts, settings),
+        **_metrics(module, validation, fields),
+        **_training(pipeline, module, config),
+    )
     data = _metadata(name, pipeline, config, validation, fields)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n").save(folder / CARD)
-
-
-# -- what goes into it -----------------------------------------------------------------------------------------------
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD)
 
 
 def without_paths(value: Any, name: str = "") -> Any:
-    """A configuration with the last part of every path and URL in it alone; the rest may name people, and carry passwords."""
+    """A configuration with every path and URL cut to its last part; the rest may hold names and passwords."""
     if isinstance(value, dict):
         return {key: without_paths(part, key) for key, part in value.items()}
     if isinstance(value, list):
@@ -125,26 +123,27 @@ def base_name(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def sampling_settings(pipeline: DiffusionPipeline, model: DenoiserTraining) -> dict[str, Any]:
-    """Those of the training's previews; a ``PixArtAlphaPipeline`` has a scale alone, and is told to draw as ours does."""
+def sampling_settings(pipeline: DiffusionPipeline, module: DenoiserTraining) -> dict[str, Any]:
+    """Those of the training's previews; ``PixArtAlphaPipeline`` takes a guidance scale alone, and no clean-up of prompts."""
     stock = isinstance(pipeline, PixArtAlphaPipeline)
-    rule = plain = model.preview_guidance
-    while hasattr(plain, "inner"):
-        plain = plain.inner
-    settings: dict[str, Any] = {"num_inference_steps": model.preview_steps}
-    settings |= {"guidance_scale": plain.scale} if stock or isinstance(rule, ClassifierFree) else {"guidance": rule}
+    rule: Any = module.preview_guidance
+    innermost = rule
+    while hasattr(innermost, "inner"):
+        innermost = innermost.inner
+    settings: dict[str, Any] = {"num_inference_steps": module.preview_steps}
+    settings |= {"guidance_scale": innermost.scale} if stock or isinstance(rule, ClassifierFree) else {"guidance": rule}
     return settings | ({"use_resolution_binning": False, "clean_caption": False} if stock else {})
 
 
-def draw_samples(pipeline: DiffusionPipeline, prompts: Sequence[str], settings: dict[str, Any]) -> list[Image.Image]:
-    """One image per prompt, the first from seed 0, the next from 1 and so on, as in the training's previews."""
+def generate_samples(pipeline: Any, prompts: Sequence[str], settings: dict[str, Any]) -> list[Image.Image]:
+    """One image per prompt, from seeds 0, 1 and so on, as in the training's previews."""
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     return pipeline(list(prompts), generator=generators, **settings).images
 
 
 def last_validation(run: Path, step: int) -> dict[str, float]:
-    """The figures of the last validation in the run's log up to ``step``, and its ``step``; empty where there is none."""
+    """The metrics of the run's last logged validation up to ``step``, with its ``step``; empty without one."""
     log = RunFolder(run).metrics
     if not log.is_file():
         return {}
@@ -153,11 +152,84 @@ def last_validation(run: Path, step: int) -> dict[str, float]:
         rows = [row for row in csv.DictReader(file) if row.get("val/loss") and int(row["step"]) < step]
     if not rows:
         return {}
-    figures = {name: float(value) for name, value in rows[-1].items() if value and name.startswith("val/")}
-    return figures | {"step": int(rows[-1]["step"]) + 1}
+    metrics = {name: float(value) for name, value in rows[-1].items() if value and name.startswith("val/")}
+    return metrics | {"step": int(rows[-1]["step"]) + 1}
 
 
-# -- its sections ----------------------------------------------------------------------------------------------------
+# -- values of the template ----------------------------------------------------------------------------------------------
+
+
+def _network(pipeline: Any, module: DenoiserTraining) -> dict[str, Any]:
+    shape = module.frozen.trained_on["latent_shape"]
+    return {
+        "network": type(pipeline.transformer).__name__,
+        "parameters": _millions(pipeline.transformer),
+        "path": type(module.objective.path).__name__,
+        "prediction": type(module.objective.prediction).__name__,
+        "latent_shape": shape,
+        "image_size": [side * downsampling_factor(pipeline.vae) for side in reversed(shape[1:])],
+    }
+
+
+def _usage(pipeline: Any, prompts: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """How to open the pipeline: a command, where the guidance is plain, and Python."""
+    stock, kind = isinstance(pipeline, PixArtAlphaPipeline), type(pipeline).__name__
+    prompt, command = prompts[0] if prompts else "what to generate", ""
+    if not stock and "guidance_scale" in settings:
+        options = f"--steps {settings['num_inference_steps']} --guidance {settings['guidance_scale']:g} --seed 0 --out images"
+        command = f"ldm sample . {shlex.quote(prompt)} {options}"
+    return {
+        "stock": stock,
+        "pipeline": kind,
+        "opener": kind if stock else "DiffusionPipeline",
+        "prompt": prompt,
+        "command": command,
+        "settings": settings,
+        # the repr of a guidance rule is Python
+        "rules": sorted(set(re.findall(r"(\w+)\(", repr(settings.get("guidance", ""))))),
+    }
+
+
+def _metrics(module: DenoiserTraining, validation: dict[str, float], fields: CardFields) -> dict[str, Any]:
+    metrics = [("steps", f"{module.average.step:,}"), ("images seen in training", f"{module.num_images_seen:,}")]
+    if validation:
+        metrics.append((f"validation loss, unweighted, at step {validation['step']:,}", f"{validation['val/loss']:.4f}"))
+    if fields.prompt_accuracy is not None:
+        metrics.append(("prompt accuracy, on held-out pairs of shape and colour", f"{fields.prompt_accuracy:.3f}"))
+    bins = [(int(name[-2:]), loss) for name, loss in sorted(validation.items()) if name.startswith("val/loss_bin_")]
+    return {"metrics": metrics, "bins": bins}
+
+
+def _training(pipeline: Any, module: DenoiserTraining, config: dict[str, Any]) -> dict[str, Any]:
+    trained_on = module.frozen.trained_on
+    # an export for another pipeline may have folded the latents' statistics into the autoencoder
+    parts = [
+        ("transformer", "trained here", ""),
+        ("vae", base_name(str(module.autoencoder_path)), trained_on["autoencoder"]),
+        ("text_encoder", without_paths(module.frozen.text_encoder.name, "text_encoder"), trained_on["text_encoder"]),
+    ]
+    networks = {part: getattr(pipeline, part) for part, _, _ in parts}
+    length = (config["model"].get("power_averages") or {}).get("product")
+    average = (
+        f"power-function average of relative length {length:g}"
+        if length is not None
+        else f"exponential average of decay {config['model']['ema_decay']:g}"
+    )
+    return {
+        "parts": [
+            (f"`{part}`", type(networks[part]).__name__, _millions(networks[part]), origin, f"`{identity}`" if identity else "")
+            for part, origin, identity in parts
+        ],
+        "average": average,
+        "step": f"{module.average.step:,}",
+        "versions": {package: machine_info()[package] for package in VERSIONS},
+        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip(),
+    }
+
+
+def _millions(network: torch.nn.Module) -> str:
+    """Parameters, such as ``1.25M``."""
+    return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}M"
 
 
 def _metadata(
@@ -190,123 +262,3 @@ def _result(dataset: str, kind: str, name: str, value: float) -> EvalResult:
         metric_name=name,
         metric_value=round(value, 4),
     )
-
-
-def _what_it_is(pipeline: DiffusionPipeline, model: DenoiserTraining) -> str:
-    channels, height, width = model.frozen.trained_on["latent_shape"]
-    factor = downsampling_factor(pipeline.vae)
-    path, prediction = (type(part).__name__ for part in (model.objective.path, model.objective.prediction))
-    return (
-        f"A text-to-image latent diffusion model, trained with `ldm`. A {type(pipeline.transformer).__name__} of "
-        f"{_count(pipeline.transformer)} parameters ({path}, predicting {prediction}) makes latents of {channels} x {height} x "
-        f"{width}, which the autoencoder decodes to images of {width * factor} x {height * factor} pixels."
-    )
-
-
-def _samples(prompts: Sequence[str], settings: dict[str, Any]) -> str:
-    if not prompts:
-        return ""
-    seeds = "seed 0" if len(prompts) == 1 else f"seeds 0 to {len(prompts) - 1}"
-    guidance = settings.get("guidance_scale", settings.get("guidance"))
-    return (
-        f"![Images of this model, each with its prompt beneath it]({SAMPLES})\n\nThe prompts of the training's previews, "
-        f"{settings['num_inference_steps']} steps, guidance {guidance}, {seeds}; none was chosen."
-    )
-
-
-def _how_to_open(pipeline: DiffusionPipeline, prompts: Sequence[str], settings: dict[str, Any]) -> str:
-    kind = type(pipeline).__name__
-    stock = isinstance(pipeline, PixArtAlphaPipeline)
-    opener = kind if stock else "DiffusionPipeline"
-    known = "" if stock else f"import ldm  # makes {kind} known to diffusers\n"
-    if "guidance" in settings:  # a rule's repr is the Python that makes it
-        rules = sorted(set(re.findall(r"(\w+)\(", repr(settings["guidance"]))))
-        known += f"from ldm.diffusion.guidance import {', '.join(rules)}\n"
-    prompt = prompts[0] if prompts else "what to draw"
-    options = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    python = f"""```python
-{known}import torch
-from diffusers import {opener}
-
-pipeline = {opener}.from_pretrained(".")  # this folder
-generator = torch.Generator().manual_seed(0)
-image = pipeline({prompt!r}, generator=generator, {options}).images[0]
-image.save("image.png")
-```"""
-    if stock:
-        return f"## Use\n\nIn this folder, with nothing but diffusers:\n\n{python}"
-    shell = ""
-    if "guidance_scale" in settings:
-        options = f"--steps {settings['num_inference_steps']} --guidance {settings['guidance_scale']:g} --seed 0 --out images"
-        shell = f"```bash\nldm sample . {shlex.quote(prompt)} {options}\n```\n\n"
-    return f"## Use\n\nIn this folder, with `ldm` ({machine_info()['ldm']}):\n\n{shell}{python}"
-
-
-def _figures(model: DenoiserTraining, validation: dict[str, float], fields: CardFields) -> str:
-    rows = [("steps", f"{model.average.step:,}"), ("images seen in training", f"{model.num_images_seen:,}")]
-    if validation:
-        rows.append((f"validation loss, unweighted, at step {validation['step']:,}", f"{validation['val/loss']:.4f}"))
-    if fields.prompt_accuracy is not None:
-        rows.append(("prompt accuracy, on pairs of shape and colour held out", f"{fields.prompt_accuracy:.3f}"))
-    sections = ["## Figures", _table(("figure", "value"), rows)]
-    tenths = {name: value for name, value in validation.items() if name.startswith("val/loss_bin_")}
-    if tenths:
-        numbers = [int(name[-2:]) for name in sorted(tenths)]
-        rows = [
-            (f"{number / 10:.1f} to {(number + 1) / 10:.1f}", f"{tenths[f'val/loss_bin_{number:02d}']:.4f}")
-            for number in numbers
-        ]
-        sections += ["By the time t, from 0 (data) to 1 (noise):", _table(("t", "validation loss"), rows)]
-    return "\n\n".join(sections)
-
-
-def _parts(pipeline: DiffusionPipeline, model: DenoiserTraining) -> str:
-    trained_on = model.frozen.trained_on
-    rows = []
-    for part, origin, identity in (
-        ("transformer", "trained here", ""),
-        ("vae", base_name(str(model.autoencoder_path)), trained_on["autoencoder"]),
-        ("text_encoder", without_paths(model.frozen.text_encoder.name, "text_encoder"), trained_on["text_encoder"]),
-    ):
-        network = getattr(pipeline, part)
-        rows.append((f"`{part}`", type(network).__name__, _count(network), origin, f"`{identity}`" if identity else ""))
-    # an export for another pipeline may have folded the latents' statistics into the autoencoder
-    heads = ("part", "class", "parameters", "from", "sha256 of what it was trained with")
-    return f"## Parts\n\n{_table(heads, rows)}"
-
-
-def _training(model: DenoiserTraining, config: dict[str, Any]) -> str:
-    averages = config["model"].get("power_averages") or {}
-    length = averages.get("product")
-    average = (
-        f"power-function average of relative length {length:g}"
-        if length is not None
-        else f"exponential average of decay {config['model']['ema_decay']:g}"
-    )
-    described = machine_info()
-    versions = ", ".join(f"{package} {described[package]}" for package in VERSIONS)
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip()
-    return (
-        f"## Training\n\nThe weights are the {average}, of step {model.average.step:,}. Exported with {versions}.\n\n"
-        f"<details><summary>The whole configuration; of paths the last part</summary>\n\n```yaml\n{text}\n```\n\n</details>"
-    )
-
-
-def _for_the_author(fields: CardFields) -> str:
-    lines = ["what it draws badly, what it does not know, which prompts it was not made for."]
-    if not fields.datasets:
-        lines.append("what it was trained on, where the images came from, and by which right.")
-    lines.append("whom its images may harm or leave out.")
-    if fields.license == "unknown":
-        lines.append("the licence, here and at `license:` in the head of this file.")
-    return "## Limitations\n\n" + "\n".join(f"- {TO_WRITE} {line}" for line in lines)
-
-
-def _count(network: torch.nn.Module) -> str:
-    """Millions of parameters."""
-    return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}M"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
