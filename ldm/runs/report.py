@@ -1,6 +1,6 @@
-"""A page about a run, from the files in its folder alone: it can be made while the run trains, and long after it.
+"""An HTML page about a run, made from the files in its folder, while the run trains or afterwards.
 
-No checkpoint is opened and no network built, so that it costs a training run nothing.
+No checkpoint is read and no network built, so that a training run is not slowed down.
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ from ldm.reporting.metrics_csv import Curves, read_metrics
 from ldm.reporting.pages import Report
 from ldm.runs.layout import RunFolder
 
-# A run that has written nothing for so long, or for so many of its steps between two lines of metrics, is taken to have ended.
-SILENT_SECONDS, SILENT_LINES = 600, 10
-# rows of metrics that the time left is reckoned from
+# A run counts as stopped when it has written nothing for so many seconds, and for the time of so many rows of metrics.
+SILENT_SECONDS, SILENT_ROWS = 600, 10
+# rows of metrics that the time left is estimated from
 RECENT_ROWS = 20
 LOG_LINES, LOG_BYTES = 40, 64 * 1024
 STRIP_ROWS, STRIP_IMAGES, STRIP_CELL = 8, 6, 110
 SHOWN_QUARANTINED = 8
 
-# title, patterns of metrics, label of the vertical axis, whether it is logarithmic, points that the bold line is the mean of
+# title, patterns of metrics, label of the y axis, whether it is logarithmic, points that the bold line averages
 CHARTS = (
     ("Loss", ("train/loss", "val/loss"), "", True, 9),
     ("Reconstruction", ("train/rec", "train/lpips", "val/lpips"), "", True, 9),
     ("PSNR", ("val/psnr",), "dB", False, 0),
     ("SSIM", ("val/ssim",), "", False, 0),
     ("FID", ("val/*fid*",), "", True, 0),
-    ("Loss by time t, in tenths", ("val/loss_bin_0[02469]",), "validation loss", True, 0),
+    ("Validation loss by time t, in tenths", ("val/loss_bin_0[02469]",), "", True, 0),
     ("KL", ("train/kl",), "nats per pixel value", True, 9),
-    ("The game", ("train/g", "train/d"), "loss", False, 9),
-    ("What the discriminator tells apart", ("train/d_accuracy",), "share of patches", False, 9),
-    ("How loudly the decoder hears it", ("train/g_weight",), "weight", False, 9),
-    ("GAN guard level", ("val/g_level",), "share of the weight asked for", False, 0),
+    ("Adversarial losses", ("train/g", "train/d"), "", False, 9),
+    ("Discriminator accuracy", ("train/d_accuracy",), "share of patches", False, 9),
+    ("Adversarial weight", ("train/g_weight",), "", False, 9),
+    ("GAN guard level", ("val/g_level",), "share of the configured weight", False, 0),
     ("Learning rate", ("train/lr*",), "", False, 0),
     ("Gradient norm", ("train/*grad_norm*",), "before clipping", True, 9),
-    ("Steps skipped", ("train/*skipped*",), "in all", False, 0),
-    ("Samples quarantined", ("data/quarantined",), "in all", False, 0),
-    ("Speed", ("time/images_per_second",), "images a second", False, 0),
+    ("Skipped steps", ("train/*skipped*",), "total", False, 0),
+    ("Quarantined samples", ("data/quarantined",), "total", False, 0),
+    ("Speed", ("time/images_per_second",), "images per second", False, 0),
     ("Waiting for data", ("time/data_wait_share",), "share of the time", False, 0),
-    ("Model FLOPs utilisation", ("time/mfu",), "share of the device's peak", False, 0),
+    ("Model FLOPs utilisation", ("time/mfu",), "share of the peak", False, 0),
 )
 
 
 @dataclass
 class RunRecord:
-    """What a run's folder says.
+    """The files of a run's folder.
 
     Attributes:
         folder: of the run.
         config: its resolved config.
-        starts: a record for each start; see :func:`ldm.runs.logging.start_record`. Older runs have none.
-        curves: metrics, over the batches trained.
+        starts: a record of each start; see :func:`ldm.runs.logging.start_record`. Older runs have none.
+        curves: metrics over steps.
     """
 
     folder: Path
@@ -79,13 +79,17 @@ class RunRecord:
         """Raises :class:`UsageError` for a folder that is no run's."""
         path = RunFolder(folder).config
         if not path.is_file():
-            raise UsageError(f"{folder} is not the folder of a run: {path} is not there; give what --out of fit was")
+            raise UsageError(
+                f"{folder} is not the folder of a run: {path} is not there; give the folder that --out of fit named"
+            )
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from None
         if not isinstance(config, dict) or not {"model", "trainer"} <= config.keys():
-            raise UsageError(f"{path} is no config of ldm autoencoder fit or ldm denoiser fit; give what --out of fit was")
+            raise UsageError(
+                f"{path} is no config of ldm autoencoder fit or ldm denoiser fit; give the folder that --out of fit named"
+            )
         environment = RunFolder(folder).environment
         starts = read_json(environment) if environment.is_file() else []
         return cls(folder, config, starts, read_metrics(RunFolder(folder).metrics))
@@ -95,7 +99,8 @@ class RunRecord:
         return "denoiser" if "denoiser" in self.config["model"] else "autoencoder"
 
     @property
-    def product(self) -> Path:
+    def artifact(self) -> Path:
+        """The folder of the exported model."""
         return Path(self.config.get("export") or self.folder / {"denoiser": "pipeline"}.get(self.stage, self.stage))
 
     @property
@@ -104,14 +109,14 @@ class RunRecord:
 
     @cached_property
     def step(self) -> int:
-        """Batches trained, as far as anything tells."""
+        """The last step in the metrics and records."""
         logged = (int(steps[-1]) for name, (steps, _) in self.curves.items() if name != "data/quarantined")
         ended = (start["ended"]["step"] for start in self.starts if "ended" in start)
         return max((*logged, *ended, *(start["resumed_at_step"] or 0 for start in self.starts)), default=0)
 
     @cached_property
-    def last_sign(self) -> float:
-        """When anything was last written, in seconds since 1970."""
+    def last_written(self) -> float:
+        """When the run last wrote a file, in seconds since 1970."""
         run = RunFolder(self.folder)
         folders = run.logs, run.previews_folder, run.checkpoints_folder
         paths = (path for folder in folders if folder.is_dir() for path in (folder, *folder.iterdir()))
@@ -124,17 +129,17 @@ class RunRecord:
     def state(self, now: float) -> str:
         """``training``, ``finished``, or ``stopped`` with why, at ``now`` in seconds since 1970."""
         ended = self.starts[-1].get("ended") if self.starts else None
-        if self.step >= self.max_steps and (ended is not None or self.product.exists()):
+        if self.step >= self.max_steps and (ended is not None or self.artifact.exists()):
             return "finished"
         if ended is not None:
             return f"stopped: {ended['why']}" if "why" in ended else "stopped"
         every = self.config["trainer"].get("log_every_n_steps") or 1
-        patience = max(SILENT_SECONDS, SILENT_LINES * every * (self.latest("time/step_seconds") or 0))
-        silent = now - self.last_sign
+        patience = max(SILENT_SECONDS, SILENT_ROWS * every * (self.latest("time/step_seconds") or 0))
+        silent = now - self.last_written
         return "training" if silent < patience else f"stopped: nothing written for {duration(silent)}"
 
     def seconds_left(self) -> float | None:
-        """From the last rows of metrics, pauses and all."""
+        """Estimated from the last rows of metrics, pauses included."""
         steps, elapsed = self.curves.get("time/elapsed_seconds", ([], []))
         steps, elapsed = steps[-RECENT_ROWS:], elapsed[-RECENT_ROWS:]
         if not steps:
@@ -143,7 +148,7 @@ class RunRecord:
         return (self.max_steps - self.step) * (elapsed[-1] - first[1]) / (steps[-1] - first[0])
 
     def checkpoints(self) -> list[tuple[int | None, Path]]:
-        """(step, file or folder), the oldest first; links and what is still being written are none."""
+        """(step, file or folder), the oldest first, without links and unfinished ones."""
         found: list[tuple[int | None, Path]] = []
         for path in RunFolder(self.folder).checkpoints_folder.glob("*.ckpt"):
             step = re.search(r"step[=-]?(\d+)", path.name)
@@ -157,22 +162,22 @@ class RunRecord:
 
 
 def write_run_report(folder: Path, out: Path, refresh_seconds: int | None = None) -> str:
-    """Write the page about the run in ``folder`` to ``out``; returns the run's state, see :meth:`RunRecord.state`.
+    """Write the page about the run in ``folder`` to ``out``; returns :meth:`RunRecord.state`.
 
     Args:
-        folder: what ``--out`` of ``fit`` was.
+        folder: of the run.
         out: the HTML file, written atomically.
-        refresh_seconds: an open page loads itself again so often, as long as the run is training.
+        refresh_seconds: how often an open page reloads itself while the run trains.
 
     Raises:
-        UsageError: where ``folder`` is no run's.
+        UsageError: where ``folder`` is not that of a run.
     """
     run, now = RunRecord.read(folder), time.time()
     state = run.state(now)
     page = Report(
         f"{run.folder.resolve().name}: {state}",
         f"{'Stage two: denoiser' if run.stage == 'denoiser' else 'Stage one: autoencoder'} · "
-        f"page of {_clock(now)} · last sign of the run {_clock(run.last_sign)}",
+        f"page written {_clock(now)} · run last wrote {_clock(run.last_written)}",
         refresh_seconds if state == "training" else None,
     )
     _progress(page, run, state)
@@ -193,19 +198,19 @@ def _clock(seconds: float) -> str:
 
 def _progress(page: Report, run: RunRecord, state: str) -> None:
     elapsed, left, wait = run.latest("time/elapsed_seconds"), run.seconds_left(), run.latest("time/data_wait_share")
-    figures: dict[str, str | float | None] = {
+    shown: dict[str, str | float | None] = {
         f"of {run.max_steps:,} steps": run.step,
-        "time so far": duration(elapsed) if elapsed is not None else None,
+        "elapsed": duration(elapsed) if elapsed is not None else None,
         "time left": duration(left) if left is not None and run.step < run.max_steps else None,
-        "images a second": run.latest("time/images_per_second"),
+        "images per second": run.latest("time/images_per_second"),
         "waiting for data": f"{wait:.0%}" if wait is not None else None,
     }
     mfu = run.latest("time/mfu")
     named = {"train/loss": "loss", "val/loss": "validation loss", "val/psnr": "validation PSNR (dB)", "val/lpips": "LPIPS"}
-    named |= {"train/lr": "learning rate", "val/g_level": "GAN guard level", "train/skipped": "steps skipped"}
-    figures |= {label: run.latest(name) for name, label in named.items()}
-    figures |= {"model FLOPs utilisation": f"{mfu:.1%}" if mfu is not None else None}
-    page.metrics({"state": state.partition(":")[0]} | {name: value for name, value in figures.items() if value is not None})
+    named |= {"train/lr": "learning rate", "val/g_level": "GAN guard level", "train/skipped": "skipped steps"}
+    shown |= {label: run.latest(name) for name, label in named.items()}
+    shown |= {"model FLOPs utilisation": f"{mfu:.1%}" if mfu is not None else None}
+    page.metrics({"state": state.partition(":")[0]} | {name: value for name, value in shown.items() if value is not None})
 
 
 def _images(page: Report, run: RunRecord) -> None:
@@ -214,60 +219,62 @@ def _images(page: Report, run: RunRecord) -> None:
         return
     step, path = previews[-1]
     grid, _ = read_grid(path)
-    page.image(f"Preview after {step:,} steps", grid, "Always of the same images or noise, with the averaged weights.")
+    page.image(f"Preview after {step:,} steps", grid, "From fixed images or noise, with the averaged weights.")
     if len(previews) < 2:
         return
     chosen = [previews[number] for number in _spread(len(previews), STRIP_ROWS)]
-    # Images that have no row to themselves share one. Runs of earlier versions tell no rows: then whole grids are shown.
-    grown = [(step, *read_grid(path)) for step, path in chosen]
+    # One image of each row where a row has one image, else the last row. Grids of earlier versions are shown whole.
+    grids = [(step, *read_grid(path)) for step, path in chosen]
     rows = []
-    for step, _, labelled in grown:
+    for step, _, labelled in grids:
         alone = all(len(images) == 1 for _, images in labelled)
         images = [images[0] for _, images in labelled] if alone else labelled[-1][1]
         rows.append((f"{step:,} steps", images[:STRIP_IMAGES]))
     steps = [f"{step:,} steps" for step, _ in chosen]
     if not all(images for _, images in rows):
-        strip = captioned_grid([grid for _, grid, _ in grown], steps, cell=260)
+        strip = captioned_grid([grid for _, grid, _ in grids], steps, cell=260)
     elif all(len(images) == 1 for _, images in rows):
         strip = captioned_grid([images[0] for _, images in rows], steps, columns=len(rows), cell=STRIP_CELL)
     else:
         strip = paired_grid(rows, STRIP_CELL)
-    page.image("From the first preview to the last", strip)
+    page.image("Previews, first to last", strip)
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most so many of ``count`` indices, evenly spread, both ends among them."""
+    """At most ``most`` of ``count`` indices, evenly spread, with both ends."""
     if count <= most:
         return list(range(count))
     return [round(number * (count - 1) / (most - 1)) for number in range(most)]
 
 
 def _charts(page: Report, run: RunRecord) -> None:
-    drawn = set()
+    charted = set()
     for title, patterns, label, log_y, smooth in CHARTS:
         names = [name for pattern in patterns for name in sorted(run.curves) if fnmatch(name, pattern)]
-        drawn |= set(names)
-        if names and not (title.endswith(("skipped", "quarantined")) and not any(run.latest(name) for name in names)):
+        charted |= set(names)
+        if names and not (label == "total" and not any(run.latest(name) for name in names)):
             series = {name: run.curves[name] for name in names}
-            page.curve(title, series, "batches trained", label, log_y, smooth, half=True)
+            page.curve(title, series, "step", label, log_y, smooth, half=True)
     if not run.curves:
-        page.text("Metrics", f"None yet: the first come after {run.config['trainer'].get('log_every_n_steps') or 1} steps.")
-    others = sorted(name for name in run.curves.keys() - drawn if not name.startswith("time/"))
+        page.text(
+            "Metrics", f"None yet: the first row comes after {run.config['trainer'].get('log_every_n_steps') or 1} steps."
+        )
+    others = sorted(name for name in run.curves.keys() - charted if not name.startswith("time/"))
     if others:
         lines = [f"{name}: {run.curves[name][1][0]:.5g} → {run.curves[name][1][-1]:.5g}" for name in others]
         page.folded(f"{len(others)} more metrics, first → last", "\n".join(lines))
 
 
 def _data(page: Report, run: RunRecord) -> None:
-    """The samples that could not be used, of all processes."""
+    """Quarantined samples of all processes."""
     known = {}
     for path in RunFolder(run.folder).quarantines():
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may still be in the making
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last line may be unfinished
             known[line] = json.loads(line)
     if known:
         rows = [[bad["shard"], bad["key"], bad["reason"]] for bad in known.values()]
         few = f", {SHOWN_QUARANTINED} of them" if len(rows) > SHOWN_QUARANTINED else ""
-        page.table(f"{len(rows):,} samples in quarantine{few}", ["shard", "key", "why"], rows[:SHOWN_QUARANTINED])
+        page.table(f"{len(rows):,} samples in quarantine{few}", ["shard", "key", "reason"], rows[:SHOWN_QUARANTINED])
 
 
 def _checkpoints(page: Report, run: RunRecord) -> None:
@@ -286,7 +293,7 @@ def _checkpoints(page: Report, run: RunRecord) -> None:
 
 
 def _size(path: Path) -> int:
-    """In bytes; a training run removes files while they are looked at."""
+    """Bytes; 0 for a file that the running training has removed meanwhile."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -295,20 +302,20 @@ def _size(path: Path) -> int:
 
 def _commands(page: Report, run: RunRecord, state: str) -> None:
     folder, config = shlex.quote(str(run.folder)), shlex.quote(str(RunFolder(run.folder).config))
-    go_on = f"ldm {run.stage} fit --config {config} --out {folder} --resume latest"
+    resume = f"ldm {run.stage} fit --config {config} --out {folder} --resume latest"
     commands = [("compare with other runs", f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}")]
-    product = shlex.quote(str(run.product))
+    artifact = shlex.quote(str(run.artifact))
     if state == "finished" and run.stage == "denoiser":
-        commands.insert(0, ("draw", f'ldm sample {product} "what to draw" --out images'))
+        commands.insert(0, ("generate images", f'ldm sample {artifact} "a prompt" --out images'))
     elif state == "finished":
         shards = run.config["data"]["train"]
         shards = shlex.quote(shards) if isinstance(shards, str) else "SHARDS"
         commands.insert(
-            0, ("go on to stage two", f"ldm latents export --autoencoder {product} --shards {shards} --out latents")
+            0, ("continue with stage two", f"ldm latents export --autoencoder {artifact} --shards {shards} --out latents")
         )
     elif state != "training":
-        commands.insert(0, ("go on", go_on))
-    page.commands("What next", commands)
+        commands.insert(0, ("resume", resume))
+    page.commands("Next steps", commands)
 
 
 def _what(page: Report, run: RunRecord) -> None:
@@ -322,19 +329,19 @@ def _what(page: Report, run: RunRecord) -> None:
         rows = []
         for start in run.starts:
             ended, resumed, git = start.get("ended"), start["resumed_at_step"], start["git"]
-            how = f"step {ended['step']:,}" + (f", {ended['why']}" if "why" in ended else ", finished") if ended else "–"
-            commit = git["commit"][:12] + (" + changes" if git["dirty"] else "") if git else "no checkout"
+            until = f"step {ended['step']:,}" + (f", {ended['why']}" if "why" in ended else ", finished") if ended else "–"
+            commit = git["commit"][:12] + (" + changes" if git["dirty"] else "") if git else "no git checkout"
             rows.append(
                 [
                     start["started"][:19].replace("T", " "),
                     f"{resumed or 0:,}",
-                    how,
+                    until,
                     f"{start['processes']}",
                     start["precision"],
                     commit,
                 ]
             )
-        page.table("Starts", ["when", "from step", "until", "processes", "precision", "code"], rows)
+        page.table("Starts", ["started", "from step", "until", "processes", "precision", "commit"], rows)
         page.table("Machine and versions", ["", ""], [[name, value] for name, value in last["versions"].items()])
         page.folded("Command", last["command"])
     page.folded("Config", (RunFolder(run.folder).config).read_text(encoding="utf-8"))
@@ -350,7 +357,7 @@ def _class_of(section: Any) -> str:
 def _log(page: Report, run: RunRecord) -> None:
     lines = _tail(RunFolder(run.folder).log())
     if lines:
-        page.folded("The log's last lines", "\n".join(lines), opened=True)
+        page.folded("Last lines of the log", "\n".join(lines), opened=True)
     for path in RunFolder(run.folder).other_logs():
         page.folded(f"Warnings of {path.stem.removeprefix('run-')}", "\n".join(_tail(path)))
 

@@ -1,4 +1,4 @@
-"""Truths about the page of a run: it is made from whatever files are there, and judges by them alone."""
+"""The page of a run, from whatever files of the run exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADER = "epoch,step,time/elapsed_seconds,time/images_per_second,train/loss,val/
 
 
 class Words(HTMLParser):
-    """What a page says, its images' descriptions, and what it would fetch."""
+    """The text of a page, its images' descriptions, and its links."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -86,38 +86,38 @@ TWO_ROWS = "0,9,5.0,40.0,1.0,\r\n0,19,10.0,42.0,0.5,0.7\r\n"
 def test_a_run_in_training(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run", rows=TWO_ROWS, processes=2), refresh_seconds=30)
     assert page.words[0] == "run: training" and page.refresh == "30"
-    for said in ("20 of 100 steps", "0:10 time so far", "0:40 time left", "42 images a second", "0.7 validation loss"):
+    for said in ("20 of 100 steps", "0:10 elapsed", "0:40 time left", "42 images per second", "0.7 validation loss"):
         assert said in page.text
     assert "1,234,567" in page.text and "0123456789ab + changes" in page.text and "DiT" in page.text
-    assert "--resume latest" not in page.text  # it needs none
+    assert "--resume latest" not in page.text  # it is still running
     assert all(link.startswith("data:") for link in page.links)
 
 
-def test_a_run_that_came_to_its_end(tmp_path: Path) -> None:
+def test_a_finished_run(tmp_path: Path) -> None:
     rows = TWO_ROWS + "0,99,60.0,42.0,0.1,0.2\r\n"
     run = make_run(tmp_path / "run", rows=rows, ended={"time": "2026-01-01T00:01:00+00:00", "step": 100})
     page = page_of(run, refresh_seconds=30)
     assert page.words[0] == "run: finished" and page.refresh is None
     assert "ldm sample" in page.text and "time left" not in page.text
-    (run / "logs" / "environment.json").unlink()  # a run of an earlier version: its product tells
+    (run / "logs" / "environment.json").unlink()  # a run of an earlier version: its exported model shows it
     (run / "pipeline").mkdir()
     assert page_of(run).words[0] == "run: finished"
 
 
-def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path: Path) -> None:
+def test_the_page_of_a_stopped_run_says_how_to_resume(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a run", rows=TWO_ROWS, ended={"time": "then", "step": 23, "why": "as asked"})
     page = page_of(run)
     assert page.words[0] == "a run: stopped: as asked" and "23 of 100 steps" in page.text
     assert f"--out '{run}' --resume latest" in page.text
 
 
-def test_a_run_that_was_killed_is_known_by_its_silence(tmp_path: Path) -> None:
+def test_a_killed_run_counts_as_stopped_once_it_is_silent(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=TWO_ROWS, processes=1)
     grow_old(run, SILENT_SECONDS + 60)
     assert page_of(run).words[0] == "run: stopped: nothing written for 11:00"
 
 
-def test_slow_steps_are_given_time(tmp_path: Path) -> None:
+def test_a_run_of_slow_steps_may_be_silent_for_longer(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     header = HEADER.replace("time/images_per_second", "time/step_seconds")
     (run / "logs" / "metrics.csv").write_text(header + "0,9,5.0,60.0,1.0,\r\n")
@@ -125,7 +125,7 @@ def test_slow_steps_are_given_time(tmp_path: Path) -> None:
     assert page_of(run).words[0] == "run: training"
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+def test_an_unfinished_row_is_ignored(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=TWO_ROWS + "0,29,15.0,42.0,0.4")
     assert read_metrics(run / "logs" / "metrics.csv")["train/loss"] == ([10, 20], [1.0, 0.5])
     assert "20 of 100 steps" in page_of(run).text
@@ -138,7 +138,7 @@ def test_a_run_of_one_step_or_none_yet(tmp_path: Path, stage: str, rows: str) ->
     assert f"{1 if rows else 0} of 1,000 steps" in page.text and "None yet" in page.text
 
 
-def test_checkpoints_are_listed_unread(tmp_path: Path) -> None:
+def test_checkpoints_are_listed_without_reading_them(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=TWO_ROWS)
     checkpoints = run / "checkpoints"
     checkpoints.mkdir()
@@ -147,7 +147,7 @@ def test_checkpoints_are_listed_unread(tmp_path: Path) -> None:
     sharded = checkpoints / "step=00000020.ckpt"
     sharded.mkdir()
     (sharded / "part").write_bytes(b"0" * 2**20)
-    (checkpoints / ".step=00000030.ckpt.1.tmp").write_bytes(b"in the making")
+    (checkpoints / ".step=00000030.ckpt.1.tmp").write_bytes(b"unfinished")
     (checkpoints / "last.ckpt").symlink_to("step=00000020.ckpt")
     (checkpoints / "best.ckpt").symlink_to("step=00000010.ckpt")
     page = page_of(run)
@@ -175,7 +175,7 @@ def test_a_grid_keeps_its_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", [["a ring"], ["a ring", "a star"], ["original", "reconstruction"], []])
 def test_previews_grow_from_the_first_to_the_last(tmp_path: Path, labels: list[str]) -> None:
-    """One image, several, rows of them; and grids of earlier versions, which tell no rows."""
+    """One image, several, rows of them; and grids of earlier versions, which do not name their rows."""
     run = make_run(tmp_path / "run", rows=TWO_ROWS)
     (run / "previews").mkdir()
     for step in range(0, 110, 10):
@@ -186,14 +186,14 @@ def test_previews_grow_from_the_first_to_the_last(tmp_path: Path, labels: list[s
         else:
             Image.new("RGB", (40, 20)).save(path)
     page = page_of(run)
-    assert page.alts[0].startswith("Preview after 100 steps") and "From the first preview to the last" in page.alts
+    assert page.alts[0].startswith("Preview after 100 steps") and "Previews, first to last" in page.alts
     (run / "previews" / "step-00000100.png").unlink()
     for path in list((run / "previews").iterdir())[1:]:
         path.unlink()
-    assert len(page_of(run).alts) == 1  # one alone has not grown
+    assert len(page_of(run).alts) == 1  # a single preview has no row of its own
 
 
-def test_what_went_wrong_is_on_the_page(tmp_path: Path) -> None:
+def test_quarantine_and_warnings_are_on_the_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=TWO_ROWS, processes=1)
     (run / "logs" / "run.log").write_text("".join(f"line {number}\n" for number in range(10_000)))
     (run / "logs" / "run-rank1.log").write_text("rank 1 WARNING <b>of the other</b>\n")
