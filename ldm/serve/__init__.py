@@ -1,1 +1,39 @@
-"""A page to play in: a web server that draws with one pipeline, one image at a time, on the machine it runs on."""
+"""``ldm serve``: a local web page that generates images with one pipeline, one at a time, and keeps them in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ldm.errors import UsageError
+
+
+def _option(default: int, help_text: str) -> Any:
+    """A limit that is an option of the command, too."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server; those with a help text are options of ``ldm serve``.
+
+    Attributes:
+        body: bytes of a request.
+        upload_pixels: pixels of an uploaded image, before it is resized.
+        body_seconds: time for a request to arrive.
+    """
+
+    waiting: int = _option(16, "images waiting in the queue")
+    requests: int = _option(64, "simultaneous requests, including those that wait for an image")
+    images: int = _option(64, "latest images kept in memory")
+    prompt: int = _option(1000, "characters of a prompt")
+    steps: int = _option(150, "denoising steps of an image")
+    pixels: int = _option(1024 * 1024, "pixels of an image, width times height")
+    body: int = 8 * 2**20
+    upload_pixels: int = 16_000_000
+    body_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if getattr(self, each.name) <= 0:
+                raise UsageError(f"the limit on {each.name} is {getattr(self, each.name)}; give 1 or more")

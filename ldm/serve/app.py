@@ -1,7 +1,7 @@
-"""The server: one page, a queue before one drawing thread, and the latest images, in memory alone.
+"""The web application: one page, a queue for one generating thread, and the latest images in memory.
 
-What may reach it: pages of its own origin, by its own names (against DNS rebinding and forged requests), so many at a time, of
-so many bytes. No part of a request ever becomes a path of this machine.
+It answers requests of its own origin under its own names only (against DNS rebinding and cross-site requests), and limits their
+number and size. No part of a request becomes a path on this machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ipaddress
 import json
 import math
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -20,17 +20,18 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldm.errors import LdmError, UsageError
+from ldm.serve import Limits
 from ldm.serve.queue import Job, Queue, QueueFull
-from ldm.serve.request import Limits, Order, read_order
-from ldm.serve.worker import GeneratedImage, Worker
+from ldm.serve.request import GenerationRequest, parse_request
+from ldm.serve.worker import StoredImage, Worker
 
-POLL_SECONDS = 0.05  # how often the progress of an image is looked at
-ALIVE_SECONDS = 10.0  # a waiting request hears something at least so often
+POLL_SECONDS = 0.05  # between looks at the progress of an image
+KEEP_ALIVE_SECONDS = 10.0  # between lines sent to a waiting request
 MAX_MESSAGE = 300
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
 SECURITY_HEADERS = {
@@ -44,47 +45,52 @@ SECURITY_HEADERS = {
 }
 
 
-def create_app(worker: Worker, queue: Queue, limits: Limits, host: str = "127.0.0.1") -> ASGIApp:
+def create_app(worker: Worker, queue: Queue, limits: Limits, host: str = "127.0.0.1") -> RequestFilter:
     """The web application.
 
     Args:
-        worker: draws.
-        queue: in which orders wait for it.
-        host: the name that the server is bound to; it answers to that, to localhost, to the machine's own and to addresses.
+        worker: generates the images.
+        queue: holds the jobs that wait for it.
+        host: the name that the server is bound to; requests can also use localhost, the machine's name and IP addresses.
     """
-    # no page of documentation: FastAPI's loads its script from elsewhere
+    # without FastAPI's page of documentation, which loads a script from another site
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    images: dict[str, GeneratedImage] = {}  # in the order they were finished
+    images: dict[str, StoredImage] = {}  # oldest first
     checking = asyncio.Lock()
 
-    def draw(order: Order, job: Job) -> GeneratedImage:
-        image = worker.draw(order, job.report)
+    def generate(request: GenerationRequest, job: Job) -> StoredImage:
+        image = worker.generate(request, job.report)
         images[image.id] = image
         for oldest in list(images)[: -limits.images]:
             del images[oldest]
         return image
 
-    def find(image_id: str) -> GeneratedImage:
+    def find(image_id: str) -> StoredImage:
         image = images.get(image_id)
         if image is None:
-            raise HTTPException(404, f"this image is not among the last {limits.images}; draw it again")
+            raise HTTPException(404, f"this image is not among the last {limits.images}; generate it again")
         return image
 
-    @app.exception_handler(AnyHTTPException)
-    async def refuse(request: Request, error: AnyHTTPException) -> Response:
+    @app.exception_handler(StarletteHTTPException)
+    async def refuse(request: Request, error: StarletteHTTPException) -> Response:
         return answer(error.status_code, error.detail, error.headers)
 
     @app.get("/model")
     async def model() -> dict[str, Any]:
-        """What the page's form needs to know."""
+        """Defaults and limits for the page's form."""
         width, height = worker.size
-        known = {"prompt": limits.prompt, "steps": limits.steps, "pixels": limits.pixels}
-        about = {"name": worker.name, "schedulers": worker.schedulers, "width": width, "height": height, "unit": worker.unit}
-        return about | {"limits": known}
+        return {
+            "name": worker.name,
+            "schedulers": worker.schedulers,
+            "width": width,
+            "height": height,
+            "unit": worker.unit,
+            "limits": {name: getattr(limits, name) for name in ("prompt", "steps", "pixels")},
+        }
 
     @app.get("/images")
     async def gallery() -> list[dict[str, Any]]:
-        """Of all images, the oldest first."""
+        """All stored images, oldest first."""
         return [image_record(image) for image in list(images.values())]
 
     @app.get("/images/{image_id}/image.png")
@@ -98,18 +104,18 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, host: str = "127.0.
             raise HTTPException(404, "this image did not start from another one")
         return Response(start, media_type="image/png")
 
-    @app.post("/draw")
-    async def order(request: Request) -> Response:
-        """Draw an image; the answer is a line of JSON for each change, and its end cancels the drawing."""
+    @app.post("/generate")
+    async def submit(request: Request) -> Response:
+        """Generate an image. The response is a line of JSON for each change of state; closing it cancels the generation."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "send JSON, with the header Content-Type: application/json")
         body = await read_body(request, limits)
         try:
-            # beside the loop that answers everyone else, and one at a time: an upload takes a lot of memory when unpacked
+            # in a thread, so that other requests are answered; one at a time, since a decoded upload takes a lot of memory
             async with checking:
-                ordered = await asyncio.to_thread(read_order, body, limits, worker.size)
-                await asyncio.to_thread(worker.check, ordered.settings)
-            job = queue.submit(partial(draw, ordered))
+                parsed = await asyncio.to_thread(parse_request, body, limits, worker.size)
+                await asyncio.to_thread(worker.check, parsed.settings)
+            job = queue.submit(partial(generate, parsed))
         except UsageError as error:
             raise HTTPException(422, str(error)) from None
         except QueueFull as error:
@@ -125,36 +131,36 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, host: str = "127.0.
 
 
 def static(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
-    """An endpoint that always gives the same."""
+    """An endpoint with a constant response."""
 
-    async def give() -> Response:
+    async def respond() -> Response:
         return Response(content, media_type=media_type)
 
-    return give
+    return respond
 
 
-async def follow(request: Request, queue: Queue, job: Job) -> AsyncIterator[str]:
-    """Lines of JSON, one for each change of a job: waiting, working with its progress, and how it ended."""
+async def follow(request: Request, queue: Queue, job: Job) -> AsyncGenerator[str]:
+    """Lines of JSON, one for each change of a job: waiting, working with its progress, and its end."""
     loop = asyncio.get_running_loop()
-    said, spoke = None, loop.time()
+    last, sent = None, loop.time()
     try:
         while True:
-            # a closed queue waits for no step to end
+            # after the queue is closed, do not wait for the current step
             now = {"state": "cancelled"} if queue.closed and not job.ended else report(queue, job)
-            if now != said or loop.time() - spoke > ALIVE_SECONDS:
-                # the same preview need not be sent again
-                same = said is not None and said.get("preview") == now.get("preview")
+            if now != last or loop.time() - sent > KEEP_ALIVE_SECONDS:
+                # send each preview once
+                same = last is not None and last.get("preview") == now.get("preview")
                 yield json.dumps({key: value for key, value in now.items() if not (same and key == "preview")}) + "\n"
-                said, spoke = now, loop.time()
+                last, sent = now, loop.time()
             if now["state"] not in ("waiting", "working") or await request.is_disconnected():
                 return
             await asyncio.sleep(POLL_SECONDS)
     finally:
-        job.cancel()  # nobody is there any more, or it has ended
+        job.cancel()  # the client has left, or the job has ended
 
 
 def report(queue: Queue, job: Job) -> dict[str, Any]:
-    """What is to be said of a job now."""
+    """The state of a job, as JSON for the page."""
     state, progress = job.state, job.progress
     if state == "done":
         return {"state": state, "image": image_record(job.result)}
@@ -163,17 +169,17 @@ def report(queue: Queue, job: Job) -> dict[str, Any]:
     return {"state": state} | ({"ahead": queue.ahead(job)} if state == "waiting" else {"error": job.error[:MAX_MESSAGE]})
 
 
-def image_record(image: GeneratedImage) -> dict[str, Any]:
-    """An image as the page knows it."""
+def image_record(image: StoredImage) -> dict[str, Any]:
+    """An image, as JSON for the page."""
     settings = image.settings.to_json()
     return {"id": image.id, "settings": settings, "started": image.start is not None, "seconds": round(image.seconds, 2)}
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body, no longer than the limit, whatever its header says of it.
+    """Read the body up to the limit, whatever its header announces.
 
     Raises:
-        HTTPException: 413 for a longer one, 408 for one that does not arrive.
+        HTTPException: 413 if it is too long, 408 if it does not arrive in time, 400 if the client disconnects.
     """
     too_long = HTTPException(413, f"the request has more than {limits.body} bytes; send a smaller image")
     announced = request.headers.get("content-length", "0")
@@ -189,22 +195,22 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     except TimeoutError:
         raise HTTPException(408, f"the request did not arrive within {limits.body_seconds:g} s; send it again") from None
     except ClientDisconnect:
-        raise HTTPException(400, "the request broke off; send it again") from None
+        raise HTTPException(400, "the request was cut off; send it again") from None
     return bytes(body)
 
 
-def answer(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """One line that says what is wrong."""
+def answer(status: int, error: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error response: one line of at most :data:`MAX_MESSAGE` characters."""
     line = " ".join(str(error).split()).encode("utf-8", "replace").decode()
     return JSONResponse({"error": line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + "…"}, status, headers)
 
 
 class RequestFilter:
-    """Before every request: by what name the server was called, from which page, and how many are here; after it, headers."""
+    """Middleware: checks host, origin and number of requests, and adds security headers to every response."""
 
     def __init__(self, app: ASGIApp, limits: Limits, names: set[str]):
         self.app, self.limits, self.names = app, limits, names
-        self.here = 0
+        self.active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -220,27 +226,27 @@ class RequestFilter:
         if refusal is not None:
             await refusal(scope, receive, send_with_headers)
             return
-        self.here += 1
+        self.active += 1
         try:
             await self.app(scope, receive, send_with_headers)
         finally:
-            self.here -= 1
+            self.active -= 1
 
     def refusal(self, method: str, headers: Headers) -> Response | None:
-        """What to answer to a request that is not let in."""
+        """The response to a request that is refused, or None."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.is_ours(host):
-            return answer(421, "this server does not go by that name; call it by its address, or as localhost")
+            return answer(421, "unknown host name; use the address of this server, or localhost")
         foreign = origin is not None and urlsplit_or_none(origin) != host.lower()
         if method not in ("GET", "HEAD") and (foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site")):
-            return answer(403, "this request comes from another page; use the page of this server")
-        if self.here >= self.limits.requests:
-            wait = {"Retry-After": str(math.ceil(ALIVE_SECONDS))}
-            return answer(503, f"{self.here} requests are being answered already; come again in a few seconds", wait)
+            return answer(403, "this request comes from another site; use the page of this server")
+        if self.active >= self.limits.requests:
+            wait = {"Retry-After": str(math.ceil(KEEP_ALIVE_SECONDS))}
+            return answer(503, f"{self.active} requests are being answered already; try again in a few seconds", wait)
         return None
 
     def is_ours(self, host: str) -> bool:
-        """Whether a Host header names this server. An address does: rebinding needs a name of the attacker's own."""
+        """Whether a Host header names this server. IP addresses are accepted: DNS rebinding needs a host name."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             return name in self.names or bool(ipaddress.ip_address(name))
@@ -249,7 +255,7 @@ class RequestFilter:
 
 
 def urlsplit_or_none(origin: str) -> str | None:
-    """Host and port of an origin, None where it has none (``null``)."""
+    """Host and port of an origin, None if it is invalid."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:

@@ -3,9 +3,9 @@
 const $ = (id) => document.getElementById(id);
 let model = null;
 let start = null; // the image to start from, an ImageBitmap
-let startShown = null; // its object URL
+let startUrl = null; // its object URL
 
-function say(text) { $("status").textContent = text; }
+function announce(text) { $("status").textContent = text; }
 
 // ---------------------------------------------------------------------------------------------- the form
 
@@ -22,7 +22,7 @@ async function setUp() {
   }
   for (const name of model.schedulers) $("scheduler").add(new Option(name, name));
   for (const image of await (await fetch("/images")).json()) finish(newCard(image.settings), image);
-  $("draw").disabled = false;
+  $("generate").disabled = false;
 }
 
 function readForm() {
@@ -46,13 +46,13 @@ function fillForm(settings) {
 function showStrength() { $("strength-shown").textContent = Number($("strength").value).toFixed(2); }
 
 async function setStart(blob) {
-  if (startShown) URL.revokeObjectURL(startShown);
-  start = startShown = null;
+  if (startUrl) URL.revokeObjectURL(startUrl);
+  start = startUrl = null;
   if (blob) {
     try {
       start = await createImageBitmap(blob);
-      startShown = URL.createObjectURL(blob);
-      $("start-image").src = startShown;
+      startUrl = URL.createObjectURL(blob);
+      $("start-image").src = startUrl;
       $("error").textContent = "";
     } catch {
       $("error").textContent = "This file cannot be read as an image; choose another one.";
@@ -62,7 +62,7 @@ async function setStart(blob) {
   $("start").hidden = !start;
 }
 
-// cut and scaled here to what will be drawn, so that a large photograph need not travel
+// cropped and resized here, so that a large photo need not be uploaded
 function startAsBase64(width, height) {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [width, height];
@@ -88,7 +88,7 @@ function newCard(settings) {
   const card = $("card").content.firstElementChild.cloneNode(true);
   card.querySelector(".prompt").textContent = settings.prompt;
   const shown = {
-    not: settings.negative, seed: settings.seed, steps: settings.steps, guidance: settings.guidance,
+    negative: settings.negative, seed: settings.seed, steps: settings.steps, guidance: settings.guidance,
     size: `${settings.width ?? model.width}×${settings.height ?? model.height}`, scheduler: settings.scheduler,
     strength: settings.strength,
   };
@@ -117,7 +117,7 @@ function finish(card, image) {
   card.querySelector(".waiting").hidden = true;
   card.querySelector(".actions").hidden = false;
   card.querySelector("img").alt = image.settings.prompt;
-  card.querySelector(".again").onclick = () => drawAgain(image);
+  card.querySelector(".again").onclick = () => generateAgain(image);
   const download = card.querySelector(".download");
   download.href = address;
   download.download = `${image.settings.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-${image.settings.seed}.png`;
@@ -131,30 +131,30 @@ function fail(card, error) {
   const button = card.querySelector(".cancel");
   button.textContent = "Close";
   button.onclick = () => { card.remove(); $("empty").hidden = $("gallery").children.length > 0; };
-  say(error);
+  announce(error);
 }
 
-// ---------------------------------------------------------------------------------------------- drawing
+// ---------------------------------------------------------------------------------------------- generation
 
-async function draw(settings, base64) {
+async function generate(settings, base64) {
   const card = newCard(settings);
-  card.scrollIntoView({ block: "nearest" }); // on a phone it stands below the form
-  const gone = new AbortController(); // the server stops drawing what nobody listens to
-  card.querySelector(".cancel").onclick = () => gone.abort();
+  card.scrollIntoView({ block: "nearest" }); // on a phone it is below the form
+  const abort = new AbortController(); // the server cancels a generation when its request is closed
+  card.querySelector(".cancel").onclick = () => abort.abort();
   try {
     const headers = { "Content-Type": "application/json" };
     const body = JSON.stringify(base64 ? { settings, start: base64 } : { settings });
-    const response = await fetch("/draw", { method: "POST", headers, body, signal: gone.signal });
+    const response = await fetch("/generate", { method: "POST", headers, body, signal: abort.signal });
     if (!response.ok) throw new Error((await response.json()).error);
-    for await (const news of lines(response.body)) {
-      if (news.state === "done") { finish(card, news.image); say("The image is drawn."); return; }
-      if (news.state === "failed") throw new Error(news.error);
-      if (news.state === "cancelled") break;
-      progress(card, news);
+    for await (const update of lines(response.body)) {
+      if (update.state === "done") { finish(card, update.image); announce("The image is finished."); return; }
+      if (update.state === "failed") throw new Error(update.error);
+      if (update.state === "cancelled") break;
+      progress(card, update);
     }
     throw new Error("The server has stopped.");
   } catch (error) {
-    fail(card, gone.signal.aborted ? "Cancelled." : error instanceof TypeError ? "The server does not answer." : error.message);
+    fail(card, abort.signal.aborted ? "Cancelled." : error instanceof TypeError ? "The server does not answer." : error.message);
   }
 }
 
@@ -170,21 +170,21 @@ async function* lines(stream) {
   }
 }
 
-function progress(card, news) {
+function progress(card, update) {
   const bar = card.querySelector("progress");
   const state = card.querySelector(".state");
-  if (news.state === "waiting") {
-    state.textContent = news.ahead ? `waiting, ${news.ahead} before it` : "waiting";
-  } else if (news.steps) {
-    [bar.max, bar.value] = [news.steps, news.step];
-    state.textContent = `step ${news.step} of ${news.steps}`;
+  if (update.state === "waiting") {
+    state.textContent = update.ahead ? `waiting, ${update.ahead} ahead` : "waiting";
+  } else if (update.steps) {
+    [bar.max, bar.value] = [update.steps, update.step];
+    state.textContent = `step ${update.step} of ${update.steps}`;
   } else {
     state.textContent = "reading the prompt";
   }
-  if (news.preview) show(card, news.preview);
+  if (update.preview) show(card, update.preview);
 }
 
-async function drawAgain(image) {
+async function generateAgain(image) {
   fillForm(image.settings);
   let base64 = null;
   let blob = null;
@@ -192,12 +192,12 @@ async function drawAgain(image) {
     const response = await fetch(`/images/${image.id}/start.png`);
     if (!response.ok) { $("error").textContent = (await response.json()).error; return; }
     blob = await response.blob();
-    base64 = await blobAsBase64(blob); // the very bytes: a canvas may change them
+    base64 = await blobAsBase64(blob); // the original bytes: a canvas may change them
   }
   await setStart(blob);
   $("error").textContent = "";
-  // the settings as they are, also those that the form does not show; the start's name is the server's
-  await draw({ ...image.settings, image: null }, base64);
+  // all settings, including those that the form does not show; the server names the start image
+  await generate({ ...image.settings, image: null }, base64);
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -208,7 +208,7 @@ $("form").addEventListener("submit", (event) => {
     $("error").textContent = `Width times height is at most ${model.limits.pixels} here.`;
     return;
   }
-  draw(settings, start ? startAsBase64(settings.width, settings.height) : null);
+  generate(settings, start ? startAsBase64(settings.width, settings.height) : null);
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); $("form").requestSubmit(); }
@@ -216,6 +216,6 @@ $("prompt").addEventListener("keydown", (event) => {
 $("file").addEventListener("change", () => setStart($("file").files[0]));
 $("no-start").addEventListener("click", () => setStart(null));
 $("strength").addEventListener("input", showStrength);
-$("draw").disabled = true;
+$("generate").disabled = true;
 showStrength();
 setUp().catch(() => { $("error").textContent = "The server does not answer; reload the page."; });

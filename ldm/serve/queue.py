@@ -1,4 +1,4 @@
-"""Work that waits its turn: one thread does it, so many may wait, the rest are told when to come again."""
+"""A bounded queue of jobs for one thread; when it is full, callers learn when to try again."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ Work = Callable[["Job"], Any]
 
 
 class QueueFull(LdmError):
-    """No place is left.
+    """The queue is full.
 
     Attributes:
-        retry_after: whole seconds after which a place is likely to be free, 1 or more.
+        retry_after: estimated seconds until a place is free, 1 or more.
     """
 
     def __init__(self, waiting: int, retry_after: int):
-        super().__init__(f"{waiting} images are waiting already; come again in {retry_after} s")
+        super().__init__(f"{waiting} images are waiting already; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
 class Cancelled(Exception):
-    """Raised inside work that nobody waits for any more."""
+    """Raised by :meth:`Job.report` in a job that was cancelled."""
 
 
 class Job:
-    """One piece of work, from its place in the queue to its end. Its thread writes, any thread reads.
+    """A callable in the queue, and its state. The queue's thread writes, any thread reads.
 
     Attributes:
-        state: waiting, working, then done, failed or cancelled.
-        progress: what the work reported last.
-        result: what the work gave, once it is done.
-        error: one line, once it has failed.
+        progress: the last value passed to :meth:`report`.
+        result: the return value, once the job is done.
+        error: one line, once the job has failed.
     """
 
     def __init__(self, work: Work):
@@ -48,28 +47,24 @@ class Job:
         self.result: Any = None
         self.error = ""
         self._work = work
-        self._unwanted = threading.Event()
+        self._cancelled = threading.Event()
 
     @property
     def ended(self) -> bool:
         return self.state not in ("waiting", "working")
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: it is left out when its turn comes, or ends at its next :meth:`report`."""
-        self._unwanted.set()
+        """End the job: at once if it is waiting, else at its next :meth:`report`."""
+        self._cancelled.set()
 
     def report(self, progress: Any) -> None:
-        """Called by the work itself, between its steps.
-
-        Raises:
-            Cancelled: when the job was cancelled.
-        """
-        if self._unwanted.is_set():
+        """Called by the work between its steps; raises :class:`Cancelled` when the job was cancelled."""
+        if self._cancelled.is_set():
             raise Cancelled
         self.progress = progress
 
     def _run(self) -> None:
-        if self._unwanted.is_set():
+        if self._cancelled.is_set():
             self.state = "cancelled"
             return
         self.state = "working"
@@ -80,44 +75,44 @@ class Job:
             self.state = "cancelled"
         except LdmError as error:
             self._fail(" ".join(str(error).split()))
-        except Exception as error:  # a defect of ours ends this job, not the thread that all others wait for
+        except Exception as error:  # a bug must not end the thread that all other jobs wait for
             traceback.print_exc()
-            self._fail(f"a defect of ldm ({type(error).__name__}: {first_line(error)}); the terminal of ldm serve says where")
+            self._fail(f"a bug in ldm ({type(error).__name__}: {first_line(error)}); the terminal of ldm serve shows where")
 
     def _fail(self, error: str) -> None:
         self.error, self.state = error, "failed"
 
 
 class Queue:
-    """Jobs in the order they came, done by one thread.
+    """Runs jobs in order on one thread.
 
     Attributes:
-        closed: whether it takes no more and has cancelled all.
+        closed: whether it has cancelled all jobs and refuses new ones.
     """
 
     def __init__(self, max_waiting: int):
         self.max_waiting = max_waiting
         self._waiting: deque[Job] = deque()
         self._working: Job | None = None
-        self._seconds = 1.0  # what the last job took
+        self._seconds = 1.0  # duration of the last job
         self.closed = False
         self._changed = threading.Condition()
-        # the process may end while it is in the middle of a step
-        self._thread = threading.Thread(target=self._work, name="drawing", daemon=True)
+        # daemon: the process can end in the middle of a step
+        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
 
     def submit(self, work: Work) -> Job:
-        """The job of a piece of work, at the end of the queue.
+        """Append a job.
 
         Raises:
-            QueueFull: when ``max_waiting`` jobs are waiting for their turn.
+            QueueFull: when ``max_waiting`` jobs are waiting.
             LdmError: when the queue is closed.
         """
         with self._changed:
-            self._drop_unwanted()
+            self._drop_cancelled()
             if self.closed:
                 raise LdmError("ldm serve is stopping; start it again")
-            # the first of them is about to be taken where nothing is being worked on
+            # where no job is running, the thread is about to take the first one
             if len(self._waiting) >= self.max_waiting + (self._working is None):
                 raise QueueFull(len(self._waiting), max(1, math.ceil(self._seconds)))
             job = Job(work)
@@ -126,28 +121,28 @@ class Queue:
         return job
 
     def ahead(self, job: Job) -> int:
-        """Jobs that come before this one, that being worked on among them."""
+        """Number of jobs before this one, including the running one."""
         with self._changed:
-            self._drop_unwanted()
+            self._drop_cancelled()
             before = self._waiting.index(job) if job in self._waiting else 0
             return before + (self._working is not None and self._working is not job)
 
     def close(self) -> None:
-        """Cancel every job, and take no more."""
+        """Cancel every job, and refuse new ones."""
         with self._changed:
             self.closed = True
             for job in (*self._waiting, *filter(None, [self._working])):
                 job.cancel()
-            self._drop_unwanted()
+            self._drop_cancelled()
             self._changed.notify_all()
 
     def join(self, timeout: float) -> bool:
-        """Wait until the thread of a closed queue has ended, ``timeout`` seconds at most; says whether it has."""
+        """Wait up to ``timeout`` seconds for the thread of a closed queue; returns whether it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def _drop_unwanted(self) -> None:
-        for job in [job for job in self._waiting if job._unwanted.is_set()]:
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in self._waiting if job._cancelled.is_set()]:
             self._waiting.remove(job)
             job.state = "cancelled"
 

@@ -1,4 +1,4 @@
-"""The process of ``ldm serve``: an address, and an orderly end."""
+"""The server process of ``ldm serve``: its socket, and its shutdown."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from starlette.types import ASGIApp
 from ldm.errors import UsageError, first_line
 from ldm.serve.queue import Queue
 
-CLOSE_SECONDS = 3  # for answers that are being sent, and again for the step that is being drawn
+CLOSE_SECONDS = 3  # for responses in progress, and again for the current denoising step
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes one that is free.
+    """A listening socket; port 0 takes a free one.
 
     Raises:
-        UsageError: when there is no such host, or the port is in use.
+        UsageError: when the host does not exist or the port is in use.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -31,14 +31,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address(listening: socket.socket) -> str:
-    """What a browser on this machine calls it."""
+    """The URL for a browser on this machine."""
     host, port = listening.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else str(host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Ends what is waited for before it waits for its requests to end."""
+    """Cancels all jobs before it waits for its requests to end."""
 
     def __init__(self, config: uvicorn.Config, queue: Queue):
         super().__init__(config)
@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
 
 
 def serve(app: ASGIApp, queue: Queue, listening: socket.socket) -> None:
-    """Answer requests until SIGINT or SIGTERM, then end within seconds."""
+    """Answer requests until SIGINT or SIGTERM, then stop within seconds."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -66,7 +66,7 @@ def serve(app: ASGIApp, queue: Queue, listening: socket.socket) -> None:
     def stop(*_: Any) -> None:
         server.should_exit = True
 
-    # uvicorn raises the signal anew once it has ended, which would end the process another way than asked for
+    # after its shutdown uvicorn raises the signal again, which would kill the process instead of ending it with 0
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listening])
@@ -76,5 +76,5 @@ def serve(app: ASGIApp, queue: Queue, listening: socket.socket) -> None:
     ended = queue.join(CLOSE_SECONDS)
     print("stopped", flush=True)
     if not ended:
-        # a long step still runs in torch's own threads, which may crash when Python is taken down around them
+        # a long step still runs in torch's threads, which can crash while the interpreter shuts down
         os._exit(0)

@@ -1,4 +1,4 @@
-"""From an order to an image: the one place of the server that calls the pipeline."""
+"""From a request to an image: the only place of the server that calls the pipeline."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -24,15 +25,15 @@ from ldm.inference.metadata import encode_png, provenance_of, scheduler_name
 from ldm.inference.settings import GenerationSettings
 from ldm.machine import is_out_of_memory
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.serve.request import Order
+from ldm.serve.request import GenerationRequest
 
-PREVIEWS = 8  # of one image: each is one more decoding
+PREVIEWS = 8  # per image: each costs one decoding
 PREVIEW_SIDE = 512  # pixels, at most
 
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far an image is. ``preview`` is a data URI of what the denoiser takes it for so far."""
+    """Progress of an image. ``preview`` is a data URI of the denoiser's current prediction of it."""
 
     step: int
     steps: int
@@ -40,8 +41,8 @@ class JobProgress:
 
 
 @dataclass(frozen=True)
-class GeneratedImage:
-    """A finished image: PNG bytes with its settings inside, those of the image it started from, and seconds it took."""
+class StoredImage:
+    """A finished image as PNG with its settings inside; ``start`` is the PNG of the image it started from."""
 
     id: str
     settings: GenerationSettings
@@ -51,57 +52,58 @@ class GeneratedImage:
 
 
 class Worker:
-    """Draws orders with a pipeline, one after the other."""
+    """Generates images with a pipeline, one after the other."""
 
     def __init__(self, pipeline: LatentDiffusionPipeline, model_path: Path):
         self.pipeline, self.name = pipeline, model_path.resolve().name
         self._provenance = provenance_of(pipeline, model_path)
         pipeline.set_progress_bar_config(disable=True)
-        # orders are checked while another one is drawn, and these two hold what they are doing
+        # requests are checked while an image is generated, and these two are stateful
         copied = {name: deepcopy(getattr(pipeline, name)) for name in ("tokenizer", "scheduler")}
-        self._checker = LatentDiffusionPipeline(**pipeline.components | copied, diffusion=pipeline.config.diffusion)
+        self._checker = LatentDiffusionPipeline(**pipeline.components | copied, diffusion=pipeline.config["diffusion"])
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of an image whose settings say none."""
+        """Default width and height."""
         return (self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor,) * 2
 
     @property
     def unit(self) -> int:
-        """What widths and heights are multiples of, in pixels."""
+        """Pixels that widths and heights are multiples of."""
         return self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size
 
     @property
     def schedulers(self) -> list[str]:
-        """Names that settings may choose from."""
+        """Names that settings can choose from."""
         return samplers_for(*self.pipeline.diffusion)
 
     def check(self, settings: GenerationSettings) -> None:
-        """Refuse what the model cannot draw; one thread may call it while another one draws.
+        """Refuse settings that the model cannot use; thread-safe beside :meth:`generate`.
 
         Raises:
             UsageError: naming the setting.
         """
         for text in filter(None, (settings.prompt, settings.negative)):
             self._checker.check_prompt(text)
-        # what it starts from has been looked at, and is no file
+        # the start image was checked by parse_request, and is not a file
         check_settings(self._checker, dataclasses.replace(settings, image=None, strength=None))
 
-    def draw(self, order: Order, report: Callable[[JobProgress], None]) -> GeneratedImage:
-        """
+    def generate(self, request: GenerationRequest, report: Callable[[JobProgress], None]) -> StoredImage:
+        """Generate an image.
+
         Args:
-            report: called after every step; what it raises ends the drawing.
+            report: called after every step; an exception that it raises ends the generation.
 
         Raises:
-            LdmError: when the image cannot be drawn.
+            LdmError: when the image cannot be generated.
         """
-        settings, began, preview = order.settings, time.monotonic(), ""
+        settings, began, preview = request.settings, time.monotonic(), ""
 
-        def after_step(pipeline: LatentDiffusionPipeline, step: int, _: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        def after_step(_: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
             nonlocal preview
-            steps = pipeline.num_timesteps
+            steps = self.pipeline.num_timesteps
             if step % max(1, steps // PREVIEWS) == 0:
-                preview = _data_uri(pipeline.decode(tensors["pred_original_sample"])[0])
+                preview = _data_uri(self.pipeline.decode(tensors["pred_original_sample"])[0])
             report(JobProgress(step + 1, steps, preview))
             return {}
 
@@ -115,20 +117,21 @@ class Worker:
                 width=settings.width,
                 height=settings.height,
                 generator=[torch.Generator().manual_seed(settings.seed)],
-                image=order.start,
+                image=request.start,
                 strength=settings.strength,
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=["pred_original_sample"],
-            ).images[0]
+                return_dict=False,
+            )[0][0]
             png = self._png(image, settings)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                raise LdmError("there is not enough memory for an image of this size; make it smaller") from error
+                raise LdmError("not enough memory for an image of this size; make it smaller") from error
             raise
         finally:
             self.pipeline.scheduler = own
-        start = None if order.start is None else _encoded(order.start, "PNG")
-        return GeneratedImage(secrets.token_hex(8), settings, png, start, time.monotonic() - began)
+        start = None if request.start is None else _encoded(request.start, "PNG")
+        return StoredImage(secrets.token_hex(8), settings, png, start, time.monotonic() - began)
 
     def _png(self, image: Image.Image, settings: GenerationSettings) -> bytes:
         scheduler = self.pipeline.scheduler

@@ -1,7 +1,10 @@
-"""A tiny pipeline that draws at once, saved where a server opens it."""
+"""A tiny pipeline that generates in milliseconds, and servers of it."""
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,7 +20,7 @@ from ldm.serve.worker import Worker
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory, minilm):
-    """The directory of a pipeline with random weights and real words; images of 16 pixels, widths in fours."""
+    """The directory of a pipeline with random weights and a real tokenizer; images of 16 pixels, widths in multiples of 4."""
     torch.manual_seed(0)
     config = AutoencoderConfig(
         block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
@@ -45,6 +48,35 @@ def worker(model_path):
     return Worker(load_pipeline(model_path), model_path)
 
 
+@contextlib.contextmanager
+def serve(model_path):
+    """``ldm serve`` as a process, and its address."""
+    command = [sys.executable, "-m", "ldm", "serve", str(model_path), "--port", "0", "--max-steps", "2000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("http://127.0.0.1:") and "serves tiny" in line
+        yield process, line.split()[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def own_server(model_path):
+    """A server for one test: its process and address."""
+    with serve(model_path) as process_and_address:
+        yield process_and_address
+
+
+@pytest.fixture(scope="session")
+def address(model_path):
+    """The address of a server for all tests that leave it running; it takes seconds to start."""
+    with serve(model_path) as (_, address):
+        yield address
+
+
 @pytest.fixture
 def queue():
     made = Queue(max_waiting=16)
@@ -55,12 +87,12 @@ def queue():
 
 @pytest.fixture
 def soon():
-    """Wait until something is true."""
+    """A function that waits for a condition."""
 
     def wait(condition, seconds=20):
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, "it did not come"
+            assert time.monotonic() < end, "timeout"
             time.sleep(0.005)
 
     return wait

@@ -1,4 +1,4 @@
-"""The server as a client meets it: what it draws, what it refuses, and that nothing sent to it makes it stumble."""
+"""The server as a client sees it: what it generates, what it refuses, and that no request makes it fail."""
 
 import asyncio
 import base64
@@ -10,6 +10,7 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fastapi import HTTPException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.testclient import TestClient
 
 from ldm.errors import LdmError, UsageError
@@ -25,25 +26,26 @@ from ldm.inference.generate import generate_images
 from ldm.inference.metadata import read_png
 from ldm.inference.settings import GenerationSettings
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.serve import Limits
 from ldm.serve.app import create_app, follow, read_body
-from ldm.serve.request import MAX_SEED, Limits, read_order
-from ldm.serve.worker import GeneratedImage, Worker
+from ldm.serve.request import MAX_SEED, parse_request
+from ldm.serve.worker import JobProgress, StoredImage, Worker
 
 RED = {"prompt": "a red circle", "seed": 3, "steps": 2}
 
 
 class GatedWorker(Worker):
-    """Draws something when it is let."""
+    """Finishes an image when its gate is opened."""
 
     def __init__(self, worker):
         vars(self).update(vars(worker))
-        self.drawing, self.gate = threading.Event(), threading.Event()
+        self.generating, self.gate = threading.Event(), threading.Event()
 
-    def draw(self, order, report):
-        self.drawing.set()
+    def generate(self, request, report):
+        self.generating.set()
         while not self.gate.wait(0.005):
-            report(None)
-        return GeneratedImage(secrets.token_hex(8), order.settings, b"", None, 0.0)
+            report(JobProgress(0, 1, ""))
+        return StoredImage(secrets.token_hex(8), request.settings, b"", None, 0.0)
 
 
 @pytest.fixture
@@ -59,11 +61,11 @@ def client(worker, queue, limits):
 
 def post(client, content, **headers):
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return client.post("/draw", content=data, headers={"content-type": "application/json"} | headers)
+    return client.post("/generate", content=data, headers={"content-type": "application/json"} | headers)
 
 
-def drawn(client, start=None, **changes):
-    """The last line of an order's answer, its image's bytes, and all lines."""
+def generated(client, start=None, **changes):
+    """Of a request: the image in its last line, the image's bytes, and all lines."""
     response = post(client, {"settings": RED | changes} | ({} if start is None else {"start": start}))
     assert response.status_code == 200, response.text
     lines = [json.loads(line) for line in response.text.splitlines()]
@@ -92,11 +94,11 @@ def noise():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------------------------- generation
 
 
 def test_an_image_is_that_of_ldm_sample_and_carries_its_settings(client, worker, tmp_path):
-    image, png, lines = drawn(client, negative="a star", guidance=2.5, scheduler="heun", guidance_rule="apg", width=32)
+    image, png, lines = generated(client, negative="a star", guidance=2.5, scheduler="heun", guidance_rule="apg", width=32)
     chosen = GenerationSettings.from_json(image["settings"], "answer")
     assert (chosen.seed, chosen.guidance, chosen.scheduler, chosen.width) == (3, 2.5, "heun", 32)
     ((_, _, expected, _),) = generate_images(LatentDiffusionPipeline(**worker.pipeline.components), [chosen])
@@ -109,13 +111,13 @@ def test_an_image_is_that_of_ldm_sample_and_carries_its_settings(client, worker,
 
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(client):
-    (_, first, _), (_, again, _), (_, other, _) = drawn(client), drawn(client), drawn(client, seed=4)
+    (_, first, _), (_, again, _), (_, other, _) = generated(client), generated(client), generated(client, seed=4)
     assert first == again and first != other
 
 
 def test_progress_shows_previews_of_the_image(worker):
     seen = []
-    worker.draw(read_order(json.dumps({"settings": RED | {"steps": 8}}).encode(), Limits(), worker.size), seen.append)
+    worker.generate(parse_request(json.dumps({"settings": RED | {"steps": 8}}).encode(), Limits(), worker.size), seen.append)
     assert [(progress.step, progress.steps) for progress in seen] == [(step, 8) for step in range(1, 9)]
     assert len({progress.preview for progress in seen}) == 8
     shown = Image.open(io.BytesIO(base64.b64decode(seen[-1].preview.split(",")[1])))
@@ -123,22 +125,22 @@ def test_progress_shows_previews_of_the_image(worker):
 
 
 def test_the_gallery_holds_the_latest(client):
-    ids = [drawn(client, seed=seed)[0]["id"] for seed in range(7)]
+    ids = [generated(client, seed=seed)[0]["id"] for seed in range(7)]
     listed = client.get("/images").json()
     assert [image["id"] for image in listed] == ids[2:]
     assert [image["settings"]["seed"] for image in listed] == [2, 3, 4, 5, 6]
     refused(client.get(f"/images/{ids[0]}/image.png"), 404, "not among the last 5")
 
 
-def test_an_image_starts_from_the_one_sent_and_can_be_drawn_again_from_it(client, noise):
-    image, png, _ = drawn(client, encoded(noise), strength=0.5, width=32, height=16)
+def test_an_image_starts_from_the_one_sent_and_can_be_generated_again_from_it(client, noise):
+    image, png, _ = generated(client, encoded(noise), strength=0.5, width=32, height=16)
     assert image["started"] and image["settings"]["image"].startswith("start-")
     start = client.get(f"/images/{image['id']}/start.png").content
     assert Image.open(io.BytesIO(start)).size == Image.open(io.BytesIO(png)).size == (32, 16)
-    again, png_again, _ = drawn(client, base64.b64encode(start).decode(), strength=0.5, width=32, height=16)
+    again, png_again, _ = generated(client, base64.b64encode(start).decode(), strength=0.5, width=32, height=16)
     assert png_again == png and again["settings"] == image["settings"]
-    assert drawn(client, strength=None, width=32, height=16)[1] != png
-    other, _, _ = drawn(client)
+    assert generated(client, strength=None, width=32, height=16)[1] != png
+    other, _, _ = generated(client)
     refused(client.get(f"/images/{other['id']}/start.png"), 404, "did not start from another one")
 
 
@@ -148,8 +150,9 @@ KINDS = {"PNG": ["RGB", "L", "P", "RGBA", "1", "I;16"], "JPEG": ["RGB", "L", "CM
 @pytest.mark.parametrize("file_format, mode", [(name, mode) for name, modes in KINDS.items() for mode in modes])
 def test_images_to_start_from_come_in_the_common_kinds(noise, file_format, mode):
     body = {"settings": {"prompt": "x"}, "start": encoded(noise.convert(mode), file_format)}
-    order = read_order(json.dumps(body).encode(), Limits(), (16, 16))
-    assert (order.start.mode, order.start.size) == ("RGB", (16, 16)) and order.settings.width == 16
+    request = parse_request(json.dumps(body).encode(), Limits(), (16, 16))
+    assert request.start is not None
+    assert (request.start.mode, request.start.size) == ("RGB", (16, 16)) and request.settings.width == 16
 
 
 # ---------------------------------------------------------------------------------------------- limits
@@ -206,27 +209,27 @@ def test_a_prompt_longer_than_the_text_encoder_takes_is_refused(worker):
         b'{"settings": {"prompt": "x"}, "start": 7}',
     ],
 )
-def test_bodies_that_are_no_order_are_refused_in_one_line(client, body):
+def test_invalid_bodies_are_refused_in_one_line(client, body):
     refused(post(client, body), 422, "")
 
 
-def test_what_is_no_json_or_too_long_is_refused(client, limits):
-    refused(client.post("/draw", data={"prompt": "x"}), 415, "send JSON")
+def test_other_content_types_and_long_bodies_are_refused(client, limits):
+    refused(client.post("/generate", data={"prompt": "x"}), 415, "send JSON")
     refused(post(client, b" " * (limits.body + 1)), 413, "more than 200000 bytes")
 
     def chunks():  # of no announced length
         for _ in range(300):
             yield b" " * 1000
 
-    refused(post(client, b""), 422, "not JSON")
+    refused(post(client, b""), 422, "not valid JSON")
     headers = {"content-type": "application/json"}
-    refused(client.post("/draw", content=chunks(), headers=headers), 413, "more than 200000 bytes")
+    refused(client.post("/generate", content=chunks(), headers=headers), 413, "more than 200000 bytes")
     for announced in ("200001", "9" * 5000, "x", "-1"):
         refused(post(client, b"{}", **{"content-length": announced}), 413, "more than 200000 bytes")
 
 
-class Broken:
-    """A request whose body never comes whole."""
+class BrokenRequest:
+    """A request whose body does not arrive completely."""
 
     headers = MappingProxyType({})
 
@@ -240,15 +243,15 @@ class Broken:
         await asyncio.sleep(60)
 
 
-def test_a_request_that_does_not_arrive_is_given_up():
+def test_a_request_that_does_not_arrive_is_refused():
     for ends, status in ((True, 400), (False, 408)):
         with pytest.raises(HTTPException) as error:
-            asyncio.run(read_body(Broken(ends), Limits(body_seconds=0.05)))
+            asyncio.run(read_body(cast(Request, BrokenRequest(ends)), Limits(body_seconds=0.05)))
         assert error.value.status_code == status
 
 
 def bomb(width, height):
-    """A small PNG whose header promises much."""
+    """A small PNG with a large size in its header."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -257,7 +260,7 @@ def bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
-def test_uploads_that_are_no_images_are_refused(client, noise):
+def test_uploads_that_are_not_images_are_refused(client, noise):
     gif, whole = encoded(noise, "GIF"), base64.b64decode(encoded(noise))
     b64 = base64.b64encode
     for start, line in {
@@ -286,12 +289,12 @@ NEAR = st.sampled_from(["a red ring", "apg", "euler", "unipc", 0, 1, -1, 4, 8, 1
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(FIELDS, NEAR | JSON, max_size=4), st.dictionaries(st.sampled_from(["start", "x"]), JSON, max_size=1))
-def test_whatever_json_comes_the_answer_is_an_image_or_one_line(client, changes, beside):
-    """Steps stay few so that what is right is drawn at once."""
+def test_any_json_gives_an_image_or_one_line(client, changes, beside):
+    """One step each, so that valid settings take little time."""
     response = post(client, {"settings": {"prompt": "a ring"} | changes | {"steps": 1}} | beside)
     if response.status_code == 200:
         assert json.loads(response.text.splitlines()[-1])["state"] in ("done", "failed")
-        assert "defect" not in response.text
+        assert "a bug in ldm" not in response.text
     else:
         refused(response, 422, "")
 
@@ -302,7 +305,7 @@ def test_any_body_is_refused_in_one_line(client, content):
     refused(post(client, content), 422, "")
 
 
-# ---------------------------------------------------------------------------------------------- who may come in
+# ---------------------------------------------------------------------------------------------- access
 
 
 @pytest.mark.parametrize(
@@ -331,23 +334,23 @@ def test_no_file_of_the_machine_is_reachable(client, path):
 
 
 def test_other_methods_are_refused(client):
-    for method, path in (("GET", "/draw"), ("POST", "/"), ("DELETE", "/images"), ("PUT", "/model"), ("TRACE", "/")):
+    for method, path in (("GET", "/generate"), ("POST", "/"), ("DELETE", "/images"), ("PUT", "/model"), ("TRACE", "/")):
         refused(client.request(method, path), 405, "")
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:7860", "localhost.evil.example", "", "[", "a b", "1.2.3.4.evil"]
 )
-def test_a_name_that_is_not_ours_is_refused(client, host):
-    refused(client.get("/model", headers={"host": host}), 421, "does not go by that name")
+def test_unknown_host_names_are_refused(client, host):
+    refused(client.get("/model", headers={"host": host}), 421, "unknown host name")
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:7860", "[::1]:7860", "192.168.1.5:7860"])
-def test_our_names_and_addresses_are_answered(client, host):
+def test_own_host_names_and_addresses_are_accepted(client, host):
     assert client.get("/model", headers={"host": host}).status_code == 200
 
 
-def test_other_pages_cannot_draw(client):
+def test_other_sites_cannot_generate(client):
     for headers in (
         {"origin": "http://evil.example"},
         {"origin": "null"},
@@ -356,7 +359,7 @@ def test_other_pages_cannot_draw(client):
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
     ):
-        refused(post(client, {"settings": RED}, **headers), 403, "comes from another page")
+        refused(post(client, {"settings": RED}, **headers), 403, "comes from another site")
     ours = {"origin": "http://localhost:7860", "sec-fetch-site": "same-origin"}
     assert post(client, {"settings": RED}, **ours).status_code == 200
 
@@ -371,10 +374,10 @@ def test_every_answer_forbids_the_page_to_leave_its_origin(client):
         assert "http:" not in text and "https:" not in text and "style=" not in text and "innerHTML" not in text
 
 
-# ---------------------------------------------------------------------------------------------- many at a time
+# ---------------------------------------------------------------------------------------------- many requests
 
 
-def test_of_64_at_a_time_one_is_drawn_16_wait_and_the_rest_are_told_to_come_again(worker, queue, soon):
+def test_of_64_requests_one_runs_16_wait_and_the_rest_are_told_to_try_again(worker, queue, soon):
     gated = GatedWorker(worker)
     with (
         TestClient(create_app(gated, queue, Limits()), base_url="http://localhost") as client,
@@ -384,7 +387,7 @@ def test_of_64_at_a_time_one_is_drawn_16_wait_and_the_rest_are_told_to_come_agai
         soon(lambda: sum(answer.done() for answer in answers) == 64 - 17)
         told = [answer.result() for answer in answers if answer.done()]
         for response in told:
-            refused(response, 429, "16 images are waiting already; come again in")
+            refused(response, 429, "16 images are waiting already; try again in")
             assert int(response.headers["retry-after"]) >= 1
         assert client.get("/").status_code == 200  # the others still can look
         gated.gate.set()
@@ -395,21 +398,21 @@ def test_of_64_at_a_time_one_is_drawn_16_wait_and_the_rest_are_told_to_come_agai
         assert len(client.get("/images").json()) == 17
 
 
-def test_more_requests_than_are_held_open_are_told_to_come_again(worker, queue, soon):
+def test_more_simultaneous_requests_than_the_limit_are_told_to_try_again(worker, queue, soon):
     gated = GatedWorker(worker)
     app = create_app(gated, queue, Limits(requests=3))
     with TestClient(app, base_url="http://localhost") as client, ThreadPoolExecutor(3) as clients:
         answers = [clients.submit(post, client, {"settings": RED}) for _ in range(3)]
-        soon(lambda: app.here == 3)
+        soon(lambda: app.active == 3)
         response = refused(client.get("/model"), 503, "3 requests are being answered already")
         assert int(response.headers["retry-after"]) >= 1
         gated.gate.set()
         assert [answer.result().status_code for answer in answers] == [200] * 3
-        assert app.here == 0 and client.get("/model").status_code == 200
+        assert app.active == 0 and client.get("/model").status_code == 200
 
 
 class Listener:
-    """A request whose client is there until it goes."""
+    """A request whose client stays connected until ``gone``."""
 
     gone = False
 
@@ -417,31 +420,31 @@ class Listener:
         return self.gone
 
 
-def test_a_client_that_goes_ends_its_drawing(worker, queue, soon):
+def test_a_client_that_disconnects_cancels_its_image(worker, queue, soon):
     gated, listener = GatedWorker(worker), Listener()
-    order = read_order(json.dumps({"settings": RED}).encode(), Limits(), worker.size)
-    job = queue.submit(lambda job: gated.draw(order, job.report))
+    request = parse_request(json.dumps({"settings": RED}).encode(), Limits(), worker.size)
+    job = queue.submit(lambda job: gated.generate(request, job.report))
     waiting = queue.submit(lambda job: None)
 
     async def listen():
-        lines = [line async for line in follow(listener, queue, job)]
+        lines = [line async for line in follow(cast(Request, listener), queue, job)]
         return [json.loads(line)["state"] for line in lines]
 
     async def leave():
-        talk = follow(listener, queue, waiting)
+        talk = follow(cast(Request, listener), queue, waiting)
         assert json.loads(await anext(talk)) == {"state": "waiting", "ahead": 1}
         await talk.aclose()  # the connection is closed while an answer is being sent
 
-    assert gated.drawing.wait(5)
+    assert gated.generating.wait(5)
     asyncio.run(leave())
     listener.gone = True
     assert asyncio.run(listen()) == ["working"]
     soon(lambda: (job.state, waiting.state) == ("cancelled", "cancelled"))
 
 
-def test_drawing_that_fails_says_so_in_one_line(worker, queue):
+def test_a_failed_generation_is_reported_in_one_line(worker, queue):
     class Broken(GatedWorker):
-        def draw(self, order, report):
+        def generate(self, request, report):
             raise LdmError("the denoiser's answer is not finite\n at step 1")
 
     with TestClient(create_app(Broken(worker), queue, Limits()), base_url="http://localhost") as client:
@@ -449,12 +452,12 @@ def test_drawing_that_fails_says_so_in_one_line(worker, queue):
         assert last == {"state": "failed", "error": "the denoiser's answer is not finite at step 1"}
 
 
-def test_a_stopping_server_takes_no_more(client, queue):
+def test_a_stopping_server_refuses_requests(client, queue):
     queue.close()
     assert refused(post(client, {"settings": RED}), 503, "ldm serve is stopping").headers["retry-after"]
 
 
 @pytest.mark.parametrize("name", ["steps", "pixels", "waiting", "requests", "images", "prompt"])
-def test_limits_that_allow_nothing_are_refused(name):
+def test_limits_of_zero_are_refused(name):
     with pytest.raises(UsageError, match=f"the limit on {name} is 0; give 1 or more"):
         Limits(**{name: 0})

@@ -1,4 +1,4 @@
-"""The page in a real browser, clicked by Chromium's DevTools protocol over a pipe."""
+"""The page in Chromium, controlled through the DevTools protocol over a pipe."""
 
 import base64
 import fcntl
@@ -7,7 +7,6 @@ import os
 import select
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
@@ -32,6 +31,7 @@ class Browser:
             os.dup2(given[0], 3)
             os.dup2(given[1], 4)
 
+        assert CHROMIUM is not None
         self.process = subprocess.Popen(
             [CHROMIUM, *flags, "about:blank"],
             preexec_fn=as_three_and_four,
@@ -49,7 +49,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method, **parameters):
-        """What the browser answers; events on the way are kept."""
+        """The browser's answer to a method; events that arrive before it are kept."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -76,7 +76,7 @@ class Browser:
         return found["result"].get("value")
 
     def until(self, expression, seconds=60):
-        """Wait until JavaScript gives something true."""
+        """Wait until JavaScript returns a true value."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < end, f"{expression} is still {value!r}"
@@ -84,7 +84,7 @@ class Browser:
         return value
 
     def click(self, selector):
-        """A real click of the mouse in the middle of an element."""
+        """Click the mouse in the middle of an element."""
         x, y = self.evaluate(f"""(() => {{
             const element = document.querySelector({json.dumps(selector)});
             element.scrollIntoView({{block: "center", behavior: "instant"}});
@@ -119,17 +119,6 @@ def browser(tmp_path):
     made.close()
 
 
-@pytest.fixture
-def address(model_path):
-    command = [sys.executable, "-m", "ldm", "serve", model_path, "--port", "0", "--max-steps", "2000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process.stdout.readline().split()[0]
-    finally:
-        process.terminate()
-        assert process.wait(20) == 0
-
-
 PIXELS = """(async (number) => {
     const image = document.querySelectorAll(".card img")[number];
     const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
@@ -138,16 +127,22 @@ PIXELS = """(async (number) => {
 
 
 @pytest.mark.slow
-def test_the_page_draws_and_draws_again_and_asks_nobody_else(browser, address, tmp_path):
+def test_the_page_generates_and_repeats_images_without_requests_to_other_hosts(browser, address, tmp_path):
     browser.call("Page.navigate", url=address)
-    browser.until("document.querySelector('#draw') && !document.querySelector('#draw').disabled")
+    browser.until("document.querySelector('#generate') && !document.querySelector('#generate').disabled")
+    finished = "document.querySelectorAll('.actions:not([hidden])').length"
+    before = browser.evaluate(finished)  # images of other tests
+
+    def wait_for_images(count):
+        browser.until(f"{finished} == {before + count}")
+        browser.until("[...document.querySelectorAll('.card img')].every((image) => image.complete && image.naturalWidth)")
 
     browser.type("#prompt", "a red circle")
-    browser.click("#random")  # off: the seed stays
+    browser.click("#random")  # off: keep the seed
     for field, value in {"#seed": "7", "#steps": "3", "#width": "32", "#height": "16"}.items():
         browser.type(field, value)
-    browser.click("#draw")
-    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 1 && document.images[1].complete")
+    browser.click("#generate")
+    wait_for_images(1)
     assert browser.evaluate(f"{PIXELS}(0)")[:2] == [32, 16]
     shown = browser.evaluate("document.querySelector('.card').textContent")
     assert "a red circle" in shown and "32×16" in shown
@@ -156,29 +151,27 @@ def test_the_page_draws_and_draws_again_and_asks_nobody_else(browser, address, t
     browser.type("#prompt", "something else")
     browser.type("#seed", "8")
     browser.click(".again")
-    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 2")
-    browser.until("[...document.querySelectorAll('.card img')].every((image) => image.complete && image.naturalWidth)")
+    wait_for_images(2)
     first, second = browser.evaluate(f"{PIXELS}(0)"), browser.evaluate(f"{PIXELS}(1)")
     assert first == second and len(first[2]) > 100
-    put_back = "[document.querySelector('#prompt').value, document.querySelector('#seed').value]"
-    assert browser.evaluate(put_back) == ["a red circle", "7"]
+    restored = "[document.querySelector('#prompt').value, document.querySelector('#seed').value]"
+    assert browser.evaluate(restored) == ["a red circle", "7"]
     browser.type("#seed", "9")
     browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
-    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 3")
-    browser.until("[...document.querySelectorAll('.card img')].every((image) => image.complete && image.naturalWidth)")
+    wait_for_images(3)
     assert browser.evaluate(f"{PIXELS}(0)")[2] != first[2]
 
-    # cancelled in the middle, with a preview to be seen; what was drawn is there after loading the page anew
+    # cancelled halfway, after a preview; finished images are still there after a reload
     for field, value in {"#steps": "2000", "#width": "256", "#height": "256"}.items():
         browser.type(field, value)
-    browser.click("#draw")
+    browser.click("#generate")
     browser.until("document.querySelector('.card img').src.startsWith('data:image/jpeg')")
     browser.click(".cancel")
     browser.until("document.querySelector('.card.failed .state')?.textContent == 'Cancelled.'")
     browser.call("Page.reload")
-    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 3")
+    wait_for_images(3)
 
-    # from an image
+    # start from an image
     Image.linear_gradient("L").save(tmp_path / "start.png")
     root = browser.call("DOM.getDocument")["root"]["nodeId"]
     file = browser.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
@@ -186,19 +179,18 @@ def test_the_page_draws_and_draws_again_and_asks_nobody_else(browser, address, t
     browser.until("!document.querySelector('#start').hidden")
     browser.type("#prompt", "a blue ring")
     browser.type("#steps", "4")
-    browser.click("#draw")
-    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 4")
+    browser.click("#generate")
+    wait_for_images(4)
     browser.click(".again")
-    browser.until("document.querySelectorAll('.actions:not([hidden])').length == 5")
-    browser.until("[...document.querySelectorAll('.card img')].every((image) => image.complete && image.naturalWidth)")
+    wait_for_images(5)
     assert browser.evaluate(f"{PIXELS}(0)") == browser.evaluate(f"{PIXELS}(1)")
     assert "strength" in browser.evaluate("document.querySelector('.card').textContent")
 
-    # narrow as a phone, nothing stands out at the side
+    # nothing overflows on a phone
     browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
     assert browser.evaluate("document.documentElement.scrollWidth") <= 360
 
-    # every field has a name to be read aloud
+    # every field has a label for screen readers
     assert browser.evaluate("[...document.querySelectorAll('input, select, textarea')].every((field) => field.labels.length)")
     asked = {event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"}
     outside = {url for url in asked if not url.startswith((f"{address}/", "data:", "blob:", "about:"))}

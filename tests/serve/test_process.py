@@ -1,10 +1,9 @@
-"""``ldm serve`` as a process: how it starts, how it ends."""
+"""``ldm serve`` as a process: start and end."""
 
 import http.client
 import json
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -12,30 +11,20 @@ import pytest
 
 from ldm.cli import main
 
-COMMAND = [sys.executable, "-m", "ldm", "serve"]
 
-
-@pytest.fixture
-def serving(model_path):
-    """A server, and its port."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([*COMMAND, model_path, "--port", "0"], text=True, **pipes)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("http://127.0.0.1:") and "draws with tiny" in line
-        yield process, int(line.split()[0].rpartition(":")[2])
-    finally:
-        process.kill()
-        process.wait()
-
-
-def begin(port, steps=150):
-    """A connection on which something long is being drawn."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    body = json.dumps({"settings": {"prompt": "a ring", "steps": steps, "width": 512, "height": 512}})
-    connection.request("POST", "/draw", body, {"Content-Type": "application/json"})
+def request(address, steps, side):
+    """A response that streams the progress of an image."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    body = json.dumps({"settings": {"prompt": "a ring", "steps": steps, "width": side, "height": side}})
+    connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     assert response.status == 200
+    return connection, response
+
+
+def begin(address):
+    """A response whose image is being generated, which takes long."""
+    connection, response = request(address, steps=2000, side=256)
     while "step" not in json.loads(response.readline()):
         pass
     return connection, response
@@ -43,9 +32,9 @@ def begin(port, steps=150):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_stops_within_seconds_also_while_drawing(serving, number):
-    process, port = serving
-    connection, response = begin(port)
+def test_it_stops_within_seconds_while_an_image_is_generated(own_server, number):
+    process, address = own_server
+    connection, response = begin(address)
     began = time.monotonic()
     process.send_signal(number)
     assert process.wait(20) == 0 and time.monotonic() - began < 15
@@ -55,29 +44,28 @@ def test_it_stops_within_seconds_also_while_drawing(serving, number):
 
 
 @pytest.mark.slow
-def test_a_client_that_goes_leaves_the_machine_to_the_next(serving):
-    _, port = serving
-    connection, response = begin(port)
+def test_a_client_that_disconnects_frees_the_server_for_the_next(address):
+    connection, response = begin(address)
     response.close()
     connection.close()
     began = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    body = json.dumps({"settings": {"prompt": "a ring", "steps": 1}})
-    connection.request("POST", "/draw", body, {"Content-Type": "application/json"})
-    assert b'"done"' in connection.getresponse().read()
+    connection, response = request(address, steps=1, side=16)
+    done = json.loads(response.read().splitlines()[-1])
+    assert done["state"] == "done" and time.monotonic() - began < 30
     connection.request("GET", "/images")
-    assert len(json.loads(connection.getresponse().read())) == 1 and time.monotonic() - began < 30
+    stored = json.loads(connection.getresponse().read())
+    assert stored[-1] == done["image"] and all(image["settings"]["steps"] < 2000 for image in stored)
     connection.close()
 
 
 def refusal(capsys, *arguments):
-    """What is said when it does not start, and the exit code."""
+    """Exit code and stderr of a server that does not start."""
     with pytest.raises(SystemExit) as end:
         main(["serve", *map(str, arguments)])
     return end.value.code, capsys.readouterr().err.splitlines()
 
 
-def test_what_cannot_be_served_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, (line,) = refusal(capsys, tmp_path, "--port", port)
@@ -95,6 +83,6 @@ def test_what_cannot_be_served_is_said_in_one_line(tmp_path, capsys, monkeypatch
 
 def test_it_warns_when_others_can_reach_it(tmp_path, capsys):
     code, (warning, line) = refusal(capsys, tmp_path, "--port", 0, "--host", "0.0.0.0")
-    assert warning.startswith("ldm: warning: anyone who can reach 0.0.0.0 can draw here") and "not a pipeline" in line
+    assert warning.startswith("ldm: warning: anyone who can reach 0.0.0.0 can generate images") and "not a pipeline" in line
     code, lines = refusal(capsys, tmp_path, "--port", 0, "--host", "localhost")
     assert (code, len(lines)) == (2, 1)
