@@ -156,7 +156,7 @@ def test_sample_refuses_a_model_that_is_none(capsys: pytest.CaptureFixture, tmp_
         (["--model.no_such_key", "1"], "no_such_key"),
         (["--trainer.precision", "16-mixed"], "trainer.precision"),
         (["--model.adversary.guard.lower", "2"], "model.adversary.guard.lower"),
-        (["--model.equivariance.probability", "2"], "model.equivariance.probability"),
+        (["--model.equivariance.probability", "2"], "Equivariance: probability 2"),
         (
             ["--model.autoencoder.block_out_channels", "[16, 16, 16, 16, 16]", "--model.autoencoder.sample_size", "80"],
             "multiples of 16",

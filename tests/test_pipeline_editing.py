@@ -204,7 +204,7 @@ def test_an_image_is_scaled_to_fill_the_size_asked_for_and_cut_at_the_centre():
         ({"strength": 0.5}, r"strength and mask_image are of an image; give image, too"),
         ({"mask_image": half_mask()}, r"strength and mask_image are of an image; give image, too"),
         ({"image": make_image(), "mask_image": half_mask(20, 16)}, r"mask_image is 20x16, but the image 16x16; give a mask of"),
-        ({"image": make_image(), "mask_image": Image.new("L", (16, 16))}, r"mask_image has no white: nothing would be redrawn"),
+        ({"image": make_image(), "mask_image": Image.new("L", (16, 16))}, r"mask_image has no white, so nothing would be"),
         ({"image": make_image(), "mask_image": "white"}, r"mask_image is a str; give a PIL image"),
         ({"image": make_image(), "mask_image": [half_mask()] * 2}, r"2 masks for 1 images; give one, or one per image"),
         ({"prompt": ["a", "b"], "image": [make_image()] * 3}, r"3 images for 2 prompts; give one, or one per prompt"),

@@ -1,4 +1,4 @@
-"""The losses of stage one. Networks are arguments; images are (B, 3, H, W) in [−1, 1]; each loss is a mean."""
+"""The losses of stage one, on images (B, 3, H, W) in [−1, 1]; each is a mean."""
 
 from ldm.losses.adversarial import (
     AdversarialLoss,

@@ -1,4 +1,4 @@
-"""The game between the discriminator and the decoder, on logits that are larger for real images."""
+"""Adversarial losses of discriminator and generator, on logits that are larger for real images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ldm.errors import UsageError
 
 
 class AdversarialLoss(ABC):
-    """What each of the two players minimises."""
+    """A pair of losses on logits of any shape."""
 
     @abstractmethod
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """What the discriminator minimises."""
+        """The discriminator's loss, a scalar."""
 
     @abstractmethod
     def generator(self, fake: Tensor) -> Tensor:
-        """What the decoder minimises."""
+        """The generator's (here the decoder's) loss, a scalar."""
 
 
 class Hinge(AdversarialLoss):
@@ -45,9 +45,9 @@ class NonSaturating(AdversarialLoss):
 
 
 class Vanilla(NonSaturating):
-    """The original game: D as in :class:`NonSaturating`, G: ln(1 − sigmoid(D(x̂))) (Goodfellow et al. 2014, eq. 1).
+    """The minimax loss: D as in :class:`NonSaturating`, G: ln(1 − sigmoid(D(x̂))) (Goodfellow et al. 2014, eq. 1).
 
-    For study: the decoder's gradient vanishes while the discriminator wins.
+    For study: the generator's gradient vanishes where the discriminator is right.
     """
 
     def generator(self, fake: Tensor) -> Tensor:
@@ -58,15 +58,18 @@ class Vanilla(NonSaturating):
 class LeCam(nn.Module):
     """relu(D(x) − ᾱ_fake)² + relu(ᾱ_real − D(x̂))², ᾱ moving averages of the logits (Tseng et al. 2021, arXiv 2104.03310).
 
-    It keeps a discriminator that has few images to learn from near what it said before. The relu is from the authors' code,
-    the paper has none: it leaves logits on the wrong side alone.
+    It regularises a discriminator trained on few images. The relu is from the authors' code, not the paper: it exempts logits
+    on the wrong side.
     """
+
+    real: Tensor
+    fake: Tensor
 
     def __init__(self, weight: float = 0.0, decay: float = 0.99):
         """
         Args:
-            weight: in the discriminator's loss; 0 leaves it out. The paper takes 0.01 to 0.3 for small sets.
-            decay: of the averages, per batch.
+            weight: in the discriminator's loss; 0 turns it off. The paper uses 0.01 to 0.3 for small datasets.
+            decay: of the moving averages, per batch.
         """
         super().__init__()
         self.weight, self.decay = weight, decay
@@ -74,12 +77,12 @@ class LeCam(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The weighted penalty of one batch's logits, which then count in the averages."""
+        """The weighted penalty of one batch's logits; then the averages are updated with them."""
         penalty = F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
         with torch.no_grad():
             for average, logits in ((self.real, real), (self.fake, fake)):
                 moved = average.lerp(logits.mean().to(average), 1 - self.decay)
-                average.copy_(torch.where(moved.isfinite(), moved, average))  # a step that is skipped must not stay
+                average.copy_(torch.where(moved.isfinite(), moved, average))  # the step of such logits is skipped
         return self.weight * penalty
 
 
@@ -93,22 +96,19 @@ class GradientPenalty:
     def __init__(self, gamma: float = 0.0, every: int = 16):
         """
         Args:
-            gamma: 0 leaves it out.
-            every: batches from one penalty to the next, which is so many times as large.
-
-        Raises:
-            UsageError: where ``every`` is no number of batches.
+            gamma: 0 turns it off.
+            every: apply the penalty once in so many batches, and multiply it by as much.
         """
         if every < 1:
-            raise UsageError(f"model.adversary.gradient_penalty.every {every} must be at least 1")
+            raise UsageError(f"GradientPenalty: every is {every}; give 1 or more")
         self.gamma, self.every = gamma, every
 
     def due(self, batch: int) -> bool:
-        """Whether this batch of the discriminator pays."""
+        """Whether the penalty applies to the discriminator's batch of this number."""
         return self.gamma > 0 and batch % self.every == 0
 
     def __call__(self, discriminator: nn.Module, real: Tensor) -> Tensor:
-        """The penalty on real images (B, 3, H, W), in fp32: its second derivatives need it."""
+        """The penalty on real images (B, 3, H, W), in fp32, which the second derivatives need."""
         with torch.autocast(real.device.type, enabled=False):
             real = real.float().detach().requires_grad_()
             logits = discriminator(real).flatten(1).mean(1).sum()
@@ -119,7 +119,6 @@ class GradientPenalty:
 def adaptive_weight(by_reconstruction: Tensor, by_generator: Tensor, limit: float = 1e4) -> Tensor:
     """‖∇ rec‖ / (‖∇ G‖ + 1e-4), at most ``limit`` (Esser et al. 2021, arXiv 2012.09841, eq. 7).
 
-    The gradients are those at the decoder's last layer. So weighted, the adversarial one is as large as the
-    reconstruction's, whatever the scale of the logits.
+    Both gradients are taken at the decoder's last layer. The weight makes them equally large, whatever the scale of the logits.
     """
     return (by_reconstruction.norm() / (by_generator.norm() + 1e-4)).clamp(max=limit).detach()

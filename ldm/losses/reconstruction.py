@@ -1,7 +1,7 @@
-"""How near the reconstruction is, and how near the posterior is to a unit Gaussian.
+"""Reconstruction error and KL divergence.
 
-Both are counted *per pixel value*, so that a KL weight of 1e-6 means here what it means in latent diffusion (Rombach et al.
-2022), where both are sums over an image.
+Both are means over *pixel values*, so that a KL weight means the same as in latent diffusion (Rombach et al. 2022), where both
+are sums over an image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 class ReconstructionLoss:
     """``l1``·mean|x̂ − x| + ``l2``·mean(x̂ − x)².
 
-    Mean square finds the colours of small objects on flat grounds sooner; mean absolute keeps edges sharper later.
+    The squared error learns the colours of small objects on flat backgrounds sooner; the absolute error gives sharper edges
+    later.
     """
 
     def __init__(self, l1: float = 1.0, l2: float = 0.0):
@@ -37,8 +38,8 @@ class WeightedLoss:
     """A further loss of stage one.
 
     Attributes:
-        loss: (reconstruction, target), each (B, 3, H, W) in [−1, 1], -> scalar: any module, of torch.nn or of your own. Its
-            parameters, if it has any, are trained with the autoencoder's and kept in checkpoints.
+        loss: any module (reconstruction, target) -> scalar, both (B, 3, H, W) in [−1, 1]. Its parameters, if any, are trained
+            with the autoencoder's and saved in checkpoints.
         weight: in the sum of the losses.
     """
 
@@ -47,9 +48,9 @@ class WeightedLoss:
 
 
 class LearnedVariance(nn.Module):
-    """error·exp(−s) + s, s = ln σ² learned: the likelihood of the image decides what the error weighs against the KL.
+    """error·exp(−s) + s with a learned s = ln σ²: a Gaussian likelihood, which weighs the error against the KL.
 
-    Minimal where σ² is the error itself (Rybkin et al. 2021, arXiv 2006.13202, eq. 3 up to constants; latent diffusion's
+    Minimal where σ² equals the error (Rybkin et al. 2021, arXiv 2006.13202, eq. 3 up to constants; latent diffusion's
     ``logvar``).
     """
 
@@ -62,5 +63,5 @@ class LearnedVariance(nn.Module):
 
 
 def kl_per_pixel_value(posterior: DiagonalGaussianDistribution, images: Tensor) -> Tensor:
-    """KL(q(z|x) ‖ N(0, I)) = ½ Σ(μ² + σ² − 1 − ln σ²) (Kingma & Welling 2014), over the number of pixel values."""
+    """KL(q(z|x) ‖ N(0, I)) = ½ Σ(μ² + σ² − 1 − ln σ²) (Kingma & Welling 2014), divided by the number of pixel values."""
     return posterior.kl().sum() / images.numel()

@@ -19,36 +19,26 @@ from torch import Tensor, nn
 from ldm.errors import UsageError, first_line
 from ldm.models.fingerprint import network_hash
 
-# our names -> diffusers'
-ARCHITECTURE = {
-    "block_out_channels": "block_out_channels",
-    "latent_channels": "latent_channels",
-    "layers_per_block": "layers_per_block",
-    "norm_num_groups": "norm_num_groups",
-    "mid_block_add_attention": "mid_block_add_attention",
-}
-
 
 @dataclass
 class AutoencoderConfig:
     """An ``AutoencoderKL`` (Rombach et al. 2022, arXiv 2112.10752), from scratch or from a directory of one.
 
-    What is left out of the first six is the directory's with ``init_from``, and from scratch the default named here.
+    Of the first six fields, None means the directory's own value with ``init_from``, and else the default in parentheses.
 
     Attributes:
         block_out_channels: channels per level; each level after the first halves the image, so three levels are f4, four f8
             (128, 256, 512, 512).
         latent_channels: channels of the latents (4).
         layers_per_block: residual blocks per level of the encoder; the decoder has one more (2).
-        norm_num_groups: groups of the GroupNorm; divides every width (32).
+        norm_num_groups: groups of the GroupNorm; must divide all channels (32).
         mid_block_add_attention: self-attention at the lowest resolution (true).
-        sample_size: side in pixels of the images that it trains on, and of a tile (256).
+        sample_size: side of the training images and of a tile, in pixels (256).
         init_from: directory of an ``AutoencoderKL`` to start from, as ``save_pretrained`` writes it: SD, SDXL, SD3, FLUX, ours.
-        train: ``decoder`` leaves encoder, latents and their statistics as the directory has them, bit for bit, so that a
-            denoiser trained on them goes on fitting.
+        train: ``decoder`` freezes the encoder, so that the latents and their statistics stay bit for bit, and a denoiser
+            trained on them remains valid.
         tiling: encode and decode images larger than ``sample_size`` in tiles, see :func:`enable_tiling`.
-        slicing: encode and decode a batch image by image. It saves memory where no gradients are kept; training it
-            only slows.
+        slicing: encode and decode a batch image by image, which saves memory without gradients and slows training down.
     """
 
     block_out_channels: list[int] | None = None
@@ -68,14 +58,14 @@ class AutoencoderConfig:
         return 2 ** (len(self._settings()["block_out_channels"]) - 1)
 
     def build(self) -> AutoencoderKL:
-        """The network, in training mode, what shall not train frozen.
+        """The network in training mode, with the encoder frozen if only the decoder trains.
 
         Raises:
-            UsageError: where the sizes do not fit one another or the directory, or the directory is none.
+            UsageError: for sizes that do not fit each other or the directory, or a directory that holds no autoencoder.
         """
         settings = self._settings()
         self._check(settings)
-        network = self._from_directory(settings) if self.init_from else _from_scratch(settings)
+        network = _from_scratch(settings) if self.init_from is None else self._from_directory(self.init_from, settings)
         if self.tiling:
             enable_tiling(network)
         if self.slicing:
@@ -83,7 +73,7 @@ class AutoencoderConfig:
         return network.train()
 
     def _settings(self) -> dict[str, Any]:
-        """The first six fields, none of them left out."""
+        """The first six fields with None replaced."""
         settings = {
             "block_out_channels": [128, 256, 512, 512],
             "latent_channels": 4,
@@ -95,93 +85,88 @@ class AutoencoderConfig:
         given = {field: getattr(self, field) for field in settings if getattr(self, field) is not None}
         if self.init_from:
             theirs = _read_config(self.init_from)
-            settings = {field: theirs[name] for field, name in ARCHITECTURE.items()} | {"sample_size": _side(theirs)}
-            for field in ARCHITECTURE:
-                if field in given and given[field] != settings[field]:
+            settings = {field: theirs[field] for field in settings} | {"sample_size": _side(theirs)}
+            for field in given.keys() - {"sample_size"}:
+                if given[field] != settings[field]:
                     raise UsageError(
-                        f"model.autoencoder.{field} is {given[field]}, but {self.init_from} has {settings[field]}; leave "
-                        f"{field} out, or change init_from"
+                        f"{field} is {given[field]}, but {self.init_from} has {settings[field]}; leave {field} out, or change "
+                        "init_from"
                     )
         return settings | given
 
     def _check(self, settings: dict[str, Any]) -> None:
-        """Refuse what cannot be built."""
         if self.train != "all" and not self.init_from:
-            raise UsageError(
-                f"model.autoencoder.train {self.train} keeps the encoder of init_from, which is missing; give it, or train: all"
-            )
+            raise UsageError(f"train {self.train} keeps the encoder of init_from, which is missing; give it, or train: all")
         if not settings["block_out_channels"]:
-            raise UsageError("model.autoencoder.block_out_channels is empty; give the channels of one level or more")
+            raise UsageError("block_out_channels is empty; give the channels of one level or more")
         for field in ("latent_channels", "layers_per_block", "norm_num_groups", "sample_size"):
             if settings[field] < 1:
-                raise UsageError(f"model.autoencoder.{field} is {settings[field]}; give 1 or more")
-        for width in settings["block_out_channels"]:
-            if width < 1 or width % settings["norm_num_groups"]:
+                raise UsageError(f"{field} is {settings[field]}; give 1 or more")
+        for channels in settings["block_out_channels"]:
+            if channels < 1 or channels % settings["norm_num_groups"]:
                 raise UsageError(
-                    f"model.autoencoder.block_out_channels holds {width}, not a multiple of norm_num_groups "
-                    f"{settings['norm_num_groups']}; "
+                    f"block_out_channels holds {channels}, not a multiple of norm_num_groups {settings['norm_num_groups']}; "
                     "change either"
                 )
         if settings["sample_size"] % self.factor:
             raise UsageError(
-                f"model.autoencoder.sample_size {settings['sample_size']} is not a multiple of {self.factor}, the factor of "
-                f"{len(settings['block_out_channels'])} widths; change sample_size or the number of widths"
+                f"sample_size {settings['sample_size']} is not a multiple of {self.factor}, the factor of "
+                f"{len(settings['block_out_channels'])} block_out_channels; change either"
             )
 
-    def _from_directory(self, settings: dict[str, Any]) -> AutoencoderKL:
-        """The directory's network in fp32, to train whole or from the latents on."""
-        network = load_autoencoder(self.init_from).float().requires_grad_(True)
+    def _from_directory(self, path: str, settings: dict[str, Any]) -> AutoencoderKL:
+        network = load_autoencoder(path).float().requires_grad_(True)
         network.register_to_config(sample_size=settings["sample_size"])
         if self.train == "decoder":
             for frozen in (network.encoder, network.quant_conv):
                 if frozen is not None:
                     frozen.requires_grad_(False)
-        else:  # the latents will move away from what was measured of them
+        else:  # the directory's statistics will not hold for the new latents
             network.register_to_config(latents_mean=None, latents_std=None, shift_factor=None, scaling_factor=1.0)
         return network
 
 
 def _from_scratch(settings: dict[str, Any]) -> AutoencoderKL:
     levels = len(settings["block_out_channels"])
-    network = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        sample_size=settings["sample_size"],
-        scaling_factor=1.0,  # latents are normalised by latents_mean and latents_std instead
-        **{name: settings[field] for field, name in ARCHITECTURE.items()},
-    )
+    blocks: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    # scaling_factor: latents are normalised by latents_mean and latents_std instead
+    network = AutoencoderKL(**blocks, **settings, scaling_factor=1.0)
     _initialise(network)
     return network
 
 
 def _initialise(autoencoder: AutoencoderKL) -> None:
-    """Start as a chain of orthogonal convolutions with silent residual branches and a narrow posterior.
+    """Orthogonal convolutions, residual branches that start at zero, and a narrow posterior.
 
-    From torch's default a small autoencoder finds luminance first and leaves objects grey for long: on the built-in shapes at
-    64 px it stood at 19.0 dB after 120 steps, from here at 22.3 (batch 8, one seed). A posterior of standard deviation 1 would
-    drown the latents in noise until they have grown.
+    From torch's default a small autoencoder learns luminance first and leaves objects grey for long: on the built-in shapes at
+    64 px it reached 19.0 dB after 120 steps, from here 22.3 (batch 8, one seed). With a posterior of standard deviation 1, the
+    noise would drown the small latents of a new encoder.
     """
     for name, module in autoencoder.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.orthogonal_(module.weight)
-            nn.init.zeros_(module.bias)
+            nn.init.zeros_(cast(Tensor, module.bias))
         if name.endswith(".conv2"):
-            nn.init.zeros_(module.weight)
-    channels = autoencoder.config.latent_channels  # quant_conv gives means, then log-variances
+            nn.init.zeros_(cast(nn.Conv2d, module).weight)
+    moments = cast(nn.Conv2d, autoencoder.quant_conv)  # the channels of the means, then those of the log-variances
+    channels = autoencoder.config["latent_channels"]
     with torch.no_grad():
-        autoencoder.quant_conv.weight[channels:] = 0
-        autoencoder.quant_conv.bias[channels:] = -6.0
+        moments.weight[channels:] = 0
+        cast(Tensor, moments.bias)[channels:] = -6.0
 
 
 def enable_tiling(autoencoder: AutoencoderKL) -> None:
     """Encode and decode images larger than its ``sample_size`` in tiles of that side, blended over a quarter of it.
 
-    Memory then no longer grows with the image. Every tile is normalised by itself and ends at its own border, so the
-    result differs a little from that of the whole; the more, the narrower the last row or column of tiles is, and tiles
-    begin every three quarters of a side.
+    Memory then no longer grows with the image. Every tile is padded and normalised by itself, so the result differs a little
+    from that of the whole image; the more, the narrower the last row or column of tiles is. Tiles begin every three quarters
+    of a side.
     """
     factor = downsampling_factor(autoencoder)
-    # diffusers' tiles meet only where a quarter of one is a whole number of latents
+    # diffusers' tiles align only where a quarter of a tile is a whole number of latents
     tile = 4 * math.ceil(_side(autoencoder.config) / factor / 4)
     autoencoder.tile_latent_min_size, autoencoder.tile_sample_min_size = tile, tile * factor
     autoencoder.enable_tiling()
@@ -189,22 +174,22 @@ def enable_tiling(autoencoder: AutoencoderKL) -> None:
 
 def downsampling_factor(autoencoder: AutoencoderKL) -> int:
     """Image side over latent side."""
-    return 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
 
 
 def _side(config: Mapping[str, Any]) -> int:
-    """``sample_size`` of an autoencoder's config, which may name height and width."""
+    """``sample_size`` of an autoencoder's config, which may be a height and a width."""
     side = config["sample_size"]
     return side if isinstance(side, int) else max(side)
 
 
 def _read_config(path: str | Path) -> dict[str, Any]:
-    """The config of an autoencoder directory, with diffusers' defaults where an old one is silent."""
+    """The config of an autoencoder directory, with diffusers' defaults for missing keys."""
     if not (Path(path) / "config.json").is_file():
         raise UsageError(f"{path} is not an autoencoder directory (no config.json); train one: ldm autoencoder fit --help")
     defaults = {name: parameter.default for name, parameter in inspect.signature(AutoencoderKL).parameters.items()}
     try:
-        return defaults | AutoencoderKL.load_config(path, local_files_only=True)
+        return defaults | cast(dict[str, Any], AutoencoderKL.load_config(path, local_files_only=True))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
 
@@ -213,34 +198,35 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Au
     """A frozen autoencoder, on ``device``, from a directory that ``AutoencoderKL.save_pretrained`` wrote.
 
     Raises:
-        UsageError: when ``path`` holds none.
+        UsageError: if ``path`` holds none.
     """
     _read_config(path)
     try:
-        autoencoder, found = AutoencoderKL.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        loaded: Any = AutoencoderKL.from_pretrained(path, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
-    if missing := found["missing_keys"]:  # diffusers leaves these at random
+    autoencoder, info = cast(tuple[AutoencoderKL, dict[str, Any]], loaded)
+    if missing := info["missing_keys"]:  # diffusers would leave these random
         raise UsageError(f"{path} lacks {len(missing)} weights of an AutoencoderKL, {missing[0]} first; copy or train it anew")
-    # the path that it came from is nobody's business where it is saved again
+    # keep local paths out of what is saved from it
     autoencoder.register_to_config(_name_or_path="")
     nn.Module.to(autoencoder, device)  # diffusers decorates its own `to` in a way that hides from types that it is a method
     return autoencoder.eval().requires_grad_(False)
 
 
 def autoencoder_hash(autoencoder: AutoencoderKL) -> str:
-    """Hex sha256 of weights and architecture; not of the latent statistics, which are measured after it is trained."""
+    """Hex sha256 of weights and architecture, without the latent statistics, which are measured after training."""
     architecture = {k: v for k, v in autoencoder.config.items() if not k.startswith(("_", "latents_"))}
     return network_hash(autoencoder, architecture)
 
 
 def pixels_to_images(pixels: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W), in whatever memory order -> float32 in [−1, 1], contiguous."""
+    """uint8 (B, 3, H, W) in any memory format -> float32 in [−1, 1], contiguous."""
     images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
-    # At 256 px this costs nearly half of what decoding the JPEG does; hence no division, and on the CPU image by image,
-    # which stay in its cache.
-    for image, its_pixels in zip(images, pixels, strict=True) if images.device.type == "cpu" else ((images, pixels),):
-        image.copy_(its_pixels).sub_(127.5).mul_(1 / 127.5)
+    # At 256 px this takes almost half the time of decoding the JPEG: hence no division, and on the CPU one image at a time,
+    # which fits into the cache.
+    for image, source in zip(images, pixels, strict=True) if images.device.type == "cpu" else ((images, pixels),):
+        image.copy_(source).sub_(127.5).mul_(1 / 127.5)
     return images
 
 
@@ -251,29 +237,29 @@ def images_to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def encode(autoencoder: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribution:
-    """The posterior of images (B, 3, H, W) in [−1, 1]; its samples are latents that are not normalised yet."""
+    """The posterior of images (B, 3, H, W) in [−1, 1]; latents from it are not normalised."""
     return cast(AutoencoderKLOutput, autoencoder.encode(images)).latent_dist
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) that are not normalised -> images (B, 3, H, W)."""
+    """Latents (B, C, h, w), not normalised -> images (B, 3, H, W), not clamped."""
     return cast(DecoderOutput, autoencoder.decode(latents)).sample  # pyright: ignore[reportArgumentType]  takes any Tensor
 
 
 def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images through the posterior's mode and back, (B, 3, H, W) in [−1, 1]."""
+    """Images (B, 3, H, W) in [−1, 1], encoded to the posterior's mode and decoded."""
     return decode(autoencoder, encode(autoencoder, images).mode()).float().clamp(-1, 1)
 
 
 def set_latent_statistics(autoencoder: AutoencoderKL, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Keep the per-channel mean and standard deviation of the training set's latents in the autoencoder's own config."""
+    """Store the per-channel mean and standard deviation of the training set's latents in the autoencoder's config."""
     autoencoder.register_to_config(latents_mean=list(mean), latents_std=list(std))
 
 
 class LatentNormalizer(nn.Module):
     """Per-channel normalisation of latents to zero mean and unit standard deviation.
 
-    The statistics are float32 buffers of shape (C,). They are no part of the state dict: the autoencoder's config keeps them.
+    The statistics are float32 buffers of shape (C,), outside the state dict: the autoencoder's config stores them.
     """
 
     mean: Tensor
@@ -291,11 +277,9 @@ class LatentNormalizer(nn.Module):
         Directories from elsewhere (SD, SDXL, FLUX) carry a shift and a scale instead of statistics.
         """
         config = autoencoder.config
-        if config.latents_mean is not None and config.latents_std is not None:
-            mean, std = config.latents_mean, config.latents_std
-        else:
-            mean = [config.shift_factor or 0.0] * config.latent_channels
-            std = [1 / config.scaling_factor] * config.latent_channels
+        mean, std, channels = config["latents_mean"], config["latents_std"], config["latent_channels"]
+        if mean is None or std is None:
+            mean, std = [config["shift_factor"] or 0.0] * channels, [1 / config["scaling_factor"]] * channels
         return cls(mean, std).to(autoencoder.device)
 
     def normalize(self, latents: Tensor) -> Tensor:

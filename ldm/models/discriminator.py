@@ -1,4 +1,4 @@
-"""The patch discriminator of PatchGAN (Isola et al. 2017, arXiv 1611.07004): real or not, patch by patch."""
+"""The patch discriminator of PatchGAN (Isola et al. 2017, arXiv 1611.07004)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from ldm.errors import UsageError
 class PatchDiscriminator(nn.Module):
     """Strided convolutions that give one logit per patch; larger for real.
 
-    The original normalises by batch, which lets an image's logits depend on the others: real and reconstructed batches can
-    then be told apart by their statistics alone, and ranks differ. Here images are judged one by one, by spectral
-    normalisation (Miyato et al. 2018, arXiv 1802.05957) or group normalisation (Wu & He 2018, arXiv 1803.08494), which stand
-    where the batch's did: not at the first layer.
+    The original uses batch normalisation, with which an image's logits depend on the rest of its batch: batch statistics alone
+    then separate real from reconstructed batches, and processes disagree. Spectral normalisation (Miyato et al. 2018, arXiv
+    1802.05957) or group normalisation (Wu & He 2018, arXiv 1803.08494) takes its place, in every layer but the first.
     """
 
     def __init__(self, width: int = 64, num_layers: int = 3, norm: Literal["spectral", "group", "none"] = "spectral"):
         """
         Args:
-            width: channels of the first layer; they double per layer, up to eight times.
-            num_layers: halvings; the receptive field of the convolutions is 70 pixels with 3, 34 with 2.
-            norm: ``spectral`` bounds the weights and looks at no image; ``group`` divides by what it measures over the whole
-                image, 8 channels at a time, so that a logit also sees, through these figures, beyond its patch.
+            width: channels of the first layer; they double per layer, up to eight times as many.
+            num_layers: layers of stride 2; the receptive field is 70 pixels with 3, 34 with 2.
+            norm: ``spectral`` constrains the weights; ``group`` normalises by statistics of the whole image, 8 channels at a
+                time, so that a logit depends a little on the image outside its receptive field.
         """
         super().__init__()
         if width < 1 or num_layers < 1:
@@ -46,19 +45,19 @@ class PatchDiscriminator(nn.Module):
 
     @property
     def smallest_side(self) -> int:
-        """Pixels below which a side gives no logit: ``num_layers`` halvings leave 3, of which two convolutions take 2."""
+        """The shortest side in pixels that gives a logit: the strided layers leave 3, of which two convolutions take 2."""
         return 3 * 2**self.num_layers
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [−1, 1] -> logits (B, 1, h, w).
 
         Raises:
-            UsageError: where a side is shorter than :attr:`smallest_side`.
+            UsageError: if a side is shorter than :attr:`smallest_side`.
         """
         height, width = images.shape[-2:]
         if min(height, width) < self.smallest_side:
             raise UsageError(
-                f"PatchDiscriminator with num_layers {self.num_layers} has no logit for images of {width} x {height}, under "
+                f"PatchDiscriminator with num_layers {self.num_layers} has no logit for images of {width} x {height}, below "
                 f"{self.smallest_side} a side; lower num_layers or give larger images"
             )
         return self.layers(images)

@@ -1,4 +1,4 @@
-"""Who a network is: a hash of its weights and architecture, by which stages know what the other was made with."""
+"""A network's fingerprint: a hash of weights and architecture, by which artifacts name what they were made from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def network_hash(network: nn.Module, config: Mapping[str, Any]) -> str:
-    """Hex sha256 over ``config`` and all weights, in the order of their names, whatever file or device holds them."""
+    """Hex sha256 of ``config`` and all weights in the order of their names, independent of file format and device."""
     digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=str).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,9 +1,9 @@
-"""Images to start from, as users give them, and what is drawn from them brought back to their own size and pixels."""
+"""From users' images and masks to tensors for editing, and from results back to the images' size and kept pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """Images of one size, ready for the autoencoder.
+    """Images of one size, padded for the model.
 
     Attributes:
-        images: (B, 3, H, W) in [−1, 1]; H and W are multiples of what the model can draw.
-        mask: (B, 1, H, W), 1 where they are redrawn, 0 where they are kept; None where all of them are.
-        height, width: of the images themselves; what lies beyond was added.
+        images: (B, 3, H, W) in [−1, 1].
+        mask: (B, 1, H, W), 1 where the images are regenerated, 0 where they are kept; None to regenerate all.
+        height, width: of the images before padding.
     """
 
     images: Tensor
@@ -36,24 +36,23 @@ class PreparedImages:
     def of(cls, image: Images, mask: Images | None, height: int | None, width: int | None, unit: int) -> PreparedImages:
         """
         Args:
-            image: PIL images, transparent where they are to be redrawn, or tensors (3, H, W) or (B, 3, H, W) in [0, 1].
-            mask: of the same size, white where the image is to be redrawn: PIL, or tensors (H, W), (1, H, W), (B, 1, H, W).
-            height, width: the images are scaled to fill them and cut at the centre; their own size unless given, with
-                their last row and column repeated up to the next multiple of ``unit``.
-            unit: what the sides of an image must be multiples of.
+            image: PIL images, transparent where they are to be regenerated, or tensors (3, H, W) or (B, 3, H, W) in [0, 1].
+            mask: of the same size, white where to regenerate: PIL images, or tensors (H, W), (1, H, W) or (B, 1, H, W).
+            height, width: the images are scaled to fill this size and cropped at the centre; default: their own size.
+            unit: the last row and column are repeated up to the next multiple of it.
 
         Raises:
-            UsageError: for anything else, or sizes that differ.
+            UsageError: for anything else, or images of different sizes.
         """
         images, hole = _images(image)
         images = filled(images, 1 - hole)
         if mask is not None:
-            white = _mask(mask, tuple(images.shape[-2:]))
+            white = _mask(mask, images.shape[-2], images.shape[-1])
             if white.shape[0] not in (1, len(images)):
                 raise UsageError(f"{len(white)} masks for {len(images)} images; give one, or one per image")
             hole = torch.maximum(hole, white)
             if not hole.any():
-                raise UsageError("mask_image has no white: nothing would be redrawn; paint white what is to change")
+                raise UsageError("mask_image has no white, so nothing would be regenerated; paint white what is to change")
         size = (height or images.shape[-2], width or images.shape[-1])
         images, hole = fit(images, *size).clamp(-1, 1), (fit(hole, *size) >= 0.5).float()
         beyond = (0, -size[1] % unit, 0, -size[0] % unit)
@@ -61,27 +60,26 @@ class PreparedImages:
         return cls(images, hole if hole.any() else None, *size)
 
     def to(self, device: torch.device, count: int) -> PreparedImages:
-        """On a device, as ``count`` images; each is repeated as often as it takes."""
-        repeats = count // len(self.images)
-        images, mask = (
-            None if part is None else part.to(device).repeat_interleave(repeats, 0) for part in (self.images, self.mask)
-        )
-        return PreparedImages(images, mask, self.height, self.width)
+        """Repeat each image to make ``count`` of them, on a device."""
 
-    def finish(self, drawn: Tensor, band: int) -> Tensor:
-        """What was drawn (B, 3, H, W), with the images' own pixels back where they are kept, at their own size.
+        def repeated(part: Tensor) -> Tensor:
+            return part.to(device).repeat_interleave(count // len(self.images), 0)
+
+        return replace(self, images=repeated(self.images), mask=None if self.mask is None else repeated(self.mask))
+
+    def finish(self, generated: Tensor, band: int) -> Tensor:
+        """Generated images (B, 3, H, W) without padding, with the original pixels where they are kept.
 
         Args:
-            band: width in pixels of the border on the kept side of the mask in which the two are blended; beyond it the
-                images' pixels are identical.
+            band: width in pixels of the border on the kept side of the mask in which the two are blended.
         """
         if self.mask is not None:
-            drawn = torch.lerp(self.images, drawn, feathered(self.mask, band))
-        return drawn[..., : self.height, : self.width]
+            generated = torch.lerp(self.images, generated, feathered(self.mask, band))
+        return generated[..., : self.height, : self.width]
 
 
 def feathered(mask: Tensor, band: int) -> Tensor:
-    """A mask (B, 1, H, W) of 0 and 1 that falls off evenly over the ``band`` pixels around what is 1, and is 0 beyond them."""
+    """A mask (B, 1, H, W) of 0 and 1, with linear edges of ``band`` pixels outside the ones."""
     weight = mask
     for _ in range(band):
         weight = torch.maximum(weight, F.max_pool2d(weight, 3, stride=1, padding=1) - 1 / (band + 1))
@@ -89,7 +87,10 @@ def feathered(mask: Tensor, band: int) -> Tensor:
 
 
 def filled(images: Tensor, known: Tensor) -> Tensor:
-    """Images (B, 3, H, W) with colours from around where ``known`` (B, 1, H, W) is 0: a hole's edge would reach the rest."""
+    """Images (B, 3, H, W) whose unknown pixels, ``known`` (B, 1, H, W) = 0, take colours from around them.
+
+    The encoder's receptive field would otherwise carry the content of a hole into the latents of kept pixels.
+    """
     if known.all() or images.shape[-2:] == (1, 1):
         return images
     weight = F.avg_pool2d(known, 2, ceil_mode=True)
@@ -99,7 +100,7 @@ def filled(images: Tensor, known: Tensor) -> Tensor:
 
 
 def fit(images: Tensor, height: int, width: int) -> Tensor:
-    """Scale (B, C, H, W) to fill height x width, and cut the rest off on both sides alike."""
+    """Scale (B, C, H, W) to fill height x width, and crop at the centre."""
     if images.shape[-2:] == (height, width):
         return images
     scale = max(height / images.shape[-2], width / images.shape[-1])
@@ -117,9 +118,13 @@ def to_output(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarra
     return images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else images
 
 
+def _as_list(images: Images) -> Sequence[Image.Image | Tensor]:
+    return images if isinstance(images, Sequence) else [images]
+
+
 def _images(image: Images) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [−1, 1], and 1 where they are transparent (B, 1, H, W)."""
-    parts = [_image(part) for part in (image if isinstance(image, (list, tuple)) else [image])]
+    parts = [_image(part) for part in _as_list(image)]
     if len({part.shape[-2:] for part in parts}) != 1:
         sizes = ", ".join(dict.fromkeys(f"{part.shape[-1]}x{part.shape[-2]}" for part in parts))
         raise UsageError(f"image holds images of {sizes or 'no size at all'}; give one or more, all of one size")
@@ -128,7 +133,7 @@ def _images(image: Images) -> tuple[Tensor, Tensor]:
 
 
 def _image(image: Image.Image | Tensor) -> Tensor:
-    """(B, 4, H, W): three colours in [−1, 1], and 1 where nothing is seen."""
+    """(B, 4, H, W): colours in [−1, 1], and 1 where transparent."""
     if isinstance(image, Image.Image):
         rgba = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)[None]
         return torch.cat([pixels_to_images(rgba[:, :3]), (rgba[:, 3:] < 128).float()], 1)
@@ -145,16 +150,16 @@ def _image(image: Image.Image | Tensor) -> Tensor:
     return torch.cat([images * 2 - 1, torch.zeros_like(images[:, :1])], 1)
 
 
-def _mask(mask: Images, size: tuple[int, int]) -> Tensor:
+def _mask(mask: Images, height: int, width: int) -> Tensor:
     """(B, 1, H, W), 1 where it is white."""
     parts = []
-    for part in mask if isinstance(mask, (list, tuple)) else [mask]:
+    for part in _as_list(mask):
         if isinstance(part, Image.Image):
             part = torch.from_numpy(np.array(part.convert("L"))) / 255
         if not isinstance(part, Tensor):
             raise UsageError(f"mask_image is a {type(part).__name__}; give a PIL image, or a tensor (H, W) in [0, 1]")
-        if part.shape[-2:] != size or part.ndim not in (2, 3, 4) or (part.ndim > 2 and part.shape[-3] != 1):
+        if part.shape[-2:] != (height, width) or part.ndim not in (2, 3, 4) or (part.ndim > 2 and part.shape[-3] != 1):
             found = f"{part.shape[-1]}x{part.shape[-2]}" if part.ndim > 1 else f"a tensor {tuple(part.shape)}"
-            raise UsageError(f"mask_image is {found}, but the image {size[1]}x{size[0]}; give a mask of the image's size")
-        parts.append(part.detach().float().cpu().reshape(-1, 1, *size))
+            raise UsageError(f"mask_image is {found}, but the image {width}x{height}; give a mask of the image's size")
+        parts.append(part.detach().float().cpu().reshape(-1, 1, height, width))
     return (torch.cat(parts) >= 0.5).float()

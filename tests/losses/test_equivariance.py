@@ -11,7 +11,7 @@ FACTOR = 4
 
 
 def pair(height=128, width=128):
-    """Images of sixteenths, so that sums are exact, and the ideally equivariant latents: the mean per place."""
+    """Images of sixteenths, so that sums are exact, and ideally equivariant latents: the mean per latent pixel."""
     images = torch.randint(-16, 17, (2, 3, height, width), generator=torch.Generator().manual_seed(0)) / 16
     return images, avg_pool2d(images, FACTOR)
 
@@ -29,7 +29,7 @@ def scaled_both_ways(images, side):
 
 
 @pytest.mark.parametrize("turns", range(4))
-def test_turns_of_equivariant_latents_are_latents_of_turned_images(turns):
+def test_rotations_of_equivariant_latents_are_latents_of_rotated_images(turns):
     images, latents = pair(64, 128)
     images, latents = turn_and_scale(images, turns, (64, 128)), turn_and_scale(latents, turns, (16, 32))
     assert images.shape[-2:] == ((128, 64) if turns % 2 else (64, 128))
@@ -37,8 +37,8 @@ def test_turns_of_equivariant_latents_are_latents_of_turned_images(turns):
 
 
 @pytest.mark.parametrize("side", [8, 13, 21, 31])
-def test_scaling_moves_nothing(side):
-    """A slope stays what it is at every size, off the edges, to a twentieth of a place."""
+def test_scaling_shifts_nothing(side):
+    """A linear ramp stays the same at every size, off the edges, to a twentieth of a latent pixel."""
     for maps in scaled_both_ways(torch.stack(grid())[None], side):
         error = (maps - torch.stack(grid(side))).abs()[..., 2:-2, 2:-2].max()
         assert error < 0.05 / side
@@ -52,8 +52,8 @@ def test_scaled_latents_of_a_smooth_image_are_nearly_those_of_the_scaled_image(s
     assert (pooled - latents).abs().mean() < bound
 
 
-def test_both_are_treated_alike():
-    """Whatever is drawn: a spot in the image's corner and the spot in the latents' stay in the same place."""
+def test_both_are_transformed_alike():
+    """A spot in the image's corner and the one in the latents' stay at the same position, whatever the transform."""
     images, latents = torch.zeros(1, 3, 128, 192), torch.zeros(1, 4, 32, 48)
     images[..., :32, :48], latents[..., :8, :12] = 1, 1
     equivariance = Equivariance(1.0)
@@ -65,7 +65,7 @@ def test_both_are_treated_alike():
 
 
 @pytest.mark.parametrize("height, width", [(128, 128), (96, 160), (256, 128)])
-def test_sizes_are_whole_latent_places_within_the_bounds(height, width):
+def test_sizes_are_whole_latent_pixels_within_the_bounds(height, width):
     images, latents = pair(height, width)
     equivariance, seen = Equivariance(1.0), set()
     torch.manual_seed(0)
@@ -73,17 +73,17 @@ def test_sizes_are_whole_latent_places_within_the_bounds(height, width):
         treated_images, treated_latents = equivariance(images, latents)
         size = treated_latents.shape[-2:]
         assert treated_images.shape == (2, 3, size[0] * FACTOR, size[1] * FACTOR) and treated_latents.shape[:2] == (2, 3)
-        # to the nearest place, the longer side is to the shorter what it was
+        # the aspect ratio is kept, to the nearest latent pixel
         assert max(size) == round(min(size) * max(height, width) / min(height, width))
         seen.add(min(size))
     shorter = min(height, width) // FACTOR
     assert min(seen) == max(shorter // 4, 32 // FACTOR) and max(seen) == shorter
 
 
-def test_how_often_batches_are_turned_and_scaled():
-    """At probability ½, of 9 sizes and 4 turns, to four standard deviations of 2,000 draws."""
+def test_how_often_batches_are_rotated_and_scaled():
+    """At probability ½, of 9 sizes and 4 rotations, to four standard deviations of 2,000 batches."""
     images, latents = torch.zeros(1, 1, 128, 64), torch.zeros(1, 1, 32, 16)
-    images[..., 0, 0] = 1  # in a corner: its place tells the turn
+    images[..., 0, 0] = 1  # in a corner: its position tells the rotation
     equivariance, treated, turned_sideways, unscaled = Equivariance(0.5), 0, 0, 0
     torch.manual_seed(0)
     for _ in range(2000):
@@ -93,11 +93,11 @@ def test_how_often_batches_are_turned_and_scaled():
         unscaled += out is not images and max(out.shape) == 128
     assert treated / 2000 == pytest.approx(0.5, abs=4 * (0.25 / 2000) ** 0.5)
     assert turned_sideways / treated == pytest.approx(1 / 2, abs=4 * (0.25 / treated) ** 0.5)
-    # 8 to 16 places: 32 pixels are the smallest, 4 places would have been a quarter
+    # 8 to 16 latent pixels: 32 pixels are the smallest side; 4 would be a quarter
     assert unscaled / treated == pytest.approx(1 / 9, abs=4 * (8 / 81 / treated) ** 0.5)
 
 
-def test_each_turn_and_each_size_is_as_likely():
+def test_rotations_and_sizes_are_uniform():
     images, latents = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 16, 16)
     latents[..., :8, :8] = 1
     equivariance, turns, sides = Equivariance(1.0), torch.zeros(4), torch.zeros(17)
@@ -119,13 +119,13 @@ def test_probability_0_leaves_the_batch_and_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_probability_1_treats_every_batch():
+def test_probability_1_transforms_every_batch():
     images, latents = pair(64, 64)
     torch.manual_seed(0)
     assert all(Equivariance(1.0)(images, latents)[0] is not images for _ in range(50))
 
 
-def test_the_same_state_of_the_generator_gives_the_same_treatment():
+def test_the_same_state_of_the_generator_gives_the_same_transforms():
     images, latents = pair()
     torch.manual_seed(3)
     first = [Equivariance(0.7)(images, latents) for _ in range(8)]
@@ -141,11 +141,11 @@ def test_gradients_reach_the_latents_and_dtypes_stay():
     torch.manual_seed(0)
     treated_images, treated_latents = Equivariance(1.0, 0.5)(images, latents)
     assert treated_images.dtype == torch.float32 and treated_latents.dtype == torch.bfloat16
-    treated_latents.sum().backward()
-    assert (latents.grad > 0).all()
+    (gradient,) = torch.autograd.grad(treated_latents.sum(), latents)
+    assert (gradient > 0).all()
 
 
-def test_the_smallest_image_is_large_enough_for_those_who_judge_it():
+def test_the_smallest_image_is_large_enough_for_lpips_and_discriminator():
     images, latents = pair(64, 64)
     perceptual, discriminator = PerceptualLoss("alex", "random"), PatchDiscriminator(4, 3)
     equivariance = Equivariance(1.0, 0.01)
@@ -154,10 +154,10 @@ def test_the_smallest_image_is_large_enough_for_those_who_judge_it():
     assert treated.shape[-2:] == (32, 32)
     assert perceptual(treated, -treated) > 0 and discriminator(treated).numel() > 0
     small, small_latents = pair(16, 16)
-    assert equivariance(small, small_latents)[0].shape == small.shape  # what is smaller already is only turned
+    assert equivariance(small, small_latents)[0].shape == small.shape  # smaller images are only rotated
 
 
 @pytest.mark.parametrize("settings", [(-0.1, 0.5), (1.1, 0.5), (0.5, 0.0), (0.5, 1.5)])
-def test_settings_that_mean_nothing_are_refused(settings):
-    with pytest.raises(UsageError, match=r"model\.equivariance\.probability .* min_scale"):
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(UsageError, match=r"Equivariance: probability .* and min_scale"):
         Equivariance(*settings)

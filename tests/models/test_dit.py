@@ -1,4 +1,5 @@
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,17 @@ from ldm.errors import UsageError
 from ldm.models.dit import DiT
 from ldm.models.layers import FeedForward, position_embedding, rotary_embedding, rotate, scaled_dot_product_attention
 
-SIZES = {"sample_size": 8, "width": 32, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 16}
-# beside the default, every choice at least once
-VARIANTS = [
+SIZES: dict[str, Any] = {"sample_size": 8, "width": 32, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 16}
+# the default, and every other choice at least once
+VARIANTS: list[dict[str, Any]] = [
     {},
     {"adaln": "zero", "norm": "rms_norm", "activation": "swiglu", "positions": "rope"},
     {"adaln": "zero", "qk_norm": False, "positions": "sincos_rope", "pooled_text": False},
 ]
+
+
+def make(**changes):
+    return DiT(**SIZES | changes)
 
 
 def inputs(batch=3, height=8, width=8, length=5):
@@ -31,14 +36,14 @@ def inputs(batch=3, height=8, width=8, length=5):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_fresh_dit_says_exactly_nothing(variant):
+def test_the_output_of_a_fresh_dit_is_zero(variant):
     x, timestep, condition = inputs()
-    assert not denoise(DiT(**SIZES, **variant), x, timestep, condition).any()
+    assert not denoise(make(**variant), x, timestep, condition).any()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_blocks_of_a_fresh_dit_are_the_identity(variant):
-    dit = DiT(**SIZES, **variant)
+    dit = make(**variant)
     modulations = dit.modulation(torch.randn(3, 32)).unflatten(1, (-1, 6, 32)).unbind(1)
     assert len(modulations) == (2 if variant.get("adaln") == "zero" else 1)
     x, text = torch.randn(3, 16, 32), torch.randn(3, 5, 32)
@@ -50,15 +55,15 @@ def test_the_blocks_of_a_fresh_dit_are_the_identity(variant):
 @pytest.mark.parametrize("height, width", [(8, 8), (8, 12), (16, 4), (16, 16)])
 def test_the_output_has_the_shape_of_the_latents(randomised, patch_size, height, width):
     x, timestep, condition = inputs(2, height, width)
-    dit = randomised(DiT(**SIZES, patch_size=patch_size, positions="sincos_rope"))
+    dit = randomised(make(patch_size=patch_size, positions="sincos_rope"))
     output = denoise(dit, x, timestep, condition)
     assert output.shape == x.shape and output.isfinite().all()
 
 
 @pytest.mark.parametrize("patch_size, height, width", [(1, 8, 4), (2, 8, 8), (2, 4, 12), (4, 8, 16)])
-def test_a_token_is_drawn_where_it_was_read(patch_size, height, width):
+def test_patches_return_to_their_places(patch_size, height, width):
     """With the blocks still the identity, a patch of the output depends on its own patch of the input, and no other."""
-    dit = DiT(**SIZES, patch_size=patch_size)
+    dit = make(patch_size=patch_size)
     torch.nn.init.normal_(dit.proj_out.weight)
     x, timestep, condition = inputs(1, height, width)
     x.requires_grad_()
@@ -76,32 +81,32 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match="9 is not a multiple of patch_size 2"):
         DiT(sample_size=9)
     with pytest.raises(UsageError, match="width 30 is not a multiple of num_attention_heads 4"):
-        DiT(**SIZES | {"width": 30, "num_attention_heads": 4})
+        make(width=30, num_attention_heads=4)
     with pytest.raises(UsageError, match="positions rope needs a width that is a multiple of 4 x 3 heads"):
-        DiT(**SIZES | {"width": 30, "num_attention_heads": 3}, positions="rope")
+        make(width=30, num_attention_heads=3, positions="rope")
     with pytest.raises(UsageError, match=r"\(8, 7\) are not divisible by patch_size 2"):
-        denoise(DiT(**SIZES), *inputs(1, 8, 7))
+        denoise(make(), *inputs(1, 8, 7))
     with pytest.raises(UsageError, match="text embeddings are 16 wide, but the denoiser takes 24"):
-        denoise(DiT(**SIZES | {"caption_channels": 24}), *inputs())
+        denoise(make(caption_channels=24), *inputs())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pooled", [True, False])
-def test_padding_is_never_seen(randomised, pooled):
-    dit = randomised(DiT(**SIZES, pooled_text=pooled)).eval()
+def test_padding_has_no_effect(randomised, pooled):
+    dit = randomised(make(pooled_text=pooled)).eval()
     x, timestep, condition = inputs()
     plain = denoise(dit, x, timestep, condition)
     torch.testing.assert_close(denoise(dit, x, timestep, condition.pad(12)), plain, rtol=1e-4, atol=1e-5)
     padded = condition.pad(12)
     padded.embeddings[:, 5:] = 100 * torch.randn(3, 7, 16)
     torch.testing.assert_close(denoise(dit, x, timestep, padded), plain, rtol=1e-4, atol=1e-5)
-    # and what is not padding is seen
+    # tokens have
     assert (denoise(dit, x, timestep, condition._replace(embeddings=condition.embeddings.flip(0))) - plain).abs().max() > 1e-2
 
 
 @torch.no_grad()
 def test_padding_that_no_caption_needs_costs_nothing(tiny_dit):
-    """Nor does a mask that hides nothing: the blocks never see either."""
+    """Nor does a mask without padding: neither reaches the blocks."""
     seen = []
     tiny_dit.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append((arguments[2].shape[1], arguments[3])))
     x, timestep, condition = inputs()
@@ -110,7 +115,7 @@ def test_padding_that_no_caption_needs_costs_nothing(tiny_dit):
     condition.mask[1, 3:] = 0
     denoise(tiny_dit, x, timestep, condition.pad(12))
     assert seen[1][0] == 5 and torch.equal(seen[1][1][:, 0, 0], condition.mask.bool())
-    condition.mask.zero_()  # a caption of nothing at all
+    condition.mask.zero_()  # a caption without a token
     assert denoise(tiny_dit, x, timestep, condition).isfinite().all()
 
 
@@ -118,7 +123,7 @@ def test_padding_that_no_caption_needs_costs_nothing(tiny_dit):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tokens", [5, 3])
 def test_an_encoded_text_gives_the_same_prediction(randomised, variant, tokens):
-    dit = randomised(DiT(**SIZES, **variant)).eval()
+    dit = randomised(make(**variant)).eval()
     x, timestep, condition = inputs()
     condition.mask[1, tokens:] = 0
     plain = [denoise(dit, x, t * timestep, condition) for t in (1.0, 0.5)]
@@ -181,8 +186,8 @@ def test_time_and_place_matter(tiny_dit):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_comes_back_from_its_directory(randomised, variant, tmp_path):
-    dit = randomised(DiT(**SIZES, **variant)).eval()
+def test_it_survives_saving_and_loading(randomised, variant, tmp_path):
+    dit = randomised(make(**variant)).eval()
     dit.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     again = DiT.from_pretrained(tmp_path)
@@ -199,7 +204,7 @@ def gradients(dit):
 
 @pytest.mark.parametrize("variant", VARIANTS[:2])
 def test_gradient_checkpointing_changes_no_gradient(randomised, variant):
-    tiny_dit = randomised(DiT(**SIZES, **variant))
+    tiny_dit = randomised(make(**variant))
     calls = []
     tiny_dit.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     plain = gradients(tiny_dit)
@@ -225,7 +230,7 @@ def test_its_call_is_that_of_pixart():
     assert ours["return_dict"].default is theirs["return_dict"].default is True
 
 
-def test_pixart_stands_in_for_it():
+def test_pixart_can_replace_it():
     torch.manual_seed(0)
     pixart = PixArtTransformer2DModel(
         num_attention_heads=2,
@@ -243,14 +248,14 @@ def test_pixart_stands_in_for_it():
     padded = condition.pad(9)
     torch.testing.assert_close(denoise(pixart, x, timestep, padded), output, rtol=1e-4, atol=1e-4)
     result = DenoisingObjective(RectifiedFlow(), Velocity(), Uniform())(pixart, x, padded)
-    result.loss.mean().backward()
-    assert pixart.proj_out.weight.grad.abs().max() > 0
+    (gradient,) = torch.autograd.grad(result.loss.mean(), pixart.proj_out.weight)
+    assert gradient.abs().max() > 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_features_lie_side_by_side_in_every_block(randomised, variant):
-    """An image's layout would go on from sum to sum and make each of them slow."""
-    dit, seen = randomised(DiT(**SIZES, **variant)), []
+def test_tokens_are_contiguous_in_every_block(randomised, variant):
+    """The memory layout of an image would persist through all sums and slow each of them down."""
+    dit, seen = randomised(make(**variant)), []
     for block in dit.blocks:
         block.register_forward_hook(lambda _, arguments, output: seen.extend([arguments[0], output]))
     denoise(dit, *inputs())
@@ -258,15 +263,15 @@ def test_features_lie_side_by_side_in_every_block(randomised, variant):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_in_bf16_with_gradients_is_as_exact_as_torch_s(masked):
+def test_attention_in_bf16_with_gradients_is_as_accurate_as_torch_s(masked):
     q, k, v = torch.randn(3, 2, 3, 20, 16, generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(20) < torch.tensor([[20], [7]]))[:, None, None] if masked else None
 
     def with_gradients(attend, dtype):
         given = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
         attended = attend(*given, mask)
-        attended.float().square().sum().backward()
-        return [attended.detach().float(), *(tensor.grad.float() for tensor in given)]
+        gradients = torch.autograd.grad(attended.float().square().sum(), given)
+        return [attended.detach().float(), *(gradient.float() for gradient in gradients)]
 
     exact = with_gradients(F.scaled_dot_product_attention, torch.float32)
     torch_s = with_gradients(F.scaled_dot_product_attention, torch.bfloat16)
@@ -276,7 +281,7 @@ def test_attention_in_bf16_with_gradients_is_as_exact_as_torch_s(masked):
 
 def test_a_compiled_block_is_the_same_block(randomised):
     """Traced whole, without a break, once for all blocks and once more where text lengths begin to differ."""
-    dit = randomised(DiT(**SIZES, **VARIANTS[1]))
+    dit = randomised(make(**VARIANTS[1]))
     wanted = gradients(dit)
     graphs = []
 
@@ -285,7 +290,7 @@ def test_a_compiled_block_is_the_same_block(randomised):
         return module
 
     dit.compile_repeated_blocks(backend=backend, fullgraph=True)
-    assert list(dit.state_dict()) == list(DiT(**SIZES, **VARIANTS[1]).state_dict())
+    assert list(dit.state_dict()) == list(make(**VARIANTS[1]).state_dict())
     for name, gradient in gradients(dit).items():
         torch.testing.assert_close(gradient, wanted[name], msg=name)
     assert len(graphs) == 1
@@ -297,30 +302,34 @@ def test_swiglu_has_as_many_parameters_as_gelu(width):
     assert abs(swiglu / gelu - 1) < (0.05 if width == 32 else 0.002)  # a hidden size is a multiple of 8
 
 
-def test_positions_of_a_larger_grid_lie_between_those_of_the_trained_one():
-    """Twice the tokens over the same span: every second one stands where one stood, whatever the other side."""
+def test_positions_of_a_larger_grid_interpolate_those_of_the_trained_one():
+    """Twice the tokens over the same span: every second position is one of the trained grid, whatever the other side."""
     for embedding in (position_embedding, lambda *sizes: torch.cat(rotary_embedding(*sizes).cosines_sines, dim=1)):
         base, finer = embedding(16, 4, 4, 4).unflatten(0, (4, 4)), embedding(16, 8, 12, 4).unflatten(0, (8, 12))
         torch.testing.assert_close(finer[::2, ::3], base)
-        assert len(base.flatten(0, 1).unique(dim=0)) == 16  # and no two places are one
+        assert len(base.flatten(0, 1).unique(dim=0)) == 16  # and no two positions are equal
 
 
-def test_a_rotary_product_depends_on_the_distance_alone():
-    """So a crop of the image is the image of a crop: queries and keys turned by places (r, c) and (r + i, c + j)."""
+def test_rotary_attention_logits_depend_on_the_offset_alone():
+    """Of queries at (r, c) and keys at (r + i, c + j)."""
     rotation = rotary_embedding(16, 6, 6, 6)
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
 
-    def turned(vector, row, column):
+    def rotated(vector, row, column):
         return rotate(vector.expand(1, 36, 1, 16), rotation).reshape(6, 6, 16)[row, column]
 
-    products = {
-        (i, j): [turned(q, r, c) @ turned(k, r + i, c + j) for r in range(3) for c in range(3)]
+    logits = {
+        (i, j): [rotated(q, r, c) @ rotated(k, r + i, c + j) for r in range(3) for c in range(3)]
         for i in range(3)
         for j in range(3)
     }
-    for values in products.values():
+    for values in logits.values():
         torch.testing.assert_close(torch.stack(values), values[0].expand(9), rtol=1e-4, atol=1e-5)
-    assert len({round(values[0].item(), 4) for values in products.values()}) == 9
+    assert len({round(values[0].item(), 4) for values in logits.values()}) == 9
+
+
+def with_gradients(dit):
+    return {name for name, parameter in dit.named_parameters() if parameter.grad.any()}
 
 
 def train(dit, steps, learning_rate):
@@ -338,28 +347,28 @@ def train(dit, steps, learning_rate):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_reach_every_parameter_once_the_zeros_have_moved(variant):
+def test_gradients_reach_every_parameter_after_two_steps(variant):
     torch.manual_seed(0)
-    dit = DiT(**SIZES, **variant)
+    dit = make(**variant)
     steps = train(dit, 3, 1e-2)
     next(steps)
-    # at first the output layer alone, behind its zeros; then the gates; then what stands behind the gates
-    assert {name for name, p in dit.named_parameters() if p.grad.any()} == {"proj_out.weight", "proj_out.bias"}
+    # first only the output layer, which is zero; then the gates; then everything behind the gates
+    assert with_gradients(dit) == {"proj_out.weight", "proj_out.bias"}
     next(steps)
     next(steps)
-    assert [name for name, p in dit.named_parameters() if not p.grad.any()] == []
+    assert with_gradients(dit) == {name for name, _ in dit.named_parameters()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:2])
-def test_it_can_learn_one_batch_by_heart(variant):
+def test_it_can_overfit_one_batch(variant):
     torch.manual_seed(0)
-    losses = list(train(DiT(**SIZES, **variant), 100, 5e-3))
+    losses = list(train(make(**variant), 100, 5e-3))
     assert losses[-1] < losses[0] / 5
 
 
-def test_a_preview_before_training_does_not_get_in_its_way():
-    """What is cached under ``inference_mode`` (positions) may enter autograd later."""
-    dit = DiT(**SIZES | {"width": 48}, positions="sincos_rope")  # a width of its own: nothing is in the cache yet
+def test_sampling_under_inference_mode_before_training_does_no_harm():
+    """Positions that were cached under ``inference_mode`` can be used with autograd later."""
+    dit = make(width=48, positions="sincos_rope")  # a width that is not in the cache yet
     with torch.inference_mode():
         denoise(dit, *inputs())
     denoise(dit, *inputs()).sum().backward()

@@ -1,4 +1,5 @@
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ldm.models.text_encoder import MAX_TOKENS, TextEncoder, max_tokens, minilm_
 
 CAPTIONS = ["a red circle", "a tiny yellow star at the top left on a dark blue background", "", "cat"]
 WORDS = ["[PAD]", "[UNK]", "[START]", "[END]", "a", "red", "green", "ring", "on", "black"]
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def test_minilm_is_a_real_encoder_of_384_features(minilm):
@@ -43,7 +45,7 @@ def test_minilm_whose_weights_are_not_the_published_ones_is_refused(tmp_path, mo
     with pytest.raises(LdmError, match=r"model.safetensors is not the file that was published"):
         minilm_folder()
     monkeypatch.setattr(text, "MINILM_PACKAGE", "no_such_package_at_all")
-    with pytest.raises(UsageError, match=r"pip install 'ldm\[quickstart\]'.*--text-encoder PATH"):
+    with pytest.raises(UsageError, match=r"pip install 'ldm\[quickstart\]'.*directory of another encoder"):
         TextEncoder.load("minilm")
 
 
@@ -57,7 +59,7 @@ def test_a_caption_s_embedding_does_not_depend_on_its_batch(minilm):
         assert not together[row, length:].any()  # zeroed padding
 
 
-def test_a_caption_is_cut_at_what_the_encoder_takes(minilm):
+def test_a_caption_is_cut_at_the_encoder_s_limit(minilm):
     limit = max_tokens(minilm.tokenizer)
     assert limit <= minilm.model.config.max_position_embeddings
     embeddings, mask = minilm.encode(["circle " * 2 * limit])
@@ -70,7 +72,7 @@ def test_max_tokens_follows_the_tokenizer_within_reason():
     assert max_tokens(tokenizer()) == MAX_TOKENS  # states no limit
 
 
-def test_the_hash_is_of_the_weights(minilm, tmp_path):
+def test_the_hash_depends_on_the_weights(minilm, tmp_path):
     save(tmp_path / "a", bert(0))
     save(tmp_path / "b", bert(1))
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
@@ -79,7 +81,7 @@ def test_the_hash_is_of_the_weights(minilm, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "no-such-model"])
-def test_what_cannot_be_had_is_one_line(name):
+def test_an_encoder_that_cannot_be_loaded_is_one_line(name):
     with pytest.raises(UsageError) as error:
         TextEncoder.load(name)
     message = str(error.value)
@@ -103,19 +105,17 @@ def tokenizer(**settings):
 
 def bert(seed):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return BertModel(BertConfig(vocab_size=len(WORDS), **sizes))
+    return BertModel(BertConfig(vocab_size=len(WORDS), **SIZES))
 
 
 def clip(seed):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(WORDS), max_position_embeddings=20, eos_token_id=3, **sizes))
+    return CLIPTextModel(CLIPTextConfig(vocab_size=len(WORDS), max_position_embeddings=20, eos_token_id=3, **SIZES))
 
 
 def t5(seed):
     torch.manual_seed(seed)
-    return T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_attention_heads=2))
+    return T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
 
 def save(folder, model):
