@@ -37,7 +37,7 @@ CASES = {
         "path": "VariancePreserving",
         "prediction": "V",
         "timesteps": "Uniform",
-        "power_averages": {"sigma_rel": [0.05, 0.25], "product": 0.25, "snapshot_every": STEPS},
+        "power_averages": {"sigma_rel": [0.05, 0.25], "selected": 0.25, "snapshot_every": STEPS},
         "online": True,
     },
 }

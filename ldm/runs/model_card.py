@@ -160,7 +160,7 @@ def last_validation(run: Path, step: int) -> dict[str, float]:
 
 
 def _network(pipeline: Any, module: DenoiserTraining) -> dict[str, Any]:
-    shape = module.frozen.trained_on["latent_shape"]
+    shape = module.encoders.trained_on["latent_shape"]
     return {
         "network": type(pipeline.transformer).__name__,
         "parameters": _millions(pipeline.transformer),
@@ -201,15 +201,15 @@ def _metrics(module: DenoiserTraining, validation: dict[str, float], fields: Car
 
 
 def _training(pipeline: Any, module: DenoiserTraining, config: dict[str, Any]) -> dict[str, Any]:
-    trained_on = module.frozen.trained_on
+    trained_on = module.encoders.trained_on
     # an export for another pipeline may have folded the latents' statistics into the autoencoder
     parts = [
         ("transformer", "trained here", ""),
         ("vae", base_name(str(module.autoencoder_path)), trained_on["autoencoder"]),
-        ("text_encoder", without_paths(module.frozen.text_encoder.name, "text_encoder"), trained_on["text_encoder"]),
+        ("text_encoder", without_paths(module.encoders.text_encoder.name, "text_encoder"), trained_on["text_encoder"]),
     ]
     networks = {part: getattr(pipeline, part) for part, _, _ in parts}
-    length = (config["model"].get("power_averages") or {}).get("product")
+    length = (config["model"].get("power_averages") or {}).get("selected")
     average = (
         f"power-function average of relative length {length:g}"
         if length is not None

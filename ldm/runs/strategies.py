@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from ldm.errors import UsageError
 from ldm.runs.checkpoints.files import read_checkpoint, require_whole_together
 from ldm.runs.checkpoints.sharded import AVERAGES, OPTIMISER, each_average, shard_optimiser_state, sharded_checkpoint
-from ldm.training.fsdp import like, piece_like
+from ldm.training.fsdp import from_local, local_tensor, shard_like
 
 
 class FullySharded(ModelParallelStrategy):
@@ -54,8 +54,7 @@ class FullySharded(ModelParallelStrategy):
         checkpoint = read_checkpoint(path, mmap=True)
         own = self.lightning_module.state_dict()
         weights = {
-            name: like(piece_like(weight, own[name]), own[name]) if name in own else weight
-            for name, weight in checkpoint["state_dict"].items()
+            name: shard_like(weight, own[name]) if name in own else weight for name, weight in checkpoint["state_dict"].items()
         }
         self.lightning_module.load_state_dict(own | weights if own.keys() - weights.keys() <= self._frozen() else weights)
         for optimiser, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -63,7 +62,7 @@ class FullySharded(ModelParallelStrategy):
         parameters = [*self.lightning_module.average.network.parameters()]
         for average in each_average(checkpoint["average"]):
             shadows = zip(average["shadow_params"], parameters, strict=True)
-            average["shadow_params"] = [piece_like(shadow, parameter).clone() for shadow, parameter in shadows]
+            average["shadow_params"] = [local_tensor(shard_like(*pair)).clone() for pair in shadows]
         return checkpoint
 
     def _load_sharded(self, path: Path) -> dict[str, Any]:
@@ -100,7 +99,7 @@ class FullySharded(ModelParallelStrategy):
     def _averages(self) -> dict[str, Tensor]:
         average = self.lightning_module.average
         return {
-            f"{AVERAGES}{number}.{index}": like(shadow, parameter)
+            f"{AVERAGES}{number}.{index}": from_local(shadow, parameter)
             for number, ema in enumerate(average.all())
             for index, (shadow, parameter) in enumerate(zip(ema.shadow_params, average.network.parameters(), strict=True))
         }

@@ -1,4 +1,4 @@
-"""The adversarial part of stage one: the discriminator, its timetable, and the guard over reconstructions."""
+"""The adversarial part of stage one: the discriminator, its schedule, and the guard over reconstructions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from ldm.errors import UsageError
 from ldm.losses import AdversarialLoss, GradientPenalty, Hinge, LeCam
 
-# as good as 0, but multiplying can raise it again
+# next to 0, but multiplying can raise it again
 LOWEST_LEVEL = 1e-3
 
 
 @final
 class ReconstructionGuard(nn.Module):
-    """A factor on the adversarial weight, moved at each validation.
+    """A factor on the adversarial weight, the level, updated at each validation.
 
-    Reconstructions are worse when PSNR or LPIPS falls short of the best so far by more than the limits, or is not finite. Then
-    the factor is lowered; once they are as good again, it is raised step by step, but held while the discriminator classifies
-    nearly every patch: its gradient is then noise, which the adaptive weight amplifies. Its state is in buffers, and so in
-    checkpoints.
+    Reconstructions count as worse when PSNR or LPIPS is not finite, or worse than the best so far by more than a limit. Then
+    the level is lowered. Otherwise it is raised step by step, except while the discriminator classifies nearly all patches
+    correctly: its gradient is then noise, which the adaptive weight amplifies. The state is in buffers, and so in checkpoints.
     """
 
     _level: Tensor
@@ -41,19 +40,19 @@ class ReconstructionGuard(nn.Module):
     ):
         """
         Args:
-            max_psnr_loss: dB below the best validation so far that are allowed.
-            max_lpips_rise: share by which LPIPS may be above the best validation so far.
-            max_accuracy: share of patches that the discriminator may classify correctly, a moving average.
-            lower: what the level is multiplied with when reconstructions are worse; it stays above 0.
-            higher: and while they are not; never above 1.
-            enabled: off, the level is 1.
+            max_psnr_loss: how far in dB PSNR may be below its best.
+            max_lpips_rise: by what fraction LPIPS may be above its best.
+            max_accuracy: the discriminator's accuracy, a moving average from 0 to 1, above which the level is not raised.
+            lower: factor on the level when reconstructions are worse; the level stays above 0.
+            higher: factor on the level when they are not; the level never exceeds 1.
+            enabled: if not, the level is always 1.
 
         Raises:
-            UsageError: where ``lower`` does not lower or ``higher`` does not raise.
+            UsageError: if ``lower`` does not lower or ``higher`` does not raise.
         """
         super().__init__()
         if not 0 < lower < 1 < higher:
-            raise UsageError(f"model.adversary.guard.lower {lower} must lie between 0 and 1, and higher {higher} above 1")
+            raise UsageError(f"the guard's lower {lower} must lie between 0 and 1, and its higher {higher} above 1")
         self.max_psnr_loss, self.max_lpips_rise, self.max_accuracy = max_psnr_loss, max_lpips_rise, max_accuracy
         self.lower, self.higher, self.enabled = lower, higher, enabled
         self.register_buffer("_level", torch.ones(()))
@@ -67,18 +66,18 @@ class ReconstructionGuard(nn.Module):
         return self._level if self.enabled else torch.ones_like(self._level)
 
     def watch_discriminator(self, accuracy: Tensor, decay: float = 0.98) -> None:
-        """Take in the share of patches that were classified correctly in one batch."""
+        """Update the moving average of the accuracy, 0 to 1, with that of one batch."""
         self.accuracy.lerp_(accuracy.detach().to(self.accuracy), 1 - decay)
 
     def update(self, psnr: float, lpips: float, active: bool) -> str | None:
-        """After a validation: PSNR in dB and LPIPS. Returns what was done about the level and why; None: nothing.
+        """Update the level after a validation, with PSNR in dB and LPIPS. Returns a message if it has anything to say.
 
-        Before the adversarial loss is ``active`` they only set the best so far.
+        Before the adversarial loss is ``active``, only the best values are updated.
         """
         message = None
         if self.enabled and active:
             losses = []
-            # PSNR is infinite where a flat image is met exactly, which is no loss
+            # PSNR is infinite if a flat image is reconstructed exactly
             if psnr != math.inf and not (math.isfinite(psnr) and psnr >= self.best_psnr - self.max_psnr_loss):
                 losses.append(f"PSNR {psnr:.2f} dB (best: {self.best_psnr:.2f})")
             if not (math.isfinite(lpips) and lpips <= self.best_lpips * (1 + self.max_lpips_rise)):
@@ -87,7 +86,10 @@ class ReconstructionGuard(nn.Module):
                 self._level.mul_(self.lower).clamp_(min=LOWEST_LEVEL)
                 message = f"{' and '.join(losses)}: the adversarial loss is lowered to {self.level:.3g}"
             elif self.level < 1 and self.accuracy > self.max_accuracy:
-                message = f"the discriminator knows {self.accuracy:.0%} of patches: the weight is held at {self.level:.3g}"
+                message = (
+                    f"the discriminator classifies {self.accuracy:.0%} of patches correctly: the adversarial loss is held at "
+                    f"{self.level:.3g}"
+                )
             elif self.level < 1:
                 self._level.mul_(self.higher).clamp_(max=1)
                 message = f"reconstructions are good again: the adversarial loss is raised to {self.level:.3g}"
@@ -100,11 +102,11 @@ class ReconstructionGuard(nn.Module):
 
 @final
 class AdversarialTraining(nn.Module):
-    """A discriminator with its loss and its timetable, in batches.
+    """A discriminator with its loss and its schedule, counted in steps.
 
-    The discriminator trains from ``start`` on. The adversarial loss of the decoder begins ``discriminator_warmup`` batches
-    later, because the gradient of an untrained discriminator is noise, and its weight rises linearly over ``generator_ramp``
-    batches. The guard lowers the weight where reconstructions get worse.
+    The discriminator trains from ``start`` on. The decoder's adversarial loss begins ``discriminator_warmup`` steps later,
+    because the gradient of an untrained discriminator is noise, and its weight rises linearly over ``generator_ramp`` steps.
+    The guard lowers the weight if reconstructions get worse.
     """
 
     def __init__(
@@ -123,52 +125,47 @@ class AdversarialTraining(nn.Module):
         """
         Args:
             discriminator: images (B, 3, H, W) -> logits, larger for real.
-            loss: of both (default: hinge).
-            weight: of the adversarial loss, after its gradient was made as large as the reconstruction's.
-            start: batch at which the discriminator begins to train.
-            discriminator_warmup: batches that it trains before the decoder's adversarial loss begins.
-            generator_ramp: batches over which the weight then rises from 0; 0 is as 1.
-            max_adaptive_weight: bound on the factor between the two gradients.
-            guard: what lowers the weight (default: with its own defaults).
-            lecam, gradient_penalty: regularisers (default: none).
+            loss: of decoder and discriminator (default: hinge).
+            weight: of the adversarial loss, whose gradient is first scaled to the size of the reconstruction loss's.
+            start: step at which the discriminator begins to train.
+            discriminator_warmup: steps that it trains before the decoder's adversarial loss begins.
+            generator_ramp: steps over which the weight then rises from 0; 0 means the same as 1.
+            max_adaptive_weight: upper bound of that scale.
+            guard: lowers the weight (default: a guard with its defaults).
+            lecam, gradient_penalty: regularisers of the discriminator (default: none).
         """
         super().__init__()
         self.discriminator = discriminator
         self.loss = loss or Hinge()
-        self.weight, self.start, self.discriminator_warmup, self.generator_ramp = (
-            weight,
-            start,
-            discriminator_warmup,
-            generator_ramp,
-        )
-        self.max_adaptive_weight = max_adaptive_weight
+        self.start, self.discriminator_warmup, self.generator_ramp = start, discriminator_warmup, generator_ramp
+        self.weight, self.max_adaptive_weight = weight, max_adaptive_weight
         self.guard = guard or ReconstructionGuard()
         self.lecam = lecam or LeCam()
         self.gradient_penalty = gradient_penalty or GradientPenalty()
 
     def trains(self, step: int) -> bool:
-        """Whether the discriminator trains on this batch."""
+        """Whether the discriminator trains at this step."""
         return step >= self.start
 
     def ramp(self, step: int) -> float:
-        """The factor of the timetable on the weight at this batch, 0 to 1."""
+        """The schedule's factor on the weight at this step, 0 to 1."""
         active = step - self.start - self.discriminator_warmup
         return min(max(active / max(self.generator_ramp, 1), 0.0), 1.0)
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        """The decoder's loss. The discriminator does not learn from it, not even its estimates of spectral norms."""
+        """The decoder's loss. It leaves the discriminator unchanged, its estimates of spectral norms included."""
         was_training = self.discriminator.training
-        learning = [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
         self.discriminator.eval().requires_grad_(False)
         try:
             return self.loss.generator(self.discriminator(reconstruction).float())
         finally:
             self.discriminator.train(was_training)
-            for parameter in learning:
+            for parameter in trained:
                 parameter.requires_grad_()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """What the discriminator minimises on real images and detached reconstructions, and its accuracy, 0 to 1."""
+        """The discriminator's loss on real images and detached reconstructions, and its accuracy, 0 to 1."""
         real_logits, fake_logits = self.discriminator(real).float(), self.discriminator(fake.detach()).float()
         loss = self.loss.discriminator(real_logits, fake_logits)
         if self.lecam.weight:

@@ -1,8 +1,8 @@
-"""Stage one: a KL autoencoder against a patch discriminator.
+"""Stage one: a KL autoencoder and a patch discriminator.
 
 Read :meth:`AutoencoderTraining.training_step` first. A step is one batch, however many micro-batches it is split into.
-Lightning's ``global_step`` counts the steps of every optimiser; here it counts the autoencoder's alone, because the
-discriminator's optimiser is stepped outside Lightning's bookkeeping.
+Lightning's ``global_step`` counts the steps of every optimiser; here it counts the autoencoder's only, because the
+discriminator's optimiser is not wrapped by Lightning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -18,9 +18,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from ldm.data.datamodule import ShardDataModule
+from ldm.data.image_dataset import ImageDataset
 from ldm.data.manifest import IMAGE_SHARDS
 from ldm.data.plan import PlannedSample
 from ldm.data.quarantine import BadSample
@@ -31,22 +34,30 @@ from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, Reconstruc
 from ldm.losses.auxiliary import names_of
 from ldm.losses.equivariance import SMALLEST_SIDE
 from ldm.losses.reconstruction import WeightedLoss
-from ldm.models.autoencoder import AutoencoderConfig, images_to_pil, pixels_to_images, reconstruct, set_latent_statistics
+from ldm.models.autoencoder import (
+    AutoencoderConfig,
+    decode,
+    encode,
+    images_to_pil,
+    pixels_to_images,
+    reconstruct,
+    set_latent_statistics,
+)
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.base import TrainingModule
 from ldm.training.encoders import measure_statistics
-from ldm.training.fsdp import is_sharded, whole
+from ldm.training.fsdp import full_tensor, is_sharded
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
-from ldm.training.randomness import draw_generators, step_generator
+from ldm.training.randomness import sample_generators, step_generator
 
 PREVIEW_IMAGES = 8
-# not in checkpoints: made again from their descriptions
+# frozen networks, which are built from the config and not kept in checkpoints
 FROZEN = ("perceptual.", "fid.")
 
 
 class AutoencoderTraining(TrainingModule):
-    """Reconstruction + LPIPS + KL, and a discriminator that starts late, is weighted in slowly, and is guarded."""
+    """Reconstruction loss + LPIPS + KL, and an adversarial loss that starts late and rises slowly, under a guard."""
 
     command, artifact, find_unused_parameters = "autoencoder", "autoencoder", True
 
@@ -75,23 +86,23 @@ class AutoencoderTraining(TrainingModule):
         """
         Args:
             autoencoder: the network, from scratch or from a directory.
-            adversary: the discriminator, its loss, timetable and guard.
-            reconstruction, perceptual: the losses.
+            adversary: the discriminator, its loss, schedule and guard.
+            reconstruction, perceptual: the reconstruction loss and LPIPS.
             optimiser: of the autoencoder.
             discriminator_optimiser: of the discriminator.
-            equivariance: latents that turn and shrink as images do (default: not asked for).
+            equivariance: regulariser of the latents (default: none).
             reconstruction_losses: further losses between reconstruction and target, each with its weight.
-            perceptual_weight: of LPIPS against the reconstruction loss.
+            perceptual_weight: of LPIPS.
             kl_weight: of the KL in nats per pixel value.
-            kl_warmup: batches over which the KL's weight rises from 0.
-            learn_variance: learn what reconstruction and LPIPS together weigh against the KL.
-            accumulate: micro-batches that a batch is split into, to save memory; the step stays that of the whole batch.
-            max_skipped: batches in a row whose loss or gradients are not finite, before the run stops; each is skipped.
-            fid_trunk: measure the reconstructions' FID at validation too: inception, alex-random, vgg-random or the path of a
-                checkpoint; see :class:`ldm.evaluation.metrics.ReconstructionFID`.
+            kl_warmup: steps over which the KL's weight rises from 0.
+            learn_variance: learn the weight of reconstruction loss and LPIPS relative to the KL.
+            accumulate: micro-batches that a batch is split into, to save memory; the step is still that of the whole batch.
+            max_skipped: steps in a row with a loss or gradients that are not finite; each is skipped, one more stops the run.
+            fid_trunk: also measure the reconstructions' FID at validation: inception, alex-random, vgg-random or the path of
+                a checkpoint; see :class:`ldm.evaluation.metrics.ReconstructionFID`.
             channels_last: memory order of the networks: faster on GPUs and for large networks on CPUs, slower for tiny ones.
-            gradient_checkpointing: compute every block of the autoencoder twice, to keep less in memory.
-            compile: compile every block with ``torch.compile``: minutes at first, faster from then on.
+            gradient_checkpointing: recompute the autoencoder's activations in the backward pass, to save memory.
+            compile: compile every block with ``torch.compile``, which takes minutes at the start.
             ema_decay: of the average of the autoencoder's weights.
         """
         super().__init__()
@@ -108,15 +119,16 @@ class AutoencoderTraining(TrainingModule):
         self.perceptual_weight, self.kl_weight, self.kl_warmup = perceptual_weight, kl_weight, kl_warmup
         self.accumulate = accumulate
         self.skips = SkippedSteps(max_skipped)
-        # every process validates on the same samples, and each has all of the figure
-        own = {"sync_on_compute": False}
+        # every process validates on the same samples, so that metrics need no exchange
+        own: dict[str, Any] = {"sync_on_compute": False}
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean", **own)
         self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0), **own)
-        self.health = LatentHealth(self.autoencoder.config.latent_channels, **own)
+        self.health = LatentHealth(self.autoencoder.config["latent_channels"], **own)
         self.fid = ReconstructionFID(fid_trunk) if fid_trunk else None
         self.channels_last = channels_last
         if channels_last:
-            for network in (self.autoencoder, self.adversary.discriminator, self.perceptual):
+            networks: list[nn.Module] = [self.autoencoder, self.adversary.discriminator, self.perceptual]
+            for network in networks:
                 network.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
@@ -129,50 +141,50 @@ class AutoencoderTraining(TrainingModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One step of the autoencoder on one batch, and from ``adversary.start`` on one of the discriminator."""
-        # the number of this step, from 0
-        step, images = self.global_step, pixels_to_images(batch["image"])
+        step, images = self.global_step, pixels_to_images(batch["image"])  # the first step is 0
         pairs = self._train_autoencoder(images, batch["draws"], step)
         if pairs is not None and self.adversary.trains(step):
             self._train_discriminator(pairs, batch["draws"], step)
 
-    def _train_autoencoder(self, images: Tensor, draws: list[PlannedSample], step: int) -> list[tuple[Tensor, Tensor]] | None:
+    def _train_autoencoder(self, images: Tensor, samples: list[PlannedSample], step: int) -> list[tuple[Tensor, Tensor]] | None:
         """One step of the autoencoder. Returns (target, reconstruction) of each micro-batch, or None if it was skipped."""
-        optimiser, _ = self.optimizers()
+        optimiser, schedule = self.optimiser_and_schedule(0)
         optimiser.zero_grad()
-        generators, turns = draw_generators(self.seed, draws), step_generator(self.seed, step)
+        assert self.seed is not None
+        generators, shared_generator = sample_generators(self.seed, samples), step_generator(self.seed, step)
         pairs, metrics = [], []
         parts = images.chunk(self.accumulate)
-        for part, share in self.micro_batches(parts, [len(part) for part in parts]):
+        for part, fraction in self.micro_batches(parts, [len(part) for part in parts]):
             own, generators = generators[: len(part)], generators[len(part) :]
-            target, reconstruction, logged = self._autoencoder_backward(part, share, step, own, turns)
+            target, reconstruction, logged = self._autoencoder_backward(part, fraction, step, own, shared_generator)
             pairs.append((target, reconstruction))
-            metrics.append({name: share * value.detach() for name, value in logged.items()})
-        norm = whole(nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm))
-        summed = {f"train/{name}": torch.stack([part[name] for part in metrics]).sum(0) for name in metrics[0]}
-        mean = self.log_step(summed)
-        schedule, _ = self.lr_schedulers()
+            metrics.append({name: fraction * value.detach() for name, value in logged.items()})
+        norm = full_tensor(nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm))
+        mean = self.log_step({f"train/{name}": torch.stack([part[name] for part in metrics]).sum(0) for name in metrics[0]})
         self.log_dict({"train/grad_norm": norm, "train/lr": schedule.get_last_lr()[0]})
-        if not self.step_or_skip(optimiser, schedule, norm + mean["train/loss"], "autoencoder", draws):
+        if not self.step_or_skip(optimiser, schedule, norm + mean["train/loss"], "autoencoder", samples):
             return None
         self.average.update()
         return pairs
 
     def _autoencoder_backward(
-        self, images: Tensor, share: float, step: int, generators: list[torch.Generator], turns: torch.Generator
+        self, images: Tensor, fraction: float, step: int, generators: list[torch.Generator], shared_generator: torch.Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Gradients of one micro-batch, ``share`` of the batch: (target, reconstruction, metrics).
+        """Gradients of one micro-batch, a ``fraction`` of the batch. Returns (target, reconstruction, metrics).
 
-        Each latent is sampled by a generator of its own; ``turns`` chooses the transformation of the equivariance for all.
+        ``generators`` sample the latents; ``shared_generator`` chooses one transformation for the equivariance.
 
-        The losses' networks and the discriminator are differentiated once, down to the reconstruction. At the decoder's last
-        layer the two gradients are compared, and their sum is propagated through the autoencoder.
+        The networks of the losses and the discriminator are differentiated once, with respect to the reconstruction. The
+        sizes of the two gradients are compared at the decoder's last layer, and their weighted sum is propagated through the
+        autoencoder.
         """
-        posterior = self.autoencoder.encode(images).latent_dist
-        target, latents = self.equivariance(images, posterior.sample(generators), turns)
-        before_last: list[Tensor] = []  # layer, (B, C, H, W)
+        posterior = encode(self.autoencoder, images)
+        latents = posterior.sample(generators)  # pyright: ignore[reportArgumentType]  a list is allowed, but not declared
+        target, latents = self.equivariance(images, latents, shared_generator)
+        before_last: list[Tensor] = []  # the last layer's input (B, C, H, W)
         last_layer = self.autoencoder.decoder.conv_out
         with last_layer.register_forward_pre_hook(lambda _, given: before_last.append(given[0].detach())):
-            reconstruction = self.autoencoder.decode(latents).sample.float()
+            reconstruction = decode(self.autoencoder, latents).float()
         leaf = reconstruction.detach().requires_grad_()
         pixels, perceptual = self.reconstruction(leaf, target), self.perceptual(leaf, target)
         error = pixels + self.perceptual_weight * perceptual
@@ -198,71 +210,70 @@ class AutoencoderTraining(TrainingModule):
             loss = loss + weight * generator.detach()
         kl = kl_per_pixel_value(posterior, images)
         loss = loss + self.kl_weight * (min(step / self.kl_warmup, 1.0) if self.kl_warmup else 1.0) * kl
-        # its value is the loss; its gradients at the reconstruction and at the losses' parameters are those from above
-        towards = (gradient * reconstruction).sum()
+        # a surrogate whose gradients at the reconstruction and at the losses' parameters are those computed above
+        surrogate = (gradient * reconstruction).sum()
         for parameter, its_gradient in zip(parameters, of_parameters, strict=True):
-            towards = towards + (its_gradient * parameter).sum()
-        self.manual_backward(share * (loss + towards - towards.detach()))
+            surrogate = surrogate + (its_gradient * parameter).sum()
+        self.manual_backward(fraction * (loss + surrogate - surrogate.detach()))
         return target, reconstruction.detach(), metrics | {"kl": kl, "loss": loss}
 
     def _adaptive_weight(self, features: Tensor, by_reconstruction: Tensor, by_generator: Tensor) -> Tensor:
-        """How much larger the first gradient is at the decoder's last layer, over all processes."""
-        # not by autograd: sharded, the weight that was used is gone by now
+        """The ratio of the two gradients' norms at the decoder's last layer, over all processes."""
+        # not by autograd: when sharded, the full weight has been freed by now
         last_layer = self.autoencoder.decoder.conv_out
+        shape, padding = last_layer.weight.shape, cast(int, last_layer.padding)  # a tuple, which the function takes as well
         gradients = torch.stack(
             [
-                conv2d_weight(features, last_layer.weight.shape, gradient.to(features), padding=last_layer.padding).float()
+                conv2d_weight(features, shape, gradient.to(features), padding=padding).float()
                 for gradient in (by_reconstruction, by_generator)
             ]
         )
-        return adaptive_weight(*self.trainer.strategy.reduce(gradients, reduce_op="mean"), self.adversary.max_adaptive_weight)
+        first, second = self.trainer.strategy.reduce(gradients, reduce_op="mean")
+        return adaptive_weight(first, second, self.adversary.max_adaptive_weight)
 
-    def _train_discriminator(self, pairs: list[tuple[Tensor, Tensor]], draws: list[PlannedSample], step: int) -> None:
+    def _train_discriminator(self, pairs: list[tuple[Tensor, Tensor]], samples: list[PlannedSample], step: int) -> None:
         """One step of the discriminator on (target, reconstruction) of each micro-batch."""
-        # use_pl_optimizer=False: a step that Lightning does not count, so that max_steps means batches
-        _, optimiser = self.optimizers(use_pl_optimizer=False)
+        optimiser, schedule = self.optimiser_and_schedule(1, counted=False)  # so that max_steps counts batches
         optimiser.zero_grad()
-        losses, accuracies = [], []
-        for (target, reconstruction), share in self.micro_batches(pairs, [len(target) for target, _ in pairs]):
+        totals = torch.zeros(2, device=self.device)  # loss and accuracy
+        for (target, reconstruction), fraction in self.micro_batches(pairs, [len(target) for target, _ in pairs]):
             loss, accuracy = self.adversary.discriminator_loss(target, reconstruction, step)
-            self.manual_backward(share * loss)
-            losses.append(share * loss.detach())
-            accuracies.append(share * accuracy)
+            self.manual_backward(fraction * loss)
+            totals += fraction * torch.stack([loss.detach(), accuracy])
         discriminator = self.adversary.discriminator
-        if is_sharded(self.autoencoder):  # the discriminator is not, and nobody else sees to its gradients
+        if is_sharded(self.autoencoder):  # the discriminator is not, so FSDP does not reduce its gradients
             for parameter in discriminator.parameters():
                 parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
         norm = nn.utils.clip_grad_norm_(discriminator.parameters(), self.discriminator_optimiser.max_grad_norm)
-        mean = self.log_step({"train/d": sum(losses), "train/d_accuracy": sum(accuracies)})
-        for average in self.adversary.lecam.buffers():  # moved by each process's own logits, and linear in them
+        mean = self.log_step({"train/d": totals[0], "train/d_accuracy": totals[1]})
+        for average in self.adversary.lecam.buffers():  # linear in each process's own logits
             average.copy_(self.trainer.strategy.reduce(average, reduce_op="mean"))
-        _, schedule = self.lr_schedulers()
-        if self.step_or_skip(optimiser, schedule, norm + mean["train/d"], "discriminator", draws):
+        if self.step_or_skip(optimiser, schedule, norm + mean["train/d"], "discriminator", samples):
             self.adversary.guard.watch_discriminator(mean["train/d_accuracy"])
 
-    # -- what it starts from -----------------------------------------------------------------------------------------
+    # -- setup -------------------------------------------------------------------------------------------------------
 
     def averaged(self) -> nn.Module:
         return self.autoencoder
 
     def _levels(self) -> list[nn.Module]:
-        """Of the autoencoder, one for each size and the middle."""
+        """The autoencoder's blocks at each resolution."""
         encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
         return [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
 
     def blocks(self) -> list[nn.Module]:
         network = self.autoencoder
-        # none is left to the whole, which hands out a posterior: FSDP does not see into that, and would not gather for its sake
+        # every weight is in one of these: the autoencoder itself returns a posterior, whose tensors FSDP does not find
         between = [layer for layer in (network.quant_conv, network.post_quant_conv) if layer is not None]
         return [*self._levels(), network.encoder, network.decoder, *between]
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot go well, before the first step."""
+        """Refuse settings that cannot be trained with."""
         precision, num_steps = str(self.trainer.precision), self.trainer.max_steps
         if "16" in precision and not precision.startswith("bf16"):
-            raise UsageError(f"trainer.precision {precision}: adversarial gradients overflow fp16; give bf16-mixed or 32-true")
+            raise UsageError(f"precision {precision}: adversarial gradients overflow fp16; give bf16-mixed or 32-true")
         if precision == "bf16-true":
-            raise UsageError("trainer.precision bf16-true keeps no fp32 weights, and small steps are lost; give bf16-mixed")
+            raise UsageError("precision bf16-true keeps no fp32 weights, and small updates are lost; give bf16-mixed")
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             trained_losses = any(True for _ in self.reconstruction_modules.parameters())
             for name, given in (
@@ -271,11 +282,11 @@ class AutoencoderTraining(TrainingModule):
                 ("reconstruction_losses with parameters", trained_losses),
             ):
                 if given:
-                    raise UsageError(f"model.{name} does not go with trainer.strategy fsdp; leave it out, or train with ddp")
+                    raise UsageError(f"{name} cannot be used with strategy fsdp; remove it, or train with ddp")
         if not 0 <= self.adversary.start < num_steps:
             raise UsageError(
-                f"model.adversary.start {self.adversary.start} is not before trainer.max_steps {num_steps}: the "
-                "discriminator would never train; lower it or raise max_steps"
+                f"the adversary's start {self.adversary.start} is not before max_steps {num_steps}: the discriminator would "
+                "never train; lower it or raise max_steps"
             )
         super().setup(stage)
 
@@ -283,27 +294,30 @@ class AutoencoderTraining(TrainingModule):
         for source in (*data.train_set.sources, *data.validation_set.sources):
             if source.manifest.format != IMAGE_SHARDS:
                 raise UsageError(f"{source.spec} holds {source.manifest.format}; stage one needs {IMAGE_SHARDS}")
-        first = data.train_set.attempt(0)
-        size = [data.train_set.image_size] * 2 if isinstance(first, BadSample) else first["image"].shape[1:]
-        if any(side is not None and side % self.factor for side in size):
-            raise UsageError(
-                f"images of {size[1]} x {size[0]} are not multiples of {self.factor}, by which the autoencoder shrinks them; "
-                "set data.image_size to one"
-            )
-        if self.autoencoder.use_tiling and None not in size and max(size) > self.autoencoder.config.sample_size:
-            raise UsageError(
-                f"model.autoencoder.tiling would tile training images of {size[1]} x {size[0]}; raise "
-                f"model.autoencoder.sample_size {self.autoencoder.config.sample_size} to their size"
-            )
-        if None not in size:
-            self._try_smallest(min(size))
-        few = (data.validation_set.attempt(index) for index in range(len(data.validation_set)))
-        good = islice((sample for sample in few if not isinstance(sample, BadSample)), PREVIEW_IMAGES)
-        self._shown = [torch.from_numpy(sample["image"].copy())[None] for sample in good]
+        assert isinstance(data.train_set, ImageDataset)
+        first, side = data.train_set.attempt(0), data.train_set.image_size
+        size = first["image"].shape[1:] if not isinstance(first, BadSample) else (side, side) if side is not None else None
+        if size is not None:
+            self._require_size(*size)
+        attempts = (data.validation_set.attempt(index) for index in range(len(data.validation_set)))
+        good = islice((sample for sample in attempts if not isinstance(sample, BadSample)), PREVIEW_IMAGES)
+        self._preview_images = [torch.from_numpy(sample["image"].copy())[None] for sample in good]
         self._train_set, self._batch_size = data.train_set, data.batch_size
 
-    def _try_smallest(self, side: int) -> None:
-        """Whether LPIPS and the discriminator can look at images as small as they come; the latter is not asked for long."""
+    def _require_size(self, height: int, width: int) -> None:
+        """Refuse images of a size that a network cannot take."""
+        if height % self.factor or width % self.factor:
+            raise UsageError(
+                f"images of {width} x {height} are not multiples of the autoencoder's downsampling factor {self.factor}; set "
+                "image_size to one"
+            )
+        sample_size = self.autoencoder.config["sample_size"]
+        if self.autoencoder.use_tiling and max(height, width) > sample_size:
+            raise UsageError(
+                f"tiling would cut training images of {width} x {height} into tiles; raise the autoencoder's sample_size "
+                f"{sample_size} to their size"
+            )
+        side = min(height, width)
         smallest = min(side, SMALLEST_SIDE) if self.equivariance.probability else side
         image = torch.zeros(1, 3, smallest, smallest)
         try:
@@ -312,11 +326,11 @@ class AutoencoderTraining(TrainingModule):
                 self.adversary.generator_loss(image)
         except (RuntimeError, UsageError) as error:
             raise UsageError(
-                f"LPIPS or the discriminator cannot look at images of {smallest} pixels ({first_line(error)}); give larger "
-                "ones (data.image_size), or a discriminator of fewer layers"
+                f"LPIPS or the discriminator cannot take images of {smallest} pixels ({first_line(error)}); give larger ones "
+                "(image_size), or a discriminator of fewer layers"
             ) from error
 
-    def configure_optimizers(self) -> tuple[list, list]:
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         num_steps = self.trainer.max_steps
         pairs = [
             self.optimiser.build(self._trained(), num_steps, self._levels(), self.compute_dtype),
@@ -325,21 +339,21 @@ class AutoencoderTraining(TrainingModule):
         return [optimiser for optimiser, _ in pairs], [schedule for _, schedule in pairs]
 
     def _trained(self) -> nn.Module:
-        """What the first optimiser trains."""
-        beside = [] if self.variance is None else [self.variance]
-        beside += [loss for loss in self.reconstruction_modules if any(True for _ in loss.parameters())]
-        return nn.ModuleList([self.autoencoder, *beside]) if beside else self.autoencoder
+        """The autoencoder, and the losses that have parameters."""
+        losses: list[nn.Module] = [] if self.variance is None else [self.variance]
+        losses += [loss for loss in self.reconstruction_modules if any(True for _ in loss.parameters())]
+        return nn.ModuleList([self.autoencoder, *losses]) if losses else self.autoencoder
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.print(f"perceptual loss: {self.perceptual.description}")
 
-    # -- what is seen of it ------------------------------------------------------------------------------------------
+    # -- validation, previews, export --------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = trim(pixels_to_images(batch["image"]), self.factor)
-        posterior = self.autoencoder.encode(images).latent_dist
-        reconstruction = self.autoencoder.decode(posterior.mode()).sample.float().clamp(-1, 1)
+        posterior = encode(self.autoencoder, images)
+        reconstruction = decode(self.autoencoder, posterior.mode()).float().clamp(-1, 1)
         self.psnr(reconstruction, images)
         self.ssim(reconstruction, images)
         self.health.update(posterior)
@@ -352,7 +366,7 @@ class AutoencoderTraining(TrainingModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        """Latents' health and FID; then the guard adjusts the adversarial loss."""
+        """Log the health of the latents and FID; then the guard adjusts the adversarial loss."""
         self.log_dict({f"val/{name}": value for name, value in health_scalars(self.health.compute()).items()})
         self.health.reset()
         if self.fid is not None:
@@ -360,19 +374,19 @@ class AutoencoderTraining(TrainingModule):
             self.fid.reset()
         metrics = self.trainer.callback_metrics
         guard, step = self.adversary.guard, self.global_step
-        # the first process's: on a GPU another's may differ in the last digits, and so might what the guard does
-        seen = self.trainer.strategy.broadcast((float(metrics["val/psnr"]), float(metrics["val/lpips"])))
-        message = guard.update(*seen, self.adversary.ramp(step) > 0)
+        # on GPUs the processes' values may differ in the last digits; the guard must act alike on all
+        psnr, lpips = self.trainer.strategy.broadcast((float(metrics["val/psnr"]), float(metrics["val/lpips"])))
+        message = guard.update(psnr, lpips, self.adversary.ramp(step) > 0)
         if message:
             rank_zero_info(f"step {step}: {message}")
         self.log("val/g_level", guard.level)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Through the posterior's mode and back, (B, 3, H, W) in [−1, 1]."""
+        """See :func:`ldm.models.autoencoder.reconstruct`."""
         return reconstruct(self.autoencoder, images)
 
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
-        originals = [trim(pixels_to_images(pixels.to(self.device)), self.factor) for pixels in self._shown]
+        originals = [trim(pixels_to_images(pixels.to(self.device)), self.factor) for pixels in self._preview_images]
         return [
             (name, [image for images in row for image in images_to_pil(images)])
             for name, row in (("original", originals), ("reconstruction", map(self.reconstruct, originals)))
@@ -380,10 +394,12 @@ class AutoencoderTraining(TrainingModule):
 
     def save(self, folder: Path) -> None:
         """Write the ``AutoencoderKL`` directory, with the latents' mean and standard deviation per channel."""
-        if self.autoencoder.encoder.conv_in.weight.requires_grad:  # a frozen one keeps its directory's
+        if self.autoencoder.encoder.conv_in.weight.requires_grad:  # a frozen encoder keeps the statistics that it has
             set_latent_statistics(self.autoencoder, *measure_statistics(self.autoencoder, self._train_set, self._batch_size))
-        # safetensors holds no tensor in another order
-        copy.deepcopy(self.autoencoder).to(memory_format=torch.contiguous_format).save_pretrained(folder)
+        network = copy.deepcopy(self.autoencoder)
+        # safetensors stores contiguous tensors only; diffusers declares no type for its own `to`
+        nn.Module.to(network, memory_format=torch.contiguous_format)
+        network.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -391,6 +407,6 @@ class AutoencoderTraining(TrainingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if "state_dict" in checkpoint:  # sharded, they are in their places by now
+        if "state_dict" in checkpoint:  # from a sharded checkpoint the weights are loaded already
             frozen = {k: v for k, v in self.state_dict().items() if k.startswith(FROZEN)}
             checkpoint["state_dict"] = frozen | checkpoint["state_dict"]

@@ -1,20 +1,21 @@
-"""What both stages share: the parts of a step, the average, the checkpoint, and the exported artifact."""
+"""What both stages share: the parts of a step, the average of the weights, the checkpoint, the exported artifact."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldm.data.datamodule import ShardDataModule
+from ldm.data.datamodule import ShardDataModule, datamodule_of
 from ldm.data.plan import PlannedSample
 from ldm.errors import UsageError
 from ldm.training.ema import Average, PowerAverages
@@ -22,8 +23,8 @@ from ldm.training.fsdp import is_sharded, shard
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.randomness import global_states, set_global_state
 
-# differing weights that an error names
-NAMED_WEIGHTS = 8
+# how many differing weights an error lists
+LISTED_WEIGHTS = 8
 
 T = TypeVar("T")
 
@@ -39,8 +40,8 @@ def require_weights(network: nn.Module, weights: Mapping[str, Tensor], what: str
         if shapes.get(name) != expected.get(name)
     ]
     if differing:
-        listed = "; ".join(differing[:NAMED_WEIGHTS])
-        more = f"; and {len(differing) - NAMED_WEIGHTS} more" if len(differing) > NAMED_WEIGHTS else ""
+        listed = "; ".join(differing[:LISTED_WEIGHTS])
+        more = f"; and {len(differing) - LISTED_WEIGHTS} more" if len(differing) > LISTED_WEIGHTS else ""
         raise UsageError(
             f"{what} is of another network than the config's, {len(differing)} weights differ ({listed}{more}); give the "
             "config that it was trained with"
@@ -50,8 +51,8 @@ def require_weights(network: nn.Module, weights: Mapping[str, Tensor], what: str
 class TrainingModule(LightningModule):
     """What the modules of both stages share: steps over micro-batches, the average of one network, its export.
 
-    Optimisation is manual, so that one batch of the loader is one step of the optimiser in both stages, however many
-    micro-batches it is split into.
+    Optimisation is manual, so that one batch of the loader is one step of the optimiser, however many micro-batches it
+    is split into.
     """
 
     #: the command whose ``fit`` trains it, and the name of the directory that it exports
@@ -60,34 +61,43 @@ class TrainingModule(LightningModule):
     find_unused_parameters = False
     #: micro-batches that a batch is split into
     accumulate: int
-    #: counts of steps whose loss or gradients were not finite
     skips: SkippedSteps
     #: of the noise of every step (:mod:`ldm.training.randomness`); a resumed run keeps its first one
     seed: int | None = None
     _random_states: list[dict[str, Any]] | None = None
 
-    # -- a step, in parts ----------------------------------------------------------------------------------------------
+    # -- the parts of a step -------------------------------------------------------------------------------------------
+
+    def optimiser_and_schedule(self, number: int = 0, counted: bool = True) -> tuple[Optimizer, LRScheduler]:
+        """Those at position ``number`` of :meth:`configure_optimizers`; ``counted``: a step raises ``global_step``."""
+        optimisers, schedules = self.optimizers(use_pl_optimizer=counted), self.lr_schedulers()
+        return (
+            cast(Optimizer, optimisers[number] if isinstance(optimisers, list) else optimisers),
+            cast(LRScheduler, schedules[number] if isinstance(schedules, list) else schedules),
+        )
 
     def micro_batches(self, parts: Sequence[T], sizes: Sequence[int]) -> Iterator[tuple[T, float]]:
-        """Each part of a batch with its share of the samples. Processes exchange gradients at the last one alone."""
+        """Each micro-batch with its fraction of the samples. Processes exchange gradients at the last one only."""
         strategy = self.trainer.strategy
         for number, (part, size) in enumerate(zip(parts, sizes, strict=True), 1):
-            last = number == len(parts) or not isinstance(strategy, ParallelStrategy)
-            with nullcontext() if last else strategy.block_backward_sync():
+            exchange: AbstractContextManager[Any] = nullcontext()
+            if number < len(parts) and isinstance(strategy, ParallelStrategy):
+                exchange = strategy.block_backward_sync()
+            with exchange:
                 yield part, size / sum(sizes)
 
     def step_or_skip(
-        self, optimiser: Any, schedule: LRScheduler, finite: Tensor, network: str, samples: Sequence[PlannedSample]
+        self, optimiser: Optimizer, schedule: LRScheduler, checked: Tensor, network: str, samples: Sequence[PlannedSample]
     ) -> bool:
-        """Step the optimiser and its schedule; returns whether the step was taken.
+        """Step the optimiser and its schedule; returns whether weights were updated.
 
-        Where ``finite`` is not, the step counts but no weight moves. It must be the same on all processes.
+        If ``checked`` is not finite, the step counts but no weight changes. It must be the same on all processes.
         """
-        taken = bool(torch.isfinite(finite))
+        taken = bool(torch.isfinite(checked))
         if taken:
             self.skips.count_taken(network)
         else:
-            optimiser.zero_grad()  # an optimiser leaves parameters without a gradient alone, and their moments
+            optimiser.zero_grad()  # without a gradient, the optimiser changes neither a parameter nor its moments
             self.skips.count_skipped(network, self.trainer, samples)
             self.log("train/skipped", float(self.skips.total))
         optimiser.step()
@@ -96,16 +106,16 @@ class TrainingModule(LightningModule):
 
     def log_step(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log a step's metrics, each the mean over all processes, and return these means."""
-        together = torch.stack([value.detach().float().to(self.device) for value in metrics.values()])
-        together = self.trainer.strategy.reduce(together, reduce_op="mean")
-        means = dict(zip(metrics, together.unbind(), strict=True))
+        stacked = torch.stack([value.detach().float().to(self.device) for value in metrics.values()])
+        stacked = self.trainer.strategy.reduce(stacked, reduce_op="mean")
+        means = dict(zip(metrics, stacked.unbind(), strict=True))
         self.log_dict(means)
         return means
 
     # -- what a stage defines ------------------------------------------------------------------------------------------
 
     def prepare(self, data: ShardDataModule) -> None:
-        """Load what the data need, and refuse data that do not fit; before training and before an export."""
+        """Load what the data need, and refuse data that do not fit. Called before training and before an export."""
         raise NotImplementedError
 
     def averaged(self) -> nn.Module:
@@ -113,7 +123,7 @@ class TrainingModule(LightningModule):
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        """Parts of :meth:`averaged`, inner ones first, that FSDP gathers one after another."""
+        """Parts of :meth:`averaged`, inner ones first, that FSDP gathers one by one."""
         raise NotImplementedError
 
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
@@ -127,33 +137,34 @@ class TrainingModule(LightningModule):
     # -- setup ---------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
+        data = datamodule_of(self.trainer)
         if self.accumulate < 1:
-            raise UsageError(f"model.accumulate is {self.accumulate}; give 1 or more")
+            raise UsageError(f"accumulate is {self.accumulate}; give 1 or more")
         if self.accumulate > data.batch_size:
-            raise UsageError(f"model.accumulate {self.accumulate} is more than data.batch_size {data.batch_size}; lower it")
+            raise UsageError(f"accumulate {self.accumulate} is more than batch_size {data.batch_size}; lower it")
         self.prepare(data)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of matrix products; weights are in fp32."""
+        """The dtype of matrix products; weights are fp32."""
         return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
 
     def configure_model(self) -> None:
         """Under FSDP, shard the trained network and its averages over the processes."""
         network = self.averaged()
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(network):
+            assert self.device_mesh is not None
             shard(network, self.blocks(), self.device_mesh["data_parallel"], self.compute_dtype)
             self.start_average(*self._averaging)
 
     def start_average(self, decay: float, power: PowerAverages | None = None) -> None:
-        """Begin the averages of :meth:`averaged`: an exponential one, and power-function ones if asked for."""
+        """Begin the averages of :meth:`averaged`: an exponential one and those of ``power``."""
         self._averaging = decay, power
         self.average = Average(self.averaged(), decay, power)
 
     @contextmanager
     def average_applied(self) -> Iterator[None]:
-        """The averaged weights in evaluation mode, for validation, previews and export."""
+        """Within this context the network is in evaluation mode with averaged weights: validation, previews, export."""
         network = self.averaged()
         was_training = network.training
         network.eval()
@@ -167,12 +178,12 @@ class TrainingModule(LightningModule):
         self.average.to(self.device)
         if self.seed is None:
             self.seed = torch.initial_seed()
-        # every process was seeded alike, so that weights begin alike; from here on dropout must differ
+        # every process got the same seed, so that initial weights are the same; from here on dropout must differ
         if self.trainer.world_size > 1:
             torch.manual_seed(self.seed + self.global_rank)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # not before: starting the loaders and their processes takes random numbers too
+        # not earlier: starting the loaders and their processes uses random numbers too
         if self._random_states is not None:
             if len(self._random_states) == self.trainer.world_size:
                 set_global_state(self._random_states[self.global_rank])
@@ -182,7 +193,7 @@ class TrainingModule(LightningModule):
         checkpoint["average"] = self.average.state_dict()
         checkpoint["skipped"] = self.skips.state_dict()
         checkpoint["seed"], checkpoint["random"] = self.seed, global_states()
-        # Lightning saves at the end of a validation while the average is applied: the checkpoint needs the trained weights
+        # Lightning saves at the end of a validation, while the average is applied; a checkpoint needs the trained weights
         trained = self.average.trained()
         if trained is not None:
             network = self.averaged()

@@ -1,14 +1,14 @@
-"""Stage two: a denoiser on latents, with some captions dropped for classifier-free guidance.
+"""Stage two: a denoiser on latents. Read :meth:`DenoiserTraining.training_step` first.
 
-Read :meth:`DenoiserTraining.training_step` first: latents and captions from a batch, the loss of
-:mod:`ldm.diffusion.objective`, auxiliary losses, one step of the optimiser.
+A step takes latents and captions from a batch, computes the loss of :mod:`ldm.diffusion.objective` and auxiliary losses, and
+updates the weights. The data drops some captions, for classifier-free guidance.
 """
 
 from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -16,6 +16,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.diffusion.conditioning import Condition
@@ -32,20 +34,21 @@ from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.base import TrainingModule, require_weights
 from ldm.training.ema import PowerAverages
-from ldm.training.encoders import Statistics, frozen_for_images, frozen_for_latents
-from ldm.training.fsdp import whole
+from ldm.training.encoders import FrozenEncoders, Statistics, encoders_of_images, encoders_of_latents
+from ldm.training.fsdp import full_tensor
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig
-from ldm.training.randomness import draw_generators
+from ldm.training.randomness import sample_generators
 
-# of t, in which the validation loss is counted
+# intervals of t for which the validation loss is logged
 NUM_BINS = 10
 
 
 class DenoiserTraining(TrainingModule):
-    """The objective on normalised latents. What ``fit`` leaves behind is a whole pipeline directory."""
+    """A denoiser, trained on normalised latents and exported as a pipeline directory."""
 
     command, artifact = "denoiser", "pipeline"
+    encoders: FrozenEncoders
 
     def __init__(
         self,
@@ -71,26 +74,26 @@ class DenoiserTraining(TrainingModule):
     ):
         """
         Args:
-            denoiser: called as diffusers' ``PixArtTransformer2DModel``.
-            autoencoder: the directory that the latents were made with; it decodes previews and goes into the pipeline.
-            path, prediction, timesteps: the diffusion; see :mod:`ldm.diffusion`.
+            denoiser: with the signature of diffusers' ``PixArtTransformer2DModel``.
+            autoencoder: directory of the autoencoder that made the latents; it decodes previews and is part of the pipeline.
+            path, prediction, timesteps: see :mod:`ldm.diffusion`.
             optimiser: of the denoiser.
             weighting: of the squared error by t; without one, all times count equally.
             auxiliary_losses: further terms of the loss, computed from prediction, target or activations of the denoiser.
-            accumulate: micro-batches that a batch is split into, to save memory; the step stays that of the whole batch.
-            ema_decay: of the exponential average of the denoiser's weights. It is what is validated, previewed and exported,
-                unless ``power_averages`` names another as its product.
-            power_averages: kept beside it and stored, so that an average of any length can be had after training.
-            online: train on image shards: images and captions are encoded at each step, in fp32 as they are exported by
-                default. The latents' statistics are the autoencoder directory's; where it has none they are measured on 2,048
-                training images before the first step, and kept in the checkpoints and in the pipeline.
-            text_encoder: of captions, online (default: minilm); latents say themselves what theirs went through.
-            gradient_checkpointing: compute every block twice, to keep less in memory.
-            compile: compile every block with ``torch.compile``: minutes at first, faster from then on.
-            preview_prompts: drawn before the first step and at every validation, always from the same noise.
-            preview_steps: sampling steps of a preview.
+            accumulate: micro-batches that a batch is split into, to save memory; the step is still that of the whole batch.
+            ema_decay: of the exponential average of the denoiser's weights, which is validated, previewed and exported unless
+                ``power_averages`` selects another.
+            power_averages: further averages, from whose snapshots an average of any length can be reconstructed after training.
+            online: train on image shards, encoding images and captions at each step, in fp32. Latents are normalised by the
+                statistics in the autoencoder's directory; if it has none, they are measured on 2,048 training images before
+                the first step and kept in checkpoints and in the pipeline.
+            text_encoder: of captions, with ``online`` only (default: minilm); latent shards name their own.
+            gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
+            compile: compile every block with ``torch.compile``, which takes minutes at the start.
+            preview_prompts: images of these are generated before the first step and at every validation, from the same noise.
+            preview_steps: denoising steps of a preview.
             preview_guidance: guidance scale of a preview, or any rule of :mod:`ldm.diffusion.guidance`.
-            max_skipped: steps in a row whose loss or gradients are not finite, before the run stops; each is skipped.
+            max_skipped: steps in a row with a loss or gradients that are not finite; each is skipped, one more stops the run.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -100,9 +103,9 @@ class DenoiserTraining(TrainingModule):
         self.scheduler = matching_scheduler(path, prediction)
         self.optimiser = optimiser
         if text_encoder is not None and not online:
-            raise UsageError("model.text_encoder is for model.online; latents say what theirs went through: leave it out")
+            raise UsageError("text_encoder is for online training; latent shards name theirs: remove text_encoder")
         self.online, self.text_encoder = online, text_encoder or "minilm"
-        self.statistics: Statistics | None = None  # of the latents online, from a checkpoint
+        self.statistics: Statistics | None = None  # of latents encoded online, from a checkpoint
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         self.compiles = compile
@@ -111,68 +114,69 @@ class DenoiserTraining(TrainingModule):
         self.preview_guidance = preview_guidance if isinstance(preview_guidance, Guidance) else ClassifierFree(preview_guidance)
         self.start_average(ema_decay, power_averages)
         self.accumulate, self.skips = accumulate, SkippedSteps(max_skipped)
-        self.auxiliary_losses = nn.ModuleList(auxiliary_losses or [])
-        self._activations = sorted({number for loss in self.auxiliary_losses for number in loss.blocks})
+        # the cast gives the members of an nn.ModuleList their type
+        self.auxiliary_losses = cast("list[AuxiliaryLoss]", nn.ModuleList(auxiliary_losses or []))
+        self._blocks_with_activations = sorted({number for loss in self.auxiliary_losses for number in loss.blocks})
         self.num_images_seen = 0
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One step of the optimiser on one batch."""
-        optimiser, schedule = self.optimizers(), self.lr_schedulers()
+        optimiser, schedule = self.optimiser_and_schedule()
         optimiser.zero_grad()
         parts = split_batch(batch, self.accumulate)
         metrics: dict[str, Tensor] = {}
-        for micro_batch, share in self.micro_batches(parts, [len(part["draws"]) for part in parts]):
+        for micro_batch, fraction in self.micro_batches(parts, [len(part["draws"]) for part in parts]):
             terms = self.losses(micro_batch)
-            self.manual_backward(share * terms["train/loss"])
+            self.manual_backward(fraction * terms["train/loss"])
             for name, term in terms.items():
-                metrics[name] = metrics.get(name, 0.0) + share * term.detach()
-        norm = whole(nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm))
+                metrics[name] = metrics.get(name, 0.0) + fraction * term.detach()
+        norm = full_tensor(nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm))
         means = self.log_step(metrics)
         self.num_images_seen += len(batch["draws"]) * self.trainer.world_size
         self.log_dict({"num_images_seen": float(self.num_images_seen), "train/grad_norm": norm})
         self.log("train/lr", schedule.get_last_lr()[0])
-        # of all processes' losses and gradients, so that all of them decide alike
+        # both are reduced over all processes, which therefore decide alike
         if self.step_or_skip(optimiser, schedule, norm + means["train/loss"], "denoiser", batch["draws"]):
             self.average.update()
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss of a micro-batch as ``train/loss``, and its auxiliary terms by name."""
-        generators = draw_generators(self.seed, batch["draws"])
+        assert self.seed is not None
+        generators = sample_generators(self.seed, batch["draws"])
         x0, condition = self.encode(batch, generators)
-        output = self.objective(self.denoiser, x0, condition, generator=generators, blocks=self._activations)
+        output = self.objective(self.denoiser, x0, condition, generator=generators, blocks=self._blocks_with_activations)
         loss, terms = output.loss.mean(), {}
         for name, auxiliary in zip(names_of(self.auxiliary_losses), self.auxiliary_losses, strict=True):
             terms[f"train/{name}"] = term = auxiliary(output.activations, batch, output)
             loss = loss + auxiliary.weight * term
         return {"train/loss": loss} | terms
 
-    def encode(self, batch: dict[str, Any], draw: list[torch.Generator] | None = None) -> tuple[Tensor, Condition]:
+    def encode(self, batch: dict[str, Any], generators: list[torch.Generator] | None = None) -> tuple[Tensor, Condition]:
         """Normalised latents (B, C, h, w) and the captions' condition.
 
-        Latents are drawn from their posteriors, each by its generator, or are the modes where there are none.
-
-        A caption that is dropped comes from the loader as the empty one: its embedding with latents, "" with images.
+        Latents are sampled from their posteriors, each with its generator; without generators they are the modes. The loader
+        replaces a dropped caption by the empty one: by its embedding in latent shards, by "" in image shards.
         """
         if self.online:
-            batch = self.frozen.encode(batch)
+            batch = self.encoders.encode(batch)
         z = batch["mean"].float()
-        if draw is not None and "std" in batch:  # otherwise modes were exported
-            z = z + batch["std"].float() * randn_tensor(z.shape, draw, z.device)
-        return self.frozen.normalizer.normalize(z), Condition(batch["text"].float(), batch["text_mask"])
+        if generators is not None and "std" in batch:  # an export of modes has none
+            z = z + batch["std"].float() * randn_tensor(z.shape, generators, z.device)
+        return self.encoders.normalizer.normalize(z), Condition(batch["text"].float(), batch["text_mask"])
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
         optimiser, schedule = self.optimiser.build(self._trained(), self.trainer.max_steps, blocks, self.compute_dtype)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return [optimiser], [schedule]
 
     def _trained(self) -> nn.Module:
         """The denoiser, and auxiliary losses that have parameters."""
         with_parameters = [loss for loss in self.auxiliary_losses if any(True for _ in loss.parameters())]
         return nn.ModuleList([self.denoiser, *with_parameters]) if with_parameters else self.denoiser
 
-    # -- what it starts from -----------------------------------------------------------------------------------------
+    # -- setup -------------------------------------------------------------------------------------------------------
 
     def averaged(self) -> nn.Module:
         return self.denoiser
@@ -180,55 +184,55 @@ class DenoiserTraining(TrainingModule):
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)
         if precision not in ("32-true", "bf16-mixed"):
-            raise UsageError(f"trainer.precision {precision}: stage two keeps fp32 weights; give bf16-mixed or 32-true")
+            raise UsageError(f"precision {precision}: stage two keeps fp32 weights; give bf16-mixed or 32-true")
         self._require_activations()
         super().setup(stage)
-        self.frozen.to(self.trainer.strategy.root_device, networks=self.online)
+        self.encoders.to(self.trainer.strategy.root_device, networks=self.online)
         if self.compiles:
             for block in self.blocks():
                 block.compile()
 
     def _require_activations(self) -> None:
-        """Refuse auxiliary losses that this denoiser or strategy cannot serve."""
+        """Refuse auxiliary losses that this denoiser or strategy does not support."""
         for loss in self.auxiliary_losses:
             name = type(loss).__name__
             if isinstance(self.trainer.strategy, ModelParallelStrategy) and any(True for _ in loss.parameters()):
-                raise UsageError(f"model.auxiliary_losses {name} has parameters, which fsdp does not shard; train with ddp")
+                raise UsageError(f"auxiliary_losses {name} has parameters, which fsdp does not shard; train with ddp")
             if not loss.blocks:
                 continue
             if "return_activations" not in inspect.signature(self.denoiser.forward).parameters:
                 raise UsageError(
-                    f"model.auxiliary_losses {name} asks for activations, which {type(self.denoiser).__name__} lacks; "
-                    "leave the loss out, or train an ldm.models.dit.DiT"
+                    f"auxiliary_losses {name} needs activations, which {type(self.denoiser).__name__} does not return; "
+                    "remove the loss, or train an ldm.models.dit.DiT"
                 )
             number_of_blocks = len(self.blocks())
             if not all(0 <= number < number_of_blocks for number in loss.blocks):
                 raise UsageError(
-                    f"model.auxiliary_losses {name} asks for the blocks {list(loss.blocks)}; give numbers from 0 to "
+                    f"auxiliary_losses {name} asks for the blocks {list(loss.blocks)}; give numbers from 0 to "
                     f"{number_of_blocks - 1}"
                 )
 
     def blocks(self) -> list[nn.Module]:
-        """Of the denoiser: each is compiled, and under FSDP gathered, by itself."""
+        """The denoiser's blocks: each is compiled, and under FSDP gathered, by itself."""
         return transformer_blocks(self.denoiser)
 
     def prepare(self, data: ShardDataModule) -> None:
-        """Load the frozen networks, and refuse what does not go together."""
+        """Load the frozen encoders, and refuse data that do not fit them or the denoiser."""
         config = self.denoiser.config
         if self.online:
             device = self.trainer.strategy.root_device if self.statistics is None else torch.device("cpu")
-            self.frozen = frozen_for_images(data, self.autoencoder_path, self.text_encoder, config, self.statistics, device)
+            self.encoders = encoders_of_images(data, self.autoencoder_path, self.text_encoder, config, self.statistics, device)
         else:
-            self.frozen = frozen_for_latents(data, self.autoencoder_path, config)
+            self.encoders = encoders_of_latents(data, self.autoencoder_path, config)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["num_images_seen"] = self.num_images_seen
         if self.online:
-            checkpoint["latent_statistics"] = [list(values) for values in self.frozen.statistics]
+            checkpoint["latent_statistics"] = [list(values) for values in self.encoders.statistics]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" in checkpoint:  # sharded, they are in their places by now
+        if "state_dict" in checkpoint:  # from a sharded checkpoint the weights are loaded already
             prefix = "denoiser."
             saved = checkpoint["state_dict"].items()
             weights = {name.removeprefix(prefix): weight for name, weight in saved if name.startswith(prefix)}
@@ -236,11 +240,11 @@ class DenoiserTraining(TrainingModule):
         super().on_load_checkpoint(checkpoint)
         self.num_images_seen = checkpoint["num_images_seen"]
         if self.online:
-            self.statistics = checkpoint["latent_statistics"]
-            if hasattr(self, "frozen"):  # a trainer prepares before it loads
-                self.frozen.set_statistics(*self.statistics)
+            self.statistics = mean, std = checkpoint["latent_statistics"]
+            if hasattr(self, "encoders"):  # in training, the encoders are loaded before the checkpoint
+                self.encoders.set_statistics(mean, std)
 
-    # -- what is seen of it ------------------------------------------------------------------------------------------
+    # -- validation, previews, export --------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         self._measured: list[tuple[Tensor, Tensor]] = []
@@ -251,25 +255,24 @@ class DenoiserTraining(TrainingModule):
         self._measured.append((t, self.objective(self.denoiser, x0, condition, t, eps).unweighted))
 
     def on_validation_epoch_end(self) -> None:
-        """The loss over all samples and by tenths of t, unweighted: comparable from one validation to the next."""
+        """Log the unweighted loss over all samples and for each interval of t, comparable from one validation to the next."""
         t, loss = (torch.cat(values) for values in zip(*self._measured, strict=True))
-        figures = {"val/loss": loss.mean(), "num_images_seen": float(self.num_images_seen)}
+        metrics = {"val/loss": loss.mean(), "num_images_seen": float(self.num_images_seen)}
         bins = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1)
         for number in bins.unique().tolist():
-            figures[f"val/loss_bin_{number:02d}"] = loss[bins == number].mean()
-        self.log_dict(figures)
+            metrics[f"val/loss_bin_{number:02d}"] = loss[bins == number].mean()
+        self.log_dict(metrics)
 
     def pipeline(self) -> LatentDiffusionPipeline:
-        """The model as a pipeline, sharing the weights that the network carries now."""
-        frozen = self.frozen
+        """The model as a pipeline that shares the networks and their current weights."""
         return LatentDiffusionPipeline(
-            vae=frozen.autoencoder,
-            text_encoder=frozen.text_encoder.model,
-            tokenizer=frozen.text_encoder.tokenizer,
+            vae=self.encoders.autoencoder,
+            text_encoder=self.encoders.text_encoder.model,
+            tokenizer=self.encoders.text_encoder.tokenizer,
             transformer=self.denoiser,
             scheduler=self.scheduler,
             diffusion=diffusion_config(self.objective.path, self.objective.prediction),
-            trained_on=frozen.trained_on,
+            trained_on=self.encoders.trained_on,
         )
 
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
@@ -282,7 +285,8 @@ class DenoiserTraining(TrainingModule):
             num_inference_steps=self.preview_steps,
             guidance=self.preview_guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in range(len(self.preview_prompts))],
-        ).images
+            return_dict=False,
+        )[0]
         return [(prompt, [image]) for prompt, image in zip(self.preview_prompts, images, strict=True)]
 
     def save(self, folder: Path) -> None:
@@ -290,7 +294,7 @@ class DenoiserTraining(TrainingModule):
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """A batch of tensors and lists as micro-batches, at most so many."""
+    """A batch of tensors and lists, split into at most ``parts`` micro-batches."""
     total = len(batch["draws"])
     size = -(-total // parts)
     return [
@@ -303,10 +307,10 @@ def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
 
 
 def fixed_noise(first: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Times (B,) and noise like ``like`` (B, C, h, w) of validation samples number ``first`` and on.
+    """Times (B,) and noise like ``like`` (B, C, h, w) for consecutive validation samples from number ``first``.
 
-    They depend on a sample's number alone, so that neither batch size nor what came before changes a loss. The times are
-    multiples of the golden ratio modulo 1, which any number of samples spreads evenly over [0, 1).
+    They depend on a sample's number only, so that a loss does not change with the batch size or the samples before. The times
+    are multiples of the golden ratio modulo 1, which spreads any number of samples evenly over [0, 1).
     """
     numbers = range(first, first + len(like))
     eps = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(number)) for number in numbers]

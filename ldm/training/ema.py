@@ -1,10 +1,10 @@
-"""Averages of the trained network, and of nothing else: an exponential one, and power-function ones of several lengths.
+"""Averages of the trained network's weights: an exponential one, and power-function ones of several lengths.
 
-The power-function average of Karras et al. 2024 (arXiv 2312.02696, section 3.1) weighs step s of t in proportion to s^gamma, so
-that it forgets the beginning at any length of training: average ← beta(t)·average + (1 − beta(t))·weights with beta(t) =
-(1 − 1/t)^(gamma + 1). Its length is given as ``sigma_rel``, the standard deviation of the step that it averages over, relative
-to t: at 0.1, five sixths of the weight lie on the last fifth of the steps. Kept at two lengths or more and stored now and then,
-any other length can be had afterwards: :mod:`ldm.runs.posthoc_ema`.
+The power-function average (Karras et al. 2024, arXiv 2312.02696, section 3.1) gives step s of t a weight proportional to
+s^gamma. However long the training, it forgets the beginning: average ← beta(t)·average + (1 − beta(t))·weights with
+beta(t) = (1 − 1/t)^(gamma + 1). Its length ``sigma_rel`` is the standard deviation of the averaged step relative to t; at 0.1,
+five sixths of the weight lie on the last fifth of the steps. From snapshots of two lengths or more an average of any other
+length can be reconstructed after training (:mod:`ldm.runs.posthoc_ema`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from diffusers.training_utils import EMAModel
@@ -21,20 +22,19 @@ from torch import Tensor, nn
 
 from ldm.errors import UsageError
 from ldm.files import atomic_file
-from ldm.training.fsdp import like, local, whole
+from ldm.training.fsdp import from_local, full_tensor, local_tensor
 
-# the folder of a run that power-function averages are stored in
+# folder in a run folder for snapshots of the power-function averages
 SNAPSHOTS = "snapshots"
-# that of the plain mean over all steps, gamma = 0
+# sigma_rel of the mean over all steps, gamma = 0
 LONGEST_SIGMA_REL = 12**-0.5
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of the profile of that relative standard deviation: the largest root of (gamma + 2)²·(gamma + 3)·sigma_rel²
-    = gamma + 1.
+    """The exponent that gives ``sigma_rel``: the largest root of (gamma + 2)²·(gamma + 3)·sigma_rel² = gamma + 1.
 
     Raises:
-        UsageError: for a length that no such average has.
+        UsageError: if no exponent gives it.
     """
     if not 0 < sigma_rel <= LONGEST_SIGMA_REL:
         raise UsageError(
@@ -46,31 +46,31 @@ def gamma_of(sigma_rel: float) -> float:
 
 @dataclass
 class PowerAverages:
-    """Power-function averages kept beside the exponential one.
+    """Power-function averages, kept in addition to the exponential one.
 
     Attributes:
-        sigma_rel: their lengths, relative to the training so far; two from 0.05 to 0.1 serve to make any other of later.
-        snapshot_every: steps after which they are stored in the run's ``snapshots``, 4 bytes a weight each; and at the end.
-        product: which of them is validated, previewed and exported (default: the exponential one).
+        sigma_rel: their lengths relative to the training so far; two from 0.05 to 0.1 suffice to reconstruct others.
+        snapshot_every: steps between snapshots, 4 bytes a weight and average; one more is written at the end.
+        selected: the one to validate, preview and export (default: the exponential average).
     """
 
     sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])
     snapshot_every: int = 1000
-    product: float | None = None
+    selected: float | None = None
 
     def __post_init__(self) -> None:
         for length in self.sigma_rel:
             gamma_of(length)
         if not self.sigma_rel or len(set(self.sigma_rel)) < len(self.sigma_rel):
-            raise UsageError(f"power_averages.sigma_rel is {self.sigma_rel}; give one or more, each once")
-        if self.product is not None and self.product not in self.sigma_rel:
-            raise UsageError(f"power_averages.product {self.product:g} is none of sigma_rel {self.sigma_rel}; give one")
+            raise UsageError(f"sigma_rel is {self.sigma_rel}; give one or more lengths, each once")
+        if self.selected is not None and self.selected not in self.sigma_rel:
+            raise UsageError(f"selected is {self.selected:g}; give one of sigma_rel {self.sigma_rel}")
         if self.snapshot_every < 1:
-            raise UsageError(f"power_averages.snapshot_every is {self.snapshot_every}; give 1 or more")
+            raise UsageError(f"snapshot_every is {self.snapshot_every}; give 1 or more")
 
 
 class PowerEMA(EMAModel):
-    """The power-function average of some parameters."""
+    """A power-function average, with the interface of diffusers' exponential one."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], sigma_rel: float):
         super().__init__(parameters, foreach=True)
@@ -81,9 +81,9 @@ class PowerEMA(EMAModel):
 
 
 class Average:
-    """Keeps the averages of one network's parameters; swaps the product's in for validation, previews and export.
+    """The averages of one network's parameters; the selected one replaces them for validation, previews and export.
 
-    The decay of the exponential one follows (1 + n) / (10 + n) up to ``decay``, so that the first steps are forgotten soon.
+    The decay of the exponential average is min(``decay``, (1 + n) / (10 + n)) at step n, which forgets the first steps soon.
     """
 
     def __init__(self, network: nn.Module, decay: float, power: PowerAverages | None = None):
@@ -91,15 +91,16 @@ class Average:
         self.exponential = EMAModel(self._parameters(), decay=decay, foreach=True)
         self.power = {length: PowerEMA(self._parameters(), length) for length in (power.sigma_rel if power else ())}
         self.snapshot_every = power.snapshot_every if power else None
-        self.product = self.power[power.product] if power and power.product is not None else self.exponential
+        self.selected = self.power[power.selected] if power and power.selected is not None else self.exponential
 
     def all(self) -> list[EMAModel]:
-        """The exponential one, then the power-function ones."""
+        """The exponential average, then the power-function averages."""
         return [self.exponential, *self.power.values()]
 
-    def _parameters(self) -> list[Tensor]:
-        """The network's, or of each what this process holds of it."""
-        return [local(parameter) for parameter in self.network.parameters()]
+    def _parameters(self) -> list[nn.Parameter]:
+        """The network's parameters; when sharded, this process's shards."""
+        # diffusers' EMAModel is annotated for parameters, and works on any tensor
+        return cast("list[nn.Parameter]", [local_tensor(parameter) for parameter in self.network.parameters()])
 
     @property
     def step(self) -> int:
@@ -113,31 +114,31 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network carries its average inside this context, its trained weights again after it, come what may."""
-        self.product.store(self._parameters())
-        self.product.copy_to(self._parameters())
+        """Within this context the network's weights are the selected average; afterwards they are the trained ones again."""
+        self.selected.store(self._parameters())
+        self.selected.copy_to(self._parameters())
         try:
             yield
         finally:
-            self.product.restore(self._parameters())
+            self.selected.restore(self._parameters())
 
     def trained(self) -> list[Tensor] | None:
-        """The trained parameters while the average stands in their place, else None."""
-        stored = self.product.temp_stored_params
-        return None if stored is None else self._as_parameters(stored)
+        """The trained parameters while the average is applied, else None."""
+        stored = self.selected.temp_stored_params
+        return None if stored is None else self._sharded(stored)
 
-    def _as_parameters(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Spread over the processes as the network's are."""
-        return [like(tensor, parameter) for tensor, parameter in zip(tensors, self.network.parameters(), strict=True)]
+    def _sharded(self, tensors: list[Tensor]) -> list[Tensor]:
+        """This process's shards as tensors sharded like the network's parameters."""
+        return [from_local(tensor, parameter) for tensor, parameter in zip(tensors, self.network.parameters(), strict=True)]
 
     def write_snapshots(self, folder: Path, write: bool = True) -> None:
-        """Store each power-function average in ``folder``: parameters by name, and the step and sigma_rel that they are of.
+        """Write each power-function average into ``folder``, parameters by name, with its step and sigma_rel as metadata.
 
-        All processes must ask, one of them to ``write``.
+        A collective operation; one process passes ``write``.
         """
         names = [name for name, _ in self.network.named_parameters()]
         for sigma_rel, ema in self.power.items():
-            shadows = map(whole, self._as_parameters(ema.shadow_params))
+            shadows = map(full_tensor, self._sharded(ema.shadow_params))
             tensors = {name: shadow.contiguous() for name, shadow in zip(names, shadows, strict=True)}
             if not write:
                 continue
@@ -149,19 +150,19 @@ class Average:
         for ema in self.all():
             ema.to(device=device)
 
-    def state_dict(self) -> dict:
-        """The exponential average's, with the others under ``power_function``, by sigma_rel."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the exponential average; those of the others are in its ``power_function``, by sigma_rel."""
         power = {repr(sigma_rel): ema.state_dict() for sigma_rel, ema in self.power.items()}
         return self.exponential.state_dict() | ({"power_function": power} if power else {})
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from a state. Raises :class:`UsageError` where it lacks an average: none can begin in the middle."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a state. Raises :class:`UsageError` if it lacks an average: none can begin in mid-training."""
         power = state.get("power_function", {})
         for sigma_rel, ema in self.power.items():
             if repr(sigma_rel) not in power:
                 raise UsageError(
-                    f"power_averages.sigma_rel has {sigma_rel:g}, but the checkpoint keeps {', '.join(power) or 'none'}: none "
-                    "can begin in the middle of a training; leave it out, or make it of the others: ldm denoiser ema"
+                    f"sigma_rel has {sigma_rel:g}, but the checkpoint has averages of {', '.join(power) or 'none'}, and none "
+                    "can begin in mid-training; remove it, or reconstruct it afterwards: ldm denoiser ema"
                 )
             ema.load_state_dict(power[repr(sigma_rel)])
         self.exponential.load_state_dict({name: value for name, value in state.items() if name != "power_function"})

@@ -1,4 +1,4 @@
-"""The two frozen networks of stage two: loaded beside latents made with them, or to encode images on the fly."""
+"""The frozen autoencoder and text encoder of stage two: those that made the latents, or that encode images on the fly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.image_dataset import ImageDataset
@@ -24,13 +24,14 @@ from ldm.models.autoencoder import (
     LatentNormalizer,
     autoencoder_hash,
     downsampling_factor,
+    encode,
     load_autoencoder,
     pixels_to_images,
     set_latent_statistics,
 )
 from ldm.models.text_encoder import TextEncoder
 
-# as many as tell a channel's mean and spread to a percent or two
+# enough for a channel's mean and standard deviation to a percent or two
 STATISTICS_IMAGES = 2048
 
 # mean and standard deviation of the latents, C numbers each
@@ -38,13 +39,13 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 @dataclass
-class Frozen:
-    """What a denoiser is trained beside; no module, because it belongs neither in checkpoints nor in the optimiser.
+class FrozenEncoders:
+    """The networks that a denoiser is trained with. No module, so that they are neither optimised nor in checkpoints.
 
     Attributes:
         autoencoder: with the statistics of the training set's latents in its config.
-        text_encoder: what captions went through, or go through.
-        trained_on: of the pipeline's ``model_index.json``.
+        text_encoder: of the captions.
+        trained_on: hashes of both and the shape of the latents, for the pipeline's ``model_index.json``.
     """
 
     autoencoder: AutoencoderKL
@@ -57,37 +58,38 @@ class Frozen:
 
     @property
     def statistics(self) -> Statistics:
-        """Those of the autoencoder's config."""
-        return self.autoencoder.config.latents_mean, self.autoencoder.config.latents_std
+        """Those in the autoencoder's config."""
+        return self.autoencoder.config["latents_mean"], self.autoencoder.config["latents_std"]
 
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Normalise latents by other statistics."""
         set_latent_statistics(self.autoencoder, mean, std)
         self.normalizer = LatentNormalizer.of(self.autoencoder).to(self.normalizer.mean.device)
 
     def to(self, device: torch.device, networks: bool) -> None:
-        """Move the latents' statistics, and the networks where images are encoded."""
-        self.normalizer.to(device)
-        if networks:
-            self.autoencoder.to(device)
-            self.text_encoder.model.to(device)
+        """Move the statistics, and the networks if images are to be encoded."""
+        modules: list[nn.Module] = [self.normalizer, self.autoencoder, self.text_encoder.model]
+        for module in modules if networks else modules[:1]:
+            module.to(device)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """A batch of images and captions as latent shards would hold it; in fp32, as they are exported by default."""
+        """Latents and text of a batch of images and captions, as latent shards hold them; in fp32, the default of export."""
         images = pixels_to_images(batch["image"])
         with torch.autocast(images.device.type, enabled=False):
-            posterior = self.autoencoder.encode(images).latent_dist
+            posterior = encode(self.autoencoder, images)
             text, mask = self.text_encoder.encode(batch["caption"])
         return {"mean": posterior.mean, "std": posterior.std, "text": text, "text_mask": mask}
 
 
-def frozen_for_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any]) -> Frozen:
-    """What the latents were made with. Raises :class:`UsageError` for anything else, or a denoiser of other sizes.
+def encoders_of_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any]) -> FrozenEncoders:
+    """The encoders that made the latents.
 
     Args:
         autoencoder: its directory.
         denoiser: its config.
+
+    Raises:
+        UsageError: if the directory is another autoencoder's, or the denoiser does not fit the latents.
     """
     _require_format(data, LATENT_SHARDS, "false")
     info = common_info(data.train_set.sources)
@@ -106,53 +108,59 @@ def frozen_for_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mappi
             "put back the one it was exported with, or export again"
         )
     set_latent_statistics(network, info.latents_mean, info.latents_std)
-    return Frozen(network, text_encoder, _trained_on(info.autoencoder, text.hash, info.latent_shape))
+    return FrozenEncoders(network, text_encoder, _trained_on(info.autoencoder, text.hash, info.latent_shape))
 
 
-def frozen_for_images(
+def encoders_of_images(
     data: ShardDataModule,
     autoencoder: Path,
     text_encoder: str,
     denoiser: Mapping[str, Any],
     statistics: Statistics | None,
     device: torch.device,
-) -> Frozen:
-    """What images and captions are to be encoded with. Raises :class:`UsageError` where that does not go together.
+) -> FrozenEncoders:
+    """The encoders to encode images and captions with.
 
     Args:
         autoencoder: its directory.
         text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`.
         denoiser: its config.
-        statistics: of the latents, from a checkpoint; None: the directory's own, or measured where it has none.
+        statistics: of the latents, from a checkpoint; None: those of the directory, measured if it has none.
         device: to measure on.
+
+    Raises:
+        UsageError: if images, encoders and denoiser do not fit one another.
     """
     _require_format(data, IMAGE_SHARDS, "true")
     for source in (*data.train_set.sources, *data.validation_set.sources):
         if not source.manifest.extra.get("captioned", True):
             raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
     if data.validation_whole:
-        raise UsageError("data.validation_whole is for stage one; set it to false")
+        raise UsageError("validation_whole is for stage one; set it to false")
+    assert isinstance(data.train_set, ImageDataset)
     folder = data.train_set.sources[0].spec
-    network, encoder = load_autoencoder(autoencoder), TextEncoder.load(text_encoder)
+    network, encoder = load_autoencoder(autoencoder, device), TextEncoder.load(text_encoder)
     shape = _latent_shape(network, data.train_set, folder)
     _require_sizes(denoiser, shape, encoder.width, f"captions are encoded by {encoder.name}")
-    config = network.config
-    if statistics is None and (config.latents_mean is None or config.latents_std is None):
-        statistics = measure_statistics(network.to(device), data.train_set, data.batch_size)
+    if statistics is None and (network.config["latents_mean"] is None or network.config["latents_std"] is None):
+        statistics = measure_statistics(network, data.train_set, data.batch_size)
     if statistics is not None:
         set_latent_statistics(network, *statistics)
-    return Frozen(network, encoder, _trained_on(autoencoder_hash(network), encoder.hash, shape))
+    return FrozenEncoders(network, encoder, _trained_on(autoencoder_hash(network), encoder.hash, shape))
 
 
 @torch.no_grad()
 def measure_statistics(autoencoder: AutoencoderKL, dataset: ImageDataset, batch_size: int) -> Statistics:
-    """Of latents drawn from the posteriors of 2,048 images from all over the set, nothing random about them."""
+    """Mean and standard deviation of latents sampled from the posteriors of up to 2,048 images spread over the set.
+
+    They are computed from the posteriors' own means and variances: nothing is random.
+    """
     number = min(len(dataset), STATISTICS_IMAGES)
     chosen = np.arange(number) * len(dataset) // number
     moments = []
     for few in np.array_split(chosen, -(-number // batch_size)):
         images = pixels_to_images(dataset.batch(few.tolist())["image"].to(autoencoder.device))
-        posterior = autoencoder.encode(images).latent_dist
+        posterior = encode(autoencoder, images)
         moments.append(Moments.of(posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()))
     total = Moments.merge(moments)
     return total.mean.tolist(), total.std.tolist()
@@ -166,42 +174,42 @@ def _require_format(data: ShardDataModule, wanted: str, online: str) -> None:
     for source in (*data.train_set.sources, *data.validation_set.sources):
         if source.manifest.format != wanted:
             raise UsageError(
-                f"{source.spec} holds {source.manifest.format}, but with model.online {online} stage two trains on {wanted}; "
-                "change either, or make latents of images: ldm latents export"
+                f"{source.spec} holds {source.manifest.format}, but with online {online} stage two trains on {wanted}; "
+                "change either, or encode the images: ldm latents export"
             )
 
 
 def _latent_shape(autoencoder: AutoencoderKL, dataset: ImageDataset, folder: str) -> tuple[int, int, int]:
-    """(C, h, w) of what the images will be."""
+    """(C, h, w) of the images' latents."""
     if dataset.image_size is not None:
         height = width = dataset.image_size
     else:
         first = dataset.attempt(0)
         if isinstance(first, BadSample):
-            raise UsageError(f"{first}, so that the images' size is not known; set data.image_size")
+            raise UsageError(f"{first}, so the images' size is unknown; set image_size")
         height, width = first["image"].shape[1:]
     factor = downsampling_factor(autoencoder)
     if height % factor or width % factor:
         raise UsageError(
-            f"images of {width} x {height} in {folder} are not multiples of {factor}, by which the autoencoder shrinks them; "
-            "set data.image_size to one"
+            f"images of {width} x {height} in {folder} are not multiples of the autoencoder's downsampling factor {factor}; "
+            "set image_size to one"
         )
-    return autoencoder.config.latent_channels, height // factor, width // factor
+    return autoencoder.config["latent_channels"], height // factor, width // factor
 
 
 def _require_sizes(denoiser: Mapping[str, Any], latent_shape: tuple[int, int, int], caption_channels: int, text: str) -> None:
-    """Refuse latents and embeddings that the denoiser is not made for; ``text`` says where the latter come from."""
+    """Refuse latents and embeddings that the denoiser is not made for; ``text`` names the origin of the embeddings."""
     channels, height, width = latent_shape
     for name, needs in (("in_channels", channels), ("sample_size", max(height, width))):
         if denoiser[name] != needs:
-            raise UsageError(f"model.denoiser.{name} is {denoiser[name]}, but the latents need {needs}; change it")
+            raise UsageError(f"the denoiser's {name} is {denoiser[name]}, but the latents need {needs}; change it")
     if height % denoiser["patch_size"] or width % denoiser["patch_size"]:
         raise UsageError(
-            f"latents of {width} x {height} are not multiples of model.denoiser.patch_size {denoiser['patch_size']}; "
-            "change it, or the size of the images"
+            f"latents of {width} x {height} are not multiples of the denoiser's patch_size {denoiser['patch_size']}; "
+            "change it or image_size"
         )
     if denoiser["caption_channels"] != caption_channels:
         raise UsageError(
-            f"model.denoiser takes text of width {denoiser['caption_channels']}, but {text} of width {caption_channels}; "
-            f"change model.denoiser.init_args.caption_channels"
+            f"the denoiser's caption_channels is {denoiser['caption_channels']}, but {text} of width {caption_channels}; "
+            "change it"
         )

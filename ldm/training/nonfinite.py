@@ -10,19 +10,20 @@ from typing import Any
 
 from lightning import Trainer
 
+from ldm.data.datamodule import datamodule_of
 from ldm.data.plan import PlannedSample
 from ldm.errors import LdmError
 
 log = logging.getLogger(__name__)
 
-#: of a run's folder: a line for each skipped step, with the keys of its samples; of other processes ``1-skipped.jsonl`` …
+#: file in the run folder with a line for each skipped step; process 1 writes ``1-skipped.jsonl`` and so on
 SKIPPED_NAME = "skipped.jsonl"
 
 
 class SkippedSteps:
-    """Counts skipped steps, writes down their samples, and stops a run that has too many in a row.
+    """Counts skipped steps, records their samples, and stops a run after too many in a row.
 
-    All processes report the same steps: whether one is finite is decided on losses and gradients reduced over all of them.
+    All processes skip the same steps, because they decide on losses and gradients that are reduced over all of them.
     """
 
     def __init__(self, max_in_a_row: int):
@@ -31,27 +32,27 @@ class SkippedSteps:
         self.in_a_row: dict[str, int] = {}
 
     def count_taken(self, network: str) -> None:
-        """A step of this network that was taken."""
+        """Count a step that updated this network."""
         self.in_a_row[network] = 0
 
-    def count_skipped(self, network: str, trainer: Trainer, draws: Sequence[PlannedSample]) -> None:
-        """One that was skipped. Raises :class:`LdmError` where it is one too many."""
+    def count_skipped(self, network: str, trainer: Trainer, samples: Sequence[PlannedSample]) -> None:
+        """Count and record a step that did not. Raises :class:`LdmError` if it is one too many."""
         self.total += 1
         self.in_a_row[network] = in_a_row = self.in_a_row.get(network, 0) + 1
         rank, step = trainer.global_rank, trainer.global_step
         file = Path(trainer.default_root_dir, SKIPPED_NAME if rank == 0 else f"{rank}-{SKIPPED_NAME}")
-        dataset = trainer.datamodule.train_set
-        samples = [dict(zip(("shard", "key"), dataset.name_of(draw.sample), strict=True)) for draw in draws]
+        dataset = datamodule_of(trainer).train_set
+        names = [dict(zip(("shard", "key"), dataset.name_of(planned.sample), strict=True)) for planned in samples]
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, "network": network, "samples": samples}) + "\n")
-        if rank == 0:  # the others' is the same
+            lines.write(json.dumps({"step": step, "network": network, "samples": names}) + "\n")
+        if rank == 0:  # the others would say the same
             log.warning("the %s's loss or gradients of step %d are not finite: skipped (%d in a row)", network, step, in_a_row)
         if in_a_row > self.max_in_a_row:
             raise LdmError(
-                f"the {network}'s loss or gradients were not finite {in_a_row} times in a row, at step {step}; look at "
+                f"the {network}'s loss or gradients were not finite {in_a_row} times in a row, at step {step}; check "
                 f"the samples in {file} (ldm shards check --deep, ldm latents check), resume from an earlier checkpoint with a "
-                "lower learning_rate, or raise model.max_skipped"
+                "lower learning_rate, or raise max_skipped"
             )
 
     def state_dict(self) -> dict[str, Any]:

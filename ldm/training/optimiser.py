@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, and for those that turn features into features Muon."""
+"""AdamW, and Muon for the matrices and convolutions of a network's blocks; their learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.errors import UsageError
-from ldm.training.fsdp import local, piece_like, whole
+from ldm.training.fsdp import full_tensor, local_tensor, shard_like
 
 MOMENTUM = 0.95
-# an update's root mean square is then about what AdamW's is (Liu et al. 2025, arXiv 2502.16982, section 2.2)
+# root mean square of AdamW's updates, to which Muon's are scaled (Liu et al. 2025, arXiv 2502.16982, section 2.2)
 ADAMW_RMS = 0.2
-# of x -> a x + b x^3 + c x^5, and how often (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
+# x -> a x + b x^3 + c x^5 and the number of its iterations (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-# layers whose weight, rows of output by inputs, is a matrix
-WITH_MATRIX = (nn.Linear, nn.Conv2d)
-# that are iterated on at once, for the memory's sake
+# layers whose weights Muon can update
+MUON_LAYERS = (nn.Linear, nn.Conv2d)
+# numbers orthogonalised at once, which bounds the memory
 MAX_NUMBERS = 2**26
 
 
@@ -34,13 +34,13 @@ class OptimiserConfig:
     """AdamW with warm-up.
 
     Attributes:
-        learning_rate: as given; never scaled by batch size or number of processes.
-        betas: of Adam.
+        learning_rate: never scaled by batch size or number of processes.
+        betas: of AdamW.
         weight_decay: decoupled.
-        schedule: after the warm-up, over the run's ``max_steps``.
-        warmup_steps: in steps, each of as many batches as are accumulated.
-        max_grad_norm: gradients are scaled down to this norm.
-        fused: all weights in one kernel, where the device has it; CPUs and CUDA do.
+        schedule: of the learning rate after the warm-up, over the run's ``max_steps``.
+        warmup_steps: optimiser steps over which the learning rate rises from 0.
+        max_grad_norm: gradients of a larger norm are scaled down to it.
+        fused: AdamW's fused kernel, which CPUs and CUDA have.
     """
 
     learning_rate: float = 1e-4
@@ -52,10 +52,10 @@ class OptimiserConfig:
     fused: bool = True
 
     def build(self, network: nn.Module, num_steps: int) -> tuple[Optimizer, LRScheduler]:
-        """The optimiser of ``network``'s parameters and its schedule, stepped once a batch."""
-        return self._with_schedule(AdamW(_trained(network), **self._of_adamw()), num_steps)
+        """The optimiser of the network's trained parameters and its schedule, stepped once a batch."""
+        return self._with_schedule(AdamW(_trained(network), **self._adamw_settings()), num_steps)
 
-    def _of_adamw(self) -> dict[str, Any]:
+    def _adamw_settings(self) -> dict[str, Any]:
         return {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay, "fused": self.fused}
 
     def _with_schedule(self, optimiser: Optimizer, num_steps: int) -> tuple[Optimizer, LRScheduler]:
@@ -66,11 +66,11 @@ class OptimiserConfig:
 
 @dataclass
 class MuonConfig(OptimiserConfig):
-    """AdamW with warm-up, and Muon for the matrices and convolutions of a network's blocks where a rate is given.
+    """AdamW, and with ``muon_learning_rate`` Muon for the matrices and convolutions of a network's blocks.
 
     Attributes:
-        muon_learning_rate: of these weights, in AdamW's units; two (stage one) to four times ``learning_rate`` serves.
-            None: all is AdamW's.
+        muon_learning_rate: of Muon's weights, on AdamW's scale; two (stage one) to four times ``learning_rate`` is a good
+            choice. None: AdamW alone.
     """
 
     muon_learning_rate: float | None = None
@@ -78,19 +78,20 @@ class MuonConfig(OptimiserConfig):
     def build(
         self, network: nn.Module, num_steps: int, blocks: Iterable[nn.Module] = (), dtype: torch.dtype = torch.float32
     ) -> tuple[Optimizer, LRScheduler]:
-        """``blocks``: parts of ``network`` between its first layers and its last, for Muon; ``dtype``: :class:`Muon`'s.
+        """See the base class. ``blocks``: parts of ``network`` whose weights Muon updates; ``dtype``: see :class:`Muon`.
 
         Raises:
-            UsageError: for a rate below 0.
+            UsageError: for a learning rate below 0.
         """
         if self.muon_learning_rate is None:
             return super().build(network, num_steps)
         if self.muon_learning_rate < 0:
-            raise UsageError(f"model.optimiser.muon_learning_rate is {self.muon_learning_rate:g}; give 0 or more")
-        hidden = {id(layer.weight) for block in blocks for layer in block.modules() if isinstance(layer, WITH_MATRIX)}
-        of_muon = [parameter for parameter in _trained(network) if id(parameter) in hidden]
-        others = [parameter for parameter in _trained(network) if id(parameter) not in hidden]
-        return self._with_schedule(Muon(others, of_muon, self.muon_learning_rate, dtype, **self._of_adamw()), num_steps)
+            raise UsageError(f"muon_learning_rate is {self.muon_learning_rate:g}; give 0 or more")
+        matrices = {id(layer.weight) for block in blocks for layer in block.modules() if isinstance(layer, MUON_LAYERS)}
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []  # AdamW's, Muon's
+        for parameter in _trained(network):
+            groups[id(parameter) in matrices].append(parameter)
+        return self._with_schedule(Muon(*groups, self.muon_learning_rate, dtype, **self._adamw_settings()), num_steps)
 
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:
@@ -98,38 +99,38 @@ def _trained(network: nn.Module) -> list[nn.Parameter]:
 
 
 class Muon(AdamW):
-    """Matrices move along their momentum made orthogonal, so that all its directions count alike; AdamW moves the rest.
+    """Updates matrices with their orthogonalised momentum, in which all directions have equal size; AdamW updates the rest.
 
-    A convolution's weight (O, I, h, w) is the matrix (O, I·h·w).
+    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), scaled as in Liu et al. 2025 (arXiv 2502.16982), so that
+    learning rates are on AdamW's scale. A convolution's weight (O, I, h, w) is the matrix (O, I·h·w). Each process
+    orthogonalises a part of the momenta, and the processes exchange the results.
 
-    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), with the scale of Liu et al. 2025 (arXiv 2502.16982), by
-    which learning rates count as AdamW's do; ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` is the same for matrices
-    alone, in bf16 whether the machine has it or not, and every process does all of its work.
-
-    Each process makes its share of the momenta orthogonal, and they exchange what came of it.
+    ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` does the same, but takes matrices only, computes in bf16 even where
+    the machine has no support for it, and repeats all the work on every process.
     """
 
     def __init__(
         self,
         parameters: list[nn.Parameter],
-        of_muon: list[nn.Parameter],
+        muon_parameters: list[nn.Parameter],
         muon_learning_rate: float,
         dtype: torch.dtype = torch.float32,
         **adamw: Any,
     ):
         """
         Args:
-            parameters: that AdamW moves.
-            of_muon: that Muon moves; of two dimensions or more, in the same order on all processes.
-            dtype: to iterate in; bf16 is enough, but rounds by the order of a sum, as a run in fp32 does not.
-            adamw: ``lr``, ``betas``, ``weight_decay`` and so on; the weight decay is Muon's too.
+            parameters: updated by AdamW.
+            muon_parameters: updated by Muon; of two dimensions or more, in the same order on all processes.
+            muon_learning_rate: on AdamW's scale.
+            dtype: to orthogonalise in. bf16 is precise enough, but its results depend on the order of sums more than fp32's.
+            adamw: settings of AdamW; ``weight_decay`` is Muon's too.
         """
-        super().__init__([{"params": parameters}, {"params": of_muon, "lr": muon_learning_rate, "muon": True}], **adamw)
+        super().__init__([{"params": parameters}, {"params": muon_parameters, "lr": muon_learning_rate, "muon": True}], **adamw)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of all; parameters without a gradient are left alone."""
+        """One step of both; parameters without a gradient stay as they are."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -154,42 +155,43 @@ class Muon(AdamW):
         for (short, long), parameters in of_shape.items():
             scale = group["lr"] * ADAMW_RMS * math.sqrt(long)
             for parameter, direction in zip(parameters, self._directions(parameters, short, long), strict=True):
-                weight = local(parameter)
+                weight = local_tensor(parameter)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(piece_like(direction, parameter), alpha=scale)
+                weight.sub_(local_tensor(shard_like(direction, parameter)), alpha=scale)
 
     def _directions(self, parameters: list[nn.Parameter], short: int, long: int) -> list[Tensor]:
-        """Where each goes, orthogonal and whole."""
+        """The orthogonalised momentum of each parameter, all of it."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        share = math.ceil(len(parameters) / world)
-        own = torch.zeros(share, short, long, dtype=self.dtype, device=local(parameters[0]).device)
+        each = math.ceil(len(parameters) / world)  # matrices a process
+        made = torch.zeros(each, short, long, dtype=self.dtype, device=local_tensor(parameters[0]).device)
         for number, parameter in enumerate(parameters):
-            update = whole(self._momentum(parameter)).flatten(1)
-            if number // share == rank:
-                own[number % share] = update if len(update) == short else update.mT
-        for some in own.split(max(MAX_NUMBERS // (short * long), 1)):
-            some.copy_(orthogonalise(some))
+            update = full_tensor(self._momentum(parameter)).flatten(1)
+            if number // each == rank:
+                made[number % each] = update if len(update) == short else update.mT
+        for chunk in made.split(max(MAX_NUMBERS // (short * long), 1)):
+            chunk.copy_(orthogonalise(chunk))
         if world > 1:
-            all_shares = own.new_empty(world * share, short, long)
-            dist.all_gather_into_tensor(all_shares, own)
-            own = all_shares
-        # what is beyond the parameters filled the last share
-        directions = zip(parameters, own, strict=False)
-        return [(made if len(weight) == short else made.mT).reshape(weight.shape) for weight, made in directions]
+            gathered = made.new_empty(world * each, short, long)
+            dist.all_gather_into_tensor(gathered, made)
+            made = gathered
+        pairs = zip(parameters, made, strict=False)  # zeros pad the last process's matrices
+        return [(matrix if len(weight) == short else matrix.mT).reshape(weight.shape) for weight, matrix in pairs]
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
-        """With this step's gradient, and looking one step ahead (Nesterov)."""
+        """Nesterov's momentum after this step's gradient."""
         state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if "momentum_buffer" not in state:
-            # the steps are for AdamW's eyes, which looks for them in every state that it loads
-            state |= {"step": torch.zeros((), device=local(parameter).device), "momentum_buffer": torch.zeros_like(parameter)}
+            # AdamW expects a step in every state that it loads
+            step = torch.zeros((), device=local_tensor(parameter).device)
+            state |= {"step": step, "momentum_buffer": torch.zeros_like(parameter)}
         state["step"] += 1
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
         return gradient.lerp(momentum, MOMENTUM)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Matrices (B, m, n), m <= n, with their singular values brought near to 1 (0.7 to 1.2), those next to 0 excepted."""
+    """Matrices (B, m, n), m <= n, with singular values moved to between 0.7 and 1.2, except for those close to 0."""
     a, b, c = NEWTON_SCHULZ
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):

@@ -1,9 +1,8 @@
-"""Where the randomness of training comes from, and how it goes on after a stop.
+"""Random numbers of training that do not depend on the number of processes, and that resume exactly.
 
-What a step draws for a sample (its time, its noise, its place in the posterior) is a function of the run's seed and of the
-number of the draw alone (:class:`ldm.data.plan.PlannedSample`). So a step is the same on one process, on many, and in a run
-that was stopped and resumed, and nothing has to be remembered for it. Whatever a network draws itself (dropout) comes from
-torch's global generators, one state for each process, which checkpoints carry.
+The random numbers of a sample (time, noise, sample of the posterior) depend only on the run's seed and on the sample's number
+in the training order (:class:`ldm.data.plan.PlannedSample`). A step is therefore the same on one process, on many, and after
+a resume, without any saved state. Dropout uses torch's global generators; checkpoints hold their state for each process.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,13 +19,13 @@ import torch.distributed as dist
 from ldm.data.plan import PlannedSample
 
 
-def draw_generators(seed: int, draws: Sequence[PlannedSample]) -> list[torch.Generator]:
-    """A generator on the CPU for every sample of a batch: a GPU then trains on the same noise as a CPU."""
-    return [_generator(seed, b"draw", draw.number) for draw in draws]
+def sample_generators(seed: int, samples: Sequence[PlannedSample]) -> list[torch.Generator]:
+    """One generator for each sample of a batch. They are on the CPU, so that a GPU trains on the same noise as a CPU."""
+    return [_generator(seed, b"draw", planned.number) for planned in samples]
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """For what a step draws once for all samples of all processes."""
+    """For random numbers that all samples of a step share, on all processes."""
     return _generator(seed, b"step", step)
 
 
@@ -36,8 +35,8 @@ def _generator(seed: int, use: bytes, number: int) -> torch.Generator:
 
 
 def global_states() -> list[dict[str, Any]]:
-    """The states of the global generators of every process, in plain types and tensors; all processes must ask."""
-    kind, keys, *rest = np.random.get_state()
+    """The states of every process's global generators, in plain types and tensors; a collective operation."""
+    kind, keys, *rest = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state())
     state = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -52,7 +51,7 @@ def global_states() -> list[dict[str, Any]]:
 
 
 def set_global_state(state: dict[str, Any]) -> None:
-    """Go on with one of :func:`global_states`."""
+    """Set this process's global generators to one of :func:`global_states`."""
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -17,7 +17,7 @@ from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversarial import AdversarialTraining, ReconstructionGuard
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
-from ldm.training.randomness import draw_generators
+from ldm.training.randomness import sample_generators
 
 
 def make(**settings: Any) -> AdversarialTraining:
@@ -173,7 +173,7 @@ def test_the_stage_s_gradient_is_that_of_the_full_loss(image_shards: Path, tmp_p
         """Before a step: its gradients by the textbook, from the same draws."""
         images, last_layer = pixels_to_images(batch["image"]), autoencoder.decoder.conv_out.weight
         posterior = autoencoder.encode(images).latent_dist
-        reconstruction = autoencoder.decode(posterior.sample(draw_generators(module.seed, batch["draws"]))).sample
+        reconstruction = autoencoder.decode(posterior.sample(sample_generators(module.seed, batch["draws"]))).sample
         error = module.reconstruction(reconstruction, images) + 2 * module.perceptual(reconstruction, images)
         faithful = module.variance(error)
         generator = -adversary.discriminator.eval()(reconstruction).mean()

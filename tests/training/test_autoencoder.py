@@ -325,9 +325,13 @@ def test_what_it_saves_is_a_stock_autoencoder_with_its_latents_measured(image_sh
     ("changes", "settings", "said"),
     [
         ({}, {"precision": "bf16-true"}, "bf16-mixed"),
-        ({"autoencoder": AutoencoderConfig([8] * 7, 4, 1, 4, False, 64)}, {}, "32 x 32 are not multiples of 64"),
-        ({"adversary": adversary(start=50)}, {}, "model.adversary.start 50 is not before trainer.max_steps 4"),
-        ({"accumulate": 5}, {}, "model.accumulate 5 is more than data.batch_size 4"),
+        (
+            {"autoencoder": AutoencoderConfig([8] * 7, 4, 1, 4, False, 64)},
+            {},
+            "32 x 32 are not multiples of the autoencoder's downsampling factor 64",
+        ),
+        ({"adversary": adversary(start=50)}, {}, "the adversary's start 50 is not before max_steps 4"),
+        ({"accumulate": 5}, {}, "accumulate 5 is more than batch_size 4"),
     ],
 )
 def test_what_cannot_go_well_is_said_before_the_first_step(

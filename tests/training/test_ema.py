@@ -1,4 +1,4 @@
-"""The power-function averages against their closed forms, and averages made afterwards against those kept directly."""
+"""Power-function averages against their closed forms, and reconstructed averages against those kept in training."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_the_more_was_stored_the_closer_it_comes() -> None:
     assert errors[2] < 0.01
 
 
-def walk(run: Path, steps: int, every: int, kept: list[float], stored: list[float]) -> Average:
-    """Weights on a random walk, averaged at the lengths ``kept``, snapshots of those ``stored``."""
+def random_walk(run: Path, steps: int, every: int, kept: list[float], stored: list[float]) -> Average:
+    """Weights on a random walk, averaged at the lengths ``kept``, with snapshots of the lengths ``stored``."""
     generator = torch.Generator().manual_seed(0)
     network = Vector(2000)
     average, keeper = (Average(network, 0.9, PowerAverages(lengths)) for lengths in (stored, kept))
@@ -96,7 +96,7 @@ def walk(run: Path, steps: int, every: int, kept: list[float], stored: list[floa
 
 def test_any_length_comes_out_as_if_it_had_been_kept(tmp_path: Path) -> None:
     lengths = [0.03, 0.05, 0.075, 0.15, 0.2]
-    kept = walk(tmp_path, 1000, 50, lengths, [0.05, 0.1])
+    kept = random_walk(tmp_path, 1000, 50, lengths, [0.05, 0.1])
     snapshots = find_snapshots(tmp_path)
     assert len(snapshots) == 40
     trained = kept.network.weight.detach()
@@ -108,8 +108,8 @@ def test_any_length_comes_out_as_if_it_had_been_kept(tmp_path: Path) -> None:
 
 
 def test_an_average_of_an_earlier_step_can_be_made(tmp_path: Path) -> None:
-    at_600 = walk(tmp_path / "short", 600, 50, [0.08], [0.05, 0.1])
-    walk(tmp_path / "long", 1000, 50, [0.08], [0.05, 0.1])
+    at_600 = random_walk(tmp_path / "short", 600, 50, [0.08], [0.05, 0.1])
+    random_walk(tmp_path / "long", 1000, 50, [0.08], [0.05, 0.1])
     made = reconstruct(find_snapshots(tmp_path / "long"), 0.08, 600)[0]["weight"]
     direct = shadow(at_600, 0.08)
     assert (made - direct).norm() < 0.01 * (direct - at_600.network.weight.detach()).norm()
@@ -118,25 +118,25 @@ def test_an_average_of_an_earlier_step_can_be_made(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_says_what_it_is(tmp_path: Path) -> None:
-    walk(tmp_path, 3, 3, [0.1], [0.1])
+    random_walk(tmp_path, 3, 3, [0.1], [0.1])
     with safe_open(tmp_path / SNAPSHOTS / "step-00000003-sigma-0.1.safetensors", "pt") as tensors:
         assert tensors.metadata() == {"step": "3", "sigma_rel": "0.1"}
         assert tensors.keys() == ["weight"]
 
 
-def test_all_averages_go_on_exactly_from_a_checkpoint(tmp_path: Path) -> None:
-    walked = torch.randn(60, 5).cumsum(0)
+def test_all_averages_resume_exactly_from_a_checkpoint(tmp_path: Path) -> None:
+    values = torch.randn(60, 5).cumsum(0)
     network = Vector(5)
-    whole, first = (Average(network, 0.9, PowerAverages([0.05, 0.1], product=0.1)) for _ in range(2))
-    for step, value in enumerate(walked):
+    whole, first = (Average(network, 0.9, PowerAverages([0.05, 0.1], selected=0.1)) for _ in range(2))
+    for step, value in enumerate(values):
         network.become(value)
         whole.update()
         if step < 30:
             first.update()
     torch.save(first.state_dict(), tmp_path / "state.ckpt")
-    second = Average(Vector(5), 0.9, PowerAverages([0.05, 0.1], product=0.1))
+    second = Average(Vector(5), 0.9, PowerAverages([0.05, 0.1], selected=0.1))
     second.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
-    for value in walked[30:]:
+    for value in values[30:]:
         second.network.become(value)
         second.update()
     assert second.step == whole.step == 60
@@ -144,9 +144,9 @@ def test_all_averages_go_on_exactly_from_a_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(ours.shadow_params[0], theirs.shadow_params[0])
 
 
-def test_the_product_is_the_one_that_was_named() -> None:
+def test_the_selected_average_is_applied() -> None:
     network = Vector(3)
-    average = Average(network, 0.5, PowerAverages([0.05, 0.1], product=0.05))
+    average = Average(network, 0.5, PowerAverages([0.05, 0.1], selected=0.05))
     for value in torch.randn(20, 3):
         network.become(value)
         average.update()
@@ -158,7 +158,7 @@ def test_the_product_is_the_one_that_was_named() -> None:
 
 def test_an_average_cannot_begin_in_the_middle() -> None:
     state = Average(Vector(3), 0.9, PowerAverages([0.05])).state_dict()
-    with pytest.raises(UsageError, match=r"has 0\.1, but the checkpoint keeps 0\.05"):
+    with pytest.raises(UsageError, match=r"has 0\.1, but the checkpoint has averages of 0\.05"):
         Average(Vector(3), 0.9, PowerAverages([0.05, 0.1])).load_state_dict(state)
 
 
@@ -168,7 +168,7 @@ def test_an_average_cannot_begin_in_the_middle() -> None:
         ({"sigma_rel": [0.3]}, "sigma_rel is 0.3; give one above 0 and up to 0.289"),
         ({"sigma_rel": [0.1, 0.1]}, "each once"),
         ({"sigma_rel": []}, "one or more"),
-        ({"product": 0.2}, "product 0.2 is none of"),
+        ({"selected": 0.2}, "selected is 0.2; give one of sigma_rel"),
         ({"snapshot_every": 0}, "snapshot_every is 0"),
     ],
 )

@@ -197,10 +197,10 @@ def test_blocks_that_are_not_there_are_refused_by_name(latents: tuple[Path, Path
 
 
 def test_a_denoiser_without_activations_is_refused_by_name(latents: tuple[Path, Path], tmp_path: Path) -> None:
-    class Deaf(DiT):
+    class Plain(DiT):
         def forward(self, hidden_states, encoder_hidden_states, timestep, encoder_attention_mask=None, return_dict=True):
             raise AssertionError
 
-    denoiser = Deaf(sample_size=16, patch_size=4, width=32, num_layers=2, num_attention_heads=2, caption_channels=8)
-    with pytest.raises(UsageError, match="auxiliary_losses Nothing asks for activations, which Deaf lacks"):
+    denoiser = Plain(sample_size=16, patch_size=4, width=32, num_layers=2, num_attention_heads=2, caption_channels=8)
+    with pytest.raises(UsageError, match="auxiliary_losses Nothing needs activations, which Plain does not return"):
         train_with(latents, tmp_path, Nothing(blocks=[0]), denoiser)

@@ -154,5 +154,5 @@ def test_switched_off_the_level_is_1_even_where_a_checkpoint_had_lowered_it() ->
 
 @pytest.mark.parametrize("settings", [{"lower": 0.0}, {"lower": 1.0}, {"higher": 1.0}, {"lower": -1.0}])
 def test_factors_that_go_the_wrong_way_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match=r"model\.adversary\.guard\.lower .* higher"):
+    with pytest.raises(UsageError, match=r"the guard's lower .* higher"):
         ReconstructionGuard(**settings)

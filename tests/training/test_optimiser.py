@@ -1,4 +1,4 @@
-"""What moves the weights."""
+"""Muon, and what AdamW updates beside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import nn
+from torch.optim import Optimizer
 
 from ldm.errors import UsageError
 from ldm.models.dit import DiT, transformer_blocks
@@ -42,7 +43,7 @@ def test_singular_values_are_brought_near_to_one(short: int, long: int) -> None:
     assert (in_their_basis - torch.diag_embed(diagonal)).abs().max() < 1e-3
 
 
-def test_scale_and_sign_are_of_no_account() -> None:
+def test_scale_does_not_matter_and_sign_is_kept() -> None:
     matrices = torch.randn(2, 8, 24)
     made = orthogonalise(matrices)
     torch.testing.assert_close(orthogonalise(1e-6 * matrices), made, rtol=1e-3, atol=1e-4)
@@ -50,7 +51,7 @@ def test_scale_and_sign_are_of_no_account() -> None:
     assert not orthogonalise(torch.zeros(1, 4, 4)).any()
 
 
-def test_matrices_move_as_with_torchs_muon_and_the_rest_as_with_adamw() -> None:
+def test_matrices_are_updated_as_by_torchs_muon_and_the_rest_as_by_adamw() -> None:
     """A convolution's as the matrix that it is."""
     torch.manual_seed(0)
     hidden = [torch.randn(8, 8), torch.randn(24, 8), torch.randn(8, 24), torch.randn(4, 3, 2, 2)]
@@ -66,7 +67,7 @@ def test_matrices_move_as_with_torchs_muon_and_the_rest_as_with_adamw() -> None:
             other.grad = parameter.grad.view_as(other).clone()
         for optimiser in (ours, muon, adamw):
             optimiser.step()
-    for parameter, other in zip(mine[0], theirs[0], strict=True):  # in bf16, the products' order not the same
+    for parameter, other in zip(mine[0], theirs[0], strict=True):  # in bf16, products in another order
         torch.testing.assert_close(parameter, other.view_as(parameter), rtol=0, atol=2e-3)
     for parameter, other in zip(mine[1], theirs[1], strict=True):
         assert torch.equal(parameter, other)
@@ -91,7 +92,7 @@ def test_muon_has_the_blocks_matrices_and_adamw_all_else(make: Callable[[], nn.M
     assert [group["lr"] for group in optimiser.param_groups] == [0.5e-3, 2e-3]
 
 
-def test_what_has_no_gradient_is_left_alone() -> None:
+def test_parameters_without_a_gradient_do_not_change() -> None:
     network = tiny_dit()
     config = MuonConfig(1e-3, weight_decay=0.1, muon_learning_rate=4e-3)
     optimiser, _ = config.build(network, 10, transformer_blocks(network))
@@ -101,11 +102,11 @@ def test_what_has_no_gradient_is_left_alone() -> None:
     assert not optimiser.state
 
 
-def test_a_state_that_was_saved_goes_on() -> None:
+def test_a_saved_state_resumes_exactly() -> None:
     torch.manual_seed(0)
     gradients = [[torch.randn_like(parameter) for parameter in tiny_dit().parameters()] for _ in range(4)]
 
-    def run(network: DiT, optimiser: Muon, some: list) -> None:
+    def run(network: DiT, optimiser: Optimizer, some: list[list[torch.Tensor]]) -> None:
         for step in some:
             for parameter, gradient in zip(network.parameters(), step, strict=True):
                 parameter.grad = gradient.clone()
@@ -124,7 +125,7 @@ def test_a_state_that_was_saved_goes_on() -> None:
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
-def test_a_network_without_blocks_is_refused_with_the_mend() -> None:
+def test_a_network_without_blocks_is_refused_with_the_fix() -> None:
     with pytest.raises(UsageError, match=r"Linear does not name the class of its blocks.*DDP and AdamW"):
         transformer_blocks(nn.Linear(2, 2))
 

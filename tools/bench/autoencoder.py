@@ -56,7 +56,7 @@ from ldm.training.adversarial import AdversarialTraining
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.ema import Average
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
-from ldm.training.randomness import draw_generators
+from ldm.training.randomness import sample_generators
 
 WEIGHT, KL_WEIGHT, EMA_DECAY = 0.5, 1e-6, 0.9999
 LAYOUTS = ("contiguous", "channels_last")
@@ -317,7 +317,7 @@ def assert_same_gradients(setting: Setting, pixels: Tensor) -> None:
     fit(ours, setting, 1)
     draws = [PlannedSample(number, number) for number in range(setting.batch)]
     for player, mine in (("autoencoder", ours.autoencoder), ("discriminator", ours.adversary.discriminator)):
-        theirs.backward(pixels_to_images(pixels), player, draw_generators(ours.seed, draws))
+        theirs.backward(pixels_to_images(pixels), player, sample_generators(ours.seed, draws))
         wanted = [parameter.grad for parameter in theirs.players[player].parameters()]
         # a bias before a norm has no gradient but rounding
         rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in wanted)

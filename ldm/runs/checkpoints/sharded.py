@@ -28,7 +28,7 @@ from ldm.runs.checkpoints.files import (
     write_sidecar,
 )
 from ldm.runs.lightning_private import load_sharded_checkpoint
-from ldm.training.fsdp import like, piece_like
+from ldm.training.fsdp import shard_like
 
 #: prefix of the averages' shards among the weights of a checkpoint
 AVERAGES = "average."
@@ -121,7 +121,7 @@ def shard_optimiser_state(state: dict[str, Any], optimiser: Optimizer) -> dict[s
     def sharded(value: Any, parameter: Tensor) -> Any:
         if not isinstance(value, Tensor) or value.shape != parameter.shape:  # the number of steps
             return value
-        return like(piece_like(value, parameter).clone(), parameter)
+        return shard_like(value, parameter).clone()
 
     return state | {
         "state": {

@@ -184,7 +184,7 @@ def _encoders(module: TrainingModule) -> dict[str, nn.Module]:
     """Networks of stage two that are no children of its module."""
     if not isinstance(module, DenoiserTraining):
         return {}
-    return {"autoencoder": module.frozen.autoencoder, "text encoder": module.frozen.text_encoder.model}
+    return {"autoencoder": module.encoders.autoencoder, "text encoder": module.encoders.text_encoder.model}
 
 
 def _bytes(network: nn.Module) -> int:

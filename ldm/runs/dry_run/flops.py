@@ -169,8 +169,8 @@ class ImageFlops:
             return self._autoencoder(data.train_set.batch([0])["image"])
         samples = data.train_set.batch(range(min(COUNTED_CAPTIONS, len(data.train_set))))
         if module.online:
-            samples["image"] = samples["image"].to(module.frozen.autoencoder.device)
-            samples = module.frozen.encode(samples)
+            samples["image"] = samples["image"].to(module.encoders.autoencoder.device)
+            samples = module.encoders.encode(samples)
         return self._denoiser(samples["mean"], samples["text"], samples["text_mask"])
 
     def _denoiser(self, latents: Tensor, text: Tensor, mask: Tensor) -> float:
