@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from PIL import Image
 
 from ldm import cli
 from ldm.errors import LdmError
+from ldm.files import read_json, write_json
+from ldm.pipeline import LatentDiffusionPipeline
 from ldm.quickstart import quickstart, recipe_path
 
 MINUTES = 0.01
@@ -23,7 +25,7 @@ MINUTES = 0.01
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What costs most, made smaller: the shipped recipes as they are train in ``test_configs.py``."""
+    """The recipes with smaller models; ``test_configs.py`` trains them as they are."""
     folder = tmp_path_factory.mktemp("recipes")
     first, second = (yaml.safe_load(recipe_path(f"shapes/{stage}.yaml").read_text()) for stage in ("autoencoder", "denoiser"))
     first["data"] |= {"batch_size": 4, "validation_samples": 8}
@@ -36,7 +38,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "denoiser.yaml").write_text(yaml.safe_dump(second))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm.quickstart.recipe_path", lambda name: folder / Path(name).name)
-        patch.setattr("ldm.quickstart.LEAST_IMAGES", 96)
+        patch.setattr("ldm.quickstart.MIN_IMAGES", 96)
         patch.setattr("ldm.quickstart.VALIDATION_IMAGES", 48)
         patch.setattr("ldm.quickstart.SAMPLING", {"num_inference_steps": 4, "guidance_scale": 3.0})
         yield
@@ -48,31 +50,31 @@ def finished(small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quickstart") / "out"
     ran: list[str] = []
 
-    def stumble(arguments: list[str]) -> None:
+    def stop_at_stage_two(arguments: Sequence[str]) -> None:
         if arguments[0] == "denoiser":
             raise KeyboardInterrupt
         ran.append(" ".join(arguments[:2]))
         cli.dispatch(arguments)
 
     with pytest.raises(LdmError, match="run the same quickstart again"):
-        quickstart(out, MINUTES, 3, run=stumble)
+        quickstart(out, MINUTES, 3, run=stop_at_stage_two)
     assert "latents export" in ran and (out / "autoencoder/config.json").is_file()
     stamp = (out / "autoencoder/config.json").stat().st_mtime_ns
     cli.main(["quickstart", "--out", str(out), "--minutes", str(MINUTES), "--seed", "3"])
-    # it went on: the finished stages were not run again
+    # it resumed: the finished stages were not run again
     assert (out / "autoencoder/config.json").stat().st_mtime_ns == stamp
     return out
 
 
-def test_everything_promised_is_there(finished: Path) -> None:
+def test_all_outputs_exist(finished: Path) -> None:
     for name in ("shards/manifest.json", "latents/manifest.json", "pipeline/model_index.json", "samples.png", "report.html"):
         assert (finished / name).is_file(), name
-    assert AutoencoderKL.from_pretrained(finished / "autoencoder").config.latent_channels == 4
+    assert AutoencoderKL.from_pretrained(finished / "autoencoder").config["latent_channels"] == 4
     with Image.open(finished / "samples.png") as grid:
         assert min(grid.size) > 300
 
 
-def test_report_says_the_same_figures_and_asks_nothing_of_the_network(finished: Path) -> None:
+def test_both_reports_have_the_same_metrics_and_the_page_loads_nothing(finished: Path) -> None:
     record = json.loads((finished / "report.json").read_text())
     page = html.unescape((finished / "report.html").read_text())
     assert f"{record['reconstruction']['psnr']:.2f}" in page
@@ -85,7 +87,7 @@ def test_report_says_the_same_figures_and_asks_nothing_of_the_network(finished: 
 
 
 def test_its_commands_repeat_its_steps(finished: Path, tmp_path: Path) -> None:
-    """The report's command for the latents, pointed at another folder, makes the same bytes."""
+    """The report's command for the latents, with another folder, gives the same bytes."""
     record = json.loads((finished / "report.json").read_text())
     command = next(line for _, line in record["commands"] if line.startswith("ldm latents export") and "validation" in line)
     arguments = command.split()[1:]
@@ -101,15 +103,17 @@ def test_evaluate_repeats_the_reported_accuracy(finished: Path, capsys: pytest.C
     capsys.readouterr()
     cli.main(command.split()[1:])
     shown = re.search(r"prompt_accuracy\W+([\d.]+)", capsys.readouterr().out)
-    assert float(shown[1]) == pytest.approx(record["prompt_accuracy"], abs=1e-4)
+    assert shown and float(shown[1]) == pytest.approx(record["prompt_accuracy"], abs=1e-4)
 
 
-def test_the_pipeline_draws_held_out_prompts(finished: Path) -> None:
+def test_diffusers_opens_the_pipeline(finished: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(finished / "pipeline")
+    assert isinstance(pipeline, LatentDiffusionPipeline)
     pipeline.set_progress_bar_config(disable=True)
     prompt = "a large red circle at the center on a white background"
     first, second = (
-        pipeline(prompt, num_inference_steps=4, generator=torch.Generator().manual_seed(7)).images[0] for _ in range(2)
+        pipeline(prompt, num_inference_steps=4, generator=torch.Generator().manual_seed(7), return_dict=False)[0][0]
+        for _ in range(2)
     )
     assert first.tobytes() == second.tobytes()
     assert first.size == (40, 40)
@@ -119,3 +123,10 @@ def test_another_quickstart_in_the_same_folder_is_refused(finished: Path, capsys
     with pytest.raises(SystemExit) as left:
         cli.main(["quickstart", "--out", str(finished), "--minutes", str(MINUTES), "--seed", "4"])
     assert left.value.code == 2 and str(finished) in capsys.readouterr().err
+
+
+def test_the_state_of_a_newer_ldm_is_refused(finished: Path, tmp_path: Path) -> None:
+    state = read_json(finished / "state.json")
+    write_json(tmp_path / "state.json", state | {"format_version": state["format_version"] + 1})
+    with pytest.raises(LdmError, match=r"state\.json: the quickstart has format version 2.*newer ldm"):
+        quickstart(tmp_path, MINUTES, 3, run=cli.dispatch)
