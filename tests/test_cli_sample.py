@@ -11,7 +11,6 @@ from ldm.cli import main
 from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.scheduler import matching_scheduler
-from ldm.inference import generate
 from ldm.inference import output_folder as folders
 from ldm.inference.metadata import read_png
 from ldm.inference.output_folder import GRID_IMAGES, OutputFolder, file_name
@@ -183,15 +182,6 @@ def test_an_interrupted_run_leaves_what_is_drawn_and_goes_on(sample, tmp_path, m
         make_images(tmp_path / "out") == make_images(tmp_path / "at-once")
         and there.items() <= make_images(tmp_path / "out").items()
     )
-
-
-def test_no_scheduler_is_made_to_name_it(sample, tmp_path, monkeypatch):
-    made, make = [], generate.make_scheduler
-    monkeypatch.setattr(generate, "make_scheduler", lambda *given, **options: made.append(given) or make(*given, **options))
-    assert sample("a red ring", "--count", 4, "--scheduler", "heun")[0] == 0
-    assert len(made) == 2  # one to check the settings, one for all four images
-    found = [read_png(path)[1] for path in (tmp_path / "out").glob("[0-9]*.png")]
-    assert {one.scheduler for one in found} == {"heun"} and len(found) == 4
 
 
 def test_a_folder_of_a_newer_format_is_refused(sample, tmp_path):

@@ -171,7 +171,7 @@ def test_prompts_that_would_not_be_drawn_as_written_are_refused(pipeline, prompt
 
 @pytest.mark.parametrize("height, width", [(18, 16), (16, 30), (15, 16)])
 def test_sizes_that_cannot_be_drawn_are_refused(pipeline, height, width):
-    with pytest.raises(UsageError, match=f"an image of {width}x{height} cannot be drawn: give multiples of 4 pixels"):
+    with pytest.raises(UsageError, match=f"an image of {width}x{height} cannot be generated: give multiples of 4 pixels"):
         pipeline(PROMPTS[0], height=height, width=width, **QUICK)
 
 
@@ -297,6 +297,6 @@ def test_a_denoiser_that_answers_nan_is_stopped_at_its_step(pipeline):
 
     calls = []
     pipeline.transformer.register_forward_hook(spoil)
-    with pytest.raises(LdmError, match=r"the denoiser's answer is not finite at step 3 of 4 ") as error:
+    with pytest.raises(LdmError, match=r"the denoiser's prediction is not finite at step 3 of 4 ") as error:
         draw(pipeline)
     assert "\n" not in str(error.value)

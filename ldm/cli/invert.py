@@ -42,7 +42,7 @@ def run_invert(options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    from ldm.diffusion.scheduler import make_scheduler, samplers_for
+    from ldm.diffusion.scheduler import SAMPLERS, make_scheduler, samplers_for
     from ldm.files import atomic_folder, require_new_folder
     from ldm.models.image_processor import PreparedImages, to_output
     from ldm.pipeline import load_pipeline, read_image
@@ -53,8 +53,7 @@ def run_invert(options: argparse.Namespace) -> None:
     pipeline.set_progress_bar_config(disable=True)
     for prompt in options.edit:
         pipeline.check_prompt(prompt)
-    # the two that take the very steps that are inverted
-    name = next(name for name in samplers_for(*pipeline.diffusion) if name in ("ddim", "euler"))
+    name = next(name for name in samplers_for(*pipeline.diffusion) if SAMPLERS[name].invertible)
     pipeline.scheduler = make_scheduler(name, *pipeline.diffusion)
     size = {"height": options.height, "width": options.width}
     # without what the pipeline adds to fill its sizes

@@ -52,8 +52,7 @@ def add(commands: Commands) -> None:
 
     sampler = sample.add_argument_group("sampling")
     sampler.add_argument("--steps", type=int, help="steps of the scheduler (default: 30)")
-    names = "ddim, ddpm, euler, euler-ancestral, heun, dpm++2m, dpm++2m-sde, unipc, those that fit the model"
-    sampler.add_argument("--scheduler", metavar="NAME", help=f"{names} (default: the pipeline's own)")
+    sampler.add_argument("--scheduler", metavar="NAME", help="such as euler; a wrong one lists them (default: the pipeline's)")
     sampler.add_argument("--eta", type=float, metavar="E", help="of ddim: 0 (deterministic) to 1 (as much new noise as ddpm)")
     sampler.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: 3)")
     sampler.add_argument("--guidance-rule", metavar="RULE", help="classifier-free (default), zero-star or apg")
@@ -79,10 +78,9 @@ def add(commands: Commands) -> None:
 
 
 def run_sample(options: argparse.Namespace) -> None:
-    from ldm.inference.generate import open_pipeline
+    from ldm.inference.generate import ImageGenerator, open_pipeline
     from ldm.inference.metadata import provenance_of, read_png
     from ldm.inference.output_folder import OutputFolder, generate_missing
-    from ldm.inference.plan import SettingsChecker, model_mismatch
 
     for name, least in (("count", 1), ("batch_size", 1), ("preview_every", 0)):
         if getattr(options, name) < least:
@@ -95,12 +93,13 @@ def run_sample(options: argparse.Namespace) -> None:
     pipeline = open_pipeline(options.model, options.device, dtype, options.compile, tiled)
     provenance = provenance_of(pipeline, options.model)
     if made_by is not None:
-        mismatch = model_mismatch(options.from_image, made_by, options.model, provenance)
+        mismatch = made_by.mismatch(options.from_image, options.model, provenance)
         if mismatch and options.strict:
             raise UsageError(mismatch)
         if mismatch:
             warn(mismatch)
-    settings = plan(options, SettingsChecker(pipeline, options.strict, warn))
+    generator = ImageGenerator(pipeline, options.strict, warn)
+    settings = plan(options, generator.check)
     broken = [error for error in settings if isinstance(error, UsageError)]
     for error in broken:
         if not options.keep_going:
@@ -112,7 +111,7 @@ def run_sample(options: argparse.Namespace) -> None:
         folder = OutputFolder(options.out, planned, provenance)
         missing = len(folder.missing())
         try:
-            generate_missing(pipeline, folder, options.batch_size, options.preview_every, not options.no_metadata)
+            generate_missing(generator, folder, options.batch_size, options.preview_every, not options.no_metadata)
         except KeyboardInterrupt:
             done = missing - len(folder.missing())
             print(f"ldm: {done} of {missing} images are generated; the same command generates the rest", file=sys.stderr)
@@ -127,8 +126,7 @@ def run_sample(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace, check: Check) -> Sequence[GenerationSettings | UsageError]:
     """Every image of the run; a broken line of a prompt file as its error."""
-    from ldm.inference.plan import plan_from_image, plan_prompts
-    from ldm.inference.prompts import parse_size, read_prompts
+    from ldm.inference.prompts import parse_size, plan_from_image, plan_prompts, read_prompts
     from ldm.inference.settings import GenerationSettings
 
     names = [field.name for field in fields(GenerationSettings)]

@@ -1,4 +1,4 @@
-"""From noise to data: a diffusers scheduler walks the path of a trained model, whatever that model predicts."""
+"""From noise to data: a diffusers scheduler follows the path of a trained model, whatever that model predicts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from ldm.diffusion.path import ProbabilityPath, RectifiedFlow
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.scheduler import check_scheduler, wanted_prediction
+from ldm.diffusion.scheduler import Scheduler, check_scheduler, wanted_prediction
 from ldm.errors import LdmError, UsageError, first_line
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -22,13 +23,13 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor]
 
 @dataclass
 class SamplerStep:
-    """One call of the denoiser and what came of it.
+    """One function evaluation of the denoiser and the state after it.
 
     Attributes:
-        number: of the call, from 0.
-        timestep: what the network was told, ().
-        latents: the scheduler's state after it (B, …); whoever puts others here makes the walk go on with them.
-        x0: the image's latents that the denoiser saw in the ones before, (B, …).
+        number: of the evaluation, from 0.
+        timestep: the network's time input, ().
+        latents: the scheduler's state afterwards (B, …); sampling continues from what a caller assigns here.
+        x0: the denoiser's prediction of the clean latents, (B, …).
     """
 
     number: int
@@ -38,15 +39,16 @@ class SamplerStep:
 
 
 class Sampler:
-    """One walk of a scheduler, prepared: where each call of the denoiser stands on the model's path, and what is made of it.
+    """A scheduler prepared for a model and a number of steps: the time of each function evaluation, and how the model's
+    prediction becomes what the scheduler wants. It may sample any number of times.
 
-    The denoiser's answer ``y`` goes to the scheduler as ``p·x_t + q·y``: the 2×2 solve for x0 and eps and the target that the
+    The prediction ``y`` goes to the scheduler as ``p·x_t + q·y``: the 2×2 solve for x0 and eps and the target that the
     scheduler wants, in one; p = 0 and q = 1 where it wants what the network predicts.
     """
 
     def __init__(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: Scheduler,
         path: ProbabilityPath,
         prediction: Prediction,
         num_inference_steps: int,
@@ -55,11 +57,11 @@ class Sampler:
     ):
         """
         Args:
-            scheduler: as :func:`ldm.diffusion.scheduler.make_scheduler` gives it, or any that passes its check.
+            scheduler: as :func:`ldm.diffusion.scheduler.make_scheduler` gives it, or any that passes its check. A copy is used.
             path, prediction: what the denoiser was trained with.
-            num_inference_steps: steps of the scheduler; ``heun`` calls the denoiser twice in each but the last.
-            strength: share of the steps that is walked, the last ones, from an image with noise (Meng et al. 2021, SDEdit,
-                arXiv 2108.01073); rounded down, as diffusers does. 1 is all of them, from noise alone.
+            num_inference_steps: steps of the scheduler; ``heun`` evaluates the denoiser twice in each but the last.
+            strength: share of the steps that is taken, the last ones, from a noised image (Meng et al. 2021, SDEdit, arXiv
+                2108.01073); rounded down, as diffusers does. 1 is all of them, from noise alone.
 
         Raises:
             UsageError: for a scheduler that does not fit the model, a number of steps it cannot take, or a strength that
@@ -70,38 +72,43 @@ class Sampler:
             raise UsageError(f"num_inference_steps is {num_inference_steps}; give 1 or more")
         if not 0 < strength <= 1:
             raise UsageError(f"strength is {strength:g}; give a number above 0 (the image as it is) and up to 1 (all anew)")
+        scheduler = copy.deepcopy(scheduler)
         try:
             scheduler.set_timesteps(num_inference_steps, device=device)
         except ValueError as error:
             raise UsageError(
                 f"{type(scheduler).__name__} cannot take {num_inference_steps} steps: {first_line(error)}"
             ) from error
-        if not hasattr(scheduler, "set_begin_index"):
+        set_begin_index = getattr(scheduler, "set_begin_index", None)
+        if set_begin_index is None:
             # 1000 / steps may be rounded so that the trailing timesteps have one too many, -1
             scheduler.timesteps = scheduler.timesteps[scheduler.timesteps >= 0]
-        self.scheduler = respaced(scheduler) if isinstance(scheduler, DDIMScheduler) else scheduler
+        self.step_options: dict[str, Any] = {}
+        if isinstance(scheduler, DDIMScheduler):
+            respace(scheduler)
+            self.step_options["eta"] = scheduler.config.get("eta", 0.0)
         # the scheduler's own noise levels: some round their timesteps to whole numbers
-        t = path.time(_log_noise_to_signal(self.scheduler, path))
+        t = path.time(_log_noise_to_signal(scheduler, path))
         # with zero terminal SNR diffusers' sigmas rise at first, but for every 4th or less
         if t.isnan().any() or (t.diff() > 1e-6).any():
             raise UsageError(
                 f"{type(scheduler).__name__} does not lead down {type(path).__name__} in {num_inference_steps} steps as it is "
                 "set; take fewer, and leave its sigmas plain"
             )
-        order = getattr(scheduler, "order", 1)  # calls per step
+        order = getattr(scheduler, "order", 1)  # evaluations per step
         steps = (len(t) + order - 1) // order
-        walked = int(strength * steps + 1e-6)  # 0.29 · 100 is a little less than 29
-        if not walked:
+        taken = int(strength * steps + 1e-6)  # 0.29 · 100 is a little less than 29
+        if not taken:
             raise UsageError(
-                f"strength {strength:g} of {steps} steps leaves none to walk; give a strength of {1 / steps:.2g} or more, or "
-                "more steps"
+                f"strength {strength:g} of {steps} steps leaves none; give a strength of {1 / steps:.2g} or more, or more steps"
             )
-        first = (steps - walked) * order
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)  # otherwise it looks its timestep up, which rounding may have made two of
-        self.timesteps, t = self.scheduler.timesteps[first:], t[first:]
+        first = (steps - taken) * order
+        if set_begin_index is not None:
+            set_begin_index(first)  # otherwise it looks its timestep up, which rounding may have made two of
+        self.scheduler = scheduler
+        self.timesteps, t = scheduler.timesteps[first:], t[first:]
         self.from_noise = first == 0
-        wanted = wanted_prediction(scheduler)
+        wanted = wanted_prediction(scheduler, path)
         (c, d), (c_wanted, d_wanted) = prediction.coefficients(path, t), wanted.coefficients(path, t)
         determinant = prediction.determinant(path, t)
         self.from_x_t = ((c_wanted * d - d_wanted * c) / determinant / path.input_scale(t)).tolist()
@@ -116,11 +123,10 @@ class Sampler:
         self.counts_over_alpha = self.init_noise_sigma > 1
         self.t = t.to(device, torch.float32)
         self.network_times = path.network_time(t).to(device, torch.float32)
-        self.step_options = {"eta": scheduler.config.get("eta", 0.0)} if isinstance(scheduler, DDIMScheduler) else {}
-        self.draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+        self.takes_generator = "generator" in inspect.signature(scheduler.step).parameters
 
     def __len__(self) -> int:
-        """Calls of the denoiser."""
+        """Function evaluations of the denoiser."""
         return len(self.t)
 
     def __call__(
@@ -133,25 +139,27 @@ class Sampler:
         """Latents like ``noise``.
 
         Args:
-            denoiser, noise, generator: see :meth:`walk`.
-            on_step: called with the number of the call, its timestep and the latents after it; gives the latents to go on with.
+            denoiser, noise, generator: see :meth:`steps`.
+            on_step: ``(number, timestep, latents) -> latents`` after each evaluation; sampling continues from what it returns.
 
         Raises:
-            LdmError: when the denoiser's answer is not finite; names the step.
+            LdmError: when the denoiser's prediction is not finite; names the step.
         """
-        for step in self.walk(denoiser, noise, generator):
+        latents = noise
+        for step in self.steps(denoiser, noise, generator):
             if on_step is not None:
                 step.latents = on_step(step.number, step.timestep, step.latents)
-        return step.latents
+            latents = step.latents
+        return latents
 
-    def walk(
+    def steps(
         self,
         denoiser: Denoiser,
         noise: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         x0: Tensor | None = None,
     ) -> Iterator[SamplerStep]:
-        """Every call in turn; the last one's latents are what was drawn.
+        """Sample step by step; the last step's latents are the result.
 
         Args:
             denoiser: called with the path's input_scale(t)·x_t (B, …), its network_time(t) (B,) and t (B,), as
@@ -159,29 +167,32 @@ class Sampler:
             noise: of unit variance, (B, …).
             generator: of the noise that some samplers add at every step; one, or one per row, which then does not depend on
                 the batch it is in.
-            x0: latents of the image to start from, like ``noise``; not looked at where the strength is 1.
+            x0: latents of the image to start from, like ``noise``; needed where the strength is below 1.
 
         Raises:
-            LdmError: when the denoiser's answer is not finite; names the step.
+            LdmError: when the denoiser's prediction is not finite; names the step.
         """
-        scheduler, options = self.scheduler, dict(self.step_options)
-        if self.draws_noise:
-            options["generator"] = generator
+        scheduler: Any = copy.deepcopy(self.scheduler)  # multistep schedulers keep the predictions of a run
+        options = self.step_options | ({"generator": generator} if self.takes_generator else {})
         scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
-        latents = noise * self.init_noise_sigma if self.from_noise else self.noised(x0, noise, 0)
+        if self.from_noise:
+            latents = noise * self.init_noise_sigma
+        else:
+            assert x0 is not None, "a strength below 1 needs x0"
+            latents = self.noised(x0, noise, 0)
         for number, timestep in enumerate(self.timesteps):
             scaled = scale(latents, timestep)
-            y = self._answer(denoiser, scaled, number)
-            seen = self.x0_from_input[number] * scaled + self.x0_from_network[number] * y
+            y = self._predict(denoiser, scaled, number)
+            predicted_x0 = self.x0_from_input[number] * scaled + self.x0_from_network[number] * y
             if self.converts:
                 y = self.from_x_t[number] * scaled + self.from_network[number] * y
             latents = scheduler.step(y, timestep, latents, return_dict=False, **options)[0]
-            step = SamplerStep(number, self.network_times[number], latents, seen)
+            step = SamplerStep(number, self.network_times[number], latents, predicted_x0)
             yield step
             latents = step.latents
 
     def noised(self, x0: Tensor, eps: Tensor, number: int) -> Tensor:
-        """The scheduler's state before call ``number`` for data ``x0`` and noise ``eps`` (B, …); after the last, the data.
+        """The scheduler's state before evaluation ``number`` for data ``x0`` and noise ``eps`` (B, …); in the end the data.
 
         By the path's own alpha and sigma: schedulers' ``add_noise`` rounds the timestep, or knows another path.
         """
@@ -191,45 +202,44 @@ class Sampler:
         return x_t / self.alpha[number] if self.counts_over_alpha else x_t
 
     def noise_of(self, x_t: Tensor) -> Tensor:
-        """The ``noise`` with which a walk of all steps starts at ``x_t`` (B, …)."""
+        """The ``noise`` from which sampling with all steps starts at ``x_t`` (B, …)."""
         return x_t / (self.alpha[0] if self.counts_over_alpha else 1.0) / self.init_noise_sigma
 
     def denoised(self, denoiser: Denoiser, x_t: Tensor, number: int) -> Tensor:
-        """The denoiser's x0 of ``x_t`` (B, …) where call ``number`` stands."""
+        """The denoiser's x0 of ``x_t`` (B, …) at the time of evaluation ``number``."""
         scaled = self.input_scale[number] * x_t
-        return self.x0_from_input[number] * scaled + self.x0_from_network[number] * self._answer(denoiser, scaled, number)
+        return self.x0_from_input[number] * scaled + self.x0_from_network[number] * self._predict(denoiser, scaled, number)
 
-    def _answer(self, denoiser: Denoiser, scaled: Tensor, number: int) -> Tensor:
+    def _predict(self, denoiser: Denoiser, scaled: Tensor, number: int) -> Tensor:
         network_time, t = (times[number].expand(len(scaled)) for times in (self.network_times, self.t))
         y = denoiser(scaled, network_time, t).to(scaled.dtype)
         if not y.isfinite().all():
             raise LdmError(
-                f"the denoiser's answer is not finite at step {number + 1} of {len(self)} (t = {self.t[number]:.3g}); "
+                f"the denoiser's prediction is not finite at step {number + 1} of {len(self)} (t = {self.t[number]:.3g}); "
                 "lower the guidance scale, or sample in float32"
             )
         return y
 
 
-def respaced(scheduler: DDIMScheduler) -> DDIMScheduler:
-    """A copy that knows only the timesteps it visits, numbered without gaps.
+def respace(scheduler: DDIMScheduler) -> None:
+    """Keep only the timesteps that it visits, numbered without gaps.
 
     diffusers' own steps ``num_train_timesteps // num_inference_steps`` down whatever the spacing, past the next timestep or
     short of it: with ``trailing`` and 7, 15, 28 … steps it never arrives at the data, with ``linspace`` never where it says.
     """
     visited = scheduler.timesteps.cpu()
-    made = copy.copy(scheduler)
-    made.register_to_config(num_train_timesteps=len(visited))
-    made.num_inference_steps = len(visited)
-    made.alphas_cumprod = scheduler.alphas_cumprod[visited.flip(0)]
-    made.timesteps = torch.arange(len(visited) - 1, -1, -1, device=scheduler.timesteps.device)
-    return made
+    scheduler.register_to_config(num_train_timesteps=len(visited))
+    scheduler.num_inference_steps = len(visited)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod[visited.flip(0)]
+    scheduler.timesteps = torch.arange(len(visited) - 1, -1, -1, device=scheduler.timesteps.device)
 
 
-def _log_noise_to_signal(scheduler: SchedulerMixin, path: ProbabilityPath) -> Tensor:
-    """ln(sigma / alpha) at each call of the denoiser, (calls,) float64 on the CPU."""
-    if not hasattr(scheduler, "sigmas"):
-        alpha_bar = scheduler.alphas_cumprod.cpu()[scheduler.timesteps.cpu()].double()
+def _log_noise_to_signal(scheduler: Scheduler, path: ProbabilityPath) -> Tensor:
+    """ln(sigma / alpha) at each evaluation of the denoiser, (evaluations,) float64 on the CPU."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        alpha_bar = cast(DDPMScheduler, scheduler).alphas_cumprod.cpu()[scheduler.timesteps.cpu()].double()
         return ((1 - alpha_bar) / alpha_bar).log() / 2
-    sigmas = scheduler.sigmas[: len(scheduler.timesteps)].cpu().double()
+    sigmas = sigmas[: len(scheduler.timesteps)].cpu().double()
     # of the straight path it is sigma itself that they count, of the others sigma / alpha
     return sigmas.logit() if isinstance(path, RectifiedFlow) else sigmas.log()

@@ -1,14 +1,16 @@
 """Which diffusers schedulers sample from a trained model, by name; all they need is derived from its path and prediction.
 
-What a model was trained with is kept in words (``class_path`` and ``init_args``, as in YAML) beside the saved weights, so
-that any other sampler can be derived later: ``make_scheduler("unipc", *pipeline.diffusion)``.
+:data:`SAMPLERS` is the one table of them. What a model was trained with is saved beside its weights as in YAML (``class_path``
+and ``init_args``), so that any other sampler can be derived later: ``make_scheduler("unipc", *pipeline.diffusion)``.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from diffusers import (
@@ -23,42 +25,100 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     LTXEulerAncestralRFScheduler,
-    SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from torch import Tensor
 
 from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, ProbabilityPath, RectifiedFlow, VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Prediction, V, Velocity
 from ldm.errors import UsageError
 
-SDE = {"algorithm_type": "sde-dpmsolver++"}
-# name -> class and what sets it apart; the first of a path is what its pipelines are saved with
-SAMPLERS: dict[type[ProbabilityPath], dict[str, tuple[type[SchedulerMixin], dict[str, str]]]] = {
-    VariancePreserving: {
-        "ddim": (DDIMScheduler, {}),
-        "ddpm": (DDPMScheduler, {}),
-        "euler": (EulerDiscreteScheduler, {}),
-        "euler-ancestral": (EulerAncestralDiscreteScheduler, {}),
-        "heun": (HeunDiscreteScheduler, {}),
-        "dpm++2m": (DPMSolverMultistepScheduler, {}),
-        "dpm++2m-sde": (DPMSolverMultistepScheduler, SDE),
-        "unipc": (UniPCMultistepScheduler, {}),
-    },
-    RectifiedFlow: {
-        "euler": (FlowMatchEulerDiscreteScheduler, {}),
-        "euler-ancestral": (LTXEulerAncestralRFScheduler, {}),
-        "heun": (FlowMatchHeunDiscreteScheduler, {}),
-        "dpm++2m": (DPMSolverMultistepScheduler, {}),
-        "dpm++2m-sde": (DPMSolverMultistepScheduler, SDE),
-        "unipc": (UniPCMultistepScheduler, {}),
-    },
-    VarianceExploding: {
-        "dpm++2m": (EDMDPMSolverMultistepScheduler, {}),
-        "dpm++2m-sde": (EDMDPMSolverMultistepScheduler, SDE),
-        "euler": (EDMEulerScheduler, {}),
-    },
+
+class Scheduler(Protocol):
+    """What all schedulers of diffusers have; their common base class declares none of it."""
+
+    timesteps: Tensor
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def set_timesteps(self) -> Callable[..., Any]: ...
+    @property
+    def step(self) -> Callable[..., Any]: ...
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """One row of :data:`SAMPLERS`.
+
+    Attributes:
+        a1111: its name in the text that A1111 writes into a PNG.
+        schedulers: the class of diffusers for each path that it can follow.
+        settings: of the scheduler's config: what distinguishes it from other samplers of the same class.
+        adds_noise: its steps add random noise.
+        invertible: its steps are those that :func:`ldm.diffusion.editing.invert` follows backwards.
+        takes: on a :class:`VariancePreserving` path, the predictions that its scheduler takes as they are. Others are converted
+            to V; on the other paths every prediction is converted to that of :data:`WANTED`.
+        needs_signal: on a :class:`VariancePreserving` path, it cannot start where alpha is 0.
+    """
+
+    a1111: str
+    schedulers: Mapping[type[ProbabilityPath], type]
+    settings: dict[str, Any] = field(default_factory=dict)
+    adds_noise: bool = False
+    invertible: bool = False
+    takes: tuple[type[Prediction], ...] = (Epsilon, X0, V)
+    needs_signal: bool = False
+
+    @property
+    def takes_eta(self) -> bool:
+        """Whether its steps add as much noise as an option ``eta`` says, from 0 to 1."""
+        return any("eta" in inspect.signature(kind.step).parameters for kind in self.schedulers.values())
+
+
+_DPM_SOLVER = {
+    VariancePreserving: DPMSolverMultistepScheduler,
+    RectifiedFlow: DPMSolverMultistepScheduler,
+    VarianceExploding: EDMDPMSolverMultistepScheduler,
 }
-PREDICTION_TYPES = {"epsilon": Epsilon, "sample": X0, "v_prediction": V, "flow_prediction": Velocity}
+# Heun averages slopes over sigma / alpha, in which the first step from almost pure noise is thousands long. A1111 has no DDPM.
+SAMPLERS: dict[str, SamplerSpec] = {
+    "ddim": SamplerSpec("DDIM", {VariancePreserving: DDIMScheduler}, invertible=True),
+    "ddpm": SamplerSpec("ddpm", {VariancePreserving: DDPMScheduler}, adds_noise=True),
+    "euler": SamplerSpec(
+        "Euler",
+        {
+            VariancePreserving: EulerDiscreteScheduler,
+            RectifiedFlow: FlowMatchEulerDiscreteScheduler,
+            VarianceExploding: EDMEulerScheduler,
+        },
+        invertible=True,
+    ),
+    "euler-ancestral": SamplerSpec(
+        "Euler a",
+        {VariancePreserving: EulerAncestralDiscreteScheduler, RectifiedFlow: LTXEulerAncestralRFScheduler},
+        adds_noise=True,
+        takes=(Epsilon, V),
+    ),
+    "heun": SamplerSpec(
+        "Heun",
+        {VariancePreserving: HeunDiscreteScheduler, RectifiedFlow: FlowMatchHeunDiscreteScheduler},
+        needs_signal=True,
+    ),
+    "dpm++2m": SamplerSpec("DPM++ 2M", _DPM_SOLVER),
+    "dpm++2m-sde": SamplerSpec("DPM++ 2M SDE", _DPM_SOLVER, {"algorithm_type": "sde-dpmsolver++"}, adds_noise=True),
+    "unipc": SamplerSpec("UniPC", {VariancePreserving: UniPCMultistepScheduler, RectifiedFlow: UniPCMultistepScheduler}),
+}
+# the sampler that a pipeline is saved with
+DEFAULTS: dict[type[ProbabilityPath], str] = {VariancePreserving: "ddim", RectifiedFlow: "euler", VarianceExploding: "dpm++2m"}
+# what the schedulers of a path take as the model's output; those of VariancePreserving say so in their config
+WANTED: dict[type[ProbabilityPath], type[Prediction]] = {RectifiedFlow: Velocity, VarianceExploding: Preconditioned}
+PREDICTION_TYPES: dict[str, type[Prediction]] = {
+    "epsilon": Epsilon,
+    "sample": X0,
+    "v_prediction": V,
+    "flow_prediction": Velocity,
+}
 # x0 = (x_t − sigma·eps) / alpha: an error in eps comes out sigma / alpha times as large, 2 % of it 40 times the data
 LEAST_SIGNAL = 5e-4
 
@@ -74,12 +134,12 @@ def samplers_for(path: ProbabilityPath, prediction: Prediction) -> list[str]:
     """The names :func:`make_scheduler` takes for a model, the default first.
 
     Raises:
-        UsageError: where no scheduler can start from the path's noise, or none walks the path.
+        UsageError: where no scheduler can start from the path's noise, or none follows the path.
     """
     return list(_samplers(path, prediction))
 
 
-def make_scheduler(name: str, path: ProbabilityPath, prediction: Prediction, **options: Any) -> SchedulerMixin:
+def make_scheduler(name: str, path: ProbabilityPath, prediction: Prediction, **options: Any) -> Any:
     """The scheduler of a name for a model.
 
     Args:
@@ -92,16 +152,16 @@ def make_scheduler(name: str, path: ProbabilityPath, prediction: Prediction, **o
     """
     named = _samplers(path, prediction)
     if name not in named:
-        raise UsageError(f"no sampler {name!r} for {_words(path, prediction)}; choose one of: {', '.join(named)}")
-    kind, apart = named[name]
+        raise UsageError(f"no sampler {name!r} for {_text(path, prediction)}; choose one of: {', '.join(named)}")
+    kind, spec = named[name], SAMPLERS[name]
     allowed = inspect.signature(kind.__init__).parameters
-    derived = {key: value for key, value in (apart | _derived(kind, path, prediction)).items() if key in allowed}
+    derived = {key: value for key, value in (spec.settings | _derived(spec, path, prediction)).items() if key in allowed}
     # from the noisiest step down, whatever the number of steps (Lin et al. 2023, arXiv 2305.08891)
     default = {"timestep_spacing": "trailing"} if "timestep_spacing" in allowed else {}
-    eta = options.pop("eta", 0.0) if kind is DDIMScheduler else 0.0
+    eta = options.pop("eta", 0.0) if spec.takes_eta else 0.0
     if not 0 <= eta <= 1:
-        raise UsageError(f"eta of the sampler ddim is {eta:g}; give a number from 0 to 1")
-    free = [key for key in allowed if key not in derived and key != "self"] + ["eta"] * (kind is DDIMScheduler)
+        raise UsageError(f"eta of the sampler {name} is {eta:g}; give a number from 0 to 1")
+    free = [key for key in allowed if key not in derived and key != "self"] + ["eta"] * spec.takes_eta
     for key in options:
         if key not in free:
             raise UsageError(f"the sampler {name} has no option {key!r} of its own; choose from: {', '.join(free)}")
@@ -114,7 +174,7 @@ def make_scheduler(name: str, path: ProbabilityPath, prediction: Prediction, **o
     return scheduler
 
 
-def matching_scheduler(path: ProbabilityPath, prediction: Prediction) -> SchedulerMixin:
+def matching_scheduler(path: ProbabilityPath, prediction: Prediction) -> Any:
     """The scheduler that the saved pipeline samples with.
 
     Raises:
@@ -123,43 +183,61 @@ def matching_scheduler(path: ProbabilityPath, prediction: Prediction) -> Schedul
     return make_scheduler(samplers_for(path, prediction)[0], path, prediction)
 
 
-def check_scheduler(scheduler: SchedulerMixin, path: ProbabilityPath, prediction: Prediction) -> None:
-    """Refuse a scheduler, whoever made it, that does not walk the path of the model.
+def sampler_name(scheduler: Scheduler) -> str:
+    """The name that makes this scheduler; its class where none does."""
+    fitting = [
+        (len(spec.settings), name)
+        for name, spec in SAMPLERS.items()
+        if type(scheduler) in spec.schedulers.values() and spec.settings.items() <= scheduler.config.items()
+    ]
+    return max(fitting, default=(0, type(scheduler).__name__))[1]
+
+
+def adds_noise(scheduler: Scheduler) -> bool:
+    """Whether its steps add random noise, by its kind or by the options of its config."""
+    spec, config = SAMPLERS.get(sampler_name(scheduler)), scheduler.config
+    stochastic = config.get("eta", 0) > 0 or config.get("algorithm_type", "").startswith("sde")
+    return stochastic or (spec is not None and spec.adds_noise)
+
+
+def check_scheduler(scheduler: Scheduler, path: ProbabilityPath, prediction: Prediction) -> None:
+    """Refuse a scheduler, whoever made it, that does not follow the path of the model.
 
     Raises:
         UsageError: naming what does not fit, and the samplers that do.
     """
     named, config, kind = _samplers(path, prediction), scheduler.config, type(scheduler)
     wrong = [f"{key}={config[key]!r}" for key, value in _demanded(path).items() if key in config and config[key] != value]
-    if kind not in {served for served, _ in named.values()}:
+    if kind not in named.values():
         wrong = [f"the class {kind.__name__}"]
     elif isinstance(path, VariancePreserving) and not wrong:
         t = torch.arange(1, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
-        found = scheduler.alphas_cumprod.double()
+        found = cast(DDPMScheduler, scheduler).alphas_cumprod.double()  # as all of this path have
         if found.shape != t.shape or not torch.allclose(found, path.alpha(t).square(), rtol=0, atol=1e-4):
             wrong = ["its schedule of betas"]
         blind = {"epsilon"} if path.alpha(t[-1:]) < LEAST_SIGNAL else set()
-        if config.prediction_type not in {"epsilon", "sample", "v_prediction"} - blind:
-            wrong = [f"prediction_type={config.prediction_type!r}"]
+        if config["prediction_type"] not in {"epsilon", "sample", "v_prediction"} - blind:
+            wrong = [f"prediction_type={config['prediction_type']!r}"]
     if wrong:
         raise UsageError(
-            f"{kind.__name__} does not fit {_words(path, prediction)} ({', '.join(wrong)}); "
+            f"{kind.__name__} does not fit {_text(path, prediction)} ({', '.join(wrong)}); "
             f"set pipeline.scheduler = make_scheduler(name, *pipeline.diffusion) with one of: {', '.join(named)}"
         )
 
 
-def wanted_prediction(scheduler: SchedulerMixin) -> Prediction:
+def wanted_prediction(scheduler: Scheduler, path: ProbabilityPath) -> Prediction:
     """What a scheduler's ``step`` takes as the model's output."""
-    if isinstance(scheduler, (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)):
-        return Preconditioned()  # they call it "epsilon"
-    kind = PREDICTION_TYPES.get(scheduler.config.get("prediction_type", "flow_prediction"))
-    if kind is None:
-        raise UsageError(f"{type(scheduler).__name__} wants {scheduler.config.prediction_type!r}, which no model predicts")
-    return kind()
+    for kind, wanted in WANTED.items():
+        if isinstance(path, kind):
+            return wanted()
+    prediction_type = scheduler.config["prediction_type"]
+    if prediction_type not in PREDICTION_TYPES:
+        raise UsageError(f"{type(scheduler).__name__} wants {prediction_type!r}, which no model predicts")
+    return PREDICTION_TYPES[prediction_type]()
 
 
 def diffusion_config(path: ProbabilityPath, prediction: Prediction) -> dict[str, dict[str, Any]]:
-    """Path and prediction as JSON, in the words of the YAML that chose them; see :func:`diffusion_from`."""
+    """Path and prediction as JSON, ``class_path`` and ``init_args`` as in YAML; see :func:`diffusion_from`."""
     return {"path": _describe(path), "prediction": _describe(prediction)}
 
 
@@ -177,70 +255,68 @@ def diffusion_from(description: dict[str, dict[str, Any]]) -> Diffusion:
         ) from error
 
 
-def diffusion_of(scheduler: SchedulerMixin) -> Diffusion:
+def diffusion_of(scheduler: Scheduler) -> Diffusion:
     """Path and prediction that a scheduler was derived from: for pipelines that do not say.
 
     Raises:
-        UsageError: where the scheduler is none of ours.
+        UsageError: where the scheduler is not of :data:`SAMPLERS`.
     """
-    config, prediction = scheduler.config, wanted_prediction(scheduler)
-    if isinstance(prediction, Preconditioned):
-        diffusion = Diffusion(VarianceExploding(config.sigma_min, config.sigma_max, config.sigma_data), prediction)
+    config = scheduler.config
+    if type(scheduler) in [spec.schedulers.get(VarianceExploding) for spec in SAMPLERS.values()]:
+        path = VarianceExploding(config["sigma_min"], config["sigma_max"], config["sigma_data"])
     elif "beta_schedule" not in config or config.get("use_flow_sigmas"):
-        diffusion = Diffusion(RectifiedFlow(), prediction)
+        path = RectifiedFlow()
     else:
-        zero_terminal_snr = config.get("rescale_betas_zero_snr", False)
-        diffusion = Diffusion(VariancePreserving(config.beta_schedule, zero_terminal_snr), prediction)
+        path = VariancePreserving(config["beta_schedule"], config.get("rescale_betas_zero_snr", False))
+    diffusion = Diffusion(path, wanted_prediction(scheduler, path))
     check_scheduler(scheduler, *diffusion)
     return diffusion
 
 
-def _samplers(path: ProbabilityPath, prediction: Prediction) -> dict[str, tuple[type[SchedulerMixin], dict[str, str]]]:
-    """The path's part of the table."""
-    named = next((named for kind, named in SAMPLERS.items() if isinstance(path, kind)), None)
-    if named is None:
-        served = ", ".join(kind.__name__ for kind in SAMPLERS)
-        raise UsageError(f"no scheduler of diffusers walks {type(path).__name__}; set model.path to one of: {served}")
+def _samplers(path: ProbabilityPath, prediction: Prediction) -> dict[str, type]:
+    """Name -> class of the schedulers for a model, the default first."""
+    followed = next((kind for kind in DEFAULTS if isinstance(path, kind)), None)
+    if followed is None:
+        served = ", ".join(kind.__name__ for kind in DEFAULTS)
+        raise UsageError(f"no scheduler of diffusers follows {type(path).__name__}; take one of these paths: {served}")
     one = torch.ones(1, dtype=torch.float64)
     lengths = [torch.hypot(*pair) for pair in ((path.alpha(one), path.sigma(one)), prediction.coefficients(path, one))]
     if not prediction.determinant(path, one).abs() > LEAST_SIGNAL * lengths[0] * lengths[1]:
         raise UsageError(
-            f"{type(prediction).__name__} says nothing of the image where {_words(path)} begins (alpha = 0); set "
-            "model.prediction to V, Sample or Velocity"
-            + (", or the schedule to a plain linear or scaled_linear" if isinstance(path, VariancePreserving) else "")
+            f"{type(prediction).__name__} says nothing of the image where {_text(path)} begins (alpha = 0); predict V, X0 or "
+            "Velocity" + (", or take a plain linear or scaled_linear schedule" if isinstance(path, VariancePreserving) else "")
         )
-    # it averages slopes over sigma / alpha, in which the first step from almost pure noise is thousands long
-    without = {HeunDiscreteScheduler} if path.alpha(one) < LEAST_SIGNAL else set()
-    return {name: entry for name, entry in named.items() if entry[0] not in without}
+    blind = isinstance(path, VariancePreserving) and bool(path.alpha(one) < LEAST_SIGNAL)
+    served = [name for name, spec in SAMPLERS.items() if followed in spec.schedulers and not (spec.needs_signal and blind)]
+    served.sort(key=lambda name: name != DEFAULTS[followed])
+    return {name: SAMPLERS[name].schedulers[followed] for name in served}
 
 
 def _demanded(path: ProbabilityPath) -> dict[str, Any]:
-    """What a scheduler's config must say, where it has a say, to walk a path."""
+    """What a scheduler's config must say, where it has a say, to follow a path."""
     if isinstance(path, VarianceExploding):
         sigmas = {key: getattr(path, key) for key in ("sigma_min", "sigma_max", "sigma_data")}
-        return {"prediction_type": "epsilon", "thresholding": False, **sigmas}
-    # latents are not bounded by 1; noise anew at every step would forget what is known of the image
+        return {"prediction_type": "epsilon", "thresholding": False, **sigmas}  # so they call Preconditioned
+    # latents are not bounded by 1; new noise at every step would discard what is known of the image
     common = {"clip_sample": False, "thresholding": False, "stochastic_sampling": False}
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     apart = flow if isinstance(path, RectifiedFlow) else {"use_flow_sigmas": False}
     return common | apart | {"num_train_timesteps": NUM_TRAIN_TIMESTEPS}
 
 
-def _derived(kind: type[SchedulerMixin], path: ProbabilityPath, prediction: Prediction) -> dict[str, Any]:
+def _derived(spec: SamplerSpec, path: ProbabilityPath, prediction: Prediction) -> dict[str, Any]:
     """The part of a scheduler's config that the model decides."""
     derived = _demanded(path)
     if not isinstance(path, VariancePreserving):
         return derived
     # in full, as HeunDiscreteScheduler's own defaults are not those of the others
     betas = DDPMScheduler(**path.scheduler_config).config
-    derived |= path.scheduler_config | {"beta_start": betas.beta_start, "beta_end": betas.beta_end}
-    # the network's own where the scheduler takes it; v is never blind
-    own = next((key for key, value in PREDICTION_TYPES.items() if value is type(prediction)), "flow_prediction")
-    not_taken = {"flow_prediction"} | ({"sample"} if kind is EulerAncestralDiscreteScheduler else set())
-    return derived | {"prediction_type": "v_prediction" if own in not_taken else own}
+    derived |= path.scheduler_config | {key: betas[key] for key in ("beta_start", "beta_end")}
+    names = {kind: name for name, kind in PREDICTION_TYPES.items() if kind in spec.takes}
+    return derived | {"prediction_type": names.get(type(prediction), "v_prediction")}  # V is defined at every alpha
 
 
-def _words(path: ProbabilityPath, prediction: Prediction | None = None) -> str:
+def _text(path: ProbabilityPath, prediction: Prediction | None = None) -> str:
     """A model in a few words, for messages."""
     settings = ", ".join(f"{key}={value}" for key, value in _describe(path)["init_args"].items())
     return (f"{type(prediction).__name__} on " if prediction else "") + f"{type(path).__name__}({settings})"

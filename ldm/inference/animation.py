@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from PIL.GifImagePlugin import getdata, getheader
@@ -28,10 +27,10 @@ from torch import Tensor, nn
 from ldm.diffusion.conditioning import Condition, concatenate, denoise, encode_condition
 from ldm.diffusion.guidance import Conversion, Guidance
 from ldm.diffusion.sampler import Sampler
-from ldm.diffusion.scheduler import make_scheduler, samplers_for
+from ldm.diffusion.scheduler import adds_noise, make_scheduler, samplers_for
 from ldm.errors import UsageError
 from ldm.files import atomic_file
-from ldm.inference.generate import check_settings, scheduler_for
+from ldm.inference.generate import scheduler_for
 from ldm.inference.settings import GenerationSettings
 from ldm.models.dit import EncodedText
 
@@ -151,8 +150,8 @@ def key_settings(settings: GenerationSettings, prompts: Sequence[str], seeds: Se
     return [replace(settings, prompt=prompt, seed=seed) for prompt, seed in pairs]
 
 
-def deterministic_scheduler(pipeline: LatentDiffusionPipeline, settings: GenerationSettings) -> SchedulerMixin:
-    """The scheduler that settings name, the pipeline's own where they name none.
+def deterministic_sampler(pipeline: LatentDiffusionPipeline, settings: GenerationSettings) -> Sampler:
+    """The sampler that settings name, the pipeline's own where they name none.
 
     Raises:
         UsageError: for one that adds noise at every step; lists those that do not.
@@ -164,14 +163,7 @@ def deterministic_scheduler(pipeline: LatentDiffusionPipeline, settings: Generat
             f"scheduler {settings.scheduler or type(scheduler).__name__} adds noise at every step, so that neighbouring frames "
             f"would differ by chance; choose one of: {', '.join(names)}"
         )
-    return scheduler
-
-
-def adds_noise(scheduler: SchedulerMixin) -> bool:
-    """Whether its steps are drawn at random, as the options of its config are."""
-    config = scheduler.config
-    drawn = isinstance(scheduler, (DDPMScheduler, EulerAncestralDiscreteScheduler)) or config.get("eta", 0) > 0
-    return drawn or config.get("algorithm_type", "").startswith("sde")
+    return pipeline.make_sampler(settings.steps, scheduler=scheduler)
 
 
 def draw_frames(
@@ -196,24 +188,25 @@ def draw_frames(
     frames, settings = even_steps(len(keys), count, loop), keys[0]
     if len({replace(key, prompt="any", seed=0) for key in keys}) > 1 or settings.image or settings.weak:
         raise UsageError("images to go between may differ in prompt and seed alone, and need no image and no weak model")
-    for text in (*(key.prompt for key in keys), *filter(None, [settings.negative])):
-        pipeline.check_prompt(text)
-    check_settings(pipeline, settings)
-    scheduler = deterministic_scheduler(pipeline, settings)
-    return _drawn(pipeline, keys, frames, scheduler, batch_size)
+    texts = [*dict.fromkeys(key.prompt for key in keys)]
+    tokens = pipeline.tokenize([*texts, settings.negative])
+    pipeline.latent_shape(1, settings.height, settings.width)
+    sampler = deterministic_sampler(pipeline, settings)
+    return _drawn(pipeline, keys, frames, sampler, texts, tokens, batch_size)
 
 
 def _drawn(
     pipeline: LatentDiffusionPipeline,
     keys: Sequence[GenerationSettings],
     frames: Sequence[Frame],
-    scheduler: SchedulerMixin,
+    sampler: Sampler,
+    texts: Sequence[str],
+    tokens: Sequence[Sequence[int]],
     batch_size: int,
 ) -> Iterator[Image.Image]:
     settings, device = keys[0], pipeline._execution_device
     shape = pipeline.latent_shape(1, settings.height, settings.width)
-    texts = [*dict.fromkeys(key.prompt for key in keys)]
-    condition, null = pipeline.encode(texts), pipeline.encode([settings.negative])
+    condition, null = pipeline.embed(tokens[:-1]), pipeline.embed(tokens[-1:])
 
     def noise(seed: int) -> Tensor:
         return randn_tensor(shape, torch.Generator().manual_seed(seed), device, torch.float32)
@@ -228,7 +221,6 @@ def _drawn(
             noises.append(slerp(*(noise(key.seed) for key in ends), amount))
         conversion = Conversion.of(*pipeline.diffusion)
         blended = BlendedDenoiser(pipeline.transformer, condition, weights, null, settings.rule(), conversion)
-        sampler = Sampler(scheduler, *pipeline.diffusion, settings.steps, device)
         with torch.no_grad():
             latents = sampler(blended, torch.cat(noises))
         yield from pipeline.decode(latents)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UsageError
 from ldm.files import atomic_file
-from ldm.inference.generate import generate_images
+from ldm.inference.generate import ImageGenerator
 from ldm.models.dit import DiT
 from ldm.models.layers import Attention, KeysValues
 from ldm.reporting.grids import captioned_grid
@@ -160,7 +160,7 @@ def draw_watched(
     low, high = sorted(pipeline.diffusion.path.network_time(torch.tensor(times, dtype=torch.float64)).tolist())
     rounding = 1e-5 * max(abs(low), abs(high))
     with watched_attention(pipeline.transformer, 1, len(tokens), (low - rounding, high + rounding)) as watched:
-        image = next(iter(generate_images(pipeline, [settings]))).image
+        image = next(ImageGenerator(pipeline).generate([settings])).image
     token_side = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
     grid = image.height // token_side, image.width // token_side
     token_maps = watched.mean()[0].T.unflatten(1, grid).numpy()  # (L, h, w)

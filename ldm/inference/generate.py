@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import Tensor
 
+from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.sampler import Sampler
-from ldm.diffusion.scheduler import make_scheduler
+from ldm.diffusion.scheduler import Scheduler, make_scheduler
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json
-from ldm.inference.prompts import fit_prompt
+from ldm.inference.prompts import Fit, fit_prompts
 from ldm.inference.settings import GenerationSettings
 from ldm.machine import is_out_of_memory
 from ldm.models.autoencoder import enable_tiling
+from ldm.models.image_processor import PreparedImages
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline, read_image
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREVIEWED = 4  # images of a batch, since each preview decodes them
+MAX_FITS = 4096  # prompts whose tokens are kept
 
 
 class GenerationStep(NamedTuple):
@@ -48,7 +53,7 @@ class GeneratedImage(NamedTuple):
     number: int
     settings: GenerationSettings
     image: Image.Image
-    scheduler: SchedulerMixin
+    scheduler: Scheduler
 
 
 OnStep = Callable[[GenerationStep], None]
@@ -57,7 +62,7 @@ OnStep = Callable[[GenerationStep], None]
 def open_pipeline(
     path: str | Path, device: str | None = None, dtype: str = "fp32", compiled: bool = False, tiled: bool = False
 ) -> LatentDiffusionPipeline:
-    """The pipeline of a directory, made ready.
+    """The pipeline of a directory, on its device and in its precision.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``; the GPU unless given, where there is one.
@@ -90,7 +95,7 @@ def open_pipeline(
     return pipeline
 
 
-def scheduler_for(pipeline: LatentDiffusionPipeline, settings: GenerationSettings) -> SchedulerMixin:
+def scheduler_for(pipeline: LatentDiffusionPipeline, settings: GenerationSettings) -> Scheduler:
     """The scheduler that settings name, the pipeline's own where they name none.
 
     Raises:
@@ -107,114 +112,150 @@ def batch_key(settings: GenerationSettings) -> GenerationSettings:
     return dataclasses.replace(settings, prompt="any", negative="", seed=0)
 
 
-def check_settings(pipeline: LatentDiffusionPipeline, settings: GenerationSettings) -> None:
-    """Refuse settings that the pipeline cannot use, before anything is generated; :func:`fit_prompt` checks the prompts.
+class Prepared(NamedTuple):
+    """What the images of a batch share: the sampler, and the image that they start from."""
 
-    Raises:
-        UsageError: naming the setting.
+    sampler: Sampler
+    image: PreparedImages | None
+
+
+class ImageGenerator:
+    """Generates images with a pipeline. What images have in common is prepared once: the sampler, the image to start from, the
+    weaker model of autoguidance, the tokens and embeddings of the prompts.
+
+    Only what was used last is kept, so that memory does not grow with the number of images.
     """
-    strength = 1.0 if settings.strength is None else settings.strength
-    Sampler(scheduler_for(pipeline, settings), *pipeline.diffusion, settings.steps, strength=strength)
-    if settings.image is None:
-        pipeline.latent_shape(1, settings.height, settings.width)
-    else:
-        image, mask = (None if path is None else read_image(path) for path in (settings.image, settings.mask))
-        pipeline.canvas(image, mask, settings.height, settings.width)
-    if settings.weak is not None:
-        _check_weak(pipeline, Path(settings.weak))
 
+    def __init__(
+        self, pipeline: LatentDiffusionPipeline, strict: bool = False, warn: Callable[[str], None] = warnings.warn
+    ) -> None:
+        """
+        Args:
+            strict: :meth:`check` refuses a prompt that is too long for the text encoder, instead of warning.
+            warn: receives such a warning, once for each prompt, with the words that the text encoder does not see.
+        """
+        self.pipeline, self.strict, self.warn = pipeline, strict, warn
+        self._warned: set[str] = set()
+        self._fits: dict[str, Fit] = {}
+        self.prepare = functools.lru_cache(8)(self._prepare)
+        self._encoded = functools.lru_cache(8)(self._encode)
+        self._weak = functools.lru_cache(1)(self._load_weak)
 
-def generate_images(
-    pipeline: LatentDiffusionPipeline,
-    settings: Sequence[GenerationSettings],
-    batch_size: int = 1,
-    on_step: OnStep | None = None,
-    preview_every: int = 0,
-) -> Iterator[GeneratedImage]:
-    """Generate images, ``batch_size`` at a time; no more than these are held in memory.
+    def check(self, settings: GenerationSettings) -> None:
+        """Refuse settings that the pipeline cannot use, before anything is generated.
 
-    Every image has its own generator, so that it is the same in every batch but for rounding (at most 1 of 255 in fp32), and
-    bit for bit where the batch has the same shape.
+        Raises:
+            UsageError: naming the setting.
+        """
+        for text, fit in self.fit((settings.prompt, settings.negative)).items():
+            if fit.cut and text not in self._warned:
+                message = f"the prompt {text[:40]!r}… is too long for the text encoder, which does not see: {fit.cut!r}"
+                if self.strict:
+                    raise UsageError(message)
+                self.warn(message)
+                self._warned.add(text)
+        self.prepare(batch_key(settings))
 
-    Args:
-        settings: one per image; those that can share a batch do, so that the order may change.
-        on_step: called after each denoiser evaluation; an exception in it ends the generation.
-        preview_every: it gets previews every so many evaluations; 0 is never.
+    def generate(
+        self,
+        settings: Sequence[GenerationSettings],
+        batch_size: int = 1,
+        on_step: OnStep | None = None,
+        preview_every: int = 0,
+    ) -> Iterator[GeneratedImage]:
+        """Generate images, ``batch_size`` at a time; no more than these are held in memory.
 
-    Raises:
-        UsageError: for settings that the pipeline cannot use.
-        LdmError: when the denoiser's output is not finite, or memory does not suffice.
-    """
-    alike: dict[GenerationSettings, list[int]] = {}
-    for number, one in enumerate(settings):
-        alike.setdefault(batch_key(one), []).append(number)
-    for shared, numbers in alike.items():
-        given, scheduler = _arguments(pipeline, shared), scheduler_for(pipeline, shared)
-        kept = functools.lru_cache(256)(lambda text: fit_prompt(pipeline.tokenizer, text).kept)
-        for start in range(0, len(numbers), batch_size):
-            chosen = numbers[start : start + batch_size]
-            batch = [settings[number] for number in chosen]
-            prompts = [kept(one.prompt) for one in batch], [kept(one.negative) for one in batch]
-            images = _generate(pipeline, scheduler, batch, prompts, given, on_step, preview_every)
-            for number, one, image in zip(chosen, batch, images, strict=True):
-                yield GeneratedImage(number, one, image, scheduler)
+        Every image has its own generator, so that it is the same in every batch but for rounding (at most 1 of 255 in fp32),
+        and bit for bit where the batch has the same shape.
 
+        Args:
+            settings: one per image; those that can share a batch do, so that the order may change.
+            on_step: called after each denoiser evaluation; an exception in it ends the generation.
+            preview_every: it gets previews every so many evaluations; 0 is never.
 
-def _arguments(pipeline: LatentDiffusionPipeline, common: GenerationSettings) -> dict[str, Any]:
-    """The pipeline's arguments that are read from files."""
-    given: dict[str, Any] = {}
-    if common.image is not None:
-        given["image"] = read_image(common.image)
-    if common.mask is not None:
-        given["mask_image"] = read_image(common.mask)
-    if common.strength is not None:
-        given["strength"] = common.strength
-    if common.weak is not None:
-        _check_weak(pipeline, Path(common.weak))
-        weak = load_pipeline(common.weak).transformer
-        given["weak_transformer"] = weak.to(pipeline.transformer.device, pipeline.transformer.dtype)
-    return given
+        Raises:
+            UsageError: for settings that the pipeline cannot use.
+            LdmError: when the denoiser's output is not finite, or memory does not suffice.
+        """
+        alike: dict[GenerationSettings, list[int]] = {}
+        for number, one in enumerate(settings):
+            alike.setdefault(batch_key(one), []).append(number)
+        for shared, numbers in alike.items():
+            sampler = self.prepare(shared).sampler
+            for start in range(0, len(numbers), batch_size):
+                chosen = numbers[start : start + batch_size]
+                batch = [settings[number] for number in chosen]
+                images = self._generate(shared, batch, on_step, preview_every)
+                for number, one, image in zip(chosen, batch, images, strict=True):
+                    yield GeneratedImage(number, one, image, sampler.scheduler)
 
+    def fit(self, texts: Iterable[str]) -> dict[str, Fit]:
+        """Texts as the text encoder takes them; new ones are tokenised together."""
+        wanted = [*dict.fromkeys(texts)]
+        if len(self._fits) > MAX_FITS:
+            self._fits.clear()
+        self._fits |= fit_prompts(self.pipeline.tokenizer, [text for text in wanted if text not in self._fits])
+        return {text: self._fits[text] for text in wanted}
 
-def _generate(
-    pipeline: LatentDiffusionPipeline,
-    scheduler: SchedulerMixin,
-    batch: list[GenerationSettings],
-    prompts: tuple[list[str], list[str]],
-    given: dict[str, Any],
-    on_step: OnStep | None,
-    preview_every: int,
-) -> list[Image.Image]:
-    def after_step(_: LatentDiffusionPipeline, number: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
-        if on_step is not None:
-            due = preview_every > 0 and (number + 1) % preview_every == 0
-            previews = pipeline.decode(tensors["pred_original_sample"][:PREVIEWED]) if due else []
-            on_step(GenerationStep(batch, number + 1, pipeline.num_timesteps, previews))
+    def _prepare(self, shared: GenerationSettings) -> Prepared:
+        """What images of one :func:`batch_key` share; as ``prepare`` each is made once.
 
-    shared, (positive, negative) = batch[0], prompts
-    own, pipeline.scheduler = pipeline.scheduler, scheduler
-    try:
-        return pipeline(
-            positive,
-            negative_prompt=negative,
-            num_inference_steps=shared.steps,
-            guidance=shared.rule(),
-            width=shared.width,
-            height=shared.height,
-            generator=[torch.Generator().manual_seed(one.seed) for one in batch],
-            callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=("pred_original_sample",),
-            **given,
-        ).images
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise LdmError(
-                f"there is not enough memory for {len(batch)} images at a time; make the batch or the size smaller, or "
-                "decode in tiles"
-            ) from error
-        raise
-    finally:
-        pipeline.scheduler = own
+        Raises:
+            UsageError: naming the setting that the pipeline cannot use.
+        """
+        pipeline, image = self.pipeline, None
+        scheduler = scheduler_for(pipeline, shared)
+        if shared.image is None:
+            pipeline.latent_shape(1, shared.height, shared.width)
+        else:
+            mask = None if shared.mask is None else read_image(shared.mask)
+            image = pipeline.prepare_images(read_image(shared.image), mask, shared.height, shared.width)
+        if shared.weak is not None:
+            _check_weak(pipeline, Path(shared.weak))
+        return Prepared(pipeline.make_sampler(shared.steps, shared.strength, image, scheduler), image)
+
+    def _encode(self, prompts: tuple[str, ...], negatives: tuple[str, ...]) -> tuple[Condition, Condition]:
+        fits = self.fit(prompts + negatives)
+        prompt, negative = ([fits[text].tokens for text in texts] for texts in (prompts, negatives))
+        return self.pipeline.embed(prompt), self.pipeline.embed(negative)
+
+    def _load_weak(self, path: str) -> ModelMixin:
+        network = self.pipeline.transformer
+        return load_pipeline(path).transformer.to(network.device, network.dtype)
+
+    def _generate(
+        self, shared: GenerationSettings, batch: list[GenerationSettings], on_step: OnStep | None, preview_every: int
+    ) -> list[Image.Image]:
+        pipeline, (sampler, image) = self.pipeline, self.prepare(shared)
+
+        def after_step(_: DiffusionPipeline, number: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
+            if on_step is not None:
+                due = preview_every > 0 and (number + 1) % preview_every == 0
+                previews = pipeline.decode(tensors["pred_original_sample"][:PREVIEWED]) if due else []
+                on_step(GenerationStep(batch, number + 1, len(sampler), previews))
+
+        try:
+            (images,) = pipeline(
+                encoded_prompts=self._encoded(tuple(one.prompt for one in batch), tuple(one.negative for one in batch)),
+                sampler=sampler,
+                guidance=shared.rule(),
+                width=shared.width,
+                height=shared.height,
+                image=image,
+                weak_transformer=None if shared.weak is None else self._weak(shared.weak),
+                generator=[torch.Generator().manual_seed(one.seed) for one in batch],
+                callback_on_step_end=after_step,
+                callback_on_step_end_tensor_inputs=("pred_original_sample",),
+                return_dict=False,
+            )
+            return images
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise LdmError(
+                    f"there is not enough memory for {len(batch)} images at a time; make the batch or the size smaller, or "
+                    "decode in tiles"
+                ) from error
+            raise
 
 
 def _check_weak(pipeline: LatentDiffusionPipeline, path: Path) -> None:
@@ -224,7 +265,7 @@ def _check_weak(pipeline: LatentDiffusionPipeline, path: Path) -> None:
         raise UsageError(f"weak {path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
     weak, config, ours = read_json(index), read_json(path / "transformer" / "config.json"), pipeline.config
     theirs = (weak.get("diffusion") or {}) | (weak.get("trained_on") or {}) | config
-    needed = (ours.diffusion or {}) | (ours.trained_on or {}) | pipeline.transformer.config
+    needed = (ours["diffusion"] or {}) | (ours["trained_on"] or {}) | pipeline.transformer.config
     for name in ("path", "prediction", "autoencoder", "text_encoder", "latent_shape", "in_channels", "sample_size"):
         if name in theirs and name in needed and theirs[name] != needed[name]:
             raise UsageError(f"weak {path} was trained with another {name}; give an earlier checkpoint of the same model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -11,10 +10,9 @@ from PIL import Image
 from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_file, read_json, require_new_folder, require_version, write_json
 from ldm.inference.gallery import write_gallery
-from ldm.inference.generate import GenerationStep, generate_images
-from ldm.inference.metadata import Provenance, save_png, scheduler_name
+from ldm.inference.generate import GenerationStep, ImageGenerator
+from ldm.inference.metadata import Provenance, save_png
 from ldm.inference.settings import GenerationSettings
-from ldm.pipeline import LatentDiffusionPipeline
 from ldm.progress import Progress
 from ldm.reporting.grids import captioned_grid
 
@@ -103,7 +101,7 @@ class OutputFolder:
 
 
 def generate_missing(
-    pipeline: LatentDiffusionPipeline,
+    generator: ImageGenerator,
     folder: OutputFolder,
     batch_size: int = 1,
     preview_every: int = 0,
@@ -113,7 +111,7 @@ def generate_missing(
     """Generate the images that a folder lacks. Whatever ends it, the images so far stay; call it again for the rest.
 
     Args:
-        batch_size, preview_every: see :func:`ldm.inference.generate.generate_images`.
+        batch_size, preview_every: see :meth:`ldm.inference.generate.ImageGenerator.generate`.
         metadata: store the settings and the provenance in each PNG.
         quiet: show no progress.
 
@@ -124,7 +122,6 @@ def generate_missing(
         LdmError: when the folder cannot be written.
     """
     missing, done = folder.missing(), 0
-    provenance: dict[int, Provenance] = {}  # by scheduler, each named once
     with Progress("generating", len(missing), quiet=quiet) as progress:
 
         def on_step(step: GenerationStep) -> None:
@@ -134,12 +131,8 @@ def generate_missing(
 
         wanted = [folder.planned[number] for number in missing]
         try:
-            for made in generate_images(pipeline, wanted, batch_size, on_step, preview_every):
-                key = id(made.scheduler)
-                if key not in provenance:
-                    names = {"scheduler": scheduler_name(made.scheduler), "sampler": type(made.scheduler).__name__}
-                    provenance = {key: replace(folder.provenance, **names)}
-                folder.save(missing[made.number], made.image, provenance[key], metadata)
+            for made in generator.generate(wanted, batch_size, on_step, preview_every):
+                folder.save(missing[made.number], made.image, folder.provenance.of_scheduler(made.scheduler), metadata)
                 done += 1
                 progress.update(done)
         except OSError as error:

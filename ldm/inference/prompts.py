@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ldm.errors import UsageError
+from ldm.inference.metadata import read_png
 from ldm.inference.settings import GenerationSettings
 from ldm.models.text_encoder import max_tokens
 
@@ -18,26 +20,37 @@ Check = Callable[[GenerationSettings], None]
 
 
 class Fit(NamedTuple):
-    """A prompt as the text encoder takes it, and the words at its end that it does not take."""
+    """A prompt as the text encoder takes it: that part, its token ids, and the words at its end that are cut off."""
 
     kept: str
+    tokens: list[int]
     cut: str
 
 
-def fit_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Fit:
-    """Cut a prompt behind the last whole word that fits :func:`ldm.models.text_encoder.max_tokens`.
+def fit_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> dict[str, Fit]:
+    """Prompts, each cut behind the last whole word that fits :func:`ldm.models.text_encoder.max_tokens`.
 
     Raises:
-        UsageError: where not even one word fits, the tokenizer cannot say which tokens are which words, or what is there is no
-            text.
+        UsageError: where not even one word fits, the tokenizer cannot say which tokens are which words, or a prompt is no text.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"the prompt {prompt[:40]!a} holds half a surrogate pair, which is no character; mend it") from None
-    limit, length = max_tokens(tokenizer), len(tokenizer(prompt)["input_ids"])
-    if length <= limit:
-        return Fit(prompt, "")
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"the prompt {prompt[:40]!a} holds half a surrogate pair, which is no character; fix it") from None
+    tokens = tokenizer([*prompts])["input_ids"] if prompts else []
+    limit, fits = max_tokens(tokenizer), {}
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if len(ids) <= limit:
+            fits[prompt] = Fit(prompt, ids, "")
+        else:
+            kept = _last_whole_word(tokenizer, prompt, len(ids), limit)
+            fits[prompt] = Fit(prompt[:kept], tokenizer(prompt[:kept])["input_ids"], prompt[kept:].strip())
+    return fits
+
+
+def _last_whole_word(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int, limit: int) -> int:
+    """The number of characters of a prompt of ``length`` tokens up to the last whole word within ``limit`` tokens."""
     too_long = UsageError(f"the prompt {prompt[:40]!r}… has {length} tokens, the text encoder takes {limit}; shorten it")
     if not tokenizer.is_fast:
         raise too_long
@@ -54,8 +67,7 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Fit:
     whole = next((count for count in range(room, 0, -1) if ends_a_word(count)), None)
     if whole is None:
         raise too_long
-    end = tokens[whole - 1][2]
-    return Fit(prompt[:end], prompt[end:].strip())
+    return tokens[whole - 1][2]
 
 
 def repeated(content: Mapping[str, Any], count: Any, where: str) -> list[GenerationSettings]:
@@ -90,6 +102,43 @@ def parse_size(size: str | int) -> tuple[int, int]:
     if found is None:
         raise UsageError(f"size is {size!r}; give WIDTHxHEIGHT or one number, in pixels: 512x768")
     return int(found[1]), int(found[2] or found[1])
+
+
+def plan_prompts(
+    prompts: Sequence[str], defaults: Mapping[str, Any], count: int = 1, check: Check | None = None
+) -> list[GenerationSettings]:
+    """``count`` images of each prompt; the seed counts on from image to image. For a file see
+    :func:`read_prompts`.
+
+    Args:
+        defaults: the other settings, as JSON.
+        check: called with the first image of each prompt, for example :meth:`ldm.inference.generate.ImageGenerator.check`.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    planned: list[GenerationSettings] = []
+    for prompt in prompts:
+        seed = defaults.get("seed", 0) + len(planned)
+        images = repeated(dict(defaults) | {"prompt": prompt, "seed": seed}, count, "the command line")
+        if check is not None:
+            check(images[0])
+        planned += images
+    return planned
+
+
+def plan_from_image(
+    path: str | os.PathLike, changes: Mapping[str, Any], count: int = 1, check: Check | None = None
+) -> list[GenerationSettings]:
+    """``count`` images with the settings stored in a PNG, except for ``changes``; the seed counts on.
+
+    Raises:
+        UsageError: for a PNG without settings, or naming the setting.
+    """
+    images = repeated(read_png(path)[0].to_json() | dict(changes), count, str(path))
+    if check is not None:
+        check(images[0])
+    return images
 
 
 def read_prompts(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ldm.diffusion.guidance import AdaptiveProjected, ClassifierFree, Guidance, Interval, Rescale, ZeroStar
+from ldm.diffusion.scheduler import SAMPLERS
 from ldm.errors import UsageError
 
 RULES: dict[str, type[Guidance]] = {"classifier-free": ClassifierFree, "zero-star": ZeroStar, "apg": AdaptiveProjected}
@@ -71,13 +72,16 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; give 1 or more")
+        with_eta = [name for name, spec in SAMPLERS.items() if spec.takes_eta]
+        named = " or ".join(with_eta)
         wrong = {
             "the prompt is empty; say what to draw": not self.prompt.strip() and self.image is None,
             f"seed is {self.seed}; give a number from 0 to {2**63 - 1}": not 0 <= self.seed < 2**63,
             f"guidance is {self.guidance}; give a finite number": not math.isfinite(self.guidance),
             f"guidance_rule is {self.guidance_rule!r}; choose one of: {', '.join(RULES)}": self.guidance_rule not in RULES,
             f"guidance_interval is {low:g} to {high:g}; give 0 <= low < high <= 1": not 0 <= low < high <= 1,
-            "eta is of the scheduler ddim; give scheduler ddim, too": self.eta is not None and self.scheduler != "ddim",
+            f"eta is of the scheduler {named}; give scheduler {named}, too": self.eta is not None
+            and self.scheduler not in with_eta,
             "strength is of a given image; give image, too": self.strength is not None and self.image is None,
             "mask is of a given image; give image, too": self.mask is not None and self.image is None,
             "weak leads away from itself and negative from words; give one of them": bool(self.weak and self.negative),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
@@ -74,6 +75,14 @@ def encode_captions(
     """
     tokens = tokenizer(list(captions), padding=True, truncation=True, max_length=max_tokens(tokenizer), return_tensors="pt")
     return embed(model, tokens.input_ids, tokens.attention_mask)
+
+
+def pad_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, L), int64, of the token ids of B captions, padded as the tokenizer itself pads."""
+    padding = {"batch_first": True, "padding_side": tokenizer.padding_side}
+    ids = [torch.tensor(caption) for caption in tokens]
+    masks = [torch.ones_like(caption) for caption in ids]
+    return pad_sequence(ids, padding_value=tokenizer.pad_token_id, **padding), pad_sequence(masks, **padding)
 
 
 def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

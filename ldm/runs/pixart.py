@@ -68,7 +68,7 @@ def fitting_scheduler(pipeline: LatentDiffusionPipeline) -> SchedulerMixin:
     """
     shift = {"flow_shift": pipeline.scheduler.config.shift} if "shift" in pipeline.scheduler.config else {}
     scheduler = make_scheduler("dpm++2m", *pipeline.diffusion, **shift)
-    predicted, wanted = type(pipeline.diffusion.prediction), type(wanted_prediction(scheduler))
+    predicted, wanted = type(pipeline.diffusion.prediction), type(wanted_prediction(scheduler, pipeline.diffusion.path))
     if predicted is not wanted:
         raise UsageError(
             f"the denoiser predicts {predicted.__name__}, but on its path PixArtAlphaPipeline can only run {wanted.__name__}; "

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ldm.diffusion.scheduler import samplers_for
 from ldm.errors import LdmError
-from ldm.inference.generate import check_settings, scheduler_for
-from ldm.inference.metadata import encode_png, provenance_of, scheduler_name
+from ldm.inference.generate import ImageGenerator, batch_key, scheduler_for
+from ldm.inference.metadata import encode_png, provenance_of
 from ldm.inference.settings import GenerationSettings
 from ldm.machine import is_out_of_memory
 from ldm.pipeline import LatentDiffusionPipeline
@@ -58,9 +58,9 @@ class Worker:
         self.pipeline, self.name = pipeline, model_path.resolve().name
         self._provenance = provenance_of(pipeline, model_path)
         pipeline.set_progress_bar_config(disable=True)
-        # requests are checked while an image is generated, and these two are stateful
-        copied = {name: deepcopy(getattr(pipeline, name)) for name in ("tokenizer", "scheduler")}
-        self._checker = LatentDiffusionPipeline(**pipeline.components | copied, diffusion=pipeline.config["diffusion"])
+        # requests are checked while an image is generated, and a tokenizer is not safe in two threads
+        parts = pipeline.components | {"tokenizer": deepcopy(pipeline.tokenizer)}
+        self._checker = ImageGenerator(LatentDiffusionPipeline(**parts, diffusion=pipeline.config["diffusion"]))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -84,9 +84,9 @@ class Worker:
             UsageError: naming the setting.
         """
         for text in filter(None, (settings.prompt, settings.negative)):
-            self._checker.check_prompt(text)
+            self._checker.pipeline.check_prompt(text)
         # the start image was checked by parse_request, and is not a file
-        check_settings(self._checker, dataclasses.replace(settings, image=None, strength=None))
+        self._checker.prepare(batch_key(dataclasses.replace(settings, image=None, strength=None)))
 
     def generate(self, request: GenerationRequest, report: Callable[[JobProgress], None]) -> StoredImage:
         """Generate an image.
@@ -107,38 +107,29 @@ class Worker:
             report(JobProgress(step + 1, steps, preview))
             return {}
 
-        own, self.pipeline.scheduler = self.pipeline.scheduler, scheduler_for(self.pipeline, settings)
         try:
+            prepared = request.start and self.pipeline.prepare_images(request.start, None, settings.height, settings.width)
+            scheduler = scheduler_for(self.pipeline, settings)
             image = self.pipeline(
                 settings.prompt,
                 negative_prompt=settings.negative,
-                num_inference_steps=settings.steps,
+                sampler=self.pipeline.make_sampler(settings.steps, settings.strength, prepared, scheduler),
                 guidance=settings.rule(),
                 width=settings.width,
                 height=settings.height,
                 generator=[torch.Generator().manual_seed(settings.seed)],
-                image=request.start,
-                strength=settings.strength,
+                image=prepared,
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=["pred_original_sample"],
                 return_dict=False,
             )[0][0]
-            png = self._png(image, settings)
+            png = encode_png(image, settings, self._provenance.of_scheduler(scheduler))
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise LdmError("not enough memory for an image of this size; make it smaller") from error
             raise
-        finally:
-            self.pipeline.scheduler = own
         start = None if request.start is None else _encoded(request.start, "PNG")
         return StoredImage(secrets.token_hex(8), settings, png, start, time.monotonic() - began)
-
-    def _png(self, image: Image.Image, settings: GenerationSettings) -> bytes:
-        scheduler = self.pipeline.scheduler
-        provenance = dataclasses.replace(
-            self._provenance, scheduler=scheduler_name(scheduler), sampler=type(scheduler).__name__
-        )
-        return encode_png(image, settings, provenance)
 
 
 def _encoded(image: Image.Image, file_format: str) -> bytes:

@@ -59,7 +59,7 @@ def test_the_state_is_what_the_network_sees_before_the_scheduler_s_scale(path, n
         seen.append((scaled.double() / PATHS[path].input_scale(t.double())[0], t[0].double()))
         return network(path, x0=x0.double())(scaled, network_time, t)
 
-    drawn = [*sampler.walk(look, eps, torch.Generator().manual_seed(0), x0)][-1].latents
+    drawn = [*sampler.steps(look, eps, torch.Generator().manual_seed(0), x0)][-1].latents
     x_t, t = seen[0]
     expected = PATHS[path].alpha(t) * x0.double() + PATHS[path].sigma(t) * eps.double()
     torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-4)
@@ -73,7 +73,7 @@ def test_strength_1_is_the_walk_from_noise_to_the_bit(path, name):
     eps = normal(2, 1, 2, 2)
     plain = sampler_of(path, name)(network(path), eps, torch.Generator().manual_seed(0))
     given = [
-        *sampler_of(path, name, strength=1.0).walk(network(path), eps, torch.Generator().manual_seed(0), normal(2, 1, 2, 2))
+        *sampler_of(path, name, strength=1.0).steps(network(path), eps, torch.Generator().manual_seed(0), normal(2, 1, 2, 2))
     ]
     assert torch.equal(given[-1].latents, plain)
 
@@ -81,12 +81,12 @@ def test_strength_1_is_the_walk_from_noise_to_the_bit(path, name):
 @pytest.mark.parametrize("path, name", [case for case in CASES if case[1] in ("ddim", "euler", "heun")])
 def test_a_walk_begun_part_way_goes_on_as_the_whole_one_does(path, name):
     """From a state of the whole walk, for samplers that neither remember earlier steps nor draw noise."""
-    states = [step.latents for step in sampler_of(path, name).walk(network(path), normal(3, 1, 2, 2))]
+    states = [step.latents for step in sampler_of(path, name).steps(network(path), normal(3, 1, 2, 2))]
     rest = sampler_of(path, name, strength=0.4)
     begin = len(states) - len(rest)
     # noised(x0, 0, 0) with the state in the place of x0, undone
     start = states[begin - 1] / (1.0 if rest.counts_over_alpha else rest.alpha[0])
-    resumed = [step.latents for step in rest.walk(network(path), torch.zeros(3, 1, 2, 2), None, start)]
+    resumed = [step.latents for step in rest.steps(network(path), torch.zeros(3, 1, 2, 2), None, start)]
     torch.testing.assert_close(resumed[-1], states[-1], rtol=0, atol=1e-4)
 
 
@@ -101,7 +101,7 @@ def test_strength_is_a_share_of_the_steps(strength, walked):
         (0.0, "strength is 0; give a number above 0"),
         (1.1, r"strength is 1.1; give .* up to 1"),
         (float("nan"), "strength is nan"),
-        (0.05, r"strength 0.05 of 10 steps leaves none to walk; give a strength of 0.1 or more, or more steps"),
+        (0.05, r"strength 0.05 of 10 steps leaves none; give a strength of 0.1 or more, or more steps"),
     ],
 )
 def test_a_strength_that_cannot_be_walked_is_refused(strength, why):
@@ -113,7 +113,7 @@ def test_a_strength_that_cannot_be_walked_is_refused(strength, why):
 @pytest.mark.parametrize("path, name", CASES)
 def test_what_the_denoiser_sees_is_told_at_every_step(path, name):
     x0 = normal(2, 1, 2, 2).double()
-    for step in sampler_of(path, name, steps=4).walk(network(path, x0=x0), normal(2, 1, 2, 2, seed=1), torch.Generator()):
+    for step in sampler_of(path, name, steps=4).steps(network(path, x0=x0), normal(2, 1, 2, 2, seed=1), torch.Generator()):
         torch.testing.assert_close(step.x0.double(), x0, rtol=0, atol=2e-3)
 
 
@@ -123,7 +123,7 @@ def test_the_known_part_ends_as_the_image_and_stands_at_every_step_s_level(path,
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 2:] = 1
     known, sampler = KnownPart(x0, eps, mask), sampler_of(path, name, steps=5)
-    for step in sampler.walk(network(path), eps, torch.Generator().manual_seed(0), x0):
+    for step in sampler.steps(network(path), eps, torch.Generator().manual_seed(0), x0):
         drawn = step.latents.clone()
         known.put_back(sampler, step)
         assert torch.equal(step.latents[..., 2:], drawn[..., 2:])

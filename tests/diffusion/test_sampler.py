@@ -245,7 +245,7 @@ def test_heun_calls_the_denoiser_twice_in_each_step_but_the_last(path):
 def test_an_answer_that_is_not_finite_stops_the_walk_at_its_step():
     answers = iter([0.0, 0.0, math.nan, 0.0])
     with pytest.raises(
-        LdmError, match=r"answer is not finite at step 3 of 4 \(t = 0\.\d+\); lower the guidance scale"
+        LdmError, match=r"prediction is not finite at step 3 of 4 \(t = 0\.\d+\); lower the guidance scale"
     ) as error:
         draw("flow", "euler", 4, lambda x, *_: x * 0 + next(answers), noise(2))
     assert error.value.exit_code == 1 and "\n" not in str(error.value)

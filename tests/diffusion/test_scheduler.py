@@ -32,7 +32,7 @@ from ldm.errors import UsageError
 
 PRESERVING = ["ddim", "ddpm", "euler", "euler-ancestral", "heun", "dpm++2m", "dpm++2m-sde", "unipc"]
 FLOW = ["euler", "euler-ancestral", "heun", "dpm++2m", "dpm++2m-sde", "unipc"]
-EXPLODING = ["dpm++2m", "dpm++2m-sde", "euler"]
+EXPLODING = ["dpm++2m", "euler", "dpm++2m-sde"]
 MODELS = [
     (VariancePreserving(), Epsilon(), PRESERVING),
     (VariancePreserving("linear"), X0(), PRESERVING),
@@ -119,9 +119,9 @@ def test_options_are_those_the_model_leaves_open():
 @pytest.mark.parametrize(
     "path, prediction, mend",
     [
-        (VariancePreserving("squaredcos_cap_v2"), Epsilon(), "V, Sample or Velocity, or the schedule to a plain linear"),
-        (VariancePreserving(zero_terminal_snr=True), Score(), "V, Sample or Velocity, or the schedule to a plain linear"),
-        (RectifiedFlow(), Epsilon(), "set model.prediction to V, Sample or Velocity"),
+        (VariancePreserving("squaredcos_cap_v2"), Epsilon(), "predict V, X0 or Velocity, or take a plain linear"),
+        (VariancePreserving(zero_terminal_snr=True), Score(), "predict V, X0 or Velocity, or take a plain linear"),
+        (RectifiedFlow(), Epsilon(), "predict V, X0 or Velocity"),
     ],
 )
 def test_noise_alone_is_refused_where_the_path_begins_without_any_data(path, prediction, mend):
@@ -137,7 +137,7 @@ class Elsewhere(ProbabilityPath):
 
 
 def test_a_path_that_no_scheduler_walks_is_refused_with_those_that_are():
-    with pytest.raises(UsageError, match=r"walks Elsewhere; .* VariancePreserving, RectifiedFlow, VarianceExploding") as error:
+    with pytest.raises(UsageError, match=r"follows Elsewhere; .* VariancePreserving, RectifiedFlow, Variance") as error:
         samplers_for(Elsewhere(), V())
     one_line(error)
 

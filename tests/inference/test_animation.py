@@ -14,12 +14,11 @@ from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.guidance import ClassifierFree, GuidedDenoiser, Interval
 from ldm.diffusion.path import VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import Preconditioned, V
-from ldm.diffusion.scheduler import make_scheduler, samplers_for
+from ldm.diffusion.scheduler import adds_noise, make_scheduler, samplers_for
 from ldm.errors import UsageError
 from ldm.inference import animation as module
 from ldm.inference.animation import (
     BlendedDenoiser,
-    adds_noise,
     draw_frames,
     even_steps,
     key_settings,
@@ -195,7 +194,7 @@ def test_keys_that_make_no_way_are_refused_before_anything_is_drawn(pipeline):
         ([KEYS[0], replace(KEYS[1], guidance=2.0)], "may differ in prompt and seed alone"),
         ([replace(key, image="x.png") for key in KEYS], "need no image"),
         ([KEYS[0], replace(KEYS[1], prompt="word " * 600)], "tokens, the text encoder takes"),
-        ([replace(key, width=17) for key in KEYS], "17x16 cannot be drawn"),
+        ([replace(key, width=17) for key in KEYS], "17x16 cannot be generated"),
     ):
         with pytest.raises(UsageError, match=complaint):
             draw_frames(pipeline, keys, 3)

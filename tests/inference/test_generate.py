@@ -12,7 +12,7 @@ from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
 from ldm.diffusion.scheduler import diffusion_config, matching_scheduler
 from ldm.errors import LdmError, UsageError
-from ldm.inference.generate import batch_key, check_settings, generate_images, open_pipeline, scheduler_for
+from ldm.inference.generate import ImageGenerator, batch_key, open_pipeline, scheduler_for
 from ldm.inference.settings import GenerationSettings
 from ldm.models.autoencoder import set_latent_statistics
 from ldm.models.dit import DiT
@@ -68,7 +68,7 @@ def pixels(image):
 
 def drawn(pipeline, settings, **changes):
     """Images in the order of their settings."""
-    found = sorted(generate_images(pipeline, settings, **changes), key=lambda one: one[0])
+    found = sorted(ImageGenerator(pipeline).generate(settings, **changes), key=lambda one: one[0])
     assert [number for number, *_ in found] == list(range(len(settings)))
     assert [given for _, given, *_ in found] == list(settings)
     return [pixels(image) for _, _, image, _ in found]
@@ -117,11 +117,13 @@ def test_unlike_images_are_drawn_apart_and_each_as_its_settings_say(pipeline):
 
 def test_no_more_than_a_batch_is_held_or_drawn_ahead(pipeline):
     batches = []
-    pipeline.text_encoder.register_forward_hook(lambda *_: batches.append(1))
-    images = generate_images(pipeline, [GenerationSettings("a ring", seed=seed, steps=1) for seed in range(1000)], batch_size=2)
+    pipeline.transformer.register_forward_hook(lambda *_: batches.append(1))
+    images = ImageGenerator(pipeline).generate(
+        [GenerationSettings("a ring", seed=seed, steps=1) for seed in range(1000)], batch_size=2
+    )
     for _ in range(3):
         next(images)
-    assert len(batches) == 2 * 2  # captions and null
+    assert len(batches) == 2
 
 
 def test_the_scheduler_of_the_pipeline_stays_its_own(pipeline):
@@ -178,15 +180,15 @@ def test_autoguidance_by_itself_is_no_guidance(pipeline, saved):
     content = json.loads(index.read_text())
     index.write_text(json.dumps(content | {"diffusion": diffusion_config(VariancePreserving(), V())}))
     with pytest.raises(UsageError, match=r"weak .*pipeline was trained with another path; give an earlier checkpoint"):
-        check_settings(pipeline, GenerationSettings("a ring", weak=str(saved)))
+        ImageGenerator(pipeline).check(GenerationSettings("a ring", weak=str(saved)))
 
 
 def test_a_weak_model_of_another_kind_is_refused(pipeline, make, tmp_path):
     with pytest.raises(UsageError, match=r"weak .* is not a pipeline directory"):
-        check_settings(pipeline, GenerationSettings("a ring", weak=str(tmp_path)))
+        ImageGenerator(pipeline).check(GenerationSettings("a ring", weak=str(tmp_path)))
     make(sample_size=4).save_pretrained(tmp_path / "small")
     with pytest.raises(UsageError, match=r"weak .*small was trained with another sample_size"):
-        check_settings(pipeline, GenerationSettings("a ring", weak=str(tmp_path / "small")))
+        ImageGenerator(pipeline).check(GenerationSettings("a ring", weak=str(tmp_path / "small")))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_a_weak_model_of_another_kind_is_refused(pipeline, make, tmp_path):
     [
         ({"scheduler": "magic"}, r"no sampler 'magic' for .*; choose one of: euler, euler-ancestral, heun, "),
         ({"scheduler": "ddim"}, "no sampler 'ddim'"),
-        ({"width": 15}, "an image of 15x16 cannot be drawn: give multiples of 4 pixels"),
+        ({"width": 15}, "an image of 15x16 cannot be generated: give multiples of 4 pixels"),
         ({"image": "gone.png"}, "gone.png cannot be read"),
         ({"image": "words.png"}, r"words.png: .*; give a JPEG, PNG or WebP"),
         ({"image": "image.png", "mask": "mask.png"}, "mask"),
@@ -207,7 +209,7 @@ def test_what_cannot_be_drawn_is_refused_before_drawing(pipeline, tmp_path, monk
     Image.new("RGB", (16, 16), "red").save("image.png")
     Image.new("L", (12, 16), 255).save("mask.png")
     with pytest.raises(UsageError, match=why) as error:
-        check_settings(pipeline, GenerationSettings("a ring", **changes))
+        ImageGenerator(pipeline).check(GenerationSettings("a ring", **changes))
     assert "\n" not in str(error.value)
 
 

@@ -18,11 +18,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import Preconditioned, V, Velocity
-from ldm.diffusion.scheduler import make_scheduler, samplers_for
+from ldm.diffusion.scheduler import make_scheduler, sampler_name, samplers_for
 from ldm.errors import UsageError
 from ldm.files import write_json
-from ldm.inference.generate import generate_images, open_pipeline
-from ldm.inference.metadata import Provenance, a1111_parameters, model_hash, provenance_of, read_png, save_png, scheduler_name
+from ldm.inference.generate import ImageGenerator, open_pipeline
+from ldm.inference.metadata import Provenance, a1111_parameters, model_hash, provenance_of, read_png, save_png
 from ldm.inference.settings import GenerationSettings
 from ldm.models.autoencoder import AutoencoderConfig, set_latent_statistics
 from ldm.models.dit import DiT
@@ -345,12 +345,12 @@ def test_an_image_is_drawn_again_bit_for_bit(saved_pipeline, tmp_path):
         GenerationSettings("a ring", seed=5, steps=3, **ancestral),
     ]
     pipeline = open_pipeline(saved_pipeline)
-    for number, one, image, _ in generate_images(pipeline, wanted):
+    for number, one, image, _ in ImageGenerator(pipeline).generate(wanted):
         save_png(image, tmp_path / f"{number}.png", one, provenance_of(pipeline, saved_pipeline))
     pipeline = open_pipeline(saved_pipeline)
     for number in range(len(wanted)):
         one, provenance = read_png(tmp_path / f"{number}.png")
-        ((_, _, again, _),) = generate_images(pipeline, [one])
+        ((_, _, again, _),) = ImageGenerator(pipeline).generate([one])
         image = Image.open(tmp_path / f"{number}.png")
         assert np.array_equal(image, again) and image.size == (provenance.width, provenance.height)
         assert len(np.unique(image)) > 50 and provenance.model_hash == model_hash(saved_pipeline)
@@ -361,6 +361,6 @@ def test_an_image_is_drawn_again_bit_for_bit(saved_pipeline, tmp_path):
 )
 def test_a_scheduler_knows_its_name(diffusion):
     for name in samplers_for(*diffusion):
-        assert scheduler_name(make_scheduler(name, *diffusion)) == name
-    assert scheduler_name(DPMSolverMultistepScheduler()) == "dpm++2m"
-    assert scheduler_name(PNDMScheduler()) == "PNDMScheduler"
+        assert sampler_name(make_scheduler(name, *diffusion)) == name
+    assert sampler_name(DPMSolverMultistepScheduler()) == "dpm++2m"
+    assert sampler_name(PNDMScheduler()) == "PNDMScheduler"

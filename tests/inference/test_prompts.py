@@ -1,10 +1,11 @@
 import copy
 import json
+from typing import NamedTuple
 
 import pytest
 
 from ldm.errors import UsageError
-from ldm.inference.prompts import fit_prompt, parse_size, read_prompts, repeated
+from ldm.inference.prompts import fit_prompts, parse_size, read_prompts, repeated
 from ldm.inference.settings import GenerationSettings
 from ldm.models.text_encoder import max_tokens
 
@@ -15,6 +16,18 @@ def tokenizer(minilm):
     short = copy.deepcopy(minilm.tokenizer)
     short.model_max_length = 8
     return short
+
+
+class Cut(NamedTuple):
+    kept: str
+    cut: str
+
+
+def fit_prompt(tokenizer, prompt):
+    """The part that is kept, and the words that are cut."""
+    fit = fit_prompts(tokenizer, [prompt])[prompt]
+    assert fit.tokens == tokenizer(fit.kept)["input_ids"]
+    return Cut(fit.kept, fit.cut)
 
 
 def written(path, *lines):

@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.testclient import TestClient
 
 from ldm.errors import LdmError, UsageError
-from ldm.inference.generate import generate_images
+from ldm.inference.generate import ImageGenerator
 from ldm.inference.metadata import read_png
 from ldm.inference.settings import GenerationSettings
 from ldm.pipeline import LatentDiffusionPipeline
@@ -101,7 +101,7 @@ def test_an_image_is_that_of_ldm_sample_and_carries_its_settings(client, worker,
     image, png, lines = generated(client, negative="a star", guidance=2.5, scheduler="heun", guidance_rule="apg", width=32)
     chosen = GenerationSettings.from_json(image["settings"], "answer")
     assert (chosen.seed, chosen.guidance, chosen.scheduler, chosen.width) == (3, 2.5, "heun", 32)
-    ((_, _, expected, _),) = generate_images(LatentDiffusionPipeline(**worker.pipeline.components), [chosen])
+    ((_, _, expected, _),) = ImageGenerator(LatentDiffusionPipeline(**worker.pipeline.components)).generate([chosen])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(expected))
     (tmp_path / "image.png").write_bytes(png)
     settings_inside, provenance = read_png(tmp_path / "image.png")
