@@ -1,4 +1,4 @@
-"""What happens beside training: the line of progress, the preview images."""
+"""Callbacks of a run: model FLOPs, the progress line and its metrics, previews, snapshots of averages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from ldm.data.datamodule import datamodule_of
 from ldm.files import write_json
 from ldm.progress import Lap, Pace, Progress
 from ldm.reporting.grids import captioned_grid, paired_grid, save_grid
 from ldm.runs.dry_run.flops import ImageFlops, peak_flops
 from ldm.runs.layout import RunFolder
-from ldm.runs.lightning_private import wrap_batches
+from ldm.runs.lightning_private import log_interval, wrap_batches
 from ldm.training.base import TrainingModule
 from ldm.training.ema import SNAPSHOTS
 from ldm.training.fsdp import is_sharded
@@ -42,43 +43,41 @@ class Stopwatch(Iterator):
 
 
 class ModelFlops(Callback):
-    """What utilisation (MFU) is computed from.
+    """What model FLOPs utilisation (MFU) is computed from.
 
     Attributes:
         peak_flops: FLOP/s of a device for dense products in the run's precision; None where unknown, as for CPUs.
-        flops_per_image: of training on one image, forward and backward; None where the former is.
+        flops_per_image: of training on one image, forward and backward; None where ``peak_flops`` is.
     """
 
     peak_flops: float | None = None
     flops_per_image: float | None = None
 
-    def setup(self, trainer: Trainer, module: TrainingModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.peak_flops = peak_flops(trainer.strategy.root_device, str(trainer.precision))
         if self.peak_flops is not None:
-            self._counter = ImageFlops(module)
+            self._counter = ImageFlops(pl_module)
 
-    def on_fit_start(self, trainer: Trainer, module: TrainingModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.peak_flops is not None:
-            self.flops_per_image = self._counter.count(trainer.datamodule)
+            self.flops_per_image = self._counter.count(datamodule_of(trainer))
 
 
 class ProgressLine(Callback):
-    """The stage, the step, images a second, the losses, the time left; Lightning's own bar counts batches of an endless epoch.
+    """Steps, images per second, losses and the time left; Lightning's own bar counts the batches of an endless epoch.
 
-    With the metrics it logs, each over the last half minute of training and without the time that validations, previews and
-    checkpoints take: ``time/images_per_second`` of all processes together, ``time/step_seconds``, ``time/data_wait_share`` (0
-    to 1: of the time, what is spent in the loader's ``next()``, on the process that waits most) and, where the FLOPs are
-    known, ``time/mfu`` (0 to 1, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). ``time/elapsed_seconds`` is all that the
-    run has taken so far, kept through checkpoints.
-
-    A GPU is waited for only when metrics are logged, as it is for these.
+    Logs, each over the last half minute of training and without validations, previews and checkpoints:
+    ``time/images_per_second`` of all processes together, ``time/step_seconds``, ``time/data_wait_share`` (0 to 1: the share of
+    time spent in the loader's ``next()``, on the process that waits most) and, where the FLOPs are known, ``time/mfu`` (0 to
+    1, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). ``time/elapsed_seconds`` is the time of the whole run, kept in
+    checkpoints. The GPU is synchronised only when metrics are logged.
     """
 
     def __init__(self, stage: str, model_flops: ModelFlops | None = None):
         """
         Args:
-            stage: what the line says.
-            model_flops: a callback of the same trainer, for utilisation (default: none is logged).
+            stage: title of the line.
+            model_flops: a callback of the same trainer (default: no ``time/mfu``).
         """
         self.stage, self._model_flops = stage, model_flops or ModelFlops()
         self._before = 0.0  # seconds before this start
@@ -86,13 +85,13 @@ class ProgressLine(Callback):
     def state_dict(self) -> dict[str, float]:
         return {"elapsed_seconds": self._elapsed()}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self._before = state["elapsed_seconds"]
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._before = state_dict["elapsed_seconds"]
 
     def _elapsed(self) -> float:
         return self._before + (time.perf_counter() - self._began if hasattr(self, "_began") else 0.0)
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.perf_counter()
         wrap_batches(trainer, self._measure_waiting)
         self._pace, self._figures = Pace(), {}
@@ -105,28 +104,30 @@ class ProgressLine(Callback):
         self._fetching = Stopwatch(batches)
         return self._fetching
 
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._interrupted = True
 
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._interrupted = True
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now, step = time.perf_counter(), trainer.global_step
-        if self._ended is not None:  # the first batch brings compilation and the start of the workers
+        if self._ended is not None:  # the first batch includes compilation and the start of the workers
             pause = self._fetching.entered - self._ended if self._interrupted else 0.0
             images = len(batch["draws"]) * trainer.world_size
             self._pace.add(
                 Lap(now - self._ended - pause, step - self._step, images, self._fetching.seconds - self._waited), pause
             )
         self._ended, self._waited, self._interrupted = now, self._fetching.seconds, False
-        if step != self._step and trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
-            self._log(trainer, module)
+        if step != self._step and (every := log_interval(trainer)) and step % every == 0:
+            self._log(trainer, pl_module)
         self._step = step
         self.progress.update(step, metrics=self._figures, left=self._pace.left(trainer.max_steps - step))
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
-        """The figures of now: to the loggers, and onto the line until the next ones come."""
+        """Log the metrics of time, and show them with the latest losses on the line."""
         rate, wait = self._pace.images_per_second, self._pace.wait_share
         figures: dict[str, float] = {"time/elapsed_seconds": self._elapsed()}
         shown: dict[str, float | str] = {}
@@ -147,27 +148,29 @@ class ProgressLine(Callback):
         shown |= {name.replace("/", " "): float(logged[name]) for name in ("val/psnr", "val/loss") if name in logged}
         self._figures = shown
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.progress.__exit__(None, None, None)
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if hasattr(self, "progress"):
             self.progress.__exit__(None, None, None)
 
 
 class PreviewGrid(Callback):
-    """Before the first step and at each validation, the stage's preview: ``previews/step-00000123.png``, and TensorBoard."""
+    """Previews before the first step and at each validation, as ``previews/step-00000123.png`` and in TensorBoard and W&B."""
 
-    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
         if trainer.global_step == 0:
-            with module.average_applied():
-                self._draw(trainer, module)
+            with pl_module.average_applied():
+                self._write(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, module: TrainingModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
         if trainer.state.fn == "fit":
-            self._draw(trainer, module)
+            self._write(trainer, pl_module)
 
-    def _draw(self, trainer: Trainer, module: TrainingModule) -> None:
+    def _write(self, trainer: Trainer, module: TrainingModule) -> None:
         if not (trainer.is_global_zero or is_sharded(module.averaged())):
             return
         rows = module.preview()
@@ -188,33 +191,38 @@ class PreviewGrid(Callback):
 class AverageSnapshots(Callback):
     """Writes the module's power-function averages every ``snapshot_every`` steps and at the end, into ``snapshots``."""
 
-    def on_train_batch_end(self, trainer: Trainer, module: TrainingModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        every, step = module.average.snapshot_every, module.average.step
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        self._average, self._written = pl_module.average, pl_module.average.step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every, step = self._average.snapshot_every, self._average.step
         if every and step % every == 0 and step != self._written:
-            self._write(trainer, module)
+            self._write(trainer)
 
-    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
-        self._written = module.average.step
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._average.snapshot_every:
+            self._write(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: TrainingModule) -> None:
-        if module.average.snapshot_every:
-            self._write(trainer, module)
-
-    def _write(self, trainer: Trainer, module: TrainingModule) -> None:
-        self._written = module.average.step
-        module.average.write_snapshots(Path(trainer.default_root_dir) / SNAPSHOTS, trainer.is_global_zero)
+    def _write(self, trainer: Trainer) -> None:
+        self._written = self._average.step
+        self._average.write_snapshots(Path(trainer.default_root_dir) / SNAPSHOTS, trainer.is_global_zero)
 
 
 class StepTimes(Callback):
-    """Write the median seconds per batch, the first ones left out, to a JSON file."""
+    """Writes the median seconds per batch, without the first one, to a JSON file."""
 
     def __init__(self, file: str):
         self.file = file
         self.times: list[float] = []
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.times.append(time.monotonic())
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seconds = [after - before for before, after in pairwise(self.times)]
         write_json(self.file, {"seconds_per_step": median(seconds[1:] or seconds)})

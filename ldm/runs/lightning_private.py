@@ -67,7 +67,7 @@ def wrap_batches(trainer: Trainer, wrap: Callable[[Iterator[Any]], Iterator[Any]
     Around the loader itself, the time that Lightning takes to move a batch to the device would count as waiting for data.
     """
     fetcher = trainer.fit_loop._data_fetcher
-    assert fetcher is not None, "training has not started"
+    assert fetcher is not None and fetcher.iterator is not None, "training has not started"
     fetcher.iterator = wrap(fetcher.iterator)
 
 

@@ -80,7 +80,7 @@ class RunCSVLogger(CSVLogger):
     ends with the same rows as a run that was never stopped.
     """
 
-    def __init__(self, save_dir: str | os.PathLike, resumed_at: int | None = None):
+    def __init__(self, save_dir: Path, resumed_at: int | None = None):
         """
         Args:
             save_dir: folder of the run.
@@ -91,7 +91,7 @@ class RunCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> _Rows:
+    def experiment(self):
         if self._experiment is None:
             self._experiment = _Rows(self.log_dir, self.resumed_at)
         return self._experiment
@@ -237,7 +237,7 @@ def run_log(out: Path, rank: int) -> Iterator[None]:
         afterwards.callback(file.close)
         for name in LOGGED:
             logger = logging.getLogger(name)
-            if not logger.hasHandlers():  # with a file as its only one, it would be silent from now on
+            if not logger.hasHandlers() and logging.lastResort:  # with the file as its only handler it would print no warnings
                 _attach(logger, logging.lastResort, afterwards)
             for console in logger.handlers:
                 afterwards.callback(console.setLevel, console.level)

@@ -50,10 +50,10 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
         text_encoder=pipeline.text_encoder,
         vae=with_normalised_latents(pipeline.vae),
         transformer=transformer,
-        scheduler=fitting_scheduler(pipeline),
+        scheduler=fitting_scheduler(pipeline),  # pyright: ignore[reportArgumentType]  it runs the one for EDM as well
     ).save_pretrained(folder)
     remarks = []
-    if transformer.config.sample_size not in BINNED_SIZES or pipeline.vae_scale_factor != 8:
+    if transformer.config["sample_size"] not in BINNED_SIZES or pipeline.vae_scale_factor != 8:
         remarks.append("call it with use_resolution_binning=False: its list of image sizes does not hold this model's")
     if pipeline.tokenizer("A B").input_ids != pipeline.tokenizer("a b").input_ids:
         remarks.append("it lower-cases prompts, which this text encoder tells apart: train on lower-case captions")
@@ -104,11 +104,13 @@ def _affine(convolution: nn.Conv2d | None, channels: int) -> tuple[Tensor, Tenso
     """Matrix and bias of a 1x1 convolution, float64; the identity where there is none."""
     if convolution is None:
         return torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    assert convolution.bias is not None
     return convolution.weight.detach().cpu().double()[:, :, 0, 0], convolution.bias.detach().cpu().double()
 
 
 def _convolution(weight: Tensor, bias: Tensor, like: AutoencoderKL) -> nn.Conv2d:
     convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1).requires_grad_(False)
     convolution.weight.copy_(weight[:, :, None, None])
+    assert convolution.bias is not None
     convolution.bias.copy_(bias)
     return convolution.to(device=like.device, dtype=like.dtype)

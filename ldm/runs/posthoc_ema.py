@@ -108,7 +108,7 @@ def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | Non
     used = [snapshot for snapshot in snapshots if snapshot.step <= step]
     coefficients, error = combine([one.step for one in used], [one.sigma_rel for one in used], step, sigma_rel)
     how = f"sigma_rel {sigma_rel:g} at step {step}, of {len(used)} stored averages, its profile met to {error:.2%}"
-    return sum_snapshots(used, coefficients), how
+    return sum_snapshots(used, coefficients.tolist()), how
 
 
 def export_average(module_class: type[TrainingModule], run: Path, out: Path, sigma_rel: float, step: int | None = None) -> None:

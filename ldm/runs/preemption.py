@@ -55,7 +55,7 @@ class Preemption(Callback):
         """Whether this process was asked to stop."""
         return bool(self._asked)
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._speaks = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning puts back what was there, whichever way training ends
@@ -72,10 +72,20 @@ class Preemption(Callback):
             # not by print: a handler may have interrupted one
             os.write(2, b"\nldm: saving; once more to stop now\n")
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._stop_where_asked(trainer)
 
-    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if trainer.state.fn == "fit":
             self._stop_where_asked(trainer)
 
@@ -88,7 +98,7 @@ class Preemption(Callback):
             trainer.lightning_module.on_validation_model_train()  # to what is trained, and is to be saved
         self._stop(trainer)
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Preempted) or trainer.world_size > 1:
             # A launcher sends these to the rest as soon as one process has left, and there may be something to say yet.
             # Among the handlers that Lightning puts back they are ignored from the very moment in which ours are gone.

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from ldm.errors import UsageError
 from ldm.runs.checkpoints.files import read_checkpoint, require_whole_together
 from ldm.runs.checkpoints.sharded import AVERAGES, OPTIMISER, each_average, shard_optimiser_state, sharded_checkpoint
+from ldm.training.base import TrainingModule
 from ldm.training.fsdp import from_local, local_tensor, shard_like
 
 
@@ -30,6 +31,12 @@ class FullySharded(ModelParallelStrategy):
             timeout_minutes: after which a process that does not answer counts as gone.
         """
         super().__init__(tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
+
+    @property
+    def training_module(self) -> TrainingModule:
+        """What is trained, once the strategy is connected to it."""
+        assert isinstance(self.lightning_module, TrainingModule)
+        return self.lightning_module
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -50,16 +57,15 @@ class FullySharded(ModelParallelStrategy):
 
     def _load_file(self, path: Path) -> dict[str, Any]:
         """Of a run on one process or under DDP: each process takes its shard of everything."""
-        assert self.model is not None and self.lightning_module is not None
         checkpoint = read_checkpoint(path, mmap=True)
-        own = self.lightning_module.state_dict()
+        own = self.training_module.state_dict()
         weights = {
             name: shard_like(weight, own[name]) if name in own else weight for name, weight in checkpoint["state_dict"].items()
         }
-        self.lightning_module.load_state_dict(own | weights if own.keys() - weights.keys() <= self._frozen() else weights)
+        self.training_module.load_state_dict(own | weights if own.keys() - weights.keys() <= self._frozen() else weights)
         for optimiser, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimiser.load_state_dict(shard_optimiser_state(state, optimiser))
-        parameters = [*self.lightning_module.average.network.parameters()]
+        parameters = [*self.training_module.average.network.parameters()]
         for average in each_average(checkpoint["average"]):
             shadows = zip(average["shadow_params"], parameters, strict=True)
             average["shadow_params"] = [local_tensor(shard_like(*pair)).clone() for pair in shadows]
@@ -68,22 +74,22 @@ class FullySharded(ModelParallelStrategy):
     def _load_sharded(self, path: Path) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
         saved = [*checkpoint["average"].get("power_function", {})]
-        ours = [repr(sigma_rel) for sigma_rel in self.lightning_module.average.power]
+        ours = [repr(sigma_rel) for sigma_rel in self.training_module.average.power]
         if saved != ours:
             raise UsageError(
                 f"{path} keeps averages of sigma_rel {', '.join(saved) or 'none'}, model.power_averages asks for "
                 f"{', '.join(ours) or 'none'}; sharded, they must be the same"
             )
-        assert self.model is not None and self.lightning_module is not None
+        assert self.model is not None
         # into the very tensors that the network and the averages are kept in
         frozen = self._frozen()
-        weights = {name: weight for name, weight in self.lightning_module.state_dict().items() if name not in frozen}
+        weights = {name: weight for name, weight in self.training_module.state_dict().items() if name not in frozen}
         dcp.load({"state_dict": weights | self._averages()}, checkpoint_id=path)
         for number, optimiser in enumerate(self.optimizers):
             states = {f"{OPTIMISER}{number}": get_optimizer_state_dict(self.model, optimiser)}
             dcp.load(states, checkpoint_id=path)
             set_optimizer_state_dict(self.model, optimiser, states[f"{OPTIMISER}{number}"])
-        for average, ema in zip(each_average(checkpoint["average"]), self.lightning_module.average.all(), strict=True):
+        for average, ema in zip(each_average(checkpoint["average"]), self.training_module.average.all(), strict=True):
             average["shadow_params"] = ema.shadow_params
         return checkpoint
 
@@ -91,13 +97,13 @@ class FullySharded(ModelParallelStrategy):
         """Names of the weights of networks that nothing is trained of, which are not in checkpoints."""
         return {
             f"{part}.{name}"
-            for part, network in self.lightning_module.named_children()
+            for part, network in self.training_module.named_children()
             if not any(parameter.requires_grad for parameter in network.parameters())
             for name in network.state_dict()
         }
 
     def _averages(self) -> dict[str, Tensor]:
-        average = self.lightning_module.average
+        average = self.training_module.average
         return {
             f"{AVERAGES}{number}.{index}": from_local(shadow, parameter)
             for number, ema in enumerate(average.all())

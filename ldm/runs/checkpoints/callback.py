@@ -76,7 +76,7 @@ class Checkpoints(Checkpoint):
         self._ours: list[str] = []  # checkpoints of this course of the run
         self._written: tuple[Path, bool] | None = None  # not yet linked to; whether it is the best
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = RunFolder(Path(trainer.default_root_dir)).checkpoints_folder
         trainer.strategy.checkpoint_io = self._io
         if self.background and writes_shards(trainer.strategy):
@@ -86,7 +86,7 @@ class Checkpoints(Checkpoint):
 
     # -- when ----------------------------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
         self._ours = [path.name for path in checkpoints_in(self._folder) if step_of(path) <= trainer.global_step]
         if not trainer.strategy.broadcast(checkpoint_name(trainer.global_step) in self._ours):  # gone on from one of elsewhere
@@ -96,7 +96,9 @@ class Checkpoints(Checkpoint):
         if self._owes_validation:
             validate_first(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._keep |= self._look_up(trainer)
         if accumulates(trainer):  # in the midst of a step
             return
@@ -106,7 +108,7 @@ class Checkpoints(Checkpoint):
         if self._wanted and not validation_is_due(trainer):
             self._save(trainer)
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._better |= self.best is not None and trainer.strategy.broadcast(self._is_better(trainer))
@@ -114,10 +116,10 @@ class Checkpoints(Checkpoint):
         if self._wanted and not accumulates(trainer):
             self._save(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save_now(trainer)  # where it ended before its time
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The write under way is finished first; the processes may no longer agree on anything."""
         error = self._finish()
         if error is not None:
@@ -218,14 +220,14 @@ class Checkpoints(Checkpoint):
             "owes_validation": self._owes_validation,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._best_value, self._kept = state["best_value"], list(state["kept"])
-        self._seconds, self._owes_validation = state["seconds_since_kept"], state["owes_validation"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best_value, self._kept = state_dict["best_value"], list(state_dict["kept"])
+        self._seconds, self._owes_validation = state_dict["seconds_since_kept"], state_dict["owes_validation"]
 
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[VERSION_KEY] = FORMAT_VERSION
 
-    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_step = checkpoint["global_step"]
 
 

@@ -14,7 +14,7 @@ import pickle
 import shutil
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import distributed
@@ -82,7 +82,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         with atomic_file(path) as file:
             writer = _HashingWriter(file)
-            torch.save(checkpoint, writer)
+            torch.save(checkpoint, cast(IO[bytes], writer))  # of a file it calls no more than write and flush
             size = writer.size
             if writer.error is not None:
                 raise writer.error
@@ -107,7 +107,7 @@ def write_sidecar(path: Path, hashes: dict[str, str]) -> None:
 def disk_error(path: Path, error: OSError, size: int | None = None) -> LdmError:
     """What to say of a checkpoint that the disk did not take; ``size`` in bytes, where it is known."""
     why = f"{error.strerror or first_line(error)}{f', it takes {size:,} bytes' if size else ''}"
-    fix = FIXES.get(error.errno, "see that files can be written there")
+    fix = FIXES.get(error.errno or 0, "see that files can be written there")
     return LdmError(f"{path} could not be written ({why}); {fix}, then resume: --resume latest")
 
 

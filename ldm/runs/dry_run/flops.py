@@ -22,7 +22,6 @@ from torch.utils.flop_counter import flop_registry
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
 
 # samples whose longest caption is taken as that of every batch
@@ -152,7 +151,7 @@ class ImageFlops:
     Counted on torch's meta device, where tensors have shapes and no content. Encoding for stage two online is not counted.
     """
 
-    def __init__(self, module: TrainingModule):
+    def __init__(self, module: nn.Module):
         """Copies the networks of ``module`` without their content; before FSDP shards them."""
         if isinstance(module, AutoencoderTraining):
             networks = [module.autoencoder, module.perceptual, module.adversary.discriminator]
