@@ -1,4 +1,4 @@
-"""Conditions, and the call of a denoiser with one."""
+"""Text conditions, and the call of a denoiser with one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Condition(NamedTuple):
     mask: Tensor
 
     def pad(self, length: int) -> Condition:
-        """Pad to ``length`` tokens, which the mask hides."""
+        """Pad to ``length`` tokens."""
         missing = length - self.mask.shape[1]
         return Condition(F.pad(self.embeddings, (0, 0, 0, missing)), F.pad(self.mask, (0, missing)))
 
     def repeat(self, count: int) -> Condition:
-        """Each row ``count`` times in succession: (B·count, L, D)."""
+        """Repeat each row ``count`` times in succession: (B·count, L, D)."""
         return Condition(self.embeddings.repeat_interleave(count, 0), self.mask.repeat_interleave(count, 0))
 
 
@@ -40,9 +40,9 @@ def concatenate(first: Condition, second: Condition) -> Condition:
 
 
 def encode_condition(denoiser: nn.Module, condition: Condition) -> Condition | EncodedText:
-    """The part of a denoiser's work that depends on the condition alone, for all calls of a sampling run.
+    """The part of a denoiser's computation that depends on the condition alone, for all calls of a sampling run.
 
-    Networks without ``encode_text``, such as diffusers' PixArt, are called with the condition itself.
+    For networks without ``encode_text``, such as diffusers' PixArt, it is the condition itself.
     """
     encode_text = getattr(denoiser, "encode_text", None)
     return condition if encode_text is None else encode_text(condition.embeddings, condition.mask)
@@ -61,13 +61,13 @@ def denoise(denoiser: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condi
 def denoise_with_activations(
     denoiser: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition | EncodedText, blocks: Sequence[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The prediction as of :func:`denoise`, and the outputs (B, N, D) of ``blocks`` by number, from 0.
+    """The prediction as in :func:`denoise`, and the outputs (B, N, D) of ``blocks`` by number, from 0.
 
-    Only a :class:`ldm.models.dit.DiT` gives activations.
+    Only a :class:`ldm.models.dit.DiT` returns activations.
     """
     text, mask = condition if isinstance(condition, Condition) else (condition, None)
     output = denoiser(
-        hidden_states=x_t.to(getattr(denoiser, "dtype", x_t.dtype)),  # PixArt takes the dtype of its weights only
+        hidden_states=x_t.to(getattr(denoiser, "dtype", x_t.dtype)),  # PixArt does not cast its inputs
         encoder_hidden_states=text,
         timestep=timestep,
         encoder_attention_mask=mask,

@@ -1,15 +1,14 @@
-"""Guidance: a rule that combines a conditional and a null prediction at each call of the denoiser.
+"""Guidance: rules that combine the conditional and the null prediction of a denoiser.
 
-Guidance counts ``w`` as diffusers does: ``null + w·(cond − null)``, neutral at 1. Papers that write
-``(1 + w')·cond − w'·null`` (Ho & Salimans 2022, arXiv 2207.12598) mean w' = w − 1.
+The scale ``w`` is diffusers': ``null + w·(cond − null)``, neutral at 1. Papers that write ``(1 + w')·cond − w'·null`` (Ho &
+Salimans 2022, arXiv 2207.12598) mean w' = w − 1.
 
-A :class:`Guidance` is a rule, chosen in YAML, for making one prediction of two; rules nest, as in
-``Interval(Rescale(ClassifierFree(5.0)), low=0.3, high=0.8)``. :class:`GuidedDenoiser` carries it out for one batch of captions,
-on what the network predicts, whatever the sampler. Autoguidance is any rule with a weaker network in the null's place.
-Every rule is neutral at w = 1. All channels are guided alike, and no image depends on the others in its batch.
+A :class:`Guidance` is a rule; rules nest, as in ``Interval(Rescale(ClassifierFree(5.0)), low=0.3, high=0.8)``.
+:class:`GuidedDenoiser` applies one to the network's predictions for a batch of captions, with any sampler. Autoguidance is any
+rule with a weaker network for the null prediction. No image depends on the others in its batch.
 
-The rules agree with ``diffusers.guiders`` (the tests hold them to it). Those are not called, because they count solver steps
-instead of knowing t, want their state set from outside at every step, and act on the raw prediction alone.
+The rules agree with ``diffusers.guiders``, as the tests check. Those are not used because they count solver steps instead of
+taking t, need their state set from outside at every step, and act on the raw prediction alone.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ if TYPE_CHECKING:
 
 
 class Conversion(NamedTuple):
-    """Between a prediction y and x0, at the input that the network was given (scaled by the path) and t (B,)."""
+    """Between a prediction y and x0, given the network's input (scaled by the path) and t (B,)."""
 
     to_x0: Callable[[Tensor, Tensor, Tensor], Tensor]  # (input, y, t) -> x0
     from_x0: Callable[[Tensor, Tensor, Tensor], Tensor]  # (input, x0, t) -> y
 
     @classmethod
     def of(cls, path: ProbabilityPath, prediction: Prediction) -> Conversion:
-        """That of a model trained on ``path`` to make ``prediction``; for t > 0, where x_t holds noise."""
+        """For a model trained with ``path`` and ``prediction``; valid for t > 0, where x_t contains noise."""
 
         def unscaled(network_input: Tensor, t: Tensor) -> Tensor:
             return network_input / expand(path.input_scale(t), network_input)
@@ -55,20 +54,20 @@ class Conversion(NamedTuple):
         return cls(to_x0, from_x0)
 
 
-# combine(conditional, null, x_t, t) -> guided: all (B, C, H, W) but t (B,); x_t as the network was given it
+# combine(conditional, null, network input, t) -> guided: all (B, C, H, W) but t (B,)
 Combine = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Guidance(ABC):
-    """A rule that makes one prediction of the captions' own (conditional) and one to lead away from (null)."""
+    """A rule that combines the prediction for the captions (conditional) and one to move away from (null)."""
 
     @abstractmethod
     def guides(self, t: Tensor) -> bool:
-        """Whether the null prediction is needed at t (B,), one time for the whole batch; if not, the conditional one stands."""
+        """Whether to guide at t (B,), one time for the whole batch; if not, the result is the conditional prediction."""
 
     @abstractmethod
     def combiner(self, conversion: Conversion | None = None) -> Combine:
-        """The rule for one sampling run, with a memory of its own where it has one; called where :meth:`guides` says so."""
+        """The function that applies the rule in one sampling run, where :meth:`guides` is true; it may keep state."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,13 @@ class ClassifierFree(Guidance):
 
 @dataclass(frozen=True)
 class ZeroStar(Guidance):
-    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): the null prediction is first scaled, per image, to lie as near to the
-    conditional one as it can, s* = ⟨cond, null⟩ / ‖null‖²; acts on the raw prediction and is meant for velocities.
+    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): the null prediction is first scaled, per image, to the least-squares fit
+    of the conditional one, s* = ⟨cond, null⟩ / ‖null‖². Acts on the raw prediction and is meant for velocities.
 
     Args:
         scale: w.
-        zero_init_steps: the first so many guided calls of a run say 0, for a velocity that is not well learned at pure noise.
+        zero_init_steps: number of guided calls at the start of a run that return 0, since velocities at pure noise are learned
+            badly.
     """
 
     scale: float
@@ -119,17 +119,17 @@ class ZeroStar(Guidance):
 
 @dataclass(frozen=True)
 class AdaptiveProjected(Guidance):
-    """APG (Sadat et al. 2024, arXiv 2410.02416): ``conditional + (scale − 1)·update``, the update being conditional − null with
-    momentum, bounded in length, and with its part along the conditional prediction, which saturates colours, held back.
+    """APG (Sadat et al. 2024, arXiv 2410.02416): ``conditional + (scale − 1)·update``. The update is conditional − null with
+    momentum and a bounded norm; its component parallel to the conditional prediction, which saturates colours, is damped.
 
-    Defined on x0; acts on the raw prediction where no conversion is given.
+    Defined on x0; acts on the raw prediction if no conversion is given.
 
     Args:
         scale: w.
-        parallel: weight of the update's part along the conditional prediction (the paper's eta); 1 keeps it whole.
-        norm_threshold: greatest L2 norm of an image's update (the paper's r); it grows with the root of the number of
-            latent values. 0 is no bound.
-        momentum: weight of the earlier updates of the run (the paper's beta), in (−1, 1); below 0 leads away from them.
+        parallel: weight of the component parallel to the conditional prediction (the paper's eta); 1 keeps all of it.
+        norm_threshold: maximum L2 norm of an image's update (the paper's r); scale it with the square root of the number of
+            latent values. 0 for no bound.
+        momentum: weight of the earlier updates of the run (the paper's beta), in (−1, 1); negative values move away from them.
     """
 
     scale: float
@@ -173,8 +173,8 @@ class Rescale(Guidance):
     2305.08891, section 3.4), against over-exposure at large scales; acts on the raw prediction.
 
     Args:
-        inner: the rule whose outcome is rescaled.
-        amount: the paper's phi, 0 (not at all) to 1 (wholly).
+        inner: the rule whose result is rescaled.
+        amount: the paper's phi, from 0 (no rescaling) to 1.
     """
 
     inner: Guidance
@@ -192,7 +192,7 @@ class Rescale(Guidance):
 
         def combine(conditional: Tensor, null: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
             guided = inner(conditional, null, x_t, t)
-            # an untrained network says 0 everywhere: an image without deviation stays as it is
+            # clamped: an untrained network predicts 0 everywhere
             ratio = deviation(conditional) / deviation(guided).clamp(min=1e-6)
             return guided * (self.amount * ratio + (1 - self.amount))
 
@@ -201,11 +201,11 @@ class Rescale(Guidance):
 
 @dataclass(frozen=True)
 class Interval(Guidance):
-    """Guide only while low < t ≤ high (Kynkäänniemi et al. 2024, arXiv 2404.07724); elsewhere only the conditional prediction
-    is computed, at half the cost.
+    """Guide only for low < t ≤ high (Kynkäänniemi et al. 2024, arXiv 2404.07724); elsewhere only the conditional prediction is
+    computed, at half the cost.
 
-    The paper gives bounds on the noise level sigma for data of deviation sigma_data: on rectified flow, whose latents have
-    deviation 1, the same signal-to-noise ratio stands at t = sigma / (sigma + sigma_data).
+    The paper bounds the noise level sigma for data of standard deviation sigma_data: on rectified flow, with latents of
+    standard deviation 1, the same signal-to-noise ratio is t = sigma / (sigma + sigma_data).
 
     Args:
         inner: the rule inside the interval.
@@ -218,7 +218,7 @@ class Interval(Guidance):
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
-            raise UsageError(f"Interval: low {self.low:g} and high {self.high:g} must be 0 <= low < high <= 1; mend them")
+            raise UsageError(f"Interval: low is {self.low:g} and high {self.high:g}; give 0 <= low < high <= 1")
 
     def guides(self, t: Tensor) -> bool:
         return self.inner.guides(t) and bool(((self.low < t) & (t <= self.high)).any())
@@ -238,7 +238,7 @@ def deviation(prediction: Tensor) -> Tensor:
 
 
 class GuidedDenoiser:
-    """A denoiser for one batch of captions and one sampling run: both predictions in one call, one where one is enough."""
+    """A guided denoiser for one batch of captions and one sampling run; it computes both predictions in one call."""
 
     def __init__(
         self,
@@ -251,17 +251,17 @@ class GuidedDenoiser:
     ):
         """
         Args:
-            condition: the captions' condition, B rows.
-            null: the null condition (or a negative prompt), B rows.
-            conversion: to x0 and back, for rules that are defined there; without it they act on the raw prediction.
-            weak: a weaker checkpoint of the same model (path, prediction, text encoder), which then makes the null prediction.
-                Told the captions too (``null=condition``), it is autoguidance (Karras et al. 2024, arXiv 2406.02507).
+            condition: of the captions, B rows.
+            null: of the empty caption or a negative prompt, B rows.
+            conversion: for rules that are defined on x0; without it they act on the raw prediction.
+            weak: a weaker checkpoint of the model (same path, prediction and text encoder) for the null prediction. With
+                ``null=condition`` this is autoguidance (Karras et al. 2024, arXiv 2406.02507).
         """
         self.denoiser, self.weak, self.guidance = denoiser, weak, guidance
         self.condition, self.null = condition, null
         self.combine = guidance.combiner(conversion)
 
-    # Encoded at the first call that needs them, and passed to all later ones.
+    # Encoded once, at the first call that needs them.
 
     @cached_property
     def _conditional(self) -> Condition | EncodedText:
@@ -280,8 +280,8 @@ class GuidedDenoiser:
         """Guided prediction (B, C, H, W), float32.
 
         Args:
-            x_t: (B, C, H, W), as the network takes it: scaled by the path's ``input_scale(t)``.
-            timestep: (B,), what the network is told: the path's ``network_time(t)``.
+            x_t: (B, C, H, W), scaled by the path's ``input_scale(t)``.
+            timestep: (B,), the path's ``network_time(t)``.
             t: (B,) in [0, 1], the same in all rows.
         """
         if not self.guidance.guides(t):

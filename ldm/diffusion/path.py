@@ -1,8 +1,7 @@
 """The path from data to noise: ``x_t = alpha(t)·x0 + sigma(t)·eps`` with t = 0 data, t = 1 noise, eps ~ N(0, I).
 
-A path also says how its network is called: with ``input_scale(t)·x_t`` and the time ``network_time(t)``, because the
-diffusers schedulers that sample from the trained model call it with *their* scale and timestep: one fact in one place,
-used in training and in sampling alike.
+A path also defines the network's inputs: ``input_scale(t)·x_t`` and the timestep ``network_time(t)``. They are those of the
+diffusers schedulers that sample from the trained model.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ldm.errors import UsageError
 
-NUM_TRAIN_TIMESTEPS = 1000  # the resolution in which diffusers' schedulers count time
+NUM_TRAIN_TIMESTEPS = 1000  # the discrete steps of diffusers' schedulers
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
@@ -26,11 +25,7 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
 
 
 def require_positive(owner: object, **values: float) -> None:
-    """Refuse settings of ``owner`` that must be greater than 0.
-
-    Raises:
-        UsageError: naming the class, the key and its value.
-    """
+    """Raise UsageError for values that are not finite and greater than 0, in the name of the class of ``owner``."""
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
             raise UsageError(f"{type(owner).__name__}: {name} is {value:g}; give a number greater than 0")
@@ -55,14 +50,14 @@ class ProbabilityPath(ABC):
 
     @abstractmethod
     def time(self, log_noise_to_signal: Tensor) -> Tensor:
-        """The t at which ln(sigma / alpha) is what is given (B,); the nearer end where the path does not reach it."""
+        """The inverse of ln(sigma(t) / alpha(t)), clamped to the ends of the path."""
 
     @abstractmethod
     def network_time(self, t: Tensor) -> Tensor:
-        """The timestep that the network is called with, in the units of the matching diffusers scheduler."""
+        """The network's timestep, in the units of the matching diffusers scheduler."""
 
     def input_scale(self, t: Tensor) -> Tensor:
-        """What x_t is multiplied by before the network sees it."""
+        """The factor of x_t in the network's input."""
         return torch.ones_like(t)
 
     def sample(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -86,16 +81,15 @@ class RectifiedFlow(ProbabilityPath):
         return log_noise_to_signal.sigmoid()
 
     def network_time(self, t: Tensor) -> Tensor:
-        # FlowMatchEulerDiscreteScheduler passes sigma · num_train_timesteps
-        return t * NUM_TRAIN_TIMESTEPS
+        return t * NUM_TRAIN_TIMESTEPS  # as in FlowMatchEulerDiscreteScheduler
 
 
 class VariancePreserving(ProbabilityPath):
-    """alpha = √ᾱ, sigma = √(1 − ᾱ) (Ho et al. 2020, arXiv 2006.11239), ᾱ as diffusers' ``DDPMScheduler`` counts it.
+    """alpha = √ᾱ, sigma = √(1 − ᾱ) (Ho et al. 2020, arXiv 2006.11239), with the ᾱ of diffusers' ``DDPMScheduler``.
 
-    As alpha² + sigma² = 1, the path is a rotation: alpha = cos φ, sigma = sin φ, from φ(0) = 0, the data itself. The
-    discrete step k = 0 … 999 of diffusers stands at t = (k + 1) / 1000, and between two steps the angle φ is interpolated
-    linearly: t may be drawn continuously, and the derivatives are finite at both ends, be alpha(1) zero or not.
+    As alpha² + sigma² = 1, alpha = cos φ and sigma = sin φ, with φ(0) = 0. Step k = 0 … 999 of diffusers is t = (k + 1) / 1000;
+    between steps the angle φ is interpolated linearly. So t is continuous, and the derivatives are finite at both ends, even
+    for alpha(1) = 0.
     """
 
     def __init__(
@@ -106,8 +100,8 @@ class VariancePreserving(ProbabilityPath):
         """
         Args:
             schedule: diffusers' name of the beta schedule; ``squaredcos_cap_v2`` is the cosine of Nichol & Dhariwal 2021.
-            zero_terminal_snr: rescale so that alpha(1) = 0: training sees the pure noise that sampling starts from (Lin et
-                al. 2023, arXiv 2305.08891). What is predicted must then say something of the data at alpha = 0: not Epsilon.
+            zero_terminal_snr: rescale so that alpha(1) = 0: training includes the pure noise that sampling starts from (Lin
+                et al. 2023, arXiv 2305.08891). Excludes the prediction Epsilon, which does not determine x0 at alpha = 0.
         """
         betas = {"beta_start": 0.00085, "beta_end": 0.012} if schedule == "scaled_linear" else {}
         self.zero_terminal_snr = zero_terminal_snr
@@ -130,7 +124,7 @@ class VariancePreserving(ProbabilityPath):
         return torch.lerp(before, after, position - lower), (after - before) * NUM_TRAIN_TIMESTEPS
 
     def alpha(self, t: Tensor) -> Tensor:
-        # not the cosine of φ: at φ = π/2 this is 0 exactly
+        # the sine of π/2 − φ rather than the cosine of φ: exactly 0 at φ = π/2
         return (math.pi / 2 - self._angle(t)[0]).sin().to(t.dtype)
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -154,15 +148,15 @@ class VariancePreserving(ProbabilityPath):
 class VarianceExploding(ProbabilityPath):
     """alpha = 1, sigma geometric in t from ``sigma_min`` to ``sigma_max`` (Song et al. 2021, arXiv 2011.13456).
 
-    The network is called as EDM's (Karras et al. 2022, arXiv 2206.00364, table 1): with c_in·x_t and c_noise = ln(sigma)/4.
-    Together with :class:`ldm.diffusion.prediction.Preconditioned` and :class:`ldm.diffusion.timesteps.LogNormal` it *is* EDM.
+    The network's inputs are EDM's (Karras et al. 2022, arXiv 2206.00364, table 1): c_in·x_t and c_noise = ln(sigma)/4. With
+    :class:`ldm.diffusion.prediction.Preconditioned` and :class:`ldm.diffusion.timesteps.LogNormal` the model is EDM.
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 1.0):
         """
         Args:
-            sigma_min: standard deviation of the noise at t = 0, small beside the data.
-            sigma_max: at t = 1, large beside the data.
+            sigma_min: standard deviation of the noise at t = 0; small compared with the data.
+            sigma_max: at t = 1; large compared with the data.
             sigma_data: standard deviation of the data; 1 for normalised latents, 0.5 for the paper's pixels.
         """
         require_positive(self, sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)

@@ -1,11 +1,11 @@
-"""What the network predicts: ``y = c(t)·x0 + d(t)·eps``. Every conversion is one 2×2 solve.
+"""What the network predicts: ``y = c(t)·x0 + d(t)·eps``. Every conversion is the solution of a 2×2 system.
 
     [x_t]   [alpha sigma] [x0 ]
     [ y ] = [  c     d  ] [eps]
 
-The determinant alpha·d − sigma·c must not vanish: an eps target says nothing of x0 where alpha = 0, an x0 target nothing
-of eps where sigma = 0. It also says what an error is worth: an error δy is an error δx0 = −(sigma / determinant)·δy of the
-data (x_t is known, so alpha·δx0 + sigma·δeps = 0), whence the weights of :mod:`ldm.diffusion.weighting`.
+The determinant alpha·d − sigma·c must not vanish: a prediction of eps does not determine x0 where alpha = 0, one of x0 not eps
+where sigma = 0. It also converts errors: x_t is known, so alpha·δx0 + sigma·δeps = 0, and an error δy of the prediction is an
+error δx0 = −(sigma / determinant)·δy of the data. The weights of :mod:`ldm.diffusion.weighting` follow from this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.diffusion.path import ProbabilityPath, expand
 
-LEAST_DETERMINANT = 1e-6  # as a share of the lengths of (alpha, sigma) and (c, d): the sine of the angle between them
+LEAST_DETERMINANT = 1e-6  # relative to the lengths of (alpha, sigma) and (c, d): the sine of the angle between them
 
 
 class Endpoints(NamedTuple):
@@ -36,7 +36,7 @@ class Prediction(ABC):
         """c(t) and d(t), each (B,) for t of shape (B,)."""
 
     def target(self, path: ProbabilityPath, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should say, (B, …) like ``x0``."""
+        """The training target y, (B, …) like ``x0``."""
         c, d = self.coefficients(path, t)
         return expand(c, x0) * x0 + expand(d, eps) * eps
 
@@ -49,15 +49,15 @@ class Prediction(ABC):
         """x0 and eps from a noisy ``x_t`` and a prediction ``y``.
 
         Raises:
-            ValueError: where the two equations do not determine x0 and eps.
+            ValueError: if the system is singular at a t.
         """
         alpha, sigma = path.alpha(t), path.sigma(t)
         c, d = self.coefficients(path, t)
         determinant = self.determinant(path, t)
-        # so written, infinite coefficients are refused too
-        blind = ~(determinant.abs() > LEAST_DETERMINANT * torch.hypot(alpha, sigma) * torch.hypot(c, d))
-        if blind.any():
-            at, where = t[blind][0].item(), type(path).__name__
+        # the negated comparison also catches infinite coefficients
+        singular = ~(determinant.abs() > LEAST_DETERMINANT * torch.hypot(alpha, sigma) * torch.hypot(c, d))
+        if singular.any():
+            at, where = t[singular][0].item(), type(path).__name__
             raise ValueError(f"{type(self).__name__} does not determine x0 and eps at t = {at:g} on {where}")
         alpha, sigma, c, d, determinant = (expand(value, x_t) for value in (alpha, sigma, c, d, determinant))
         return Endpoints(x0=(d * x_t - sigma * y) / determinant, eps=(alpha * y - c * x_t) / determinant)
@@ -99,10 +99,10 @@ class Velocity(Prediction):
 
 
 class Preconditioned(Prediction):
-    """EDM's F in D = c_skip·x + c_out·F (Karras et al. 2022, arXiv 2206.00364, eq. 7): of unit variance at every noise.
+    """EDM's F in D = c_skip·x + c_out·F (Karras et al. 2022, arXiv 2206.00364, eq. 7), of unit variance at every noise level.
 
-    F = (x0 − c_skip·x) / c_out with x = x_t / alpha and EDM's noise level sigma / alpha, so that any path can be used; on a
-    variance-preserving one and sigma_data = 1, F is −v. The standard deviation of the data is the path's ``sigma_data``.
+    F = (x0 − c_skip·x) / c_out with x = x_t / alpha and the noise level sigma / alpha, which extends it to any path; on a
+    variance-preserving path with sigma_data = 1, F is −v. The standard deviation of the data is the path's ``sigma_data``.
     """
 
     def coefficients(self, path: ProbabilityPath, t: Tensor) -> tuple[Tensor, Tensor]:

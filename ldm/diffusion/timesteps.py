@@ -1,4 +1,4 @@
-"""Where t is drawn during training: one time in [0, 1] for each sample of a batch, (B,) float32."""
+"""Densities of t during training: they sample a time in [0, 1] for each sample of a batch, (B,) float32."""
 
 from __future__ import annotations
 
@@ -23,42 +23,41 @@ class TimestepSampler(ABC):
 
     @abstractmethod
     def __call__(self, x0: Tensor, path: ProbabilityPath, generator: torch.Generator | None = None) -> Tensor:
-        """Draw a time for each of the latents ``x0`` (B, C, H, W) that ``path`` leads to noise, on their device."""
+        """Sample a time for each of the latents ``x0`` (B, C, H, W), on their device."""
 
 
 class ShiftedSampler(TimestepSampler):
-    """A density over t that is then shifted; made for rectified flow, fit for any path."""
+    """A density over t with a shift; designed for rectified flow, usable with any path."""
 
     def __init__(self, shift: float = 1.0, base_side: int | None = None):
         """
         Args:
-            shift: of :func:`shift_time`; 1 leaves t as it is drawn, more means more noise.
-            base_side: where ``shift`` holds as given, as the side of a square latent, in latent pixels. Other sizes are
-                shifted by √(tokens / base tokens) more, that is √(H·W) / base_side (Esser et al. 2024, section 5.3.2).
-                Without it, ``shift`` holds for every size.
+            shift: of :func:`shift_time`; 1 for none, more for more noise.
+            base_side: side of the square latents, in latent pixels, for which ``shift`` holds; for others it is multiplied
+                by √(H·W) / base_side (Esser et al. 2024, section 5.3.2). Without it, ``shift`` holds for every size.
         """
         require_positive(self, shift=shift, base_side=1 if base_side is None else base_side)
         self.shift, self.base_side = shift, base_side
 
     @abstractmethod
-    def draw(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """``batch_size`` times before the shift."""
+    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Sample ``batch_size`` times before the shift."""
 
     def __call__(self, x0: Tensor, path: ProbabilityPath, generator: torch.Generator | None = None) -> Tensor:
         height, width = x0.shape[-2:]
         shift = self.shift if self.base_side is None else self.shift * math.sqrt(height * width) / self.base_side
-        return shift_time(self.draw(len(x0), x0.device, generator), shift)
+        return shift_time(self.sample(len(x0), x0.device, generator), shift)
 
 
 class Uniform(ShiftedSampler):
     """t ~ U(0, 1)."""
 
-    def draw(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         return torch.rand(batch_size, device=device, generator=generator)
 
 
 class LogitNormal(ShiftedSampler):
-    """t = sigmoid(location + scale·n), n ~ N(0, 1) (Esser et al. 2024, section 3.1): most often in the middle."""
+    """t = sigmoid(location + scale·n), n ~ N(0, 1) (Esser et al. 2024, section 3.1): mostly in the middle."""
 
     def __init__(self, location: float = 0.0, scale: float = 1.0, shift: float = 1.0, base_side: int | None = None):
         """
@@ -71,19 +70,19 @@ class LogitNormal(ShiftedSampler):
         require_positive(self, scale=scale)
         self.location, self.scale = location, scale
 
-    def draw(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         return compute_density_for_timestep_sampling(
             "logit_normal", batch_size, self.location, self.scale, device=device, generator=generator
         )
 
 
 class Mode(ShiftedSampler):
-    """t = 1 − u − scale·(cos²(πu/2) − 1 + u), u ~ U(0, 1) (Esser et al. 2024, section 3.1): the ends are never rare."""
+    """t = 1 − u − scale·(cos²(πu/2) − 1 + u), u ~ U(0, 1) (Esser et al. 2024, section 3.1): positive at both ends."""
 
     def __init__(self, scale: float = 1.29, shift: float = 1.0, base_side: int | None = None):
         """
         Args:
-            scale: from −1 to 2/(π − 2) = 1.75: below 0 the ends are drawn more often, above 0 the middle, at 0 all alike.
+            scale: from −1 to 2/(π − 2) = 1.75; negative favours the ends, positive the middle, 0 is uniform.
             shift, base_side: see :class:`ShiftedSampler`.
         """
         super().__init__(shift, base_side)
@@ -91,14 +90,14 @@ class Mode(ShiftedSampler):
             raise UsageError(f"Mode: scale is {scale:g}; give a number from -1 to 1.75")
         self.scale = scale
 
-    def draw(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         return compute_density_for_timestep_sampling(
             "mode", batch_size, mode_scale=self.scale, device=device, generator=generator
         )
 
 
 class DiscreteUniform(TimestepSampler):
-    """One of the 1000 steps that diffusers' DDPM schedulers count, all alike: t = (k + 1) / 1000 (Ho et al. 2020)."""
+    """Uniform over the 1000 steps of diffusers' ``DDPMScheduler``, t = (k + 1) / 1000 (Ho et al. 2020)."""
 
     def __call__(self, x0: Tensor, path: ProbabilityPath, generator: torch.Generator | None = None) -> Tensor:
         steps = torch.randint(1, NUM_TRAIN_TIMESTEPS + 1, (len(x0),), device=x0.device, generator=generator)
@@ -108,13 +107,13 @@ class DiscreteUniform(TimestepSampler):
 class LogNormal(TimestepSampler):
     """ln(sigma / alpha) ~ N(location, scale²), the noise levels of EDM (Karras et al. 2022, arXiv 2206.00364, table 1).
 
-    Levels beyond the path's ends are drawn at its ends. On rectified flow this is :class:`LogitNormal`.
+    Noise levels beyond the ends of the path are clamped to them. On rectified flow this is :class:`LogitNormal`.
     """
 
     def __init__(self, location: float = -1.2, scale: float = 1.2):
         """
         Args:
-            location: the paper's P_mean, for data of standard deviation 0.5; for 1 the same share of noise is −0.5.
+            location: the paper's P_mean, for data of standard deviation 0.5; −0.5 is the equivalent for 1.
             scale: the paper's P_std.
         """
         require_positive(self, scale=scale)

@@ -1,7 +1,7 @@
-"""How much the squared error counts at each t.
+"""The weight of the squared error at each t.
 
-A weight is stated once, as lambda(t) on the error of the data, ‖x̂0 − x0‖². On the network's own error it follows from the
-2×2 solve: δx0 = −(sigma / determinant)·δy, so it is lambda·sigma² / determinant², whatever the network predicts.
+A weighting is defined as lambda(t) on the error of the data, ‖x̂0 − x0‖². As δx0 = −(sigma / determinant)·δy (see
+:mod:`ldm.diffusion.prediction`), the weight of the network's own error is lambda·sigma² / determinant², for any prediction.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Weighting(ABC):
 
     @abstractmethod
     def scaled(self, path: ProbabilityPath, t: Tensor) -> Tensor:
-        """lambda(t)·sigma(t)² (B,), which is finite at both ends of the path, where lambda may not be."""
+        """lambda(t)·sigma(t)² (B,), finite at both ends of the path even where lambda is not."""
 
     def __call__(self, path: ProbabilityPath, prediction: Prediction, t: Tensor) -> Tensor:
-        """The weight (B,) of the mean squared error of what is predicted, at t (B,)."""
+        """The weight (B,) of the mean squared error of the prediction at t (B,)."""
         return self.scaled(path, t) / prediction.determinant(path, t).square()
 
 
@@ -35,10 +35,7 @@ class MinSNR(Weighting):
     """
 
     def __init__(self, gamma: float = 5.0):
-        """
-        Args:
-            gamma: the signal-to-noise ratio above which times count alike.
-        """
+        """``gamma``: the signal-to-noise ratio above which lambda is constant."""
         require_positive(self, gamma=gamma)
         self.gamma = gamma
 
@@ -49,7 +46,7 @@ class MinSNR(Weighting):
 class EDM(Weighting):
     """lambda = 1 / c_out² = SNR + 1 / sigma_data² (Karras et al. 2022, arXiv 2206.00364, table 1), for any prediction.
 
-    :class:`ldm.diffusion.prediction.Preconditioned` needs none: there it is 1, as c_out is what F is multiplied by.
+    For :class:`ldm.diffusion.prediction.Preconditioned` the weight is 1, so that prediction needs no weighting.
     """
 
     def scaled(self, path: ProbabilityPath, t: Tensor) -> Tensor:

@@ -1,3 +1,5 @@
+from typing import Any, cast
+
 import diffusers.guiders as guiders
 import pytest
 import torch
@@ -20,6 +22,7 @@ from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserv
 from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, V, Velocity
 from ldm.errors import UsageError
 
+UNUSED: Any = None  # the timestep that diffusers' guiders take and do not read
 RULES = [
     ClassifierFree(4.0),
     ZeroStar(4.0),
@@ -33,7 +36,7 @@ NEUTRAL = [
     AdaptiveProjected(1.0),
     Rescale(ClassifierFree(1.0)),
     Interval(ClassifierFree(1.0), 0, 1),
-    Interval(ClassifierFree(4.0), low=0.9, high=1.0),  # t stands at 0.5
+    Interval(ClassifierFree(4.0), low=0.9, high=1.0),  # t is 0.5
 ]
 
 
@@ -61,7 +64,7 @@ def captions():
 
 @pytest.fixture
 def predictions():
-    """conditional, null, x_t, t: correlated, as two answers of one network are."""
+    """conditional, null, x_t, t: correlated, as two predictions of one network are."""
     torch.manual_seed(3)
     null = torch.randn(3, 4, 8, 8)
     return 0.8 * null + torch.randn(3, 4, 8, 8), null, torch.randn(3, 4, 8, 8), torch.full((3,), 0.5)
@@ -69,7 +72,8 @@ def predictions():
 
 @torch.no_grad()
 def guided(denoiser, captions, inputs, rule, **settings):
-    return GuidedDenoiser(denoiser, *captions, rule, **settings)(*inputs)
+    (condition, null), (x_t, timestep, t) = captions, inputs
+    return GuidedDenoiser(denoiser, condition, null, rule, **settings)(x_t, timestep, t)
 
 
 def dot(first, second):
@@ -81,7 +85,7 @@ def same(found, expected):
 
 
 class Gaussian(nn.Module):
-    """The exact velocity of rectified flow for data ~ N(mean, spread²), the mean being what the captions' embeddings say."""
+    """The exact velocity of rectified flow for data ~ N(mean, spread²), with the mean given by the captions' embeddings."""
 
     def __init__(self, spread=0.5):
         super().__init__()
@@ -95,14 +99,15 @@ class Gaussian(nn.Module):
         return ((hidden_states - x0) / t,)
 
 
-def draw(denoise_at, num_steps=8, batch=2):
+def run(denoise_at, num_steps=8, batch=2):
     """A run of the flow Euler sampler; returns the latents."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(num_steps)
     x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    for timestep in scheduler.timesteps:
+    for timestep in cast(torch.Tensor, scheduler.timesteps).unbind():
         times = timestep.expand(batch)
-        x = scheduler.step(denoise_at(x, times, times / 1000), timestep, x, return_dict=False)[0]
+        step: Any = scheduler.step  # typed for FloatTensor
+        x = step(denoise_at(x, times, times / 1000), timestep, x, return_dict=False)[0]
     return x
 
 
@@ -110,19 +115,19 @@ def draw(denoise_at, num_steps=8, batch=2):
 
 
 @pytest.mark.parametrize("rule", NEUTRAL, ids=name)
-def test_a_neutral_rule_is_the_plain_conditional_prediction_bit_for_bit_and_calls_for_no_null(tiny_dit, inputs, captions, rule):
+def test_a_neutral_rule_is_the_plain_conditional_prediction_bit_for_bit_and_needs_no_null(tiny_dit, inputs, captions, rule):
     batches = []
     tiny_dit.register_forward_pre_hook(lambda *call: batches.append(len(call[2]["hidden_states"])), with_kwargs=True)
     found = guided(tiny_dit, captions, inputs, rule, conversion=Conversion.of(RectifiedFlow(), Velocity()))
     with torch.no_grad():
-        assert torch.equal(found, denoise(tiny_dit, *inputs[:2], captions[0]))
+        assert torch.equal(found, denoise(tiny_dit, inputs[0], inputs[1], captions[0]))
     assert batches == [3, 3]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name)
-def test_a_rule_is_given_both_predictions_of_one_call(tiny_dit, inputs, captions, rule):
+def test_a_rule_gets_both_predictions_from_one_call(tiny_dit, inputs, captions, rule):
     with torch.no_grad():
-        conditional, null = (denoise(tiny_dit, *inputs[:2], which) for which in captions)
+        conditional, null = (denoise(tiny_dit, inputs[0], inputs[1], which) for which in captions)
     expected = rule.combiner()(conditional, null, inputs[0], inputs[2])
     batches = []
     tiny_dit.register_forward_pre_hook(lambda *call: batches.append(len(call[2]["hidden_states"])), with_kwargs=True)
@@ -137,7 +142,7 @@ def test_all_channels_are_guided(tiny_dit, inputs, captions, rule):
 
 
 @pytest.mark.parametrize("rule", [*RULES, Rescale(AdaptiveProjected(6.0, parallel=0.3, norm_threshold=2.0))], ids=name)
-def test_an_image_does_not_depend_on_its_batch_and_a_run_begins_afresh(predictions, rule):
+def test_an_image_does_not_depend_on_its_batch_and_a_run_starts_without_state(predictions, rule):
     conditional, null, x_t, t = predictions
     conversion = Conversion.of(RectifiedFlow(), Velocity())
     together = rule.combiner(conversion)
@@ -153,12 +158,12 @@ def test_an_image_does_not_depend_on_its_batch_and_a_run_begins_afresh(predictio
 
 def test_predictions_are_combined_in_float32(inputs, captions):
     class Half(Gaussian):
-        def forward(self, **call):
-            return (super().forward(**call)[0].bfloat16(),)
+        def forward(self, *arguments, **call):
+            return (super().forward(*arguments, **call)[0].bfloat16(),)
 
     found = guided(Half(), captions, inputs, ClassifierFree(7.5))
     with torch.no_grad():
-        conditional, null = (denoise(Half(), *inputs[:2], which).float() for which in captions)
+        conditional, null = (denoise(Half(), inputs[0], inputs[1], which).float() for which in captions)
     assert found.dtype == torch.float32
     same(found, null + 7.5 * (conditional - null))
 
@@ -172,26 +177,26 @@ def test_classifier_free_is_null_plus_w_times_the_difference(predictions):
         same(ClassifierFree(scale).combiner()(*predictions), null + scale * (conditional - null))
 
 
-def test_the_notation_of_the_paper_is_ours_less_one(predictions):
+def test_the_paper_s_scale_is_ours_minus_one(predictions):
     conditional, null, *_ = predictions
     for ours in (0.0, 1.0, 2.5, 7.5):
         theirs = ours - 1
         same(ClassifierFree(ours).combiner()(*predictions), (1 + theirs) * conditional - theirs * null)
 
 
-def test_guided_gaussians_are_a_gaussian_further_on():
+def test_guiding_between_gaussians_gives_the_extrapolated_gaussian():
     # the velocity is linear in the mean, so null + w·(cond − null) is exactly that of the mean m0 + w·(m1 − m0)
     wanted, away, w = 0.7, -0.1, 3.0
     rule = GuidedDenoiser(Gaussian(), condition(2, 1, wanted), condition(2, 1, away), ClassifierFree(w))
     further = GuidedDenoiser(Gaussian(), condition(2, 1, away + w * (wanted - away)), condition(2, 1, 0.0), ClassifierFree(1.0))
-    torch.testing.assert_close(draw(rule), draw(further), rtol=1e-4, atol=1e-4)
-    assert draw(rule).mean().sub(away + w * (wanted - away)).abs() < 0.1
+    torch.testing.assert_close(run(rule), run(further), rtol=1e-4, atol=1e-4)
+    assert run(rule).mean().sub(away + w * (wanted - away)).abs() < 0.1
 
 
 @pytest.mark.parametrize("w", [0.0, 2.0, 6.0])
 def test_classifier_free_guidance_is_that_of_diffusers(predictions, w):
     guider = guiders.ClassifierFreeGuidance(guidance_scale=w)
-    guider.set_state(0, 10, None)
+    guider.set_state(0, 10, UNUSED)
     same(ClassifierFree(w).combiner()(*predictions), guider.forward(*predictions[:2]).pred)
 
 
@@ -201,11 +206,11 @@ def test_classifier_free_guidance_is_that_of_diffusers(predictions, w):
 def test_outside_the_interval_only_the_conditional_prediction_is_computed():
     denoiser = Gaussian()
     rule = Interval(ClassifierFree(3.0), low=0.25, high=0.75)
-    draw(GuidedDenoiser(denoiser, condition(2, 1, 1.0), condition(2, 1, 0.0), rule))
+    run(GuidedDenoiser(denoiser, condition(2, 1, 1.0), condition(2, 1, 0.0), rule))
     # t = 1, 7/8, 6/8, …, 1/8, nearly (the scheduler's own grid ends at 1/1000)
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(8)
-    assert denoiser.batches == [4 if 250 < timestep <= 750 else 2 for timestep in scheduler.timesteps]
+    assert denoiser.batches == [4 if 250 < timestep <= 750 else 2 for timestep in cast(torch.Tensor, scheduler.timesteps)]
     assert 0 < denoiser.batches.count(4) < 8
 
 
@@ -219,21 +224,21 @@ def test_the_interval_is_open_below_and_closed_above_and_asks_its_inner_rule():
 def test_the_interval_guides_the_steps_that_diffusers_guides():
     guider = guiders.ClassifierFreeGuidance(guidance_scale=3.0, start=0.25, stop=0.75)
     rule = Interval(ClassifierFree(3.0), low=0.25, high=0.75)
-    for step in range(8):  # step i of diffusers stands at t = 1 − i/8
-        guider.set_state(step, 8, None)
+    for step in range(8):  # step i of diffusers is t = 1 − i/8
+        guider.set_state(step, 8, UNUSED)
         assert rule.guides(torch.full((2,), 1 - step / 8)) == (guider.num_conditions == 2)
 
 
-def test_an_interval_that_is_none_is_refused():
+def test_an_empty_interval_is_refused():
     for low, high in ((0.8, 0.3), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.1)):
-        with pytest.raises(UsageError, match="Interval: low"):
+        with pytest.raises(UsageError, match=r"Interval: low is .*; give 0 <= low < high <= 1"):
             Interval(ClassifierFree(3.0), low, high)
 
 
 # Rescale
 
 
-def test_rescaling_wholly_keeps_the_standard_deviation_of_the_conditional_prediction(predictions):
+def test_full_rescaling_keeps_the_standard_deviation_of_the_conditional_prediction(predictions):
     conditional = predictions[0]
     rescaled = Rescale(ClassifierFree(6.0), amount=1.0).combiner()(*predictions)
     plain = ClassifierFree(6.0).combiner()(*predictions)
@@ -243,7 +248,7 @@ def test_rescaling_wholly_keeps_the_standard_deviation_of_the_conditional_predic
     same(ratio, ratio[:, :1, :1, :1].expand_as(ratio))
 
 
-def test_rescaling_by_phi_is_phi_of_the_way(predictions):
+def test_rescaling_interpolates_by_phi(predictions):
     at = {phi: Rescale(ClassifierFree(6.0), phi).combiner()(*predictions) for phi in (0.0, 0.7, 1.0)}
     assert torch.equal(at[0.0], ClassifierFree(6.0).combiner()(*predictions))
     same(at[0.7], 0.7 * at[1.0] + 0.3 * at[0.0])
@@ -253,14 +258,15 @@ def test_rescaling_by_phi_is_phi_of_the_way(predictions):
 
 def test_rescaling_is_that_of_diffusers(predictions):
     guider = guiders.ClassifierFreeGuidance(guidance_scale=6.0, guidance_rescale=0.7)
-    guider.set_state(0, 10, None)
+    guider.set_state(0, 10, UNUSED)
     same(Rescale(ClassifierFree(6.0), 0.7).combiner()(*predictions), guider.forward(*predictions[:2]).pred)
 
 
 @pytest.mark.parametrize("rule", [*RULES, Rescale(ZeroStar(4.0, zero_init_steps=1))], ids=name)
-def test_an_untrained_network_that_says_nothing_is_not_made_nan(predictions, rule):
-    silent = torch.zeros_like(predictions[0])
-    assert torch.equal(rule.combiner()(silent, silent, *predictions[2:]), silent)
+def test_predictions_of_zero_do_not_become_nan(predictions, rule):
+    _, _, x_t, t = predictions
+    zero = torch.zeros_like(x_t)
+    assert torch.equal(rule.combiner()(zero, zero, x_t, t), zero)
 
 
 # Zero-star
@@ -274,7 +280,7 @@ def test_zero_star_projects_the_null_prediction_by_least_squares(predictions):
         fit = torch.linalg.lstsq(null[row].reshape(-1, 1), conditional[row].reshape(-1, 1)).solution
         expected.append(fit.item() * null[row])
     same(projected, torch.stack(expected))
-    same(dot(conditional - projected, null), torch.zeros(3))  # what is left is perpendicular
+    same(dot(conditional - projected, null), torch.zeros(3))  # the residual is orthogonal
 
 
 def test_zero_star_is_classifier_free_guidance_from_the_projected_null(predictions):
@@ -288,7 +294,7 @@ def test_zero_star_is_that_of_diffusers(predictions, zero_init_steps):
     guider = guiders.ClassifierFreeZeroStarGuidance(guidance_scale=5.0, zero_init_steps=zero_init_steps)
     combine = ZeroStar(5.0, zero_init_steps).combiner()
     for step in range(4):
-        guider.set_state(step, 4, None)
+        guider.set_state(step, 4, UNUSED)
         found = combine(*predictions)
         same(found, guider.forward(*predictions[:2]).pred)
         assert bool(found.any()) == (step >= zero_init_steps)
@@ -309,7 +315,7 @@ def test_projected_guidance_scales_the_parallel_part_as_stated(predictions):
         same(update - along, conditional - null - difference)
 
 
-def test_projected_guidance_with_nothing_held_back_is_classifier_free(predictions):
+def test_projected_guidance_without_damping_is_classifier_free(predictions):
     rule = AdaptiveProjected(5.0, parallel=1.0, norm_threshold=0, momentum=0)
     conversion = Conversion.of(RectifiedFlow(), Velocity())
     expected = ClassifierFree(5.0).combiner()(*predictions)
@@ -337,10 +343,11 @@ def test_projected_guidance_remembers_the_run_by_its_momentum(predictions):
 
 def test_projected_guidance_acts_on_x0_where_it_has_a_conversion(predictions):
     conditional, null, x_t, t = predictions
-    rule, flow = AdaptiveProjected(5.0, parallel=0.2, norm_threshold=9.0), (RectifiedFlow(), Velocity())
-    found = rule.combiner(Conversion.of(*flow))(*predictions)
-    x0 = [flow[1].endpoints(flow[0], x_t, y, t).x0 for y in (conditional, null)]
-    same(flow[1].endpoints(flow[0], x_t, found, t).x0, rule.combiner()(*x0, x_t, t))
+    rule, conversion = AdaptiveProjected(5.0, parallel=0.2, norm_threshold=9.0), Conversion.of(RectifiedFlow(), Velocity())
+    found, conditional, null = (
+        conversion.to_x0(x_t, y, t) for y in (rule.combiner(conversion)(*predictions), conditional, null)
+    )
+    same(found, rule.combiner()(conditional, null, x_t, t))
 
 
 @pytest.mark.parametrize("settings", [{"parallel": 0.0}, {"parallel": 0.4, "norm_threshold": 0.0}, {"momentum": 0.3}], ids=str)
@@ -356,7 +363,7 @@ def test_projected_guidance_is_that_of_diffusers(predictions, settings):
     conditional, null, *rest = predictions
     combine = rule.combiner()
     for step in range(3):
-        guider.set_state(step, 3, None)
+        guider.set_state(step, 3, UNUSED)
         guider.prepare_inputs({"prediction": (conditional, null)})  # makes the momentum at step 0
         same(combine(conditional, null, *rest), guider.forward(conditional, null).pred)
         conditional, null = 0.5 * conditional + null, 0.9 * null
@@ -387,19 +394,20 @@ def test_the_conversion_leads_to_x0_and_back(path, prediction):
 
 
 def test_autoguidance_extrapolates_from_the_weak_model_through_the_strong_one(inputs):
-    # the weak model knows the data less well: its Gaussian is too wide
+    # the weak model is a poorer fit of the data: its Gaussian is too wide
     strong, weak, caption = Gaussian(0.5), Gaussian(0.9), condition(3, 1, 0.4)
     found = guided(strong, (caption, caption), inputs, ClassifierFree(2.5), weak=weak)
-    good, bad = denoise(strong, *inputs[:2], caption), denoise(weak, *inputs[:2], caption)
+    good, bad = (denoise(network, inputs[0], inputs[1], caption) for network in (strong, weak))
     same(found, bad + 2.5 * (good - bad))
-    same(found - good, 1.5 * (good - bad))  # past the strong one, away from the weak one
+    same(found - good, 1.5 * (good - bad))  # beyond the strong one, away from the weak one
     assert strong.batches == weak.batches == [3, 3]  # one call each, neither of them doubled
 
 
-def test_the_weak_model_may_be_unconditional_and_rests_outside_the_interval(inputs):
+def test_the_weak_model_may_be_unconditional_and_is_not_called_outside_the_interval(inputs):
     strong, weak, caption, null = Gaussian(0.5), Gaussian(0.9), condition(3, 1, 0.4), condition(3, 1, 0.0)
     found = guided(strong, (caption, null), inputs, ClassifierFree(2.5), weak=weak)
-    good, bad = denoise(strong, *inputs[:2], caption), denoise(weak, *inputs[:2], null)
+    x_t, timestep, _ = inputs
+    good, bad = denoise(strong, x_t, timestep, caption), denoise(weak, x_t, timestep, null)
     same(found, bad + 2.5 * (good - bad))
     outside = Interval(ClassifierFree(2.5), low=0.6, high=1.0)
     weak.batches.clear()
@@ -408,7 +416,7 @@ def test_the_weak_model_may_be_unconditional_and_rests_outside_the_interval(inpu
 
 def test_autoguidance_is_that_of_diffusers(predictions):
     guider = guiders.AutoGuidance(guidance_scale=2.5, auto_guidance_layers=0, dropout=1.0)
-    guider.set_state(0, 10, None)
+    guider.set_state(0, 10, UNUSED)
     same(ClassifierFree(2.5).combiner()(*predictions), guider.forward(*predictions[:2]).pred)
 
 
@@ -430,7 +438,7 @@ def test_rules_are_chosen_in_yaml_and_nest():
             class_path: ldm.diffusion.guidance.ClassifierFree
             init_args: {scale: 5.0}
     """
-    chosen = parser.instantiate_classes(parser.parse_args(["--guidance", text])).guidance
+    chosen = parser.instantiate_classes(parser.parse_args(["--guidance", text]))["guidance"]
     assert chosen == Interval(Rescale(ClassifierFree(5.0)), low=0.3, high=0.8)
 
 

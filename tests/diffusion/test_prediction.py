@@ -1,3 +1,5 @@
+from typing import cast
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
@@ -24,7 +26,7 @@ def data(count):
 
 
 def sides(value):
-    """(B,) beside (B, 4, 3, 3)."""
+    """(B,) -> (B, 1, 1, 1)."""
     return value[:, None, None, None]
 
 
@@ -39,7 +41,7 @@ def test_endpoints_come_back_from_the_target(path, prediction):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=named)
-def test_endpoints_lie_on_the_path_whatever_the_network_says(path):
+def test_endpoints_lie_on_the_path_for_any_output_of_the_network(path):
     t = torch.linspace(0.05, 0.95, 20, dtype=torch.float64)
     x_t, said = data(20)
     for prediction in PREDICTIONS:
@@ -48,27 +50,27 @@ def test_endpoints_lie_on_the_path_whatever_the_network_says(path):
         torch.testing.assert_close(prediction.target(path, x0, eps, t), said)
 
 
-BLIND = [(path, X0(), 0.0) for path in (RectifiedFlow(), *PRESERVING)]
-BLIND += [(path, Score(), 0.0) for path in (RectifiedFlow(), *PRESERVING)]  # infinite there
-BLIND += [(path, prediction, 1.0) for path in (RectifiedFlow(), *ZERO_SNR) for prediction in (Epsilon(), Score())]
+SINGULAR = [(path, X0(), 0.0) for path in (RectifiedFlow(), *PRESERVING)]
+SINGULAR += [(path, Score(), 0.0) for path in (RectifiedFlow(), *PRESERVING)]  # infinite there
+SINGULAR += [(path, prediction, 1.0) for path in (RectifiedFlow(), *ZERO_SNR) for prediction in (Epsilon(), Score())]
 
 
-@pytest.mark.parametrize("path, prediction, end", BLIND, ids=named)
+@pytest.mark.parametrize("path, prediction, end", SINGULAR, ids=named)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_where_a_target_is_blind_it_says_so(path, prediction, end, dtype):
+def test_a_singular_system_is_refused(path, prediction, end, dtype):
     x = torch.zeros(2, 4, 1, 1, dtype=dtype)
     expected = f"^{named(prediction)} does not determine x0 and eps at t = {end:g} on {type(path).__name__}$"
     with pytest.raises(ValueError, match=expected):
         prediction.endpoints(path, x, x, torch.tensor([0.5, end], dtype=dtype))
 
 
-SEEING = [(path, prediction) for path in PATHS[:-2] for prediction in (V(), Velocity(), Preconditioned())]
-SEEING += [(path, prediction) for path in EXPLODING for prediction in PREDICTIONS]
-SEEING += [(path, Epsilon()) for path in PRESERVING[:3]]  # they stop short of alpha = 0
+REGULAR = [(path, prediction) for path in PATHS[:-2] for prediction in (V(), Velocity(), Preconditioned())]
+REGULAR += [(path, prediction) for path in EXPLODING for prediction in PREDICTIONS]
+REGULAR += [(path, Epsilon()) for path in PRESERVING[:3]]  # they stop short of alpha = 0
 
 
-@pytest.mark.parametrize("path, prediction", SEEING, ids=named)
-def test_both_ends_are_seen_by_the_others(path, prediction):
+@pytest.mark.parametrize("path, prediction", REGULAR, ids=named)
+def test_the_others_are_regular_at_both_ends(path, prediction):
     t = torch.tensor([0.0, 1.0] if not isinstance(prediction, Epsilon) else [1.0, 1.0], dtype=torch.float64)
     x0, eps = data(2)
     found = prediction.endpoints(path, path.sample(x0, eps, t), prediction.target(path, x0, eps, t), t)
@@ -101,14 +103,14 @@ def test_v_is_the_velocity_of_diffusers(path):
     steps = torch.arange(0, 1000, 9)
     x0, eps = data(len(steps))
     ours = V().target(path, x0, eps, (steps + 1).double() / 1000)
-    torch.testing.assert_close(ours, scheduler.get_velocity(x0, eps, steps), rtol=0, atol=1e-9)
+    torch.testing.assert_close(ours, scheduler.get_velocity(x0, eps, cast(torch.IntTensor, steps)), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=named)
 def test_velocity_is_the_derivative_of_the_path(path):
     t = torch.linspace(0.05, 0.95, 20, dtype=torch.float64) + 0.00035
     x0, eps = data(20)
-    _, derivative = torch.func.jvp(lambda t: path.sample(x0, eps, t), (t,), (torch.ones_like(t),))
+    derivative = torch.func.jvp(lambda t: path.sample(x0, eps, t), (t,), (torch.ones_like(t),))[1]
     torch.testing.assert_close(Velocity().target(path, x0, eps, t), derivative)
 
 
@@ -155,7 +157,7 @@ def test_preconditioned_is_the_f_of_edm(spread):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=named)
-def test_the_preconditioned_target_has_unit_variance_and_nothing_in_common_with_the_input(path):
+def test_the_preconditioned_target_has_unit_variance_and_is_uncorrelated_with_the_input(path):
     t = torch.linspace(0, 1, 33, dtype=torch.float64)
     c, d = Preconditioned().coefficients(path, t)
     variance = path.sigma_data**2

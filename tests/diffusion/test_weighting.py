@@ -48,7 +48,7 @@ def test_min_snr_on_the_flow_velocity_and_on_edm():
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0])
-def test_the_weight_of_edm_is_one_on_what_its_network_says(spread):
+def test_the_weight_of_edm_is_one_for_its_prediction(spread):
     path = VarianceExploding(sigma_data=spread)
     t = torch.linspace(0, 1, 31, dtype=torch.float64)
     torch.testing.assert_close(EDM()(path, Preconditioned(), t), torch.ones_like(t))
@@ -59,7 +59,7 @@ def test_the_weight_of_edm_is_one_on_what_its_network_says(spread):
 
 @pytest.mark.parametrize("weighting", [MinSNR(), EDM()], ids=name)
 @pytest.mark.parametrize("path", PATHS, ids=name)
-def test_the_weighted_error_is_that_of_the_data_whatever_is_predicted(path, weighting):
+def test_the_weighted_error_is_that_of_the_data_for_any_prediction(path, weighting):
     x0, eps, guess = torch.randn(3, len(TIMES), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_t = path.sample(x0, eps, TIMES)
     guessed_eps = (x_t - path.alpha(TIMES)[:, None] * guess) / path.sigma(TIMES)[:, None]
@@ -71,12 +71,12 @@ def test_the_weighted_error_is_that_of_the_data_whatever_is_predicted(path, weig
 
 @pytest.mark.parametrize("weighting", [MinSNR(), EDM()], ids=name)
 @pytest.mark.parametrize("path", PATHS, ids=name)
-def test_weights_are_finite_at_both_ends_where_the_target_sees(path, weighting):
+def test_weights_are_finite_at_both_ends_where_the_system_is_regular(path, weighting):
     for prediction in (V(), Velocity(), Preconditioned()):
         assert weighting(path, prediction, ENDS).isfinite().all()
     assert weighting(path, Epsilon(), ENDS[:1]).isfinite().all() and weighting(path, X0(), ENDS[1:]).isfinite().all()
 
 
-def test_a_gamma_that_cannot_be_is_refused():
+def test_an_impossible_gamma_is_refused():
     with pytest.raises(UsageError, match="MinSNR: gamma is 0; give a number greater than 0"):
         MinSNR(0)
