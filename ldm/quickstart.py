@@ -225,7 +225,7 @@ def score_and_report(quick: Quickstart) -> None:
     began = time.monotonic()
     dataset, autoencoder = ImageDataset(out / "shards-validation"), load_autoencoder(out / "autoencoder")
     perceptual = PerceptualLoss("alex", "random")
-    figures = reconstruction_figures(autoencoder, dataset, perceptual)
+    metrics = reconstruction_figures(autoencoder, dataset, perceptual)
     pipeline = load_pipeline(out / "pipeline")
     generated, accuracy = {}, {}
     count = 256 if quick.minutes >= 5 else 64
@@ -260,7 +260,7 @@ def score_and_report(quick: Quickstart) -> None:
         "prompt_accuracy": accuracy["held-out"]["prompt_accuracy"],
         "held_out": accuracy["held-out"],
         "seen": accuracy["seen"],
-        "reconstruction": figures,
+        "reconstruction": metrics,
         "lpips": perceptual.description,
         "steps": quick.state["steps"],
         "seconds": quick.state["seconds"],
@@ -274,7 +274,7 @@ def score_and_report(quick: Quickstart) -> None:
     write_report(quick, record, samples, paired_grid([("original", originals), ("reconstruction", reconstructions)]))
     print(
         f"prompt accuracy {record['prompt_accuracy']:.3f} on {count} held-out prompts, "
-        f"reconstruction PSNR {figures['psnr']:.1f} dB, time {duration(total)}\n"
+        f"reconstruction PSNR {metrics['psnr']:.1f} dB, time {duration(total)}\n"
         f"report: {out / 'report.html'}, samples: {out / 'samples.png'}; generate more: "
         f'ldm sample {shlex.quote(str(out / "pipeline"))} "a large pink ring at the top on a gray background" --out images'
     )

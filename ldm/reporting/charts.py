@@ -1,6 +1,6 @@
-"""The geometry of a page's charts: numbers become points, bars and ticks, which templates/charts.html puts into SVG.
+"""Layout of line charts and histograms; templates/charts.html writes them as SVG.
 
-Lines and bars lie in a square of 0 to 1000 that stretches with the page, y downwards; ticks lie at percentages of it, so that
+Lines and bars have coordinates from 0 to 1000, y downwards, which stretch with the page. Ticks are placed in percent, so that
 their text does not stretch.
 """
 
@@ -18,15 +18,15 @@ Heights = Sequence[float] | np.ndarray
 
 SIDE = 1000.0
 MAX_CURVE_POINTS = 600
-# beyond this the width of an axis itself would overflow
+# beyond this the range of an axis would overflow
 LARGEST = 1e300
-# of a histogram's panel, so that the highest bar does not touch its caption
+# leaves a margin below the caption
 TALLEST_BAR = 950.0
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A label on an axis, ``at`` percent from the left or from the top."""
+    """A label ``at`` percent of an axis, from the left or the top."""
 
     at: float
     label: str
@@ -34,7 +34,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Line:
-    """A polyline: ``points`` as SVG writes them; ``style`` is empty, ``faint`` (under its mean) or ``dot`` (a single point)."""
+    """An SVG polyline; ``style`` is empty, ``faint`` (below its mean) or ``dot`` (a single point)."""
 
     points: str
     series: int
@@ -43,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """A series by name, its last value (None without data), and how many of its points could not be shown."""
+    """A series with its last value (None without data) and the number of points that cannot be shown."""
 
     name: str
     last: float | None
@@ -52,7 +52,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class LineChart:
-    """What a line chart consists of; no lines where no series has a point to show."""
+    """A line chart; without lines where no series has a point to show."""
 
     legend: list[LegendEntry]
     lines: list[Line]
@@ -62,7 +62,7 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The outline of its bars as an SVG path, and the line over them where there is one."""
+    """The outline of the bars as an SVG path, and the points of the line over them."""
 
     name: str
     path: str
@@ -71,11 +71,11 @@ class Histogram:
 
 
 def line_chart(title: str, series: Series, log_y: bool = False, smooth: int = 0) -> LineChart:
-    """Lay out named (x, y) series; ``title`` names the chart in errors.
+    """Lay out named (x, y) series.
 
-    Points that are not finite (or, with ``log_y``, not positive) are omitted and counted in the legend. Above
-    :data:`MAX_CURVE_POINTS` a series is thinned to the extremes of each stretch, so no spike is lost. ``smooth`` > 1 adds the
-    centred mean over that many points above the faint curve itself.
+    Points that are not finite (with ``log_y``: not positive) are omitted and counted in the legend. Longer series are reduced
+    to :data:`MAX_CURVE_POINTS` points that include all extremes. ``smooth`` > 1 draws the centred mean over that many points
+    above the faint curve.
 
     Raises:
         ValueError: where x and y differ in length.
@@ -126,10 +126,9 @@ def histograms(
     high: float,
     line: Heights | None = None,
 ) -> list[Histogram]:
-    """Lay out histograms on one scale: the heights of each panel's bars, which share ``low`` to ``high`` evenly.
+    """Lay out one histogram per panel on a common scale; the bars of a panel evenly divide ``low`` to ``high``.
 
-    ``line`` goes over each panel, its points evenly spread over the same range. Heights that are not finite or below 0 count
-    as 0.
+    ``line`` has evenly spaced points over the same range. Heights that are negative or not finite count as 0.
     """
     heights = {name: np.nan_to_num(np.maximum(values, 0), posinf=0) for name, values in panels.items()}
     over = np.asarray([] if line is None else line, dtype=np.float64)
@@ -149,7 +148,7 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _widen(low: float, high: float, share: float) -> tuple[float, float]:
-    """An axis range that is never empty, with a share of it added at both ends."""
+    """A non-empty axis range, extended by a fraction ``share`` at both ends."""
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         pad = abs(low) * 0.1 or 1.0
         return low - pad, high + pad
@@ -169,7 +168,7 @@ def ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Ticks for [low, high], both log10: round values within a decade or two, else at most about eight decades."""
+    """Ticks for [low, high] in log10: round values for up to 2.5 decades, else at most eight powers of ten."""
     if high - low < 1:
         return [(math.log10(value), label) for value, label in ticks(10.0**low, 10.0**high) if value > 0]
     factors, stride = ((1, 2, 5) if high - low < 2.5 else (1,)), math.ceil((high - low) / 7)
@@ -179,11 +178,11 @@ def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def thin(y: np.ndarray) -> np.ndarray:
-    """Indices of at most MAX_CURVE_POINTS points: both ends, and the lowest and highest of each stretch."""
+    """Indices of at most MAX_CURVE_POINTS points: both ends, and minimum and maximum of equal intervals."""
     if len(y) <= MAX_CURVE_POINTS:
         return np.arange(len(y))
     edges = np.linspace(0, len(y), MAX_CURVE_POINTS // 2, dtype=int)
-    stretches = list(pairwise(edges))
-    low = [a + int(y[a:b].argmin()) for a, b in stretches]
-    high = [a + int(y[a:b].argmax()) for a, b in stretches]
+    intervals = list(pairwise(edges))
+    low = [a + int(y[a:b].argmin()) for a, b in intervals]
+    high = [a + int(y[a:b].argmax()) for a, b in intervals]
     return np.unique([0, len(y) - 1, *low, *high])

@@ -1,4 +1,4 @@
-"""Image grids: many images on one, captioned or in labelled rows, saved so that they can be taken apart again."""
+"""Image grids, captioned or in labelled rows, saved with the boxes of their images so that they can be split again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm.files import atomic_file
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the latter where Pillow was built without FreeType
 
 MAX_CAPTION_LINES = 4
-# the PNG chunk that holds each row's label and the boxes of its images
+# PNG chunk with the label of each row and the boxes of its images
 _ROWS_CHUNK = "ldm rows"
 _INK, _FRAME, _GREEN, _RED = (32, 36, 44), (214, 217, 222), (22, 138, 70), (204, 44, 44)
 
@@ -28,19 +28,23 @@ def captioned_grid(
     cell: int = 160,
     marks: Sequence[bool | None] | None = None,
 ) -> Image.Image:
-    """Lay images out on a white page, each with its caption wrapped beneath it.
+    """Lay out images on a white page, each above its wrapped caption.
 
-    ``cell`` is the side in pixels of the square an image is fitted into: smaller images grow by a whole factor
-    (NEAREST, so that every pixel stays visible), larger ones shrink (LANCZOS). ``columns=None`` chooses a nearly
-    square page. ``marks`` draws a green tick (True), a red cross (False) or nothing (None) beside each caption.
-    Raises ValueError for no images, or when captions or marks do not match them one to one.
+    Args:
+        columns: default: a nearly square grid.
+        cell: side in pixels of the square for an image. Smaller images are enlarged by an integer factor (NEAREST), larger
+            ones are reduced (LANCZOS).
+        marks: draws a green tick (True), a red cross (False) or nothing (None) beside each caption.
+
+    Raises:
+        ValueError: without images, or if captions or marks do not match them in number.
     """
     if not images or len(captions) != len(images) or (marks is not None and len(marks) != len(images)):
         raise ValueError(
             f"captioned_grid needs at least one image, and one caption and one mark for each: got {len(images)} "
             f"images, {len(captions)} captions, {'no' if marks is None else len(marks)} marks"
         )
-    columns = min(columns or _pleasant_columns(len(images)), len(images))
+    columns = min(columns or _default_columns(len(images)), len(images))
     if columns < 1 or cell < 1:
         raise ValueError(f"columns and cell must be at least 1, not {columns} and {cell}")
     font, line_height, gap = _font_for(cell)
@@ -50,8 +54,8 @@ def captioned_grid(
     fitted = [_fit(image, cell) for image in images]
     tall = max(image.height for image in fitted)
     starts = range(0, len(images), columns)
-    # Each row is as tall as its longest caption; gap // 2 stands between image and caption.
-    least = 1 if mark_width else 0  # a mark needs a line even where the caption is empty
+    # each row is as tall as its longest caption, with gap // 2 between image and caption
+    least = 1 if mark_width else 0  # a mark needs a line even without a caption
     text_heights = [max(least, *map(len, texts[at : at + columns])) * line_height for at in starts]
     height = gap + sum(tall + gap // 2 + text_height + gap for text_height in text_heights)
     page = Image.new("RGB", (gap + columns * (cell + gap), height), "white")
@@ -72,9 +76,9 @@ def captioned_grid(
 
 
 def paired_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], cell: int = 160) -> Image.Image:
-    """Rows of images, one above the other, each with its label at the left ("original" over "reconstruction").
+    """Lay out rows of images, each with its label at the left.
 
-    ``cell`` (pixels) as in :func:`captioned_grid`; rows may differ in length. Raises ValueError if there is no image.
+    Rows may differ in length; ``cell`` as in :func:`captioned_grid`. Raises ValueError if there is no image.
     """
     columns = max((len(images) for _, images in rows), default=0)
     if columns < 1 or cell < 1:
@@ -99,8 +103,8 @@ def paired_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], cell: int = 1
     return page
 
 
-def _pleasant_columns(count: int) -> int:
-    """The number of columns near the square root that leaves the fewest empty places; up to five stand in one row."""
+def _default_columns(count: int) -> int:
+    """Up to five images form one row; else the number of columns near the square root with the fewest empty cells."""
     if count <= 5:
         return count
     root = math.ceil(math.sqrt(count))
@@ -108,13 +112,13 @@ def _pleasant_columns(count: int) -> int:
 
 
 def _font_for(cell: int) -> tuple[Font, int, int]:
-    """Font, line height and gap (pixels) that suit a cell."""
+    """Font, line height and gap in pixels."""
     size = min(22, max(11, round(cell * 0.085)))
     return ImageFont.load_default(size=size), round(size * 1.35), max(6, cell // 12)
 
 
 def wrap(text: str, font: Font, width: int) -> list[str]:
-    """Lines no wider than ``width`` pixels, broken between words; only a word too long for a line is cut."""
+    """Break text into lines of at most ``width`` pixels, between words unless one is too long for a line."""
     lines: list[str] = []
     for word in text.split():
         while word and len(lines) <= MAX_CAPTION_LINES:
@@ -133,7 +137,7 @@ def wrap(text: str, font: Font, width: int) -> list[str]:
 
 
 def _fit(image: Image.Image, cell: int) -> Image.Image:
-    """The image in RGB over white, scaled so that its longer side is at most ``cell`` pixels."""
+    """The image in RGB over white, resized to a longer side of at most ``cell`` pixels."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -147,14 +151,14 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
 
 
 def _place(page: Image.Image, draw: ImageDraw.ImageDraw, image: Image.Image, x: int, y: int) -> None:
-    """Paste an image with a hairline around it that shows where a white image ends; the page remembers its box."""
+    """Paste an image with a thin frame, and add its box to ``page.info``."""
     draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=_FRAME)
     page.paste(image, (x, y))
     page.info.setdefault("boxes", []).append((x, y, x + image.width, y + image.height))
 
 
 def save_grid(grid: Image.Image, rows: Sequence[tuple[str, Sequence[Image.Image]]], path: str | os.PathLike) -> None:
-    """Write a grid made of these rows as PNG, atomically, in such a way that :func:`read_grid` finds its images again."""
+    """Write a grid of these rows as PNG, atomically; :func:`read_grid` reads its images."""
     boxes = iter(grid.info["boxes"])
     kept = [[label, [next(boxes) for _ in images]] for label, images in rows]
     chunks = PngInfo()
@@ -164,7 +168,7 @@ def save_grid(grid: Image.Image, rows: Sequence[tuple[str, Sequence[Image.Image]
 
 
 def read_grid(path: str | os.PathLike) -> tuple[Image.Image, list[tuple[str, list[Image.Image]]]]:
-    """A grid and its rows, these empty where it was not written by :func:`save_grid`."""
+    """A grid and its rows, which are empty if :func:`save_grid` did not write it."""
     with Image.open(path) as grid:
         grid.load()
         rows = json.loads(grid.info.get(_ROWS_CHUNK, "[]"))
@@ -173,7 +177,7 @@ def read_grid(path: str | os.PathLike) -> tuple[Image.Image, list[tuple[str, lis
 
 @lru_cache
 def _mark(good: bool, size: int) -> Image.Image:
-    """A tick or a cross, drawn eight times too large and shrunk, for smooth edges."""
+    """A tick or a cross, drawn at eight times its size for smooth edges."""
     big = Image.new("RGB", (8 * size, 8 * size), "white")
     draw = ImageDraw.Draw(big)
     strokes = [[(0.1, 0.55), (0.4, 0.83), (0.9, 0.2)]] if good else [[(0.2, 0.2), (0.8, 0.8)], [(0.8, 0.2), (0.2, 0.8)]]

@@ -1,4 +1,4 @@
-"""The CSV log of a run's metrics, as curves."""
+"""Metrics of a run from Lightning's CSV log."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ Curves = dict[str, tuple[list[float], list[float]]]
 
 
 def read_metrics(path: str | os.PathLike) -> Curves:
-    """Read Lightning's CSV log: metric -> (steps trained, values), without the blanks.
+    """Read metric -> (steps, values), with steps counted from 1 (Lightning counts from 0).
 
-    Lightning counts steps from 0; here the first step is 1. A last line that is still being written is ignored; a missing file
-    gives no curves.
+    An incomplete last line is ignored; a missing file gives no curves.
     """
     curves: Curves = {}
     try:

@@ -1,7 +1,7 @@
-"""HTML pages from the templates beside this file, and the report: a page that grows section by section.
+"""Pages from jinja2 templates, and :class:`Report`, a page built section by section.
 
-A page is one file: inline CSS, inline SVG, images as data URIs, no script and no request to anywhere, so that it can be mailed,
-archived and opened offline. jinja2 escapes every text that is handed to an HTML template.
+A page is one file with inline CSS, inline SVG and images as data URIs. It has no script and loads nothing, so that it can be
+mailed, archived and opened offline. jinja2 escapes all text in HTML templates.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ldm.reporting.charts import Heights, Series, histograms, line_chart
 
 
 def format_value(value: object) -> str:
-    """A value as a page shows it: whole numbers with thousands separated, other numbers to four digits, None as a dash."""
+    """Integers with thousands separators, other numbers to four digits, None and NaN as a dash."""
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
@@ -37,7 +37,7 @@ def format_value(value: object) -> str:
 
 
 def _escapes(template: str | None) -> bool:
-    """Whether a template is HTML; Markdown has no use for HTML's escapes within its code blocks."""
+    """Markdown is not escaped: its code blocks would show HTML's escapes."""
     return template is None or not template.endswith(".md")
 
 
@@ -53,33 +53,26 @@ _ENVIRONMENT.filters["value"] = format_value
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a template of ``templates/`` with these values; one that is missing is an error."""
+    """Render a template of ``templates/``; a missing value raises ``jinja2.UndefinedError``."""
     return _ENVIRONMENT.get_template(template).render(values)
 
 
-def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
-    """Write a rendered template to ``path``, atomically."""
-    with atomic_file(path) as file:
-        # file names may contain lone surrogates, which UTF-8 cannot encode
-        file.write(render(template, **values).encode("utf-8", "replace"))
-
-
 class Report:
-    """A page that grows section by section, in the order of the calls, and is written by :meth:`save`."""
+    """A page whose sections appear in the order of the calls that add them."""
 
     def __init__(self, title: str, subtitle: str = "", refresh_seconds: int | None = None) -> None:
-        """``refresh_seconds``: an open page reloads itself so often."""
+        """``refresh_seconds``: interval at which an open page reloads itself."""
         self.title = title
         self.subtitle = subtitle
         self.refresh_seconds = refresh_seconds
         self._sections: list[dict[str, Any]] = []
 
     def metrics(self, metrics: Mapping[str, str | float]) -> None:
-        """Cards with a big number (or a short text) over its name; put units into the name."""
+        """Cards with a large number or short text above its name; units belong in the name."""
         self._add("metrics", "", metrics=metrics)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; columns of numbers are aligned to the right. Raises ValueError for a row that does not fit the columns."""
+        """A table with numeric columns aligned right. Raises ValueError for a row of the wrong length."""
         for row in rows:
             if len(row) != len(columns):
                 raise ValueError(f"table {title!r} has {len(columns)} columns, but a row holds {len(row)}: {row!r}")
@@ -89,9 +82,9 @@ class Report:
     def curve(
         self, title: str, series: Series, x_label: str, y_label: str, log_y: bool = False, smooth: int = 0, half: bool = False
     ) -> None:
-        """A line chart of named (x, y) series, with the last value of each in the legend; see :func:`line_chart`.
+        """A line chart of named (x, y) series; see :func:`line_chart`.
 
-        ``half``: on a wide page two of these stand side by side. Raises ValueError where x and y differ in length.
+        ``half``: takes half the width of a wide page. Raises ValueError where x and y differ in length.
         """
         chart = line_chart(title, series, log_y, smooth)
         self._add("curve", title, half, chart=chart, x_label=x_label, y_label=y_label, log_y=log_y)
@@ -105,14 +98,11 @@ class Report:
         line: Heights | None = None,
         note: str = "",
     ) -> None:
-        """Histograms side by side with a ``note`` above them; see :func:`histograms`.
-
-        ``line`` shows what is expected of the bars.
-        """
+        """Histograms side by side under a ``note``, each with the expected ``line``; see :func:`histograms`."""
         self._add("bars", title, panels=histograms(panels, low, high, line), note=note)
 
     def image(self, title: str, image: Image.Image, note: str = "") -> None:
-        """An image, held in the page as PNG, with a note beneath it."""
+        """An image with a note below it, embedded as PNG."""
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
             image = image.convert("RGB")
         buffer = io.BytesIO()
@@ -121,7 +111,7 @@ class Report:
         self._add("image", title, png=png, width=image.width, height=image.height, note=note)
 
     def commands(self, title: str, commands: Sequence[tuple[str, str]]) -> None:
-        """Commands to copy, each with a comment above it."""
+        """Commands to copy, each below its comment."""
         self._add("commands", title, commands=commands)
 
     def text(self, title: str, paragraphs: Sequence[str] | str) -> None:
@@ -129,21 +119,21 @@ class Report:
         self._add("text", title, paragraphs=[paragraphs] if isinstance(paragraphs, str) else paragraphs)
 
     def folded(self, title: str, text: str, opened: bool = False) -> None:
-        """A long text, its lines as they are, under a title that opens and closes it."""
+        """Preformatted text that can be folded away."""
         self._add("folded", title, text=text, opened=opened)
 
     def html(self) -> str:
-        """The whole page."""
-        return render("report.html", **self._values())
+        groups = [(half, list(sections)) for half, sections in groupby(self._sections, lambda section: section["half"])]
+        return render(
+            "report.html", title=self.title, subtitle=self.subtitle, refresh_seconds=self.refresh_seconds, groups=groups
+        )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the page to ``path``, atomically."""
-        write_page(path, "report.html", **self._values())
+        """Write the page atomically."""
+        with atomic_file(path) as file:
+            # file names may contain lone surrogates, which UTF-8 cannot encode
+            file.write(self.html().encode("utf-8", "replace"))
 
     def _add(self, kind: str, title: str, half: bool = False, **content: Any) -> None:
-        """``kind`` names the macro of templates/sections.html."""
+        """``kind``: the macro of templates/sections.html."""
         self._sections.append({"kind": kind, "title": title, "half": half} | content)
-
-    def _values(self) -> dict[str, Any]:
-        groups = [(half, list(sections)) for half, sections in groupby(self._sections, lambda section: section["half"])]
-        return {"title": self.title, "subtitle": self.subtitle, "refresh_seconds": self.refresh_seconds, "groups": groups}

@@ -1,4 +1,4 @@
-"""Truths about image grids and the report page."""
+"""Image grids and the report page."""
 
 import base64
 import io
@@ -101,8 +101,8 @@ def test_captions_wrap_between_words_and_end_in_an_ellipsis_after_four_lines():
     lines = wrap(long, font, 160)
     assert len(lines) == MAX_CAPTION_LINES and lines[-1].endswith("word…")
     assert all(font.getlength(line) <= 160 for line in lines)
-    pieces = wrap("w" * 30, font, 160)
-    assert len(pieces) > 1 and "".join(pieces) == "w" * 30
+    parts = wrap("w" * 30, font, 160)
+    assert len(parts) > 1 and "".join(parts) == "w" * 30
     assert wrap("", font, 160) == [] and wrap("wide", font, 1)[0] == "w"
 
 
@@ -116,7 +116,7 @@ def test_marks_are_green_for_accepted_and_red_for_refused():
     assert greenest_and_reddest(None) == greenest_and_reddest([None, None]) == (False, False)
 
 
-def test_a_grid_that_does_not_add_up_is_refused():
+def test_a_grid_with_wrong_numbers_of_captions_or_marks_is_refused():
     image = Image.new("RGB", (8, 8))
     for images, captions, marks in (([], [], None), ([image], [], None), ([image], ["a"], [])):
         with pytest.raises(ValueError, match="captioned_grid needs"):
@@ -125,7 +125,7 @@ def test_a_grid_that_does_not_add_up_is_refused():
         paired_grid([("original", [])])
 
 
-def test_paired_rows_stand_above_each_other():
+def test_paired_rows_are_aligned():
     red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     page = np.asarray(paired_grid([("original", [red, red]), ("reconstruction", [blue])], cell=64))
     (red_rows, red_columns), (blue_rows, blue_columns) = (np.nonzero((page == c).all(-1)) for c in ((255, 0, 0), (0, 0, 255)))
@@ -147,7 +147,7 @@ def full_report() -> Report:
     return report
 
 
-def test_the_page_asks_for_nothing_from_outside_and_escapes_all_text():
+def test_the_page_loads_nothing_and_escapes_all_text():
     text = full_report().html()
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
@@ -196,7 +196,7 @@ def test_a_line_keeps_the_shape_of_its_data():
     assert line[0, 1] - line[1, 1] == pytest.approx(line[1, 1] - line[2, 1], abs=0.2) and line[0, 1] > line[2, 1]
 
 
-def test_points_that_cannot_be_drawn_are_left_out_and_counted():
+def test_points_that_cannot_be_drawn_are_omitted_and_counted():
     nan, inf = float("nan"), float("inf")
     page = curve({"loss": ([0, 1, 2, 3, nan], [1.0, nan, inf, 0.5, 1.0]), "late": ([], [])})
     (line,) = page.lines()
