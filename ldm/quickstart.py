@@ -111,50 +111,41 @@ class Quickstart:
             yaml.safe_dump(config, file, sort_keys=False)
         return path
 
-    def fit(self, stage: str, artifact: str, data: dict[str, str], extra: Callable[[int], dict[str, Any]]) -> None:
-        """Train a stage: choose the number of steps for this machine, write the YAML, run ``fit``.
-
-        ``extra`` gives more changes of the recipe for a number of steps.
-        """
+    def fit(self, stage: str, artifact: str, changes: Callable[[int], dict[str, Any]]) -> None:
+        """Train a stage for as many steps as its time allows; ``changes`` gives those of the recipe for a number of steps."""
         if (self.out / artifact).exists():
             return
         if stage not in self.state.setdefault("steps", {}):
             start = time.monotonic()
-            self.state["steps"][stage] = self.steps_in_budget(stage, data)
+            self.state["steps"][stage] = self.steps_in_budget(stage, changes(0))
             self.state["seconds"][f"time the {stage} on this machine"] = round(time.monotonic() - start, 1)
             self.save_state()
         steps = self.state["steps"][stage]
-        changes = {
+        settings = {
             "seed_everything": self.seed,
             "trainer.max_steps": steps,
             "trainer.val_check_interval": max(steps // 4, 1),
-            **{f"data.{split}": folder for split, folder in data.items()},
-            **extra(steps),
         }
         title = {"autoencoder": "stage 1 of 2, autoencoder", "denoiser": "stage 2 of 2, denoiser"}[stage]
-        arguments = ["--config", str(self.recipe(stage, changes)), "--out", str(self.out / "runs" / stage)]
+        arguments = ["--config", str(self.recipe(stage, settings | changes(steps))), "--out", str(self.out / "runs" / stage)]
         arguments += ["--export", str(self.out / artifact), "--title", title]
         self.stage(f"train the {stage}", [stage, "fit", *arguments], self.out / artifact, self.out / "runs" / stage)
 
-    def steps_in_budget(self, stage: str, data: dict[str, str]) -> int:
+    def steps_in_budget(self, stage: str, changes: dict[str, Any]) -> int:
         """The number of steps that fit into the stage's share of the time budget, from a short trial of the same ``fit``."""
         trial = self.out / "trial"
         shutil.rmtree(trial, ignore_errors=True)
-        changes = {f"data.{split}": folder for split, folder in data.items()}
-        if stage == "autoencoder":
-            # all losses from the beginning, so that the trial times steps with the discriminator
-            changes |= {
-                "model.adversary.start": 0,
-                "model.adversary.discriminator_warmup": 0,
-                "model.adversary.generator_ramp": 1,
-            }
-        else:
-            changes |= {"model.autoencoder": str(self.out / "autoencoder"), "model.preview_prompts": []}
-        changes |= {"trainer.max_steps": CALIBRATION_STEPS, "trainer.val_check_interval": CALIBRATION_STEPS}
         timing = {"class_path": "ldm.runs.callbacks.StepTimes", "init_args": {"file": str(trial / "seconds.json")}}
-        config = self.recipe(stage, changes | {"trainer.callbacks": [timing], "data.validation_samples": 1})
+        changes |= {
+            "trainer.max_steps": CALIBRATION_STEPS,
+            "trainer.val_check_interval": CALIBRATION_STEPS,
+            "trainer.callbacks": [timing],
+            "data.validation_samples": 1,
+        }
+        if stage == "denoiser":
+            changes["model.preview_prompts"] = []
         title = f"timing the {stage} on this machine"
-        self.run([stage, "fit", "--config", str(config), "--out", str(trial), "--title", title])
+        self.run([stage, "fit", "--config", str(self.recipe(stage, changes)), "--out", str(trial), "--title", title])
         seconds = read_json(trial / "seconds.json")["seconds_per_step"]
         shutil.rmtree(trial)
         least = round(MIN_STEPS[stage] * min(self.minutes / 10, 1))
@@ -187,36 +178,31 @@ def quickstart(out: Path, minutes: float, seed: int, run: RunCommand) -> None:
 
 def run_stages(quick: Quickstart) -> None:
     """Generate the data, train both stages, export."""
-    out, minutes, seed = quick.out, quick.minutes, quick.seed
-    folders = {name: out / name for name in ("shards", "shards-validation", "autoencoder", "latents", "latents-validation")}
-    images = round(min(max(minutes * IMAGES_PER_MINUTE, MIN_IMAGES), MAX_IMAGES))
-    for name, count, data_seed, options in (
-        ("shards", images, seed, []),
-        ("shards-validation", VALIDATION_IMAGES, seed + 1, ["--held-out"]),
+    out = quick.out
+    images = round(min(max(quick.minutes * IMAGES_PER_MINUTE, MIN_IMAGES), MAX_IMAGES))
+    for name, count, seed, options in (
+        ("shards", images, quick.seed, []),
+        ("shards-validation", VALIDATION_IMAGES, quick.seed + 1, ["--held-out"]),
     ):
-        arguments = ["shards", "shapes", str(folders[name]), "--count", str(count), "--size", str(SIZE)]
-        quick.stage(f"generate the {name}", [*arguments, "--seed", str(data_seed), *options], folders[name])
-    quick.fit(
-        "autoencoder",
-        "autoencoder",
-        {"train": str(folders["shards"]), "validation": str(folders["shards-validation"])},
-        lambda steps: {
+        arguments = ["shards", "shapes", str(out / name), "--count", str(count), "--size", str(SIZE)]
+        quick.stage(f"generate the {name}", [*arguments, "--seed", str(seed), *options], out / name)
+
+    def data(name: str) -> dict[str, Any]:
+        return {"data.train": str(out / name), "data.validation": str(out / f"{name}-validation")}
+
+    def autoencoder_changes(steps: int) -> dict[str, Any]:
+        return data("shards") | {
             "model.adversary.start": steps * 2 // 3,
             "model.adversary.discriminator_warmup": steps // 15,
             "model.adversary.generator_ramp": max(steps // 6, 1),
-        },
-    )
+        }
+
+    quick.fit("autoencoder", "autoencoder", autoencoder_changes)
     for name, shards in (("latents", "shards"), ("latents-validation", "shards-validation")):
-        arguments = ["latents", "export", "--autoencoder", str(folders["autoencoder"]), "--shards", str(folders[shards])]
+        arguments = ["latents", "export", "--autoencoder", str(out / "autoencoder"), "--shards", str(out / shards)]
         # an unfinished export has no manifest; running the command again resumes it
-        finished = folders[name] / "manifest.json"
-        quick.stage(f"export the {name}", [*arguments, "--out", str(folders[name])], finished)
-    quick.fit(
-        "denoiser",
-        "pipeline",
-        {"train": str(folders["latents"]), "validation": str(folders["latents-validation"])},
-        lambda steps: {"model.autoencoder": str(folders["autoencoder"])},
-    )
+        quick.stage(f"export the {name}", [*arguments, "--out", str(out / name)], out / name / "manifest.json")
+    quick.fit("denoiser", "pipeline", lambda _: data("latents") | {"model.autoencoder": str(out / "autoencoder")})
 
 
 def score_and_report(quick: Quickstart) -> None:
