@@ -14,7 +14,7 @@ from ldm.diffusion.scheduler import diffusion_config, make_scheduler, matching_s
 from ldm.errors import LdmError, UsageError
 from ldm.models.autoencoder import decode_latents, set_latent_statistics
 from ldm.models.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
+from ldm.pipeline import FORMAT_VERSION, RENAMED, LatentDiffusionPipeline, load_pipeline
 
 PROMPTS = ["a red circle", "a tiny blue star at the top left of a dark green background", "a ring"]
 QUICK = {"num_inference_steps": 4, "guidance_scale": 4.0}
@@ -110,6 +110,24 @@ def test_load_pipeline_opens_what_was_saved_and_names_what_was_not(pipeline, tmp
     (tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"saved cannot be opened"):
         load_pipeline(tmp_path / "saved")
+
+
+def test_a_newer_format_and_former_names_are_refused_by_name(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index, network = tmp_path / "model_index.json", tmp_path / "transformer" / "config.json"
+    content, config = json.loads(index.read_text()), json.loads(network.read_text())
+    assert content["format_version"] == FORMAT_VERSION
+    for former, name in RENAMED.items():
+        network.write_text(json.dumps({key: value for key, value in config.items() if key != name} | {former: config[name]}))
+        with pytest.raises(UsageError, match=f"config.json calls {name} by its former name {former}; rename it"):
+            load_pipeline(tmp_path)
+    network.write_text(json.dumps(config))
+    index.write_text(json.dumps({key: value for key, value in content.items() if key != "format_version"}))
+    assert load_pipeline(tmp_path).config["format_version"] == FORMAT_VERSION  # written before formats had versions
+    index.write_text(json.dumps(content | {"format_version": 99}))
+    for opened in (load_pipeline, LatentDiffusionPipeline.from_pretrained):
+        with pytest.raises(LdmError, match=r"model_index.json: the pipeline has format version 99, and this ldm reads up to"):
+            opened(tmp_path)
 
 
 def test_an_image_does_not_depend_on_the_batch_it_was_drawn_in(pipeline):
