@@ -14,10 +14,10 @@ from urllib.parse import quote
 from PIL import Image
 
 from ldm.errors import UsageError
-from ldm.files import require_folder
+from ldm.files import atomic_file, require_folder
 from ldm.inference.metadata import Provenance, read_png
 from ldm.inference.settings import GenerationSettings
-from ldm.reporting.pages import render, write_page
+from ldm.reporting.pages import render
 
 GRIDS = ("grid.png", "preview.png")  # of several images
 PIXELATED = 128  # side up to which an image is shown with its pixels visible
@@ -54,14 +54,15 @@ def write_gallery(folder: str | os.PathLike) -> Path:
             )
         )
     count = f"{len(cards):,} image{'' if len(cards) == 1 else 's'}"
-    write_page(
-        folder / "index.html",
+    page = render(
         "gallery.html",
         title=folder.resolve().name,
         subtitle=f"{count} of {', '.join(models)}" if models else count,
         cards=cards,
         script_sha256=base64.b64encode(hashlib.sha256(render("gallery.js").encode()).digest()).decode(),
     )
+    with atomic_file(folder / "index.html") as file:
+        file.write(page.encode("utf-8", "replace"))  # names of files may hold half surrogate pairs
     return folder / "index.html"
 
 
