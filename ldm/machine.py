@@ -41,7 +41,7 @@ def cpu_name() -> str:
         return platform.processor() or "CPU"
 
 
-def bf16_pays() -> bool:
+def bf16_is_faster() -> bool:
     """Whether bf16 is faster than fp32: a GPU with bf16, or a CPU with AMX or AVX512-BF16.
 
     Other CPUs emulate bf16, a hundred times slower.
@@ -63,7 +63,7 @@ def machine_info() -> dict[str, str]:
     info = {
         "CPU": f"{cpu_name()}, {torch.get_num_threads()} threads",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-        "bf16": "yes" if bf16_pays() else "no (fp32)",
+        "bf16": "yes" if bf16_is_faster() else "no (fp32)",
         "Python": platform.python_version(),
     }
     for package in PACKAGES:

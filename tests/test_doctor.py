@@ -14,7 +14,7 @@ from ldm.cli import doctor as command
 from ldm.cli.parser import Parser
 from ldm.doctor import Finding, installed, machine, measured
 from ldm.errors import LdmError
-from ldm.machine import bf16_pays
+from ldm.machine import bf16_is_faster
 
 
 def by_name(findings: Iterable[Finding]) -> dict[str, Finding]:
@@ -88,7 +88,7 @@ def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_bf16_is_compared_with_the_default_precision_of_fit() -> None:
     (found,) = measured.check_bf16()
-    assert ("bf16-mixed" if bf16_pays() else "32-true") in found.found and "TFLOP/s in bfloat16" in found.found
+    assert ("bf16-mixed" if bf16_is_faster() else "32-true") in found.found and "TFLOP/s in bfloat16" in found.found
 
 
 def test_extras_are_installed_or_named_with_the_command_that_installs_them() -> None:

@@ -49,7 +49,7 @@ def add_quickstart(commands: Commands) -> None:
     )
     quickstart.add_argument("--out", default="quickstart", help="output folder (default: quickstart)")
     quickstart.add_argument("--minutes", type=float, default=10.0, help="time budget; more gives better images (default: 10)")
-    quickstart.add_argument("--seed", type=int, default=0)
+    quickstart.add_argument("--seed", type=int, default=0, help="of images, weights and noise (default: 0)")
 
 
 def run_quickstart(options: argparse.Namespace) -> None:

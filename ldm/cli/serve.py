@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     serve.add_argument("--open", action="store_true", help="open the page in the browser")
     for each in OPTIONS:
-        help_text = f"limit on {each.metadata['help']} (default: {each.default})"
+        help_text = f"maximum number of {each.metadata['help']} (default: {each.default})"
         serve.add_argument(f"--max-{each.name}", type=int, default=each.default, metavar="N", help=help_text)
 
 

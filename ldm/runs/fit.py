@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError
 from ldm.files import require_new_folder
-from ldm.machine import bf16_pays
+from ldm.machine import bf16_is_faster
 from ldm.runs.callbacks import AverageSnapshots, ModelFlops, PreviewGrid, ProgressLine
 from ldm.runs.checkpoints.files import (
     candidates,
@@ -138,7 +138,7 @@ class FitCLI(TrainingCLI):
             # Lightning would train in bf16 with no more than a warning
             raise UsageError(f"trainer.precision {trainer.precision}: a CPU has no fp16; give bf16-mixed or 32-true")
         if trainer.precision is None:
-            trainer.precision = "bf16-mixed" if bf16_pays() else "32-true"
+            trainer.precision = "bf16-mixed" if bf16_is_faster() else "32-true"
         if trainer.strategy in ("fsdp", "fsdp2"):
             trainer.strategy = Namespace(class_path="ldm.runs.strategies.FullySharded", init_args=Namespace())
         trainer.default_root_dir = self.options.out

@@ -24,8 +24,8 @@ class Limits:
     """
 
     waiting: int = _option(16, "images waiting in the queue")
-    requests: int = _option(64, "simultaneous requests, including those that wait for an image")
-    images: int = _option(64, "latest images kept in memory")
+    requests: int = _option(64, "simultaneous requests, including those waiting for an image")
+    images: int = _option(64, "images kept in memory, the latest ones")
     prompt: int = _option(1000, "characters of a prompt")
     steps: int = _option(150, "denoising steps of an image")
     pixels: int = _option(1024 * 1024, "pixels of an image, width times height")

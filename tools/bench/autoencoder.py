@@ -48,7 +48,7 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.data.plan import PlannedSample
 from ldm.data.writer import write_images
 from ldm.losses import Equivariance, Hinge, PerceptualLoss, ReconstructionLoss
-from ldm.machine import bf16_pays, machine_info
+from ldm.machine import bf16_is_faster, machine_info
 from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.shapes.scenes import generate
@@ -436,7 +436,7 @@ def main() -> None:
     options = parser.parse_args()
     quieten()
     gpu = torch.cuda.is_available()
-    bf16 = options.precision == "bf16" if options.precision else bf16_pays()
+    bf16 = options.precision == "bf16" if options.precision else bf16_is_faster()
     network = ((32, 64, 128, 128), 1, 32) if options.quick else ((64, 128, 256, 256), 2, 64)
     large = gpu and not options.quick
     size = options.size or (256 if large else 64)

@@ -45,7 +45,7 @@ from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.scheduler import make_scheduler
 from ldm.diffusion.timesteps import LogitNormal
-from ldm.machine import bf16_pays, machine_info
+from ldm.machine import bf16_is_faster, machine_info
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.dit import DiT, transformer_blocks
 from ldm.models.text_encoder import TextEncoder
@@ -272,7 +272,7 @@ def precisions_of(options: argparse.Namespace) -> list[str]:
     """As ``PRECISION`` says."""
     if options.precision:
         return [options.precision]
-    all_of_them = ["fp32"] + ["bf16"] * bf16_pays()
+    all_of_them = ["fp32"] + ["bf16"] * bf16_is_faster()
     return all_of_them[-1:] if options.quick and not torch.cuda.is_available() else all_of_them
 
 

@@ -42,7 +42,7 @@ from sample import AUTOENCODERS, Contestant
 from timed_fit import Clock, TimedFit, data_options, make_data
 
 from ldm.diffusion.scheduler import make_scheduler
-from ldm.machine import bf16_pays, machine_info
+from ldm.machine import bf16_is_faster, machine_info
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
@@ -109,7 +109,7 @@ class Bench:
 
     @property
     def bf16(self) -> bool:
-        return not self.tiny or bf16_pays()
+        return not self.tiny or bf16_is_faster()
 
     def train(self, row: Row, stage: str, options: Sequence[object]) -> None:
         """One fit more for the row."""
