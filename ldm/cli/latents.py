@@ -23,94 +23,101 @@ def add(commands: Commands) -> None:
         latents,
         "export",
         run_export,
-        "encode image shards and their captions once",
+        "encode image shards and their captions",
         "ldm latents export --autoencoder runs/autoencoder/autoencoder --shards shards --out latents",
     )
     export.add_argument("--autoencoder", required=True, help="directory of an AutoencoderKL")
     export.add_argument("--shards", required=True, help="folder of image shards")
-    export.add_argument("--out", required=True, help="new folder, or that of the same export interrupted")
+    export.add_argument("--out", required=True, help="a new folder, or that of an interrupted export with the same settings")
     add_text_encoder(export)
-    export.add_argument("--image-size", type=int, help="fit images to this side in pixels (default: each at its own size)")
-    export.add_argument("--mode", action="store_true", help="store the posterior's mode alone, not mean and deviation")
-    export.add_argument("--flip", action="store_true", help="store the latents of mirrored images, too")
-    export.add_argument("--captions", choices=["first", "all"], default="first", help="of an image's (default: first)")
-    export.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="stored (default: float16)")
-    precision = "that the networks compute in: bf16 and fp16 are for GPUs, bf16 for CPUs that have it, too (default: fp32)"
+    export.add_argument(
+        "--image-size", type=int, help="crop and resize to this side in pixels (default: keep the size)"
+    )
+    export.add_argument("--mode", action="store_true", help="store the posterior's mode only, without the standard deviation")
+    export.add_argument("--flip", action="store_true", help="also store the latents of mirrored images")
+    export.add_argument("--captions", choices=["first", "all"], default="first", help="of each image (default: first)")
+    add_dtype(export)
+    precision = "of the computation: bf16 and fp16 for GPUs, bf16 also for CPUs that support it (default: fp32)"
     export.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help=precision)
-    export.add_argument("--batch-size", type=int, default=64, help="images per call of the autoencoder (default: 64)")
-    export.add_argument("--threads", type=int, help="of this process (default: as many as CPU cores)")
-    export.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU of this process's own, or the CPU)")
-    export.add_argument("--max-bad-share", type=float, default=0.01, help="of samples that cannot be used (default: 0.01)")
-    keep = "write mean and deviation per channel into the autoencoder's own config, too"
+    export.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default: 64)")
+    export.add_argument("--threads", type=int, help="of this process (default: one per CPU core)")
+    export.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: this process's own GPU, or the CPU)")
+    export.add_argument("--max-bad-share", type=float, default=0.01, help="unusable samples tolerated (default: 0.01)")
+    keep = "also write mean and standard deviation per channel into the autoencoder's config"
     export.add_argument("--keep-statistics", action="store_true", help=keep)
 
     check = add_command(
         latents,
         "check",
         run_check,
-        "prove that a folder of latents is whole, and that it holds what its images say",
+        "verify a folder of latents, and compare it with its images",
         "ldm latents check latents --deep --autoencoder runs/autoencoder/autoencoder",
     )
     check.add_argument("dir", help="folder of latent shards")
-    check.add_argument("--deep", action="store_true", help="also look at every latent")
-    of_images = "decode some latents, and encode their images again where these are at hand"
-    check.add_argument("--autoencoder", metavar="DIR", help=of_images)
+    check.add_argument("--deep", action="store_true", help="also check every tensor")
+    decode = "also decode a sample of the latents, encode their images again where available, and compare"
+    check.add_argument("--autoencoder", metavar="DIR", help=decode)
     add_sampled(check, 64)
 
     show = add_command(
         latents,
         "show",
         run_show,
-        "a page to look inside: images, channels, histograms, captions",
+        "write a page with decoded images, channels, histograms and captions",
         "ldm latents show latents --out latents.html --autoencoder runs/autoencoder/autoencoder",
     )
     show.add_argument("dir", help="folder of latent shards")
-    show.add_argument("--out", required=True, metavar="FILE", help="the page, an .html file")
-    show.add_argument("--autoencoder", metavar="DIR", help="to decode some of them")
+    show.add_argument("--out", required=True, metavar="FILE", help="the .html file to write")
+    show.add_argument("--autoencoder", metavar="DIR", help="to decode a sample of the latents")
     add_sampled(show, 256)
 
     importing = add_command(
         latents,
         "import",
         run_import,
-        "make latent shards of what another tool computed: LightningDiT's safetensors, or an .npy or .pt for each image",
+        "make latent shards from another codebase's latents: LightningDiT's safetensors, or one .npy or .pt per image",
         "ldm latents import features latents --autoencoder sd-vae --captions classes.txt",
     )
-    importing.add_argument("src", help="folder of the other tool's latents")
-    importing.add_argument("out", help="new folder")
-    importing.add_argument("--autoencoder", required=True, metavar="DIR", help="the AutoencoderKL that made the latents")
-    captions = "caption of each class (.txt or .json), or a table with the columns file, caption (default: a .txt beside each)"
+    importing.add_argument("src", help="folder of the other codebase's latents")
+    importing.add_argument("out", help="a new folder")
+    importing.add_argument("--autoencoder", required=True, metavar="DIR", help="the AutoencoderKL that encoded the latents")
+    captions = "the caption of each class (.txt, .json), or a table with columns file, caption (default: a .txt beside each)"
     importing.add_argument("--captions", metavar="FILE", help=captions)
-    scaled = "the latents were multiplied by the autoencoder's scaling factor, which is undone"
+    scaled = "the latents were multiplied by the autoencoder's scaling factor: undo that"
     importing.add_argument("--scaled", action="store_true", help=scaled)
     add_text_encoder(importing)
-    importing.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="stored (default: float16)")
+    add_dtype(importing)
     importing.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
 
     decode = add_command(
         latents,
         "decode",
         run_decode,
-        "latents back to images",
+        "decode latents to images",
         "ldm latents decode latents images --autoencoder runs/autoencoder/autoencoder --samples 100",
     )
     decode.add_argument("dir", help="folder of latent shards")
-    decode.add_argument("out", help="new folder for a PNG of each and captions.jsonl")
-    decode.add_argument("--autoencoder", required=True, metavar="DIR", help="the AutoencoderKL that made the latents")
-    decode.add_argument("--samples", type=int, help="the first so many (default: all)")
-    decode.add_argument("--flips", action="store_true", help="the mirrored ones, too")
-    decode.add_argument("--batch-size", type=int, default=16, help="latents per call of the autoencoder (default: 16)")
+    decode.add_argument("out", help="a new folder for the PNGs and captions.jsonl")
+    decode.add_argument("--autoencoder", required=True, metavar="DIR", help="the AutoencoderKL that encoded the latents")
+    decode.add_argument("--samples", type=int, help="decode the first so many (default: all)")
+    decode.add_argument("--flips", action="store_true", help="also decode the latents of mirrored images")
+    decode.add_argument("--batch-size", type=int, default=16, help="latents per forward pass (default: 16)")
 
 
 def add_text_encoder(parser: Parser) -> None:
-    what = "minilm, a directory or a hub name; several: captions go through each (default: minilm)"
+    what = "minilm, a directory or a hub name; with several, each encodes every caption (default: minilm)"
     parser.add_argument("--text-encoder", nargs="+", metavar="NAME", default=["minilm"], help=what)
 
 
+def add_dtype(parser: Parser) -> None:
+    what = "of the stored tensors (default: float16)"
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help=what)
+
+
 def add_sampled(parser: Parser, samples: int) -> None:
-    where = "the image shards they were made of (default: where these stood then)"
+    where = "the image shards they were encoded from (default: where they were at the export)"
     parser.add_argument("--shards", metavar="DIR", help=where)
-    parser.add_argument("--samples", type=int, default=samples, help=f"latents looked at closely (default: {samples})")
+    parser.add_argument("--samples", type=int, default=samples, help=f"latents to sample (default: {samples})")
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -142,13 +149,13 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def print_counts(manifest: Manifest, out: str) -> None:
-    """What there is, what was left out and what was cut."""
+    """Latents written, images skipped, captions truncated."""
     print(f"{manifest.samples} latents in {len(manifest.shards)} shards: {out}")
-    if left_out := manifest.extra["quarantined"]:
-        print(f"{left_out} could not be used; {Path(out) / 'quarantine.jsonl'} says why")
+    if skipped := manifest.extra["quarantined"]:
+        print(f"{skipped} could not be used; {Path(out) / 'quarantine.jsonl'} says why")
     for encoder in manifest.extra["text_encoders"]:
         if encoder["cut"]:
-            print(f"{encoder['cut']} captions were cut to the {encoder['max_tokens']} tokens that {encoder['name']} takes")
+            print(f"{encoder['cut']} captions were truncated to the {encoder['max_tokens']} tokens of {encoder['name']}")
 
 
 def run_check(options: argparse.Namespace) -> None:
@@ -157,7 +164,7 @@ def run_check(options: argparse.Namespace) -> None:
     from ldm.latents.check import compare
 
     if options.shards is not None and options.autoencoder is None:
-        raise UsageError("--shards compares with what an autoencoder makes of its images; give --autoencoder, too")
+        raise UsageError("--shards compares latents with images, which needs the autoencoder; give --autoencoder too")
     Manifest.load(options.dir, LATENT_SHARDS)
     count = check(options.dir, options.deep)
     found = "every latent is finite" if options.deep else "names, sizes, hashes and counts agree with the manifest"
@@ -166,8 +173,9 @@ def run_check(options: argparse.Namespace) -> None:
             comparison = compare(
                 options.dir, options.autoencoder, options.shards, options.samples, default_device(), progress.update
             )
-        if comparison.figures:
-            print_table(comparison.rows(), *comparison.figures)
+        if views := comparison.measured:
+            metrics = next(iter(views.values()))
+            print_table({metric: [f"{view[metric]:.4g}" for view in views.values()] for metric in metrics}, *views)
         for problem in comparison.problems:
             print(problem)
         if comparison.note:
@@ -176,13 +184,13 @@ def run_check(options: argparse.Namespace) -> None:
         found += f"; {comparison.decoded} decoded, {comparison.compared} of their images encoded again"
     if count:
         raise LdmError(f"{options.dir}: {count} problem(s)")
-    print(f"{options.dir} is whole: {found}")
+    print(f"{options.dir} is complete: {found}")
 
 
 def run_show(options: argparse.Namespace) -> None:
     from ldm.latents.show import show
 
-    with Progress("looking at latents") as progress:
+    with Progress("sampling latents") as progress:
         show(
             options.dir,
             options.out,
@@ -192,7 +200,7 @@ def run_show(options: argparse.Namespace) -> None:
             default_device(),
             progress.update,
         )
-    print(f"look at {options.out}")
+    print(f"the page: {options.out}")
 
 
 def run_import(options: argparse.Namespace) -> None:

@@ -96,7 +96,7 @@ class ShardDataModule(LightningDataModule):
         self.validation = validation
         for name, value in (("flip", flip), ("caption_dropout", caption_dropout), ("max_bad_share", max_bad_share)):
             if not 0 <= value <= 1:
-                raise UsageError(f"data.{name} is {value}; give 0 to 1")
+                raise UsageError(f"{name} is {value}; give 0 to 1")
         self.batch_size, self.image_size = batch_size, image_size
         self.validation_samples, self.validation_whole = validation_samples, validation_whole
         self.augmentation = Augmentation(crop, flip, caption, caption_dropout, seed)
@@ -119,7 +119,7 @@ class ShardDataModule(LightningDataModule):
         sources = [open_source(path, cache=self.cache) for path in paths]
         kinds = {source.manifest.format for source in sources}
         if len(kinds) != 1:
-            raise UsageError(f"data.train mixes image shards and latent shards ({', '.join(paths)}); give one kind")
+            raise UsageError(f"the training data mix image shards and latent shards ({', '.join(paths)}); give one kind")
         return sources
 
     def _dataset(
@@ -140,12 +140,12 @@ class ShardDataModule(LightningDataModule):
         if not 0 <= self.text_encoder < len(encoders):
             names = ", ".join(f"{number}: {encoder.name}" for number, encoder in enumerate(encoders))
             raise UsageError(
-                f"data.text_encoder is {self.text_encoder}, but {sources[0].spec} was exported with {names}; give one of these"
+                f"text_encoder is {self.text_encoder}, but {sources[0].spec} was exported with {names}; give one of these"
             )
         for name, value, without in (("crop", augmentation.crop, "centre"), ("validation_whole", self.validation_whole, False)):
             if value != without:
                 raise UsageError(
-                    f"data.{name} is {value}, but {sources[0].spec} holds latents, exported without; set it to {without}"
+                    f"{name} is {value}, but {sources[0].spec} holds latents, exported without; set it to {without}"
                 )
         for source in sources:
             info = latent_info(source)
@@ -155,7 +155,7 @@ class ShardDataModule(LightningDataModule):
             ):
                 if value != without and not there:
                     raise UsageError(
-                        f"data.{name} is {value}, but {source.spec} holds latents exported without; "
+                        f"{name} is {value}, but {source.spec} holds latents exported without; "
                         f"set it to {without}, or export them again: ldm latents export {option}"
                     )
 

@@ -72,7 +72,7 @@ class ImageDataset(ShardDataset[ShardReader]):
             require_captions: in a folder with captions, a sample without one cannot be used.
         """
         if augmentation.crop == "window" and image_size is None:
-            raise UsageError("data.crop window needs the window's side; set data.image_size")
+            raise UsageError("crop window needs the side of the window; set image_size")
         super().__init__(sources)
         self.image_size, self.augmentation = image_size, augmentation
         self.require_captions = require_captions
@@ -131,7 +131,7 @@ class ImageDataset(ShardDataset[ShardReader]):
         sizes = {image.shape for image in images}
         if len(sizes) > 1:
             found = ", ".join(f"{width} x {height}" for height, width, _ in sorted(sizes))
-            raise LdmError(f"one batch holds images of several sizes ({found}); set data.image_size to fit them to one")
+            raise LdmError(f"one batch holds images of several sizes ({found}); set image_size to fit them to one")
         shape = (len(images), *images[0].shape)
         memory = memory if memory is not None and memory.shape == shape else torch.empty(shape, dtype=torch.uint8)
         for image, place in zip(images, memory.numpy(), strict=True):

@@ -131,7 +131,7 @@ class LatentDataset(ShardDataset[LatentShard]):
         arrays = {name: [sample[name] for sample in samples] for name in ("mean", "std") if name in samples[0]}
         if len(sizes := {array.shape for array in arrays["mean"]}) > 1:
             found = ", ".join(f"{width} x {height}" for _, height, width in sorted(sizes))
-            raise LdmError(f"one batch holds latents of several sizes ({found}); export with --image-size to fit them to one")
+            raise LdmError(f"one batch holds latents of several sizes ({found}); export them with one image_size")
         tokens = len(samples), max(lengths)
         shapes = {name: ((len(samples), *array[0].shape), _dtype(array)) for name, array in arrays.items()}
         shapes |= {"text": ((*tokens, texts[0].shape[1]), _dtype(texts)), "text_mask": (tokens, torch.int64)}

@@ -115,7 +115,7 @@ class _PlainLoader(DataLoader):
         more = f" and {len(names) - NAMED_SHARDS} more" if len(names) > NAMED_SHARDS else ""
         return (
             f"the loader of rank {self.rank} has stalled: no batch for {self.max_wait:g} s, to be read from "
-            f"{', '.join(names[:NAMED_SHARDS])}{more}; check that storage, or raise data.max_wait_seconds"
+            f"{', '.join(names[:NAMED_SHARDS])}{more}; check that storage, or raise max_wait_seconds"
         )
 
 

@@ -155,11 +155,11 @@ class Plan:
     def require(self, batch: int) -> None:
         """Raise :class:`UsageError` where an epoch does not fill one batch of all ranks together."""
         if batch < 1:
-            raise UsageError(f"the batch of all processes together is {batch}; give data.batch_size 1 or more")
+            raise UsageError(f"the batch of all processes together is {batch}; give a batch_size of 1 or more")
         if self.samples < batch:
             raise UsageError(
-                f"{self.samples} samples do not fill one batch of {batch} (data.batch_size times processes); "
-                "lower data.batch_size or add samples"
+                f"{self.samples} samples do not fill one batch of {batch} (batch_size times processes); "
+                "lower batch_size or add samples"
             )
 
     def _passes(self, epoch: int) -> np.ndarray:

@@ -28,18 +28,12 @@ class BadSample(NamedTuple):
         return f"{self.shard}: {self.key} {self.reason}"
 
 
-def too_many_in_a_row(number: int, last: BadSample, config: str | None = "data") -> LdmError:
-    """The error that stops a run; arguments as those of :class:`Quarantine`."""
+def too_many_in_a_row(number: int, last: BadSample) -> LdmError:
+    """The error that stops a run."""
     return LdmError(
-        f"{number} samples in a row cannot be used, the last one {last}; repair or remove the shard "
-        f"(`ldm shards check` names what is wrong){_or_raise('max_bad_in_a_row', config)}"
+        f"{number} samples in a row cannot be used (limit: max_bad_in_a_row), the last one {last}; repair or remove the shard "
+        "(`ldm shards check` names what is wrong)"
     )
-
-
-def _or_raise(key: str, config: str | None) -> str:
-    if config is None:
-        return ""
-    return f", or raise {'--' + key.replace('_', '-') if config == '--' else f'{config}.{key}'}"
 
 
 class Quarantine:
@@ -55,7 +49,6 @@ class Quarantine:
         max_share: float = 0.01,
         max_in_a_row: int = MAX_IN_A_ROW,
         file: str | Path | None = None,
-        config: str | None = "data",
         quiet: bool = False,
     ):
         """
@@ -64,12 +57,10 @@ class Quarantine:
             max_share: bad samples tolerated, 0 to 1.
             max_in_a_row: consecutive bad samples tolerated.
             file: record of them; appended to.
-            config: the section of the config that has ``max_bad_share`` and ``max_bad_in_a_row``; "--": options of the command
-                line; None: nobody can set them.
             quiet: log nothing.
         """
         self.quiet = quiet
-        self.samples, self.max_share, self.max_in_a_row, self.config = samples, max_share, max_in_a_row, config
+        self.samples, self.max_share, self.max_in_a_row = samples, max_share, max_in_a_row
         self.file = None if file is None else Path(file)
         self.known: set[BadSample] = set()
         self._in_a_row = 0
@@ -90,12 +81,11 @@ class Quarantine:
             last = bad[-1]
             # in consecutive positions, or at one position in search of a good sample
             if (in_a_row := max(self._in_a_row, len(bad))) > self.max_in_a_row:
-                raise too_many_in_a_row(in_a_row, last, self.config)
+                raise too_many_in_a_row(in_a_row, last)
             if len(self.known) > self.max_share * self.samples:
                 raise LdmError(
-                    f"{len(self.known)} of {self.samples} samples cannot be used, more than {self.max_share:.2%}, the last one "
-                    f"{last}; repair or remove them (`ldm shards check --deep` names them all)"
-                    f"{_or_raise('max_bad_share', self.config)}"
+                    f"{len(self.known)} of {self.samples} samples cannot be used, more than {self.max_share:.2%} (limit: "
+                    f"max_bad_share), the last one {last}; repair or remove them (`ldm shards check --deep` names them all)"
                 )
 
     def _record(self, new: list[BadSample]) -> None:

@@ -1,8 +1,8 @@
-"""An export that is under way: which shards stand, and which process works on which, told by files in its folder alone.
+"""Processes that share the shards of one export, coordinated by files in the output folder alone.
 
 Any number of processes may work on one export, started together (torchrun, SLURM) or one after another, on one machine or on
-several that share the folder. A process claims a shard by a file lock, which the kernel takes back from a dead one; a shard is
-finished when its record stands. So whatever a dead process held is taken up by the others, or by the next run.
+several that share the folder. A process claims a shard by a file lock, which the kernel releases when the process dies; a shard
+is finished when its record is written. So the others, or the next run, take over the shards of a dead process.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ldm.data.manifest import MANIFEST_NAME
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, require_new_folder, write_json
 
-# what an export that is not finished keeps in its folder; it goes when the manifest stands
+# the records and locks of an unfinished export; removed once the manifest is written
 WORK_NAME = ".export"
 POLL_SECONDS = 0.5
 
 
 class Claims:
-    """The shards of one export, by number, shared out among processes."""
+    """The shards of one export, by number, and those that this process has claimed."""
 
     def __init__(self, out: Path, request: dict[str, Any], shards: int, rank: int = 0, world_size: int = 1):
-        """Make ``out`` this export's, or find in it the same one unfinished.
+        """Start an export in ``out``, or join the same one that is unfinished there.
 
         Args:
             out: the folder.
-            request: every choice that shapes the bytes, as JSON values.
+            request: every setting that changes the bytes, as JSON values.
             shards: how many there are.
-            rank, world_size: a process begins with every ``world_size``-th shard from ``rank`` on, and then helps the others.
+            rank, world_size: a process begins with every ``world_size``-th shard from ``rank`` on, then helps the others.
 
         Raises:
             UsageError: ``out`` holds other work.
@@ -46,17 +46,17 @@ class Claims:
         self._begin(request)
 
     def _begin(self, request: dict[str, Any]) -> None:
-        if self.is_done:  # by others, before this process had started; or by an earlier run
+        if self.is_done:  # by other processes before this one started, or by an earlier run
             before = self._finished_request()
             if before is None:
-                require_new_folder(self.out, "latent shards")  # raises: the folder holds a manifest
+                require_new_folder(self.out, "latent shards")  # raises, for the manifest of something else
             return self._require_same("a finished", before or {}, request)
         try:
             require_new_folder(self.out, "latent shards")
         except UsageError:
             if self.is_done:
                 return self._begin(request)
-            if not self.work.is_dir():  # there, another process may have begun on it just now
+            if not self.work.is_dir():  # if it exists, another process may have started this moment
                 raise
         asked = self.work / "request.json"
         with FileLock(self.work / "claim.lock"):
@@ -71,7 +71,7 @@ class Claims:
         return self._require_same("an unfinished", before, request)
 
     def _finished_request(self) -> dict[str, Any] | None:
-        """What the export was asked for that stands in the folder; None where that is something else."""
+        """The request of the finished export in the folder; None where the manifest is of something else."""
         try:
             manifest = read_json(self.out / MANIFEST_NAME)
         except LdmError:
@@ -82,25 +82,25 @@ class Claims:
         for name, value in request.items():
             if before.get(name) != value:
                 raise UsageError(
-                    f"{self.out} holds {which} export of other things ({name.replace('_', ' ')}: {before.get(name)}, not "
-                    f"{value}); ask for the same to go on, give another --out, or remove {self.out} to start over"
+                    f"{self.out} holds {which} export with other settings ({name.replace('_', ' ')}: {before.get(name)}, not "
+                    f"{value}); use the same settings to resume, give another folder, or remove {self.out} to start over"
                 )
 
     @property
     def is_done(self) -> bool:
-        """Whether the manifest stands, which is written last."""
+        """Whether the manifest exists, which is written last."""
         return (self.out / MANIFEST_NAME).is_file()
 
     def _record(self, number: int) -> Path:
         return self.work / f"{number:05d}.json"
 
     def missing(self) -> list[int]:
-        """The shards that nobody has finished, those of this process first."""
+        """The unfinished shards, those of this process first."""
         there = {entry.name for entry in os.scandir(self.work)} if self.work.is_dir() else set()
         return [number for number in self._order if self._record(number).name not in there]
 
     def take(self) -> int | None:
-        """A shard that is not finished, from now on this process's; None where others work on all that are left."""
+        """Claim an unfinished shard; None where other processes have claimed all that are left."""
         for number in self.missing():
             if number in self._locks:
                 continue
@@ -109,7 +109,7 @@ class Claims:
                 lock.acquire()
             except Timeout:
                 continue
-            # it may have been finished, and even all of them, between the look and the lock
+            # another process may have finished it, or the whole export, since it was listed as missing
             if self.is_done or self._record(number).is_file():
                 lock.release()
                 continue
@@ -118,29 +118,29 @@ class Claims:
         return None
 
     def finish(self, number: int, record: dict[str, Any]) -> None:
-        """Shard ``number`` stands; ``record`` is what the manifest will need of it."""
+        """Shard ``number`` is written; ``record`` is what the manifest needs of it."""
         write_json(self._record(number), record)
         self._locks.pop(number).release()
 
     def forget(self, number: int) -> None:
-        """Shard ``number`` does not stand after all."""
+        """Shard ``number`` was lost: it counts as unfinished again."""
         self._record(number).unlink(missing_ok=True)
 
     def records(self) -> list[dict[str, Any]]:
-        """What is on record of the shards that stand, in their order."""
+        """The records of the finished shards, in order."""
         numbers = set(range(self.shards)) - set(self.missing())
         return [read_json(self._record(number)) for number in sorted(numbers)]
 
     def wait(self) -> None:
-        """A little, for what other processes do."""
+        """Give other processes time to work."""
         time.sleep(POLL_SECONDS)
 
-    def alone(self) -> FileLock:
-        """A lock for what one process shall do."""
+    def exclusive(self) -> FileLock:
+        """A lock for what only one process may do at a time."""
         return FileLock(self.work / "finish.lock")
 
     def release(self) -> None:
-        """Let go of what is not finished; where all is done, of everything that was kept for it."""
+        """Release all claims; once the export is finished, remove the work folder too."""
         for lock in self._locks.values():
             lock.release()
         self._locks.clear()

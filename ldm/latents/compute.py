@@ -1,4 +1,4 @@
-"""How an export computes: which process this is, its device and cores, the networks' precision, the libraries' versions."""
+"""The process, device, cores and precision of an export, and the versions of its libraries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Process(NamedTuple):
         return cls(0, 1, 0, 1)
 
     def device(self) -> torch.device:
-        """The GPU of this process where there are GPUs, else the CPU."""
+        """The GPU of this process, or the CPU on a machine without GPUs."""
         count = torch.cuda.device_count()
         return torch.device("cuda", self.local_rank % count) if count else torch.device("cpu")
 
@@ -79,4 +79,4 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast | nul
 def require_precision(device: torch.device, precision: Precision) -> None:
     """Raise :class:`UsageError` for a precision that the device lacks."""
     if precision == "fp16" and device.type == "cpu":
-        raise UsageError("--precision fp16 needs a GPU; give fp32, or bf16 where the CPU has it")
+        raise UsageError("precision fp16 needs a GPU; give fp32, or bf16 where the CPU supports it")

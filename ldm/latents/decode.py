@@ -1,4 +1,4 @@
-"""Latent shards -> images: a folder of PNGs with their captions, which can be packed again."""
+"""Latent shards -> a folder of PNGs with their captions, which can be packed again."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ CAPTIONS_NAME = "captions.jsonl"
 MAX_NAME_BYTES = 200
 
 _WRITERS = 4
-# images for each writer that wait for it: enough to keep all of them busy while a batch is decoded
+# images queued per writer: enough to keep all of them busy while a batch is decoded
 _AHEAD = 8
 
 
 class Decoded(NamedTuple):
-    """An image and what is written of it."""
+    """A decoded image and the path it is written to."""
 
     key: str
     captions: list[str]
@@ -56,33 +56,33 @@ def decode_latent_shards(
 ) -> int:
     """Decode the posteriors' modes into ``out/{key}.png`` and list them, with captions, in ``out/captions.jsonl``.
 
-    ``ldm shards pack OUT SHARDS --captions OUT/captions.jsonl`` packs them again. In a key, what a file name should not hold
-    becomes ``_``; where names meet, a number is added. The list has the keys as they are.
+    ``ldm shards pack OUT SHARDS --captions OUT/captions.jsonl`` packs them again. In file names, ``_`` replaces unusual
+    characters of the key, and a number is added where two names would be equal. The list has the unchanged keys.
 
     Args:
-        latents: a folder of latent shards, or another spec of such (:mod:`ldm.data.sources`).
-        out: a new folder, which appears whole or not at all.
-        autoencoder_path: directory of the ``AutoencoderKL`` that made the latents.
-        samples: as many, from the beginning; None: all.
-        flips: decode the latents of mirrored images, too, into ``{key}_flip.png``.
+        latents: a folder of latent shards, or another spec (:mod:`ldm.data.sources`).
+        out: a new folder, which appears complete or not at all.
+        autoencoder_path: directory of the ``AutoencoderKL`` that encoded the latents.
+        samples: decode the first so many; None: all.
+        flips: also decode the latents of mirrored images, into ``{key}_flip.png``.
         device: None: a GPU where there is one.
-        batch_size: latents per call of the autoencoder.
+        batch_size: latents per forward pass of the decoder.
         on_progress: called with (images written, images).
 
     Returns:
-        how many images were written.
+        the number of images written.
 
     Raises:
-        UsageError: another autoencoder made the latents, or what is asked cannot be done.
+        UsageError: another autoencoder encoded the latents, or an argument is invalid.
         LdmError: a broken shard, images that are not finite, or ``out`` cannot be written.
     """
-    for name, value in (("samples", samples), ("batch-size", batch_size)):
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; give 1 or more")
+            raise UsageError(f"{name} is {value}; give 1 or more")
     source, out = open_source(latents, LATENT_SHARDS), require_new_folder(out, "decoded images")
     info = latent_info(source)
     if flips and not info.flips:
-        raise UsageError(f"{source.spec} has no latents of mirrored images; leave --flips out, or export with --flip")
+        raise UsageError(f"{source.spec} has no latents of mirrored images; leave flips out, or export again with flips")
     autoencoder = load_matching(autoencoder_path, source, Process.from_environment().device() if device is None else device)
     source.check_cheap()
     ends = ("", "_flip") if flips else ("",)
@@ -103,14 +103,14 @@ def decode_latent_shards(
                     if on_progress is not None:
                         on_progress(done, samples * len(ends))
     except OSError as error:
-        raise LdmError(f"{out} cannot be written ({error.strerror or error}); see to that and decode again") from error
+        raise LdmError(f"{out} cannot be written ({error.strerror or error}); fix that and decode again") from error
     return samples * len(ends)
 
 
 def _decode(
     source: ShardSource, autoencoder: AutoencoderKL, folder: Path, samples: int, ends: tuple[str, ...], batch_size: int
 ) -> Iterator[Decoded]:
-    """The images of the first ``samples``, each with a place of its own in the folder."""
+    """The images of the first ``samples``, each with an empty file of its own in the folder."""
     left = samples
     for number, entry in enumerate(source.manifest.shards):
         shard = LatentShard(source.path(number), entry.samples)
@@ -120,7 +120,7 @@ def _decode(
             try:
                 tensors, words = shard.tensors(chunk), shard.words(chunk)
             except DecodeError as error:
-                raise LdmError(f"{source.name(number)}: chunk {chunk} {error}; see ldm latents check {source.spec}") from None
+                raise LdmError(f"{source.name(number)}: chunk {chunk} {error}; restore it, or export again") from None
             rows = min(len(words["keys"]), left)
             left -= rows
             for start in range(0, rows, batch_size):
@@ -140,12 +140,14 @@ def _images(autoencoder: AutoencoderKL, mean: np.ndarray, where: str) -> list[Im
     with torch.inference_mode():
         images = decode(autoencoder, z)
     if not images.isfinite().all():
-        raise LdmError(f"{where} or one of the {len(z) - 1} after it decodes to no finite image; is the autoencoder whole?")
+        raise LdmError(
+            f"{where} or one of the {len(z) - 1} after it decodes to values that are not finite; check the autoencoder"
+        )
     return images_to_pil(images)
 
 
 def _claim(folder: Path, key: str) -> Path:
-    """An empty file by the key's name, or the like where that is taken."""
+    """A new empty file named after the key, with a number added where that name is taken."""
     name = re.sub(r"[^\w.+=-]+", "_", key).lstrip(".") or "_"
     name = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
     number = 1

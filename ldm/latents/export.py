@@ -1,8 +1,8 @@
-"""Image shards -> latent shards: one latent shard for each image shard, each whole or not there.
+"""Image shards -> latent shards, one for each, complete or absent.
 
-Decoding, encoding and writing overlap: threads take batch after batch from bytes to latents, in the order of the shards, while
-this one puts finished chunks into the tar. Everything about a shard's bytes is decided by the shard and the request alone, so
-one process or many, interrupted or not, give the same.
+Decoding, encoding and writing overlap: threads turn batches of image bytes into latents, in the order of the shards, while the
+main thread writes finished chunks into the tar. A shard's bytes depend on the image shard and the settings alone, so any number
+of processes and interruptions gives the same files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,33 +19,33 @@ import numpy as np
 import torch
 
 from ldm.data.decode import DecodeError
-from ldm.data.latent_schema import Chunk, LatentInfo, write_null_text
+from ldm.data.latent_schema import LatentInfo, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
-from ldm.data.moments import Moments
 from ldm.data.parallel_map import parallel_map
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, write_json
+from ldm.latents import chunks
+from ldm.latents.chunks import LatentSample, Summary
 from ldm.latents.claims import Claims
 from ldm.latents.compute import Dtype, Precision, Process, single_threaded, versions
 from ldm.latents.image_encoder import LatentEncoder
 from ldm.latents.images import CaptionedImages
-from ldm.latents.text_encoders import Embedded, TextEncoders, embeddings_of
+from ldm.latents.text_encoders import Embedded, TextEncoders
 from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder, pixels_to_images
 
-CHUNK_SAMPLES = 256
-# batches made ahead of the one that is written, for each thread: little memory, and no shard is claimed long before its turn
+# batches prepared ahead per thread: little memory, and shards are claimed shortly before they are written
 AHEAD = 2
 
 
 class Job(NamedTuple):
-    """What one thread does at a time: embed the captions of a window of a shard's samples, or encode some of its images.
+    """A thread's unit of work: embed the captions of a window of a shard's samples, or encode some of its images.
 
     Attributes:
-        shard, window: where it belongs.
-        chunk: of the shard, which the images go into; None: captions.
+        shard, window: of the samples.
+        chunk: the chunk of the shard that the images belong to; None: embed captions.
         rows: numbers of the samples.
     """
 
@@ -56,10 +56,9 @@ class Job(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What became of images: the good samples with their latents (B, C, h, w), and for each tried the record of a bad one."""
+    """The result of encoding images: the good samples, and a list for each image, with its :class:`BadSample` or empty."""
 
-    samples: list[dict[str, Any]]
-    latents: dict[str, np.ndarray]
+    samples: list[LatentSample]
     tried: list[list[BadSample]]
 
 
@@ -81,53 +80,44 @@ class Exporter:
         self.batch_size, self.flip, self.quarantine, self.threads = batch_size, flip, quarantine, threads
 
     def run(self, claims: Claims, on_progress: Callable[[int, int], None]) -> None:
-        """Make every shard that this process can claim."""
-        source = self.dataset.sources[0]
+        """Write every shard that this process can claim."""
+        source, total = self.dataset.sources[0], len(self.dataset)
         with closing(parallel_map(self.work, self.jobs(claims), self.threads, AHEAD)) as results:
             for number, of_shard in groupby(results, key=lambda pair: pair[0].shard):
                 missing = set(claims.missing())
                 done = sum(entry.samples for n, entry in enumerate(source.manifest.shards) if n not in missing)
-                record = self.write_shard(number, of_shard, lambda samples, done=done: on_progress(done + samples, len(self)))
+                record = self.write_shard(number, of_shard, lambda samples, done=done: on_progress(done + samples, total))
                 claims.finish(number, record)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def jobs(self, claims: Claims) -> Iterator[Job]:
-        """Of all the shards that can be claimed, each claimed when its first job is asked for."""
+        """The jobs of all shards that can be claimed; each shard is claimed when its first job is asked for."""
         while (shard := claims.take()) is not None:
-            for left in self.out.glob(f".{self._name(shard)}.*.tmp"):  # of a process that was killed
+            for left in self.out.glob(f".latents-{shard:05d}.tar.*.tmp"):  # of a process that was killed
                 left.unlink()
             samples = range(int(self.dataset.starts[shard]), int(self.dataset.starts[shard + 1]))
             chunk = 0
-            for window, start in enumerate(range(0, max(len(samples), 1), CHUNK_SAMPLES)):
-                rows = samples[start : start + CHUNK_SAMPLES]
+            for window, start in enumerate(range(0, max(len(samples), 1), chunks.CHUNK_SAMPLES)):
+                rows = samples[start : start + chunks.CHUNK_SAMPLES]
                 yield Job(shard, window, None, rows)
                 for group in self.dataset.alike(rows):
-                    for few in range(0, len(group), self.batch_size):
-                        yield Job(shard, window, chunk, group[few : few + self.batch_size])
+                    for first in range(0, len(group), self.batch_size):
+                        yield Job(shard, window, chunk, group[first : first + self.batch_size])
                     chunk += 1
-
-    @staticmethod
-    def _name(shard: int) -> str:
-        return f"latents-{shard:05d}.tar"
 
     def work(self, job: Job) -> list[dict[str, Embedded]] | Encoded:
         """Called in threads."""
-        return self.embed(job.rows) if job.chunk is None else self.encode(job.rows)
-
-    def embed(self, rows: Sequence[int]) -> list[dict[str, Embedded]]:
-        """For each text encoder what it makes of the captions of these samples."""
-        return self.texts.lookup(caption for row in rows for caption in self.dataset.captions_of(row))
+        if job.chunk is None:
+            return self.texts.lookup(caption for row in job.rows for caption in self.dataset.captions_of(row))
+        return self.encode(job.rows)
 
     def encode(self, rows: Sequence[int]) -> Encoded:
-        """Samples of one size from bytes to latents."""
+        """Decode and encode samples of one size."""
         attempts = [self.dataset.attempt(row) for row in rows]
         tried = [[sample] if isinstance(sample, BadSample) else [] for sample in attempts]
         good = [sample for sample in attempts if not isinstance(sample, BadSample)]
         if not good:
-            return Encoded([], {}, tried)
-        images = pixels_to_images(torch.from_numpy(np.stack([sample.pop("image") for sample in good])))
+            return Encoded([], tried)
+        images = pixels_to_images(torch.from_numpy(np.stack([sample["image"] for sample in good])))
         latents = self.encoder(images)
         if self.flip:
             latents |= {f"{name}_flip": values for name, values in self.encoder(images.flip(-1)).items()}
@@ -136,69 +126,38 @@ class Exporter:
             if not finite.all():
                 shard = self.dataset.bad(rows[0], DecodeError("")).shard
                 raise LdmError(
-                    f"{shard}: the latents of {good[int(finite.argmin())]['key']} are not finite; is the autoencoder whole? "
-                    "Or give --precision fp32 and --dtype float32"
+                    f"{shard}: the latents of {good[int(finite.argmin())]['key']} are not finite; check the autoencoder, or "
+                    "compute in fp32 and store float32"
                 )
-        return Encoded(good, latents, tried)
+        samples = [
+            LatentSample(
+                latents={name: values[row] for name, values in latents.items()},
+                **{name: sample[name] for name in ("key", "captions", "original_size", "crop")},
+            )
+            for row, sample in enumerate(good)
+        ]
+        return Encoded(samples, tried)
 
     def write_shard(self, number: int, results: Iterator[tuple[Job, Any]], on_samples: Callable[[int], None]) -> dict[str, Any]:
-        """Write the latents of one shard; returns what the manifest will need of it."""
+        """Write the latents of one shard; returns its record for the manifest."""
         bad: list[BadSample] = []
-        cut = np.zeros(len(self.texts.encoders), np.int64)
-        shapes: dict[tuple[int, ...], int] = {}
-        moments: list[Moments] = []
-        tried = 0
+        summary, tried = Summary(self.texts), 0
         with ShardWriter(self.out, "latents", samples_per_shard=None, first_index=number) as writer:
             for _, of_window in groupby(results, key=lambda pair: pair[0].window):
                 _, embedded = next(of_window)
-                for name, of_chunk in groupby(of_window, key=lambda pair: pair[0].chunk):
-                    parts = []
+                for chunk, of_chunk in groupby(of_window, key=lambda pair: pair[0].chunk):
+                    samples = []
                     for _, encoded in of_chunk:
                         self.quarantine.add(encoded.tried)
-                        bad += [sample for none_or_one in encoded.tried for sample in none_or_one]
+                        bad += chain.from_iterable(encoded.tried)
                         tried += len(encoded.tried)
                         on_samples(tried)
-                        parts += [encoded] if encoded.samples else []
-                    if not parts:
-                        continue
-                    chunk, its_cut = self._chunk(parts, embedded)
-                    writer.write(f"{name:08d}", chunk.members())
-                    moments.append(chunk.moments())
-                    shape = chunk.latents["mean"].shape
-                    shapes[shape[1:]] = shapes.get(shape[1:], 0) + shape[0]
-                    cut += its_cut
-        entry = replace(writer.entries[0], samples=sum(shapes.values())) if writer.entries else None
-        record = {
-            "entry": entry and vars(entry),
-            "bad": bad,
-            "cut": cut.tolist(),
-            "shapes": [[*shape, count] for shape, count in shapes.items()],
-        }
-        if moments:
-            total = Moments.merge(moments)
-            record["moments"] = {"count": total.count, "mean": total.mean.tolist(), "squares": total.squares.tolist()}
-        return record
-
-    def _chunk(self, parts: list[Encoded], embedded: list[dict[str, Embedded]]) -> tuple[Chunk, list[int]]:
-        """Images and captions together; and for each text encoder how many of the captions it cut."""
-        samples = [sample for part in parts for sample in part.samples]
-        texts, cut = embeddings_of([caption for sample in samples for caption in sample["captions"]], embedded)
-        for sample in samples:
-            for known, encoder in zip(embedded, self.texts.encoders, strict=True):
-                if not all(np.isfinite(known[caption].text).all() for caption in sample["captions"]):
-                    raise LdmError(
-                        f"{self.dataset.sources[0].spec}: the embedding of {sample['key']}'s caption by {encoder.name} is not "
-                        "finite; give --dtype float32 and --precision fp32"
-                    )
-        chunk = Chunk(
-            keys=[sample["key"] for sample in samples],
-            captions=[sample["captions"] for sample in samples],
-            latents={name: np.concatenate([part.latents[name] for part in parts]) for name in parts[0].latents},
-            texts=texts,
-            original_size=np.array([sample["original_size"] for sample in samples]),
-            crop=np.array([sample["crop"] for sample in samples]),
-        )
-        return chunk, cut
+                        samples += encoded.samples
+                    if samples:
+                        made = summary.chunk(samples, embedded, self.dataset.sources[0].spec)
+                        writer.write(f"{chunk:08d}", made.members())
+        entry = vars(replace(writer.entries[0], samples=summary.shapes.total())) if writer.entries else None
+        return {"entry": entry, "bad": bad} | summary.as_record()
 
 
 def export_latents(
@@ -220,36 +179,37 @@ def export_latents(
     keep_statistics: bool = False,
     threads: int | None = None,
 ) -> Manifest:
-    """Encode every image and caption once. Run again after an interruption, it goes on from its last whole shard.
+    """Encode every image and caption once. Called again after an interruption, it resumes after the last complete shard.
 
-    Any number of processes may be given the same request at once, by torchrun, SLURM or hand: they share the shards out, and
-    each returns when all are done.
+    Any number of processes may be given the same settings at once, by torchrun, SLURM or by hand: they share the work, and each
+    returns when all shards are done.
 
     Args:
         autoencoder_path: a directory of ``AutoencoderKL.save_pretrained``.
         shards: folder of image shards; every sample needs a caption.
-        out: a new folder, or one that an interrupted export of the same things left.
+        out: a new folder, or that of an interrupted export with the same settings.
         text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; one or several.
-        batch_size: images per call of the autoencoder.
-        dtype: of what is stored.
-        image_size: fit images to this side; None: as they are, each less what is no multiple of the autoencoder's factor.
+        batch_size: images per forward pass of the autoencoder.
+        dtype: of the stored tensors.
+        image_size: crop and resize images to this side; None: keep each image's size, cropped to a multiple of the
+            autoencoder's factor.
         device: None: this process's own GPU, or the CPU.
         on_progress: called with (samples done, samples).
-        precision: that the networks compute in.
-        mode: store the posterior's mode alone.
-        flip: store the latents of mirrored images, too.
+        precision: of the networks' computation.
+        mode: store the posterior's mode only.
+        flip: also store the latents of mirrored images.
         captions: store the first of an image's captions, or all.
-        max_bad_share: samples that cannot be used to bear, as a share of all.
-        keep_statistics: write mean and standard deviation into the config of the autoencoder's directory, too.
+        max_bad_share: unusable samples tolerated, as a share of all.
+        keep_statistics: also write mean and standard deviation into the config of the autoencoder's directory.
         threads: None: as many as this process has CPU cores.
 
     Raises:
-        UsageError: for folders or settings that do not serve.
-        LdmError: for too many samples that cannot be used, latents that are not finite, or a folder that cannot be written.
+        UsageError: for invalid folders or settings.
+        LdmError: for too many unusable samples, latents that are not finite, or a folder that cannot be written.
     """
-    for name, value in (("batch-size", batch_size), ("threads", threads)):
+    for name, value in (("batch_size", batch_size), ("threads", threads)):
         if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; give 1 or more")
+            raise UsageError(f"{name} is {value}; give 1 or more")
     process, out = Process.from_environment(), Path(out)
     device = process.device() if device is None else torch.device(device)
     source = open_source(shards, IMAGE_SHARDS)
@@ -276,12 +236,12 @@ def export_latents(
             source_shards=source.spec,
             versions=versions(),
         )
-        # all that shapes the bytes; the same shards may lie elsewhere by the next run
+        # every setting that changes the bytes; the shards may have moved by the next run
         measured = {"latent_shapes", "latents_mean", "latents_std", "source_shards"}
         request = {name: value for name, value in info.as_extra().items() if name not in measured}
         request = json.loads(json.dumps(request | {"batch_size": batch_size, "device": device.type}))  # as it is read back
-        # however many come in a row: a whole shard may be broken, and all of them count
-        quarantine = Quarantine(len(dataset), max_bad_share, max_in_a_row=len(dataset), config="--")
+        # no limit in a row: a whole shard may be broken
+        quarantine = Quarantine(len(dataset), max_bad_share, max_in_a_row=len(dataset))
         exporter = Exporter(out, dataset, encoder, texts, batch_size, flip, quarantine, threads or process.cores)
         claims = None
         try:
@@ -290,15 +250,13 @@ def export_latents(
                 if claims.missing():
                     exporter.run(claims, on_progress or (lambda done, total: None))
                 if claims.missing():
-                    claims.wait()  # for what others hold; should one of them die, its shard is free
+                    claims.wait()  # for other processes; should one of them die, its shard can be claimed
                 else:
                     _finish(out, claims, request, info, texts, len(dataset), max_bad_share)
         except OSError as error:
-            if claims is None or not claims.is_done:  # otherwise another process finished, and took away what it needed
-                raise LdmError(
-                    f"{out} cannot be written ({error.strerror or error}); see to that and give the same command again, it "
-                    "goes on"
-                ) from error
+            if claims is None or not claims.is_done:  # otherwise another process finished, and removed the work folder
+                fix = "fix that and run the same command again to resume"
+                raise LdmError(f"{out} cannot be written ({error.strerror or error}); {fix}") from error
         finally:
             if claims is not None:
                 claims.release()
@@ -318,47 +276,35 @@ def _finish(
     samples: int,
     max_bad_share: float,
 ) -> None:
-    """Put together what is on record of the shards, and write the manifest; one process does so."""
-    with claims.alone():
+    """Write the manifest from the records of all shards; one process does so."""
+    with claims.exclusive():
         if claims.is_done:
             return
         records = claims.records()
-        # a shard that was lost since is made again
+        # a shard that was lost since is written again
         entries = [ShardEntry(**record["entry"]) if record["entry"] else None for record in records]
-        lost = [number for number, entry in enumerate(entries) if entry and not _stands(out / entry.name, entry)]
+        lost = [number for number, entry in enumerate(entries) if entry and not _exists(out / entry.name, entry)]
         for number in lost:
             claims.forget(number)
         if lost:
             return
         for left in out.glob(".*.tmp"):  # of a process that was killed; nobody else writes now
             left.unlink()
-        # what is left out, in the order of the shards; each was said in the log when it was found
+        # in the order of the shards; each was logged when it was found
         (out / QUARANTINE_NAME).unlink(missing_ok=True)
-        quarantine = Quarantine(samples, max_bad_share, samples, out / QUARANTINE_NAME, config="--", quiet=True)
+        quarantine = Quarantine(samples, max_bad_share, samples, out / QUARANTINE_NAME, quiet=True)
+        summary = Summary(texts)
         for record in records:
             quarantine.add([BadSample(*bad)] for bad in record["bad"])
+            summary.add_record(record)
         entries = tuple(filter(None, entries))
         if not entries:
             raise LdmError(f"{out}: no sample could be used; {out / QUARANTINE_NAME} says why")
         Manifest(LATENT_SHARDS, entries).check_cheap(out)  # and no other tar
-        shapes: dict[tuple[int, ...], int] = {}
-        for *shape, count in (shape for record in records for shape in record["shapes"]):
-            shapes[tuple(shape)] = shapes.get(tuple(shape), 0) + count
-        moments = Moments.merge(
-            Moments(found["count"], np.array(found["mean"]), np.array(found["squares"]))
-            for record in records
-            if (found := record.get("moments"))
-        )
-        info = replace(
-            info,
-            text_encoders=texts.info(np.sum([record["cut"] for record in records], axis=0).tolist()),
-            latent_shapes=tuple(sorted(shapes, key=shapes.__getitem__, reverse=True)),
-            latents_mean=tuple(moments.mean.tolist()),
-            latents_std=tuple(moments.std.tolist()),
-        )
         write_null_text(out, texts.null())
-        Manifest(LATENT_SHARDS, entries, info.as_extra() | {"quarantined": len(quarantine), "request": request}).save(out)
+        extra = summary.complete(info).as_extra()
+        Manifest(LATENT_SHARDS, entries, extra | {"quarantined": len(quarantine), "request": request}).save(out)
 
 
-def _stands(path: Path, entry: ShardEntry) -> bool:
+def _exists(path: Path, entry: ShardEntry) -> bool:
     return path.is_file() and path.stat().st_size == entry.bytes

@@ -1,4 +1,4 @@
-"""The frozen autoencoder of an export: images -> posteriors, the same bytes on every run."""
+"""The autoencoder of an export: images -> posteriors, reproducible to the byte."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ldm.errors import UsageError
 from ldm.latents.compute import Dtype, Precision, autocast, require_precision
 from ldm.models.autoencoder import autoencoder_hash, encode, load_autoencoder
 
-# Batches on a GPU at a time: one is computed while another is copied to or from it.
+# Batches on a GPU at a time: one is computed while another is copied.
 BATCHES_ON_GPU = 2
 
 
 def load_matching(path: str | Path, source: ShardSource, device: torch.device | str = "cpu") -> AutoencoderKL:
-    """The autoencoder that made the latents. Raises :class:`UsageError` naming both where ``path`` holds another one."""
+    """The autoencoder at ``path``. Raises :class:`UsageError` naming both where the latents were encoded by another one."""
     info, autoencoder = latent_info(source), load_autoencoder(path, device)
     if (found := autoencoder_hash(autoencoder)) != info.autoencoder:
         raise UsageError(
             f"{source.spec} holds latents of autoencoder {info.autoencoder[:12]}, but {path} is {found[:12]}; give the one "
-            "they were exported with, or export again: ldm latents export"
+            "that they were exported with, or export again: ldm latents export"
         )
     return autoencoder
 
@@ -42,7 +42,7 @@ class LatentEncoder:
             autoencoder: on its device.
             precision: of its computation.
             dtype: of the results.
-            mode: return the mean alone, without the standard deviation.
+            mode: return the mean only, without the standard deviation.
         """
         require_precision(autoencoder.device, precision)
         # channels last in memory: 20 to 33% faster on the CPU

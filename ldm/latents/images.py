@@ -1,4 +1,4 @@
-"""Images and captions as they are encoded."""
+"""Images and captions as an export encodes them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ldm.data.sources import ShardSource
 
 
 class CaptionedImages(ImageDataset):
-    """Images as they are encoded, with all that is stored of them."""
+    """Image shards with all captions, original sizes and crops, preprocessed for the autoencoder."""
 
     def __init__(self, source: ShardSource, resolution: int | None, factor: int, captions: Literal["first", "all"]):
         """
         Args:
             source: of image shards with captions.
-            resolution: side in pixels to fit them to; None: as they are, less what is no multiple of ``factor``.
+            resolution: side in pixels to crop and resize to; None: keep each image's size, cropped to a multiple of ``factor``.
             factor: image side over latent side.
-            captions: how many of an image's.
+            captions: which of an image's captions.
         """
         super().__init__(source, resolution)
         self.factor, self.captions = factor, captions
 
     def decode(self, raw: tuple[ShardSample, bool], draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
-        """``image`` (3, H, W), ``key``, ``captions``, ``original_size`` and ``crop`` as the schema of latents has them."""
+        """``image`` uint8 (3, H, W), ``key``, and ``captions``, ``original_size``, ``crop`` as in the schema of latents."""
         sample, _ = raw
         decoded = super().decode(raw, None)
         captions = self._captions(sample)
@@ -36,11 +36,11 @@ class CaptionedImages(ImageDataset):
             raise DecodeError("has no caption")
         if self.image_size is None:
             height, width = decoded["image"].shape[1:]
-            shown_height, shown_width = height - height % self.factor, width - width % self.factor
-            crop = (0, 0, shown_height, shown_width)
-            if not shown_height or not shown_width:
+            crop_height, crop_width = self._cropped(height, width)
+            crop = (0, 0, crop_height, crop_width)
+            if not crop_height or not crop_width:
                 raise DecodeError(f"{width} x {height} pixels, smaller than the autoencoder's factor {self.factor}")
-            decoded["image"] = decoded["image"][:, :shown_height, :shown_width]
+            decoded["image"] = decoded["image"][:, :crop_height, :crop_width]
         else:
             height, width = image_size_of(sample.image or b"")  # it may have been decoded smaller
             side = min(height, width)
@@ -54,7 +54,7 @@ class CaptionedImages(ImageDataset):
         }
 
     def captions_of(self, row: int) -> list[str]:
-        """Those that are taken of a sample; none where it cannot be used, and why is found out when it is decoded."""
+        """The captions of sample ``row``; none where they cannot be read: decoding the sample gives the reason."""
         try:
             return self._captions(self._sample(row))
         except DecodeError:
@@ -65,20 +65,19 @@ class CaptionedImages(ImageDataset):
         return captions if self.captions == "all" else captions[:1]
 
     def alike(self, rows: Sequence[int]) -> list[Sequence[int]]:
-        """Sample numbers by the size that their headers tell: groups that can be encoded together."""
+        """Sample numbers grouped by cropped size, read from the headers: groups that can be encoded together."""
         if self.image_size is not None:
             return [rows] if rows else []
         groups: dict[tuple[int, int] | None, list[int]] = {}
         for row in rows:
-            groups.setdefault(self._trimmed_size(row), []).append(row)
+            try:
+                size = self._cropped(*image_size_of(self._sample(row).image or b""))
+            except DecodeError:
+                size = None
+            groups.setdefault(size, []).append(row)
         return [*groups.values()]
 
-    def _trimmed_size(self, row: int) -> tuple[int, int] | None:
-        """(height, width) that is left of an image; None where it cannot be told."""
-        try:
-            height, width = image_size_of(self._sample(row).image or b"")
-        except DecodeError:
-            return None
+    def _cropped(self, height: int, width: int) -> tuple[int, int]:
         return height - height % self.factor, width - width % self.factor
 
     def _sample(self, row: int) -> ShardSample:
@@ -88,7 +87,7 @@ class CaptionedImages(ImageDataset):
 
 
 def _original_size(sample: ShardSample) -> tuple[int, int] | None:
-    """(height, width) of the image before it was packed, where packing noted it: img2dataset's and ours."""
+    """(height, width) of the image before packing, where the json has it (ours and img2dataset's)."""
     fields = decode_json(sample.files["json"]) if "json" in sample.files else {}
     for height, width in (("original_height", "original_width"), ("height", "width")):
         size = fields.get(height, 0), fields.get(width, 0)

@@ -1,4 +1,4 @@
-"""A look inside latent shards: a page of what their manifest knows, of images beside them, of their channels and captions."""
+"""An HTML page about latent shards: the manifest, decoded images, statistics of the channels, captions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ldm.data.latent_schema import LatentInfo, latent_info, text_name
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
-from ldm.latents.check import SourceImages, Stored, decode, sampled
 from ldm.latents.image_encoder import load_matching
+from ldm.latents.samples import SourceImages, StoredLatent, decode_mean, sample_latents
 from ldm.models.autoencoder import images_to_pil
 from ldm.reporting.grids import captioned_grid, paired_grid
 from ldm.reporting.pages import Report
 
-# images in a row, which with its label is as wide as the page, and how many are shown in all
+# images in a row, which with its label is as wide as the page; their side in pixels; images in all
 COLUMNS, CELL = 7, 96
 SHOWN = 2 * COLUMNS
-# of more channels than these there are no rows of images, and curves instead of a table
+# latents of more channels get one image of all channels, and curves instead of a table
 FEW_CHANNELS = 16
-# Of a latent so many vectors are looked at: enough for statistics, and memory does not grow with the images.
+# vectors sampled from each latent: enough for statistics, and memory does not grow with the size of the images
 VECTORS_PER_LATENT = 1024
-BINS, REACH = 48, 4.0  # of histograms, which reach from -REACH to REACH standard deviations
+BINS, REACH = 48, 4.0  # of histograms, from -REACH to REACH standard deviations
 TOKEN_BINS = 60
 
 
@@ -47,14 +47,14 @@ def show(
 ) -> None:
     """Write a self-contained page about a set of latents.
 
-    Shapes and captions' lengths are counted over the whole set; what is said of values comes from a sample.
+    Shapes and captions' lengths are counted over the whole set; the statistics of values are those of a sample.
 
     Args:
         folder: of latent shards.
         out: the page to write, an ``.html`` file.
-        autoencoder_path: the autoencoder that made the latents, to decode some of them; None: nothing is decoded.
-        shards: the image shards that they were made of; None: where these stood at the export, if they still do.
-        samples: latents looked at, evenly spread over the set.
+        autoencoder_path: the autoencoder that encoded the latents, to decode some of them; None: nothing is decoded.
+        shards: the image shards they were encoded from; None: where they were at the export, if they are still there.
+        samples: latents to sample, evenly spaced over the set.
         on_progress: called with (latents done, latents).
 
     Raises:
@@ -62,9 +62,9 @@ def show(
         LdmError: for a broken shard.
     """
     if samples < 1:
-        raise UsageError(f"--samples is {samples}; give 1 or more")
+        raise UsageError(f"samples is {samples}; give 1 or more")
     if Path(out).is_dir():
-        raise UsageError(f"--out {out} is a folder; give a file, for example {Path(out) / 'report.html'}")
+        raise UsageError(f"{out} is a folder; give a file, for example {Path(out) / 'report.html'}")
     source = open_source(folder, LATENT_SHARDS)
     info = latent_info(source)
     counts = Counts.of(source, info)
@@ -75,7 +75,7 @@ def show(
     total = min(samples, source.manifest.samples)
     at = {(2 * n + 1) * total // (2 * min(SHOWN, total)) for n in range(min(SHOWN, total))}
     shown, vectors = [], Vectors(info.latents_mean, info.latents_std)
-    for number, stored in enumerate(sampled(source, samples)):
+    for number, stored in enumerate(sample_latents(source, samples)):
         vectors.add(stored)
         shown += [stored] if number in at else []
         if on_progress is not None:
@@ -92,11 +92,11 @@ def show(
 
 @dataclass(frozen=True)
 class Counts:
-    """What is counted over the whole set.
+    """Counts over the whole set.
 
     Attributes:
         shapes: images by (C, h, w), the most frequent first.
-        lengths: for each text encoder captions by their number of tokens.
+        lengths: for each text encoder, captions by number of tokens.
     """
 
     shapes: dict[tuple[int, ...], int]
@@ -120,21 +120,17 @@ class Counts:
 
 
 class Vectors:
-    """Values of a sample of latents: one vector of C channels for each place looked at."""
+    """Vectors of C channels, sampled from latents."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        """
-        Args:
-            mean: per channel over the whole set, C numbers.
-            std: likewise.
-        """
+    def __init__(self, mean: Sequence[float] | np.ndarray, std: Sequence[float] | np.ndarray):
+        """``mean``, ``std``: per channel over the whole set, (C,)."""
         self.center, deviations = np.array(mean, np.float32), np.array(std, np.float32)
-        self.scale = np.where(deviations > 0, deviations, 1)  # a channel that never changes has none
+        self.scale = np.where(deviations > 0, deviations, 1)  # constant channels
         self._random = np.random.default_rng(0)
         self._means: list[np.ndarray] = []
         self._stds: list[np.ndarray] = []
 
-    def add(self, stored: Stored) -> None:
+    def add(self, stored: StoredLatent) -> None:
         channels = len(self.center)
         mean = stored.latents["mean"].reshape(channels, -1).T  # (h·w, C)
         places = np.linspace(0, len(mean) - 1, min(len(mean), VECTORS_PER_LATENT)).astype(int)
@@ -144,7 +140,7 @@ class Vectors:
 
     @property
     def means(self) -> np.ndarray:
-        """Posterior means as they are stored, (P, C)."""
+        """Posterior means, not normalised, (P, C)."""
         return np.concatenate(self._means)
 
     @property
@@ -152,8 +148,8 @@ class Vectors:
         """Posterior standard deviations (P, C); None where modes are stored."""
         return np.concatenate(self._stds) if self._stds else None
 
-    def drawn(self) -> np.ndarray:
-        """Latents drawn from the posteriors and normalised, as training sees them, (P, C)."""
+    def sample(self) -> np.ndarray:
+        """Latents sampled from the posteriors and normalised, as in training, (P, C)."""
         values, stds = self.means, self.stds
         if stds is not None:
             values += stds * self._random.standard_normal(values.shape, np.float32)
@@ -166,9 +162,9 @@ class Space:
 
     Attributes:
         vectors: the sample.
-        axes: (C, k), the k = min(3, C) first principal axes of normalised means, as columns.
-        deviations: (k,), standard deviations along them.
-        shares: (k,), of the whole variance.
+        axes: (C, k), the first k = min(3, C) principal axes of the normalised means, as columns.
+        deviations: (k,), standard deviations along the axes.
+        shares: (k,), shares of the total variance.
     """
 
     vectors: Vectors
@@ -182,7 +178,7 @@ class Space:
         covariance = np.cov(values, rowvar=False, bias=True).reshape(values.shape[1], -1)
         variances, axes = np.linalg.eigh(covariance.astype(np.float64))
         variances, axes = np.maximum(variances[::-1][:3], 0), axes[:, ::-1][:, :3]
-        # an axis and its opposite are the same to eigh: the larger half points up
+        # eigh leaves the sign of an axis open
         axes = axes * np.where(axes.sum(0) < 0, -1, 1)
         return cls(vectors, axes, np.sqrt(variances), variances / max(np.trace(covariance), 1e-300))
 
@@ -192,17 +188,17 @@ class Space:
 
     def colours(self, latent: np.ndarray) -> Image.Image:
         """A stored mean (C, h, w) with its principal components as red, green and blue; grey for a single channel."""
-        places = self.normalise(latent).transpose(1, 2, 0) @ self.axes  # (h, w, k)
-        places = places / np.where(self.deviations > 0, self.deviations, 1)
-        if places.shape[2] == 1:
-            return _grey(places[..., 0])
-        three = np.zeros((*places.shape[:2], 3))
-        three[..., : places.shape[2]] = places
-        return Image.fromarray(_bytes(three))
+        components = self.normalise(latent).transpose(1, 2, 0) @ self.axes  # (h, w, k)
+        components = components / np.where(self.deviations > 0, self.deviations, 1)
+        if components.shape[2] == 1:
+            return _grey(components[..., 0])
+        rgb = np.zeros((*components.shape[:2], 3))
+        rgb[..., : components.shape[2]] = components
+        return Image.fromarray(_bytes(rgb))
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
-    """-2.5 to 2.5 standard deviations as 0 to 255."""
+    """−2.5 to 2.5 standard deviations as 0 to 255."""
     return np.clip(np.nan_to_num(values) * (127.5 / 2.5) + 127.5, 0, 255).round().astype(np.uint8)
 
 
@@ -219,59 +215,57 @@ def _overview(report: Report, source: ShardSource, info: LatentInfo, counts: Cou
     report.metrics(
         {
             "images": manifest.samples,
-            "channels × height × width" if len(counts.shapes) == 1 else "the most frequent size": _by(
-                next(iter(counts.shapes))
-            ),
-            "MB in all": manifest.bytes / 1e6,
-            "KB an image": manifest.bytes / 1e3 / manifest.samples,
+            "channels × height × width" + " (most frequent)" * (len(counts.shapes) > 1): _by(next(iter(counts.shapes))),
+            "MB in total": manifest.bytes / 1e6,
+            "KB per image": manifest.bytes / 1e3 / manifest.samples,
         }
     )
     rows = [
         ("shards", f"{len(manifest.shards):,}"),
         ("autoencoder", info.autoencoder[:12]),
-        ("image shards", f"{info.source[:12]}, exported from {info.source_shards or 'an unknown place'}"),
-        ("images left out", str(manifest.extra.get("quarantined", "unknown"))),
-        ("resolution", f"{info.resolution} pixels" if info.resolution else "each image as it was"),
-        ("posterior", "mean and standard deviation" if info.posterior == "gaussian" else "the mode alone"),
-        ("mirrored images", "encoded, too" if info.flips else "no"),
-        ("captions", "all of an image's" if info.captions == "all" else "the first of an image's"),
-        ("stored in", info.dtype),
-        ("computed in", info.precision),
+        ("image shards", f"{info.source[:12]}, exported from {info.source_shards or 'an unknown folder'}"),
+        ("images skipped", str(manifest.extra.get("quarantined", "unknown"))),
+        ("resolution", f"{info.resolution} pixels" if info.resolution else "that of each image"),
+        ("posterior", "mean and standard deviation" if info.posterior == "gaussian" else "mode only"),
+        ("mirrored images", "encoded too" if info.flips else "not encoded"),
+        ("captions", "all of each image" if info.captions == "all" else "the first of each image"),
+        ("dtype", info.dtype),
+        ("precision", info.precision),
         ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
     ]
-    report.table("What the manifest knows", ("entry", "value"), rows)
+    report.table("Manifest", ("entry", "value"), rows)
     if len(counts.shapes) > 1:
         shares = [(_by(shape), number, round(100 * number / manifest.samples, 1)) for shape, number in counts.shapes.items()]
         report.table("Sizes", ("channels × height × width", "images", "%"), shares)
     if info.text_encoders:
         rows = [(text.name, text.hash[:12], text.width, text.max_tokens, text.cut) for text in info.text_encoders]
-        report.table("Text encoders", ("name", "hash", "width", "tokens kept", "captions cut"), rows)
+        report.table("Text encoders", ("name", "hash", "width", "token limit", "captions truncated"), rows)
 
 
 def _images(
     report: Report,
     info: LatentInfo,
     space: Space,
-    shown: Sequence[Stored],
+    shown: Sequence[StoredLatent],
     autoencoder: AutoencoderKL | None,
     images: SourceImages | None,
 ) -> None:
-    """Images, what their latents decode to, and the latents in three colours, one above the other."""
+    """The original images, the decoded latents, and the principal components of the latents, one above the other."""
     shares = ", ".join(f"{share:.0%}" for share in space.shares)
     note = (
-        f"Components: the first {len(space.shares)} principal ones of the latents ({shares} of the variance) as red, green and "
-        "blue, from −2.5 to 2.5 standard deviations. "
+        f"Components: the first {len(space.shares)} principal components of the latents ({shares} of the variance) as red, "
+        "green and blue, from −2.5 to 2.5 standard deviations. "
     )
     if len(space.shares) == 1:
         note = "Components: the one channel in grey, from −2.5 to 2.5 standard deviations. "
     if autoencoder is None:
-        note += "--autoencoder DIR decodes the latents, and puts them beside the images where the image shards are at hand."
+        note += "Give the autoencoder to decode the latents and to compare them with the images."
     elif images is None:
-        place = info.source_shards or "unknown"
-        note += f"The image shards ({place}) are not at hand: --shards DIR puts their images beside the decoded latents."
+        note += f"The image shards ({info.source_shards or 'unknown'}) are not available; give them to compare with the images."
     rows = []
     for start in range(0, len(shown), COLUMNS):
         few = shown[start : start + COLUMNS]
+        components = [space.colours(stored.latents["mean"]) for stored in few]
         if autoencoder is not None:
             decoded = {
                 end: [_decoded(autoencoder, stored.latents[f"mean{end}"]) for stored in few]
@@ -283,8 +277,6 @@ def _images(
             rows.append(("decoded", decoded[""]))
             if "_flip" in decoded:
                 rows.append(("decoded, mirrored", decoded["_flip"]))
-        components = [space.colours(stored.latents["mean"]) for stored in few]
-        if autoencoder is not None:  # each place as large as what it decodes to
             sizes = [image.size for image in decoded[""]]
             components = [image.resize(size, Image.Resampling.NEAREST) for image, size in zip(components, sizes, strict=True)]
         rows.append(("components", components))
@@ -292,11 +284,11 @@ def _images(
 
 
 def _decoded(autoencoder: AutoencoderKL, latent: np.ndarray) -> Image.Image:
-    return images_to_pil(decode(autoencoder, latent).nan_to_num())[0]
+    return images_to_pil(decode_mean(autoencoder, latent).nan_to_num())[0]
 
 
-def _image(images: SourceImages, stored: Stored, decoded: Image.Image) -> Image.Image:
-    """The image of a latent; a white one of the same size where it cannot be had."""
+def _image(images: SourceImages, stored: StoredLatent, decoded: Image.Image) -> Image.Image:
+    """The image of a latent; a white one of the same size where it is missing or broken."""
     try:
         image = images.image(stored)
     except DecodeError:
@@ -304,7 +296,7 @@ def _image(images: SourceImages, stored: Stored, decoded: Image.Image) -> Image.
     return Image.new("L", decoded.size, 255) if image is None else images_to_pil(image)[0]
 
 
-def _channels(report: Report, space: Space, shown: Sequence[Stored]) -> None:
+def _channels(report: Report, space: Space, shown: Sequence[StoredLatent]) -> None:
     channels = len(space.vectors.center)
     note = "Normalised; black is −2.5 standard deviations, white 2.5."
     if channels <= FEW_CHANNELS:
@@ -319,44 +311,44 @@ def _channels(report: Report, space: Space, shown: Sequence[Stored]) -> None:
 
 
 def _statistics(report: Report, info: LatentInfo, space: Space) -> None:
-    means, stds, drawn = space.vectors.means, space.vectors.stds, space.vectors.drawn()
+    means, stds, values = space.vectors.means, space.vectors.stds, space.vectors.sample()
     channels = range(means.shape[1])
     spread = None if stds is None else np.sqrt((stds.astype(np.float64) ** 2).mean(0))  # (C,)
     if len(channels) <= FEW_CHANNELS:
-        head = ["channel", "mean", "standard deviation", "least in the sample", "greatest"]
+        head = ["channel", "mean", "standard deviation", "minimum (sampled)", "maximum (sampled)"]
         rows = [
             [str(n), info.latents_mean[n], info.latents_std[n], float(means[:, n].min()), float(means[:, n].max())]
             for n in channels
         ]
         if spread is not None:
-            head.append("posterior's deviation")
+            head.append("posterior's standard deviation")
             rows = [[*row, float(spread[n])] for n, row in enumerate(rows)]
         report.table("Statistics per channel", head, rows)
     else:
         series = {"mean": (channels, info.latents_mean), "standard deviation": (channels, info.latents_std)}
         if spread is not None:
-            series["posterior's deviation"] = (channels, spread)
+            series["posterior's standard deviation"] = (channels, spread)
         report.curve("Statistics per channel", series, "channel", "value")
     edges = np.linspace(-REACH, REACH, BINS + 1)
     panels = {}
     for n in channels:
         # + 0: never "-0.00"
-        name = f"channel {n}: {round(float(drawn[:, n].mean()), 2) + 0:.2f} ± {drawn[:, n].std():.2f}"
-        panels[name] = np.histogram(drawn[:, n], edges)[0] / len(drawn) * BINS / (2 * REACH)
-    places = np.linspace(-REACH, REACH, 81)
-    beyond = float((np.abs(drawn) > REACH).mean())
-    drawn_or_not = "Drawn from the posteriors and normalised" if stds is not None else "Normalised"
+        name = f"channel {n}: {round(float(values[:, n].mean()), 2) + 0:.2f} ± {values[:, n].std():.2f}"
+        panels[name] = np.histogram(values[:, n], edges)[0] / len(values) * BINS / (2 * REACH)
+    x = np.linspace(-REACH, REACH, 81)
+    beyond = float((np.abs(values) > REACH).mean())
     note = (
-        f"{drawn_or_not}, as training sees them, with mean and deviation; {len(drawn):,} vectors were looked at, {beyond:.2%} "
-        f"of the values lie beyond ±{REACH:g}. The line is the standard normal."
+        f"{'Sampled from the posteriors and normalised' if stds is not None else 'Normalised'}, as in training, with mean and "
+        f"standard deviation, of {len(values):,} vectors; {beyond:.2%} of the values are beyond ±{REACH:g}. The line is the "
+        "standard normal distribution."
     )
-    report.bars("Values per channel", panels, -REACH, REACH, np.exp(-(places**2) / 2) / np.sqrt(2 * np.pi), note)
+    report.bars("Values per channel", panels, -REACH, REACH, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), note)
 
 
-def _captions(report: Report, info: LatentInfo, counts: Counts, shown: Sequence[Stored]) -> None:
+def _captions(report: Report, info: LatentInfo, counts: Counts, shown: Sequence[StoredLatent]) -> None:
     longest = max((len(lengths) - 1 for lengths in counts.lengths), default=0)
     width = max(-(-longest // TOKEN_BINS), 1)
-    bins = max(-(-longest // width), 20)  # on a shorter axis whole numbers would not be marked
+    bins = max(-(-longest // width), 20)  # a shorter axis would have no marks at whole numbers
     panels = {}
     for text, lengths in zip(info.text_encoders, counts.lengths, strict=True):
         tokens = np.arange(len(lengths))
@@ -364,8 +356,8 @@ def _captions(report: Report, info: LatentInfo, counts: Counts, shown: Sequence[
         padded[: len(lengths)] = lengths
         average = (lengths * tokens).sum() / max(lengths.sum(), 1)
         name = (
-            f"{text.name}: {lengths.sum():,} captions, {average:.1f} tokens on average, {lengths.argmax()} the most frequent, "
-            f"{len(lengths) - 1} the longest; {text.cut:,} cut to {text.max_tokens}"
+            f"{text.name}: {lengths.sum():,} captions, {average:.1f} tokens on average, most often {lengths.argmax()}, at most "
+            f"{len(lengths) - 1}; {text.cut:,} truncated to {text.max_tokens}"
         )
         panels[name] = padded[1:].reshape(bins, width).sum(1)
     if panels:

@@ -1,4 +1,4 @@
-"""The frozen text encoders of an export: captions -> embeddings, the same bytes on every run."""
+"""The text encoders of an export: captions -> embeddings, reproducible to the byte."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ldm.errors import UsageError
 from ldm.latents.compute import Dtype, Precision, autocast, require_precision
 from ldm.models.text_encoder import TextEncoder, embed, max_tokens
 
-# captions of one call of a text encoder, and the multiple that their lengths are rounded up to
-CAPTIONS_AT_A_TIME, TOKENS_STEP = 16, 8
+# captions in a forward pass, and the multiple that their lengths are padded to
+BATCH_CAPTIONS, TOKENS_STEP = 16, 8
 # embeddings cached for captions that occur again
 CACHED_BYTES = 2**28
 
@@ -25,12 +25,6 @@ class Embedded(NamedTuple):
 
     text: np.ndarray
     cut: bool
-
-
-def embeddings_of(captions: Sequence[str], found: Sequence[dict[str, Embedded]]) -> tuple[list[list[np.ndarray]], list[int]]:
-    """For each encoder the embeddings of the captions and how many were truncated, out of :meth:`TextEncoders.lookup`."""
-    texts = [[known[caption].text for caption in captions] for known in found]
-    return texts, [sum(known[caption].cut for caption in captions) for known in found]
 
 
 class TextEncoders:
@@ -51,21 +45,17 @@ class TextEncoders:
 
     @classmethod
     def load(cls, names: Sequence[str], device: torch.device | str, dtype: Dtype, precision: Precision) -> TextEncoders:
-        """By the names that :meth:`TextEncoder.load` takes. Raises :class:`UsageError` for none, or one twice."""
+        """Load by the names that :meth:`TextEncoder.load` takes. Raises :class:`UsageError` for none, or one twice."""
         if not names or len(set(names)) != len(names):
-            raise UsageError(f"--text-encoder {' '.join(names)}: give one or more, each once")
+            raise UsageError(f"text encoders are {' '.join(names) or 'missing'}; give one or more, each once")
         return cls([TextEncoder.load(name, device) for name in names], dtype, precision)
-
-    def __call__(self, captions: Sequence[str]) -> tuple[list[list[np.ndarray]], list[int]]:
-        """For each encoder the embeddings (L_j, D) of the captions, in order, and how many it truncated."""
-        return embeddings_of(captions, self.lookup(captions))
 
     def lookup(self, captions: Iterable[str]) -> list[dict[str, Embedded]]:
         """For each encoder the embedding of each caption."""
         wanted = set(captions)
         found = []
         for encoder, known in zip(self.encoders, self._cached, strict=True):
-            # another thread may clear it
+            # `get`: another thread may clear the cache
             here = {caption: embedded for caption in wanted if (embedded := known.get(caption)) is not None}
             found.append(here | self._encode(encoder, known, sorted(wanted - here.keys())))
         return found
@@ -84,10 +74,10 @@ class TextEncoders:
             by_length.setdefault(min(-(-len(tokens) // TOKENS_STEP) * TOKENS_STEP, limit), []).append(number)
         found = {}
         for length, numbers in by_length.items():
-            for start in range(0, len(numbers), CAPTIONS_AT_A_TIME):
-                few = numbers[start : start + CAPTIONS_AT_A_TIME]
-                padded = torch.full((CAPTIONS_AT_A_TIME, length), pad if isinstance(pad, int) else 0)
-                mask = torch.zeros((CAPTIONS_AT_A_TIME, length), dtype=torch.int64)
+            for start in range(0, len(numbers), BATCH_CAPTIONS):
+                few = numbers[start : start + BATCH_CAPTIONS]
+                padded = torch.full((BATCH_CAPTIONS, length), pad if isinstance(pad, int) else 0)
+                mask = torch.zeros((BATCH_CAPTIONS, length), dtype=torch.int64)
                 mask[:, 0] = 1  # padding rows too: softmax over an empty set is NaN
                 for row, number in enumerate(few):
                     padded[row, : len(ids[number])] = torch.tensor(ids[number])
@@ -112,10 +102,10 @@ class TextEncoders:
 
     def null(self) -> list[np.ndarray]:
         """The encoded empty caption, (L, D) for each encoder."""
-        return [texts[0] for texts in self([""])[0]]
+        return [known[""].text for known in self.lookup([""])]
 
     def info(self, cut: Sequence[int]) -> tuple[TextInfo, ...]:
-        """Their entries of the manifest; ``cut``: how many captions each truncated."""
+        """Their entries in the manifest; ``cut``: how many captions each truncated."""
         return tuple(
             TextInfo(encoder.name, encoder.hash, encoder.width, max_tokens(encoder.tokenizer), number)
             for encoder, number in zip(self.encoders, cut, strict=True)

@@ -1,4 +1,4 @@
-"""What is stored agrees with the autoencoder and the images it came from, and what does not is told."""
+"""Stored latents agree with the autoencoder and the images, and what does not agree is reported."""
 
 import shutil
 from dataclasses import replace
@@ -15,38 +15,11 @@ from ldm.data.shards import ShardReader
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter, write_images
 from ldm.errors import UsageError
-from ldm.latents.check import compare, sampled
+from ldm.latents.check import compare
 from ldm.latents.export import export_latents
-from ldm.models.autoencoder import AutoencoderConfig, load_autoencoder
+from ldm.latents.samples import sample_latents
+from ldm.models.autoencoder import load_autoencoder
 from ldm.shapes.scenes import generate
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    """Its folder; the posterior made wide and uneven, so that the deviations matter."""
-    torch.manual_seed(0)
-    network = AutoencoderConfig(
-        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
-    ).build()
-    with torch.no_grad():
-        network.quant_conv.weight[4:] = network.quant_conv.weight[:4] / 2
-        network.quant_conv.bias[4:] = torch.tensor([-1.0, 0.0, -2.0, -0.5])
-    folder = tmp_path_factory.mktemp("autoencoder")
-    network.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported_once(autoencoder, tiny_text_encoder, image_shards, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latents")
-    export_latents(autoencoder, image_shards, folder, tiny_text_encoder, flip=True)
-    return folder
-
-
-@pytest.fixture
-def exported(exported_once, tmp_path):
-    """Ten latents of images and of their mirror images in three shards."""
-    return shutil.copytree(exported_once, tmp_path / "latents")
 
 
 def rewrite(folder, change, words=lambda data: data):
@@ -65,13 +38,13 @@ def rewrite(folder, change, words=lambda data: data):
 
 def test_a_sample_is_spread_evenly_over_all_shards(exported):
     source = open_source(exported)
-    everything = [(stored.shard, stored.key) for stored in sampled(source, 99)]
+    everything = [(stored.shard, stored.key) for stored in sample_latents(source, 99)]
     dataset = LatentDataset(exported)
     assert len(everything) == 10 and [key for _, key in everything] == [f"{n:08d}" for n in range(10)]
-    for row, stored in enumerate(sampled(source, 10)):
+    for row, stored in enumerate(sample_latents(source, 10)):
         assert all(np.array_equal(stored.latents[name], dataset[row][name]) for name in ("mean", "std"))
     for count in range(1, 11):
-        rows = [everything.index((stored.shard, stored.key)) for stored in sampled(source, count)]
+        rows = [everything.index((stored.shard, stored.key)) for stored in sample_latents(source, count)]
         assert len(rows) == count and set(np.diff(rows)) <= {10 // count, 10 // count + 1}
         assert 0 <= rows[0] - (9 - rows[-1]) <= 1  # as far from one end as from the other
 
@@ -82,25 +55,24 @@ def test_what_was_exported_agrees(exported, autoencoder, image_shards):
     assert found.problems == () and found.note == ""
     assert (found.decoded, found.compared, found.skipped) == (10, 10, 0) and steps == [(n, 10) for n in range(1, 11)]
     for view in ("images", "mirrored"):
-        figures = found.figures[view]
-        assert 0 < figures["mean, average error"] <= figures["mean, largest error"] < 2**-9  # of float16, values below 4
-        assert figures["std, largest error"] < 2**-9
-        stored, again = (figures[f"PSNR of the {which} (dB)"] for which in ("stored, decoded", "encoded again"))
+        measured = found.measured[view]
+        assert 0 < measured["mean, average error"] <= measured["mean, largest error"] < 2**-9  # of float16, values below 4
+        assert measured["std, largest error"] < 2**-9
+        stored, again = (measured[f"PSNR of {which} (dB)"] for which in ("stored latents", "re-encoded images"))
         assert stored == pytest.approx(again, abs=0.1)
-    assert {len(cells) for cells in found.rows().values()} == {2}
 
 
-def test_the_figures_are_those_of_one_pass_over_all(exported, autoencoder):
+def test_the_errors_are_those_of_one_pass_over_all(exported, autoencoder):
     """Errors of zeros are the latents themselves."""
     info = latent_info(open_source(exported))
-    means = np.stack([stored.latents["mean"] for stored in sampled(open_source(exported), 10)])
+    means = np.stack([stored.latents["mean"] for stored in sample_latents(open_source(exported), 10)])
     rewrite(exported, lambda tensors: tensors | {"mean": np.zeros_like(tensors["mean"])})
-    figures = compare(exported, autoencoder).figures["images"]
+    measured = compare(exported, autoencoder).measured["images"]
     std = np.array(info.latents_std)[:, None, None]
-    assert figures["mean, largest error"] == pytest.approx(np.abs(means).max(), rel=1e-3)
-    assert figures["mean, average error"] == pytest.approx(np.abs(means).mean(), rel=1e-3)
+    assert measured["mean, largest error"] == pytest.approx(np.abs(means).max(), rel=1e-3)
+    assert measured["mean, average error"] == pytest.approx(np.abs(means).mean(), rel=1e-3)
     in_std = "mean, average error (standard deviations of the set)"
-    assert figures[in_std] == pytest.approx((np.abs(means) / std).mean(), rel=1e-3)
+    assert measured[in_std] == pytest.approx((np.abs(means) / std).mean(), rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -108,10 +80,10 @@ def test_what_dtype_and_precision_round_off_is_no_error(autoencoder, tiny_text_e
     settings = {"dtype": "float32", "precision": precision, "mode": True}
     export_latents(autoencoder, image_shards, tmp_path / "out", tiny_text_encoder, **settings)
     found = compare(tmp_path / "out", autoencoder)
-    assert found.problems == () and found.compared == 10 and found.figures.keys() == {"images"}
-    error = found.figures["images"]["mean, largest error"]
+    assert found.problems == () and found.compared == 10 and found.measured.keys() == {"images"}
+    error = found.measured["images"]["mean, largest error"]
     assert error < 1e-4 if precision == "fp32" else error > 1e-4
-    assert not any(name.startswith("std") for name in found.rows())
+    assert not any(name.startswith("std") for name in found.measured["images"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -145,7 +117,7 @@ def centre(values):
 def test_another_autoencoder_is_named_with_the_right_one(exported, autoencoder, tmp_path):
     other = load_autoencoder(autoencoder)
     with torch.no_grad():
-        other.encoder.conv_in.bias += 1
+        next(other.encoder.parameters()).add_(1)
     other.save_pretrained(tmp_path / "other")
     right = latent_info(open_source(exported)).autoencoder[:12]
     with pytest.raises(UsageError, match=rf"holds latents of autoencoder {right}, but {tmp_path / 'other'} is [0-9a-f]{{12}};"):
@@ -155,7 +127,7 @@ def test_another_autoencoder_is_named_with_the_right_one(exported, autoencoder, 
 def test_other_image_shards_are_named_with_the_right_ones(exported, autoencoder, image_shards, tmp_path):
     write_images(tmp_path / "others", "shapes", generate(10, 32, seed=1), samples_per_shard=4)
     right, other = Manifest.load(image_shards).hash[:12], Manifest.load(tmp_path / "others").hash[:12]
-    with pytest.raises(UsageError, match=rf"of image shards {right}, but {tmp_path / 'others'} is {other}; give by --shards"):
+    with pytest.raises(UsageError, match=rf"of image shards {right}, but {tmp_path / 'others'} is {other}; give the shards"):
         compare(exported, autoencoder, tmp_path / "others")
     with pytest.raises(UsageError, match=r"nowhere is not a folder"):
         compare(exported, autoencoder, tmp_path / "nowhere")
@@ -166,8 +138,8 @@ def test_without_images_latents_are_decoded_at_least(exported, autoencoder, imag
     manifest = Manifest.load(exported)
     replace(manifest, extra=manifest.extra | {"source_shards": place}).save(exported)
     found = compare(exported, autoencoder, samples=5)
-    assert (found.decoded, found.compared, found.rows(), found.problems) == (5, 0, {}, ())
-    assert f"({place or 'unknown'}) are not at hand; --shards DIR" in found.note
+    assert (found.decoded, found.compared, found.measured, found.problems) == (5, 0, {}, ())
+    assert f"({place or 'unknown'}) are not available; give them" in found.note
     assert compare(exported, autoencoder, image_shards, samples=5).compared == 5
 
 
@@ -216,5 +188,5 @@ def test_an_image_that_can_no_longer_be_decoded_is_skipped_and_counted(exported,
 
 
 def test_no_samples_are_refused(exported, autoencoder):
-    with pytest.raises(UsageError, match="--samples is 0; give 1 or more"):
+    with pytest.raises(UsageError, match=r"^samples is 0; give 1 or more"):
         compare(exported, autoencoder, samples=0)

@@ -122,7 +122,7 @@ def test_another_request_is_refused_and_changes_nothing(tmp_path, name, value, s
     mine = Claims(tmp_path / "out", REQUEST, 3)
     mine.finish(mine.take(), {})
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match=rf"out holds an unfinished export of other things \({said}\)") as error:
+    with pytest.raises(UsageError, match=rf"out holds an unfinished export with other settings \({said}\)") as error:
         Claims(tmp_path / "out", REQUEST | {name: value}, 3)
     assert "\n" not in str(error.value) and contents(tmp_path) == before
 
@@ -193,5 +193,5 @@ def test_a_finished_folder_that_was_not_tidied_up_is_tidied_and_done(tmp_path):
     assert claims.is_done and claims.take() is None
     claims.release()
     assert [path.name for path in (tmp_path / "out").iterdir()] == [MANIFEST_NAME]
-    with pytest.raises(UsageError, match="holds a finished export of other things"):
+    with pytest.raises(UsageError, match="holds a finished export with other settings"):
         Claims(tmp_path / "out", REQUEST | {next(iter(REQUEST)): "other"}, 3)

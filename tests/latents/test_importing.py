@@ -23,18 +23,12 @@ from ldm.data.moments import Moments
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError
-from ldm.latents.foreign import FileFolder, LightningFolder, read_class_captions, read_latent
+from ldm.latents.external import FilePerImageFolder, LightningDiTFolder, read_class_captions, read_latent
 from ldm.latents.importing import import_latents
 from ldm.latents.text_encoders import TextEncoders
 from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
 
 CHANNELS = 4
-
-
-@pytest.fixture
-def autoencoder(tiny_autoencoder, tmp_path):
-    tiny_autoencoder.save_pretrained(tmp_path / "autoencoder")
-    return tmp_path / "autoencoder"
 
 
 @pytest.fixture
@@ -135,7 +129,7 @@ def test_what_lightningdit_writes_comes_back_to_the_bit(imported, classes, tmp_p
     np.testing.assert_allclose(info.latents_std, whole.std, rtol=1e-12)
     # captions go through the code that an export sends them through
     encoders = TextEncoders.load([tiny_text_encoder], "cpu", "float32", "fp32")
-    ((tench,),), _ = encoders(["a tench"])
+    tench = encoders.lookup(["a tench"])[0]["a tench"].text
     np.testing.assert_allclose(images[keys[0]]["texts"][0], tench, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(read_null_text(open_source(tmp_path / "out")), encoders.null()[0])
 
@@ -231,7 +225,7 @@ def test_scaling_is_undone(autoencoder, imported, tmp_path, kind):
 
 
 def test_scaling_that_the_autoencoder_does_not_know_is_refused(imported, tmp_path):
-    with pytest.raises(UsageError, match=r"--scaled undoes nothing: the config of .*autoencoder has no scaling factor"):
+    with pytest.raises(UsageError, match=r"scaled has no effect: the config of .*autoencoder has no scaling factor"):
         imported(write_files(tmp_path / "src", drawn(2)), scaled=True)
 
 
@@ -247,7 +241,7 @@ def test_a_wrong_scale_is_told(autoencoder, imported, tmp_path, caplog, are_scal
         assert not told
     else:
         (line,) = told
-        assert ("add --scaled" if are_scaled else "leave --scaled out") in line and "\n" not in line
+        assert (", set scaled" if are_scaled else ", do not set scaled") in line and "\n" not in line
         assert str(tmp_path / "src") in line and "5.49" in line
 
 
@@ -299,7 +293,7 @@ def test_a_pickle_that_would_run_code_does_not_run(tmp_path):
 
 
 def test_files_that_unpack_to_more_than_they_should_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.latents.foreign.MAX_FILE_BYTES", 2**20)
+    monkeypatch.setattr("ldm.latents.external.MAX_FILE_BYTES", 2**20)
     torch.save(torch.zeros(2**19), tmp_path / "a.pt")
     with zipfile.ZipFile(tmp_path / "a.pt") as whole, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as small:
         for name in whole.namelist():
@@ -373,7 +367,7 @@ def test_more_than_one_in_a_hundred_ends_it_and_leaves_nothing(imported, tmp_pat
         imported(src)
     assert str(error.value) == (
         f"2 of 100 latents cannot be used, more than 1%, the last one {src}: z.npy has shape [3], a latent has (C, h, w); "
-        "mend or move away those and import again"
+        "repair or remove them and import again"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["autoencoder", "src"]
 
@@ -392,7 +386,7 @@ def test_a_label_without_a_caption_is_put_on_record(imported, classes, tmp_path)
 
 def test_a_broken_file_of_many_latents_stops_before_anything_is_written(imported, classes, tmp_path):
     write_lightning(tmp_path / "src")
-    with pytest.raises(UsageError, match=r"src holds class labels, not captions; give --captions FILE"):
+    with pytest.raises(UsageError, match=r"src holds class labels, not captions; give captions"):
         imported(tmp_path / "src")
     path = tmp_path / "src" / "latents_rank01_shard000.safetensors"
     whole = path.read_bytes()
@@ -406,7 +400,7 @@ def test_a_broken_file_of_many_latents_stops_before_anything_is_written(imported
     with pytest.raises(UsageError, match="has latents of 5 channels, the autoencoder 4"):
         imported(tmp_path / "src", captions=classes)
     save_file({"latents": drawn(2), "labels": torch.zeros(3, dtype=torch.int64)}, path)
-    with pytest.raises(UsageError, match="do not go together"):
+    with pytest.raises(UsageError, match="do not match"):
         imported(tmp_path / "src", captions=classes)
     assert not (tmp_path / "out").exists()
 
@@ -415,8 +409,8 @@ def test_every_so_many_images_are_those_of_the_whole_set(classes, tmp_path):
     write_lightning(tmp_path / "a", (4, 3, 1, 5))
     write_files(tmp_path / "b", drawn(13))
     for source in (
-        LightningFolder(tmp_path / "a", CHANNELS, sorted((tmp_path / "a").glob("*.safetensors")), classes),
-        FileFolder(tmp_path / "b", CHANNELS, None),
+        LightningDiTFolder(tmp_path / "a", CHANNELS, sorted((tmp_path / "a").glob("*.safetensors")), classes),
+        FilePerImageFolder(tmp_path / "b", CHANNELS, None),
     ):
         keys = [image.key for image in source.images()]
         assert len(set(keys)) == source.found == 13
@@ -437,7 +431,7 @@ def test_a_folder_that_grows_meanwhile_is_told(imported, tmp_path):
 
 def test_too_large_for_half_precision_is_told(imported, tmp_path):
     latents = drawn(3) * 1e5
-    with pytest.raises(LdmError, match=r"does not fit float16; give --dtype float32"):
+    with pytest.raises(LdmError, match=r"does not fit float16; use float32"):
         imported(write_files(tmp_path / "src", latents), dtype="float16")
     _, images = imported(tmp_path / "src")
     assert len(images) == 3
@@ -463,7 +457,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(imported, tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LdmError, match=r"out cannot be written \(No space left on device\); see to that and import again"):
+    with pytest.raises(LdmError, match=r"out cannot be written \(No space left on device\); fix that and import again"):
         imported(write_files(tmp_path / "src", drawn(2)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["autoencoder", "src"]
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,17 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.latent_schema import Chunk, LatentInfo, TextInfo, latent_info
+from ldm.data.latent_schema import Chunk, TextInfo, latent_info
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.moments import Moments
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter, write_images
 from ldm.errors import LdmError, UsageError
-from ldm.latents.check import Stored, sampled
-from ldm.latents.export import export_latents
+from ldm.latents.samples import StoredLatent, sample_latents
 from ldm.latents.show import CELL, COLUMNS, Counts, Space, Vectors, show
 from ldm.models.autoencoder import (
-    AutoencoderConfig,
     decode_latents,
     images_to_pil,
     load_autoencoder,
@@ -32,7 +29,7 @@ from ldm.shapes.scenes import generate
 LENGTHS = (2, 5, 3)  # tokens of captions, over and over
 
 
-def write(folder, channels, sizes, mode=False, encoders=1, flips=False):
+def write(make_info, folder, channels, sizes, mode=False, encoders=1, flips=False):
     """Latents of so many images of each size ((h, w) -> images), with one or two captions each, without an autoencoder."""
     rng, moments, number = np.random.default_rng(0), [], 0
     folder.mkdir()
@@ -54,46 +51,16 @@ def write(folder, channels, sizes, mode=False, encoders=1, flips=False):
             moments.append(chunk.moments())
             number += count
     total = Moments.merge(moments)
-    info = LatentInfo(
-        autoencoder="a" * 64,
+    info = make_info(
         text_encoders=tuple(TextInfo(f"encoder<{n}>", "t" * 64, 6, 5, 7 * n) for n in range(encoders)),
         latent_shapes=tuple((channels, *size) for size in sizes),
-        resolution=None,
         posterior="mode" if mode else "gaussian",
         flips=flips,
-        captions="all",
-        dtype="float16",
-        precision="fp32",
         latents_mean=tuple(total.mean.tolist()),
         latents_std=tuple(total.std.tolist()),
-        source="s" * 64,
-        source_shards="",
-        versions={"torch": "2"},
     )
     Manifest(LATENT_SHARDS, (replace(writer.entries[0], samples=number),), info.as_extra()).save(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("autoencoder")
-    AutoencoderConfig(
-        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
-    ).build().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported_once(autoencoder, tiny_text_encoder, image_shards, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latents")
-    export_latents(autoencoder, image_shards, folder, tiny_text_encoder, flip=True)
-    return folder
-
-
-@pytest.fixture
-def exported(exported_once, tmp_path):
-    return shutil.copytree(exported_once, tmp_path / "latents")
 
 
 def page(folder, **arguments):
@@ -127,18 +94,18 @@ def cells(grid, rows):
         (128, {(4, 4): 3}, {}),
     ],
 )
-def test_any_set_makes_a_page_of_its_own(tmp_path, channels, sizes, options):
-    text = page(write(tmp_path / "latents", channels, sizes, **options))
+def test_any_set_makes_a_page_of_its_own(make_info, tmp_path, channels, sizes, options):
+    text = page(write(make_info, tmp_path / "latents", channels, sizes, **options))
     assert "<script" not in text and "<b>more" not in text and not re.search(r"\bnan\b|\binf\b", text)
     assert len(re.findall(r"<figcaption>channel \d+: ", text)) == channels
     assert len(re.findall(r"<figcaption>encoder&lt;", text)) == options.get("encoders", 1)
     assert ("Sizes" in text) == (len(sizes) > 1)
-    assert "--autoencoder DIR" in text and "decoded, mirrored" not in text
+    assert "Give the autoencoder" in text and "decoded, mirrored" not in text
     assert text.count("<img") == 2
 
 
-def test_what_is_counted_is_the_whole_set(tmp_path):
-    folder = write(tmp_path / "latents", 4, {(4, 6): 5, (6, 4): 8}, encoders=2)
+def test_what_is_counted_is_the_whole_set(make_info, tmp_path):
+    folder = write(make_info, tmp_path / "latents", 4, {(4, 6): 5, (6, 4): 8}, encoders=2)
     source = open_source(folder)
     counts = Counts.of(source, latent_info(source))
     assert counts.shapes == {(4, 6, 4): 8, (4, 4, 6): 5} and [*counts.shapes] == [(4, 6, 4), (4, 4, 6)]
@@ -146,27 +113,27 @@ def test_what_is_counted_is_the_whole_set(tmp_path):
     expected = np.bincount([LENGTHS[n % 3] for size in (7, 12) for n in range(size)])
     assert all(np.array_equal(lengths, expected) for lengths in counts.lengths)
     text = page(folder, samples=1)
-    assert "encoder&lt;1&gt;: 19 captions" in text and "5 the longest; 7 cut to 5" in text
+    assert "encoder&lt;1&gt;: 19 captions" in text and "at most 5; 7 truncated to 5" in text
 
 
-def test_a_broken_shard_is_named(tmp_path):
-    folder = write(tmp_path / "latents", 4, {(4, 4): 3})
+def test_a_broken_shard_is_named(make_info, tmp_path):
+    folder = write(make_info, tmp_path / "latents", 4, {(4, 4): 3})
     manifest = Manifest.load(folder)
     replace(manifest, shards=(replace(manifest.shards[0], samples=4),)).save(folder)
     with pytest.raises(LdmError, match=r"latents-00000.tar holds 3 latents, its manifest says 4; export again"):
         page(folder)
 
 
-def test_values_as_training_sees_them_are_normal_where_the_statistics_are_right(tmp_path):
-    folder = write(tmp_path / "latents", 4, {(16, 16): 40})
+def test_values_as_training_sees_them_are_normal_where_the_statistics_are_right(make_info, tmp_path):
+    folder = write(make_info, tmp_path / "latents", 4, {(16, 16): 40})
     info = latent_info(open_source(folder))
     vectors = Vectors(info.latents_mean, info.latents_std)
-    for stored in sampled(open_source(folder), 40):
+    for stored in sample_latents(open_source(folder), 40):
         vectors.add(stored)
-    drawn = vectors.drawn()
-    assert drawn.shape == (40 * 256, 4)
-    np.testing.assert_allclose(drawn.mean(0), 0, atol=5 / 100)
-    np.testing.assert_allclose(drawn.std(0), 1, atol=5 / 100)
+    values = vectors.sample()
+    assert values.shape == (40 * 256, 4)
+    np.testing.assert_allclose(values.mean(0), 0, atol=5 / 100)
+    np.testing.assert_allclose(values.std(0), 1, atol=5 / 100)
 
 
 def test_principal_axes_are_those_along_which_the_values_were_spread():
@@ -177,7 +144,7 @@ def test_principal_axes_are_those_along_which_the_values_were_spread():
     latents = values.transpose(0, 2, 1).reshape(100, 8, 8, 8).astype(np.float32)
     vectors = Vectors(np.zeros(8), np.ones(8))
     for latent in latents:
-        vectors.add(Stored("", "", [], {"mean": latent}))
+        vectors.add(StoredLatent("", "", [], {"mean": latent}))
     space = Space.of(vectors)
     np.testing.assert_allclose(np.abs((space.axes * axes[:, :3]).sum(0)), 1, atol=1e-3)
     np.testing.assert_allclose(space.deviations, deviations[:3], rtol=0.03)
@@ -191,12 +158,14 @@ def test_principal_axes_are_those_along_which_the_values_were_spread():
 
 def test_images_stand_beside_what_their_latents_decode_to(exported, autoencoder):
     text = page(exported, autoencoder_path=autoencoder)
-    assert "not at hand" not in text and "--autoencoder" not in text
+    assert "not available" not in text and "Give the autoencoder" not in text
     grid = cells(make_images(text)[0], rows=8)
     network, info = load_autoencoder(autoencoder), latent_info(open_source(exported))
     set_latent_statistics(network, list(info.latents_mean), list(info.latents_std))
     center, scale = (np.array(values, np.float32)[:, None, None] for values in (info.latents_mean, info.latents_std))
-    for number, (stored, sample) in enumerate(zip(sampled(open_source(exported), 10), generate(10, 32, seed=0), strict=True)):
+    for number, (stored, sample) in enumerate(
+        zip(sample_latents(open_source(exported), 10), generate(10, 32, seed=0), strict=True)
+    ):
         row, column = divmod(number, COLUMNS)
         assert np.array_equal(grid[4 * row, column], np.asarray(sample.image))
         # by another way: normalised, and decoded as the pipeline does
@@ -212,7 +181,7 @@ def test_without_the_images_latents_are_decoded_all_the_same(exported, autoencod
     manifest = Manifest.load(exported)
     replace(manifest, extra=manifest.extra | {"source_shards": "/no/where"}).save(exported)
     text = page(exported, autoencoder_path=autoencoder)
-    assert "The image shards (/no/where) are not at hand: --shards DIR" in text
+    assert "The image shards (/no/where) are not available; give them" in text
     assert np.array_equal(cells(make_images(text)[0], rows=6), np.delete(whole, (0, 4), axis=0))
     text = page(exported, autoencoder_path=autoencoder, shards=image_shards)
     assert np.array_equal(cells(make_images(text)[0], rows=8), whole)
@@ -226,13 +195,13 @@ def test_what_does_not_belong_together_is_refused(exported, autoencoder, tmp_pat
     replace(manifest, extra=manifest.extra | {"autoencoder": "a" * 64}).save(exported)
     with pytest.raises(UsageError, match="holds latents of autoencoder aaaaaaaaaaaa, but"):
         page(exported, autoencoder_path=autoencoder)
-    with pytest.raises(UsageError, match="--samples is 0; give 1 or more"):
+    with pytest.raises(UsageError, match=r"^samples is 0; give 1 or more"):
         page(exported, samples=0)
-    with pytest.raises(UsageError, match=r"--out .* is a folder; give a file, for example .*report.html"):
+    with pytest.raises(UsageError, match=r" is a folder; give a file, for example .*report.html"):
         show(exported, tmp_path)
 
 
-def test_progress_counts_latents(tmp_path):
+def test_progress_counts_latents(make_info, tmp_path):
     steps = []
-    page(write(tmp_path / "latents", 4, {(4, 4): 9}), samples=5, on_progress=lambda *step: steps.append(step))
+    page(write(make_info, tmp_path / "latents", 4, {(4, 4): 9}), samples=5, on_progress=lambda *step: steps.append(step))
     assert steps == [(n, 5) for n in range(1, 6)]

@@ -131,7 +131,7 @@ def pack(
             journal.abandon()
             raise UsageError(
                 f"none of the {found} images in {src} can be used (first: {first_reason}); captions come from a .txt "
-                "beside each image or from --captions FILE"
+                "beside each image, or from a table of captions"
             )
         counts = {"found": found, "quarantined": found - packed, "captioned": packed, "enlarged": journal.enlarged}
         extra = {"image_size": size, "resize": preparation.resize, "source": "pack"} | counts

@@ -63,7 +63,7 @@ class Preparation:
 
     def checked(self) -> Preparation:
         """The same, with the default ``resize`` filled in. Raises :class:`UsageError` for invalid values."""
-        sizes = (("size", self.size, MAX_SIZE), ("min-size", self.min_size, MAX_SIZE), ("quality", self.quality, 100))
+        sizes = (("size", self.size, MAX_SIZE), ("min_size", self.min_size, MAX_SIZE), ("quality", self.quality, 100))
         for name, value, most in sizes:
             if value is not None and not 1 <= value <= most:
                 raise UsageError(f"{name} must be 1 to {most}, not {value}")
@@ -71,7 +71,7 @@ class Preparation:
             if value not in values:
                 raise UsageError(f"{name} must be one of {', '.join(values)}, not {value}")
         if self.resize not in (None, "none") and self.size is None:
-            raise UsageError(f"resize {self.resize} needs a size in pixels; give --size")
+            raise UsageError(f"resize {self.resize} needs a size in pixels; give one")
         if self.resize == "none" and self.size is not None:
             raise UsageError(f"resize none leaves images as they are, but size is {self.size}; give one of the two")
         self.colour()

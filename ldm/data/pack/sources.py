@@ -267,7 +267,7 @@ def open_pack_source(
     if (src / "dataset_dict.json").is_file() or ((src / "state.json").is_file() and (src / "dataset_info.json").is_file()):
         return DatasetSource(src, image_column, caption_columns)
     if image_column or caption_columns:
-        raise UsageError(f"columns are named, but {src} is a folder of images; give the table they are in with --captions")
+        raise UsageError(f"columns are named, but {src} is a folder of images; give the table that has them as captions")
     return FolderSource(src)
 
 
@@ -321,7 +321,7 @@ def _choose(asked: Sequence[str], usual: Sequence[str], columns: Sequence[str], 
     if lacking or not chosen:
         raise UsageError(
             f"{where} lacks the column {' and '.join(lacking) or ' or '.join(usual)} (found: {', '.join(columns)}); "
-            f"name the right one with --{what}-column"
+            f"give the right one as {what}_column{'s' * (what == 'caption')}"
         )
     return chosen
 

@@ -49,7 +49,7 @@ def _require_columns(path: Path, wanted: list[str], columns: Sequence[str], wher
     if lacking:
         raise UsageError(
             f"{path}{where} lacks the column {' and '.join(lacking)} (found: {', '.join(map(str, columns)) or 'none'}); "
-            "name the right ones with --image-column and --caption-columns"
+            "give the right names as image_column and caption_columns"
         )
 
 

@@ -221,10 +221,10 @@ def test_captions_that_cannot_be_stored_are_a_reason(captions, words):
     [
         ({"size": 0}, "size must be 1 to"),
         ({"size": 10**6}, "size must be 1 to"),
-        ({"min_size": 0}, "min-size must be 1 to"),
+        ({"min_size": 0}, "min_size must be 1 to"),
         ({"quality": 101}, "quality must be 1 to 100"),
         ({"resize": "longer", "size": 8}, "resize must be one of square, shorter, none"),
-        ({"resize": "square"}, "give --size"),
+        ({"resize": "square"}, "needs a size in pixels"),
         ({"resize": "none", "size": 8}, "give one of the two"),
         ({"format": "gif"}, "format must be one of"),
         ({"background": "mauve-ish"}, "background must be"),

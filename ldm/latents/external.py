@@ -1,15 +1,15 @@
-"""Reading latents that other tools computed. What they leave behind, as their code writes it:
+"""Read latents that other codebases computed. Their formats:
 
-- LightningDiT (arXiv 2501.01423): ``*.safetensors`` with ``latents`` (N, C, h, w), drawn from the posterior and not normalised
-  (that is done when they are read), ``latents_flip`` of the mirrored images, ``labels`` (N,). A file gives each class its
-  caption. ``latents_stats.pt`` beside them is not needed: the statistics are measured anew, over all latents.
-- One ``.npy`` or ``.pt`` for each image: a latent (C, h, w), perhaps times the autoencoder's scaling factor (fast-DiT,
+- LightningDiT (arXiv 2501.01423): ``*.safetensors`` with ``latents`` (N, C, h, w), sampled from the posterior and not
+  normalised, ``latents_flip`` of the mirrored images, and ``labels`` (N,). A separate file has a caption for each class.
+  ``latents_stats.pt`` is ignored: the statistics are computed again, over all latents.
+- One ``.npy`` or ``.pt`` per image: a latent (C, h, w), perhaps multiplied by the autoencoder's scaling factor (fast-DiT,
   diffusers' scripts); means and log-variances (2C, h, w), diffusers' ``latent_dist.parameters`` (MAR, arXiv 2406.11838); or
   means and standard deviations (2C, h, w) (PixArt-alpha, arXiv 2310.00426; REPA, arXiv 2410.06940). A first axis of 1 is
-  dropped. A ``.pt`` may hold a dict instead: ``latent``, ``latents`` or ``moments``, and the same of the mirrored image by
-  that name with ``_flip`` or ``_flipped``. Captions come from a ``.txt`` of the same name, or from a table.
+  dropped. A ``.pt`` may hold a dict instead, with ``latent``, ``latents`` or ``moments``, and the mirrored image's under that
+  name with ``_flip`` or ``_flipped``. Captions come from a ``.txt`` of the same name, or from a table.
 
-Nothing that could run code is loaded: no pickled arrays, and of ``.pt`` files tensors in plain containers alone.
+Nothing that could run code is loaded: no pickled arrays, and from ``.pt`` files only tensors in plain containers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ldm.data.quarantine import BadSample
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import read_json
 
-# one image's, and what it may unpack to
+# limit of a file of one image, packed and unpacked
 MAX_FILE_BYTES = 2**28
 
 _SUFFIXES = (".npy", ".pt")
@@ -46,8 +46,8 @@ _FLIPS = ("_flip", "_flipped")
 _READERS = 4
 
 
-class ForeignImage(NamedTuple):
-    """One image as it was found; ``file`` is where, for people.
+class ExternalLatent(NamedTuple):
+    """One image's latent as found; ``file`` is for messages.
 
     ``latent`` and, where there is one, that of the mirrored image (``flip``): (C, h, w) or (2C, h, w), float32, finite.
     """
@@ -59,8 +59,8 @@ class ForeignImage(NamedTuple):
     flip: Tensor | None
 
 
-class Foreign(ABC):
-    """Latents of another tool: how many images, and each of them or why it cannot be used."""
+class ExternalSource(ABC):
+    """Latents of another codebase: ``found`` is the number of images; each is a latent, or the reason it cannot be used."""
 
     found: int
 
@@ -68,7 +68,7 @@ class Foreign(ABC):
         self.src, self.channels = src, channels
 
     @abstractmethod
-    def images(self, step: int = 1) -> Iterator[ForeignImage | BadSample]:
+    def images(self, step: int = 1) -> Iterator[ExternalLatent | BadSample]:
         """Every ``step``-th image, lazily, always in the same order."""
 
     def bad(self, file: str, reason: DecodeError) -> BadSample:
@@ -76,21 +76,21 @@ class Foreign(ABC):
         return BadSample(str(self.src), file, str(reason))
 
 
-class LightningFolder(Foreign):
-    """Safetensors of many latents each, with class labels."""
+class LightningDiTFolder(ExternalSource):
+    """Safetensors files of many latents each, with class labels."""
 
     def __init__(self, src: Path, channels: int, paths: Sequence[Path], captions: str | os.PathLike | None):
         super().__init__(src, channels)
         if captions is None:
             raise UsageError(
-                f"{src} holds class labels, not captions; give --captions FILE (.txt or .json) with the caption of each class"
+                f"{src} holds class labels, not captions; give captions: a .txt or .json with the caption of each class"
             )
         self.captions_file, self.captions = captions, read_class_captions(captions)
         self.counts = {path: self._count(path) for path in paths}
         self.found = sum(self.counts.values())
 
     def _count(self, path: Path) -> int:
-        """How many latents there are. Raises where the file as a whole cannot be used: what is lost could not be counted."""
+        """The number of latents. Raises where the file as a whole cannot be used: the loss could not be counted."""
         try:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -103,19 +103,19 @@ class LightningFolder(Foreign):
                 labels = file.get_tensor("labels")
                 flip = file.get_slice("latents_flip").get_shape() if "latents_flip" in names else shape
         except (SafetensorError, OSError) as error:
-            raise LdmError(f"{path} cannot be read ({first_line(error)}); restore it, or move it away") from None
+            raise LdmError(f"{path} cannot be read ({first_line(error)}); restore it, or remove it") from None
         if len(shape) != 4 or flip != shape or labels.shape != (shape[0],) or labels.is_floating_point():
             raise UsageError(
-                f"{path}: latents {shape}, latents_flip {flip} and labels {list(labels.shape)} ({labels.dtype}) do not go "
-                "together; latents are (N, C, h, w), labels N whole numbers"
+                f"{path}: latents {shape}, latents_flip {flip} and labels {list(labels.shape)} ({labels.dtype}) do not match; "
+                "latents are (N, C, h, w), labels N integers"
             )
         if shape[1] not in (self.channels, 2 * self.channels):
             raise UsageError(
-                f"{path} has latents of {shape[1]} channels, the autoencoder {self.channels}; name that which made them"
+                f"{path} has latents of {shape[1]} channels, the autoencoder {self.channels}; give the one that encoded them"
             )
         return shape[0]
 
-    def images(self, step: int = 1) -> Iterator[ForeignImage | BadSample]:
+    def images(self, step: int = 1) -> Iterator[ExternalLatent | BadSample]:
         before = 0
         for path, count in self.counts.items():
             with safe_open(path, framework="pt") as file:
@@ -129,33 +129,33 @@ class LightningFolder(Foreign):
                             raise DecodeError(f"has label {labels[row]}, for which {self.captions_file} holds no caption")
                         latent = _checked(latents[row : row + 1], self.channels)
                         flip = None if flips is None else _checked(flips[row : row + 1], self.channels)
-                        yield ForeignImage(file_and_row, f"{path.stem}/{row:06d}", [caption], latent, flip)
+                        yield ExternalLatent(file_and_row, f"{path.stem}/{row:06d}", [caption], latent, flip)
                     except DecodeError as error:
                         yield self.bad(file_and_row, error)
             before += count
 
 
-class FileFolder(Foreign):
-    """A file for each image."""
+class FilePerImageFolder(ExternalSource):
+    """One file per image."""
 
     def __init__(self, src: Path, channels: int, table: str | os.PathLike | None):
         super().__init__(src, channels)
         self.table = None if table is None else TableSource(src, Path(table), "file", ("caption",))
-        # a table is proven to name files that are there, each once
+        # a table is checked to name existing files, each once
         self.found = sum(1 for _ in (self._items() if self.table is None else self.table.checked_items()))
         if not self.found:
-            raise UsageError(f"{src} holds neither *.safetensors nor .npy or .pt files; give the folder that holds the latents")
+            raise UsageError(f"{src} holds neither *.safetensors nor .npy or .pt files; give the folder of the latents")
 
     def _items(self) -> Iterator[Item]:
         if self.table is not None:
             return self.table.items()
         return (Item(file) for file in sorted_files(self.src) if file.lower().endswith(_SUFFIXES))
 
-    def images(self, step: int = 1) -> Iterator[ForeignImage | BadSample]:
+    def images(self, step: int = 1) -> Iterator[ExternalLatent | BadSample]:
         items = islice(self._items(), 0, None, step)
         return (image for _, image in parallel_map(self._load, items, _READERS))
 
-    def _load(self, item: Item) -> ForeignImage | BadSample:
+    def _load(self, item: Item) -> ExternalLatent | BadSample:
         file = printable(item.key)
         try:
             path = self.src / item.key
@@ -168,13 +168,13 @@ class FileFolder(Foreign):
             flip = None if flip is None else _checked(flip, self.channels)
             if flip is not None and flip.shape != latent.shape:
                 raise DecodeError(f"has shapes {list(latent.shape)} and, mirrored, {list(flip.shape)}")
-            return ForeignImage(file, os.path.splitext(file)[0], captions, latent, flip)
+            return ExternalLatent(file, os.path.splitext(file)[0], captions, latent, flip)
         except DecodeError as error:
             return self.bad(file, error)
 
 
 def read_class_captions(path: str | os.PathLike) -> dict[int, str]:
-    """Captions by class, from a ``.json`` (a list, or an object with the numbers as keys) or a text with a line for each."""
+    """Captions by class, from a ``.json`` (a list, or an object keyed by class number) or a text file, a line per class."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"caption file {path} does not exist; give a .txt or .json with the caption of each class")
@@ -191,7 +191,7 @@ def read_class_captions(path: str | os.PathLike) -> dict[int, str]:
 def _caption_beside(path: Path) -> Sequence[str]:
     text = path.with_suffix(".txt")
     if not text.is_file():
-        raise DecodeError("has no caption: no .txt of the same name beside it; or give --captions TABLE")
+        raise DecodeError("has no caption: no .txt of the same name beside it, and no table of captions")
     try:
         with open(text, "rb") as file:
             return [decode_text(file.read(MAX_TEXT_BYTES + 1))]
@@ -200,11 +200,11 @@ def _caption_beside(path: Path) -> Sequence[str]:
 
 
 def read_latent(path: Path) -> tuple[Tensor, Tensor | None]:
-    """What a ``.npy`` or ``.pt`` holds of an image and of its mirror image.
+    """The latents of an image and of its mirror image in a ``.npy`` or ``.pt``. Runs no code from the file.
 
-    Raises :class:`DecodeError` for anything but a tensor, or a dict with one by a usual name. Runs no code from the file.
+    Raises :class:`DecodeError` for anything but a tensor, or a dict with a tensor under a known name.
     """
-    if not path.is_file():  # opening a named pipe would wait for ever
+    if not path.is_file():  # opening a named pipe would block
         raise DecodeError("is not a regular file")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise DecodeError(f"has {size} bytes, the limit is {MAX_FILE_BYTES}")
@@ -215,7 +215,7 @@ def read_latent(path: Path) -> tuple[Tensor, Tensor | None]:
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
         what = f"needs {match[1]}" if match else first_line(error)
-        raise DecodeError(f"holds more than tensors ({what}), which was not run; save the tensor alone") from None
+        raise DecodeError(f"holds more than tensors ({what}), which was not run; save only the tensor") from None
     # broken bytes raise RuntimeError, EOFError, KeyError, struct.error, BadZipFile and more from torch
     except Exception as error:
         raise DecodeError(f"cannot be read ({first_line(error)})") from None
@@ -228,7 +228,7 @@ def read_latent(path: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def _read_npy(path: Path) -> Tensor:
-    # mapped: a header that promises more than there is allocates nothing
+    # memory-mapped: a header that declares more than the file holds allocates nothing
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise DecodeError(f"holds no array of floats ({getattr(array, 'dtype', type(array).__name__)})")
@@ -244,7 +244,7 @@ def _read_pt(path: Path) -> Any:
 
 
 def _checked(latent: Any, channels: int) -> Tensor:
-    """As float32 (C, h, w) or (2C, h, w). Raises :class:`DecodeError` for what is no such thing."""
+    """The latent as float32 (C, h, w) or (2C, h, w). Raises :class:`DecodeError` for anything else."""
     if not isinstance(latent, Tensor) or latent.layout != torch.strided or latent.is_meta or not latent.is_floating_point():
         raise DecodeError(f"holds no tensor of floats ({getattr(latent, 'dtype', type(latent).__name__)})")
     if latent.numel() * 4 > MAX_FILE_BYTES:  # a view may be larger than its file
