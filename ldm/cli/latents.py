@@ -30,9 +30,7 @@ def add(commands: Commands) -> None:
     export.add_argument("--shards", required=True, help="folder of image shards")
     export.add_argument("--out", required=True, help="a new folder, or that of an interrupted export with the same settings")
     add_text_encoder(export)
-    export.add_argument(
-        "--image-size", type=int, help="crop and resize to this side in pixels (default: keep the size)"
-    )
+    export.add_argument("--image-size", type=int, help="crop and resize to this side in pixels (default: keep the size)")
     export.add_argument("--mode", action="store_true", help="store the posterior's mode only, without the standard deviation")
     export.add_argument("--flip", action="store_true", help="also store the latents of mirrored images")
     export.add_argument("--captions", choices=["first", "all"], default="first", help="of each image (default: first)")

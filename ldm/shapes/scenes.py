@@ -1,19 +1,18 @@
-"""The built-in captioned data set: coloured shapes on plain backgrounds, drawn on the spot.
+"""The built-in captioned data set: rendered coloured shapes on plain backgrounds.
 
-It exists so that the whole path, from images to images from words, can run anywhere without a download, and so
-that "does the model do what the words say" has a number: every caption names attributes that
-:mod:`ldm.shapes.scorer` reads back from pixels alone.
+With it the whole pipeline runs anywhere without a download, and prompt accuracy can be measured: every caption names
+attributes that :mod:`ldm.shapes.scorer` reads back from pixels alone.
 
 Two presets, by the number of objects in a scene::
 
     one   a small red ring at the left on a black background
     two   a large blue star above a small pink heart on a white background
 
-One (colour, shape) pair in eight is never drawn unless ``held_out=True`` asks for just those (see
-:func:`is_held_out`), so that a model can be asked for combinations of words that it never saw together.
+One (colour, shape) pair in eight is held out of training sets (see :func:`is_held_out`; ``held_out=True`` renders just those),
+so that a model can be tested on combinations of words that it never saw together.
 
-Coordinates: x to the right, y downwards, both in fractions of the image's side, (0, 0) the top left corner.
-An object's radius is half the side of the box that it roughly fills, in the same unit.
+Coordinates: x to the right, y downwards, in fractions of the image's side from the top left corner. An object's radius is
+half the side of the box that it roughly fills, in the same unit.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from PIL import Image, ImageDraw
 
 from ldm.errors import UsageError
 
-# Any two colours, and any colour and background, lie at least 90 apart in RGB: a washed-out blue is still no purple.
+# Any two colours, and any colour and background, are at least 90 apart in RGB: a pale blue is not mistaken for purple.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 35, 35),
     "green": (30, 160, 50),
@@ -55,7 +54,7 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom": (0.5, 0.74),
     "center": (0.5, 0.5),
 }
-# Where the first object stands; the second stands at the point mirrored through the middle.
+# Position of the first object; that of the second is mirrored through the centre.
 RELATIONS: dict[str, tuple[float, float]] = {
     "left of": (0.25, 0.5),
     "right of": (0.75, 0.5),
@@ -65,20 +64,19 @@ RELATIONS: dict[str, tuple[float, float]] = {
 PRESETS = ("one", "two")
 SIZE_RANGE = (32, 256)
 
-# Jitter, in fractions: of the radius, and of the side. Small objects have room to move further; the axis of a
-# relation leaves less room than the line across it. With these no object leaves the image or touches the other,
-# and sizes and places keep a clear gap between them.
+# Jitter as fractions of the radius and of the side. Small objects may move further; there is less room along the axis of a
+# relation than across it. No object leaves the image or touches the other, and sizes and places remain distinct.
 _RADIUS_JITTER = 0.04
 _PLACE_JITTER = {"small": 0.05, "large": 0.02}
 _ALONG_JITTER = {"small": 0.05, "large": 0.005}
 _ACROSS_JITTER = 0.08
-# PIL rounds outlines to whole pixels, so they are drawn on a canvas of about this many pixels a side, then reduced.
-_CANVAS = 512
+# PIL rounds outlines to whole pixels, so they are rendered at about this many pixels a side, then reduced.
+_RENDER_SIZE = 512
 
 
 @dataclass(frozen=True)
 class Object:
-    """One thing in a scene: keys of :data:`RADII`, :data:`COLOURS` and a member of :data:`SHAPES`."""
+    """An object in a scene: keys of :data:`RADII`, :data:`COLOURS` and a member of :data:`SHAPES`."""
 
     size: str
     colour: str
@@ -90,7 +88,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one object and its place, or two and the relation of the first to the second.
+    """The content of a caption: one object and its place, or two and the relation of the first to the second.
 
     ``where`` is a key of :data:`PLACES` (one object) or of :data:`RELATIONS` (two objects).
     """
@@ -106,7 +104,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The scene in words; :func:`parse_caption` takes it back."""
+        """The caption; :func:`parse_caption` is the inverse."""
         first = self.objects[0]
         if self.preset == "one":
             return f"a {first} at the {self.where} on a {self.background} background"
@@ -114,7 +112,7 @@ class Scene:
 
 
 class ShapeSample(NamedTuple):
-    """A drawn image with its name in a shard and its caption."""
+    """A rendered image with its key in a shard and its caption."""
 
     key: str
     image: np.ndarray  # (S, S, 3) uint8
@@ -146,7 +144,7 @@ def parse_caption(text: str) -> Scene:
     if match := _GRAMMAR["two"].fullmatch(words):
         *first, relation, size, colour, shape, background = match.groups()
         scene = Scene(background, (Object(*first), Object(size, colour, shape)), relation)
-        if _may_stand_together(*scene.objects):
+        if _may_occur_together(*scene.objects):
             return scene
         raise UsageError(f"caption {words!r}: the two objects must differ in colour or shape")
     raise UsageError(
@@ -157,21 +155,21 @@ def parse_caption(text: str) -> Scene:
 
 
 def is_held_out(colour: str, shape: str) -> bool:
-    """Whether training images never show this pair: one shape for every colour, another for each.
+    """Whether training images never show this pair: one shape per colour.
 
-    3 is odd, so colour => 3·colour + 1 (mod 8) is a permutation: every colour and every shape loses exactly one
-    partner and is still seen with the seven others.
+    3 is odd, so colour => 3·colour + 1 (mod 8) is a permutation: every colour and every shape is held out with exactly one
+    partner and seen with the other seven.
     """
     return SHAPES.index(shape) == (3 * list(COLOURS).index(colour) + 1) % len(SHAPES)
 
 
 def _pairs(held_out: bool) -> list[tuple[str, str]]:
-    """The (colour, shape) pairs that may be drawn: 56 for training, or the 8 that are held out."""
+    """The (colour, shape) pairs: 56 for training, or the 8 that are held out."""
     return [pair for pair in itertools.product(COLOURS, SHAPES) if is_held_out(*pair) == held_out]
 
 
-def _may_stand_together(first: Object, second: Object) -> bool:
-    """Two objects of one colour and shape would make the caption's order unreadable where sizes are hard to tell."""
+def _may_occur_together(first: Object, second: Object) -> bool:
+    """Two objects of the same colour and shape would be ambiguous where sizes are hard to distinguish."""
     return (first.colour, first.shape) != (second.colour, second.shape)
 
 
@@ -188,7 +186,7 @@ def all_scenes(preset: str, held_out: bool = False) -> Iterator[Scene]:
             yield Scene(background, (thing,), place)
     else:
         for first, second in itertools.product(objects, objects):
-            if _may_stand_together(first, second):
+            if _may_occur_together(first, second):
                 for relation, background in itertools.product(RELATIONS, BACKGROUNDS):
                     yield Scene(background, (first, second), relation)
 
@@ -214,11 +212,11 @@ def _unit_outlines() -> dict[str, np.ndarray]:
     heart_y = -(13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)) / 16
     heart = np.stack([np.sin(angle) ** 3, heart_y - (heart_y.max() + heart_y.min()) / 2], axis=1)
     tips = np.arange(10) * np.pi / 5
-    reach = np.where(np.arange(10) % 2 == 0, 1.05, 0.46)  # arms thick enough to survive at 32 px
+    reach = np.where(np.arange(10) % 2 == 0, 1.05, 0.46)  # arms thick enough for 32 px
     star = np.stack([np.sin(tips) * reach, -np.cos(tips) * reach + 0.1], axis=1)
     arm = 0.36
     quarter = np.array([(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)])  # and its mirror image
-    # sides chosen for a like visual weight, not a like box
+    # sides chosen for similar visual weight, not similar boxes
     return {
         "circle": circle,
         "square": 0.87 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
@@ -237,22 +235,22 @@ _RING_HOLE = 0.48  # of the radius: at 32 px the smallest ring still has a band 
 
 def coverage(shape: str, size: int, x: float, y: float, radius: float) -> np.ndarray:
     """How much of each pixel a shape covers, 0 to 1; (size, size) float32. ``x, y, radius`` in fractions."""
-    finer = max(4, _CANVAS // size)
-    canvas = Image.new("L", (size * finer, size * finer))
-    brush = ImageDraw.Draw(canvas)
+    finer = max(4, _RENDER_SIZE // size)
+    mask = Image.new("L", (size * finer, size * finer))
+    draw = ImageDraw.Draw(mask)
 
     def fill(outline: np.ndarray, value: int) -> None:
-        corners = (np.array([x, y]) + radius * outline) * canvas.width - 0.5  # PIL counts from pixel centres
-        brush.polygon(corners.ravel().tolist(), fill=value)
+        corners = (np.array([x, y]) + radius * outline) * mask.width - 0.5  # PIL counts from pixel centres
+        draw.polygon(corners.ravel().tolist(), fill=value)
 
     fill(_OUTLINES[shape], 255)
     if shape == "ring":
         fill(_RING_HOLE * _OUTLINES["circle"], 0)
-    return np.asarray(canvas.reduce(finer), dtype=np.float32) / 255
+    return np.asarray(mask.reduce(finer), dtype=np.float32) / 255
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene, antialiased, with places and radii jittered from ``rng``; (size, size, 3) uint8.
+    """Render a scene, antialiased, with places and radii jittered by ``rng``; (size, size, 3) uint8.
 
     Raises:
         UsageError: ``size`` (pixels) is outside :data:`SIZE_RANGE`.
@@ -273,11 +271,11 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def generate(count: int, size: int, seed: int, preset: str = "one", held_out: bool = False) -> Iterator[ShapeSample]:
-    """Draw ``count`` captioned images of ``size`` pixels a side.
+    """Render ``count`` captioned images of ``size`` pixels a side.
 
-    ShapeSample ``i`` depends on ``seed``, ``i``, ``preset``, ``size`` and ``held_out`` and on nothing else, so a larger
-    set begins with the smaller one. Preset ``one`` goes through all its scenes in a shuffled order before it
-    repeats any; preset ``two`` has too many for that and draws them at random.
+    Sample ``i`` depends only on ``seed``, ``i``, ``preset``, ``size`` and ``held_out``, so a larger set begins with the smaller
+    one. Preset ``one`` shows all its scenes in shuffled order before it repeats any; preset ``two`` has too many for that and
+    samples them at random.
 
     Raises:
         UsageError: an argument is out of range (raised by the call, before the first image is asked for).
@@ -298,7 +296,7 @@ def _generate(count: int, size: int, seed: int, preset: str, held_out: bool) -> 
         if scenes:
             epoch, position = divmod(index, len(scenes))
             if position == 0:
-                # a longer list of seed words than the samples have: never the stream of some sample
+                # more seed words than a sample has: a stream of its own
                 order = np.random.default_rng([seed, epoch, *variant, 1]).permutation(len(scenes))
             scene = scenes[order[position]]
         else:
@@ -307,16 +305,16 @@ def _generate(count: int, size: int, seed: int, preset: str, held_out: bool) -> 
 
 
 def seen_prompts(preset: str, count: int, seed: int = 0) -> list[str]:
-    """``count`` captions of scenes of the kind that is trained on."""
+    """``count`` captions of training scenes."""
     check_preset(preset)
     rng = np.random.default_rng([seed, 1])
     return [random_scene(rng, preset).caption for _ in range(count)]
 
 
 def held_out_prompts(preset: str, count: int, seed: int = 0) -> list[str]:
-    """``count`` captions of held-out scenes, no two alike while there are enough of them.
+    """``count`` captions of held-out scenes, without repetition while there are enough of them.
 
-    Every run of eight holds each held-out pair once (as the first object), so each colour and each shape too.
+    Every eight in a row have each held-out pair once (as the first object), and so each colour and each shape.
     """
     if count < 0 or seed < 0:
         raise UsageError(f"count and seed must not be negative, got count={count}, seed={seed}")

@@ -1,9 +1,9 @@
-"""Reads a scene of :mod:`ldm.shapes.scenes` back from pixels alone, and scores images against their captions.
+"""Read a scene of :mod:`ldm.shapes.scenes` back from pixels, and score images against their captions.
 
-The reader is written for images that a model made: slightly blurred, slightly noisy, or wrong. It finds the
-background from the border, takes "how far along the way from background to object colour" as soft coverage, brings
-that mask to a standard frame by its moments, and correlates it there with drawn examples of every shape. What does
-not look like a scene at all is read as None rather than guessed at.
+It is written for generated images: slightly blurred, slightly noisy, or wrong. The background is the median of the border.
+Projecting each pixel onto the line from background to object colour gives a soft mask, which is normalised in position and
+scale by its moments and correlated with rendered templates of every shape. An image that does not look like a scene is read as
+None rather than guessed.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _COLOUR_NAMES, _COLOUR_VALUES = list(COLOURS), np.array(list(COLOURS.values()), 
 _BACKGROUND_NAMES, _BACKGROUND_VALUES = list(BACKGROUNDS), np.array(list(BACKGROUNDS.values()), np.float32)  # (4, 3)
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-_FRAME = 20  # points a side of the standard frame
-_FRAME_REACH = 1.7  # half its side in units of the mask's spread; a heart's lobes and a star's tips lie within
+_FRAME = 20  # points a side of the normalised frame
+_FRAME_REACH = 1.7  # half its side in units of the mask's spread; includes a heart's lobes and a star's tips
 _READING_SIZE = 64  # pixels a side; larger images are reduced to between this and twice as many
-# Beyond these an image is not read. Drawn images with blur and noise stay clear of them (tests/shapes/test_scenes.py).
+# Limits beyond which an image is unreadable; rendered images with blur and noise stay well within (tests/shapes).
 _MAX_COLOUR_ERROR = 75.0  # RGB distance to the nearest palette colour
-_MIN_MATCH = 0.9  # correlation with the best-matching shape; drawn ones reach 0.95 at 64 px in heavy noise
-_MAX_STRAY = 0.12  # what lies too far off to belong to one object, or has another colour, as a share of the object
-_REACH = 1.5 * RADII["large"]  # no part of an object is further from its middle, in fractions of the side
-_MAX_PLACE_ERROR = 0.16  # from the nearest place, in fractions of the side; drawn objects stay within 0.08
-_MIN_AREA = 0.006  # of the image; the smallest drawn object covers 0.02
-_MASK_FLOOR = 0.15  # coverage below is taken for noise, above 1 - it for full
+_MIN_MATCH = 0.9  # correlation with the best-matching shape; rendered ones reach 0.95 at 64 px in heavy noise
+_MAX_STRAY = 0.12  # pixels too far off to belong to one object, or of another colour, as a share of the object
+_REACH = 1.5 * RADII["large"]  # the furthest that a part of an object is from its centroid, in fractions of the side
+_MAX_PLACE_ERROR = 0.16  # from the nearest place, in fractions of the side; rendered objects stay within 0.08
+_MIN_AREA = 0.006  # of the image; the smallest rendered object covers 0.02
+_MASK_FLOOR = 0.15  # coverage below counts as 0, above 1 - it as 1
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """An object read from pixels: its words, and its centre in fractions of the side."""
+    """An object read from pixels, and its centre in fractions of the side."""
 
     thing: Object
     center: np.ndarray  # (2,) x, y
@@ -66,11 +66,11 @@ def read_scene(image: np.ndarray, preset: str) -> Scene | None:
         preset: ``one`` or ``two``: how many objects to look for.
 
     Returns:
-        The scene, or None where the background, a colour, a shape, a size, the place or the relation is none of ours,
+        The scene, or None where the background, a colour, a shape, a size, the place or the relation is not in the data set,
         or the number of objects differs.
     """
     check_preset(preset)
-    if (factor := len(image) // _READING_SIZE) > 1:  # detail beyond that tells nothing more and takes longer
+    if (factor := len(image) // _READING_SIZE) > 1:  # more detail takes longer and helps nothing
         image = np.asarray(Image.fromarray(image).reduce(factor))
     pixels = image.astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])  # (4S-4, 3)
@@ -96,19 +96,18 @@ def read_scene(image: np.ndarray, preset: str) -> Scene | None:
     if near is None or far is None:
         return None
     apart = np.abs(far.center - near.center)  # (2,)
-    if apart[axis] < 1.5 * apart[1 - axis]:  # on a diagonal: no relation of ours
+    if apart[axis] < 1.5 * apart[1 - axis]:  # on a diagonal: no known relation
         return None
     return Scene(_BACKGROUND_NAMES[background], (near.thing, far.thing), ("left of", "above")[axis])
 
 
 def score(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str]) -> dict[str, float]:
-    """How much of what the captions say the images show, each number a share of 0 to 1.
+    """Attribute accuracy and prompt accuracy of images, each from 0 to 1.
 
     ``background``, ``colour``, ``shape``, ``size`` (over all objects), ``place`` (one object) or ``relation`` (two);
-    ``prompt_accuracy``: images with all of these right; ``readable``: images that show a scene at all. An image
-    that cannot be read has every attribute wrong. With two objects, the read ones are matched to the caption's in
-    the order that agrees best, and the relation is judged in that order, so that "above" with the two objects
-    exchanged counts as a wrong relation and not as two wrong objects.
+    ``prompt_accuracy``: images with all of these right; ``readable``: images that show a scene at all. In an unreadable image
+    every attribute is wrong. With two objects, those read are matched to the caption's in the order that agrees best, and the
+    relation is evaluated in that order, so that exchanged objects count as a wrong relation and not as two wrong objects.
 
     Args:
         images: N images, (S, S, 3) uint8 each.
@@ -132,7 +131,7 @@ def score(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str]) ->
 
 
 def _compare(asked: Scene, read: Scene | None) -> dict[str, float]:
-    """Each attribute of ``asked``: the share of it that ``read`` has right."""
+    """The accuracy of each attribute of ``asked`` in ``read``."""
     where = "place" if asked.preset == "one" else "relation"
     if read is None:
         return dict.fromkeys(("background", "colour", "shape", "size", where), 0.0)
@@ -158,7 +157,7 @@ def _nearest(value: np.ndarray, palette: np.ndarray) -> int | None:
 
 
 def _divide(pixels: np.ndarray) -> tuple[int, int]:
-    """Where to cut an image of two objects: the axis (0: x, 1: y) they lie along and the row or column between."""
+    """How to split an image of two objects: the axis (0: x, 1: y) they are along, and the row or column between them."""
     mask = np.clip((np.linalg.norm(pixels, axis=2) - 40) / 50, 0, 1)  # (S, S), whatever the objects' colours
     size = len(mask)
     profiles = mask.sum(axis=0), mask.sum(axis=1)
@@ -169,7 +168,7 @@ def _divide(pixels: np.ndarray) -> tuple[int, int]:
         mean = (profile @ position) / total
         spread.append((profile @ (position - mean) ** 2) / total)
     axis = int(spread[1] > spread[0])
-    # the emptiest line of the middle fifth; where several are empty, the one nearest to the middle
+    # the emptiest line of the middle fifth; among equals, the one nearest to the middle
     middle = np.arange(round(0.4 * size), round(0.6 * size) + 1)
     emptiness = profiles[axis][middle] + 0.01 * np.abs(middle - size / 2)
     return axis, int(middle[emptiness.argmin()])
@@ -179,7 +178,8 @@ def _read_object(pixels: np.ndarray, ground: np.ndarray) -> _Found | None:
     """The one object in ``pixels`` (S, S, 3), differences from the background colour ``ground``."""
     size = len(pixels)
     strength = np.linalg.norm(pixels, axis=2)  # (S, S)
-    # The strongest pixels (fewer than the smallest object has) give a first colour, all fully covered ones the second.
+    # The strongest pixels (fewer than the smallest object has) give a first estimate of the colour, which selects all fully
+    # covered ones for the second.
     count = max(4, round(_MIN_AREA * size * size))
     strongest = np.argpartition(strength, -count, axis=None)[-count:]
     colour = np.median(pixels.reshape(-1, 3)[strongest], axis=0)  # (3,)
@@ -192,7 +192,7 @@ def _read_object(pixels: np.ndarray, ground: np.ndarray) -> _Found | None:
     colour_index = _nearest(colour + ground, _COLOUR_VALUES)
     if colour_index is None:
         return None
-    # An image of one object is a mix of two colours everywhere; another colour means that there is more to it.
+    # Every pixel of an image of one object mixes two colours; another colour means another object.
     mixed = np.clip(raw, 0, 1.2)[..., None] * colour
     alien = int((np.linalg.norm(pixels - mixed, axis=2) > _MAX_COLOUR_ERROR).sum())
     mask = np.clip((raw - _MASK_FLOOR) / (1 - 2 * _MASK_FLOOR), 0, 1)
@@ -207,7 +207,7 @@ def _read_object(pixels: np.ndarray, ground: np.ndarray) -> _Found | None:
     if match[best] < _MIN_MATCH:
         return None
     shape = SHAPES[templates.shapes[best]]
-    # Area tells the radius, given the shape; sizes part at the geometric mean of the two.
+    # Shape and area give the radius; the threshold between sizes is their geometric mean.
     radius = np.sqrt(area / _unit_area(shape)[0])
     if not 0.75 * RADII["small"] < radius < 1.3 * RADII["large"]:
         return None
@@ -226,7 +226,7 @@ def _moments(mask: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _drop_stray(mask: np.ndarray) -> np.ndarray | None:
-    """The mask without what lies too far from its middle to belong to one object; None where that is a lot."""
+    """The mask without pixels too far from its centroid to belong to one object; None where these are many."""
     centroid, _ = _moments(mask)
     position = np.arange(len(mask))
     distance = np.hypot(position - centroid[0], position[:, None] - centroid[1])  # (S, S)
@@ -235,7 +235,7 @@ def _drop_stray(mask: np.ndarray) -> np.ndarray | None:
 
 
 def _standard_frame(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bring a mask to where its centroid is 0 and its spread 1, as a vector of mean 0 and length 1.
+    """Normalise a mask to centroid 0 and spread 1, as a vector of mean 0 and length 1.
 
     Also returns the centroid in fractions of the side.
     """
@@ -249,7 +249,7 @@ def _standard_frame(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _interpolation(points: np.ndarray, size: int) -> np.ndarray:
-    """The matrix that reads a line of ``size`` pixels at ``points``, linearly, zero outside; (points, size)."""
+    """The matrix of linear interpolation of ``size`` pixels at ``points``, zero outside; (points, size)."""
     return np.maximum(0, 1 - np.abs(points[:, None] - np.arange(size))).astype(np.float32)
 
 
@@ -261,9 +261,9 @@ class _Templates:
 
 @functools.cache
 def _templates() -> _Templates:
-    """Every shape at several pixel sizes, offsets and blurs, put into the frame as an image's mask would be."""
+    """Every shape at several pixel sizes, offsets and blurs, in the normalised frame."""
     vectors, shapes = [], []
-    # Radii in pixels, from the smallest at 32 px upwards; beyond the last, edges are sharp in the frame anyway.
+    # Radii in pixels, from the smallest at 32 px; beyond the last, edges are sharp in the frame anyway.
     for (index, shape), radius in itertools.product(enumerate(SHAPES), (3.8, 4.6, 6.0, 8.5, 13.0, 20.0)):
         size = 2 * int(2 * radius) + 8
         for x, y in itertools.product((0.0, 0.5), repeat=2):
