@@ -28,11 +28,11 @@ class BadSample(NamedTuple):
         return f"{self.shard}: {self.key} {self.reason}"
 
 
-def too_many_in_a_row(number: int, last: BadSample) -> LdmError:
-    """The error that stops a run."""
+def too_many_in_a_row(number: int, last: BadSample, adjustable: bool = True) -> LdmError:
+    """The error that stops a run; ``adjustable`` as for :class:`Quarantine`."""
     return LdmError(
-        f"{number} samples in a row cannot be used (limit: max_bad_in_a_row), the last one {last}; repair or remove the shard "
-        "(`ldm shards check` names what is wrong)"
+        f"{number} samples in a row cannot be used, the last one {last}; repair or remove the shard (`ldm shards check` names "
+        f"what is wrong){', or raise max_bad_in_a_row' if adjustable else ''}"
     )
 
 
@@ -49,6 +49,7 @@ class Quarantine:
         max_share: float = 0.01,
         max_in_a_row: int = MAX_IN_A_ROW,
         file: str | Path | None = None,
+        adjustable: bool = True,
         quiet: bool = False,
     ):
         """
@@ -57,9 +58,10 @@ class Quarantine:
             max_share: bad samples tolerated, 0 to 1.
             max_in_a_row: consecutive bad samples tolerated.
             file: record of them; appended to.
+            adjustable: whether the user can raise these limits, for messages.
             quiet: log nothing.
         """
-        self.quiet = quiet
+        self.adjustable, self.quiet = adjustable, quiet
         self.samples, self.max_share, self.max_in_a_row = samples, max_share, max_in_a_row
         self.file = None if file is None else Path(file)
         self.known: set[BadSample] = set()
@@ -81,11 +83,12 @@ class Quarantine:
             last = bad[-1]
             # in consecutive positions, or at one position in search of a good sample
             if (in_a_row := max(self._in_a_row, len(bad))) > self.max_in_a_row:
-                raise too_many_in_a_row(in_a_row, last)
+                raise too_many_in_a_row(in_a_row, last, self.adjustable)
             if len(self.known) > self.max_share * self.samples:
                 raise LdmError(
-                    f"{len(self.known)} of {self.samples} samples cannot be used, more than {self.max_share:.2%} (limit: "
-                    f"max_bad_share), the last one {last}; repair or remove them (`ldm shards check --deep` names them all)"
+                    f"{len(self.known)} of {self.samples} samples cannot be used, more than {self.max_share:.2%}, the last one "
+                    f"{last}; repair or remove them (`ldm shards check --deep` names them all)"
+                    f"{', or raise max_bad_share' if self.adjustable else ''}"
                 )
 
     def _record(self, new: list[BadSample]) -> None:

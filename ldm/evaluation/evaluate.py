@@ -126,7 +126,7 @@ def reconstruction_figures(
 
 def _images(dataset: ImageDataset, count: int, batch_size: int) -> Iterator[Tensor]:
     """The first ``count`` images that can be used, uint8 (B, 3, H, W), each batch of one size."""
-    quarantine = Quarantine(count)
+    quarantine = Quarantine(count, adjustable=False)
     for start in range(0, count, batch_size):
         samples = dataset.__getitems__(range(start, min(start + batch_size, count)))
         quarantine.add(sample["bad"] for sample in samples)

@@ -229,9 +229,9 @@ def test_whole_images_are_validated_one_by_one_while_training_is_on_crops(photog
 
 def test_windows_and_whole_images_are_refused_where_they_cannot_be(image_shards, latent_shards):
     refusals = {
-        r"^data.crop is window, but .* holds latents.* set it to centre$": (latent_shards, {"crop": "window", "image_size": 8}),
-        r"^data.validation_whole is True, but .* holds latents.* set it to False$": (latent_shards, {"validation_whole": True}),
-        r"^data.crop window .*; set data.image_size$": (image_shards, {"crop": "window", "validation_whole": True}),
+        r"^crop is window, but .* holds latents.* set it to centre$": (latent_shards, {"crop": "window", "image_size": 8}),
+        r"^validation_whole is True, but .* holds latents.* set it to False$": (latent_shards, {"validation_whole": True}),
+        r"^crop window .*; set image_size$": (image_shards, {"crop": "window", "validation_whole": True}),
     }
     for message, (folder, settings) in refusals.items():
         with pytest.raises(UsageError, match=message):  # "." is no end of line: one line each
@@ -250,9 +250,9 @@ def test_a_mixture_holds_its_weights(tmp_path):
 
 
 def test_kinds_are_not_mixed_and_shares_are_shares(image_shards, latent_shards):
-    with pytest.raises(UsageError, match="mixes image shards and latent shards"):
+    with pytest.raises(UsageError, match="mix image shards and latent shards"):
         ShardDataModule([WeightedSource(str(image_shards)), WeightedSource(str(latent_shards))], str(image_shards)).setup("fit")
-    with pytest.raises(UsageError, match=r"data.caption_dropout is 1.5; give 0 to 1"):
+    with pytest.raises(UsageError, match=r"caption_dropout is 1.5; give 0 to 1"):
         module(image_shards, caption_dropout=1.5)
 
 
@@ -315,19 +315,19 @@ def test_what_was_not_exported_is_refused(tmp_path, latent_shards):
     first = write_latents(tmp_path / "first", info=replace(INFO, flips=False, captions="first"))
     other = write_latents(tmp_path / "other", info=replace(INFO, autoencoder="b" * 64))
     refusals = {
-        rf"^data.flip is 0.5, but {first} holds .* set it to 0, or export them again: ldm latents export --flip$": (
+        rf"^flip is 0.5, but {first} holds .* set it to 0, or export them again: ldm latents export --flip$": (
             first,
             {"flip": 0.5},
         ),
-        rf"^data.caption is random, but {first} holds .* set it to first, .*: ldm latents export --captions all$": (
+        rf"^caption is random, but {first} holds .* set it to first, .*: ldm latents export --captions all$": (
             first,
             {"caption": "random"},
         ),
-        rf"^data.text_encoder is 2, but {first} was exported with 0: minilm, 1: other; give one of these$": (
+        rf"^text_encoder is 2, but {first} was exported with 0: minilm, 1: other; give one of these$": (
             first,
             {"text_encoder": 2},
         ),
-        r"^data.text_encoder is -1, but .*; give one of these$": (first, {"text_encoder": -1}),
+        r"^text_encoder is -1, but .*; give one of these$": (first, {"text_encoder": -1}),
     }
     for message, (folder, settings) in refusals.items():
         with pytest.raises(UsageError, match=message):
@@ -336,7 +336,7 @@ def test_what_was_not_exported_is_refused(tmp_path, latent_shards):
     with pytest.raises(UsageError, match=rf"^{other} has another autoencoder than {latent_shards} "):
         mixed.setup("fit")
     some = ShardDataModule([WeightedSource(str(latent_shards)), WeightedSource(str(first))], str(latent_shards), flip=0.5)
-    with pytest.raises(UsageError, match=rf"^data.flip is 0.5, but {first} holds"):
+    with pytest.raises(UsageError, match=rf"^flip is 0.5, but {first} holds"):
         some.setup("fit")
 
 

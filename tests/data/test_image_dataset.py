@@ -75,7 +75,7 @@ def test_several_sizes_in_a_batch_say_how_to_fix_it_in_one_line(tmp_path):
     dataset = ImageDataset(write(tmp_path / "x", [("a", {"png": png((8, 8))}), ("b", {"png": png((9, 8))})]))
     with pytest.raises(LdmError) as error:
         dataset.collate([dataset[0], dataset[1]])
-    assert "(8 x 8, 9 x 8)" in str(error.value) and "set data.image_size" in str(error.value)
+    assert "(8 x 8, 9 x 8)" in str(error.value) and "set image_size" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -209,7 +209,7 @@ def test_an_image_smaller_than_the_window_is_scaled_up_to_it(shape):
 
 
 def test_windows_need_a_size(image_shards):
-    with pytest.raises(UsageError, match=r"^data.crop window .*; set data.image_size$"):
+    with pytest.raises(UsageError, match=r"^crop window .*; set image_size$"):
         ImageDataset(image_shards, augmentation=Augmentation(crop="window"))
 
 

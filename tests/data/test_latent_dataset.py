@@ -224,7 +224,7 @@ def test_several_sizes_in_one_batch_are_named(tmp_path):
         made[index] = other
     dataset = LatentDataset(write(tmp_path / "latents", made))
     assert dataset.batch([5, 8])["mean"].shape == (2, 4, 5, 1) and dataset.batch([0, 11])["std"].shape == (2, 4, 2, 3)
-    message = r"^one batch holds latents of several sizes \(3 x 2, 1 x 5\); export with --image-size to fit them to one$"
+    message = r"^one batch holds latents of several sizes \(3 x 2, 1 x 5\); export them with one image_size$"
     with pytest.raises(LdmError, match=message):
         dataset.batch([0, 5])
 

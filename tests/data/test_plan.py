@@ -155,7 +155,7 @@ def test_skipping_ahead_in_a_huge_set_is_arithmetic():
 
 
 def test_too_few_samples_for_one_batch_are_refused():
-    with pytest.raises(UsageError, match=r"10 samples do not fill one batch of 12 .*lower data.batch_size"):
+    with pytest.raises(UsageError, match=r"10 samples do not fill one batch of 12 .*lower batch_size"):
         next(Plan((4, 6)).batches(6, 0, 2))
     assert len(next(Plan((4, 6)).batches(5, 0, 2))) == 5
     with pytest.raises(UsageError, match="no sample to train on"):

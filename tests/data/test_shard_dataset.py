@@ -138,7 +138,7 @@ def test_too_many_bad_ones_in_a_row_end_the_search(tmp_path):
         dataset.__getitems__([2])
     expected = f"6 samples in a row cannot be used, the last one {tmp_path}/x/x-00001.tar: 07 not a JPEG, PNG or WebP image; "
     assert str(error.value).startswith(expected)
-    assert "`ldm shards check`" in str(error.value) and str(error.value).endswith("or raise data.max_bad_in_a_row")
+    assert "`ldm shards check`" in str(error.value) and str(error.value).endswith("or raise max_bad_in_a_row")
     every = ImageDataset(write(tmp_path / "all", [3], bad=range(3)))
     with pytest.raises(LdmError, match=r"^3 samples in a row cannot be used"):  # and not for ever
         every.__getitems__([1])

@@ -260,7 +260,7 @@ def test_too_much_that_cannot_be_used_stops_the_export_in_one_line(export, autoe
     with pytest.raises(LdmError) as error:
         export(autoencoder, shards, tmp_path / "out")
     message = str(error.value)
-    assert message.startswith("2 of 120 samples cannot be used, more than 1.00% (limit: max_bad_share), the last one ")
+    assert message.startswith("2 of 120 samples cannot be used, more than 1.00%, the last one ")
     assert f"{shards}/x-00002.tar: 110 {reason}; " in message and "ldm shards check --deep" in message
     assert "\n" not in message
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -217,7 +217,7 @@ def test_no_room_for_one_shard_leaves_the_others_whole(files: Files, tmp_path: P
     code, said = files.run(out, file_size=sizes[-1] - 1)
     assert code == 1
     assert [line for line in said if not line.startswith("exporting latents: ")] == [
-        f"ldm: {out} cannot be written (File too large); see to that and give the same command again, it goes on"
+        f"ldm: {out} cannot be written (File too large); fix that and run the same command again to resume"
     ]
     stand = {path.name: path.stat().st_mtime_ns for path in tar_paths(out)}
     assert [*stand] == ["latents-00000.tar", "latents-00001.tar"] and not [*out.glob(".*.tmp")]
@@ -312,10 +312,10 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(files: Files, other
 
     before = state()
     for export, out, says in (
-        (others, finished, "holds a finished export of other things (autoencoder: "),
+        (others, finished, "holds a finished export with other settings (autoencoder: "),
         (files, mine, "already holds other work"),
         (files, file, "already holds other work"),
-        (others, unfinished, "holds an unfinished export of other things (autoencoder: "),
+        (others, unfinished, "holds an unfinished export with other settings (autoencoder: "),
     ):
         code, (line,) = export.run(out)
         assert code == 2 and line.startswith(f"ldm: {out} {says}"), line
@@ -323,6 +323,6 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(files: Files, other
     # the same again is done already
     assert files.run(finished)[0] == 0 and state() == before
     code, (line,) = files.run(unfinished, "--flip")
-    assert code == 2 and "unfinished export of other things (flips: False, not True)" in line
+    assert code == 2 and "unfinished export with other settings (flips: False, not True)" in line
     assert state() == before
     assert files.run(unfinished)[0] == 0 and contents(unfinished) == contents(finished)

@@ -277,11 +277,11 @@ def test_columns_of_a_dataset(tmp_path):
     pack(tmp_path / "usual", tmp_path / "1")
     assert packed(tmp_path / "1") == {"000000000": ["one", "two"], "000000001": ["three"]}
     dataset(2, "photo", "words").save_to_disk(tmp_path / "odd")
-    with pytest.raises(UsageError, match=r"lacks the column image or .* \(found: photo, words, extra\); .*--image-column"):
+    with pytest.raises(UsageError, match=r"lacks the column image or .* \(found: photo, words, extra\); .*image_column"):
         pack(tmp_path / "odd", tmp_path / "2")
-    with pytest.raises(UsageError, match=r"lacks the column images .*--image-column"):
+    with pytest.raises(UsageError, match=r"lacks the column images .*image_column"):
         pack(tmp_path / "odd", tmp_path / "2", image_column="images")
-    with pytest.raises(UsageError, match=r"lacks the column caption or .*--caption-column"):
+    with pytest.raises(UsageError, match=r"lacks the column caption or .*caption_columns"):
         pack(tmp_path / "odd", tmp_path / "2", image_column="photo")
     pack(tmp_path / "odd", tmp_path / "2", image_column="photo", caption_columns=["words"])
     assert packed(tmp_path / "2") == {"000000000": ["row 0"], "000000001": ["row 1"]}
