@@ -20,7 +20,8 @@ from PIL import Image
 
 from ldm.data.image_dataset import ImageDataset
 from ldm.errors import LdmError, UsageError
-from ldm.evaluation.evaluate import generate_from_captions, original_and_reconstruction, reconstruction_figures, shape_accuracy
+from ldm.evaluation.prompts import generate_from_captions, shape_accuracy
+from ldm.evaluation.reconstruction import original_and_reconstruction, reconstruction_metrics
 from ldm.files import atomic_file, read_json, require_new_folder, require_version, write_json
 from ldm.losses import PerceptualLoss
 from ldm.machine import machine_info
@@ -211,7 +212,7 @@ def score_and_report(quick: Quickstart) -> None:
     began = time.monotonic()
     dataset, autoencoder = ImageDataset(out / "shards-validation"), load_autoencoder(out / "autoencoder")
     perceptual = PerceptualLoss("alex", "random")
-    metrics = reconstruction_figures(autoencoder, dataset, perceptual)
+    metrics = reconstruction_metrics(autoencoder, dataset, perceptual)
     pipeline = load_pipeline(out / "pipeline")
     generated, accuracy = {}, {}
     count = 256 if quick.minutes >= 5 else 64

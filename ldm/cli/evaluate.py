@@ -1,4 +1,4 @@
-"""``ldm evaluate``: figures of a trained model."""
+"""``ldm evaluate``: metrics of a trained model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.progress import Progress
 
 def add(commands: Commands) -> None:
     """Its commands."""
-    evaluate = add_group(commands, "evaluate", "figures of a trained model")
+    evaluate = add_group(commands, "evaluate", "metrics of a trained model")
     autoencoder = add_command(
         evaluate,
         "autoencoder",
@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
         metavar="TRUNK",
         help="also a FID, by inception, alex-random, vgg-random or torchvision's checkpoint of alexnet or vgg16",
     )
-    autoencoder.add_argument("--json", metavar="FILE", help="write every figure there, too; -: to stdout, without the table")
+    autoencoder.add_argument("--json", metavar="FILE", help="write all metrics there, too; -: to stdout, without the table")
     pipeline = add_command(
         evaluate,
         "pipeline",
@@ -54,8 +54,8 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
     import torch
 
     from ldm.data.image_dataset import ImageDataset
-    from ldm.evaluation.evaluate import figure_texts, reconstruction_figures
     from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
+    from ldm.evaluation.reconstruction import metric_texts, reconstruction_metrics
     from ldm.files import write_json
     from ldm.losses import PerceptualLoss
     from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
@@ -72,10 +72,10 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     measured = []
     for path, autoencoder in zip(options.models, autoencoders, strict=True):
-        health = LatentHealth(autoencoder.config.latent_channels)
+        health = LatentHealth(autoencoder.config["latent_channels"])
         with Progress(f"reconstructing with {path}") as progress:
-            figures = reconstruction_figures(
-                autoencoder.to(device),
+            metrics = reconstruction_metrics(
+                autoencoder.to(device),  # pyright: ignore[reportArgumentType]  diffusers hides the method's own types
                 dataset,
                 perceptual,
                 options.samples,
@@ -83,7 +83,7 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
                 fid=fid,
                 health=health,
             )
-        measured.append(figures)
+        measured.append(metrics)
     labels = {"lpips": perceptual.description} | ({} if fid is None else {fid.name: fid.description})
     if options.json is not None:
         source = dataset.sources[0]
@@ -93,8 +93,8 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
             "image_size": options.image_size,
             "metrics": labels,
             "autoencoders": [
-                {"path": path, "hash": autoencoder_hash(autoencoder)} | figures
-                for path, autoencoder, figures in zip(options.models, autoencoders, measured, strict=True)
+                {"path": path, "hash": autoencoder_hash(autoencoder)} | metrics
+                for path, autoencoder, metrics in zip(options.models, autoencoders, measured, strict=True)
             ],
         }
         if options.json == "-":
@@ -102,19 +102,19 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
             return
         write_json(options.json, record)
     labels |= {"psnr": "PSNR (dB)", "ssim": "SSIM", "latent_kl": "latent KL (nats per value)", "latent_dead": "dead channels"}
-    columns = [figure_texts(figures) for figures in measured]
+    columns = [metric_texts(metrics) for metrics in measured]
     rows = {labels.get(name, name.replace("_", " ")): [column[name] for column in columns] for name in columns[0]}
     print_table(rows, *options.models)
 
 
 def run_evaluate_pipeline(options: argparse.Namespace) -> None:
-    from ldm.evaluation.evaluate import generate_from_captions, shape_accuracy
+    from ldm.evaluation.prompts import generate_from_captions, shape_accuracy
     from ldm.pipeline import load_pipeline
     from ldm.shapes.scenes import held_out_prompts, seen_prompts
 
     pipeline = load_pipeline(options.model)
     prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset, options.prompts, options.seed)
-    with Progress("drawing", len(prompts)) as progress:
+    with Progress("generating", len(prompts)) as progress:
         images = generate_from_captions(
             pipeline,
             prompts,

@@ -28,8 +28,8 @@ from ldm.data.manifest import IMAGE_SHARDS
 from ldm.data.plan import PlannedSample
 from ldm.data.quarantine import BadSample
 from ldm.errors import UsageError, first_line
-from ldm.evaluation.evaluate import trim
 from ldm.evaluation.metrics import LatentHealth, ReconstructionFID, health_scalars
+from ldm.evaluation.reconstruction import trim
 from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
 from ldm.losses.auxiliary import names_of
 from ldm.losses.equivariance import SMALLEST_SIDE

@@ -57,7 +57,7 @@ from ldm.cli import dispatch
 from ldm.diffusion.conditioning import denoise
 from ldm.diffusion.path import expand
 from ldm.diffusion.scheduler import make_scheduler
-from ldm.evaluation.evaluate import generate_from_captions, shape_accuracy
+from ldm.evaluation.prompts import generate_from_captions, shape_accuracy
 from ldm.files import atomic_file, read_json, write_json
 from ldm.machine import machine_info
 from ldm.shapes.scenes import held_out_prompts

@@ -1,13 +1,11 @@
-"""Figures of a trained model: how well the autoencoder gives images back, how well the pipeline does what words say."""
+"""How well an autoencoder reconstructs images, and what its latents are like."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -18,71 +16,41 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.quarantine import Quarantine
 from ldm.errors import UsageError
+from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
 from ldm.losses import PerceptualLoss
-from ldm.models.autoencoder import downsampling_factor, images_to_pil, pixels_to_images, reconstruct
-from ldm.shapes.scorer import score
-
-if TYPE_CHECKING:
-    from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
-    from ldm.pipeline import LatentDiffusionPipeline
-
-Progress = Callable[[int, int], None]
+from ldm.models.autoencoder import decode, downsampling_factor, encode, images_to_pil, pixels_to_images, reconstruct
 
 
-def generate_from_captions(
-    pipeline: LatentDiffusionPipeline,
-    prompts: Sequence[str],
-    seed: int,
-    batch_size: int = 16,
-    on_progress: Progress | None = None,
-    **settings: object,
-) -> list[Image.Image]:
-    """One image per prompt; image i starts from noise of seed ``seed + i``, whatever the batch it is drawn in.
-
-    Args:
-        settings: passed on to the pipeline (``num_inference_steps``, ``guidance_scale``, ``negative_prompt``, …).
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    images: list[Image.Image] = []
-    for start in range(0, len(prompts), batch_size):
-        few = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed + start + row) for row in range(len(few))]
-        images += pipeline(few, generator=generators, **settings).images
-        if on_progress is not None:
-            on_progress(len(images), len(prompts))
-    return images
-
-
-@torch.no_grad()  # not inference_mode: what is moved and filled here may go on to be used in training
-def reconstruction_figures(
+@torch.no_grad()  # not inference_mode: what is moved and filled here may be used in training afterwards
+def reconstruction_metrics(
     autoencoder: AutoencoderKL,
     dataset: ImageDataset,
     perceptual: PerceptualLoss | None = None,
     samples: int = 256,
     batch_size: int = 32,
-    on_progress: Progress | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     fid: ReconstructionFID | None = None,
     health: LatentHealth | None = None,
 ) -> dict[str, float | list[float]]:
-    """How the first ``samples`` images come through the posterior's mode and back, and the latents on the way.
+    """Metrics of the reconstructions of the first ``samples`` images from the posterior's mode, and of their latents.
 
-    Images may have several sizes; each is cut to multiples of the autoencoder's factor.
+    Images may have several sizes; each is cut to multiples of the autoencoder's downsampling factor.
 
     Args:
-        perceptual, fid, health: what to measure beside PSNR and SSIM; moved to the autoencoder's device and started anew.
+        perceptual, fid, health: what to measure beside PSNR and SSIM; moved to the autoencoder's device and reset.
         batch_size: images read at once; those of one size go through the autoencoder together.
 
     Returns:
         ``samples``, the images measured (less than asked for where there are no more or some cannot be used); means over
         them of ``psnr`` (dB), ``ssim`` and ``lpips``; the FID under its own ``name``; and of the health ``latent_mean`` and so
-        on, a figure for each channel, and ``latent_dead``.
+        on, a value for each channel, and ``latent_dead``.
 
     Raises:
         UsageError: for an image smaller than the factor, or a FID of a single image.
         LdmError: where too many samples cannot be used.
     """
     device, factor = autoencoder.device, downsampling_factor(autoencoder)
-    nearness = MetricCollection(
+    similarity = MetricCollection(
         {
             "psnr": PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean"),
             "ssim": StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0)),
@@ -97,11 +65,11 @@ def reconstruction_figures(
         if metric is not None:
             metric.reset()
     total, measured = min(samples, len(dataset)), 0
-    for pixels in _images(dataset, total, batch_size):
+    for pixels in _batches(dataset, total, batch_size):
         images = trim(pixels_to_images(pixels.to(device)), factor)
-        posterior = autoencoder.encode(images).latent_dist
-        reconstruction = autoencoder.decode(posterior.mode()).sample.float().clamp(-1, 1)
-        nearness.update(reconstruction, images)
+        posterior = encode(autoencoder, images)
+        reconstruction = decode(autoencoder, posterior.mode()).float().clamp(-1, 1)
+        similarity.update(reconstruction, images)
         if perceptual is not None:
             lpips.update(perceptual(reconstruction, images), weight=len(images))
         if fid is not None:
@@ -113,27 +81,28 @@ def reconstruction_figures(
         if on_progress is not None:
             on_progress(measured, total)
     if fid is not None and measured < 2:
-        raise UsageError(f"a FID needs two images or more, not {measured}; measure more, or without it")
-    figures = {"samples": measured} | {name: float(value) for name, value in nearness.compute().items()}
+        raise UsageError(f"a FID needs two images or more, not {measured}; measure more, or leave it out")
+    metrics: dict[str, float | list[float]] = {"samples": measured}
+    metrics |= {name: float(value) for name, value in similarity.compute().items()}
     if perceptual is not None:
-        figures["lpips"] = float(lpips.compute())
+        metrics["lpips"] = float(lpips.compute())
     if fid is not None:
-        figures[fid.name] = float(fid.compute())
+        metrics[fid.name] = float(fid.compute())
     if health is not None:
-        figures |= {f"latent_{name}": value.tolist() for name, value in health.compute().items()}
-    return figures
+        metrics |= {f"latent_{name}": value.tolist() for name, value in health.compute().items()}
+    return metrics
 
 
-def _images(dataset: ImageDataset, count: int, batch_size: int) -> Iterator[Tensor]:
+def _batches(dataset: ImageDataset, count: int, batch_size: int) -> Iterator[Tensor]:
     """The first ``count`` images that can be used, uint8 (B, 3, H, W), each batch of one size."""
     quarantine = Quarantine(count, adjustable=False)
     for start in range(0, count, batch_size):
         samples = dataset.__getitems__(range(start, min(start + batch_size, count)))
         quarantine.add(sample["bad"] for sample in samples)
-        # what stands in for a bad sample would count twice
+        # the image that replaces a bad sample would count twice
         good = sorted((sample for sample in samples if not sample["bad"]), key=_size)
-        for _, alike in groupby(good, key=_size):
-            yield dataset.collate([*alike])["image"]
+        for _, of_one_size in groupby(good, key=_size):
+            yield dataset.collate([*of_one_size])["image"]
 
 
 def _size(sample: dict[str, Any]) -> tuple[int, ...]:
@@ -155,9 +124,9 @@ def trim(images: Tensor, factor: int) -> Tensor:
     return images[..., : height // factor * factor, : width // factor * factor]
 
 
-def figure_texts(figures: Mapping[str, float | list[float]]) -> dict[str, str]:
-    """What :func:`reconstruction_figures` gave as a table shows it; of a figure per channel the least and the greatest."""
-    return {name: _text(value) for name, value in figures.items()}
+def metric_texts(metrics: Mapping[str, float | list[float]]) -> dict[str, str]:
+    """What :func:`reconstruction_metrics` gave, for a table; of a value per channel the least and the greatest."""
+    return {name: _text(value) for name, value in metrics.items()}
 
 
 def _text(value: float | list[float]) -> str:
@@ -174,8 +143,3 @@ def original_and_reconstruction(
     batch = dataset.collate([dataset[index] for index in range(samples)])
     images = pixels_to_images(batch["image"].to(autoencoder.device))
     return images_to_pil(images), images_to_pil(reconstruct(autoencoder, images))
-
-
-def shape_accuracy(images: Sequence[Image.Image | Path], prompts: Sequence[str]) -> dict[str, float]:
-    """What the shapes scorer reads back from the pixels, per attribute; ``prompt_accuracy`` is all of them right."""
-    return score([np.asarray(image.convert("RGB")) for image in images], list(prompts))

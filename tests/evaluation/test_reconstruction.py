@@ -1,4 +1,4 @@
-"""Figures of an autoencoder: each image counts once whatever it is batched with, and two autoencoders stand side by side."""
+"""Metrics of an autoencoder: each image counts once whatever it is batched with; two autoencoders are shown side by side."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ldm.data.image_dataset import ImageDataset
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
-from ldm.evaluation.evaluate import figure_texts, reconstruction_figures, trim
 from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
+from ldm.evaluation.reconstruction import metric_texts, reconstruction_metrics, trim
 from ldm.losses import PerceptualLoss
 from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, pixels_to_images, reconstruct
 from ldm.shapes.scenes import generate
@@ -45,9 +45,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_figures_do_not_depend_on_the_batch(tiny_autoencoder, image_shards, perceptual, fid) -> None:
+def test_metrics_do_not_depend_on_the_batch(tiny_autoencoder, image_shards, perceptual, fid) -> None:
     dataset, health = ImageDataset(image_shards), LatentHealth(4)
-    one, four = (reconstruction_figures(tiny_autoencoder, dataset, perceptual, 10, size, None, fid, health) for size in (1, 4))
+    one, four = (reconstruction_metrics(tiny_autoencoder, dataset, perceptual, 10, size, None, fid, health) for size in (1, 4))
     assert one.keys() == four.keys() >= {"psnr", "ssim", "lpips", "rfid_alex_random", "latent_kl", "latent_dead"}
     for name in one:
         assert one[name] == pytest.approx(four[name], rel=1e-3, abs=1e-5), name
@@ -70,10 +70,10 @@ def test_figures_do_not_depend_on_the_batch(tiny_autoencoder, image_shards, perc
 
 def test_only_what_is_asked_for_is_measured_and_progress_said(tiny_autoencoder, image_shards) -> None:
     said = []
-    figures = reconstruction_figures(
+    metrics = reconstruction_metrics(
         tiny_autoencoder, ImageDataset(image_shards), samples=5, batch_size=2, on_progress=lambda *done: said.append(done)
     )
-    assert figures.keys() == {"samples", "psnr", "ssim"} and figures["samples"] == 5
+    assert metrics.keys() == {"samples", "psnr", "ssim"} and metrics["samples"] == 5
     assert said == [(2, 5), (4, 5), (5, 5)]
 
 
@@ -81,7 +81,7 @@ def test_whole_images_of_several_sizes(tiny_autoencoder, mixed, perceptual, fid)
     """Cut to multiples of 2, batched or not."""
     dataset, health = ImageDataset(mixed), LatentHealth(4)
     one, all_at_once = (
-        reconstruction_figures(tiny_autoencoder, dataset, perceptual, 12, size, None, fid, health) for size in (1, 12)
+        reconstruction_metrics(tiny_autoencoder, dataset, perceptual, 12, size, None, fid, health) for size in (1, 12)
     )
     for name in one:
         assert one[name] == pytest.approx(all_at_once[name], rel=1e-3, abs=1e-5), name
@@ -96,7 +96,7 @@ def test_whole_images_of_several_sizes(tiny_autoencoder, mixed, perceptual, fid)
 
 def test_what_it_measured_with_serves_in_training_afterwards(tiny_autoencoder, image_shards, perceptual, fid) -> None:
     health = LatentHealth(4)
-    reconstruction_figures(tiny_autoencoder, ImageDataset(image_shards), perceptual, 4, fid=fid, health=health)
+    reconstruction_metrics(tiny_autoencoder, ImageDataset(image_shards), perceptual, 4, fid=fid, health=health)
     images = torch.zeros(2, 3, 32, 32)
     health.update(tiny_autoencoder.encode(images).latent_dist)
     fid.update(images, real=True)
@@ -114,14 +114,14 @@ def test_a_sample_that_cannot_be_used_is_left_out_and_nothing_counts_for_it(tiny
             writer.write(f"{number:03d}", {"png": b"none" if number == 7 else png})
     Manifest(IMAGE_SHARDS, tuple(writer.entries)).save(tmp_path / "x")
     dataset = ImageDataset(tmp_path / "x")
-    figures = reconstruction_figures(tiny_autoencoder, dataset, samples=101)
+    metrics = reconstruction_metrics(tiny_autoencoder, dataset, samples=101)
     images = pixels_to_images(torch.from_numpy(np.delete(pixels, 7, 0)).permute(0, 3, 1, 2))
     with torch.no_grad():
         error = (reconstruct(tiny_autoencoder, images) - images).square().mean((1, 2, 3))
-    assert figures["samples"] == 100 and figures["psnr"] == pytest.approx(float((10 * torch.log10(4 / error)).mean()))
+    assert metrics["samples"] == 100 and metrics["psnr"] == pytest.approx(float((10 * torch.log10(4 / error)).mean()))
     assert "007" in caplog.text
     with pytest.raises(LdmError, match="1 of 20 samples cannot be used"):
-        reconstruction_figures(tiny_autoencoder, dataset, samples=20)
+        reconstruction_metrics(tiny_autoencoder, dataset, samples=20)
 
 
 def test_trim_cuts_to_multiples_and_no_further() -> None:
@@ -132,10 +132,10 @@ def test_trim_cuts_to_multiples_and_no_further() -> None:
         trim(images, 32)
 
 
-def test_a_table_shows_the_least_and_the_greatest_of_a_figure_per_channel() -> None:
-    figures = {"samples": 10, "psnr": 23.4567, "latent_std": [0.5, 2.0, 1.25], "latent_mean": [0.5, 0.5], "latent_dead": 0}
+def test_a_table_shows_the_least_and_the_greatest_of_a_value_per_channel() -> None:
+    metrics = {"samples": 10, "psnr": 23.4567, "latent_std": [0.5, 2.0, 1.25], "latent_mean": [0.5, 0.5], "latent_dead": 0}
     shown = {"samples": "10", "psnr": "23.46", "latent_std": "0.5 .. 2", "latent_mean": "0.5", "latent_dead": "0"}
-    assert figure_texts(figures) == shown
+    assert metric_texts(metrics) == shown
 
 
 class TestCommand:
@@ -151,13 +151,13 @@ class TestCommand:
     ) -> None:
         monkeypatch.setenv("COLUMNS", "300")
         command = ["evaluate", "autoencoder", *map(str, directories), "--shards", str(mixed), "--fid", "alex-random"]
-        main([*command, "--samples", "7", "--json", str(tmp_path / "figures.json")])
+        main([*command, "--samples", "7", "--json", str(tmp_path / "metrics.json")])
         table = capsys.readouterr().out
-        record = json.loads((tmp_path / "figures.json").read_text())
+        record = json.loads((tmp_path / "metrics.json").read_text())
         assert record["shards"] == str(mixed) and record["shards_hash"] == Manifest.load(mixed).hash
         assert record["metrics"] == {"lpips": "LPIPS (alex, random trunk)", "rfid_alex_random": "rFID (alex, random trunk)"}
         rows = {cells[1].strip(): [cell.strip() for cell in cells[2:4]] for cells in map(split, table.splitlines()) if cells}
-        assert rows["figure"] == [str(folder) for folder in directories]
+        assert rows["metric"] == [str(folder) for folder in directories]
         for column, (folder, found) in enumerate(zip(directories, record["autoencoders"], strict=True)):
             assert found["path"] == str(folder) and found["samples"] == 7
             assert found["hash"] == autoencoder_hash(AutoencoderKL.from_pretrained(folder))
@@ -174,7 +174,7 @@ class TestCommand:
             assert (low, high) == pytest.approx((min(found["latent_std"]), max(found["latent_std"])), rel=1e-3)
         first, second = record["autoencoders"]
         assert first["hash"] != second["hash"] and first["psnr"] != second["psnr"]
-        # alone, and to stdout: the same figures and nothing else
+        # alone, and to stdout: the same metrics and nothing else
         main(["evaluate", "autoencoder", *command[3:], "--samples", "7", "--json", "-"])
         assert json.loads(capsys.readouterr().out)["autoencoders"] == [second]
 
