@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,13 +50,13 @@ class SlowModule(LightningModule):
 class SaveSlowly(Callback):
     """Saves now and then, and takes its time."""
 
-    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step % 7 == 3:
             trainer.save_checkpoint(Path(trainer.default_root_dir, f"{trainer.global_step}.ckpt"))
             time.sleep(PAUSE / 2)
 
 
-def fit(folder: Path, steps: int, line: ProgressLine, resumed_at: int | None = None, **options: object) -> None:
+def fit(folder: Path, steps: int, line: ProgressLine, resumed_at: int | None = None, **options: Any) -> None:
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,

@@ -19,12 +19,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import save as save_shards
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from ldm.errors import LdmError, UsageError
 from ldm.files import sha256_file
 from ldm.runs.checkpoints import files
-from ldm.runs.checkpoints.callback import Checkpoints
+from ldm.runs.checkpoints.callback import Checkpoints, checkpoints_of
 from ldm.runs.checkpoints.files import (
     FORMAT_VERSION,
     VERSION_KEY,
@@ -70,14 +70,14 @@ class Tiny(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.network, self.level = nn.Linear(4, 4), 1.0
-        self.figures = iter(())  # of validation, where a test wants certain ones
+        self.losses: Iterator[float] = iter(())  # of validation, where a test gives them
         self.numbers, self.events = Numbers(), []
 
     def train_dataloader(self) -> Numbers:
         return self.numbers
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(torch.eye(4), batch_size=2)
+        return DataLoader(TensorDataset(torch.eye(4)), batch_size=2)
 
     def training_step(self, number: int, batch_idx: int) -> Tensor:
         self.numbers.position = number + 1
@@ -86,8 +86,8 @@ class Tiny(LightningModule):
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val/loss", next(self.figures, self.network(batch).square().mean()), on_epoch=True)
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", next(self.losses, self.network(batch[0]).square().mean()), on_epoch=True)
 
     def on_validation_epoch_end(self) -> None:
         self.events.append(("validation", self.global_step))
@@ -137,7 +137,7 @@ def stop_at_once(trainer: Trainer) -> None:
 
 def save_and_stop(trainer: Trainer) -> None:
     """As a preemption: save without waiting for a validation, and end after this step."""
-    trainer.checkpoint_callback.save_now(trainer)
+    checkpoints_of(trainer).save_now(trainer)
     skip_next_validation(trainer)
     trainer.should_stop = True
 
@@ -147,13 +147,13 @@ def fit(
     *callbacks: Callback,
     resume: bool | Path = False,
     checkpoints: dict[str, Any] | None = None,
-    figures: list[float] | None = None,
+    losses: list[float] | None = None,
     **trainer: Any,
 ) -> tuple[Tiny, list[tuple[int, dict[str, float]]]]:
     """The module as it is in the end, and what its logger was given."""
     module, rows = Tiny(), Rows()
-    module.figures = iter([figure for figure in figures or [] for _ in range(2)])  # two batches each
-    settings = {"max_steps": STEPS, "val_check_interval": VALIDATE_EVERY} | trainer
+    module.losses = iter([loss for loss in losses or [] for _ in range(2)])  # two batches each
+    settings: dict[str, Any] = {"max_steps": STEPS, "val_check_interval": VALIDATE_EVERY} | trainer
     run = Trainer(
         accelerator="cpu",
         devices=1,
@@ -394,7 +394,7 @@ def same(module: Tiny, other: Tiny) -> bool:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_that_goes_on_equals_one_that_never_stopped(stop: Callback, accumulate: int, tmp_path: Path) -> None:
     """Weights, what validation changed, the order of training and validation, and the rows that loggers get."""
-    settings = {"accumulate_grad_batches": accumulate, "val_check_interval": VALIDATE_EVERY * accumulate}
+    settings: dict[str, Any] = {"accumulate_grad_batches": accumulate, "val_check_interval": VALIDATE_EVERY * accumulate}
     whole, rows = fit(tmp_path / "whole", **settings)
     first, rows_first = fit(tmp_path / "run", stop, **settings)
     second, rows_second = fit(tmp_path / "run", resume=True, **settings)
@@ -418,7 +418,7 @@ def test_it_may_stop_twice_in_a_row_without_a_step_between(tmp_path: Path) -> No
 
 def test_saved_in_the_midst_of_a_validation_all_of_it_comes_again(tmp_path: Path) -> None:
     def save(trainer: Trainer) -> None:
-        trainer.checkpoint_callback.save_now(trainer)
+        checkpoints_of(trainer).save_now(trainer)
         raise Stopped
 
     whole, rows = fit(tmp_path / "whole")
@@ -431,10 +431,10 @@ def test_saved_in_the_midst_of_a_validation_all_of_it_comes_again(tmp_path: Path
 def test_the_last_step_is_saved_once_and_may_be_gone_on_from(tmp_path: Path) -> None:
     written: list[int] = []
     whole, rows = fit(tmp_path / "whole", max_steps=14)
-    settings = {"checkpoints": {"every_steps": 3}}
+    settings: dict[str, Any] = {"checkpoints": {"every_steps": 3}}
 
     def again(trainer: Trainer) -> None:
-        written.append(trainer.checkpoint_callback.save_now(trainer).stat().st_ino)
+        written.append(checkpoints_of(trainer).save_now(trainer).stat().st_ino)
 
     first, rows_first = fit(tmp_path / "run", Do("on_train_end", STEPS, again), **settings)
     assert steps(tmp_path / "run") == [9, 10]
@@ -467,7 +467,7 @@ def test_the_best_stays_whatever_comes_after_also_after_going_on(mode: str, best
 
 def test_a_better_one_is_saved_between_routine_ones_and_an_unknown_figure_is_refused(tmp_path: Path) -> None:
     settings = {"every_steps": 100, "keep_last": 1, "best": "val/loss"}
-    fit(tmp_path / "run", checkpoints=settings, figures=[5.0, 3.0, 4.0, 6.0, 7.0], val_check_interval=2)
+    fit(tmp_path / "run", checkpoints=settings, losses=[5.0, 3.0, 4.0, 6.0, 7.0], val_check_interval=2)
     assert steps(tmp_path / "run") == [4, 10]
     with pytest.raises(UsageError, match=r"checkpoints\.best val/psnr is no figure of validation; give one of val/loss"):
         fit(tmp_path / "other", checkpoints={"best": "val/psnr"})
@@ -477,7 +477,7 @@ def test_one_is_kept_every_so_many_minutes_also_across_going_on(tmp_path: Path) 
     def wait(trainer: Trainer) -> None:
         time.sleep(0.7)
 
-    settings = {"checkpoints": {"every_steps": 2, "keep_last": 1, "every_minutes": 1 / 60}}
+    settings: dict[str, Any] = {"checkpoints": {"every_steps": 2, "keep_last": 1, "every_minutes": 1 / 60}}
     fit(tmp_path, *(Do("on_train_batch_start", step, wait) for step in (2, 4)), max_steps=6, **settings)
     assert steps(tmp_path) == [5, 6]  # 1.4 seconds have gone by at the end of step 5
     fit(tmp_path, *(Do("on_train_batch_start", step, wait) for step in (8, 9)), resume=True, max_steps=12, **settings)
@@ -516,7 +516,7 @@ def test_what_killed_writers_left_is_removed_at_the_next_start(tmp_path: Path) -
 def test_in_the_background_the_same_is_written(tmp_path: Path) -> None:
     settings = {"every_steps": 2, "keep_last": 2, "best": "val/loss"}
     for name, background in (("front", False), ("back", True)):
-        fit(tmp_path / name, checkpoints=settings | {"background": background}, figures=[2.0, 1.0])
+        fit(tmp_path / name, checkpoints=settings | {"background": background}, losses=[2.0, 1.0])
     front, back = (
         [load_checkpoint(path) for path in checkpoints_in(tmp_path / name / "checkpoints")] for name in ("front", "back")
     )
@@ -536,7 +536,7 @@ def test_an_error_in_the_background_stops_the_run_within_a_step(tmp_path: Path) 
     def slowly(trainer: Trainer) -> None:
         reached.append(trainer.global_step)
         end = time.monotonic() + 10
-        while trainer.checkpoint_callback._io.is_writing and time.monotonic() < end:
+        while checkpoints_of(trainer)._io.is_writing and time.monotonic() < end:
             time.sleep(0.01)
 
     look = [Do("on_train_batch_start", step, slowly) for step in range(3, STEPS)]

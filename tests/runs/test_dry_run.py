@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,13 @@ def test_stage_two_and_a_disk_that_is_too_small(latents: Path, runs: Path, capsy
     cli = denoiser(latents, runs / "not" / "yet" / "run", "--dry-run", "--model.power_averages", averages)
     assert list(runs.iterdir()) == []
     shown, measured = capsys.readouterr().out, cli.measure.measured
-    number = sum(parameter.numel() for parameter in cli.model.denoiser.parameters())
+    number = sum(parameter.numel() for parameter in cli.model.averaged().parameters())
     assert f"{number:,}" in shown and "text encoder" in shown and "snapshots" in shown and "data.validation" in shown
     (kind,) = measured.kinds
     assert kind.steps == STEPS == cli.trainer.max_steps
     assert kind.flops == pytest.approx(3 * kind.flops_forward, rel=0.05)  # no gradient to the latents, hence the rest
     # on the CPU, captions are cut to their longest in the batch
-    assert ImageFlops(cli.model).count(cli.trainer.datamodule) == pytest.approx(kind.flops / BATCH, rel=0.1)
+    assert ImageFlops(cli.model).count(cli.datamodule) == pytest.approx(kind.flops / BATCH, rel=0.1)
     assert kind.seconds > 0 and 0 <= kind.waiting < 1 and kind.peak_bytes > 1e8
     assert measured.validation_seconds > 0 and measured.preview_seconds > 0 and measured.checkpoint_seconds > 0
     # weights, two moments, of Muon's matrices one, and two averages are in it
@@ -102,7 +103,7 @@ def test_stage_one_has_steps_with_and_without_the_adversary_whatever_the_schedul
     assert (alone.steps, adversarial.steps) == (8, STEPS - 8)
     assert adversarial.flops > alone.flops
     # without the gradient of a convolution for the adaptive weight
-    assert ImageFlops(cli.model).count(cli.trainer.datamodule) == pytest.approx(adversarial.flops / BATCH, rel=0.02)
+    assert ImageFlops(cli.model).count(cli.datamodule) == pytest.approx(adversarial.flops / BATCH, rel=0.02)
     assert {parameter.device.type for parameter in cli.model.parameters()} == {"cpu"}
     assert "adversarial step" in capsys.readouterr().out
 
@@ -141,7 +142,7 @@ def test_the_largest_batch_is_found_with_its_line(
     assert list(runs.iterdir()) == []
 
 
-def growing(fixed: float, each: float, limit: float, tried: list[int]) -> object:
+def growing(fixed: float, each: float, limit: float, tried: list[int]) -> Callable[[int], Trial | None]:
     """A machine whose memory grows by line, and which ends at ``limit``."""
 
     def attempt(size: int) -> Trial | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +15,19 @@ from ldm.runs.faults import explain, explained
 from ldm.runs.preemption import Interrupted, Preempted
 
 
-class InPieces(LightningModule):
+class WithoutCheckpointing(LightningModule):
     def __init__(self, accumulate: int = 1) -> None:
         super().__init__()
 
 
-class InBatches(LightningModule):
+class WithCheckpointing(LightningModule):
     def __init__(self, gradient_checkpointing: bool = False) -> None:
         super().__init__()
 
 
-def trainer(module: LightningModule | None = None, **options: str) -> Trainer:
+def trainer(module: LightningModule | None = None, **options: Any) -> Trainer:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, **options)
-    trainer.strategy.connect(module or InBatches())
+    trainer.strategy.connect(module or WithCheckpointing())
     return trainer
 
 
@@ -47,8 +48,8 @@ OUT_OF_MEMORY = (
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_names_the_knobs_of_the_stage(error: BaseException) -> None:
     for module, knobs in (
-        (InPieces(), {"data.batch_size", "model.accumulate", "trainer.precision"}),
-        (InBatches(), {"data.batch_size", "model.accumulate", "model.gradient_checkpointing", "trainer.precision"}),
+        (WithoutCheckpointing(), {"data.batch_size", "model.accumulate", "trainer.precision"}),
+        (WithCheckpointing(), {"data.batch_size", "model.accumulate", "model.gradient_checkpointing", "trainer.precision"}),
     ):
         said = str(explain(error, trainer(module)))
         assert said.startswith("out of memory at step 0: ") and "\n" not in said
@@ -91,7 +92,7 @@ def test_around_training_it_takes_the_place_of_what_torch_says() -> None:
     with pytest.raises(LdmError, match="out of memory") as raised, explained(trainer()):
         raise MemoryError
     assert type(raised.value) is LdmError and isinstance(raised.value.__cause__, MemoryError)
-    for error in (UsageError("mend it"), Preempted("saved"), Interrupted("saved"), SystemExit(143)):
+    for error in (UsageError("fix it"), Preempted("saved"), Interrupted("saved"), SystemExit(143)):
         with pytest.raises(type(error)) as raised, explained(trainer()):
             raise error
         assert raised.value is error

@@ -49,7 +49,7 @@ class Watch(Callback):
         self.taken: list[Any] = []
         self.skip = skip
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def watched(batches: Iterator[Any]) -> Iterator[Any]:
             for batch in batches:
                 self.taken.append(batch)
@@ -57,14 +57,14 @@ class Watch(Callback):
 
         private.wrap_batches(trainer, watched)
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self.accumulates.append(private.accumulates(trainer))
         self.due.append(private.validation_is_due(trainer))
         self.hooks.append(private.current_hook(trainer))
         if self.skip:
             private.skip_next_validation(trainer)
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.hooks.append(private.current_hook(trainer))
 
 
@@ -75,7 +75,8 @@ def trained(watch: Watch, folder: Path) -> Line:
         enable_model_summary=False, accumulate_grad_batches=2, val_check_interval=4, num_sanity_val_steps=0,
         check_val_every_n_epoch=None, default_root_dir=folder, callbacks=[watch],
     )  # fmt: skip
-    trainer.fit(module, DataLoader(torch.ones(8, 1)), DataLoader(torch.ones(1, 1)))
+    numbers: Any = torch.ones(8, 1)
+    trainer.fit(module, DataLoader(numbers), DataLoader(numbers[:1]))
     return module
 
 

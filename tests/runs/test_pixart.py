@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,18 +23,18 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.runs.pixart import export_pixart, with_normalised_latents
 
 PROMPTS = ["a red circle", "a tiny blue star at the top left of a dark green background"]
-QUICK = {"num_inference_steps": 7, "guidance_scale": 4.0}
+QUICK: dict[str, Any] = {"num_inference_steps": 7, "guidance_scale": 4.0}
 THEIRS = QUICK | {"use_resolution_binning": False, "clean_caption": False}
 
 
 def pixart(**changes):
     torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "cross_attention_dim": 16}
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "cross_attention_dim": 16}
     sizes |= {"in_channels": 4, "out_channels": 4, "caption_channels": 384, "sample_size": 8}
     return PixArtTransformer2DModel(**sizes | changes).eval()
 
 
-def make_pipeline(autoencoder, minilm, path=None, prediction=None, scheduler=None, transformer=None):
+def make_pipeline(autoencoder, minilm, path=None, prediction=None, scheduler=None, transformer=None) -> Any:
     diffusion = path or RectifiedFlow(), prediction or Velocity()
     made = LatentDiffusionPipeline(
         vae=autoencoder,
@@ -47,13 +48,13 @@ def make_pipeline(autoencoder, minilm, path=None, prediction=None, scheduler=Non
     return made
 
 
-def pixels(images):
+def pixels(images) -> Any:
     return np.stack([np.asarray(image).astype(int) for image in images])
 
 
 def assert_same_images(ours, folder):
     """From the same noise; returns their pipeline and our images."""
-    theirs = PixArtAlphaPipeline.from_pretrained(folder)
+    theirs: Any = PixArtAlphaPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     ours.scheduler = theirs.scheduler
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -106,7 +107,7 @@ def test_networks_in_bf16_draw_nearly_the_same(tiny_autoencoder, minilm, tmp_pat
     set_latent_statistics(tiny_autoencoder, [0.1, -0.3, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
     ours = make_pipeline(tiny_autoencoder, minilm)
     ours.save_pretrained(tmp_path)
-    half = LatentDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half: Any = LatentDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.transformer.dtype == torch.bfloat16
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     drawn, exact = (made(PROMPTS, latents=noise, output_type="pt", **QUICK).images for made in (half, ours))
@@ -117,7 +118,7 @@ def test_flow_schedulers_give_way_to_one_on_the_same_path(tiny_autoencoder, mini
     """With many steps DPM-Solver++ arrives where Euler does."""
     ours = make_pipeline(tiny_autoencoder, minilm, scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0))
     export_pixart(ours, tmp_path / "out")
-    theirs = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    theirs: Any = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     assert theirs.config.use_flow_sigmas and theirs.config.flow_shift == 2.0
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -139,7 +140,7 @@ def test_the_folded_autoencoder_reads_and_writes_normalised_latents(tiny_autoenc
         tiny_autoencoder.register_to_config(use_quant_conv=False, use_post_quant_conv=False)
     set_latent_statistics(tiny_autoencoder, mean, std)
     with_normalised_latents(tiny_autoencoder).save_pretrained(tmp_path)
-    folded = AutoencoderKL.from_pretrained(tmp_path)
+    folded: Any = AutoencoderKL.from_pretrained(tmp_path)
     factor = folded.config.scaling_factor
     assert folded.config.latents_mean is None and factor == (4.0 if mean == [0.0] * 4 else 1.0)
     normalised = torch.randn(2, 4, 8, 8)
@@ -161,8 +162,14 @@ def test_what_cannot_run_there_is_refused(tiny_autoencoder, minilm, tmp_path):
     with pytest.raises(UsageError, match="predicts X0, but on its path PixArtAlphaPipeline can only run Velocity"):
         export_pixart(make_pipeline(tiny_autoencoder, minilm, prediction=X0()), tmp_path)
     pipeline = make_pipeline(tiny_autoencoder, minilm)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
-    pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(**sizes))
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 9,
+    }
+    pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=1))
     with pytest.raises(UsageError, match="to 120 tokens, but this CLIPTextModel reads 77"):
         export_pixart(pipeline, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -58,12 +58,13 @@ class At(Callback):
     def __init__(self, what: Callable[[], Any], batch: int = 0, validation_batch: int = 0) -> None:
         self.what, self.batch, self.validation_batch = what, batch, validation_batch
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *arguments: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any, **__: Any) -> None:
         if arguments[-1] + 1 == self.batch:
             self.what()
 
-    def on_validation_batch_end(self, trainer: Trainer, module: Counter, *_: Any) -> None:
-        if module.validated == self.validation_batch:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        assert isinstance(pl_module, Counter)
+        if pl_module.validated == self.validation_batch:
             self.what()
 
 
@@ -142,8 +143,9 @@ def test_a_step_of_several_batches_is_finished_first(tmp_path: Path) -> None:
 
 def test_amidst_a_validation_it_saves_what_is_trained_and_that_the_validation_is_owed(tmp_path: Path) -> None:
     class Last(At):
-        def on_exception(self, trainer: Trainer, module: Counter, exception: BaseException) -> None:
-            self.validated = module.validated
+        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            assert isinstance(pl_module, Counter)
+            self.validated = pl_module.validated
 
     last = Last(send(signal.SIGTERM), validation_batch=2)
     with pytest.raises(Preempted, match="stopped at step 3 "):

@@ -18,8 +18,8 @@ class LimitFileSize(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step:
             size = latest_checkpoint(RunFolder(Path(trainer.default_root_dir)).checkpoints_folder).stat().st_size
-            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, hard))

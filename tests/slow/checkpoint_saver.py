@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -47,7 +48,7 @@ class Heavy(LightningModule):
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         return self.network(torch.ones(1, 700)).square().mean()
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         os.write(self.pipe, f"{self.global_step}\n".encode())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -40,14 +40,8 @@ class TinyRuns:
                 *("--model.autoencoder.block_out_channels", "[8, 16]", "--model.autoencoder.sample_size", str(SIZE)),
                 *("--model.adversary.discriminator.init_args.width", "8"),
                 *("--model.adversary.discriminator.init_args.num_layers", "1"),
-                *(
-                    "--model.adversary.start",
-                    "2",
-                    "--model.adversary.discriminator_warmup",
-                    "1",
-                    "--model.adversary.generator_ramp",
-                    "2",
-                ),
+                *("--model.adversary.start", "2", "--model.adversary.discriminator_warmup", "1"),
+                *("--model.adversary.generator_ramp", "2"),
             ]
         else:
             own = [
@@ -81,10 +75,10 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny_text_encoder: str) 
 
 
 def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """The command as a process group of its own, so that nothing of it outlives a test; see :func:`finish`."""
+    """The command in its own process group, which :func:`finish` ends; callbacks of this folder can be imported by name."""
     return subprocess.Popen(
         command,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -105,7 +99,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, s
     return process.returncode, said
 
 
-def run(command: Sequence[str], seconds: float = 120, **environment: str) -> tuple[int, str]:
+def run(command: Sequence[str], seconds: float = 120, /, **environment: str) -> tuple[int, str]:
     """Start and finish."""
     return finish(start(command, **environment), seconds)
 

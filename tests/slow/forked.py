@@ -69,4 +69,4 @@ def main(
 
 
 if __name__ == "forked":
-    main(**REQUEST)  # noqa: F821
+    main(**globals()["REQUEST"])

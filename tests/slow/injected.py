@@ -22,7 +22,7 @@ class SignalAt(Callback):
     def __init__(self, steps: list[int], number: int = int(signal.SIGKILL), rank: int = -1) -> None:
         self.steps, self.number, self.rank = steps, number, rank
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         step, rank = trainer.global_step, trainer.global_rank
         sent = Path(trainer.default_root_dir, f"signalled-{rank}-{step}")
         if step in self.steps and self.rank in (-1, rank) and not sent.exists():
@@ -33,7 +33,7 @@ class SignalAt(Callback):
 class SaveAtStart(Callback):
     """Saves what a run resumes with before it trains a step, and ends it with 7."""
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoints = trainer.checkpoint_callback
         assert isinstance(checkpoints, Checkpoints)
         checkpoints._saved_step = -1
@@ -47,7 +47,7 @@ class PoisonAt(Callback):
     def __init__(self, batches: list[int], rank: int) -> None:
         self.batches, self.rank, self.seen = batches, rank, 0
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
         if self.seen in self.batches and trainer.global_rank == self.rank:
             if "mean" in batch:
                 batch["mean"][0, 0, 0, 0] = torch.nan

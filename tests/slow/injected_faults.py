@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from ldm.data.datamodule import datamodule_of
 from ldm.data.plan import PlannedSample
 from ldm.data.shard_dataset import ShardDataset
 
@@ -31,7 +32,7 @@ class SignalGroup(Callback):
     def __init__(self, step: int, number: int = int(signal.SIGTERM)) -> None:
         self.step, self.number = step, number
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step and mark(trainer):
             # torchrun gives every process a group of its own
             os.killpg(os.getpgrp(), self.number)
@@ -43,9 +44,9 @@ class SignalInValidation(Callback):
     def __init__(self, number: int = int(signal.SIGINT), times: int = 1) -> None:
         self.number, self.times = number, times
 
-    def on_validation_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         mark(trainer)
-        for _ in range(self.times):
+        for _number in range(self.times):
             os.kill(os.getpid(), self.number)
             time.sleep(1.5)  # longer than it takes a launcher to send a signal on
 
@@ -56,7 +57,7 @@ class RunOutOfMemory(Callback):
     def __init__(self, step: int, rank: int) -> None:
         self.step, self.rank = step, rank
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -67,7 +68,7 @@ class Hang(Callback):
     def __init__(self, step: int, rank: int) -> None:
         self.step, self.rank = step, rank
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
             time.sleep(600)
 
@@ -78,15 +79,16 @@ class StallReading(Callback):
     def __init__(self, step: int, rank: int) -> None:
         self.step, self.rank = step, rank
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.global_rank != self.rank:
             return
-        data = trainer.datamodule
-        first, read = self.step * data.batch_size * trainer.world_size, type(data.train_set).batch
+        data = datamodule_of(trainer)
+        dataset: Any = type(data.train_set)
+        first, read = self.step * data.batch_size * trainer.world_size, dataset.batch
 
         def batch(samples: ShardDataset, draws: list[Any], *given: Any) -> Any:
             if isinstance(draws[0], PlannedSample) and draws[0].number >= first:
                 time.sleep(600)
             return read(samples, draws, *given)
 
-        type(data.train_set).batch = batch
+        dataset.batch = batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,13 @@ FSDP = ["--trainer.devices", "2", "--trainer.strategy", "fsdp"]
 STATE = ("state_dict", "optimizer_states", "average", "lr_schedulers", "skipped", "seed", "global_step")
 
 
-def state(path: Path) -> dict[str, object]:
+def state(path: Path) -> dict[str, Any]:
     """What is trained, of a checkpoint of either kind."""
     checkpoint = read_sharded(path) if path.is_dir() else load_checkpoint(path)
     return dict(leaves({name: checkpoint[name] for name in STATE}))
 
 
-def assert_equal(mine: dict[str, object], theirs: dict[str, object]) -> None:
+def assert_equal(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.equal(mine[name], value) if isinstance(value, torch.Tensor) else mine[name] == value, name

@@ -10,7 +10,7 @@ from ldm.runs.checkpoints.files import latest_checkpoint, load_checkpoint
 from ldm.runs.layout import RunFolder
 
 from .conftest import TinyRuns, run
-from .test_preemption import AT, HERE_TOO, TWO, injected, signal_at
+from .test_preemption import AT, TWO, injected, signal_at
 
 LOST = f"ldm: a process of this run has gone or does not answer, as seen at step {AT} on rank 0: "
 
@@ -19,7 +19,7 @@ LOST = f"ldm: a process of this run has gone or does not answer, as seen at step
 def test_where_a_process_is_killed_the_other_one_says_so_and_a_checkpoint_is_there(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     killed = [*signal_at(9, rank=1), "--checkpoints.every_steps", "2"]
     command = tiny_runs.command("denoiser", tmp_path / "run", *killed, steps=10_000)
-    status, said = run(tiny_runs.torchrun(command), **HERE_TOO)
+    status, said = run(tiny_runs.torchrun(command))
     assert status == 1 and said.count(LOST) == 1 and "--resume latest" in said, said
     assert load_checkpoint(latest_checkpoint(RunFolder(tmp_path / "run").checkpoints_folder))["global_step"] == 2
 
@@ -28,7 +28,7 @@ def test_where_a_process_is_killed_the_other_one_says_so_and_a_checkpoint_is_the
 def test_out_of_memory_on_one_process_names_the_knobs_and_ends_both(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     fault = injected("injected_faults.RunOutOfMemory", step=AT, rank=1)
     command = tiny_runs.command("autoencoder", tmp_path / "run", *fault, *TWO, steps=10_000)
-    status, said = run(command, **HERE_TOO)
+    status, said = run(command)
     assert status == 1 and f"ldm: out of memory at step {AT} on rank 1: lower data.batch_size; raise model.accumulate" in said
     assert said.count(LOST) == 1 and "Traceback" not in said, said
 
@@ -38,7 +38,7 @@ def test_a_process_that_hangs_is_given_up_after_the_timeout_and_does_not_stay(ti
     fault = injected("injected_faults.Hang", step=AT, rank=1)
     limit = ["--trainer.strategy", "lightning.pytorch.strategies.DDPStrategy", "--trainer.strategy.timeout", "0:00:30"]
     command = tiny_runs.command("denoiser", tmp_path / "run", *fault, "--trainer.devices", "2", *limit, steps=10_000)
-    status, said = run(command, 180, **HERE_TOO)
+    status, said = run(command, 180)
     assert status == 1 and said.count(LOST) == 1 and "Timed out waiting" in said, said
 
 
@@ -46,6 +46,6 @@ def test_a_process_that_hangs_is_given_up_after_the_timeout_and_does_not_stay(ti
 def test_a_loader_that_stalls_on_one_process_is_named_and_ends_both(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     fault = [*injected("injected_faults.StallReading", step=AT, rank=1), "--data.max_wait_seconds", "3"]
     command = tiny_runs.command("denoiser", tmp_path / "run", *fault, steps=10_000)
-    status, said = run(tiny_runs.torchrun(command), **HERE_TOO)
+    status, said = run(tiny_runs.torchrun(command))
     assert status == 1 and "ldm: the loader of rank 1 has stalled: no batch for 3 s, to be read from " in said, said
     assert "latents-0000" in said and "a process of this run has gone" in said, said

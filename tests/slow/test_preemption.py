@@ -14,8 +14,6 @@ from ldm.runs.layout import RunFolder
 
 from .conftest import TinyRuns, run
 
-HERE = Path(__file__).parent
-HERE_TOO = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}  # injected.py and injected_faults.py
 AT = 3  # the step after which signals are sent
 SECONDS = 30.0  # that a run which is asked to stop may take
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -31,17 +29,17 @@ def signal_at(number: int, rank: int) -> list[str]:
     return injected("injected.SignalAt", steps=[AT], number=int(number), rank=rank)
 
 
-def stops(command: list[str], out: Path, rank: int, step: int = AT, **environment: str) -> tuple[int, str]:
+def stops(command: list[str], out: Path, rank: int, /, **environment: str) -> tuple[int, str]:
     """Exit status and what was said of a run in which ``rank`` is asked to stop; it must be over in time.
 
     Over is when nobody holds its output any more: when no process is left.
     """
-    status, said = run(command, **HERE_TOO | environment)
-    over, asked = time.time(), out / f"signalled-{rank}-{step}"
+    status, said = run(command, **environment)
+    over, asked = time.time(), out / f"signalled-{rank}-{AT}"
     assert asked.exists() and over - asked.stat().st_mtime < SECONDS, said
     (line,) = (line for line in said.splitlines() if line.startswith("ldm: ") and not line.startswith("ldm: saving"))
-    assert line.startswith(f"ldm: stopped at step {step} as asked; ") and "--resume latest" in line
-    assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["global_step"] == step
+    assert line.startswith(f"ldm: stopped at step {AT} as asked; ") and "--resume latest" in line
+    assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["global_step"] == AT
     return status, said
 
 
@@ -81,7 +79,7 @@ def test_a_cluster_that_asks_every_process_queues_the_job_again_and_it_goes_on(t
     assert status == 1 and said.count("exitcode  : 143") == 2, said
     assert said.count("job 77 is in SLURM's queue again") == 1 and asked.read_text() == "requeue 77\n"
     # the very same command again, as SLURM gives it
-    status, said = run(tiny_runs.torchrun([*command, *signals]), **HERE_TOO | slurm)
+    status, said = run(tiny_runs.torchrun([*command, *signals]), **slurm)
     assert status == 0 and (out / "pipeline").is_dir(), said
     assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["global_step"] == AT + 2
 
@@ -99,6 +97,6 @@ def test_ctrl_c_in_a_validation_saves_and_stops(tiny_runs: TinyRuns, tmp_path: P
 def test_ctrl_c_twice_stops_at_once(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     out = tmp_path / "run"
     twice = injected("injected_faults.SignalInValidation", times=2)
-    status, said = run(tiny_runs.command("autoencoder", out, *twice, validate_every=AT), **HERE_TOO)
+    status, said = run(tiny_runs.command("autoencoder", out, *twice, validate_every=AT))
     assert status == 130 and said.endswith("ldm: interrupted\n") and "Traceback" not in said, said
     assert not (RunFolder(out).checkpoints_folder).exists()
