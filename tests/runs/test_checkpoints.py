@@ -456,12 +456,12 @@ def test_the_newest_stay_and_last_points_to_the_newest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode, best", [("min", 6), ("max", 2)])
 def test_the_best_stays_whatever_comes_after_also_after_going_on(mode: str, best: int, tmp_path: Path) -> None:
-    figures = [5.0, 3.0, 1.0, 4.0, float("nan")]
+    losses = [5.0, 3.0, 1.0, 4.0, float("nan")]
     settings = {"checkpoints": {"keep_last": 1, "best": "val/loss", "best_mode": mode}, "val_check_interval": 2}
-    fit(tmp_path, figures=figures[:3], max_steps=6, **settings)
+    fit(tmp_path, losses=losses[:3], max_steps=6, **settings)
     link = tmp_path / "checkpoints" / "best.ckpt"
     assert os.readlink(link) == checkpoint_name(best)
-    fit(tmp_path, resume=True, figures=figures[3:], **settings)
+    fit(tmp_path, resume=True, losses=losses[3:], **settings)
     assert os.readlink(link) == checkpoint_name(best) and steps(tmp_path) == [best, 10]
 
 

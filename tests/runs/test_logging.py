@@ -216,7 +216,7 @@ def test_every_start_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(LdmError), recorded(trainer_of(tmp_path), Tiny(), command, None):
         raise LdmError("the disk is full\nand so on")
     with pytest.raises(ZeroDivisionError), recorded(trainer_of(tmp_path), Tiny(), command, 4):
-        raise ZeroDivisionError
+        raise ZeroDivisionError("division by zero")
     with pytest.raises(Preempted), recorded(trainer_of(tmp_path), Tiny(), command, 4):
         raise Preempted("saved")
     with recorded(trainer_of(tmp_path, steps=0), Tiny(), command, 8):
