@@ -1,4 +1,4 @@
-"""Killed after any step and resumed is never killed: weights, optimisers, averages, guard, logged rows and images."""
+"""A run that is killed and resumed equals one that is not: weights, optimisers, averages, guard, metrics and images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from .conftest import TinyRuns
 from .warm import DDP, run
 
 STEPS, KILLS = 8, 5
-# every batch a checkpoint; loader processes; a step of several batches or pieces
+# a checkpoint at every step, loader processes, micro-batches
 COMMON = ["--checkpoints.every_steps", "1", "--data.workers", "1"]
 OWN = {
     "autoencoder": [
@@ -28,7 +29,7 @@ OWN = {
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in a checkpoint, by its place."""
+    """Everything in a checkpoint by its path."""
     if isinstance(value, dict):
         for key in value:
             yield from leaves(value[key], f"{name}/{key}")
@@ -40,7 +41,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def state(out: Path) -> dict[str, Any]:
-    """What the last checkpoint holds, but for what tells the time."""
+    """What the last checkpoint holds, except for times."""
     checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     timeless = {"ProgressLine", "Checkpoints"}
     checkpoint["callbacks"] = {name: kept for name, kept in checkpoint["callbacks"].items() if name not in timeless}
@@ -48,7 +49,7 @@ def state(out: Path) -> dict[str, Any]:
 
 
 def rows(out: Path) -> list[dict[str, str]]:
-    """What was logged, but for what tells the time."""
+    """The logged metrics, except for times."""
     with open(out / "logs" / "metrics.csv", newline="") as file:
         found = list(csv.DictReader(file))
     return [{name: value for name, value in row.items() if value and not name.startswith("time/")} for row in found]
@@ -79,16 +80,20 @@ def test_killed_at_random_steps_and_resumed(tiny_runs: TinyRuns, tmp_path: Path,
     assert "random states of" in said  # what --resume tells
 
     killed, whole = state(tmp_path / "killed"), state(tmp_path / "whole")
+    assert whole["/global_step"] == STEPS  # of two optimisers, too
     assert killed.keys() == whole.keys()
     for name, value in whole.items():
         same = torch.equal(killed[name], value) if isinstance(value, torch.Tensor) else killed[name] == value
         assert same, f"{name}: {killed[name]} after kills at {kills}, {value} without"
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    for file in (tmp_path / "whole").rglob("*"):  # the plain directory, and every preview
+    if stage == "autoencoder":  # the adversarial loss took part, and the export has the latents' statistics
+        assert sum(float(row.get("train/g_weight", 0)) > 0 for row in rows(tmp_path / "whole")) > 2
+        assert AutoencoderKL.from_pretrained(tmp_path / "whole/autoencoder").config["latents_std"]
+    for file in (tmp_path / "whole").rglob("*"):  # the exported directory, and every preview
         relative = file.relative_to(tmp_path / "whole")
         if file.suffix == ".png":
             assert (tmp_path / "killed" / relative).read_bytes() == file.read_bytes(), relative
-        elif file.suffix == ".safetensors":  # whose header is in no order
+        elif file.suffix == ".safetensors":  # its header has no fixed order
             ours, theirs = load_file(tmp_path / "killed" / relative), load_file(file)
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs), relative
 

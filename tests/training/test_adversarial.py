@@ -1,4 +1,4 @@
-"""The adversary: its timetable, what it leaves untouched, and that the stage's gradient is the textbook's."""
+"""The adversarial loss: its schedule, what it leaves unchanged, and stage one's gradient against the textbook's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from lightning import Trainer
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.losses import GradientPenalty, Hinge, LeCam, NonSaturating, PerceptualLoss, ReconstructionLoss, kl_per_pixel_value
-from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images
+from ldm.losses import (
+    AdversarialLoss,
+    GradientPenalty,
+    Hinge,
+    LeCam,
+    NonSaturating,
+    PerceptualLoss,
+    ReconstructionLoss,
+    kl_per_pixel_value,
+)
+from ldm.models.autoencoder import AutoencoderConfig, decode, encode, pixels_to_images
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversarial import AdversarialTraining, ReconstructionGuard
 from ldm.training.autoencoder import AutoencoderTraining
@@ -33,6 +43,11 @@ def state(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
 
 
+def gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -48,31 +63,31 @@ class Same(nn.Module):
         return images + self.bias
 
 
-class TestTimetable:
-    def test_it_trains_alone_is_then_heard_ever_more_and_at_last_wholly(self) -> None:
+class TestSchedule:
+    def test_the_discriminator_warms_up_and_then_the_weight_rises_linearly(self) -> None:
         adversary = make(start=10, discriminator_warmup=5, generator_ramp=4)
         assert [step for step in range(30) if adversary.trains(step)] == list(range(10, 30))
         assert [adversary.ramp(step) for step in (0, 9, 10, 15)] == [0, 0, 0, 0]
         assert [adversary.ramp(step) for step in range(16, 20)] == [0.25, 0.5, 0.75, 1]
         assert adversary.ramp(10**9) == 1
 
-    def test_without_a_warmup_it_starts_hard(self) -> None:
+    def test_without_warmup_and_ramp_the_weight_is_full_after_the_first_step(self) -> None:
         adversary = make(start=0, discriminator_warmup=0, generator_ramp=0)
         assert [adversary.ramp(step) for step in range(3)] == [0, 1, 1]
 
 
 class TestGeneratorLoss:
-    @pytest.mark.parametrize("game", [Hinge(), NonSaturating()])
-    def test_it_is_the_game_s_on_the_discriminator_in_evaluation(self, game: Hinge | NonSaturating) -> None:
-        adversary = make(loss=game)
+    @pytest.mark.parametrize("loss", [Hinge(), NonSaturating()])
+    def test_it_is_the_loss_of_the_discriminator_in_evaluation_mode(self, loss: AdversarialLoss) -> None:
+        adversary = make(loss=loss)
         with torch.no_grad():
-            expected = game.generator(adversary.discriminator.eval()(make_images()))
+            expected = loss.generator(adversary.discriminator.eval()(make_images()))
         adversary.discriminator.train()
         torch.testing.assert_close(adversary.generator_loss(make_images()), expected)
 
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-    def test_it_leaves_the_discriminator_as_it_was(self, training: bool, precision: torch.dtype) -> None:
+    def test_it_leaves_the_discriminator_unchanged(self, training: bool, precision: torch.dtype) -> None:
         adversary = make()
         discriminator = adversary.discriminator.train(training)
         frozen = next(discriminator.parameters()).requires_grad_(False)
@@ -80,29 +95,32 @@ class TestGeneratorLoss:
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             loss = adversary.generator_loss(reconstruction)
         loss.backward()
-        assert reconstruction.grad.abs().max() > 0 and loss.dtype == torch.float32
+        assert gradient(reconstruction).abs().max() > 0 and loss.dtype == torch.float32
         assert same(state(discriminator), before)  # spectral norms' vectors too
         assert all(parameter.grad is None for parameter in discriminator.parameters())
         assert all(module.training is training for module in discriminator.modules())
         assert [p for p in discriminator.parameters() if not p.requires_grad] == [frozen]
 
-    def test_a_failure_leaves_it_as_it_was_too(self) -> None:
+    def test_so_does_a_failure(self) -> None:
         adversary = make()
         with pytest.raises(RuntimeError):
             adversary.generator_loss(torch.zeros(1, 5, 32, 32))
         assert adversary.discriminator.training and all(p.requires_grad for p in adversary.discriminator.parameters())
 
-    def test_the_discriminator_s_next_step_is_as_if_it_had_not_been_asked(self) -> None:
-        asked, not_asked = make(), make()
-        asked.generator_loss(make_images(1).requires_grad_()).backward()
-        for adversary in (asked, not_asked):
+    def test_it_does_not_change_the_discriminator_s_next_step(self) -> None:
+        with_generator, without = make(), make()
+        with_generator.generator_loss(make_images(1).requires_grad_()).backward()
+        for adversary in (with_generator, without):
             adversary.discriminator_loss(make_images(0), make_images(1), 0)[0].backward()
-        gradients = [{name: p.grad for name, p in which.discriminator.named_parameters()} for which in (asked, not_asked)]
-        assert same(*gradients) and any(gradient.abs().max() > 0 for gradient in gradients[0].values())
+        gradients = [
+            {name: gradient(parameter) for name, parameter in adversary.discriminator.named_parameters()}
+            for adversary in (with_generator, without)
+        ]
+        assert same(gradients[0], gradients[1]) and any(value.abs().max() > 0 for value in gradients[0].values())
 
 
 class TestDiscriminatorLoss:
-    def test_it_sends_nothing_to_the_decoder(self) -> None:
+    def test_the_decoder_gets_no_gradient(self) -> None:
         adversary, weight = make(), torch.ones((), requires_grad=True)
         loss, accuracy = adversary.discriminator_loss(make_images(0), weight * make_images(1), 0)
         loss.backward()
@@ -118,9 +136,7 @@ class TestDiscriminatorLoss:
             ([0.0], [0.0], 0.0),
         ],
     )
-    def test_accuracy_is_the_mean_of_both_shares_told_apart(
-        self, real: list[float], fake: list[float], accuracy: float
-    ) -> None:
+    def test_accuracy_is_the_mean_over_real_and_fake(self, real: list[float], fake: list[float], accuracy: float) -> None:
         assert AdversarialTraining(Same()).discriminator_loss(torch.tensor(real), torch.tensor(fake), 0)[1] == accuracy
 
     def test_terms_add_up(self) -> None:
@@ -137,22 +153,21 @@ class TestDiscriminatorLoss:
     def test_the_penalty_is_due_from_the_start_on(self) -> None:
         adversary = make(start=5, gradient_penalty=GradientPenalty(100.0, 3)).eval()
         losses = [adversary.discriminator_loss(make_images(0), make_images(1), step)[0].item() for step in range(5, 12)]
-        paid = [step for step, loss in enumerate(losses, 5) if loss > min(losses) + 1e-3]
-        assert paid == [5, 8, 11]
+        assert [step for step, loss in enumerate(losses, 5) if loss > min(losses) + 1e-3] == [5, 8, 11]
 
-    def test_what_a_resume_needs_is_in_its_state(self) -> None:
+    def test_its_state_is_all_that_a_resume_needs(self) -> None:
         adversary, again = (make(lecam=LeCam(0.1)) for _ in range(2))
         adversary.discriminator_loss(make_images(0), make_images(1), 0)
         adversary.guard.update(20.0, 0.3, active=False)
         again.load_state_dict(adversary.state_dict())
-        losses = [which.discriminator_loss(make_images(2), make_images(3), 1)[0] for which in (adversary, again)]
-        assert torch.equal(*losses) and again.guard.best_psnr == 20
+        losses = [each.discriminator_loss(make_images(2), make_images(3), 1)[0] for each in (adversary, again)]
+        assert torch.equal(losses[0], losses[1]) and again.guard.best_psnr == 20
 
 
 @pytest.mark.parametrize("limit", [1e4, 0.5])
 def test_the_stage_s_gradient_is_that_of_the_full_loss(image_shards: Path, tmp_path: Path, limit: float) -> None:
-    """One real, heard step against autograd of reconstruction + LPIPS + KL + adaptively weighted adversarial loss, the weight
-    taken from autograd of the losses at the last layer, written as the paper does (Esser et al. 2021, eq. 7)."""
+    """A step with all losses against autograd of their sum, the adaptive weight computed by autograd at the last layer as in
+    the paper (Esser et al. 2021, eq. 7)."""
     torch.manual_seed(0)
     guard = ReconstructionGuard()
     guard._level.fill_(0.7)
@@ -167,13 +182,16 @@ def test_the_stage_s_gradient_is_that_of_the_full_loss(image_shards: Path, tmp_p
         kl_weight=1e-3,
         learn_variance=True,
     )
-    autoencoder, adversary, expected = module.autoencoder, module.adversary, {}
+    autoencoder, adversary = module.autoencoder, module.adversary
+    expected: dict[str, Tensor] = {}
 
-    def textbook(batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Before a step: its gradients by the textbook, from the same draws."""
+    def textbook(batch: dict[str, Any], batch_idx: int) -> None:
+        """Before a step: its gradients by the textbook, with the same noise."""
+        assert module.seed is not None and module.variance is not None
         images, last_layer = pixels_to_images(batch["image"]), autoencoder.decoder.conv_out.weight
-        posterior = autoencoder.encode(images).latent_dist
-        reconstruction = autoencoder.decode(posterior.sample(sample_generators(module.seed, batch["draws"]))).sample
+        posterior = encode(autoencoder, images)
+        noise = randn_tensor(posterior.mean.shape, sample_generators(module.seed, batch["draws"]))
+        reconstruction = decode(autoencoder, posterior.mean + posterior.std * noise)
         error = module.reconstruction(reconstruction, images) + 2 * module.perceptual(reconstruction, images)
         faithful = module.variance(error)
         generator = -adversary.discriminator.eval()(reconstruction).mean()
@@ -193,12 +211,13 @@ def test_the_stage_s_gradient_is_that_of_the_full_loss(image_shards: Path, tmp_p
     )  # fmt: skip
     trainer.fit(module, ShardDataModule(str(image_shards), str(image_shards), batch_size=4))
 
-    ours = {name: parameter.grad for name, parameter in learned(module)}  # of the last step; the next one clears them
+    ours = {name: gradient(parameter) for name, parameter in learned(module)}  # of the last step
     whole = torch.stack([value.norm() for value in expected.values()]).norm()
     for name, value in expected.items():
-        # what is 0 by the mathematics, as for attention's bias of keys, is rounding error here
+        # where the exact gradient is 0, as for the bias of attention's keys, it is rounding error here
         assert (ours[name] - value).norm() <= 1e-5 * max(value.norm(), 1e-4 * whole), name
 
 
 def learned(module: AutoencoderTraining) -> list[tuple[str, nn.Parameter]]:
+    assert module.variance is not None
     return [*module.autoencoder.named_parameters(), *module.variance.named_parameters()]

@@ -1,8 +1,9 @@
-"""Every part of the diffusion is a choice in YAML: what it says trains, is previewed by its rule of guidance, and samples."""
+"""Parts of the diffusion are chosen in YAML: each choice trains, is previewed with its guidance rule, and samples."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,13 +90,13 @@ def test_a_choice_in_yaml_trains_and_samples(
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     rules = []
-    draw = LatentDiffusionPipeline.__call__
+    generate = LatentDiffusionPipeline.__call__
 
-    def noting(*given: object, **named: object) -> object:
+    def record(*arguments: Any, **named: Any) -> Any:
         rules.append(named.get("guidance"))
-        return draw(*given, **named)
+        return generate(*arguments, **named)
 
-    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", noting)
+    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", record)
     main(["denoiser", "fit", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")])
     assert len(rules) == 2 and (choice not in RULES or rules[0] == RULES[choice])
     assert Image.open(tmp_path / "run/previews/step-00000002.png").size[0] > 0

@@ -73,15 +73,18 @@ def test_the_more_was_stored_the_closer_it_comes() -> None:
     errors = []
     for spacing in (250, 125, 50):
         steps = np.arange(spacing, 1001, spacing).repeat(2)
-        coefficients, error = combine(steps, [0.05, 0.1] * (len(steps) // 2), 1000, 0.07)
+        coefficients, error = combine(steps.tolist(), [0.05, 0.1] * (len(steps) // 2), 1000, 0.07)
         assert coefficients.sum() == pytest.approx(1)
         errors.append(error)
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.01
 
 
-def random_walk(run: Path, steps: int, every: int, kept: list[float], stored: list[float]) -> Average:
-    """Weights on a random walk, averaged at the lengths ``kept``, with snapshots of the lengths ``stored``."""
+def random_walk(run: Path, steps: int, every: int, kept: list[float], stored: list[float]) -> tuple[Average, Tensor]:
+    """Weights on a random walk, averaged at the lengths ``kept``, with snapshots of the lengths ``stored``.
+
+    Returns the averages and the last weights.
+    """
     generator = torch.Generator().manual_seed(0)
     network = Vector(2000)
     average, keeper = (Average(network, 0.9, PowerAverages(lengths)) for lengths in (stored, kept))
@@ -91,15 +94,14 @@ def random_walk(run: Path, steps: int, every: int, kept: list[float], stored: li
         keeper.update()
         if step % every == 0:
             average.write_snapshots(run / SNAPSHOTS)
-    return keeper
+    return keeper, network.weight.detach()
 
 
 def test_any_length_comes_out_as_if_it_had_been_kept(tmp_path: Path) -> None:
     lengths = [0.03, 0.05, 0.075, 0.15, 0.2]
-    kept = random_walk(tmp_path, 1000, 50, lengths, [0.05, 0.1])
+    kept, trained = random_walk(tmp_path, 1000, 50, lengths, [0.05, 0.1])
     snapshots = find_snapshots(tmp_path)
     assert len(snapshots) == 40
-    trained = kept.network.weight.detach()
     for sigma_rel in lengths:
         direct = shadow(kept, sigma_rel)
         made = reconstruct(snapshots, sigma_rel)[0]["weight"]
@@ -108,11 +110,11 @@ def test_any_length_comes_out_as_if_it_had_been_kept(tmp_path: Path) -> None:
 
 
 def test_an_average_of_an_earlier_step_can_be_made(tmp_path: Path) -> None:
-    at_600 = random_walk(tmp_path / "short", 600, 50, [0.08], [0.05, 0.1])
+    at_600, trained = random_walk(tmp_path / "short", 600, 50, [0.08], [0.05, 0.1])
     random_walk(tmp_path / "long", 1000, 50, [0.08], [0.05, 0.1])
     made = reconstruct(find_snapshots(tmp_path / "long"), 0.08, 600)[0]["weight"]
     direct = shadow(at_600, 0.08)
-    assert (made - direct).norm() < 0.01 * (direct - at_600.network.weight.detach()).norm()
+    assert (made - direct).norm() < 0.01 * (direct - trained).norm()
     with pytest.raises(UsageError, match="no average was stored at step 620; give one of 50, 100"):
         reconstruct(find_snapshots(tmp_path / "long"), 0.08, 620)
 
@@ -134,10 +136,11 @@ def test_all_averages_resume_exactly_from_a_checkpoint(tmp_path: Path) -> None:
         if step < 30:
             first.update()
     torch.save(first.state_dict(), tmp_path / "state.ckpt")
-    second = Average(Vector(5), 0.9, PowerAverages([0.05, 0.1], selected=0.1))
+    resumed = Vector(5)
+    second = Average(resumed, 0.9, PowerAverages([0.05, 0.1], selected=0.1))
     second.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
     for value in values[30:]:
-        second.network.become(value)
+        resumed.become(value)
         second.update()
     assert second.step == whole.step == 60
     for ours, theirs in zip(second.all(), whole.all(), strict=True):
@@ -147,13 +150,16 @@ def test_all_averages_resume_exactly_from_a_checkpoint(tmp_path: Path) -> None:
 def test_the_selected_average_is_applied() -> None:
     network = Vector(3)
     average = Average(network, 0.5, PowerAverages([0.05, 0.1], selected=0.05))
-    for value in torch.randn(20, 3):
+    values = torch.randn(20, 3)
+    for value in values:
         network.become(value)
         average.update()
+    assert average.trained() is None
     with average.applied():
         assert torch.equal(network.weight, shadow(average, 0.05))
-        assert torch.equal(average.trained()[0], value)
-    assert torch.equal(network.weight, value)
+        (trained,) = average.trained() or []
+        assert torch.equal(trained, values[-1])
+    assert torch.equal(network.weight, values[-1])
 
 
 def test_an_average_cannot_begin_in_the_middle() -> None:

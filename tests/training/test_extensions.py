@@ -63,7 +63,7 @@ class Alignment(AuxiliaryLoss):
 
 
 class Brightness(nn.Module):
-    """The difference of mean colours, each scaled by a learned factor."""
+    """The difference of mean colours, scaled by learned factors."""
 
     def __init__(self, start: float = 1.0):
         super().__init__()
@@ -92,7 +92,7 @@ def latents(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: pytest
 
 
 def trained_and_resumed(stage: str, config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
-    """The weights after four steps, the same for a run that was stopped after two."""
+    """The weights after four steps, which must equal those of a run that was stopped after two."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     weights = []
     for run, stops in (("whole", (4,)), ("stopped", (2, 4))):
@@ -180,12 +180,12 @@ def test_activations_are_kept_only_where_a_loss_asks(
     asked: list[Any] = []
     forward = DiT.forward
 
-    def noting(self: DiT, *given: Any, **named: Any) -> Any:
+    def record(self: DiT, *arguments: Any, **named: Any) -> Any:
         if torch.is_grad_enabled():
             asked.append(named.get("return_activations"))
-        return forward(self, *given, **named)
+        return forward(self, *arguments, **named)
 
-    monkeypatch.setattr(DiT, "forward", noting)
+    monkeypatch.setattr(DiT, "forward", record)
     for loss in (None, Nothing()):
         train_with(latents, tmp_path, loss)
     assert asked == [None, None]
@@ -198,7 +198,9 @@ def test_blocks_that_are_not_there_are_refused_by_name(latents: tuple[Path, Path
 
 def test_a_denoiser_without_activations_is_refused_by_name(latents: tuple[Path, Path], tmp_path: Path) -> None:
     class Plain(DiT):
-        def forward(self, hidden_states, encoder_hidden_states, timestep, encoder_attention_mask=None, return_dict=True):
+        def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  which is the point here
+            self, hidden_states, encoder_hidden_states, timestep, encoder_attention_mask=None, return_dict=True
+        ):
             raise AssertionError
 
     denoiser = Plain(sample_size=16, patch_size=4, width=32, num_layers=2, num_attention_heads=2, caption_channels=8)
