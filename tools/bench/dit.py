@@ -1,42 +1,34 @@
-"""The network of stage two, side by side: our DiT against diffusers' ``PixArtTransformer2DModel``.
+"""The network of stage two: our DiT against diffusers' ``PixArtTransformer2DModel``.
 
     python tools/bench/dit.py [--quick] [--rounds R] [--precision bf16|fp32] [--compile]
 
-Both have the same width, depth, heads, tokens and text, and parameters within 2 % of each other. A training step is the same
-for both (rectified flow, mean square, AdamW, clipping); the network alone differs. Guided sampling is from words to latents,
-with the same text encoder, scheduler (DPM-Solver++ 2M), steps and guidance: ours through our pipeline, theirs through
-``PixArtAlphaPipeline``. In bf16 both train under autocast and draw with weights in bf16, as `ldm sample --precision bf16` and
-``torch_dtype`` do; with --compile both have their blocks compiled.
+Both have the same width, depth, heads, tokens and text, and numbers of parameters within 2% of each other. The training step
+is the same (rectified flow, mean squared error, AdamW, clipping); only the network differs. Guided sampling goes from prompts
+to latents with the same text encoder, scheduler (DPM-Solver++ 2M), steps and guidance: ours through our pipeline, theirs
+through ``PixArtAlphaPipeline``. In bf16 both train under autocast and sample with weights in bf16; with --compile the blocks
+of both are compiled.
 
-Texts come in two lengths. ``padded``: to 120 tokens, as ``PixArtAlphaPipeline`` and its training pad them; both networks are
-given the same tensors, and ours leaves out what the mask says is padding. Otherwise theirs are cut to the longest prompt too.
+Texts have two lengths. ``padded``: to 120 tokens, as ``PixArtAlphaPipeline`` and its training pad them; both networks get the
+same tensors, and ours drops the padding by the mask. Otherwise theirs are cut to the longest prompt, too.
 
-Two different networks say different things, so their outputs are not compared. What is: the latents of both pipelines with one
-and the same PixArt inside, and those of our DiT with the text's keys and values computed once and at every step. Ends with
-`ratio NAME MEDIAN MIN MAX`: theirs over ours, of time per training step and per sampling run, in each precision it has.
+The outputs of two different networks are not compared. Compared are the latents of both pipelines with the same PixArt inside,
+and those of our DiT with the text's keys and values computed once or at every step. Ends with `ratio NAME MEDIAN MIN MAX`:
+theirs over ours, of time per training step and per sampling run, in each precision.
 """
 
 from __future__ import annotations
 
-# isort: off
-import ldm  # noqa: F401 - first: it settles how OpenMP waits, for both that are compared
-
-# isort: on
 import argparse
 import copy
 import itertools
-import statistics
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import diffusers
+import common
 import torch
-import transformers
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Condition
@@ -54,7 +46,7 @@ from ldm.training.optimiser import OptimiserConfig
 
 DIFFUSION = RectifiedFlow(), Velocity()
 PADDED = 120  # tokens, of PixArtAlphaPipeline
-PRECISION = "default: fp32, and bf16 where the machine has it; with --quick, on a CPU, the last of them alone"
+PRECISION = "default: fp32, and bf16 where the machine supports it; with --quick on a CPU only the last of them"
 PROMPTS = [
     "a large red circle at the center and a small cyan heart at the left on a black background",
     "a large yellow ring at the top of a gray background with a tiny blue star in the middle of it",
@@ -63,17 +55,9 @@ PROMPTS = [
 ]
 
 
-def quieten() -> None:
-    """The libraries' hints and bars are beside the point here."""
-    warnings.filterwarnings("ignore")
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
 @dataclass(frozen=True)
 class Setting:
-    """What is run, and how."""
+    """The sizes of the networks and of what they are given."""
 
     width: int
     layers: int
@@ -85,15 +69,12 @@ class Setting:
     device: str
 
     def now(self) -> float:
-        """Seconds, when the device has done what it was given."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return common.now(self.device)
 
     def autocast(self, precision: str) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=precision == "bf16")
 
-    def ready(self, network: ModelMixin) -> ModelMixin:
+    def ready(self, network: nn.Module) -> nn.Module:
         """``network`` on the device, compiled if that is asked for."""
         network.to(self.device)
         if self.compiled:
@@ -105,12 +86,12 @@ class Setting:
 # -- the two networks ----------------------------------------------------------------------------------------------------
 
 
-def build(side: str, setting: Setting, caption_channels: int) -> ModelMixin:
-    """A network with random weights everywhere, so that no gate is shut."""
+def build(side: str, setting: Setting, caption_channels: int) -> nn.Module:
+    """A network with random weights everywhere, adaLN's zero gates included."""
     torch.manual_seed(0)
-    common = {"in_channels": 4, "sample_size": setting.side, "patch_size": 2, "num_layers": setting.layers}
+    sizes: dict[str, Any] = dict(in_channels=4, sample_size=setting.side, patch_size=2, num_layers=setting.layers)
     if side == "ours":
-        network = DiT(width=setting.width, num_attention_heads=setting.heads, caption_channels=caption_channels, **common)
+        network = DiT(width=setting.width, num_attention_heads=setting.heads, caption_channels=caption_channels, **sizes)
     else:
         network = PixArtTransformer2DModel(
             num_attention_heads=setting.heads,
@@ -119,7 +100,7 @@ def build(side: str, setting: Setting, caption_channels: int) -> ModelMixin:
             caption_channels=caption_channels,
             out_channels=4,
             use_additional_conditions=False,
-            **common,
+            **sizes,
         )
     with torch.no_grad():
         for parameter in network.parameters():
@@ -131,7 +112,7 @@ def build(side: str, setting: Setting, caption_channels: int) -> ModelMixin:
 
 
 class Training:
-    """The step that both networks take, on a batch that lies ready."""
+    """The training step of either network, on a batch held in memory."""
 
     def __init__(self, network: nn.Module, setting: Setting, text: Condition):
         self.network, self.setting = network, setting
@@ -162,16 +143,16 @@ class Training:
 
 
 def sampler(
-    side: str, network: ModelMixin, text_encoder: TextEncoder, setting: Setting, text_length: int, precision: str = "fp32"
+    side: str, network: nn.Module, text_encoder: TextEncoder, setting: Setting, text_length: int, precision: str = "fp32"
 ) -> Callable[[Tensor], Tensor]:
-    """A function from noise (4, 4, h, w) to the latents of the four prompts; of ours with whichever network is given.
+    """A function from noise (4, 4, h, w) to the latents of the four prompts; our pipeline takes either network.
 
-    ``text_length`` is theirs; our pipeline encodes prompts at the length they have.
+    ``text_length`` is that of ``PixArtAlphaPipeline``; our pipeline encodes prompts at the length they have.
     """
     dtype, text_model = torch.float32, text_encoder.model
     if precision == "bf16":
         dtype, network, text_model = torch.bfloat16, setting.ready(copy.deepcopy(network)), copy.deepcopy(text_model)
-    parts = {
+    parts: dict[str, Any] = {
         "vae": AutoencoderConfig([8, 8, 8, 8], 4, 1, 4, False, 32).build().eval(),
         "text_encoder": text_model,
         "tokenizer": text_encoder.tokenizer,
@@ -179,35 +160,36 @@ def sampler(
         "scheduler": make_scheduler("dpm++2m", *DIFFUSION),
     }
     assert isinstance(parts["scheduler"], DPMSolverMultistepScheduler)
-    pipeline = (LatentDiffusionPipeline if side == "ours" else PixArtAlphaPipeline)(**parts).to(setting.device, dtype)
+    pipeline: Any = (LatentDiffusionPipeline if side == "ours" else PixArtAlphaPipeline)(**parts).to(setting.device, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": setting.sampling_steps, "guidance_scale": 4.0, "output_type": "latent"}
+    options: dict[str, Any] = {"num_inference_steps": setting.sampling_steps, "guidance_scale": 4.0, "output_type": "latent"}
     if side == "theirs":
         options |= {"max_sequence_length": text_length, "use_resolution_binning": False, "clean_caption": False}
 
-    def draw(noise: Tensor) -> Tensor:
+    def sample(noise: Tensor) -> Tensor:
         network.eval()
         latents = pipeline(PROMPTS, latents=noise.to(dtype), **options).images
         network.train()
         return latents
 
-    return draw
+    return sample
 
 
-def sampling_seconds(draw: Callable[[Tensor], Tensor], noise: Tensor, setting: Setting) -> float:
+def sampling_seconds(sample: Callable[[Tensor], Tensor], noise: Tensor, setting: Setting) -> float:
     """Seconds of one run."""
     began = setting.now()
-    draw(noise)
+    sample(noise)
     return setting.now() - began
 
 
-def state_differences(networks: dict[str, ModelMixin], text_encoder: TextEncoder, setting: Setting, noise: Tensor) -> None:
-    """Print how far apart are the outputs that ought to be the same, in fp32."""
+def print_differences(networks: dict[str, nn.Module], text_encoder: TextEncoder, setting: Setting, noise: Tensor) -> None:
+    """Print the differences between outputs that should be equal, in fp32."""
     pixart = networks["theirs"]
     loops = [sampler(side, pixart, text_encoder, setting, PADDED)(noise) for side in networks]
     apart, spread = (loops[0] - loops[1]).abs().max().item(), loops[1].std().item()
     print(f"one PixArt in both pipelines: latents differ by at most {apart:.1e} (of {spread:.2f}), as theirs rounds the time")
     dit = networks["ours"].eval()
+    assert isinstance(dit, DiT)
     text = Condition(*text_encoder.encode(PROMPTS))
     arguments = noise, text.embeddings, torch.full((len(PROMPTS),), 500.0, device=noise.device), text.mask
     with torch.no_grad():
@@ -228,34 +210,34 @@ def padded(text: Condition) -> Condition:
 
 
 def measure(setting: Setting, precisions: list[str], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Everything, printed as it comes; returns the ratios."""
+    """Print all measurements as they come; return the ratios."""
     text_encoder = TextEncoder.load("minilm", setting.device)
     networks = {side: build(side, setting, text_encoder.width) for side in ("ours", "theirs")}
     counts = {side: sum(parameter.numel() for parameter in network.parameters()) for side, network in networks.items()}
     text = Condition(*text_encoder.encode(PROMPTS))
     print(f"parameters: ours {counts['ours'] / 1e6:.2f}M, theirs {counts['theirs'] / 1e6:.2f}M", end="; ")
-    print(f"{(setting.side // 2) ** 2} tokens of image, {text.mask.shape[1]} of text, padded {PADDED}")
-    assert abs(counts["ours"] / counts["theirs"] - 1) < 0.02, "the two are not of one size"
+    print(f"{(setting.side // 2) ** 2} tokens of the image, {text.mask.shape[1]} of the text, padded {PADDED}")
+    assert abs(counts["ours"] / counts["theirs"] - 1) < 0.02, "the two networks differ in size"
     noise = torch.randn(len(PROMPTS), 4, setting.side, setting.side, generator=torch.Generator().manual_seed(0))
     noise = noise.to(setting.device)
-    state_differences(networks, text_encoder, setting, noise)
+    print_differences(networks, text_encoder, setting, noise)
 
     texts = {"": text, "_padded": padded(text)}
     timed: dict[tuple[str, str, str, str], Callable[[], float]] = {}
     for (side, network), (length, condition) in itertools.product(networks.items(), texts.items()):
         training = Training(network, setting, condition)
         for precision in precisions:
-            draw = sampler(side, network, text_encoder, setting, condition.mask.shape[1], precision)
+            sample = sampler(side, network, text_encoder, setting, condition.mask.shape[1], precision)
             timed["step", precision, length, side] = partial(training.seconds, precision, steps)
-            if not (side == "ours" and length):  # ours has nothing to pad
-                timed["sampling", precision, length, side] = partial(sampling_seconds, draw, noise, setting)
-            if setting.compiled:  # not on the clock: compiling
+            if not (side == "ours" and length):  # our pipeline pads nothing
+                timed["sampling", precision, length, side] = partial(sampling_seconds, sample, noise, setting)
+            if setting.compiled:  # compilation is not timed
                 training.step(precision)
-                sampling_seconds(draw, noise, setting)
-    order = sorted(timed)  # the two sides of a figure next to each other
+                sampling_seconds(sample, noise, setting)
+    order = sorted(timed)  # the two sides of a ratio next to each other
     seconds: dict[tuple[str, str, str, str], list[float]] = {key: [] for key in order}
     for turn in range(rounds):
-        for key in order if turn % 2 == 0 else reversed(order):
+        for key in common.in_turn(order, turn):
             seconds[key].append(timed[key]())
         last = {" ".join(filter(None, key)): round(values[-1], 3) for key, values in seconds.items()}
         print(f"round {turn + 1}, s:", last, flush=True)
@@ -269,7 +251,7 @@ def measure(setting: Setting, precisions: list[str], rounds: int, steps: int) ->
 
 
 def precisions_of(options: argparse.Namespace) -> list[str]:
-    """As ``PRECISION`` says."""
+    """Of ``--precision``, with the default that ``PRECISION`` states."""
     if options.precision:
         return [options.precision]
     all_of_them = ["fp32"] + ["bf16"] * bf16_is_faster()
@@ -278,13 +260,12 @@ def precisions_of(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Measure, and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small networks (14M), few tokens, three rounds: under 50 s")
+    parser = common.bench_parser(__doc__, "small networks (14M), few tokens, three rounds: under 50 s")
     parser.add_argument("--rounds", type=int, help="default: 5, 3 with --quick")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help=PRECISION)
     parser.add_argument("--compile", action="store_true", help="compile the blocks of both; takes minutes on a CPU")
     options = parser.parse_args()
-    quieten()
+    common.quieten()
     gpu = torch.cuda.is_available()
     precisions = precisions_of(options)
     if options.quick:
@@ -295,8 +276,7 @@ def main() -> None:
     print(machine_info())
     print(setting, f"{rounds} rounds of {steps} steps and a sampling of {len(PROMPTS)} prompts")
     ratios = measure(setting, precisions, rounds, steps)
-    for name, values in sorted(ratios.items()):
-        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+    common.print_ratios(ratios)
 
 
 if __name__ == "__main__":

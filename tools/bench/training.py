@@ -1,46 +1,46 @@
-"""What training and sampling come to on this machine's GPU: one table, for the README.
+"""Throughput, MFU, memory and sampling on one device, as one table.
 
     python tools/bench/training.py [--quick] [--rounds R] [--only denoiser|autoencoder|sampling …]
 
 - Stage two: DiT-B/2 and DiT-XL/2 at 256 px (256 tokens) on cached latents, with and without compiled blocks, with and without
   gradient checkpointing.
-- Stage one: configs/autoencoder/kl_f8_8gpu.yaml at 256 px, both players, LPIPS of random weights, compiled and not.
-- Sampling: both DiTs and the f8 autoencoder, from words to images with guidance, in 20 and 50 steps, one and eight at once.
+- Stage one: configs/autoencoder/kl_f8_8gpu.yaml at 256 px with its discriminator, LPIPS of random weights, compiled and not.
+- Sampling: both DiTs and the f8 autoencoder, from prompts to images with guidance, in 20 and 50 steps, one and eight at once.
 
-Training is ``ldm STAGE fit`` of the recipe through Lightning's ``Trainer.fit`` with loader, optimisers, averages and logs, but
-for previews, checkpoints and validation; bf16, TF32, one device, captions by MiniLM. The networks are untrained: time does not
-depend on what they hold. MFU is :mod:`ldm.runs.dry_run.flops`'s: FLOPs of the mathematics over the peak of the GPU, without
-what gradient checkpointing computes again.
+Training is ``ldm STAGE fit`` of the recipe: Lightning's ``Trainer.fit`` with loader, optimisers, averages and logs, without
+previews, checkpoints and validation; bf16, TF32, one device, captions by MiniLM. The networks are untrained, since time does
+not depend on their weights. MFU is that of :mod:`ldm.runs.dry_run.flops`: the FLOPs of the model over the peak of the GPU,
+without those that gradient checkpointing repeats.
 
-Without a GPU networks, images and batches are tiny, in fp32 where bf16 does not pay, and with --quick nothing is compiled:
-that it runs is all that is shown. Ends with ``ratio NAME MEDIAN MIN MAX``: throughput compiled over plain and with gradient
-checkpointing over without, per round, and on a GPU the MFU of DiT-XL/2, compiled, over 20% and 25%, between which fast-DiT and
-LightningDiT are by what they publish.
+Without a GPU networks, images and batches are tiny, in fp32 where bf16 is slower, and with --quick nothing is compiled: this
+shows only that the script runs. Ends with ``ratio NAME MEDIAN MIN MAX``: throughput compiled over plain and with gradient
+checkpointing over without, per round; on a GPU also the MFU of DiT-XL/2, compiled, over 20% and 25%, the range that follows
+from what fast-DiT and LightningDiT publish.
 """
 
 from __future__ import annotations
 
-# isort: off
-import ldm  # noqa: F401 - first: it settles how OpenMP waits
-
-# isort: on
-import argparse
 import itertools
 import logging
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import cast
 
+import common
 import torch
-from dit import DIFFUSION, Setting, build, quieten
+from common import CONFIGS
+from diffusers.models.modeling_utils import ModelMixin
+from dit import DIFFUSION, Setting, build
 from lightning import LightningModule, Trainer
-from sample import AUTOENCODERS, Contestant
+from sample import AUTOENCODERS, TimedPipeline
 from timed_fit import Clock, TimedFit, data_options, make_data
 
+from ldm.data.datamodule import datamodule_of
 from ldm.diffusion.scheduler import make_scheduler
 from ldm.machine import bf16_is_faster, machine_info
 from ldm.models.autoencoder import AutoencoderConfig
@@ -48,8 +48,8 @@ from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.runs.dry_run.flops import ImageFlops, peak_flops
 from ldm.runs.dry_run.memory import PeakMemory
+from ldm.training.base import TrainingModule
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 WARM_UP = 5  # steps: compilation, the allocator, the start of the loader
 PUBLISHED_MFU = (0.20, 0.25)  # of fast-DiT and LightningDiT: the least and the most, derived from images/s
 # of a GPU of 80 GB or more: (recipe, width, blocks, heads, batch)
@@ -81,15 +81,15 @@ class Row:
 class Costs(Clock):
     """A step's time, FLOPs and peak memory."""
 
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.memory = PeakMemory(trainer.strategy.root_device)
         self.memory.reset()
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        self.counter = ImageFlops(module)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.counter = ImageFlops(cast(TrainingModule, pl_module))
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.flops, self.peak = self.counter.count(trainer.datamodule), self.memory.peak()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.flops, self.peak = self.counter.count(datamodule_of(trainer)), self.memory.peak()
 
 
 # -- what is measured ----------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Costs(Clock):
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the data lie, and how much is done."""
+    """The folder of the data, and the number of timed steps."""
 
     folder: Path
     tiny: bool
@@ -111,18 +111,19 @@ class Bench:
     def bf16(self) -> bool:
         return not self.tiny or bf16_is_faster()
 
-    def train(self, row: Row, stage: str, options: Sequence[object]) -> None:
-        """One fit more for the row."""
+    def train(self, row: Row, stage: str, options: Iterable[object]) -> None:
+        """Add one fit to the row."""
         costs = Costs()
         switches = {"compile": row.compiled, "gradient_checkpointing": row.checkpointing}
-        told = [text for name, value in switches.items() for text in (f"--model.{name}", str(value).lower())]
+        options = [*options, *data_options(stage, self.folder)]
+        options += [text for name, value in switches.items() for text in (f"--model.{name}", str(value).lower())]
         trainer = ["--trainer.devices", 1, "--model.accumulate", 1, "--data.batch_size", row.batch]
         trainer += ["--trainer.accelerator", "cpu" if self.tiny else "gpu", "--trainer.log_every_n_steps", 50]
         trainer += ["--trainer.precision", "bf16-mixed" if self.bf16 else "32-true", "--data.workers", 0 if self.tiny else 4]
         torch.compiler.reset()  # so that every round compiles the same
         with tempfile.TemporaryDirectory() as out:
             place = ["--out", f"{out}/run"]
-            TimedFit(stage, [*options, *data_options(stage, self.folder), *trainer, *told, *place], WARM_UP + self.steps, costs)
+            TimedFit(stage, [*options, *trainer, *place], WARM_UP + self.steps, costs)
         step = statistics.median(costs.seconds[WARM_UP - 1 :])
         row.seconds.append(step)
         row.rates.append(costs.images_per_step / step)
@@ -157,7 +158,7 @@ class Bench:
         text_encoder = TextEncoder.load("minilm", self.device)
         widths, layers = AUTOENCODERS["quick" if self.tiny else "gpu"]
         side, numbers = (8, ((2, 1), (2, 2))) if self.tiny else (32, tuple(itertools.product((20, 50), (1, 8))))
-        vae = AutoencoderConfig(list(widths), 4, layers, sample_size=8 * side).build().eval().to(self.device)
+        vae = AutoencoderConfig(list(widths), 4, layers, sample_size=8 * side).build().eval()
         chosen = TINY_DENOISERS if self.tiny else DENOISERS
         for (name, (_, width, blocks, heads, _)), compiled in itertools.product(chosen.items(), (False, True)):
             network = build("ours", Setting(width, blocks, heads, side, 1, 1, compiled, self.device), text_encoder.width).eval()
@@ -165,29 +166,28 @@ class Bench:
                 vae=vae,
                 text_encoder=text_encoder.model,
                 tokenizer=text_encoder.tokenizer,
-                transformer=network,
+                transformer=cast(ModelMixin, network),
                 scheduler=make_scheduler("dpm++2m", *DIFFUSION),
-            )
+            ).to(self.device, torch.bfloat16 if self.bf16 else torch.float32)
             pipeline.set_progress_bar_config(disable=True)
             for steps, batch in numbers:
                 setting = Setting(width, blocks, heads, side, batch, steps, compiled, self.device)
                 row = Row(f"sampling {name}", compiled, batch=batch, steps=steps)
-                yield row, partial(self.sample, row, Contestant(pipeline, setting, None))
+                yield row, partial(self.sample, row, TimedPipeline(pipeline, setting, None))
 
-    def sample(self, row: Row, contestant: Contestant) -> None:
-        """One run more for the row, after one that is not timed."""
-        precision = "bf16" if self.bf16 else "fp32"
+    def sample(self, row: Row, timed: TimedPipeline) -> None:
+        """Add one run to the row, after one that is not timed."""
         torch.compiler.reset()
-        noise = torch.randn(row.batch, 4, contestant.setting.side, contestant.setting.side).to(self.device)
-        contestant.seconds(noise, precision)
+        noise = torch.randn(row.batch, 4, timed.setting.side, timed.setting.side).to(self.device)
+        timed.seconds(noise)
         memory = PeakMemory(torch.device(self.device))
         memory.reset()
-        row.seconds.append(contestant.seconds(noise, precision))
+        row.seconds.append(timed.seconds(noise))
         row.rates.append(row.batch / row.seconds[-1])
         row.gigabytes = memory.peak() / 1e9
 
 
-# -- what came of it -----------------------------------------------------------------------------------------------------
+# -- results ------------------------------------------------------------------------------------------------------------
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -207,7 +207,8 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def print_ratios(rows: Sequence[Row]) -> None:
-    """Compiled over plain, with checkpointing over without, and MFU over what is published."""
+    """Compiled over plain, with checkpointing over without, and MFU over the published one."""
+    ratios: dict[str, list[float]] = {}
     known = {(row.name, row.compiled): row.rates for row in rows}
     for row in rows:
         pairs = []
@@ -218,40 +219,36 @@ def print_ratios(rows: Sequence[Row]) -> None:
             pairs.append((name, (row.name.removesuffix("_checkpointing"), row.compiled)))
         for name, other in pairs:
             if other in known:
-                print_ratio(name, [mine / theirs for mine, theirs in zip(row.rates, known[other], strict=True)])
+                ratios[name] = [mine / theirs for mine, theirs in zip(row.rates, known[other], strict=True)]
     for row in rows:
         if row.mfu and row.compiled and not row.checkpointing and "XL" in row.what:
             each = [row.mfu * rate / statistics.median(row.rates) for rate in row.rates]
             for published in PUBLISHED_MFU:
-                print_ratio(f"mfu_xl_over_{published:.0%}".replace("%", "_percent"), [mfu / published for mfu in each])
-
-
-def print_ratio(name: str, values: Sequence[float]) -> None:
-    print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+                ratios[f"mfu_xl_over_{published:.0%}".replace("%", "_percent")] = [mfu / published for mfu in each]
+    common.print_ratios(ratios)
 
 
 def main() -> None:
     """Measure, and print the table and the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.bench_parser(__doc__, "tiny, one round, nothing compiled: under 50 s on a CPU")
     kinds = ("denoiser", "autoencoder", "sampling")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="default: all three")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="tiny, one round, nothing compiled: under 50 s on a CPU")
     given = parser.parse_args()
-    quieten()
+    common.quieten()
     logging.disable(logging.WARNING)
     tiny = given.quick or not torch.cuda.is_available()
     print(machine_info())
     rounds, steps = (1, 3) if given.quick else (given.rounds, 3 if tiny else 30)
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), tiny, steps)
-        # what the data come from is no part of what is timed
+        # makes the data; not timed
         exporter = AutoencoderConfig([8, 8, 8, 8], 4, 1, 4, False, 64 if tiny else 256)
         make_data(bench.folder, 16 if tiny else 512, 64 if tiny else 256, exporter)
         found = {"denoiser": bench.denoisers, "autoencoder": bench.autoencoders, "sampling": bench.samplings}
         todo = [pair for kind in given.only for pair in found[kind]() if not (given.quick and pair[0].compiled)]
         for turn in range(rounds):
-            for row, run in todo if turn % 2 == 0 else reversed(todo):
+            for row, run in common.in_turn(todo, turn):
                 run()
                 print(f"round {turn + 1}, {row.name}, {'compiled' if row.compiled else 'plain'}: {row.rates[-1]:.3g} images/s",
                       flush=True)  # fmt: skip
