@@ -1,55 +1,50 @@
-"""A training step of stage one, side by side: ours against the same losses written as latent diffusion writes them.
+"""A training step of stage one: ours against the same losses written as latent diffusion writes them.
 
     python tools/bench/autoencoder.py [--quick] [--rounds R] [--precision bf16|fp32] [--size PIXELS] [--batch N]
 
 Both train the same ``AutoencoderKL`` and ``PatchDiscriminator`` with L1, LPIPS (vgg, random trunk), KL, hinge loss, adaptive
-weight, AdamW for both players and an average of the autoencoder; before anything is timed, their gradients are shown to be the
-same. Ours is the real training step inside Lightning's ``Trainer.fit``, whose overhead counts, with clipping, logs and its eye
-on gradients that are no numbers. Theirs is a bare loop. It calls the training step once per player, and every call runs the
-autoencoder, reconstruction loss and LPIPS anew; the adaptive weight walks LPIPS and the discriminator back to the decoder's
-last layer and keeps the graph, and the sum of the losses is walked back once more. As Lightning does between several
-optimisers, the player whose turn it is not is frozen. Batches lie ready as bytes.
+weight, AdamW for both networks and an average of the autoencoder. Before anything is timed, their gradients are compared.
+Ours is the training step inside Lightning's ``Trainer.fit``, whose overhead counts, with clipping, logs and the check for
+non-finite gradients. Theirs is a bare loop. It calls the training step once for each of the two networks, and every call runs
+the autoencoder, reconstruction loss and LPIPS again. The adaptive weight backpropagates through LPIPS and the discriminator to
+the decoder's last layer and keeps the graph; the sum of the losses is then backpropagated once more. The network that is not
+updated is frozen, as Lightning does with several optimisers. Batches are held in memory as bytes.
 
 Each side runs in the memory layout (contiguous or channels_last) in which it is faster. Peak memory, not measured with --quick,
-is that of a process of its own: on a GPU what torch allocated, on the CPU what is resident beyond the imports. Ends with
-`ratio NAME MEDIAN MIN MAX`: theirs over ours, of time per step and of memory, and what equivariance at every batch costs our
-step (time without over time with; it scales about half of the images' area away).
+is that of a separate process: on a GPU what torch allocated, on the CPU what is resident beyond the imports. Ends with
+`ratio NAME MEDIAN MIN MAX`: theirs over ours, of time per step and of memory; and our step without equivariance over that with
+equivariance on every batch (which scales about half of the images' area away).
 """
 
 from __future__ import annotations
 
-# isort: off
-import ldm  # noqa: F401 - first: it settles how OpenMP waits, for both that are compared
-
-# isort: on
-import argparse
 import copy
-import logging
 import math
 import multiprocessing
 import statistics
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
+import common
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.plan import PlannedSample
 from ldm.data.writer import write_images
 from ldm.losses import Equivariance, Hinge, PerceptualLoss, ReconstructionLoss
 from ldm.machine import bf16_is_faster, machine_info
-from ldm.models.autoencoder import AutoencoderConfig, pixels_to_images
+from ldm.models.autoencoder import AutoencoderConfig, decode, encode, pixels_to_images
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.shapes.scenes import generate
 from ldm.training.adversarial import AdversarialTraining
@@ -60,19 +55,13 @@ from ldm.training.randomness import sample_generators
 
 WEIGHT, KL_WEIGHT, EMA_DECAY = 0.5, 1e-6, 0.9999
 LAYOUTS = ("contiguous", "channels_last")
-Player = Literal["autoencoder", "discriminator"]
-
-
-def quieten() -> None:
-    """Lightning's and torchvision's hints are beside the point here."""
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+Network = Literal["autoencoder", "discriminator"]
+NETWORKS: tuple[Network, Network] = ("autoencoder", "discriminator")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and how."""
+    """Sizes, precision and device of the training, and the folder of its images."""
 
     widths: tuple[int, ...]
     layers: int
@@ -87,14 +76,11 @@ class Setting:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
     def now(self) -> float:
-        """Seconds, when the device has done what it was given."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return common.now(self.device)
 
 
 class ReadyBatches(ShardDataModule):
-    """Batches of bytes that were decoded beforehand."""
+    """The same batch of decoded images again and again."""
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -104,20 +90,22 @@ class ReadyBatches(ShardDataModule):
             "draws": [PlannedSample(number, number) for number in numbers],
         }
 
-    def train_dataloader(self) -> Iterator[dict[str, Tensor]]:
+    def train_dataloader(self) -> Iterator[dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]  not a loader
         return repeat(self.batch)
 
 
 class Clock(Callback):
-    """Seconds per batch after the first one, which allocates; from the end of one to the end of another, all included."""
+    """Seconds per batch, from the end of the first one, which allocates, to the end of the last one."""
 
     def __init__(self, setting: Setting, steps: int):
         self.setting, self.steps = setting, steps
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, index: int) -> None:
-        if index == 0:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
             self.began = self.setting.now()
-        if index == self.steps:
+        if batch_idx == self.steps:
             self.seconds = (self.setting.now() - self.began) / self.steps
 
 
@@ -126,12 +114,12 @@ class Clock(Callback):
 
 @cache
 def perceptual() -> PerceptualLoss:
-    """LPIPS, to be copied: its trunk is slow to build."""
+    """LPIPS, to be copied, since its trunk is slow to build."""
     return PerceptualLoss("vgg", "random")
 
 
 def build_ours(setting: Setting, layout: str) -> AutoencoderTraining:
-    """The real stage, its discriminator heard from the first batch on."""
+    """The module of stage one, with the adversarial loss from the first batch on."""
     torch.manual_seed(0)
     adversary = AdversarialTraining(
         PatchDiscriminator(setting.discriminator_width), Hinge(), WEIGHT, start=0, discriminator_warmup=-1, generator_ramp=0
@@ -147,12 +135,12 @@ def build_ours(setting: Setting, layout: str) -> AutoencoderTraining:
         channels_last=layout == "channels_last",
         ema_decay=EMA_DECAY,
     )
-    ours.print = lambda *_: None  # said at every fit
+    ours.print = lambda *_: None  # would print at every fit
     return ours
 
 
 def fit(ours: AutoencoderTraining, setting: Setting, steps: int, *callbacks: Callback) -> None:
-    """So many batches through a trainer of its own."""
+    """Train for so many steps with a new trainer."""
     trainer = Trainer(
         max_steps=steps, max_epochs=-1, accelerator="gpu" if setting.device == "cuda" else "cpu", devices=1,
         precision="bf16-mixed" if setting.bf16 else "32-true", logger=False, enable_checkpointing=False,
@@ -172,7 +160,7 @@ def time_ours(ours: AutoencoderTraining, setting: Setting, steps: int, equivaria
 
 
 def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds of the parts of our step, walked through outside Lightning."""
+    """Median seconds of the parts of our step, run outside of Lightning."""
     discriminator, pixels = ours.adversary.discriminator, pixels.to(setting.device)
     ours.to(setting.device).train()
     ours.average.to(setting.device)
@@ -180,7 +168,7 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
     discriminator_optimiser, _ = ours.discriminator_optimiser.build(discriminator, 1000)
     spent: dict[str, list[float]] = {}
 
-    before_last: list[Tensor] = []  # layer of the decoder
+    before_last: list[Tensor] = []  # input of the decoder's last layer
     hook = ours.autoencoder.decoder.conv_out.register_forward_pre_hook(lambda _, given: before_last.append(given[0].detach()))
 
     def lap(part: str) -> None:
@@ -193,14 +181,14 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
             began = setting.now()
             images = pixels_to_images(pixels)
             lap("bytes to floats")
-            posterior = ours.autoencoder.encode(images).latent_dist
-            reconstruction = ours.autoencoder.decode(posterior.sample()).sample.float()
+            posterior = encode(ours.autoencoder, images)
+            reconstruction = decode(ours.autoencoder, posterior.sample()).float()
             lap("autoencoder, forward")
             leaf = reconstruction.detach().requires_grad_()
             (by_error,) = torch.autograd.grad(ours.reconstruction(leaf, images) + ours.perceptual(leaf, images), leaf)
-            lap("L1 and LPIPS, there and back")
+            lap("L1 and LPIPS, forward and backward")
             (by_generator,) = torch.autograd.grad(ours.adversary.generator_loss(leaf), leaf)
-            lap("discriminator, heard by the decoder")
+            lap("adversarial loss of the decoder")
             weight = ours._adaptive_weight(before_last.pop(), by_error, by_generator)
             lap("adaptive weight")
             towards = ((by_error + WEIGHT * weight * by_generator) * reconstruction).sum()
@@ -208,7 +196,7 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
             lap("autoencoder, backward")
             loss, _ = ours.adversary.discriminator_loss(images, reconstruction.detach(), 0)
             loss.backward()
-            lap("discriminator, learning")
+            lap("discriminator, forward and backward")
             for network, its_optimiser in ((ours.autoencoder, optimiser), (discriminator, discriminator_optimiser)):
                 nn.utils.clip_grad_norm_(network.parameters(), ours.optimiser.max_grad_norm)
                 its_optimiser.step()
@@ -223,30 +211,30 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
 
 
 class PerceptualAndDiscriminatorLoss(nn.Module):
-    """Latent diffusion's loss (Rombach et al. 2022, arXiv 2112.10752, appendix G), asked once per player.
+    """Latent diffusion's loss (Rombach et al. 2022, arXiv 2112.10752, appendix G), called once for each network.
 
     The adaptive weight is that of Esser et al. 2021 (arXiv 2012.09841, eq. 7). Means, where theirs are sums over an image.
     """
 
     def __init__(self, perceptual: PerceptualLoss, discriminator: nn.Module):
         super().__init__()
-        self.perceptual, self.discriminator, self.game = perceptual, discriminator, Hinge()
+        self.perceptual, self.discriminator, self.adversarial = perceptual, discriminator, Hinge()
 
     def forward(
         self,
         images: Tensor,
         reconstruction: Tensor,
         posterior: DiagonalGaussianDistribution,
-        player: Player,
+        updated: Network,
         last_layer: Tensor,
     ) -> Tensor:
         errors = (images - reconstruction).abs() + self.perceptual.network(reconstruction, images)  # (B, 3, H, W)
         error, kl = errors.mean(), posterior.kl().sum() / images.numel()
-        if player == "discriminator":
-            return self.game.discriminator(self.discriminator(images), self.discriminator(reconstruction.detach()))
-        # the estimates of spectral norms stand still, as they do for us
+        if updated == "discriminator":
+            return self.adversarial.discriminator(self.discriminator(images), self.discriminator(reconstruction.detach()))
+        # keeps the estimates of spectral norms, as ours does
         self.discriminator.eval()
-        generator = self.game.generator(self.discriminator(reconstruction))
+        generator = self.adversarial.generator(self.discriminator(reconstruction))
         self.discriminator.train()
         return error + WEIGHT * self.adaptive_weight(error, generator, last_layer) * generator + KL_WEIGHT * kl
 
@@ -257,43 +245,44 @@ class PerceptualAndDiscriminatorLoss(nn.Module):
 
 
 class LatentDiffusion:
-    """The same networks, weights and settings as ours, trained in latent diffusion's manner."""
+    """The same networks, weights and settings as ours, trained as latent diffusion does."""
 
     def __init__(self, ours: AutoencoderTraining, setting: Setting):
-        """``ours`` is copied: its networks in their memory order, and its optimisers' settings."""
+        """``ours`` is copied: its networks in their memory layout, and its optimisers' settings."""
         self.setting = setting
-        self.autoencoder = copy.deepcopy(ours.autoencoder).to(setting.device)
+        self.autoencoder = copy.deepcopy(ours.autoencoder)
+        nn.Module.to(self.autoencoder, setting.device)
         self.loss = PerceptualAndDiscriminatorLoss(copy.deepcopy(ours.perceptual), copy.deepcopy(ours.adversary.discriminator))
         self.loss.to(setting.device)
         self.average = Average(self.autoencoder, EMA_DECAY)
-        self.players: dict[Player, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.loss.discriminator}
-        self.optimisers = {
+        self.networks: dict[Network, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.loss.discriminator}
+        self.optimisers: dict[Network, tuple[Optimizer, LRScheduler]] = {
             "autoencoder": ours.optimiser.build(self.autoencoder, 1000),
             "discriminator": ours.discriminator_optimiser.build(self.loss.discriminator, 1000),
         }
 
-    def training_step(self, images: Tensor, player: Player, noise: list[torch.Generator] | None) -> Tensor:
-        """The loss of one player."""
+    def training_step(self, images: Tensor, updated: Network, noise: list[torch.Generator] | None) -> Tensor:
+        """The loss of one network."""
         with self.setting.autocast():
-            posterior = self.autoencoder.encode(images).latent_dist
-            reconstruction = self.autoencoder.decode(posterior.sample(noise)).sample
-            return self.loss(images, reconstruction, posterior, player, self.autoencoder.decoder.conv_out.weight)
+            posterior = encode(self.autoencoder, images)
+            reconstruction = decode(self.autoencoder, posterior.sample(cast(Any, noise)))  # one generator per sample serves
+            return self.loss(images, reconstruction, posterior, updated, self.autoencoder.decoder.conv_out.weight)
 
-    def backward(self, images: Tensor, player: Player, noise: list[torch.Generator] | None = None) -> None:
-        """Gradients of one player; the other is frozen."""
-        for name, network in self.players.items():
-            network.requires_grad_(name == player)
-        self.training_step(images, player, noise).backward()
+    def backward(self, images: Tensor, updated: Network, noise: list[torch.Generator] | None = None) -> None:
+        """Gradients of one network; the other is frozen."""
+        for name, network in self.networks.items():
+            network.requires_grad_(name == updated)
+        self.training_step(images, updated, noise).backward()
 
     def step(self, pixels: Tensor) -> None:
         """One batch."""
         images = pixels_to_images(pixels.to(self.setting.device))
-        for player, (optimiser, schedule) in self.optimisers.items():
+        for name, (optimiser, schedule) in self.optimisers.items():
             optimiser.zero_grad()
-            self.backward(images, player)
+            self.backward(images, name)
             optimiser.step()
             schedule.step()
-        self.autoencoder.requires_grad_(True)  # the average passes over what is frozen
+        self.autoencoder.requires_grad_(True)  # the average skips frozen parameters
         self.average.update()
 
     def seconds(self, pixels: Tensor, steps: int) -> float:
@@ -309,26 +298,32 @@ class LatentDiffusion:
 
 
 def assert_same_gradients(setting: Setting, pixels: Tensor) -> None:
-    """One batch of the same noise, in fp32 on the CPU: every parameter of both players has the same gradient on both sides."""
+    """One batch with the same noise, in fp32 on the CPU: the gradients of all parameters are equal on both sides."""
     setting = replace(setting, bf16=False, device="cpu")
     ours = build_ours(setting, "contiguous")
     theirs = LatentDiffusion(ours, setting)
     ours.optimiser.max_grad_norm = ours.discriminator_optimiser.max_grad_norm = math.inf
     fit(ours, setting, 1)
     draws = [PlannedSample(number, number) for number in range(setting.batch)]
-    for player, mine in (("autoencoder", ours.autoencoder), ("discriminator", ours.adversary.discriminator)):
-        theirs.backward(pixels_to_images(pixels), player, sample_generators(ours.seed, draws))
-        wanted = [parameter.grad for parameter in theirs.players[player].parameters()]
-        # a bias before a norm has no gradient but rounding
-        rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in wanted)
-        for (name, parameter), gradient in zip(mine.named_parameters(), wanted, strict=True):
-            error, size = float((parameter.grad - gradient).abs().max()), float(gradient.abs().max())
-            assert error <= 1e-3 * size + rounding, f"gradients of the {player}'s {name} differ by {error} of {size}"
+    assert ours.seed is not None
+    for name, network in zip(NETWORKS, (ours.autoencoder, ours.adversary.discriminator), strict=True):
+        theirs.backward(pixels_to_images(pixels), name, sample_generators(ours.seed, draws))
+        mine, wanted = gradients(network), gradients(theirs.networks[name])
+        # the gradient of a bias before a norm is rounding alone
+        rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in wanted.values())
+        for parameter, gradient in wanted.items():
+            error, size = float((mine[parameter] - gradient).abs().max()), float(gradient.abs().max())
+            assert error <= 1e-3 * size + rounding, f"gradients of the {name}'s {parameter} differ by {error} of {size}"
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    """Of all parameters, by name."""
+    return {name: cast(Tensor, parameter.grad) for name, parameter in network.named_parameters()}
 
 
 def peak_memory(side: str, layout: str, setting: Setting) -> float:
-    """MiB at the peak of three steps, for a process of its own. On the CPU Linux is asked, beyond what the imports take."""
-    quieten()
+    """MiB at the peak of three steps, in a new process; on the CPU what is resident beyond the imports."""
+    common.quieten()
     imports = resident("VmRSS") if setting.device == "cpu" else 0.0
     ours = build_ours(setting, layout)
     if side == "ours":
@@ -340,7 +335,7 @@ def peak_memory(side: str, layout: str, setting: Setting) -> float:
     if setting.device == "cuda":
         run()
         return torch.cuda.max_memory_allocated() / 2**20
-    # ru_maxrss would count what building LPIPS' trunk takes for a moment; the kernel forgets its mark on being asked
+    # ru_maxrss would count what building LPIPS' trunk takes for a moment; this resets the kernel's peak
     Path("/proc/self/clear_refs").write_text("5")
     run()
     return resident("VmHWM") - imports
@@ -353,7 +348,7 @@ def resident(which: str) -> float:
 
 
 def ready_pixels(setting: Setting) -> Tensor:
-    """The batch that both are timed on, uint8."""
+    """The batch of both sides, uint8."""
     shards = str(setting.folder / "shards")
     data = ReadyBatches(shards, shards, batch_size=setting.batch)
     data.setup("fit")
@@ -361,7 +356,7 @@ def ready_pixels(setting: Setting) -> Tensor:
 
 
 def measure(setting: Setting, rounds: int, steps: int, quick: bool) -> dict[str, list[float]]:
-    """Everything, printed as it comes; returns the ratios."""
+    """Print all measurements as they come; return the ratios."""
     pixels = ready_pixels(setting)
     assert_same_gradients(setting, pixels)
     print("gradients agree", flush=True)
@@ -372,12 +367,9 @@ def measure(setting: Setting, rounds: int, steps: int, quick: bool) -> dict[str,
     print(f"autoencoder {counts[0] / 1e6:.1f}M parameters, discriminator {counts[1] / 1e6:.1f}M")
     theirs = {layout: LatentDiffusion(ours[layout], setting) for layout in LAYOUTS}
 
-    def time_theirs(layout: str) -> float:
-        return theirs[layout].seconds(pixels, steps)
-
     sides: dict[str, Callable[[str], float]] = {
         "ours": lambda layout: time_ours(ours[layout], setting, steps),
-        "theirs": time_theirs,
+        "theirs": lambda layout: theirs[layout].seconds(pixels, steps),
     }
     tries = range(1 if quick else 2)
     found = {(side, layout): min(run(layout) for _ in tries) for side, run in sides.items() for layout in LAYOUTS}
@@ -388,11 +380,11 @@ def measure(setting: Setting, rounds: int, steps: int, quick: bool) -> dict[str,
     del ours[next(layout for layout in LAYOUTS if layout != chosen["ours"])]
     del theirs[next(layout for layout in LAYOUTS if layout != chosen["theirs"])]
 
-    timed = {side: partial(run, chosen[side]) for side, run in sides.items()}
+    timed: dict[str, Callable[[], float]] = {side: partial(run, chosen[side]) for side, run in sides.items()}
     timed["ours, equivariance"] = lambda: time_ours(ours[chosen["ours"]], setting, steps, equivariance=1.0)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(rounds):
-        for name in timed if turn % 2 == 0 else reversed(timed):
+        for name in common.in_turn([*timed], turn):
             seconds[name].append(timed[name]())
         print(f"round {turn + 1}, s/step:", {name: round(values[-1], 3) for name, values in seconds.items()}, flush=True)
     for name, values in seconds.items():
@@ -401,8 +393,8 @@ def measure(setting: Setting, rounds: int, steps: int, quick: bool) -> dict[str,
 
     parts = anatomy(ours[chosen["ours"]], setting, pixels, 2 * steps)
     step = statistics.median(seconds["ours"])
-    parts["the rest: Lightning, logs (by subtraction)"] = step - sum(parts.values())
-    print("where our time goes:")
+    parts["rest: Lightning, logs (by subtraction)"] = step - sum(parts.values())
+    print("parts of our step:")
     for part, value in parts.items():
         print(f"  {part:42} {1000 * value:8.1f} ms {value / step:6.1%}")
 
@@ -427,14 +419,13 @@ def peak_alone(side: str, layout: str, setting: Setting) -> float:
 
 def main() -> None:
     """Measure, and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small autoencoder (4M), few rounds, no memory: under 50 s")
+    parser = common.bench_parser(__doc__, "a small autoencoder (4M), few rounds, no memory: under 50 s")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 where the machine has it")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 where the machine supports it")
     parser.add_argument("--size", type=int, help="of the images, in pixels (default: 64; on a GPU 256 without --quick)")
     parser.add_argument("--batch", type=int, help="images (default: 4, 2 with --quick; on a GPU 16)")
     options = parser.parse_args()
-    quieten()
+    common.quieten()
     gpu = torch.cuda.is_available()
     bf16 = options.precision == "bf16" if options.precision else bf16_is_faster()
     network = ((32, 64, 128, 128), 1, 32) if options.quick else ((64, 128, 256, 256), 2, 64)
@@ -451,8 +442,7 @@ def main() -> None:
         setting = Setting(*network, size, batch, bf16, "cuda" if gpu else "cpu", Path(temporary))
         write_images(setting.folder / "shards", "shapes", generate(batch, size, seed=0), batch)
         ratios = measure(setting, rounds, steps, options.quick)
-    for name, values in sorted(ratios.items()):
-        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+    common.print_ratios(ratios)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,52 @@
-"""How soon a denoiser learns: our recipe of stage two against DiT's and minRF's, on the same latents.
+"""Convergence of stage two: our recipe against DiT's and minRF's, on the same latents.
 
     python tools/bench/convergence.py --latents DIR --validation DIR --autoencoder DIR --out DIR
         [--recipes ours dit minrf] [--seeds 0 1 2] [--images N] [--evaluations K] [--prompts P]
     python tools/bench/convergence.py --quick
 
-A recipe is a YAML of ``configs/convergence``, whose comments say what it is. Each is trained by ``ldm denoiser fit``, with
-nothing but paths, steps and seeds changed, once per seed. The latents are of scenes with two objects (``ldm shards shapes
---preset two``); the validation set's are of pairs held out (``--held-out``). A recipe with a constant rate is trained on N
-images and judged K times on the way: after N, N/2, N/4, … One whose rate falls towards the end is judged fairly at its end
-alone, so it is trained twice, on N images and on N/4, each with a schedule of that length.
+A recipe is a YAML of ``configs/convergence``, described in its comments. Each is trained by ``ldm denoiser fit`` once per seed;
+only paths, steps and seeds are changed. The latents are of scenes with two objects (``ldm shards shapes --preset two``), those
+of the validation set of held-out pairs (``--held-out``). A recipe with a constant learning rate is trained on N images and
+evaluated K times in between: after N, N/2, N/4, … A falling learning rate is evaluated fairly only at its end, so such a recipe
+is trained twice, on N images and on N/4, each with a schedule of that length.
 
-Judged is the average of the weights, on images drawn from prompts with pairs of words that were never seen together: 20
-steps of DPM-Solver++ 2M and guidance 3 for all, from the same noise: by prompt accuracy, all that a prompt says seen in its
-image, and by the share of its words (background, colours, shapes, sizes, relation). And by the error of x0, the mean square
-of what the network takes for the clean latent less what it is, by tenths of the noise's share sigma / (alpha + sigma): unlike
-the losses (stored too), that can be compared between predictions and paths, tenth by tenth. All tenths in one number is their
-geometric mean, for ratios of which it does not matter what an error is worth at which noise.
+The averaged weights are evaluated in two ways. On images generated from held-out prompts, with 20 steps of DPM-Solver++ 2M and
+guidance 3 for all, from the same noise: prompt accuracy (images that show all that the prompt says) and attribute accuracy (the
+share of background, colours, shapes, sizes and relations that they show). And by the error of x0, the mean squared difference
+between the predicted and the true clean latent, in ten bins of the noise's share sigma / (alpha + sigma). Unlike the losses
+(stored too), this error can be compared between predictions and paths, bin by bin. The bins are summarised by their geometric
+mean, whose ratios do not depend on how the bins are weighted.
 
-Seconds are those of a training step, on the processor (one thread: OMP_NUM_THREADS=1), measured apart and in turns, so that
+Seconds are processor seconds of a training step (one thread: OMP_NUM_THREADS=1), measured separately and in turns, so that
 neither evaluations nor other work on the machine count.
 
-OUT holds a folder per run; a run that is finished is not repeated. After each, ``results.jsonl`` and ``convergence.svg`` are
-written anew. Ends with `ratio NAME MEDIAN MIN MAX` over the seeds, after a quarter of the other's images, after as many, and
-after as many seconds: of the share of words, ours over the other's (nothing right counts as half a word), and of the
-error of x0, the other's over ours. More is better.
+OUT holds a folder per run; a finished run is not repeated. After each run ``results.jsonl`` and ``convergence.svg`` are written
+anew. Ends with `ratio NAME MEDIAN MIN MAX` over the seeds, after a quarter of the other recipe's images, after as many images,
+and after as many seconds: of attribute accuracy, ours over the other's (none counts as half an attribute), and of the error of
+x0, the other's over ours. Larger is better.
 """
 
 from __future__ import annotations
 
-# isort: off
-import ldm  # noqa: F401 - first: it settles how OpenMP waits
-
-# isort: on
-import argparse
 import json
 import math
 import shutil
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+import common
 import numpy as np
 import torch
 import yaml
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 
 from ldm.cli import dispatch
 from ldm.diffusion.conditioning import denoise
@@ -63,7 +58,8 @@ from ldm.machine import machine_info
 from ldm.shapes.scenes import held_out_prompts
 from ldm.training.denoiser import NUM_BINS, DenoiserTraining, fixed_noise
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "convergence"
+CONFIGS = common.CONFIGS / "convergence"
+FOLDERS = ("latents", "validation", "autoencoder", "out")
 SCORES, STEP_SECONDS = "scores.jsonl", "step_seconds.json"
 TINY = {"width": 32, "num_layers": 1, "num_attention_heads": 2}  # of --quick
 SAMPLING_STEPS, GUIDANCE = 20, 3.0
@@ -73,18 +69,19 @@ SAMPLING_STEPS, GUIDANCE = 20, 3.0
 
 
 class Score(Callback):
-    """Judges the averaged weights at the validations after ``at`` steps; appends a line of JSON to ``file`` each time."""
+    """Evaluates the averaged weights at the validations after ``at`` steps; appends a line of JSON to ``file`` each time."""
 
     def __init__(self, file: str, at: list[int], prompts: int):
         self.file, self.at = Path(file), at
         self.prompts = held_out_prompts("two", prompts)
 
-    def on_validation_end(self, trainer: Trainer, module: DenoiserTraining) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step not in self.at:
             return
+        module = cast(DenoiserTraining, pl_module)
         pipeline = module.pipeline()
         pipeline.scheduler = make_scheduler("dpm++2m", *pipeline.diffusion)
-        options = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE}
+        options: dict[str, Any] = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE}
         images = generate_from_captions(pipeline, self.prompts, seed=0, batch_size=64, **options)
         losses = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         record = {"images": module.num_images_seen, "x0_error": x0_errors(trainer, module)} | losses
@@ -94,9 +91,10 @@ class Score(Callback):
 
 @torch.no_grad()
 def x0_errors(trainer: Trainer, module: DenoiserTraining) -> list[float]:
-    """Mean square errors of x0 on the validation set, by tenths of the noise's share."""
+    """Mean squared errors of x0 on the validation set, in bins of the noise's share."""
     path, prediction = module.objective.path, module.objective.prediction
     shares, errors = [], []
+    assert trainer.val_dataloaders is not None
     for batch in trainer.val_dataloaders:
         x0, condition = module.encode(batch)
         share, eps = fixed_noise(sum(map(len, shares)), x0)
@@ -110,15 +108,17 @@ def x0_errors(trainer: Trainer, module: DenoiserTraining) -> list[float]:
 
 
 class ProcessorTimes(Callback):
-    """Writes the median processor seconds of a step, the first ones left out."""
+    """Writes the median processor seconds of a step, without the first ones."""
 
     def __init__(self, file: str):
         self.file, self.times = file, []
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.times.append(time.process_time())
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         write_json(self.file, statistics.median(after - before for before, after in pairwise(self.times[1:])))
 
 
@@ -127,7 +127,7 @@ class ProcessorTimes(Callback):
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything lies, and how much of it there is."""
+    """Folders, and the sizes of the comparison."""
 
     latents: Path
     validation: Path
@@ -138,7 +138,7 @@ class Bench:
     prompts: int
     quick: bool = False
 
-    def fit(self, recipe: str, out: Path, steps: int, every: int, seed: int, callback: Callback | str, **settings: Any) -> None:
+    def fit(self, recipe: str, out: Path, steps: int, every: int, seed: int, callback: type[Callback], **settings: Any) -> None:
         """``ldm denoiser fit`` of a recipe; ``callback`` is a class of this file."""
         callbacks = [{"class_path": f"{callback.__module__}.{callback.__name__}", "init_args": settings}]
         options = {
@@ -181,7 +181,7 @@ class Run:
 
 
 def config(recipe: str) -> dict[str, Any]:
-    """A recipe as its YAML says it."""
+    """The YAML of a recipe."""
     return yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
 
 
@@ -191,20 +191,20 @@ def batch_size(recipe: str) -> int:
 
 
 def lengths(recipe: str, images: int) -> list[int]:
-    """Images of its trainings."""
+    """Images of the trainings of a recipe."""
     falls = config(recipe)["model"]["optimiser"]["schedule"] != "constant_with_warmup"
     return [images // 4, images] if falls else [images]
 
 
 def step_seconds(bench: Bench, recipes: Sequence[str], rounds: int = 5, steps: int = 12) -> dict[str, float]:
-    """Seconds per step of each recipe; the least of the rounds, as other work can only slow a step down."""
+    """Seconds per step of each recipe; the minimum of the rounds, since other work only slows a step down."""
     kept = bench.out / STEP_SECONDS
     known = read_json(kept) if kept.is_file() else {}
     wanted = [recipe for recipe in recipes if recipe not in known]
     measured: dict[str, list[float]] = {recipe: [] for recipe in (recipes if wanted else ())}
     with tempfile.TemporaryDirectory() as temporary:
         for turn in range(rounds):
-            for recipe in list(measured)[:: 1 if turn % 2 == 0 else -1]:
+            for recipe in common.in_turn([*measured], turn):
                 out = Path(temporary) / f"{recipe}-{turn}"
                 bench.fit(recipe, out, steps, steps, 0, ProcessorTimes, file=f"{out}.json")
                 measured[recipe].append(read_json(f"{out}.json"))
@@ -213,18 +213,25 @@ def step_seconds(bench: Bench, recipes: Sequence[str], rounds: int = 5, steps: i
     return known
 
 
-# -- what came of it -----------------------------------------------------------------------------------------------------
+# -- results ------------------------------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """Of every seed, (S,)."""
+
+    attributes: np.ndarray
+    error: np.ndarray
 
 
 @dataclass
 class Line:
-    """What was measured on the way of one training, over the seeds: K points, S seeds."""
+    """Metrics during a training, of K evaluations and S seeds."""
 
     recipe: str
     run_images: int
     images: np.ndarray  # (K,)
     seconds: np.ndarray  # (K,)
-    words: np.ndarray  # (S, K)
+    attributes: np.ndarray  # (S, K)
     accuracy: np.ndarray  # (S, K)
     error: np.ndarray  # (S, K, 10)
 
@@ -232,16 +239,14 @@ class Line:
     def name(self) -> str:
         return f"{self.recipe}, {self.run_images:,} images"
 
-    def at(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
-        """Words right and error after so many seconds, each (S,), on the straight line between two points."""
-        return tuple(
-            np.array([np.interp(seconds, self.seconds, values) for values in figures])
-            for figures in (self.words, geometric_mean(self.error))
-        )
+    def at(self, seconds: float) -> Measured:
+        """After so many seconds, interpolated linearly."""
+        metrics = (self.attributes, geometric_mean(self.error))
+        return Measured(*(np.array([np.interp(seconds, self.seconds, seed) for seed in metric]) for metric in metrics))
 
 
 def collect(bench: Bench, runs: Iterable[Run], seconds: dict[str, float]) -> list[Line]:
-    """Everything that is finished: written to ``results.jsonl``, and as lines."""
+    """The finished runs, which are also written to ``results.jsonl``."""
     groups: dict[tuple[str, int], list[list[dict[str, Any]]]] = {}
     with atomic_file(bench.out / "results.jsonl", "w") as file:
         for run in runs:
@@ -251,16 +256,16 @@ def collect(bench: Bench, runs: Iterable[Run], seconds: dict[str, float]) -> lis
     lines = []
     for (recipe, images), seeds in groups.items():
         seen = np.array([score["images"] for score in seeds[0]])
-        words, accuracy, error = (
+        attributes, accuracy, error = (
             np.array([[value(score) for score in scores] for scores in seeds])
-            for value in (words_right, itemgetter("prompt_accuracy"), itemgetter("x0_error"))
+            for value in (attribute_accuracy, itemgetter("prompt_accuracy"), itemgetter("x0_error"))
         )
-        lines.append(Line(recipe, images, seen, seen / batch_size(recipe) * seconds[recipe], words, accuracy, error))
+        lines.append(Line(recipe, images, seen, seen / batch_size(recipe) * seconds[recipe], attributes, accuracy, error))
     return lines
 
 
-def words_right(score: dict[str, Any]) -> float:
-    """Share of what the prompts name that the images show; the same as prompt accuracy, but for parts of a prompt."""
+def attribute_accuracy(score: dict[str, Any]) -> float:
+    """Share of the attributes in the prompts that the images show."""
     return statistics.mean(score[name] for name in ("background", "colour", "shape", "size", "relation"))
 
 
@@ -272,15 +277,15 @@ def geometric_mean(error: np.ndarray) -> np.ndarray:
 def print_summary(lines: Iterable[Line]) -> None:
     """A table of all points, means over the seeds."""
     print(f"{'recipe':>8} {'of run':>9} {'images':>9} {'seconds':>8} {'accuracy':>9} "
-          f"{'words':>6} {'(least, most)':>15} {'x0 error':>9} tenths")  # fmt: skip
+          f"{'attributes':>10} {'(least, most)':>15} {'x0 error':>9} bins")  # fmt: skip
     for line in lines:
         for point, images in enumerate(line.images):
-            words, error = line.words[:, point], line.error[:, point].mean(0)
-            spread = f"({words.min():.3f}, {words.max():.3f})"
-            tenths = " ".join(f"{value:.3f}" for value in error)
+            attributes, error = line.attributes[:, point], line.error[:, point].mean(0)
+            spread = f"({attributes.min():.3f}, {attributes.max():.3f})"
+            bins = " ".join(f"{value:.3f}" for value in error)
             print(f"{line.recipe:>8} {line.run_images:>9,} {images:>9,} {line.seconds[point]:>8.0f} "
-                  f"{line.accuracy[:, point].mean():>9.3f} {words.mean():>6.3f} "
-                  f"{spread:>15} {geometric_mean(error):>9.4f} {tenths}")  # fmt: skip
+                  f"{line.accuracy[:, point].mean():>9.3f} {attributes.mean():>10.3f} "
+                  f"{spread:>15} {geometric_mean(error):>9.4f} {bins}")  # fmt: skip
     print(flush=True)
 
 
@@ -298,12 +303,11 @@ def ratios(bench: Bench, lines: Iterable[Line]) -> dict[str, np.ndarray]:
             "equal_images": (ours.at(ours.seconds[-1]), line.at(line.seconds[-1])),
             "equal_seconds": (ours.at(together), line.at(together)),
         }
-        for name, ((words, error), (their_words, their_error)) in pairs.items():
-            least, seeds = 0.5 / bench.prompts, min(len(error), len(their_error))
-            found[f"convergence_{name}_{recipe}_words"] = (
-                np.maximum(words, least)[:seeds] / np.maximum(their_words, least)[:seeds]
-            )
-            found[f"convergence_{name}_{recipe}_x0_error"] = their_error[:seeds] / error[:seeds]
+        for name, (mine, theirs) in pairs.items():
+            least, seeds = 0.5 / bench.prompts, min(len(mine.error), len(theirs.error))
+            accuracies = [np.maximum(side.attributes, least)[:seeds] for side in (mine, theirs)]
+            found[f"convergence_{name}_{recipe}_attributes"] = accuracies[0] / accuracies[1]
+            found[f"convergence_{name}_{recipe}_x0_error"] = theirs.error[:seeds] / mine.error[:seeds]
     return found
 
 
@@ -314,16 +318,16 @@ WIDTH, HEIGHT, LEFT, TOP, GAP = 360, 230, 56, 34, 96  # of a plot and around it
 
 
 def write_image(file: Path, lines: Sequence[Line], seeds: int) -> None:
-    """Four plots in an SVG: means over the seeds, the spread behind them, a dot where a training ends."""
+    """Four plots in an SVG: means over the seeds in front of their range; a dot marks the end of a training."""
     images, seconds = [line.images for line in lines], [line.seconds for line in lines]
-    words, error = [line.words for line in lines], [geometric_mean(line.error) for line in lines]
-    tenths = [(np.arange(NUM_BINS) + 0.5) / NUM_BINS for _ in lines]
-    by_tenth = [line.error[:, -1] for line in lines]
+    attributes, error = [line.attributes for line in lines], [geometric_mean(line.error) for line in lines]
+    bins = [(np.arange(NUM_BINS) + 0.5) / NUM_BINS for _ in lines]
+    by_bin = [line.error[:, -1] for line in lines]
     plots = [
-        _plot("words right, held-out pairs", "images seen", images, words, log_x=True),
-        _plot("words right, held-out pairs", "seconds of training, one thread", seconds, words, log_x=True),
+        _plot("attribute accuracy, held-out pairs", "images seen", images, attributes, log_x=True),
+        _plot("attribute accuracy, held-out pairs", "seconds of training, one thread", seconds, attributes, log_x=True),
         _plot("error of x0", "images seen", images, error, log_x=True, log_y=True),
-        _plot("error of x0 at the end", "share of noise", tenths, by_tenth, log_x=False, log_y=True),
+        _plot("error of x0 at the end", "share of noise", bins, by_bin, log_x=False, log_y=True),
     ]
     columns, rows = LEFT + 2 * WIDTH + GAP + 24, TOP + 2 * (HEIGHT + GAP) + 10 * len(lines)
     parts = [
@@ -336,7 +340,7 @@ def write_image(file: Path, lines: Sequence[Line], seeds: int) -> None:
         parts.append(f'<g transform="translate({across} {down})">{plot}</g>')
     for number, line in enumerate(lines):
         at, down = LEFT + number % 2 * (WIDTH + GAP), rows - 20 * ((len(lines) + 1) // 2 - number // 2)
-        label = f"{line.name}" + (f" ({len(line.words)} of {seeds} seeds)" if len(line.words) < seeds else "")
+        label = f"{line.name}" + (f" ({len(line.attributes)} of {seeds} seeds)" if len(line.attributes) < seeds else "")
         parts.append(f'<rect x="{at}" y="{down - 6}" width="18" height="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
         parts.append(f'<text x="{at}" dx="24" y="{down}">{label}</text>')
     with atomic_file(file, "w") as written:
@@ -344,7 +348,7 @@ def write_image(file: Path, lines: Sequence[Line], seeds: int) -> None:
 
 
 def _plot(title: str, x_label: str, xs: list[np.ndarray], ys: list[np.ndarray], log_x: bool, log_y: bool = False) -> str:
-    """One plot, (0, 0) its upper left corner; a y is (S, K)."""
+    """One plot with (0, 0) at its upper left corner; each of ``ys`` is (S, K)."""
     across, x_ticks = _axis(np.concatenate(xs), log_x)
     values = np.concatenate([y.ravel() for y in ys])
     down, y_ticks = _axis(values if log_y else np.append(values, 0), log_y)
@@ -395,11 +399,11 @@ def _axis(values: np.ndarray, log: bool) -> tuple[Callable[[float], float], list
     return place, [(tick, label) for tick, label in labels if 0 <= place(tick) <= 1]
 
 
-# -- all of it -----------------------------------------------------------------------------------------------------------
+# -- the comparison -----------------------------------------------------------------------------------------------------------
 
 
 def compare(bench: Bench, recipes: Sequence[str], seeds: Sequence[int]) -> None:
-    """Train what is not trained yet, and say what came of it, after each training what is known so far."""
+    """Train what is not trained yet; print and plot the results after each training."""
     bench.out.mkdir(parents=True, exist_ok=True)
     seconds = step_seconds(bench, recipes, *((1, 4) if bench.quick else ()))
     print("seconds per step: " + ", ".join(f"{recipe} {seconds[recipe]:.4f}" for recipe in recipes), flush=True)
@@ -412,12 +416,11 @@ def compare(bench: Bench, recipes: Sequence[str], seeds: Sequence[int]) -> None:
             write_image(bench.out / "convergence.svg", lines, len(seeds))
     print_summary(lines := show())
     write_image(bench.out / "convergence.svg", lines, len(seeds))
-    for name, values in ratios(bench, lines).items():
-        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+    common.print_ratios({name: values.tolist() for name, values in ratios(bench, lines).items()})
 
 
 def tiny_bench(folder: Path) -> Bench:
-    """Its own shapes, autoencoder (untrained) and latents."""
+    """With its own shapes, untrained autoencoder and latents."""
     from ldm.models.autoencoder import AutoencoderConfig
 
     torch.manual_seed(0)
@@ -433,26 +436,26 @@ def tiny_bench(folder: Path) -> Bench:
 
 def main() -> None:
     """Measure, and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("latents", "validation", "autoencoder", "out"):
+    parser = common.bench_parser(__doc__, "one seed, tiny networks, own latents: under 50 s, shows only that it runs")
+    for name in FOLDERS:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR")
     parser.add_argument("--recipes", nargs="+", default=["ours", "dit", "minrf"], help="names in configs/convergence")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=65_536, help="seen by the longest trainings (default: 65,536)")
     parser.add_argument("--evaluations", type=int, default=5, help="per training (default: 5)")
     parser.add_argument("--prompts", type=int, default=128, help="per evaluation (default: 128)")
-    parser.add_argument("--quick", action="store_true", help="one seed, tiny networks, own latents: under 50 s, says nothing")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    common.quieten()
     print(machine_info())
     if options.quick:
         with tempfile.TemporaryDirectory() as temporary:
             compare(tiny_bench(Path(temporary)), options.recipes, [0])
         return
-    folders = [options.latents, options.validation, options.autoencoder, options.out]
-    if None in folders:
+    folders = {name: vars(options)[name] for name in FOLDERS}
+    if None in folders.values():
         parser.error("give --latents, --validation, --autoencoder and --out, or --quick")
-    compare(Bench(*folders, options.images, options.evaluations, options.prompts), options.recipes, options.seeds)
+    bench = Bench(**folders, images=options.images, evaluations=options.evaluations, prompts=options.prompts)
+    compare(bench, options.recipes, options.seeds)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,27 @@
-"""Loading speed, side by side: our loader against raw webdataset + Pillow, torchvision's ImageFolder, litdata and streaming.
+"""Speed of loading images: our loader against raw webdataset + Pillow, torchvision's ImageFolder, litdata and streaming.
 
     python tools/bench/data.py [--quick] [--images N] [--rounds R]
 
-All read the same JPEGs and end with the same batch: float32 (32, 3, 256, 256) in [−1, 1], normalisation included. Every
-round times every loader once, in turn, with 0 and with 2 workers, after one untimed pass that fills the page cache and
-starts the workers. litdata and mosaicml-streaming are measured where they are installed. Ends with
-`ratio NAME MEDIAN MIN MAX`: our images per second over the peer's in the same round.
+All read the same JPEGs and deliver the same batch: float32 (32, 3, 256, 256) in [−1, 1], normalisation included. Every round
+times every loader once, in turn, with 0 and with 2 workers, after one pass that is not timed, fills the page cache and starts
+the workers. litdata and mosaicml-streaming are measured where they are installed. Ends with `ratio NAME MEDIAN MIN MAX`: our
+images per second over the peer's in the same round.
 """
 
 from __future__ import annotations
 
-# isort: off
-import ldm  # noqa: F401 - first: it settles how OpenMP waits, for all that are compared
-
-# isort: on
-import argparse
 import importlib.util
 import io
 import os
 import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import common
 import numpy as np
 import torch
 from mixing import mixing
@@ -34,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import center_crop, resize
 
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.loader import ShardLoader
@@ -43,19 +40,20 @@ from ldm.data.writer import ShardWriter
 from ldm.machine import machine_info
 from ldm.models.autoencoder import pixels_to_images
 
-warnings.filterwarnings("ignore")
+common.quieten()  # in the spawned workers, too
 BATCH, SIZE = 32, 256
 OPTIONAL = ("litdata", "streaming")
+Batches = Generator[Tensor, None, None]
 
 
 def jpegs(count: int, size: int, quality: int = 90) -> Iterator[bytes]:
-    """Images with the spectrum of photographs (amplitude falls with frequency) and edges: as hard to decode."""
+    """Images with the spectrum of photographs (amplitude falls with frequency) and edges, as expensive to decode."""
     rng = np.random.default_rng(size)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])  # (S, S/2 + 1)
     frequency[0, 0] = 1
     for _ in range(count):
         planes = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(3, size, size))) / frequency**1.4, s=(size, size))
-        planes = np.stack([planes[0] + planes[1] / 4, planes[0], planes[0] + planes[2] / 4])  # mostly grey, as photographs are
+        planes = np.stack([planes[0] + planes[1] / 4, planes[0], planes[0] + planes[2] / 4])  # mostly grey, like photographs
         x, y = rng.integers(0, size // 2, 2)
         planes[:, y : y + size // 3, x : x + size // 3] += rng.normal(size=(3, 1, 1)) * planes.std()
         pixels = np.clip(128 + 50 * planes / planes.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
@@ -64,8 +62,8 @@ def jpegs(count: int, size: int, quality: int = 90) -> Iterator[bytes]:
         yield buffer.getvalue()
 
 
-def jpeg_of(folder: str, number: int) -> dict:
-    """For litdata, which keeps JPEG files as they are and decodes them itself."""
+def jpeg_of(folder: str, number: int) -> dict[str, Any]:
+    """For litdata, which stores JPEG files unchanged and decodes them itself."""
     from PIL import JpegImagePlugin
 
     return {"image": JpegImagePlugin.JpegImageFile(f"{folder}/{number:09d}.jpg")}
@@ -82,12 +80,12 @@ def write(folder: Path, images: list[bytes], peers: list[str]) -> None:
             (plain / f"{number:09d}.jpg").write_bytes(image)
     Manifest(IMAGE_SHARDS, tuple(writer.entries), {"captioned": len(images)}).save(shards)
     if "litdata" in peers:
-        import litdata
+        import litdata  # pyright: ignore[reportMissingImports]  optional
 
         how = {"chunk_bytes": "8MB", "num_workers": 1, "verbose": False}
         litdata.optimize(partial(jpeg_of, str(plain)), list(range(len(images))), str(folder / "litdata"), **how)
     if "streaming" in peers:
-        from streaming import MDSWriter
+        from streaming import MDSWriter  # pyright: ignore[reportMissingImports]  optional
 
         with MDSWriter(out=str(folder / "mds"), columns={"image": "jpeg"}, size_limit="8MB") as writer:
             for image in images:
@@ -95,61 +93,63 @@ def write(folder: Path, images: list[bytes], peers: list[str]) -> None:
 
 
 def peers_transform() -> transforms.Compose:
-    """What training scripts everywhere do to a Pillow image."""
+    """The usual transform of training scripts, from a Pillow image to a tensor."""
     return transforms.Compose(
         [transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
     )
 
 
-def ours(folder: Path, workers: int) -> Iterator[Tensor]:
-    """Image shards by plan; bytes become floats batch by batch, as in the training step."""
+def ours(folder: Path, workers: int) -> Batches:
+    """Image shards in the order of a plan; bytes are converted to floats by batch, as in the training step."""
     dataset = ImageDataset(folder / "shards", SIZE)
     plan = Plan(tuple(shard.samples for shard in dataset.sources[0].manifest.shards))
     for batch in ShardLoader(dataset, plan, BATCH, workers=workers):
         yield pixels_to_images(batch["image"])
 
 
-def webdataset(folder: Path, workers: int) -> Iterator[Tensor]:
+def webdataset(folder: Path, workers: int) -> Batches:
     """The same tars, as webdataset's own examples read them."""
-    import webdataset as wds
+    from webdataset.compat import WebDataset, WebLoader
 
     urls, transform = [str(path) for path in sorted((folder / "shards").glob("*.tar"))], peers_transform()
-    dataset = wds.WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(1000, initial=100).decode("pil").to_tuple("jpg")
+    dataset: Any = (
+        WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(1000, initial=100).decode("pil").to_tuple("jpg")
+    )
     dataset = dataset.map_tuple(transform).batched(BATCH, partial=False).repeat(2)
-    for (images,) in wds.WebLoader(dataset, batch_size=None, num_workers=workers):
+    for (images,) in WebLoader(dataset, batch_size=None, num_workers=workers):
         yield images
 
 
-def imagefolder(folder: Path, workers: int) -> Iterator[Tensor]:
+def imagefolder(folder: Path, workers: int) -> Batches:
     """Single files."""
     dataset = ImageFolder(str(folder / "folder"), peers_transform())
     for images, _ in DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers):
         yield images
 
 
-def resized(sample: dict) -> Tensor:
-    """litdata's uint8 image at the size wanted; a function of the module, because its workers are spawned."""
-    return transforms.functional.center_crop(transforms.functional.resize(sample["image"], SIZE, antialias=True), SIZE)
+def resized(sample: dict[str, Any]) -> Tensor:
+    """litdata's uint8 image, resized; a function of the module, because its workers are spawned."""
+    return center_crop(resize(sample["image"], [SIZE], antialias=True), [SIZE])
 
 
-def litdata(folder: Path, workers: int) -> Iterator[Tensor]:
+def litdata(folder: Path, workers: int) -> Batches:
     """Its own chunks, which hold the JPEG files and give uint8 tensors."""
-    from litdata import StreamingDataLoader, StreamingDataset
+    from litdata import StreamingDataLoader, StreamingDataset  # pyright: ignore[reportMissingImports]  optional
 
     dataset = StreamingDataset(str(folder / "litdata"), shuffle=True, drop_last=True, transform=resized)
     for images in StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, drop_last=True):
         yield images.float().div_(127.5).sub_(1)
 
 
-def normalised(samples: list[dict]) -> Tensor:
+def normalised(samples: list[dict[str, Any]]) -> Tensor:
     """streaming's Pillow images as a batch; a function of the module, because its workers are spawned."""
     transform = peers_transform()
     return torch.stack([transform(sample["image"]) for sample in samples])
 
 
-def streaming(folder: Path, workers: int) -> Iterator[Tensor]:
+def streaming(folder: Path, workers: int) -> Batches:
     """mosaicml-streaming's own shards, which hold the JPEG files and give Pillow images."""
-    from streaming import StreamingDataset
+    from streaming import StreamingDataset  # pyright: ignore[reportMissingImports]  optional
 
     dataset = StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
     yield from DataLoader(dataset, BATCH, drop_last=True, num_workers=workers, collate_fn=normalised)
@@ -158,12 +158,12 @@ def streaming(folder: Path, workers: int) -> Iterator[Tensor]:
 LOADERS = {loader.__name__: loader for loader in (ours, webdataset, imagefolder, litdata, streaming)}
 
 
-def rate(loader: object, folder: Path, workers: int, batches: int) -> float:
-    """Images per second once every worker has delivered twice: a worker that is spawned starts seconds after the first one.
+def rate(loader: Callable[[Path, int], Batches], folder: Path, workers: int, batches: int) -> float:
+    """Images per second once every worker has delivered twice, since the last spawned one starts seconds after the first.
 
-    ``batches`` in all: three quarters of a pass, so that no loader is timed while some of its workers have run out of shards.
+    ``batches`` in all: three quarters of a pass, so that no worker has run out of shards while it is timed.
     """
-    iterator = iter(loader(folder, workers))
+    iterator = loader(folder, workers)
     first = next(iterator)
     for _ in range(2 * workers):
         next(iterator)
@@ -180,8 +180,7 @@ def rate(loader: object, folder: Path, workers: int, batches: int) -> float:
 
 def main() -> None:
     """Measure, and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer images and rounds, no optional peer: under 50 s")
+    parser = common.bench_parser(__doc__, "fewer images and rounds, no optional peer: under 50 s")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -189,7 +188,7 @@ def main() -> None:
     sizes = (256,) if options.quick else (256, 512)
     peers = [] if options.quick else [name for name in OPTIONAL if importlib.util.find_spec(name)]
     print(machine_info())
-    print(f"{count} images, {rounds} rounds; left out: {', '.join(set(OPTIONAL) - set(peers)) or 'nothing'}")
+    print(f"{count} images, {rounds} rounds; not measured: {', '.join(set(OPTIONAL) - set(peers)) or 'none'}")
     found = mixing(Plan((1000,) * 100), BATCH)
     print("mixing of 100 shards of 1000:", {name: round(value, 4) for name, value in found.items()})
     loaders = {name: loader for name, loader in LOADERS.items() if name in peers or name not in OPTIONAL}
@@ -201,7 +200,7 @@ def main() -> None:
             print(f"{size} px JPEG -> {SIZE}: {statistics.mean(map(len, images)) / 1024:.0f} KiB each")
             write(folder, images, peers)
             for workers in (0, 2):
-                # the consumer has the cores that no worker uses: more OpenMP threads would wait for cores that decode
+                # the training process gets the cores that no worker uses; more OpenMP threads would compete with the workers
                 torch.set_num_threads(max((os.cpu_count() or 1) - workers, 1))
                 for turn in range(rounds + 1):
                     rates = {name: rate(loader, folder, workers, count // BATCH * 3 // 4) for name, loader in loaders.items()}
@@ -210,8 +209,7 @@ def main() -> None:
                     print(f"{size} px, {workers} workers:", {name: round(value) for name, value in rates.items()}, flush=True)
                     for name in rates.keys() - {"ours"}:
                         ratios.setdefault(f"{name}_{size}px_{workers}workers", []).append(rates["ours"] / rates[name])
-    for name, values in sorted(ratios.items()):
-        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+    common.print_ratios(ratios)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,30 @@
-"""Export speed, side by side: `ldm latents export` against the plain loop of DiT-style feature extraction.
+"""Export speed: `ldm latents export` against a plain loop like DiT's feature extraction.
 
     python tools/bench/export.py [--quick] [--rounds R]
 
 Both encode the same JPEGs with the same autoencoder in fp32. The plain loop: ImageFolder, one DataLoader (with 0 and with 2
-workers), `encode`, one `.npy` per image. Ours also writes the posterior's deviation, hashes, syncs and measures the set.
-In the first two settings all images share ten captions, like class names, which the loop leaves alone; in the one called
-text each has its own, and the loop also sends every batch's captions through the same text encoder, one `.npy` for each.
-Images per second from the first batch's end to the last one's. Then the memory, not with --quick: the peak of a process that
-exports many images against that of one that exports a tenth. Ends with `ratio NAME MEDIAN MIN MAX`: ours over the loop's in a
-round.
+workers), `encode`, one `.npy` per image. Ours also stores the posterior's standard deviation, hashes and syncs its files, and
+computes the statistics of the set. In the first two settings all images share ten captions, like class names, which the loop
+ignores. In the setting called text each image has its own caption, and the loop also encodes every batch's captions with the
+same text encoder, one `.npy` for each. Images per second are counted from the end of the first batch to that of the last one.
+Without --quick also the peak memory of a process that exports many images against that of one that exports a tenth. Ends with
+`ratio NAME MEDIAN MIN MAX`: ours over the loop's in a round.
 """
 
 from __future__ import annotations
 
-# isort: off
-import ldm  # noqa: F401 - first: it settles how OpenMP waits, for all that are compared
-
-# isort: on
-import argparse
 import io
 import multiprocessing
 import resource
-import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import diffusers
+import common
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -42,19 +34,18 @@ from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.writer import ShardWriter
 from ldm.latents.export import export_latents
 from ldm.machine import machine_info
-from ldm.models.autoencoder import AutoencoderConfig, load_autoencoder
+from ldm.models.autoencoder import AutoencoderConfig, encode, load_autoencoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.shapes.scenes import generate
 
-warnings.filterwarnings("ignore")
-transformers.utils.logging.disable_progress_bar()
-diffusers.utils.logging.set_verbosity_error()
+common.quieten()  # in the spawned processes, too
 BATCH = 16
 CLASSES = 10
 
 
-class Setting(NamedTuple):
-    """Images of so many pixels a side for an autoencoder of these widths, each with a caption of its own or one of a few."""
+@dataclass(frozen=True)
+class Setting:
+    """Number and side of the images, widths of the autoencoder, and whether each image has its own caption."""
 
     count: int
     size: int
@@ -91,7 +82,7 @@ def write(folder: Path, setting: Setting) -> None:
 
 
 def ours(folder: Path, out: Path) -> float:
-    """Images per second of the whole utility, after the first batch."""
+    """Images per second of the command, after the first batch."""
     moments: list[tuple[float, int]] = []
     export_latents(
         folder / "autoencoder",
@@ -115,7 +106,7 @@ def loop(folder: Path, out: Path, workers: int) -> float:
     done, began, first = 0, 0.0, 0
     for images, _ in loader:
         with torch.inference_mode():
-            latents = autoencoder.encode(images).latent_dist.sample().numpy()
+            latents = encode(autoencoder, images).sample().numpy()
         if encoder is not None:
             texts, mask = encoder.encode(captions[done : done + len(images)])
             for number, (text, length) in enumerate(zip(texts, mask.sum(1).tolist(), strict=True), start=done):
@@ -129,28 +120,25 @@ def loop(folder: Path, out: Path, workers: int) -> float:
 
 
 def peak(folder: Path, out: Path) -> int:
-    """Export in this process; its largest resident size in bytes."""
+    """Export in this process; returns its largest resident size in bytes."""
     ours(folder, out)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peaks(counts: tuple[int, int]) -> Iterator[int]:
-    """Of exports of so many images, each in a process of its own."""
+    """Of exports of so many images, each in a new process."""
     for count in counts:
         with tempfile.TemporaryDirectory() as temporary, multiprocessing.get_context("spawn").Pool(1) as pool:
-            write(Path(temporary), SETTINGS["f4_64px"]._replace(count=count))
+            write(Path(temporary), replace(SETTINGS["f4_64px"], count=count))
             yield pool.apply(peak, (Path(temporary), Path(temporary) / "latents"))
 
 
 def main() -> None:
     """Measure, and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="the small autoencoder, few images, two rounds, no memory: under 50 s"
-    )
+    parser = common.bench_parser(__doc__, "the small autoencoder, few images, two rounds, no memory: under 50 s")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    settings = {"f4_64px": SETTINGS["f4_64px"]._replace(count=384)} if options.quick else SETTINGS
+    settings = {"f4_64px": replace(SETTINGS["f4_64px"], count=384)} if options.quick else SETTINGS
     rounds = 2 if options.quick else options.rounds
     print(machine_info())
     ratios: dict[str, list[float]] = {}
@@ -170,8 +158,7 @@ def main() -> None:
         few, many = 2000, 20_000
         small, large = (size / 2**20 for size in peaks((few, many)))
         print(f"peak memory: {small:.0f} MiB for {few} images, {large:.0f} MiB for {many}: {large - small:+.1f} MiB")
-    for name, values in sorted(ratios.items()):
-        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+    common.print_ratios(ratios)
 
 
 if __name__ == "__main__":

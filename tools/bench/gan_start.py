@@ -1,35 +1,33 @@
-"""What the start of the GAN costs: latent diffusion's recipe (Rombach et al. 2022) against ours, from the same weights.
+"""What the start of the adversarial loss costs: latent diffusion's recipe (Rombach et al. 2022) against ours.
 
     python tools/bench/gan_start.py [--quick] [--seeds N] [--before N] [--after N]
 
-For every seed one autoencoder is trained without a discriminator; from there both recipes go on over the same batches, with
-the same losses, weight and learning rates. Theirs: the discriminator (batch norm, weights of N(0, 0.02)) is heard from its
-first step on, its gradient made as large as the reconstruction's. Ours: `alone`, `warmup` and the guard of
-`ldm.training.adversarial`, spectral norm. A third run goes on without a discriminator. The autoencoder's raw weights are
-validated, not their average, which would hide the shock.
+For every seed one autoencoder is trained without a discriminator. From its weights both recipes continue on the same batches,
+with the same losses, weight and learning rates. Theirs: the adversarial loss of the decoder, with batch norm and weights of
+N(0, 0.02) in the discriminator, counts fully from the discriminator's first step on, its gradient scaled to that of the
+reconstruction. Ours: `discriminator_warmup`, `generator_ramp` and the guard of `ldm.training.adversarial`, spectral norm. A
+third run continues without a discriminator. The raw weights of the autoencoder are validated, not their average, which would
+hide the effect.
 
-What the game costs at a validation is what PSNR lies below that of the third run at the same step. Ends with `ratio NAME MEDIAN
-MIN MAX` over the seeds: of the largest and of the average cost since the start (theirs over ours, at least 0.01 dB), and of
-LPIPS at the end (theirs over ours).
+The cost at a validation is the PSNR of the third run at the same step less that of the recipe. Ends with `ratio NAME MEDIAN MIN
+MAX` over the seeds: of the largest and of the average cost (theirs over ours, at least 0.01 dB), and of LPIPS at the end
+(theirs over ours).
 """
 
 from __future__ import annotations
 
-# isort: off
-import ldm  # noqa: F401 - first: it settles how OpenMP waits
-
-# isort: on
-import argparse
 import copy
-import logging
 import statistics
 import tempfile
-import warnings
 from pathlib import Path
+from typing import Any
 
+import common
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.writer import write_images
@@ -43,7 +41,7 @@ from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 
 SIZE, BATCH, WEIGHT = 40, 8, 0.5
-# lower from the start on, for all: at the first rate validation PSNR moves by a decibel from one batch to the next
+# lower once the runs part: at the first rate validation PSNR changes by a decibel from one batch to the next
 LEARNING_RATES = {"before": 1e-3, "after": 2e-4}
 
 
@@ -54,62 +52,76 @@ class BatchNormDiscriminator(nn.Sequential):
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for level in range(1, num_layers + 1):
             stride = 2 if level < num_layers else 1
-            widths = [width * 2 ** (level - 1), width * 2**level]
-            layers += [nn.Conv2d(*widths, 4, stride, 1, bias=False), nn.BatchNorm2d(widths[1]), nn.LeakyReLU(0.2)]
-        super().__init__(*layers, nn.Conv2d(widths[1], 1, 4, 1, 1))
+            layers += [nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2)]
+            width *= 2
+        super().__init__(*layers, nn.Conv2d(width, 1, 4, 1, 1))
         for module in self:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.02)
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1, 0.02)
 
-
-class HardStart(AdversarialTraining):
-    """Latent diffusion's: heard from the first batch on, which its batch norm is in training mode for."""
-
-    def __init__(self, start: int):
-        guard = ReconstructionGuard(enabled=False)
-        super().__init__(
-            BatchNormDiscriminator(), Hinge(), WEIGHT, start=start, discriminator_warmup=-1, generator_ramp=0, guard=guard
-        )
-
-    def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        self.discriminator.requires_grad_(False)
-        loss = self.loss.generator(self.discriminator(reconstruction))
-        self.discriminator.requires_grad_(True)
-        return loss
+    def train(self, mode: bool = True) -> BatchNormDiscriminator:
+        """Latent diffusion's discriminator normalises by the batch in the decoder's loss, too."""
+        return super().train(True)
 
 
-def guarded_start(start: int, after: int) -> AdversarialTraining:
-    """Ours: a sixth of what is left alone, half of it to rise."""
+def full_weight_at_once() -> AdversarialTraining:
+    """Latent diffusion's start."""
+    guard = ReconstructionGuard(enabled=False)
     return AdversarialTraining(
-        PatchDiscriminator(32, 2), Hinge(), WEIGHT, start=start, discriminator_warmup=after // 6, generator_ramp=after // 2
+        BatchNormDiscriminator(), Hinge(), WEIGHT, start=0, discriminator_warmup=-1, generator_ramp=0, guard=guard
+    )
+
+
+def without_discriminator(steps: int) -> AdversarialTraining:
+    """One that never weighs in, and trains at the last step alone."""
+    return AdversarialTraining(PatchDiscriminator(8, 2), weight=0.0, start=steps - 1, discriminator_warmup=10**9)
+
+
+def guarded_start(steps: int) -> AdversarialTraining:
+    """Ours: the discriminator trains alone for a sixth of the steps, and the weight rises over half of them."""
+    return AdversarialTraining(
+        PatchDiscriminator(32, 2), Hinge(), WEIGHT, start=0, discriminator_warmup=steps // 6, generator_ramp=steps // 2
     )
 
 
 class Record(Callback):
-    """Validation PSNR and LPIPS by step."""
+    """PSNR and LPIPS of each validation."""
 
     def __init__(self) -> None:
-        self.figures: list[tuple[int, float, float]] = []
+        self.metrics: list[tuple[float, float]] = []
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = trainer.callback_metrics
-        self.figures.append((trainer.global_step, float(found["val/psnr"]), float(found["val/lpips"])))
+        self.metrics.append((float(found["val/psnr"]), float(found["val/lpips"])))
+
+
+class ResumedAdamW(MuonConfig):
+    """The optimiser continues from a state, with another rate: a new one would disturb the weights by itself."""
+
+    state: dict[str, Any]
+
+    def build(self, network: nn.Module, num_steps: int, *others: Any, **named: Any) -> tuple[Optimizer, LRScheduler]:
+        optimiser, schedule = super().build(network, num_steps, *others, **named)
+        optimiser.load_state_dict(copy.deepcopy(self.state))
+        optimiser.param_groups[0]["lr"] = optimiser.param_groups[0]["initial_lr"] = self.learning_rate
+        return optimiser, schedule
 
 
 def train(
-    adversary: AdversarialTraining, folder: Path, seed: int, steps: int, every: int, start_from: dict | None = None
-) -> tuple[dict, list[tuple[int, float, float]]]:
-    """Train so many steps; returns the autoencoder's state and optimiser's, and the figures of every validation."""
+    adversary: AdversarialTraining, folder: Path, seed: int, steps: int, every: int, start_from: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+    """Train for so many steps; returns the states of autoencoder and optimiser, and the metrics of every validation."""
     torch.manual_seed(seed)
     rate = LEARNING_RATES["before" if start_from is None else "after"]
+    optimiser = (MuonConfig if start_from is None else ResumedAdamW)(rate, (0.5, 0.9))
     module = AutoencoderTraining(
         AutoencoderConfig([16, 32, 64], 4, 1, 4, False, SIZE),
         adversary,
         ReconstructionLoss(0.0, 1.0),
         PerceptualLoss("alex", "random"),
-        MuonConfig(rate, (0.5, 0.9)),
+        optimiser,
         OptimiserConfig(rate, (0.5, 0.9)),
         perceptual_weight=0.1,
         kl_weight=1e-6,
@@ -126,35 +138,24 @@ def train(
     )
     if start_from is not None:
         module.autoencoder.load_state_dict(start_from["autoencoder"])
-        # Adam goes on as it was: a fresh one would shake the weights by itself
-        build = module.optimiser.build
-
-        def go_on(*arguments: object) -> tuple:
-            optimiser, schedule = build(*arguments)
-            optimiser.load_state_dict(copy.deepcopy(start_from["optimiser"]))
-            optimiser.param_groups[0]["lr"] = optimiser.param_groups[0]["initial_lr"] = rate
-            return optimiser, schedule
-
-        module.optimiser.build = go_on
+        assert isinstance(optimiser, ResumedAdamW)
+        optimiser.state = start_from["optimiser"]
         data.seed += 1000  # other batches than before, the same for every recipe
     trainer.fit(module, data)
     state = {"autoencoder": module.autoencoder.state_dict(), "optimiser": trainer.optimizers[0].state_dict()}
-    return copy.deepcopy(state), record.figures
+    return copy.deepcopy(state), record.metrics
 
 
 def main() -> None:
     """Measure, and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: under 50 s, says little")
+    parser = common.bench_parser(__doc__, "one seed, few steps: under 50 s, says little")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--before", type=int, default=400, help="steps before the start")
     parser.add_argument("--after", type=int, default=320, help="steps from the start on")
     options = parser.parse_args()
     seeds, before, after = (1, 40, 40) if options.quick else (options.seeds, options.before, options.after)
     every = max(after // 24, 5)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    common.quieten()
     print(machine_info())
     print(f"shapes of {SIZE} px, batch {BATCH}, {before} steps before the start, {after} after it, adversarial weight {WEIGHT}")
     ratios: dict[str, list[float]] = {"gan_start_psnr_cost": [], "gan_start_mean_psnr_cost": [], "gan_start_final_lpips": []}
@@ -163,36 +164,28 @@ def main() -> None:
         write_images(folder / "train", "shapes", generate(4000, SIZE, seed=0), 1000)
         write_images(folder / "validation", "shapes", generate(64, SIZE, seed=1), 64)
         for seed in range(seeds):
-            never = AdversarialTraining(PatchDiscriminator(8, 2), weight=0.0, start=before - 1, discriminator_warmup=10**9)
-            state, figures = train(never, folder, seed, before, before)
-            _, psnr, lpips = figures[-1]
+            state, metrics = train(without_discriminator(before), folder, seed, before, before)
+            psnr, lpips = metrics[-1]
             print(f"seed {seed}: before the start PSNR {psnr:.2f} dB, LPIPS {lpips:.4f}", flush=True)
-            most, average, last = {}, {}, {}
-            recipes = {
-                "none": AdversarialTraining(PatchDiscriminator(8, 2), weight=0.0, start=after - 1, discriminator_warmup=10**9),
-                "theirs": HardStart(0),
-                "ours": guarded_start(0, after),
-            }
-            for name, adversary in recipes.items():
-                if name == "ours":  # the guard's mark is what the start found
-                    adversary.guard.update(psnr, lpips, heard=False)
-                _, figures = train(adversary, folder, seed, after, every, state)
-                if name == "none":
-                    undisturbed = figures
-                costs = [without[1] - figure[1] for without, figure in zip(undisturbed, figures, strict=True)]
-                most[name], average[name], last[name] = max(costs), statistics.mean(costs), figures[-1]
-                print(f"  {name:6} PSNR " + " ".join(f"{figure[1]:.1f}" for figure in figures))
-                print(f"  {name:6} LPIPS " + " ".join(f"{figure[2]:.3f}" for figure in figures))
+            ours = guarded_start(after)
+            ours.guard.update(psnr, lpips, active=False)  # sets its best so far to what the start found
+            recipes = {"none": without_discriminator(after), "theirs": full_weight_at_once(), "ours": ours}
+            found = {name: train(recipe, folder, seed, after, every, state)[1] for name, recipe in recipes.items()}
+            largest, average, last = {}, {}, {}
+            for name, metrics in found.items():
+                costs = [without - psnr for (without, _), (psnr, _) in zip(found["none"], metrics, strict=True)]
+                largest[name], average[name], (psnr, last[name]) = max(costs), statistics.mean(costs), metrics[-1]
+                print(f"  {name:6} PSNR " + " ".join(f"{psnr:.1f}" for psnr, _ in metrics))
+                print(f"  {name:6} LPIPS " + " ".join(f"{lpips:.3f}" for _, lpips in metrics))
                 print(
-                    f"  {name:6} costs up to {most[name]:.2f} dB, {average[name]:.2f} on average; ends at "
-                    f"{last[name][1]:.2f} dB, LPIPS {last[name][2]:.4f}, guard at {float(adversary.guard.level):.2f}",
+                    f"  {name:6} costs up to {largest[name]:.2f} dB, {average[name]:.2f} on average; ends at {psnr:.2f} dB, "
+                    f"LPIPS {last[name]:.4f}, guard at {float(recipes[name].guard.level):.2f}",
                     flush=True,
                 )
-            for name, cost in (("gan_start_psnr_cost", most), ("gan_start_mean_psnr_cost", average)):
+            for name, cost in (("gan_start_psnr_cost", largest), ("gan_start_mean_psnr_cost", average)):
                 ratios[name].append(max(cost["theirs"], 0.01) / max(cost["ours"], 0.01))
-            ratios["gan_start_final_lpips"].append(last["theirs"][2] / last["ours"][2])
-    for name, values in ratios.items():
-        print(f"ratio {name} {statistics.median(values):.2f} {min(values):.2f} {max(values):.2f}")
+            ratios["gan_start_final_lpips"].append(last["theirs"] / last["ours"])
+    common.print_ratios(ratios)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,32 @@
-"""Training on several processes of this machine: throughput, the share of a step that is communication, and what a model says.
+"""Training on several processes of this machine: throughput, the share of communication in a step, and a model of both.
 
     python tools/bench/scaling.py [--quick] [--rounds R] [--processes 1 2 …] [--threads T]
     python tools/bench/scaling.py --stage denoiser --config FILE --data.train latents --data.validation latents …
 
-Each measurement is ``ldm STAGE fit`` of a recipe (default: those of configs/shapes, on shapes and latents of its own), through
-Lightning's ``Trainer.fit`` with loader, optimisers, averages and logs, but for previews, checkpoints and validation. Options
-that are not known here are those of ``fit``. Every process has the recipe's batch and ``--threads`` threads (default: 1 on a
-CPU), so that one process alone has as much of the machine as each of many: throughput should be N-fold on N, as long as there
-are cores or GPUs for all. A round has every measurement once, there and back in turn; processes start once.
+Each measurement is ``ldm STAGE fit`` of a recipe (default: those of configs/shapes, on its own shapes and latents): Lightning's
+``Trainer.fit`` with loader, optimisers, averages and logs, without previews, checkpoints and validation. Options that are not
+listed in --help go to ``fit``. Every process has the recipe's batch and ``--threads`` threads (default: 1 on a CPU), so that
+one process alone has as much of the machine as each of many: throughput should be N-fold on N processes, as long as there are
+cores or GPUs for all. A round takes every measurement once, in alternating order; processes start once.
 
-Communication under DDP: every other step exchanges no gradients (DDP's ``no_sync``), all else alike; the share is what the
-median step takes longer with them. FSDP cannot train without; its share is against one process alone, contention included. The
-bandwidth is that of an all-reduce of as many bytes as the gradients have, by itself, after training: bytes that a process sends
-over seconds. Expected is :func:`expected_efficiency` from one process's step, bytes and bandwidth,
-nothing of the exchange hidden. ``contention``: a step without exchange over one process's step, less 1: what the processes take
-from each other of memory and caches, and the waiting where they put together a figure or two, such as the loss; the model knows
-nothing of either.
+Communication under DDP: every other step exchanges no gradients (DDP's ``no_sync``) and is otherwise the same; the share is
+the additional time of the median step with them. FSDP cannot train without an exchange; its share is that over one process
+alone, contention included. The bandwidth is that of a separate all-reduce of as many bytes as the gradients have, after
+training: bytes sent by a process over seconds. Expected is :func:`expected_efficiency` from one process's step, bytes and
+bandwidth, without overlap. Contention: a step without exchange over one process's step, less 1. It is what the processes take
+from each other of memory bandwidth and caches, and what they wait for each other to reduce scalars such as the loss; the model
+ignores both.
 
 Ends with ``ratio NAME MEDIAN MIN MAX``: efficiency (throughput over N times that of one process), and efficiency over expected.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import socket
 import statistics
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,10 +35,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-WARM_UP = 4  # steps that are not timed: what is allocated, DDP's new order of buckets
+import common
+import torch
+from common import CONFIGS
+
+WARM_UP = 4  # steps that are not timed, in which memory is allocated and DDP rebuilds its buckets
 ALL_REDUCES = 5
-SECONDS = 600  # for one measurement, after which a process that does not answer counts as hung
+SECONDS = 600  # for one measurement; after them a process that does not answer is taken to hang
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Case:
 
 @dataclass
 class Found:
-    """What one process measured in one round: seconds of each step with and without exchange, and of an all-reduce."""
+    """Measurements of one process in one round: seconds of each step with and without exchange, and of an all-reduce."""
 
     images_per_step: int
     gradient_bytes: int
@@ -75,21 +76,14 @@ class Found:
 
 
 def worker(pipe: Connection, rank: int, threads: int) -> None:
-    """One process: does what comes through the pipe, ``(function, arguments)``, until None comes."""
-    import ldm  # noqa: F401 - first: it settles how OpenMP waits
-
-    # isort: split
-    import torch
-    import transformers
-
+    """One process: calls each ``(function, arguments)`` that comes through the pipe, until None comes."""
     torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.disable_progress_bar()
+    common.quieten()
     logging.disable(logging.WARNING)
-    import timed_fit  # noqa: F401 - what takes long, before anything is asked
+    import timed_fit  # noqa: F401  imports all that a measurement needs
 
     pipe.send(None)
-    with suppress(EOFError, ConnectionError):  # that asks no more
+    with suppress(EOFError, ConnectionError):  # the first process has ended
         while (task := pipe.recv()) is not None:
             function, arguments = task
             try:
@@ -125,16 +119,17 @@ def measure(rank: int, case: Case, options: list[str], steps: int, port: int) ->
     """``fit`` as the process ``rank`` of this case, for so many timed steps of each kind."""
     from lightning import LightningModule, Trainer
     from timed_fit import Clock, TimedFit
+    from torch.nn.parallel import DistributedDataParallel
 
     class Exchange(Clock):
         """Under DDP, every other step is without exchange."""
 
-        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-            if case.strategy == "ddp":
-                trainer.strategy.model.require_backward_grad_sync = trainer.global_step % 2 == 0
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            if isinstance(model := trainer.strategy.model, DistributedDataParallel):
+                model.require_backward_grad_sync = trainer.global_step % 2 == 0
 
-        def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-            trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
             self.found = Found(self.images_per_step, 4 * trained)
             for number, spent in enumerate(self.seconds[WARM_UP - 1 :], WARM_UP):  # of step `number`
                 exchanges = case.strategy != "ddp" or number % 2 == 0
@@ -151,19 +146,17 @@ def measure(rank: int, case: Case, options: list[str], steps: int, port: int) ->
 
 
 def time_all_reduce(size: int, device: Any) -> list[float]:
-    """Seconds of all-reducing so many bytes of fp32 in one go."""
-    import torch
+    """Seconds of an all-reduce of one fp32 tensor of so many bytes."""
     import torch.distributed as dist
-    from timed_fit import now
 
     numbers = torch.zeros(size // 4, device=device)
     dist.all_reduce(numbers)
     seconds = []
     for _ in range(ALL_REDUCES):
         dist.barrier()
-        began = now(device)
+        began = common.now(device)
         dist.all_reduce(numbers)
-        seconds.append(now(device) - began)
+        seconds.append(common.now(device) - began)
     return seconds
 
 
@@ -237,29 +230,29 @@ def spread(values: Sequence[float], unit: str = "") -> str:
 
 @contextmanager
 def launched(rank: int, processes: int, port: int) -> Iterator[None]:
-    """The environment in which Lightning finds itself started by torchrun; the process group ends with it."""
+    """The environment variables of torchrun; the process group ends with them."""
     import torch.distributed as dist
 
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "scaling"}
-    from lightning.pytorch.utilities import rank_zero_only
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "scaling"}
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    os.environ |= {name: str(value) for name, value in told.items()}
-    rank_zero_only.rank = rank
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    rank_zero_only.rank = rank  # pyright: ignore[reportFunctionMemberAccess]  Lightning's own way to set it
     try:
         yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        for name in told:
+        for name in variables:
             del os.environ[name]
 
 
-# -- the first process, which only asks ----------------------------------------------------------------------------------
+# -- in the first process ----------------------------------------------------------------------------------------------
 
 
 class Workers:
-    """Processes that have imported everything, and are asked to do the same thing together."""
+    """Processes that have imported everything, and call the same function together."""
 
     def __init__(self, number: int, threads: int):
         context = get_context("spawn")
@@ -273,8 +266,8 @@ class Workers:
             self.processes.append(process)
         self._answers(number)
 
-    def ask(self, function: Any, *arguments: Any, number: int = 1) -> list[Any]:
-        """What the first so many processes answer."""
+    def call(self, function: Any, *arguments: Any, number: int = 1) -> list[Any]:
+        """The results of the first so many processes."""
         for pipe in self.pipes[:number]:
             pipe.send((function, arguments))
         return self._answers(number)
@@ -306,12 +299,12 @@ def free_port() -> int:
 def measure_all(
     workers: Workers, cases: Sequence[Case], options: dict[str, list[str]], rounds: int, steps: int, folder: Path
 ) -> dict[Case, list[Found]]:
-    """Every case in every round, printed as it comes."""
+    """Measure every case in every round, and print it."""
     found: dict[Case, list[Found]] = {case: [] for case in cases}
     for turn in range(rounds):
-        for case in cases if turn % 2 == 0 else reversed(cases):
+        for case in common.in_turn(cases, turn):
             out = ["--out", str(folder / f"{case.name}-{turn}")]
-            answers = workers.ask(measure, case, [*options[case.stage], *out], steps, free_port(), number=case.processes)
+            answers = workers.call(measure, case, [*options[case.stage], *out], steps, free_port(), number=case.processes)
             found[case].append(answers[0])
         print(
             f"round {turn + 1}, s/step:", {case.name: round(values[-1].step, 4) for case, values in found.items()}, flush=True
@@ -321,18 +314,15 @@ def measure_all(
 
 def main() -> None:
     """Measure, and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = common.bench_parser(__doc__, "up to two processes, small batches, few steps: under 50 s", allow_abbrev=False)
     parser.add_argument("--stage", choices=["autoencoder", "denoiser"], help="of --config (default: both, of configs/shapes)")
-    parser.add_argument("--config", metavar="FILE", help="a recipe; what follows of its options is given to fit")
+    parser.add_argument("--config", metavar="FILE", help="a recipe; further options go to fit")
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 … as the machine has cores, or GPUs")
     parser.add_argument("--threads", type=int, default=1, help="of each process, on a CPU (default: 1)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="up to two processes, small batches, few steps: under 50 s")
     given, rest = parser.parse_known_args()
     if (given.config is None) != (given.stage is None) or (rest and given.config is None):
         parser.error(f"--stage, --config and options of fit ({' '.join(rest) or 'none'}) go together")
-    import torch
-
     there = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     numbers = given.processes or [2**power for power in range(there.bit_length()) if 2**power <= there]
     numbers = sorted({1, *numbers} if not given.quick else {1, 2})
@@ -345,19 +335,18 @@ def main() -> None:
     workers = Workers(numbers[-1], given.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        print(workers.ask(describe_machine)[0])
+        print(workers.call(describe_machine)[0])
         print(f"{there} {'GPUs' if torch.cuda.is_available() else 'cores'}, {given.threads} threads a process, "
               f"{rounds} rounds of {steps} steps", flush=True)  # fmt: skip
         if given.config is None:
-            workers.ask(make_shapes, folder, 96 if given.quick else 1024)
-            options = {stage: workers.ask(shapes_options, stage, folder, given.quick)[0] for stage in stages}
+            workers.call(make_shapes, folder, 96 if given.quick else 1024)
+            options = {stage: workers.call(shapes_options, stage, folder, given.quick)[0] for stage in stages}
         else:
             options = {given.stage: ["--config", given.config, *rest]}
         found = measure_all(workers, cases, options, rounds, steps, folder)
-        ratios = workers.ask(report, found)[0]
+        ratios = workers.call(report, found)[0]
         workers.end()
-    for name, values in ratios.items():
-        print(f"ratio {name} {statistics.median(values):.3f} {min(values):.3f} {max(values):.3f}")
+    common.print_ratios(ratios, digits=3)
 
 
 if __name__ == "__main__":
