@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,16 +24,14 @@ LARGEST = 1e300
 TALLEST_BAR = 950.0
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(NamedTuple):
     """A label ``at`` percent of an axis, from the left or the top."""
 
     at: float
     label: str
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """An SVG polyline; ``style`` is empty, ``faint`` (below its mean) or ``dot`` (a single point)."""
 
     points: str
@@ -41,8 +39,7 @@ class Line:
     style: str = ""
 
 
-@dataclass(frozen=True)
-class LegendEntry:
+class LegendEntry(NamedTuple):
     """A series with its last value (None without data) and the number of points that cannot be shown."""
 
     name: str
@@ -50,8 +47,7 @@ class LegendEntry:
     omitted: int
 
 
-@dataclass(frozen=True)
-class LineChart:
+class LineChart(NamedTuple):
     """A line chart; without lines where no series has a point to show."""
 
     legend: list[LegendEntry]
@@ -60,8 +56,7 @@ class LineChart:
     y_ticks: list[Tick]
 
 
-@dataclass(frozen=True)
-class Histogram:
+class Histogram(NamedTuple):
     """The outline of the bars as an SVG path, and the points of the line over them."""
 
     name: str

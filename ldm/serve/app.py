@@ -1,7 +1,7 @@
 """The web application: one page, a queue for one generating thread, and the latest images in memory.
 
-It answers requests of its own origin under its own names only (against DNS rebinding and cross-site requests), and limits their
-number and size. No part of a request becomes a path on this machine.
+It only answers requests of its own origin under its own names (against DNS rebinding and cross-site requests), and limits
+their number and size. No part of a request becomes a path on this machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ipaddress
 import json
 import math
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -126,17 +126,9 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, host: str = "127.0.
         return StreamingResponse(lines, media_type="application/x-ndjson", headers={"X-Accel-Buffering": "no"})
 
     for path, (name, media_type) in PAGE.items():
-        app.get(path)(static(files("ldm.serve").joinpath(name).read_bytes(), media_type))
+        response = Response(files("ldm.serve").joinpath(name).read_bytes(), media_type=media_type)
+        app.add_route(path, lambda _, response=response: response)
     return RequestFilter(app, limits, {"localhost", host.lower(), socket.gethostname().lower()})
-
-
-def static(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
-    """An endpoint with a constant response."""
-
-    async def respond() -> Response:
-        return Response(content, media_type=media_type)
-
-    return respond
 
 
 async def follow(request: Request, queue: Queue, job: Job) -> AsyncGenerator[str]:

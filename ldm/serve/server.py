@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-from typing import Any
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -48,6 +47,10 @@ class Server(uvicorn.Server):
         self.queue.close()
         await super().shutdown(sockets)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Unlike uvicorn, do not raise the signal again after the shutdown: the process should exit with 0."""
+        self.force_exit, self.should_exit = self.should_exit, True
+
 
 def serve(app: ASGIApp, queue: Queue, listening: socket.socket) -> None:
     """Answer requests until SIGINT or SIGTERM, then stop within seconds."""
@@ -61,18 +64,7 @@ def serve(app: ASGIApp, queue: Queue, listening: socket.socket) -> None:
         ws="none",
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
-    server = Server(config, queue)
-
-    def stop(*_: Any) -> None:
-        server.should_exit = True
-
-    # after its shutdown uvicorn raises the signal again, which would kill the process instead of ending it with 0
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        server.run(sockets=[listening])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    Server(config, queue).run(sockets=[listening])
     ended = queue.join(CLOSE_SECONDS)
     print("stopped", flush=True)
     if not ended:
