@@ -23,7 +23,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.evaluation.prompts import generate_from_captions, shape_accuracy
 from ldm.evaluation.reconstruction import original_and_reconstruction, reconstruction_metrics
 from ldm.files import atomic_file, read_json, require_new_folder, require_version, write_json
-from ldm.losses import PerceptualLoss
+from ldm.losses.perceptual import PerceptualLoss
 from ldm.machine import machine_info
 from ldm.models.autoencoder import load_autoencoder
 from ldm.pipeline import load_pipeline

@@ -57,7 +57,7 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
     from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
     from ldm.evaluation.reconstruction import metric_texts, reconstruction_metrics
     from ldm.files import write_json
-    from ldm.losses import PerceptualLoss
+    from ldm.losses.perceptual import PerceptualLoss
     from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
 
     for name, number in (("samples", options.samples), ("image-size", options.image_size)):

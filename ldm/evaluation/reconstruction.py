@@ -17,7 +17,7 @@ from ldm.data.image_dataset import ImageDataset
 from ldm.data.quarantine import Quarantine
 from ldm.errors import UsageError
 from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
-from ldm.losses import PerceptualLoss
+from ldm.losses.perceptual import PerceptualLoss
 from ldm.models.autoencoder import decode, downsampling_factor, encode, images_to_pil, pixels_to_images, reconstruct
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.losses import AdversarialLoss, GradientPenalty, Hinge, LeCam
+from ldm.losses.adversarial import AdversarialLoss, GradientPenalty, Hinge, LeCam
 
 # next to 0, but multiplying can raise it again
 LOWEST_LEVEL = 1e-3

@@ -30,10 +30,11 @@ from ldm.data.quarantine import BadSample
 from ldm.errors import UsageError, first_line
 from ldm.evaluation.metrics import LatentHealth, ReconstructionFID, health_scalars
 from ldm.evaluation.reconstruction import trim
-from ldm.losses import Equivariance, LearnedVariance, PerceptualLoss, ReconstructionLoss, adaptive_weight, kl_per_pixel_value
+from ldm.losses.adversarial import adaptive_weight
 from ldm.losses.auxiliary import names_of
-from ldm.losses.equivariance import SMALLEST_SIDE
-from ldm.losses.reconstruction import WeightedLoss
+from ldm.losses.equivariance import SMALLEST_SIDE, Equivariance
+from ldm.losses.perceptual import PerceptualLoss
+from ldm.losses.reconstruction import LearnedVariance, ReconstructionLoss, WeightedLoss, kl_per_pixel_value
 from ldm.models.autoencoder import (
     AutoencoderConfig,
     decode,

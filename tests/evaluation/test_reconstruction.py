@@ -20,7 +20,7 @@ from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
 from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
 from ldm.evaluation.reconstruction import metric_texts, reconstruction_metrics, trim
-from ldm.losses import PerceptualLoss
+from ldm.losses.perceptual import PerceptualLoss
 from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, pixels_to_images, reconstruct
 from ldm.shapes.scenes import generate
 

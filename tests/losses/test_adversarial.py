@@ -3,16 +3,9 @@ import torch
 from torch import nn
 
 from ldm.errors import UsageError
-from ldm.losses import (
-    GradientPenalty,
-    Hinge,
-    LeCam,
-    NonSaturating,
-    PerceptualLoss,
-    ReconstructionLoss,
-    Vanilla,
-    adaptive_weight,
-)
+from ldm.losses.adversarial import GradientPenalty, Hinge, LeCam, NonSaturating, Vanilla, adaptive_weight
+from ldm.losses.perceptual import PerceptualLoss
+from ldm.losses.reconstruction import ReconstructionLoss
 from ldm.models.autoencoder import decode, encode
 from ldm.models.discriminator import PatchDiscriminator
 

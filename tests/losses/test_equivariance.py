@@ -3,8 +3,8 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from ldm.errors import UsageError
-from ldm.losses import Equivariance, PerceptualLoss
-from ldm.losses.equivariance import turn_and_scale
+from ldm.losses.equivariance import Equivariance, turn_and_scale
+from ldm.losses.perceptual import PerceptualLoss
 from ldm.models.discriminator import PatchDiscriminator
 
 FACTOR = 4

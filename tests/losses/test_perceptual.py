@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from ldm.errors import UsageError
-from ldm.losses import PerceptualLoss
+from ldm.losses.perceptual import PerceptualLoss
 
 
 def make_images(seed=0, size=32):

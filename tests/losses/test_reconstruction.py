@@ -3,7 +3,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.distributions import Normal, kl_divergence
 
-from ldm.losses import LearnedVariance, ReconstructionLoss, kl_per_pixel_value
+from ldm.losses.reconstruction import LearnedVariance, ReconstructionLoss, kl_per_pixel_value
 
 
 def make_images(seed=0, size=32):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ldm.errors import UsageError
-from ldm.losses import Hinge
+from ldm.losses.adversarial import Hinge
 from ldm.models.discriminator import PatchDiscriminator
 
 NORMS = ["spectral", "group", "none"]

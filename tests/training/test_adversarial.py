@@ -12,16 +12,9 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.losses import (
-    AdversarialLoss,
-    GradientPenalty,
-    Hinge,
-    LeCam,
-    NonSaturating,
-    PerceptualLoss,
-    ReconstructionLoss,
-    kl_per_pixel_value,
-)
+from ldm.losses.adversarial import AdversarialLoss, GradientPenalty, Hinge, LeCam, NonSaturating
+from ldm.losses.perceptual import PerceptualLoss
+from ldm.losses.reconstruction import ReconstructionLoss, kl_per_pixel_value
 from ldm.models.autoencoder import AutoencoderConfig, decode, encode, pixels_to_images
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversarial import AdversarialTraining, ReconstructionGuard

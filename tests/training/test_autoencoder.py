@@ -14,7 +14,10 @@ from torch import nn
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
 from ldm.errors import LdmError, UsageError
-from ldm.losses import Equivariance, GradientPenalty, LeCam, NonSaturating, PerceptualLoss, ReconstructionLoss
+from ldm.losses.adversarial import GradientPenalty, LeCam, NonSaturating
+from ldm.losses.equivariance import Equivariance
+from ldm.losses.perceptual import PerceptualLoss
+from ldm.losses.reconstruction import ReconstructionLoss
 from ldm.models.autoencoder import AutoencoderConfig, encode, pixels_to_images, reconstruct, set_latent_statistics
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversarial import AdversarialTraining

@@ -143,8 +143,11 @@ def test_stage_one_from_outside(mine: None, image_shards: Path, tmp_path: Path) 
     model = {
         "autoencoder": network | {"sample_size": 32},
         "adversary": {"discriminator": discriminator, "start": 1, "discriminator_warmup": 0, "generator_ramp": 1},
-        "reconstruction": {"class_path": "ldm.losses.ReconstructionLoss", "init_args": {"l1": 0.0, "l2": 1.0}},
-        "perceptual": {"class_path": "ldm.losses.PerceptualLoss", "init_args": {"trunk": "alex", "weights": "random"}},
+        "reconstruction": {"class_path": "ldm.losses.reconstruction.ReconstructionLoss", "init_args": {"l1": 0.0, "l2": 1.0}},
+        "perceptual": {
+            "class_path": "ldm.losses.perceptual.PerceptualLoss",
+            "init_args": {"trunk": "alex", "weights": "random"},
+        },
         "reconstruction_losses": [
             {"loss": {"class_path": "my_extensions.Brightness"}, "weight": 0.5},
             {"loss": {"class_path": "torch.nn.SmoothL1Loss"}, "weight": 0.1},

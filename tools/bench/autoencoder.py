@@ -42,7 +42,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.plan import PlannedSample
 from ldm.data.writer import write_images
-from ldm.losses import Equivariance, Hinge, PerceptualLoss, ReconstructionLoss
+from ldm.losses.adversarial import Hinge
+from ldm.losses.equivariance import Equivariance
+from ldm.losses.perceptual import PerceptualLoss
+from ldm.losses.reconstruction import ReconstructionLoss
 from ldm.machine import bf16_is_faster, machine_info
 from ldm.models.autoencoder import AutoencoderConfig, decode, encode, pixels_to_images
 from ldm.models.discriminator import PatchDiscriminator

@@ -31,7 +31,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.writer import write_images
-from ldm.losses import Hinge, PerceptualLoss, ReconstructionLoss
+from ldm.losses.adversarial import Hinge
+from ldm.losses.perceptual import PerceptualLoss
+from ldm.losses.reconstruction import ReconstructionLoss
 from ldm.machine import machine_info
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import PatchDiscriminator
