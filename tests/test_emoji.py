@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageFont, features
 
 spec = importlib.util.spec_from_file_location("emoji_tool", Path(__file__).parents[1] / "tools" / "emoji.py")
+assert spec is not None and spec.loader is not None
 emoji = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(emoji)
 

@@ -125,7 +125,7 @@ def test_colours_are_converted_and_transparency_is_not(mode):
     profile = P3_ICC if mode == "RGBA" else GREY_ICC
     opaque = Image.fromarray(np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)).convert("RGB" if mode == "RGBA" else "L")
     image = opaque.copy()
-    image.putalpha(Image.fromarray(np.repeat(np.uint8([[255], [255], [0], [0]]), 6, axis=1)))
+    image.putalpha(Image.fromarray(np.repeat(np.array([[255], [255], [0], [0]], np.uint8), 6, axis=1)))
     assert image.mode == mode
     rgb = np.asarray(decode_image(encoded(image, icc_profile=profile), background=(1, 2, 3)))
     assert np.array_equal(rgb[:2], np.asarray(decode_image(encoded(opaque, icc_profile=profile)))[:2])

@@ -101,7 +101,7 @@ def with_members(change: Callable[[dict[str, bytes]], dict[str, bytes] | list[tu
 
     def rewrite(path: Path) -> None:
         with tarfile.open(path) as tar:
-            members = {member.name: tar.extractfile(member).read() for member in tar}
+            members = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
         changed = change(members)
         with tarfile.open(path, "w") as tar:
             for name, data in changed.items() if isinstance(changed, dict) else changed:
@@ -174,7 +174,7 @@ class Corruption:
         blind: these keys may be read as they are or be put aside: nothing but the hash tells.
     """
 
-    change: Callable[[Path], None]
+    change: Callable[[Path], object]
     bad: dict[str, str] = field(default_factory=dict)
     of_shard: tuple[str, ...] = ()
     keeps_size: bool = False
@@ -274,7 +274,7 @@ CORRUPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=CORRUPTIONS.values(), ids=CORRUPTIONS.keys())
+@pytest.fixture(params=CORRUPTIONS.values(), ids=list(CORRUPTIONS))
 def corruption(request: pytest.FixtureRequest) -> Corruption:
     return request.param
 

@@ -28,7 +28,7 @@ def write(folder, samples, **extra):
     return folder
 
 
-def png(size, colour="red"):
+def png(size, colour: str | tuple[int, int, int] = "red"):
     return encode_png(Image.new("RGB", size, colour))
 
 
@@ -85,9 +85,9 @@ def test_batches_of_other_sizes_may_follow_and_stay_as_they_were(tmp_path, worke
     samples = [(f"{number:02d}", {"png": png(size, (number, 0, 9))}) for number, size in enumerate(sizes)]
     dataset = ImageDataset(write(tmp_path / "x", samples))
     batches = list(batch_loader(dataset, batch_size=2, num_workers=workers))
-    for index, image in enumerate(image for batch in batches for image in batch["image"]):
-        assert np.array_equal(image, dataset[index]["image"])
-    assert index == len(sizes) - 1
+    images = [image for batch in batches for image in batch["image"]]
+    assert len(images) == len(sizes)
+    assert all(np.array_equal(image, dataset[index]["image"]) for index, image in enumerate(images))
 
 
 @pytest.mark.parametrize("size", [5, 16, 40])
@@ -118,6 +118,7 @@ def test_a_sample_that_cannot_be_used_names_its_shard_and_key(tmp_path, files, r
     message = str(error.value)
     assert f"{tmp_path}/x/x-00001.tar: bad " in message and reason in message and "\n" not in message
     record = dataset.attempt(3)
+    assert isinstance(record, BadSample)
     assert record[:2] == BadSample(f"{tmp_path}/x/x-00001.tar", "bad", "")[:2] and reason in record.reason
 
 
@@ -134,7 +135,8 @@ def test_a_sample_without_a_caption_cannot_be_used_where_others_have_one(tmp_pat
     folder = write(tmp_path / "x", samples, captioned=1)
     dataset = ImageDataset(folder)
     assert dataset[0]["caption"] == "a"
-    assert [dataset.attempt(index)[1:] for index in (1, 2)] == [("b", "has no caption"), ("c", "has no caption")]
+    bad = [BadSample(f"{tmp_path}/x/x-0000{shard}.tar", key, "has no caption") for shard, key in enumerate("bc")]
+    assert [dataset.attempt(index) for index in (1, 2)] == bad
     assert ImageDataset(folder, require_captions=False)[2]["caption"] == ""
 
 

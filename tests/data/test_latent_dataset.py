@@ -40,7 +40,7 @@ LATENTS = ("mean", "std", "mean_flip", "std_flip")
 NULL = np.full((2, 6), 7.0, np.float32)
 
 
-def make_images(dtype=np.float16, names=LATENTS, shape=(4, 2, 3)):
+def make_images(dtype: type[np.floating] = np.float16, names=LATENTS, shape=(4, 2, 3)):
     """Twelve images of one to three captions, these of one to five tokens and two widths."""
     rng = np.random.default_rng(0)
     for index in range(TOTAL):

@@ -2,7 +2,7 @@
 
 import json
 import tarfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -23,7 +23,7 @@ from ldm.data.latent_schema import (
     text_name,
     write_null_text,
 )
-from ldm.data.manifest import LATENT_SHARDS, Manifest, ShardEntry
+from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.moments import Moments
 from ldm.data.shards import ShardReader
 from ldm.data.sources import open_source
@@ -113,7 +113,7 @@ def test_nothing_but_tarfile_and_safetensors_is_needed_to_read_it(tmp_path, dtyp
     names = NAMES[info.posterior, info.flips]
     for path in sorted((tmp_path / "latents").glob("*.tar")):
         with tarfile.open(path, "r:") as tar:
-            members = {member.name: tar.extractfile(member).read() for member in tar}
+            members = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
         assert {name.split(".")[1] for name in members} == {"safetensors", "json"}
         for chunk in sorted(name.removesuffix(".json") for name in members if name.endswith(".json")):
             tensors = safetensors.numpy.load(members[f"{chunk}.safetensors"])
@@ -304,7 +304,7 @@ def test_the_deep_check_counts_latents_not_chunks(folder):
     problems, checked = check_folder(folder, deep=True)
     assert problems == [] and [(shard.good, shard.problems) for shard in checked] == [(5, ()), (4, ()), (3, ())]
     manifest = Manifest.load(folder)
-    wrong = ShardEntry(**asdict(manifest.shards[1]) | {"samples": 3})
+    wrong = replace(manifest.shards[1], samples=3)
     Manifest(LATENT_SHARDS, (manifest.shards[0], wrong, manifest.shards[2]), manifest.extra).save(folder)
     _, checked = check_folder(folder)
     (problem,) = [problem for shard in checked for problem in shard.problems]

@@ -86,10 +86,10 @@ def test_resumed_on_other_ranks_and_batches_what_is_left_comes_exactly_once(data
     plan = data.draw(plans())
     first, second = data.draw(shares(plan)), data.draw(shares(plan))
     steps = data.draw(st.integers(0, 12))
-    before = [draw for ranks in delivered(plan, *first, steps) for batch in ranks for draw in batch]
+    before = [draw for ranks in delivered(plan, first[0], first[1], steps) for batch in ranks for draw in batch]
     position = plan.advance(Position(), steps * first[0] * first[1])
     more = -(-2 * plan.samples // (second[0] * second[1]))
-    after = [draw for ranks in delivered(plan, *second, more, position) for batch in ranks for draw in batch]
+    after = [draw for ranks in delivered(plan, second[0], second[1], more, position) for batch in ranks for draw in batch]
     draws = before + after
     assert [draw.number for draw in draws] == list(range(len(draws)))
     for epoch in range(len(draws) // plan.samples):

@@ -199,19 +199,19 @@ def test_a_shard_that_was_cut_is_borne_where_the_limits_say_so(tmp_path):
         data.setup("fit")
         if fits:
             assert all(len(batch["key"]) == 10 for batch in islice(data.train_dataloader(), 13))
-            assert len(data.loader.quarantine) == 121
+            assert data.loader is not None and len(data.loader.quarantine) == 121
         else:
             with pytest.raises(LdmError, match=r"120 samples in a row .* raise max_bad_in_a_row"):
                 list(islice(data.train_dataloader(), 13))
 
 
-def test_ranks_that_each_come_across_all_of_them_in_time_bear_the_share_of_all(tmp_path, folder):
+def test_ranks_that_each_come_across_all_of_them_in_time_bear_the_share_of_all(tmp_path, folder, monkeypatch):
     """One in twenty is within a tenth, and so it stays when a rank has seen two epochs' halves."""
     loaders = []
     for rank in range(2):
         data = ShardDataModule(str(folder), str(folder), batch_size=2, max_bad_share=0.15)
         data.setup("fit")
-        data.trainer = FakeTrainer(rank, tmp_path)
+        monkeypatch.setattr(data, "trainer", FakeTrainer(rank, tmp_path))
         loaders.append(data.train_dataloader())
     for batches in zip(*(islice(loader, 60) for loader in loaders), strict=True):
         assert all(len(batch["key"]) == 2 for batch in batches)

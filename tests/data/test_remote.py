@@ -57,11 +57,11 @@ class Server(ThreadingHTTPServer):
             self.server_close()
 
     def handle_error(self, request, client_address):
-        pass  # clients that go away are part of the game
+        pass  # clients may disconnect
 
 
 class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
     def do_HEAD(self):
@@ -69,6 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, name = self.server, unquote(self.path.partition("?")[0]).removeprefix("/train/")
+        assert isinstance(server, Server)
         server.asked.append(self.path)
         server.headers.append(self.headers)
         faults = server.faults.get(name, [])

@@ -156,7 +156,7 @@ def test_a_location_takes_the_shards_elsewhere(folder, edit, tmp_path):
     source.check_cheap()
     edit(location="http://user:password@localhost:1/far away/?token=1")
     source = open_source(f"{folder}/*.tar", cache=ShardCache(tmp_path / "cache"))
-    assert source.is_remote and source.cache.folder == tmp_path / "cache"
+    assert source.cache is not None and source.is_remote and source.cache.folder == tmp_path / "cache"
     assert source.locations[2] == f"http://user:password@localhost:1/far away/{NAMES[2]}?token=1"
     assert "password" not in repr(source) and "token" not in repr(source)
 

@@ -12,6 +12,14 @@ from ldm.files import write_json
 from ldm.latents import claims as claims_module
 from ldm.latents.claims import WORK_NAME, Claims
 
+
+def finish_next(claims, record=None):
+    """Claim a shard and finish it at once."""
+    number = claims.take()
+    assert number is not None
+    claims.finish(number, record or {})
+
+
 REQUEST = {"autoencoder": "abc", "flips": False, "text_encoders": [{"name": "minilm"}]}
 
 
@@ -83,7 +91,7 @@ def test_a_shard_is_held_by_the_living_and_let_go_by_the_dead(tmp_path, elsewher
 
 def test_what_a_dead_process_finished_stays_finished(tmp_path, elsewhere):
     def work(claims):
-        claims.finish(claims.take(), {"samples": 7})
+        finish_next(claims, {"samples": 7})
         claims.take()
 
     other = elsewhere(work)
@@ -95,17 +103,17 @@ def test_what_a_dead_process_finished_stays_finished(tmp_path, elsewhere):
 
 def test_letting_go_keeps_what_is_finished_and_frees_the_rest(tmp_path, elsewhere):
     mine = Claims(tmp_path / "out", REQUEST, 3)
-    mine.finish(mine.take(), {})
+    finish_next(mine)
     mine.take()
     mine.release()
-    elsewhere(lambda claims: claims.finish(claims.take(), {}))
+    elsewhere(finish_next)
     assert mine.missing() == [2]
 
 
 def test_a_shard_finished_between_the_look_and_the_lock_is_not_made_again(tmp_path, monkeypatch):
     mine, other = (Claims(tmp_path, REQUEST, 2, rank, 2) for rank in range(2))
     looked = mine.missing()
-    other.finish(other.take(), {})
+    finish_next(other)
     monkeypatch.setattr(mine, "missing", lambda: looked)
     assert mine.take() == 0 and mine.take() is None
 
@@ -120,7 +128,7 @@ def test_a_shard_finished_between_the_look_and_the_lock_is_not_made_again(tmp_pa
 )
 def test_another_request_is_refused_and_changes_nothing(tmp_path, name, value, said):
     mine = Claims(tmp_path / "out", REQUEST, 3)
-    mine.finish(mine.take(), {})
+    finish_next(mine)
     before = contents(tmp_path)
     with pytest.raises(UsageError, match=rf"out holds an unfinished export with other settings \({said}\)") as error:
         Claims(tmp_path / "out", REQUEST | {name: value}, 3)
@@ -175,7 +183,7 @@ def test_two_that_begin_at_once_both_work_on_it(tmp_path, monkeypatch):
 def test_when_all_is_done_nothing_is_left_to_do_and_the_work_folder_goes(tmp_path):
     mine, other = (Claims(tmp_path, REQUEST, 2, rank, 2) for rank in range(2))
     for claims in (mine, other):
-        claims.finish(claims.take(), {})
+        finish_next(claims)
     assert not mine.is_done
     (tmp_path / MANIFEST_NAME).touch()
     mine.release()

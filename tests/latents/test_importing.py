@@ -23,6 +23,7 @@ from ldm.data.moments import Moments
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError
+from ldm.latents.compute import Dtype
 from ldm.latents.external import FilePerImageFolder, LightningDiTFolder, read_class_captions, read_latent
 from ldm.latents.importing import import_latents
 from ldm.latents.text_encoders import TextEncoders
@@ -35,7 +36,7 @@ CHANNELS = 4
 def imported(autoencoder, tiny_text_encoder, tmp_path):
     """The function that imports ``src``, and the manifest and images by key that come of it."""
 
-    def run(src, dtype="float32", **options):
+    def run(src, dtype: Dtype = "float32", **options):
         out = tmp_path / "out"
         manifest = import_latents(src, out, autoencoder, tiny_text_encoder, dtype=dtype, device="cpu", **options)
         problems, shards = check_folder(out, deep=True)

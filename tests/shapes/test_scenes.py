@@ -87,7 +87,7 @@ def test_what_is_no_scene_is_not_read(preset: str) -> None:
     noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert read_scene(noise, preset) is None
     for background in BACKGROUNDS.values():
-        empty = np.tile(np.float64(background), (64, 64, 1))
+        empty = np.tile(np.array(background, np.float64), (64, 64, 1))
         assert read_scene(empty.astype(np.uint8), preset) is None
         assert read_scene(np.clip(empty + rng.normal(0, 8, empty.shape), 0, 255).astype(np.uint8), preset) is None
     other = PRESETS[1 - PRESETS.index(preset)]  # the wrong number of objects
@@ -218,9 +218,15 @@ def test_a_caption_outside_the_grammar_is_a_usage_error_of_one_line(caption: str
 
 
 def test_bad_arguments_are_refused_before_any_drawing() -> None:
-    for arguments in ((5, 31, 0), (5, 257, 0), (-1, 64, 0), (5, 64, -1), (5, 64, 0, "three")):
+    for count, size, seed, preset in (
+        (5, 31, 0, "one"),
+        (5, 257, 0, "one"),
+        (-1, 64, 0, "one"),
+        (5, 64, -1, "one"),
+        (5, 64, 0, "three"),
+    ):
         with pytest.raises(UsageError):
-            generate(*arguments)
+            generate(count, size, seed, preset)
     with pytest.raises(UsageError):
         held_out_prompts("three", 5)
     with pytest.raises(UsageError):

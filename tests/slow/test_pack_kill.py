@@ -60,7 +60,8 @@ def test_a_pack_killed_at_any_moment_ends_with_the_same_bytes(src, tmp_path):
     while True:
         journal = out / JOURNAL_NAME
         lines = len(journal.read_bytes().splitlines()) if journal.exists() else 0
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         if killed < KILLS:
             # from the first new shard on, or before there is any
             until = lines + (killed > 0)
@@ -77,9 +78,8 @@ def test_a_pack_killed_at_any_moment_ends_with_the_same_bytes(src, tmp_path):
         look(out, seen)
         if process.returncode == 0:
             break
-        assert process.returncode == -signal.SIGKILL, process.stderr.read()
+        assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
         assert not (out / "manifest.json").exists()
-        process.stderr.close()
     assert killed == KILLS, "the pack was over before it could be killed: give it more to do"
     final = {path.name: path.read_bytes() for path in out.iterdir()}
     assert final == {path.name: path.read_bytes() for path in whole.iterdir()}

@@ -7,6 +7,7 @@ import tarfile
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.progress import Progress
 
 
-def make_image(path, size=(40, 20), colour="red", caption="an image", **options):
+def make_image(path, size=(40, 20), colour="red", caption: str | None = "an image", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path, **options)
     if caption is not None:
@@ -92,7 +93,7 @@ def test_images_of_all_subfolders_are_packed_in_order(src, tmp_path):
     assert [sample.key for sample in packed] == ["000000000", "000000001", "000000002"]
     assert [sample.caption for sample in packed] == [b"the first", b"the second", b"the third"]
     assert json.loads(packed[0].files["json"]) == {"file": "a/z.JPG", "width": 40, "height": 20}
-    assert {decode_image(sample.image).size for sample in packed} == {(16, 16)}
+    assert {decode_image(sample.image or b"").size for sample in packed} == {(16, 16)}
     manifest = Manifest.load(tmp_path / "out", IMAGE_SHARDS)
     assert manifest == result.manifest and [entry.samples for entry in manifest.shards] == [2, 1]
     assert (manifest.extra["image_size"], manifest.extra["source"]) == (16, "pack")
@@ -369,13 +370,14 @@ def test_sources_that_cannot_be_packed_leave_nothing_behind(src, tmp_path):
         for out in ("out", "there"):
             with pytest.raises(UsageError, match=words):
                 pack(source, tmp_path / out)
-    for options in (
+    refused: list[dict[str, Any]] = [
         {"shard_size": 0},
         {"shard_size": "1 banana"},
         {"prefix": "a/b"},
         {"workers": 0},
         {"caption_columns": ["a"]},
-    ):
+    ]
+    for options in refused:
         with pytest.raises(UsageError):
             pack(src, tmp_path / "out", **options)
     assert sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / "there") == []
@@ -404,7 +406,7 @@ def test_the_command_line_passes_everything_on(src, tmp_path, capsys, monkeypatc
     assert json.loads(one.files["json"])["captions"] == ["one", "uno", "the first"]
 
     class Stopped(Progress):
-        def update(self, done, total):
+        def update(self, done, *_, **__):
             if done == 2:
                 raise KeyboardInterrupt
 

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ldm.data.decode import MAX_TEXT_BYTES, DecodeError, decode_image, is_plain_rgb
 from ldm.data.pack.prepare import Preparation
@@ -112,7 +113,8 @@ def test_formats_and_quality():
         assert mean_error(good, noise(150, 200)) < mean_error(poor, noise(150, 200))
         assert mean_error(prepare(encoded(image), format=format), image) < 2
     # neither chroma plane is halved
-    assert Image.open(io.BytesIO(prepare(encoded(image)).files["jpg"])).layer[1][1:3] == (1, 1)
+    jpeg = Image.open(io.BytesIO(prepare(encoded(image)).files["jpg"]))
+    assert isinstance(jpeg, JpegImageFile) and jpeg.layer[1][1:3] == (1, 1)
 
 
 @pytest.mark.parametrize("format", ["webp", "jpg"])

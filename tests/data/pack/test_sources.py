@@ -40,8 +40,9 @@ def packed(out):
     for entry in Manifest.load(out).shards:
         for sample in ShardReader(out / entry.name):
             about = json.loads(sample.files["json"])
-            found[about["file"]] = about.get("captions", [sample.caption.decode()])
-            assert found[about["file"]][0] == sample.caption.decode()
+            first = sample.files["txt"].decode()
+            found[about["file"]] = about.get("captions", [first])
+            assert found[about["file"]][0] == first
     return found
 
 
