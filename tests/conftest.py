@@ -1,10 +1,10 @@
-"""Tiny real things that several tests need. Nothing here reaches for the network."""
+"""Tiny models and data that several tests share. Nothing here uses the network."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
-# Before torch is imported, for every process that a test starts, too: what is tiny gains nothing from threads, and processes
-# side by side lose by them.
+# Before torch is imported, and for every process that a test starts: tiny models gain nothing from threads, which slow
+# down processes that run beside one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from string import ascii_lowercase, digits
@@ -28,7 +28,7 @@ def minilm():
 
 @pytest.fixture(scope="session")
 def tiny_text_encoder(tmp_path_factory):
-    """A directory with a text encoder of width 8 that reads letter by letter, where it does not matter which encoder it is."""
+    """Directory of a text encoder of width 8 with a token per letter, for tests that need no particular one."""
     folder = tmp_path_factory.mktemp("text")
     letters = [*ascii_lowercase, *digits]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
@@ -41,7 +41,7 @@ def tiny_text_encoder(tmp_path_factory):
 
 @pytest.fixture
 def tiny_autoencoder():
-    """Two levels, images of 16 pixels, untrained, its posterior widened so that means and deviations both count."""
+    """Untrained, two levels, for images of 16 pixels."""
     torch.manual_seed(0)
     config = AutoencoderConfig(
         block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
@@ -51,19 +51,19 @@ def tiny_autoencoder():
 
 @pytest.fixture
 def tiny_dit():
-    """A DiT with random weights everywhere, so that every input matters to its output."""
+    """A DiT with random weights everywhere, so that its output depends on every input."""
     torch.manual_seed(0)
     return randomise(DiT(sample_size=8, width=32, num_layers=2, num_attention_heads=2, caption_channels=16)).eval()
 
 
 @pytest.fixture
 def randomised():
-    """The function that makes a fresh network so."""
+    """The function that does the same to any network."""
     return randomise
 
 
 def randomise(network):
-    """Replace the zeros of a fresh network by random weights of its own scale."""
+    """Add random weights of their usual scale, so that no weight of a new network stays zero."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) / max(parameter.shape[-1], 4) ** 0.5)

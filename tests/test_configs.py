@@ -1,4 +1,4 @@
-"""The shipped recipes themselves, run through ``fit`` with tiny overrides, one after another as the README shows."""
+"""The shipped recipes, run by ``fit`` with tiny overrides, one after another as in the README."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ldm.runs.dry_run.memory import static_memory
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-# tried here with tiny networks; what is compared by tools/bench/convergence.py, too
+# run here with tiny networks, as are those that tools/bench/convergence.py compares
 TRAINED_AUTOENCODERS = ("decoder_finetune", "kl_f16_8gpu", "kl_f4_cpu", "kl_f8_24gb", "kl_f8_8gb", "kl_f8_8gpu")
 TRAINED_DENOISERS = ("dit_b_8gb", "dit_l_24gb", "dit_s_cpu", "dit_xl_8gpu")
 COMPARED = tuple(f"convergence/{name}" for name in ("ours", "dit", "minrf"))
-# those of siblings but for the strategy, which tests/slow/test_many_processes.py tries
+# the same as another recipe but for the strategy, which is tested in tests/slow
 SHARDED = ("autoencoder/kl_f8_fsdp", "denoiser/dit_xl_fsdp")
 
 
@@ -40,14 +40,14 @@ def test_every_recipe_is_tried_here() -> None:
 
 
 def keys(node: object, prefix: str = "") -> set[str]:
-    """Of a config and of what is in it, with dots between them."""
+    """All keys of a config, with dots between those of nested mappings."""
     if not isinstance(node, dict):
         return {prefix}
     return set().union(*(keys(value, f"{prefix}.{name}" if prefix else name) for name, value in node.items()))
 
 
 @pytest.mark.parametrize("recipe", SHARDED)
-def test_the_sharded_recipes_are_those_of_siblings(recipe: str, capsys: pytest.CaptureFixture) -> None:
+def test_the_sharded_recipes_differ_from_others_in_the_strategy_alone(recipe: str, capsys: pytest.CaptureFixture) -> None:
     stage = recipe.split("/")[0]
     siblings = [path for path in (CONFIGS / stage).glob("*.yaml") if f"{stage}/{path.stem}" not in SHARDED]
     known = set().union(*(keys(yaml.safe_load(path.read_text())) for path in siblings))
@@ -64,17 +64,9 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     main(["shards", "shapes", "shards", "--count", "24", "--size", size])
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "4"]
     few = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "3"]
-    game = [
-        "--model.adversary.start",
-        "2",
-        "--model.adversary.discriminator_warmup",
-        "1",
-        "--model.adversary.generator_ramp",
-        "2",
-    ]
     config = str(CONFIGS / recipes / "autoencoder.yaml")
-    main(["autoencoder", "fit", "--config", config, "--out", "runs/ae", *data, *few, *game])
-    assert AutoencoderKL.from_pretrained("runs/ae/autoencoder").config.latent_channels == 4
+    main(["autoencoder", "fit", "--config", config, "--out", "runs/ae", *data, *few, *timetable(2, 1, 2)])
+    assert AutoencoderKL.from_pretrained("runs/ae/autoencoder").config["latent_channels"] == 4
     # max_steps counts batches though two optimisers step
     state = torch.load("runs/ae/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 6
@@ -91,7 +83,7 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     model = ["--model.autoencoder", "runs/ae/autoencoder"]
     main(["denoiser", "fit", "--config", config, "--out", "runs/dit", *latents, *few, *model])
     pipeline = DiffusionPipeline.from_pretrained("runs/dit/pipeline")
-    assert pipeline.vae.config.latents_mean == extra["latents_mean"]
+    assert pipeline.vae.config["latents_mean"] == extra["latents_mean"]
     main(["denoiser", "export", "runs/dit", "again-pipeline"])
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert Path("again-pipeline", weights).read_bytes() == Path("runs/dit/pipeline", weights).read_bytes()
@@ -103,35 +95,24 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "cluster").iterdir()), ids=lambda file: file.name)
-def test_the_files_for_clusters_are_shell_and_go_on_where_a_run_was(file: Path) -> None:
+def test_the_files_for_clusters_are_shell_and_resume(file: Path) -> None:
     assert subprocess.run(["bash", "-n", file], capture_output=True).stderr == b""
     assert file.read_text().rstrip().endswith("--resume latest")
 
 
+def timetable(start: int, warmup: int, ramp: int) -> list[str]:
+    """Of the adversarial loss, in steps."""
+    steps = {"start": start, "discriminator_warmup": warmup, "generator_ramp": ramp}
+    return [text for name, value in steps.items() for text in (f"--model.adversary.{name}", str(value))]
+
+
 def tiny_arguments(config: str, size: int) -> list[str]:
-    """A recipe of stage one, its images, networks and run made small, neither compiled nor in bf16."""
+    """A recipe of stage one with small images, networks and few steps, neither compiled nor in bf16."""
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "2"]
-    arguments = [
-        "autoencoder",
-        "fit",
-        "--config",
-        str(CONFIGS / "autoencoder" / config),
-        *data,
-        "--data.workers",
-        "0",
-        "--trainer.devices",
-        "1",
-    ]
+    arguments = ["autoencoder", "fit", "--config", str(CONFIGS / "autoencoder" / config), *data]
+    arguments += ["--data.workers", "0", "--trainer.devices", "1"]
     arguments += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--data.image_size", str(size)]
-    arguments += [
-        "--model.adversary.start",
-        "0",
-        "--model.adversary.discriminator_warmup",
-        "0",
-        "--model.adversary.generator_ramp",
-        "1",
-    ]
-    arguments += ["--model.compile", "false", "--trainer.precision", "32-true"]
+    arguments += [*timetable(0, 0, 1), "--model.compile", "false", "--trainer.precision", "32-true"]
     return [*arguments, "--model.adversary.discriminator.init_args.width", "8"]
 
 
@@ -143,7 +124,7 @@ def tiny_arguments(config: str, size: int) -> list[str]:
 def test_recipes_for_your_own_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, widths: str, factor: int
 ) -> None:
-    """And, from what one of them leaves behind, the decoder alone on windows of larger images, which are validated whole."""
+    """One of the autoencoders is then fine-tuned: its decoder alone, on windows of larger images, validated on whole ones."""
     monkeypatch.chdir(tmp_path)
     main(["shards", "shapes", "shards", "--count", "8", "--size", "80"])
     arguments = tiny_arguments(f"{config}.yaml", 64)
@@ -151,13 +132,13 @@ def test_recipes_for_your_own_images(
     arguments += ["--model.autoencoder.sample_size", "64", "--model.perceptual.init_args.weights", "random"]
     main([*arguments, "--out", "run"])
     trained = AutoencoderKL.from_pretrained("run/autoencoder")
-    assert 2 ** (len(trained.config.block_out_channels) - 1) == factor
+    assert 2 ** (len(trained.config["block_out_channels"]) - 1) == factor
     if config == "kl_f4_cpu":
         arguments = tiny_arguments("decoder_finetune.yaml", 32)
         arguments += ["--model.autoencoder.init_from", "run/autoencoder", "--model.perceptual.init_args.weights", "random"]
         main([*arguments, "--out", "finer"])
         finer = AutoencoderKL.from_pretrained("finer/autoencoder")
-        assert finer.config.latents_mean == trained.config.latents_mean
+        assert finer.config["latents_mean"] == trained.config["latents_mean"]
         for name, before in trained.state_dict().items():
             assert torch.equal(before, finer.state_dict()[name]) or not name.startswith(("encoder.", "quant_conv."))
         assert not torch.equal(trained.decoder.conv_out.weight, finer.decoder.conv_out.weight)
@@ -165,10 +146,10 @@ def test_recipes_for_your_own_images(
         assert Image.open("finer/previews/step-00000003.png").width > 2 * 80  # whole images
 
 
-def test_the_recipe_for_real_training_says_what_it_lacks_offline(
+def test_a_recipe_names_the_weights_that_it_lacks_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """It asks for the pretrained trunk of LPIPS; where that cannot be had, one line with the two ways out."""
+    """It needs the pretrained trunk of LPIPS; without a network, the error is one line with the two alternatives."""
 
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network")
@@ -177,13 +158,8 @@ def test_the_recipe_for_real_training_says_what_it_lacks_offline(
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     monkeypatch.chdir(tmp_path)
     main(["shards", "shapes", "shards", "--count", "4", "--size", "64"])
-    arguments = [
-        *tiny_arguments("kl_f8_8gpu.yaml", 64),
-        "--out",
-        "run",
-        "--model.autoencoder.block_out_channels",
-        "[8, 8, 8, 8]",
-    ]
+    arguments = [*tiny_arguments("kl_f8_8gpu.yaml", 64), "--out", "run"]
+    arguments += ["--model.autoencoder.block_out_channels", "[8, 8, 8, 8]"]
     arguments += ["--model.autoencoder.norm_num_groups", "4", "--model.autoencoder.sample_size", "64"]
     with pytest.raises(SystemExit) as left:
         main(arguments)
@@ -223,14 +199,14 @@ def test_the_denoisers_have_the_sizes_of_the_paper(name: str) -> None:
         denoiser = DiT(**arguments)
     config = denoiser.config
     width, blocks, heads = PRESETS[name.rsplit("_", 1)[0]]
-    assert (config.width, config.num_layers, config.num_attention_heads, config.patch_size) == (width, blocks, heads, 2)
+    assert [config[key] for key in ("width", "num_layers", "num_attention_heads", "patch_size")] == [width, blocks, heads, 2]
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     said = " ".join(recipe.replace("# ", " ").split())
     assert f"{count / 1e6:.1f}M parameters" in said
     kept = static_memory(count, averaged=count, shards=8 if "fsdp" in name else 1)
     assert f": {kept.total / 1e9:.1f} GB kept" in said
 
-    text = config.caption_channels
+    text = config["caption_channels"]
     head_norms, text_norm, table = 4 * width // heads, 2 * width, 6 * width
     block = 8 * linear(width, width) + linear(width, 4 * width) + linear(4 * width, width) + head_norms + text_norm + table
     time = linear(256, width) + linear(width, width) + 8 * linear(width, width)  # 6 to modulate the blocks, 2 the output
@@ -258,10 +234,10 @@ def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, recipe: str) ->
     arguments += ["--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
     arguments += ["--model.accumulate", "2", "--trainer.precision", "32-true"]
     main([*arguments, "--model.autoencoder", str(tiny_latents / "autoencoder"), "--model.preview_steps", "1"])
-    assert DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config.num_layers == 2
+    assert DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config["num_layers"] == 2
 
 
-def test_what_is_compared_differs_in_nothing_else() -> None:
+def test_recipes_that_are_compared_differ_in_nothing_else() -> None:
     recipes = [yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text()) for recipe in COMPARED]
     shipped = yaml.safe_load((CONFIGS / "shapes" / "denoiser.yaml").read_text())["model"]
     ours = recipes[0]["model"]

@@ -1,8 +1,9 @@
-"""The floors of the README's tree: a file imports only from floors below its own, or from its own box; no circles."""
+"""Layers of the package: a file imports only from rooms below its own, or from its own room; no circular imports."""
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -11,8 +12,8 @@ import ldm
 ROOT = Path(ldm.__file__).parent
 
 GROUND = {"ldm.errors", "ldm.files", "ldm.progress", "ldm.machine"}
-# box -> floor; a box is a file, or a folder whose files may import one another
-BOXES = {
+# room -> floor; a room is a file, or a folder whose files may import one another
+ROOMS = {
     "ldm.diffusion": 0,
     "ldm.models": 0,
     "ldm.losses": 0,
@@ -28,12 +29,12 @@ BOXES = {
     "ldm.runs": 4,
     "ldm.doctor": 5,
     "ldm.quickstart": 5,
-    "ldm.cli": 6,  # the only one that knows quickstart too
+    "ldm.cli": 6,  # also imports quickstart and doctor
 }
 EXEMPT = {"ldm", "ldm.__main__"}
 
 
-def module_name(path):
+def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -41,13 +42,13 @@ def module_name(path):
 MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def is_type_checking(node):
+def is_type_checking(node: ast.AST) -> TypeGuard[ast.If]:
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def imports(tree):
-    """Every module that a file imports when it runs, inside functions too; those for type hints alone do not count."""
-    found = set()
+def imports(tree: ast.AST) -> set[str]:
+    """Every module that a file imports at run time, inside functions too; imports for type hints do not count."""
+    found: set[str] = set()
     todo = [tree]
     while todo:
         node = todo.pop()
@@ -57,7 +58,7 @@ def imports(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: a relative import"
+            assert node.level == 0 and node.module, f"line {node.lineno}: a relative import"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= (names & MODULES.keys()) | ({node.module} if names - MODULES.keys() else set())
         todo.extend(ast.iter_child_nodes(node))
@@ -68,23 +69,23 @@ IMPORTS = {name: imports(ast.parse(path.read_text())) for name, path in MODULES.
 OURS = {name: {other for other in found if other.split(".")[0] == "ldm"} for name, found in IMPORTS.items()}
 
 
-def box_of(module):
-    return next((box for box in BOXES if module == box or module.startswith(box + ".")), None)
+def room_of(module: str) -> str | None:
+    return next((room for room in ROOMS if module == room or module.startswith(room + ".")), None)
 
 
-def floor_of(module):
-    return -1 if module in GROUND else BOXES[box_of(module)]
+def floor_of(module: str) -> int:
+    return -1 if module in GROUND else ROOMS[room_of(module) or ""]
 
 
-def may_import(module, other):
+def may_import(module: str, other: str) -> bool:
     if other == "ldm":
-        return BOXES.get(box_of(module), -1) >= 3  # it knows the pipeline: for the top floor alone
+        return floor_of(module) >= 3  # it imports the pipeline
     if module in GROUND:
         return other in GROUND
-    return box_of(module) == box_of(other) or floor_of(other) < floor_of(module)
+    return room_of(module) == room_of(other) or floor_of(other) < floor_of(module)
 
 
-def test_the_reader_of_imports_sees_functions_and_skips_type_hints():
+def test_imports_in_functions_count_and_those_for_type_hints_do_not():
     source = """
 import lightning.pytorch
 from ldm.models import dit
@@ -99,18 +100,17 @@ def f():
     assert imports(ast.parse(source)) == {"lightning.pytorch", "ldm.models.dit", "ldm.errors", "numpy", "ldm.cli"}
 
 
-def test_the_rule_itself():
+def test_the_rule():
     assert may_import("ldm.data.latent_schema", "ldm.data.shards") and may_import("ldm.data.latent_schema", "ldm.files")
     assert not may_import("ldm.data.latent_schema", "ldm.models.text_encoder") and not may_import("ldm.losses", "ldm.pipeline")
     assert not may_import("ldm.pipeline", "ldm.evaluation.reconstruction") and not may_import("ldm.files", "ldm.losses")
     assert may_import("ldm.cli", "ldm.quickstart") and not may_import("ldm.quickstart", "ldm.cli")
 
 
-def test_every_file_stands_on_a_floor():
-    assert [name for name in MODULES if name not in EXEMPT | GROUND and box_of(name) is None] == []
+def test_every_file_has_a_room():
+    assert [name for name in MODULES if name not in EXEMPT | GROUND and room_of(name) is None] == []
     assert MODULES.keys() >= GROUND
-    # and every box of the table is there
-    assert {box_of(name) for name in MODULES} >= BOXES.keys()
+    assert {room_of(name) for name in MODULES} >= ROOMS.keys()
 
 
 def test_every_import_of_ours_exists():
@@ -123,29 +123,29 @@ def test_a_file_imports_only_from_below(module):
     assert not wrong, f"{module} must not import {', '.join(wrong)}"
 
 
-def test_there_are_no_circles():
+def test_there_are_no_circular_imports():
     graph = {name: others - {"ldm", name} for name, others in OURS.items() if name not in EXEMPT}
     assert set(TopologicalSorter(graph).static_order()) >= graph.keys()  # raises CycleError
 
 
-def packages(module):
+def packages(module: str) -> set[str]:
     return {name.split(".")[0] for name in IMPORTS[module]}
 
 
 def test_lightning_stays_in_training_and_above():
     below = [name for name in MODULES.keys() - EXEMPT if floor_of(name) <= 2]
-    knowing = {name for name in below if packages(name) & {"lightning", "pytorch_lightning"}}
-    assert knowing == {"ldm.data.datamodule"}
+    importing = {name for name in below if packages(name) & {"lightning", "pytorch_lightning"}}
+    assert importing == {"ldm.data.datamodule"}
 
 
-def test_data_knows_no_models():
+def test_data_imports_no_models():
     models = {"transformers", "diffusers", "lpips", "torchmetrics"}
-    assert {name: packages(name) & models for name in MODULES if box_of(name) == "ldm.data" and packages(name) & models} == {}
+    assert {name: packages(name) & models for name in MODULES if room_of(name) == "ldm.data" and packages(name) & models} == {}
 
 
 def test_the_tree_of_the_readme_shows_every_room():
     readme = (ROOT.parent / "README.md").read_text()
-    rooms = [box.removeprefix("ldm.") for box in BOXES] + [name.removeprefix("ldm.") for name in GROUND]
+    rooms = [room.removeprefix("ldm.") for room in ROOMS] + [name.removeprefix("ldm.") for name in GROUND]
     assert [room for room in rooms if room not in readme[readme.index("ldm/\n") :]] == []
 
 
