@@ -37,7 +37,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_python_dash_m_is_the_command() -> None:
+def test_python_m_ldm_is_the_command() -> None:
     said = subprocess.run([sys.executable, "-m", "ldm", "--version"], capture_output=True, text=True, check=True)
     assert said.stdout.startswith("ldm ")
 
@@ -57,7 +57,7 @@ finally:
         assert done.returncode == 0, done.stderr
 
 
-def test_bad_usage_is_one_line_and_two(capsys: pytest.CaptureFixture) -> None:
+def test_invalid_usage_is_one_line_with_exit_code_2(capsys: pytest.CaptureFixture) -> None:
     code, _, said = run(capsys, "shards", "shapes")
     assert code == 2 and said.count("\n") == 0 and "out" in said and "--help" in said
 
@@ -80,8 +80,8 @@ def test_shapes_pack_index_check(capsys: pytest.CaptureFixture, tmp_path: Path, 
     assert code == 1 and shard.name in out and "problem" in said
 
 
-def test_index_and_check_say_what_cannot_be_used(capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path) -> None:
-    """One sample of four has an image that is none, another no image: a table, a line for each, and exit code 1."""
+def test_index_and_check_report_unusable_samples(capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path) -> None:
+    """One sample of four has an invalid image, another none: a table, a line for each, and exit code 1."""
     image, folder = (photos / "0.png").read_bytes(), tmp_path / "shards"
     folder.mkdir()
     with tarfile.open(folder / "a.tar", "w") as tar:
@@ -122,7 +122,7 @@ def test_pack_refuses_in_one_line_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_out_with_other_work_is_not_touched(capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path) -> None:
+def test_an_output_folder_with_other_work_is_not_touched(capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
@@ -139,7 +139,7 @@ def test_an_out_with_other_work_is_not_touched(capsys: pytest.CaptureFixture, tm
         assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
-def test_sample_refuses_a_model_that_is_none(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_sample_refuses_a_folder_without_a_model(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     code, _, said = run(capsys, "sample", tmp_path, "a red ring", "--out", tmp_path / "images")
     assert code == 2 and "model_index.json" in said and str(tmp_path) in said
     (tmp_path / "model_index.json").write_text("{}")
@@ -151,20 +151,20 @@ def test_sample_refuses_a_model_that_is_none(capsys: pytest.CaptureFixture, tmp_
     ("changes", "named"),
     [
         (["--data.train", "/nowhere"], "data.train"),
-        (["--model.adversary.start", "999999"], "model.adversary.start"),
+        (["--model.adversary.start", "999999"], "adversary's start 999999"),
         (["--model.autoencoder.sample_size", "50"], "sample_size"),
         (["--model.no_such_key", "1"], "no_such_key"),
         (["--trainer.precision", "16-mixed"], "trainer.precision"),
-        (["--model.adversary.guard.lower", "2"], "model.adversary.guard.lower"),
+        (["--model.adversary.guard.lower", "2"], "guard's lower 2.0"),
         (["--model.equivariance.probability", "2"], "Equivariance: probability 2"),
         (
             ["--model.autoencoder.block_out_channels", "[16, 16, 16, 16, 16]", "--model.autoencoder.sample_size", "80"],
-            "multiples of 16",
+            "downsampling factor 16",
         ),
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
     ],
 )
-def test_fit_refuses_before_work_starts(
+def test_fit_refuses_invalid_settings_before_it_writes(
     capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], named: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
