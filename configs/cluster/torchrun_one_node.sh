@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# One machine, a process for each of its GPUs, by torchrun. All arguments are those of ldm:
+# One machine with torchrun, one process a GPU. All arguments are those of ldm:
 #   configs/cluster/torchrun_one_node.sh denoiser fit --config configs/denoiser/dit_xl_8gpu.yaml --out runs/denoiser
-# The same command again goes on from the run's newest whole checkpoint. SIGTERM and SIGUSR1, to this or to any process, save
-# and stop; torchrun then leaves with 1, whatever its processes leave with (143). On CPUs: PROCESSES=2 and, for a network of
-# some size, THREADS=8.
+# The same command resumes from the newest whole checkpoint. SIGTERM or SIGUSR1, to this or to any process, saves and stops the
+# run; torchrun then exits with 1, although its processes exit with 143. On CPUs: PROCESSES=2, and THREADS=8 for larger networks.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python}

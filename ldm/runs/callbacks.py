@@ -28,11 +28,11 @@ SHOWN = ("loss", "rec", "lpips", "g", "d", "lr")
 
 
 class Stopwatch(Iterator):
-    """An iterator that counts the seconds spent in the ``next()`` of another."""
+    """An iterator that sums the seconds spent in the ``next()`` of another."""
 
     def __init__(self, iterator: Iterator):
         self.iterator = iterator
-        self.seconds = self.entered = 0.0  # in all; when it was last asked, by time.perf_counter
+        self.seconds = self.entered = 0.0  # total; time.perf_counter at the last call
 
     def __next__(self) -> Any:
         self.entered = time.perf_counter()
@@ -129,20 +129,20 @@ class ProgressLine(Callback):
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
         """Log the metrics of time, and show them with the latest losses on the line."""
         rate, wait = self._pace.images_per_second, self._pace.wait_share
-        figures: dict[str, float] = {"time/elapsed_seconds": self._elapsed()}
+        metrics: dict[str, float] = {"time/elapsed_seconds": self._elapsed()}
         shown: dict[str, float | str] = {}
         if rate is not None and wait is not None:
-            # the others wait for the slowest in every step
+            # in every step all processes wait for the slowest
             module.log("time/data_wait_share", wait, sync_dist=trainer.world_size > 1, reduce_fx="max")
-            figures["time/images_per_second"] = rate
+            metrics["time/images_per_second"] = rate
             wait = float(trainer.callback_metrics["time/data_wait_share"])
             shown = {"images/s": rate, "waiting": f"{wait:.0%}"}
             if self._pace.step_seconds is not None:
-                figures["time/step_seconds"] = self._pace.step_seconds
+                metrics["time/step_seconds"] = self._pace.step_seconds
             if (flops := self._model_flops).flops_per_image and flops.peak_flops:
-                figures["time/mfu"] = rate * flops.flops_per_image / (flops.peak_flops * trainer.world_size)
-                shown["MFU"] = f"{figures['time/mfu']:.1%}"
-        module.log_dict(figures)
+                metrics["time/mfu"] = rate * flops.flops_per_image / (flops.peak_flops * trainer.world_size)
+                shown["MFU"] = f"{metrics['time/mfu']:.1%}"
+        module.log_dict(metrics)
         logged = trainer.callback_metrics
         shown |= {name: float(logged[f"train/{name}"]) for name in SHOWN if f"train/{name}" in logged}
         shown |= {name.replace("/", " "): float(logged[name]) for name in ("val/psnr", "val/loss") if name in logged}

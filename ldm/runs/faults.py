@@ -1,4 +1,4 @@
-"""What torch says when a run fails, as one line that names the fix."""
+"""Failures of a run that the user can fix, as one line instead of torch's traceback."""
 
 from __future__ import annotations
 
@@ -12,37 +12,33 @@ from lightning import Trainer
 from ldm.errors import LdmError, first_line
 from ldm.machine import is_out_of_memory
 
-# gloo has no exception of its own: its errors carry the path of its source
+# gloo raises RuntimeError with the path of its source file in the message
 GLOO = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
 
 
 def explain(error: BaseException, trainer: Trainer) -> LdmError | None:
-    """A failure that the user can see to, as one line; None for any other, whose traceback is wanted."""
+    """The error of one line for a failure that the user can fix; None for any other, whose traceback is needed."""
     if isinstance(error, LdmError):
         return None
     where = f"at step {trainer.global_step}" + (f" on rank {trainer.global_rank}" if trainer.world_size > 1 else "")
     if is_out_of_memory(error):
-        return LdmError(f"out of memory {where}: {'; '.join(_memory_knobs(trainer))}")
+        return LdmError(f"out of memory {where}: {'; '.join(_memory_settings(trainer))}")
     if not isinstance(error, RuntimeError):
         return None
     if isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in GLOO):
-        return LdmError(f"{_lost(where)} ({first_line(error)})")
+        return LdmError(
+            f"a process of this run has gone or does not answer, as seen {where}: see its last message, and resume with "
+            f"--resume latest ({first_line(error)})"
+        )
     if "DataLoader worker" in str(error):
         return LdmError(
-            f"a loader process was lost {where}: {first_line(error)} Where memory ran out, lower data.workers or "
+            f"a loader process was lost {where}: {first_line(error)} If memory ran out, lower data.workers or "
             "data.batch_size; resume with --resume latest"
         )
     return None
 
 
-def _lost(where: str) -> str:
-    return (
-        f"a process of this run has gone or does not answer, as seen {where}: see what it said last, and resume "
-        "with --resume latest"
-    )
-
-
-def _memory_knobs(trainer: Trainer) -> Iterator[str]:
+def _memory_settings(trainer: Trainer) -> Iterator[str]:
     settings = inspect.signature(type(trainer.lightning_module).__init__).parameters
     yield "lower data.batch_size"
     yield "raise model.accumulate, which splits the same batch into more micro-batches"
@@ -54,7 +50,7 @@ def _memory_knobs(trainer: Trainer) -> Iterator[str]:
 
 @contextmanager
 def explained(trainer: Trainer) -> Iterator[None]:
-    """Around ``trainer.fit``: raise its failures as :func:`explain` has them."""
+    """Replace the failures of ``trainer.fit`` inside by those of :func:`explain`."""
     try:
         yield
     except BaseException as error:

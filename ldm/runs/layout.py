@@ -1,8 +1,7 @@
-"""The folder of a run: every name in it, in one place.
+"""The names in the folder of a run.
 
-Three more are written from below, each named by the code that knows its format: ``quarantine.jsonl``
-(:mod:`ldm.data.quarantine`), ``skipped.jsonl`` (:mod:`ldm.training.nonfinite`) and ``snapshots``
-(:mod:`ldm.training.ema`). The exported model is named by the stage, ``TrainingModule.artifact``.
+Others are named by the code that writes them: ``quarantine.jsonl`` (:mod:`ldm.data.quarantine`), ``skipped.jsonl``
+(:mod:`ldm.training.nonfinite`), ``snapshots`` (:mod:`ldm.training.ema`) and the exported model (``TrainingModule.artifact``).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from ldm.data.quarantine import QUARANTINE_NAME
 
-#: Lightning's loggers take this name apart from the folder that it lies in
+#: a name of its own: Lightning's loggers take it separately
 LOGS = "logs"
 
 #: links in the folder of checkpoints
@@ -25,7 +24,7 @@ _PREVIEW = re.compile(r"step-(\d+)\.png")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths in the folder of a run: what ``--out`` of ``fit`` is."""
+    """Paths in the folder of a run, ``--out`` of ``fit``."""
 
     path: Path
 
@@ -48,11 +47,11 @@ class RunFolder:
         return self.logs / "environment.json"
 
     def log(self, rank: int = 0) -> Path:
-        """What the loggers and warnings of a process say."""
+        """Log messages and warnings of a process."""
         return self.logs / ("run.log" if rank == 0 else f"run-rank{rank}.log")
 
     def other_logs(self) -> list[Path]:
-        """Those of all processes but the first; a process without warnings has none."""
+        """Logs of the processes after the first; a process without warnings has none."""
         return sorted(self.logs.glob("run-rank*.log"))
 
     @property
@@ -81,7 +80,7 @@ class RunFolder:
         return self.checkpoints_folder / BEST_CHECKPOINT
 
     def quarantines(self) -> list[Path]:
-        """The samples that could not be used, a file of each process."""
+        """Files of the samples that could not be used, one a process."""
         return sorted(self.path.glob(f"*{QUARANTINE_NAME}"))
 
 
@@ -99,12 +98,12 @@ def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     match = _CHECKPOINT.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint.name} is no name of a checkpoint")
+        raise ValueError(f"{checkpoint.name} is not the name of a checkpoint")
     return int(match[1])
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the oldest first."""
+    """The checkpoints in a folder, not verified, the oldest first."""
     return [path for _, path in _by_step(folder, _CHECKPOINT)]
 
 

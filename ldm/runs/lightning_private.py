@@ -1,7 +1,6 @@
-"""Every private part of Lightning that ldm relies on, each as a small function that says why.
+"""Every private attribute of Lightning that ldm uses, each behind a small function that says why.
 
-``tests/runs/test_lightning_private.py`` pins what each of them does in the installed version, so that an update of Lightning
-that changes one fails there by name.
+``tests/runs/test_lightning_private.py`` tests what each of them does in the installed version.
 """
 
 from __future__ import annotations
@@ -24,32 +23,32 @@ def is_rank_zero() -> bool:
 
 
 def accumulates(trainer: Trainer) -> bool:
-    """Whether the optimiser step of this batch is still to come: callbacks have no public way to ask."""
+    """Whether the optimiser step of this batch is still to come; callbacks have no public way to ask."""
     return trainer.fit_loop._should_accumulate()
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Whether a validation comes right after this batch: a checkpoint of the same step waits for it."""
+    """Whether a validation follows this batch; a checkpoint of the same step waits for it."""
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None, "training has not started"
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def skip_next_validation(trainer: Trainer) -> None:
-    """Leave out the validation that is due after this batch."""
+    """Skip the validation that is due after this batch."""
     trainer.fit_loop.epoch_loop._skip_next_val = True
 
 
 def current_hook(trainer: Trainer) -> str | None:
-    """The name of the hook that Lightning is in: it tells whether the validation of a step is over."""
+    """The name of the hook that Lightning is in, which tells whether the validation of a step is over."""
     return trainer.lightning_module._current_fx_name
 
 
 def validate_first(trainer: Trainer) -> None:
-    """Have a resumed run begin with the validation of the step that it resumes from.
+    """Begin a resumed run with the validation of the step that it resumes from.
 
-    Lightning takes a checkpoint of ``on_train_batch_end`` for one whose validation is over, and continues a validation that
-    the checkpoint interrupted. So the state is changed to that of a validation of which no batch is done.
+    Lightning assumes that the validation of a checkpoint of ``on_train_batch_end`` is over, and continues one that the
+    checkpoint interrupted. This sets the state of a validation of which no batch is done.
     """
     loop = trainer.fit_loop.epoch_loop
     if not validation_is_due(trainer):  # under these settings
@@ -77,32 +76,31 @@ def log_interval(trainer: Trainer) -> int:
 
 
 def log_step_metrics(trainer: Trainer) -> None:
-    """Log the metrics of the batch that ends: Lightning does so after ``on_train_batch_end``, where a stopping run never
-    comes."""
+    """Log the metrics of the current batch, which Lightning would do only after ``on_train_batch_end``."""
     trainer._logger_connector.update_train_step_metrics()
 
 
 def ignore_after_training(trainer: Trainer, *signals: signal.Signals) -> None:
-    """Have Lightning ignore these signals when it restores the handlers of before training.
+    """Ignore these signals once Lightning restores the handlers from before training.
 
-    Set later, there would be a moment in which a launcher's signal ends the process in the middle of its last message.
+    If they were ignored later, a launcher's signal could end the process while it prints its last message.
     """
     handlers = trainer._signal_connector._original_handlers
     handlers |= dict.fromkeys(signals, signal.SIG_IGN)
 
 
 def set_ddp_options(strategy: DDPStrategy, **options: Any) -> None:
-    """Set arguments of ``DistributedDataParallel`` on a strategy that is built: a config that names the strategy holds the
-    default of each, so that none can be a default of ours."""
+    """Set arguments of ``DistributedDataParallel`` on a built strategy: a config that names a strategy holds all its defaults,
+    so that ldm's cannot be given as defaults."""
     strategy._ddp_kwargs |= options
 
 
 def writes_shards(strategy: Strategy) -> bool:
-    """Whether every process writes its part of a checkpoint."""
+    """Whether every process writes its shards of a checkpoint."""
     return getattr(strategy, "_save_distributed_checkpoint", False)
 
 
 def load_sharded_checkpoint(folder: Path) -> dict[str, Any]:
-    """All of a checkpoint of ``ModelParallelStrategy``, on the host of one process: ``state_dict``, ``optimizer_0`` … by the
-    names of parameters, and what is not sharded. Lightning's format, so Lightning reads it."""
+    """A whole checkpoint of ``ModelParallelStrategy``, on the host: ``state_dict``, ``optimizer_0`` … by the names of
+    parameters, and what is not sharded. The format is Lightning's, so Lightning reads it."""
     return _load_distributed_checkpoint(folder)

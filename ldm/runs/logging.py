@@ -1,7 +1,7 @@
-"""What a run's folder keeps beside its config: metrics, a log, and what each of its starts ran on.
+"""The logs of a run: metrics, messages, and a record of each start.
 
-``logs/metrics.csv`` and TensorBoard's events go on where a resumed run goes on; ``logs/run.log`` holds what the loggers and
-warnings of the first process say (of others: ``run-rank1.log`` …), and ``logs/environment.json`` a record for each start.
+``logs/metrics.csv`` and TensorBoard's events continue where a run resumes; ``logs/run.log`` holds the messages and warnings of
+the first process (of others: ``run-rank1.log`` …), and ``logs/environment.json`` a record of each start.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ldm.files import atomic_file, read_json, write_json
 from ldm.machine import machine_info
 from ldm.runs.layout import LOGS, RunFolder
 
-# Of Lightning's loggers one tells what befalls a run; the others speak of every checkpoint.
+# Of Lightning's loggers rank_zero alone is worth the INFO level; the others report every checkpoint.
 LOGGED = ("ldm", "lightning.pytorch", "lightning.fabric")
 INFORMATIVE = ("ldm", "lightning.pytorch.utilities.rank_zero")
-# seconds that a question to git may take, in a checkout on a slow disk
+# time limit for git, in a checkout on a slow disk
 GIT_SECONDS = 20
 
-# lines of the run itself, for the file alone: the command line says them in its own way
+# messages for the log file alone: the command line prints its own
 _status = logging.getLogger(f"{__name__}.status")
 
 
@@ -43,7 +43,7 @@ _status = logging.getLogger(f"{__name__}.status")
 
 
 class _Rows(ExperimentWriter):
-    """Lightning's writer deletes the file it finds, and rewrites it in place when a metric is new."""
+    """Keeps an existing file and rewrites it atomically; Lightning's writer deletes it, and rewrites it in place."""
 
     def __init__(self, log_dir: str, resumed_at: int | None):
         self.resumed_at = resumed_at
@@ -58,7 +58,7 @@ class _Rows(ExperimentWriter):
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         text = Path(self.metrics_file_path).read_text(encoding="utf-8")
-        # a line without an end was being written when the run was killed
+        # the last line of a killed run may be incomplete
         reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
         rows = list(reader)
         return list(reader.fieldnames or []), rows
@@ -74,17 +74,17 @@ class _Rows(ExperimentWriter):
 
 
 class RunCSVLogger(CSVLogger):
-    """Lightning's CSV log, one for the whole of a run however often it is resumed.
+    """Lightning's CSV logger with one file for a run, however often it is resumed.
 
-    The rows of steps that are trained again are dropped: a run that is killed may have logged further than it has saved. So it
-    ends with the same rows as a run that was never stopped.
+    Rows after the checkpoint, which a killed run may have logged, are dropped, since these steps are trained again. A resumed
+    run ends with the same rows as one that was never stopped.
     """
 
     def __init__(self, save_dir: Path, resumed_at: int | None = None):
         """
         Args:
             save_dir: folder of the run.
-            resumed_at: steps trained in the checkpoint that it goes on from; None: from nothing.
+            resumed_at: step of the checkpoint that the run resumes from, if any.
         """
         super().__init__(save_dir, name="", version=LOGS)
         self.resumed_at = resumed_at
@@ -98,7 +98,7 @@ class RunCSVLogger(CSVLogger):
 
 
 def loggers(out: Path, given: Logger | Iterable[Logger] | bool | None, resumed_at: int | None) -> list[Logger]:
-    """The CSV and TensorBoard logs of every run, and beside them what ``trainer.logger`` of its config asks for.
+    """The CSV and TensorBoard loggers of every run, and those of ``trainer.logger``.
 
     Args:
         out: folder of the run.
@@ -113,18 +113,18 @@ def loggers(out: Path, given: Logger | Iterable[Logger] | bool | None, resumed_a
     ]
 
 
-# -- what ran, on what, and what it said ---------------------------------------------------------------------------------
+# -- records and messages -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def recorded(trainer: Trainer, module: LightningModule, command: Sequence[str], resumed_at: int | None) -> Iterator[None]:
-    """Keep the log of what runs inside, and put on record how it starts and ends; every process calls it.
+    """Log what runs inside, and record how it starts and ends; every process calls it.
 
     Args:
         trainer: whose ``default_root_dir`` is the folder of the run.
         module: what it trains.
         command: words of the command line, without the interpreter.
-        resumed_at: steps trained in the checkpoint that it goes on from; None: from nothing.
+        resumed_at: step of the checkpoint that the run resumes from, if any.
     """
     out, first = Path(trainer.default_root_dir), trainer.is_global_zero
     with run_log(out, trainer.global_rank):
@@ -139,7 +139,7 @@ def recorded(trainer: Trainer, module: LightningModule, command: Sequence[str], 
         except BaseException as error:
             why = _why(error)
             if isinstance(error, Exception) and not isinstance(error, LdmError):
-                _status.error("an error that was not foreseen", exc_info=True)
+                _status.error("unexpected error", exc_info=True)
             raise
         else:
             if trainer.max_steps <= trainer.global_step:
@@ -150,12 +150,12 @@ def recorded(trainer: Trainer, module: LightningModule, command: Sequence[str], 
             (_status.warning if why else _status.info)(how)
             if first:
                 record["ended"] = {"time": _now(), "step": step} | ({"why": why} if why else {})
-                with suppress(OSError):  # on a full disk, the error that led here is what must be said
+                with suppress(OSError):  # on a full disk the error that led here matters more
                     _append_record(RunFolder(out).environment, record, replace_last=True)
 
 
 def start_record(trainer: Trainer, module: LightningModule, command: Sequence[str], resumed_at: int | None) -> dict[str, Any]:
-    """What a start runs on: plain values that name no folder of the machine but those that ``command`` names."""
+    """The environment of a start: plain values that name no folder of the machine but those of ``command``."""
     counts = {name: sum(each.numel() for each in part.parameters()) for name, part in module.named_children()}
     return {
         "started": _now(),
@@ -171,13 +171,13 @@ def start_record(trainer: Trainer, module: LightningModule, command: Sequence[st
 
 
 def git_state(checkout: Path) -> dict[str, Any] | None:
-    """The commit of a checkout and whether its tracked files were changed since; None where ``checkout`` is none."""
-    if not (checkout / ".git").exists():  # else git would look for one further up
+    """The commit of a checkout and whether tracked files were changed; None where ``checkout`` is not one."""
+    if not (checkout / ".git").exists():  # git would search the parent folders
         return None
     try:
         commit = _git(checkout, "rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git(checkout, "status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or a checkout that it does not trust
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or a checkout that git does not trust
         return None
 
 
@@ -204,9 +204,9 @@ def _why(error: BaseException) -> str:
 
 
 class _LogFile(logging.FileHandler):
-    """Stays silent where it cannot be written: the disk is full, or a refused run's folder gone, and that is said elsewhere.
+    """Ignores errors of writing: a full disk, or the removed folder of a refused run, is reported elsewhere.
 
-    Logging's own traceback for every line would bury it.
+    The logging module would print a traceback for every line.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -214,7 +214,7 @@ class _LogFile(logging.FileHandler):
             super().emit(record)
 
     def _open(self) -> Any:
-        # with the first line, and not before: the first process may yet have to see whether the folder is new
+        # not before the first line: the first process may still have to check that the folder is new
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
 
@@ -224,9 +224,9 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def run_log(out: Path, rank: int) -> Iterator[None]:
-    """Write what the loggers of ldm and Lightning and warnings say to a file of the run, as well as where it goes anyway.
+    """Also write the messages of ldm and Lightning, and warnings, to a file of the run.
 
-    The first process's file has what is for information, too; that of another one comes to be with its first warning.
+    Messages of level INFO are those of the first process alone; the file of another process is created with its first warning.
     """
     path = RunFolder(out).log(rank)
     file = _LogFile(path, encoding="utf-8", delay=True)

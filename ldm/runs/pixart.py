@@ -1,4 +1,4 @@
-"""A trained pipeline as diffusers' own ``PixArtAlphaPipeline``: a directory that opens with no code of ours."""
+"""Export of a pipeline as diffusers' ``PixArtAlphaPipeline``, a directory that opens without ldm."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ldm.errors import UsageError
 from ldm.models.autoencoder import LatentNormalizer
 from ldm.pipeline import LatentDiffusionPipeline
 
-TEXT_TOKENS = 120  # PixArtAlphaPipeline pads and cuts every prompt to this length
-BINNED_SIZES = (32, 64, 128)  # the latent sides that it knows images' sizes for
+TEXT_TOKENS = 120  # PixArtAlphaPipeline pads and truncates every prompt to this length
+BINNED_SIZES = (32, 64, 128)  # latent sides that its resolution binning knows
 
 
 def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
-    """Write ``pipeline`` into the empty ``folder`` as a ``PixArtAlphaPipeline``, drawing what it draws.
+    """Write ``pipeline`` into the empty ``folder`` as a ``PixArtAlphaPipeline`` that generates the same images.
 
-    Its scheduler is DPM-Solver++ on the model's own path: those made for flows do not fit that pipeline, and DDIM goes astray
-    there where the number of steps does not divide 1000. With ``pipeline.scheduler`` set to the same one, the images agree
-    from the same noise. It lower-cases prompts and, unless called with ``clean_caption=False``, tidies them where Beautiful
-    Soup and ftfy are installed; it cuts them at 120 tokens.
+    Its scheduler is DPM-Solver++ on the model's path: that pipeline does not run schedulers made for flows, and DDIM is wrong
+    there where the number of steps does not divide 1000. With ``pipeline.scheduler`` set to the same one, images from the
+    same noise agree. It lower-cases prompts, truncates them at 120 tokens and, unless called with ``clean_caption=False``,
+    cleans them where Beautiful Soup and ftfy are installed.
 
     Returns:
-        What to mind when calling that pipeline, a sentence each; empty for most.
+        Remarks for the caller of that pipeline, one sentence each; empty for most models.
 
     Raises:
         UsageError: for another denoiser, a text encoder that cannot read prompts of 120 tokens, or a prediction that the
@@ -56,15 +56,15 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
     if transformer.config["sample_size"] not in BINNED_SIZES or pipeline.vae_scale_factor != 8:
         remarks.append("call it with use_resolution_binning=False: its list of image sizes does not hold this model's")
     if pipeline.tokenizer("A B").input_ids != pipeline.tokenizer("a b").input_ids:
-        remarks.append("it lower-cases prompts, which this text encoder tells apart: train on lower-case captions")
+        remarks.append("it lower-cases prompts, and this text encoder is case-sensitive: train on lower-case captions")
     return remarks
 
 
 def fitting_scheduler(pipeline: LatentDiffusionPipeline) -> SchedulerMixin:
-    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095) for the pipeline's model, shifted as its own scheduler is.
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095) for the pipeline's model, with the shift of its scheduler.
 
     Raises:
-        UsageError: where it does not take what the network predicts, as ``PixArtAlphaPipeline`` does not convert it.
+        UsageError: it does not take the network's prediction, which ``PixArtAlphaPipeline`` does not convert.
     """
     shift = {"flow_shift": pipeline.scheduler.config.shift} if "shift" in pipeline.scheduler.config else {}
     scheduler = make_scheduler("dpm++2m", *pipeline.diffusion, **shift)
@@ -78,10 +78,10 @@ def fitting_scheduler(pipeline: LatentDiffusionPipeline) -> SchedulerMixin:
 
 
 def with_normalised_latents(autoencoder: AutoencoderKL) -> AutoencoderKL:
-    """A copy whose ``scaling_factor`` alone normalises its latents, as the older pipelines of diffusers want it.
+    """A copy whose ``scaling_factor`` alone normalises latents, as older pipelines of diffusers expect.
 
-    Where the channels differ in mean or deviation these go into the 1x1 convolutions around the latents,
-    ``W(std·n + mean) + b = (W·std)n + (W·mean + b)`` and the like for the encoder, and the factor is 1.
+    Where mean or standard deviation differ between channels they are folded into the 1x1 convolutions around the latents,
+    ``W(std·n + mean) + b = (W·std)n + (W·mean + b)`` and likewise for the encoder, and the factor is 1.
     """
     normalizer = LatentNormalizer.of(autoencoder)
     mean, std = normalizer.mean.double(), normalizer.std.double()

@@ -1,9 +1,8 @@
-"""Averages of any length after training, made of stored ones (Karras et al. 2024, arXiv 2312.02696, section 3.2, appendix C).
+"""Post-hoc EMA: averages of any length, made of stored ones (Karras et al. 2024, arXiv 2312.02696, section 3.2, appendix C).
 
-A power-function average of exponent gamma at step t weighs step s by p(s) = (gamma + 1)·s^gamma / t^(gamma + 1), s ≤ t. The
-snapshots' weights are combined so that their combination comes closest to the wanted one in the mean square; with the same
-coefficients the snapshots give that average of the network. Beyond the paper, the coefficients are made to sum to one, as the
-weights of an average do, so that few snapshots do not shrink the network.
+A power-function average of exponent gamma at step t weighs step s by its profile p(s) = (gamma + 1)·s^gamma / t^(gamma + 1),
+s ≤ t. The profiles of the snapshots are combined to the least-squares fit of the wanted profile, and the snapshots are summed
+with the same coefficients. Unlike in the paper the coefficients sum to one, so that few snapshots do not shrink the network.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ class Snapshot(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """How snapshots are summed to an average.
+    """A weighted sum of snapshots.
 
     Attributes:
         coefficients: one for each snapshot; their sum is 1.
-        error: root mean square distance of the profile that comes out from the wanted one, relative to the latter.
+        error: root mean square error of the profile relative to the wanted one.
     """
 
     coefficients: np.ndarray
@@ -45,7 +44,7 @@ class Combination(NamedTuple):
 
 
 def find_snapshots(run: str | Path) -> list[Snapshot]:
-    """Those of a run, the oldest first. Raises :class:`UsageError` where there is none."""
+    """The snapshots of a run, the oldest first. Raises :class:`UsageError` if there are none."""
     found = []
     for file in sorted((Path(run) / SNAPSHOTS).glob("*.safetensors")):
         try:
@@ -53,7 +52,7 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
                 metadata = tensors.metadata()
             found.append(Snapshot(file, int(metadata["step"]), float(metadata["sigma_rel"])))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise LdmError(f"{file} is no whole snapshot of an average ({first_line(error)}); remove it") from error
+            raise LdmError(f"{file} is not a whole snapshot of an average ({first_line(error)}); remove it") from error
     if not found:
         raise UsageError(f"{Path(run) / SNAPSHOTS} holds no averages; train with model.power_averages, which stores them")
     return found
@@ -68,13 +67,13 @@ def inner_product(steps: np.ndarray, gammas: np.ndarray, step: np.ndarray, gamma
 
 def combine(steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_rel: float) -> Combination:
     """The combination of averages of lengths ``sigma_rels`` at ``steps`` that is closest to ``sigma_rel`` at ``step``."""
-    # time in units of the wanted step: what is solved is then of order one
+    # time in units of the wanted step, so that the system is well scaled
     times, gammas = np.asarray(steps, np.float64) / step, np.array([gamma_of(length) for length in sigma_rels])
     gamma = np.array(gamma_of(sigma_rel))
     products = inner_product(times[:, None], gammas[:, None], times, gammas)  # (n, n)
     wanted = inner_product(times, gammas, np.ones(()), gamma)  # (n,)
     norm = inner_product(np.ones(()), gamma, np.ones(()), gamma)
-    # the sum's constraint has a Lagrange multiplier; snapshots alike in step and length leave the system without full rank
+    # with a Lagrange multiplier for the sum; snapshots of the same step and length make the system singular
     ones = np.ones(len(times))
     system = np.block([[products, ones[:, None]], [ones[None], np.zeros((1, 1))]])
     coefficients = np.linalg.lstsq(system, np.append(wanted, 1), rcond=None)[0][:-1]
@@ -83,7 +82,7 @@ def combine(steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_
 
 
 def sum_snapshots(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """The parameters of the combined network by name, float32; one snapshot is in memory at a time."""
+    """Parameters of the weighted sum by name, float32; one snapshot is in memory at a time."""
     total: dict[str, Tensor] = {}
     for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
         with safe_open(snapshot.file, "pt") as tensors:
@@ -97,9 +96,9 @@ def sum_snapshots(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) 
 
 
 def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], str]:
-    """The average of length ``sigma_rel`` at ``step`` (default: the last one stored): parameters by name, and how it was had.
+    """The average of length ``sigma_rel`` at ``step`` (default: the last one stored): parameters by name, and a description.
 
-    Raises :class:`UsageError` where nothing was stored at ``step``.
+    Raises :class:`UsageError` if nothing was stored at ``step``.
     """
     steps = sorted({snapshot.step for snapshot in snapshots})
     step = steps[-1] if step is None else step
@@ -107,7 +106,7 @@ def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | Non
         raise UsageError(f"no average was stored at step {step}; give one of {', '.join(map(str, steps))}")
     used = [snapshot for snapshot in snapshots if snapshot.step <= step]
     coefficients, error = combine([one.step for one in used], [one.sigma_rel for one in used], step, sigma_rel)
-    how = f"sigma_rel {sigma_rel:g} at step {step}, of {len(used)} stored averages, its profile met to {error:.2%}"
+    how = f"sigma_rel {sigma_rel:g} at step {step}, of {len(used)} stored averages, with a profile error of {error:.2%}"
     return sum_snapshots(used, coefficients.tolist()), how
 
 

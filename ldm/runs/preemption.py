@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves first: by SIGTERM or SIGUSR1, as clusters send them, or by Ctrl-C."""
+"""Stop on SIGTERM or SIGUSR1, as clusters send them, or on Ctrl-C, after saving a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,64 +18,59 @@ from ldm.runs.checkpoints.callback import checkpoints_of
 from ldm.runs.lightning_private import accumulates, ignore_after_training, log_step_metrics
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# One Ctrl-C reaches a process twice where torchrun sends it on.
+# torchrun forwards Ctrl-C to processes that have received it already.
 SAME_KEYPRESS_SECONDS = 1.0
-# SLURM's own patience after it has asked a job to end is 30 s by default.
+# After it has asked a job to end, SLURM waits 30 s by default.
 REQUEUE_SECONDS = 15.0
 
 
 class Preempted(LdmError):
-    """The run was asked to stop, and has saved. Exit code 143, as of a process that SIGTERM has ended."""
+    """The run was asked to stop and has saved. Exit code 143, that of a process ended by SIGTERM."""
 
     exit_code = 128 + signal.SIGTERM
 
 
 class Interrupted(Preempted):
-    """The same by Ctrl-C. Exit code 130."""
+    """:class:`Preempted` by Ctrl-C. Exit code 130."""
 
     exit_code = 128 + signal.SIGINT
 
 
 class Preemption(Callback):
-    """Saves and stops all processes together where one of them is asked to: at the end of a step, or amidst a validation.
+    """Saves and stops all processes when one of them receives a signal, at the end of a step or within a validation.
 
-    SIGTERM and SIGUSR1, to any process: the first one raises :class:`Preempted`, the others leave without a word. Under SLURM
-    the job is put back in the queue. Ctrl-C (SIGINT): :class:`Interrupted`, and no queue; a second one raises
-    KeyboardInterrupt at once.
+    After SIGTERM or SIGUSR1 the first process raises :class:`Preempted` and the others exit silently; under SLURM the job is
+    requeued. After Ctrl-C (SIGINT) it raises :class:`Interrupted`, without requeueing; a second one raises KeyboardInterrupt
+    at once.
 
-    A signal itself does no more than leave a mark. Lightning's own handlers, which speak to the other processes from
-    wherever this one happens to be, are in force until training starts, and put back when it ends.
+    The handlers only record the signal. Lightning's own, which communicate with other processes from any point of the
+    program, are in force before and after training.
     """
 
     def __init__(self) -> None:
-        self._asked: dict[int, float] = {}  # signals that came, and when
-
-    @property
-    def asked(self) -> bool:
-        """Whether this process was asked to stop."""
-        return bool(self._asked)
+        self._received: dict[int, float] = {}  # signals, and when they first came
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._speaks = trainer.is_global_zero
+        self._prints = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:  # Lightning puts back what was there, whichever way training ends
-                signal.signal(number, self._mark)
+            for number in SIGNALS:  # Lightning restores the previous ones
+                signal.signal(number, self._record)
 
-    def _mark(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        first = self._asked.setdefault(number, now)
+        first = self._received.setdefault(number, now)
         if number != signal.SIGINT:
             return
         if now - first > SAME_KEYPRESS_SECONDS:
             raise KeyboardInterrupt
-        if now == first and self._speaks:
-            # not by print: a handler may have interrupted one
-            os.write(2, b"\nldm: saving; once more to stop now\n")
+        if now == first and self._prints:
+            # print is not reentrant
+            os.write(2, b"\nldm: saving; press Ctrl-C again to stop now\n")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._stop_where_asked(trainer)
+        self._stop_if_asked(trainer)
 
     def on_validation_batch_end(
         self,
@@ -87,47 +82,43 @@ class Preemption(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn == "fit":
-            self._stop_where_asked(trainer)
+            self._stop_if_asked(trainer)
 
-    def _stop_where_asked(self, trainer: Trainer) -> None:
-        """Not in the midst of a step, of which half the gradients would be lost; nor after the last one: a run whose steps are
-        all done would not be taken up for what it owes, so it is brought to its end."""
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        """Not while gradients accumulate, which would be lost; nor after the last step, where the run finishes instead."""
         if accumulates(trainer) or 0 <= trainer.max_steps <= trainer.global_step or not self._agreed(trainer):
             return
         if trainer.validating:
-            trainer.lightning_module.on_validation_model_train()  # to what is trained, and is to be saved
+            trainer.lightning_module.on_validation_model_train()  # back to the trained weights, which are to be saved
         self._stop(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Preempted) or trainer.world_size > 1:
-            # A launcher sends these to the rest as soon as one process has left, and there may be something to say yet.
-            # Among the handlers that Lightning puts back they are ignored from the very moment in which ours are gone.
+            # A launcher sends these to the other processes as soon as one has exited, which may still have to print their
+            # error. Set among the handlers that Lightning restores, the ignoring begins without a gap.
             ignore_after_training(trainer, signal.SIGTERM, signal.SIGUSR1)
 
     def _agreed(self, trainer: Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        return trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
 
     def _stop(self, trainer: Trainer) -> None:
-        """Save and leave. All processes come here together."""
-        preempted = trainer.strategy.reduce_boolean_decision(bool(self._asked.keys() - {signal.SIGINT}), all=False)
+        """Save and exit; all processes together."""
+        preempted = trainer.strategy.reduce_boolean_decision(bool(self._received.keys() - {signal.SIGINT}), all=False)
         checkpoint = checkpoints_of(trainer).save_now(trainer)
         if not trainer.validating:
             log_step_metrics(trainer)
         reason = Preempted if preempted else Interrupted
-        said = f"stopped at step {trainer.global_step} as asked; {checkpoint} is saved: go on with --resume latest"
+        message = f"stopped at step {trainer.global_step} as asked; {checkpoint} is saved: resume with --resume latest"
         if trainer.is_global_zero and preempted:
-            said += requeue()
-        trainer.strategy.barrier("stop")  # a launcher that sees one process leave may end the others
+            message += requeue()
+        trainer.strategy.barrier("stop")  # a launcher that sees one process exit may end the others
         if trainer.is_global_zero:
-            raise reason(said)
+            raise reason(message)
         raise SystemExit(reason.exit_code)
 
 
 def requeue() -> str:
-    """Put this job back in SLURM's queue, if it is one of SLURM's; returns what is to be said of it.
-
-    Nothing is done, nor said, elsewhere and in interactive jobs.
-    """
+    """Requeue this job of SLURM; returns the end of the message, empty outside of SLURM and in interactive jobs."""
     if SLURMEnvironment.job_id() is None:
         return ""
     array, task = (os.environ.get(f"SLURM_ARRAY_{what}_ID") for what in ("JOB", "TASK"))
@@ -140,5 +131,5 @@ def requeue() -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         why = first_line(error)
     else:
-        return f"; job {job} is in SLURM's queue again"
+        return f"; SLURM job {job} is requeued"
     return f"; {' '.join(command)} failed ({why}): submit the job again"

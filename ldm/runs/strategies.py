@@ -1,7 +1,6 @@
-"""FSDP2 as a strategy of Lightning's trainer, with checkpoints that every process writes its shards of.
+"""FSDP2 as a strategy of Lightning's trainer, with sharded checkpoints.
 
-Checkpoints are folders of :mod:`torch.distributed.checkpoint`; a run resumes from them on any
-number of processes, under FSDP or DDP, and under FSDP from the file of a run on one process or under DDP.
+A run resumes from a sharded checkpoint on any number of processes, with FSDP or DDP, and with FSDP from one in one file.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class FullySharded(ModelParallelStrategy):
     def __init__(self, timeout_minutes: float = 30.0):
         """
         Args:
-            timeout_minutes: after which a process that does not answer counts as gone.
+            timeout_minutes: limit for a collective operation.
         """
         super().__init__(tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
 
@@ -43,7 +42,7 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """A folder of every process's shards, the averages' among the weights'."""
+        """Every process writes its shards, those of the averages among the weights."""
         checkpoint["state_dict"] |= self._averages()
         for average in each_average(checkpoint["average"]):
             average["shadow_params"] = None
@@ -51,12 +50,12 @@ class FullySharded(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, folder, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Weights, optimiser and averages in their places; returns what else there was."""
-        path = require_whole_together(Path(checkpoint_path))  # torch unpickles a part of what follows
+        """Load weights, optimiser state and averages; returns the rest of the checkpoint."""
+        path = require_whole_together(Path(checkpoint_path))  # before torch unpickles a part of it
         return self._load_sharded(path) if path.is_dir() else self._load_file(path)
 
     def _load_file(self, path: Path) -> dict[str, Any]:
-        """Of a run on one process or under DDP: each process takes its shard of everything."""
+        """A checkpoint of one process or DDP: each process takes its shards."""
         checkpoint = read_checkpoint(path, mmap=True)
         own = self.training_module.state_dict()
         weights = {
@@ -78,10 +77,10 @@ class FullySharded(ModelParallelStrategy):
         if saved != ours:
             raise UsageError(
                 f"{path} keeps averages of sigma_rel {', '.join(saved) or 'none'}, model.power_averages asks for "
-                f"{', '.join(ours) or 'none'}; sharded, they must be the same"
+                f"{', '.join(ours) or 'none'}; give the same ones to resume from a sharded checkpoint"
             )
         assert self.model is not None
-        # into the very tensors that the network and the averages are kept in
+        # in place: into the tensors of the network and the averages
         frozen = self._frozen()
         weights = {name: weight for name, weight in self.training_module.state_dict().items() if name not in frozen}
         dcp.load({"state_dict": weights | self._averages()}, checkpoint_id=path)
@@ -94,7 +93,7 @@ class FullySharded(ModelParallelStrategy):
         return checkpoint
 
     def _frozen(self) -> set[str]:
-        """Names of the weights of networks that nothing is trained of, which are not in checkpoints."""
+        """Names of weights of frozen networks, which are not in checkpoints."""
         return {
             f"{part}.{name}"
             for part, network in self.training_module.named_children()

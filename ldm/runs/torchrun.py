@@ -1,6 +1,5 @@
-"""Many processes on one machine: a command that asks for N devices runs itself under torchrun.
-
-Under torchrun, SLURM or another launcher that has started the processes nothing is done here.
+"""Many processes on one machine: a command that asks for N devices runs itself under torchrun, unless a launcher such as
+torchrun or SLURM has started it.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from lightning.fabric.plugins.environments import LightningEnvironment, LSFEnvir
 
 from ldm.errors import LdmError, UsageError
 
-# What a run that is asked to stop has for its checkpoint, before torchrun kills it; torchrun's own default is 30.
+# Time for the checkpoint of a run that is asked to stop, before torchrun kills it; torchrun's default is 30.
 SHUTDOWN_SECONDS = 600
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 class ProcessFailed(LdmError):
-    """One of the processes failed; it has said why."""
+    """One of the processes failed, and has printed why."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -34,7 +33,7 @@ class ProcessFailed(LdmError):
 
 
 def processes_asked(trainer: Any) -> int:
-    """How many processes a ``trainer`` section asks for on each machine."""
+    """Processes a machine that a ``trainer`` section asks for."""
     devices = trainer.devices
     if isinstance(devices, str) and "," in devices:
         devices = [name for name in devices.split(",") if name.strip()]
@@ -42,23 +41,23 @@ def processes_asked(trainer: Any) -> int:
         return len(devices)
     if str(devices).isdigit():
         return int(devices)
-    # auto, or -1: all that there are
+    # auto, or -1: all devices
     return max(torch.cuda.device_count(), 1) if trainer.accelerator in ("auto", "gpu", "cuda") else 1
 
 
 def is_launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
+    """Whether a launcher has started this process."""
     launchers = (SLURMEnvironment, LSFEnvironment, MPIEnvironment)
     return LightningEnvironment().creates_processes_externally or any(each.detect() for each in launchers)
 
 
 def run_under_torchrun(words: Sequence[str], trainer: Any) -> None:
-    """Run ``ldm WORDS`` under torchrun, and leave with its status, where that takes several processes; else return.
+    """Run ``ldm WORDS`` under torchrun and exit, if it takes several processes and no launcher has started them.
 
     Raises:
-        SystemExit: with 0; or with 143 or 130 after the run was asked to stop and has saved.
+        SystemExit: with 0; or with 143 or 130 for a run that was asked to stop and has saved.
         ProcessFailed: with the status of the first process that failed.
-        UsageError: for several machines, naming the line to type on each.
+        UsageError: for several machines, with the command for each of them.
     """
     if is_launched():
         return
@@ -74,19 +73,19 @@ def run_under_torchrun(words: Sequence[str], trainer: Any) -> None:
 
 
 def _launch(words: Sequence[str], processes: int) -> int:
-    """The status to leave with: 0, 143 or 130."""
+    """The exit status: 0, 143 or 130."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # torchrun's own choice is one thread a process
+    # torchrun's default is one thread a process
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     options = run.parse_args(["--standalone", "--nproc-per-node", str(processes), "-m", "ldm", *words])
-    if hasattr(options, "signals_to_handle"):  # not in every version of torch
+    if hasattr(options, "signals_to_handle"):  # not in all versions of torch
         options.signals_to_handle = SIGNALS
     handlers = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, SIGNALS.split(","))}
-    logging.disable(logging.ERROR)  # the processes say what fails; torchrun would repeat it in many lines
+    logging.disable(logging.ERROR)  # the processes print their errors; torchrun would repeat them in many lines
     try:
         run.run(options)
     except ChildFailedError as error:
@@ -95,8 +94,8 @@ def _launch(words: Sequence[str], processes: int) -> int:
         if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
             return status
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        raise ProcessFailed(f"process {rank} of {processes} {how}; what it said is above", max(status, 1)) from None
-    except SignalException as error:  # sent on to the processes, which have saved
+        raise ProcessFailed(f"process {rank} of {processes} {how}; see its message above", max(status, 1)) from None
+    except SignalException as error:  # forwarded to the processes, which have saved
         return 128 + (signal.SIGINT if error.sigval == signal.SIGINT else signal.SIGTERM)
     finally:
         logging.disable(logging.NOTSET)
@@ -108,9 +107,9 @@ def _launch(words: Sequence[str], processes: int) -> int:
 
 
 def _kill_children() -> None:
-    """Those that are left where a second signal came while torchrun waited for them."""
+    """Kill what is left if a second signal came while torchrun waited."""
     for listed in Path("/proc/self/task").glob("*/children"):
         for child in map(int, listed.read_text().split()):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getpgid(child) == child:  # torchrun's have groups of their own
+                if os.getpgid(child) == child:  # the leader of a group, as torchrun's processes are
                     os.killpg(child, signal.SIGKILL)

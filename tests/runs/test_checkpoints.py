@@ -469,7 +469,7 @@ def test_a_better_one_is_saved_between_routine_ones_and_an_unknown_figure_is_ref
     settings = {"every_steps": 100, "keep_last": 1, "best": "val/loss"}
     fit(tmp_path / "run", checkpoints=settings, losses=[5.0, 3.0, 4.0, 6.0, 7.0], val_check_interval=2)
     assert steps(tmp_path / "run") == [4, 10]
-    with pytest.raises(UsageError, match=r"checkpoints\.best val/psnr is no figure of validation; give one of val/loss"):
+    with pytest.raises(UsageError, match=r"checkpoints\.best val/psnr is no metric of validation; give one of val/loss"):
         fit(tmp_path / "other", checkpoints={"best": "val/psnr"})
 
 

@@ -167,7 +167,7 @@ def test_ctrl_c_once_saves_and_stops_with_130(tmp_path: Path, capfd: pytest.Capt
     with pytest.raises(Interrupted, match="stopped at step 2 ") as raised:
         fit(tmp_path, At(send(signal.SIGINT, signal.SIGINT), batch=2))
     assert raised.value.exit_code == 130 and saved(tmp_path)["global_step"] == 2
-    assert capfd.readouterr().err.count("ldm: saving; once more to stop now\n") == 1
+    assert capfd.readouterr().err.count("ldm: saving; press Ctrl-C again to stop now\n") == 1
 
 
 def test_ctrl_c_twice_stops_at_once_and_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 def test_slurm_is_told_to_start_the_job_again(scontrol: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = scontrol()
     monkeypatch.setenv("SLURM_JOB_ID", "123")
-    assert requeue() == "; job 123 is in SLURM's queue again" and asked.read_text() == "requeue 123\n"
+    assert requeue() == "; SLURM job 123 is requeued" and asked.read_text() == "requeue 123\n"
 
 
 def test_of_an_array_of_jobs_this_one_alone(scontrol: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

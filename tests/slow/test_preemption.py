@@ -77,7 +77,7 @@ def test_a_cluster_that_asks_every_process_queues_the_job_again_and_it_goes_on(t
     command = [*tiny_runs.command("denoiser", out, "--data.workers", "1", steps=AT + 2), "--resume", "latest"]
     status, said = stops(tiny_runs.torchrun([*command, *signals]), out, 0, **slurm)
     assert status == 1 and said.count("exitcode  : 143") == 2, said
-    assert said.count("job 77 is in SLURM's queue again") == 1 and asked.read_text() == "requeue 77\n"
+    assert said.count("SLURM job 77 is requeued") == 1 and asked.read_text() == "requeue 77\n"
     # the very same command again, as SLURM gives it
     status, said = run(tiny_runs.torchrun([*command, *signals]), **slurm)
     assert status == 0 and (out / "pipeline").is_dir(), said
@@ -89,7 +89,7 @@ def test_ctrl_c_in_a_validation_saves_and_stops(tiny_runs: TinyRuns, tmp_path: P
     out = tmp_path / "run"
     command = tiny_runs.command("autoencoder", out, *injected("injected_faults.SignalInValidation"), validate_every=AT)
     status, said = stops(command, out, 0)
-    assert status == 130 and "ldm: saving; once more to stop now\n" in said, said
+    assert status == 130 and "ldm: saving; press Ctrl-C again to stop now\n" in said, said
     assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["callbacks"]["Checkpoints"]["owes_validation"]
 
 

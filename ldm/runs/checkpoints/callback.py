@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written, and which of them stay; :mod:`ldm.runs.checkpoints.files` has how."""
+"""When a run's checkpoints are written, and which are kept; :mod:`ldm.runs.checkpoints.files` writes them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
-    """``checkpoints/step=00000123.ckpt`` in the run's folder, each with its sha256 beside; ``last.ckpt`` is the newest.
+    """Writes ``checkpoints/step=00000123.ckpt``, each with its sha256 beside it; ``last.ckpt`` links to the newest.
 
-    Where a validation is due at a step, its checkpoint is written after that: what a validation changes is in it, and
-    Lightning does not validate again on going on. One that cannot wait (:meth:`save_now`) notes that it owes the validation,
-    which then comes first. Whichever way, a run that goes on does what it would have done.
+    Where a validation is due at a step, the checkpoint is written after it: it holds what the validation changed, and a resumed
+    run does not validate again. A checkpoint that cannot wait (:meth:`save_now`) records that the validation is owed, and a
+    resumed run begins with it. Either way a resumed run does the same as one that was never stopped.
     """
 
     def __init__(
@@ -47,16 +47,14 @@ class Checkpoints(Checkpoint):
     ):
         """
         Args:
-            every_steps: one each time so many steps are done (default: one at each validation). One is always written at the
-                end of training.
-            every_minutes: one more, at the end of a step, when training has gone on for so long since the last of these (stops
-                do not count); they are never removed. null: none.
-            keep_last: how many of the newest stay. Of the older ones the best one stays, and those of every_minutes.
-            best: a figure of validation, such as val/psnr: a checkpoint is also written where it is better than ever before,
-                and best.ckpt points to it until then.
+            every_steps: steps between checkpoints (default: one at each validation). One is always written at the end.
+            every_minutes: minutes of training between further checkpoints, which are never removed. null: none.
+            keep_last: how many of the newest to keep, beside the best one and those of every_minutes.
+            best: a metric of validation, such as val/psnr: a checkpoint is also written where it improves, and best.ckpt links
+                to that.
             best_mode: whether lower (min) or higher (max) is better.
-            background: go on training while a checkpoint is written, from a copy in the host's memory; an error is raised at
-                the end of the step in which it happens.
+            background: train on while a checkpoint is written from a copy in host memory; an error is raised at the end of
+                the step in which it happens.
         """
         for name, value in (("every_steps", every_steps), ("every_minutes", every_minutes), ("keep_last", keep_last)):
             if value is not None and value <= 0:
@@ -64,17 +62,17 @@ class Checkpoints(Checkpoint):
         self.every_steps, self.every_minutes, self.keep_last = every_steps, every_minutes, keep_last
         self.best, self.best_mode, self.background = best, best_mode, background
         self._io = VerifiedCheckpointIO(background)
-        # of the run, kept in checkpoints
-        self._best_value = math.nan  # nothing yet
+        # state of the run, kept in checkpoints
+        self._best_value = math.nan  # none yet
         self._kept: list[str] = []
-        self._seconds = 0.0  # of training since the last one kept
+        self._seconds = 0.0  # of training since the last checkpoint of every_minutes
         self._owes_validation = False
-        # of this process
+        # state of this process
         self._started = time.monotonic()
         self._saved_step = -1
-        self._wanted = self._keep = self._better = False  # asked for since the last one
-        self._ours: list[str] = []  # checkpoints of this course of the run
-        self._written: tuple[Path, bool] | None = None  # not yet linked to; whether it is the best
+        self._wanted = self._keep = self._better = False  # requested since the last one
+        self._ours: list[str] = []  # checkpoints that led to this step
+        self._written: tuple[Path, bool] | None = None  # but not linked to yet; whether it is the best
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = RunFolder(Path(trainer.default_root_dir)).checkpoints_folder
@@ -89,7 +87,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
         self._ours = [path.name for path in checkpoints_in(self._folder) if step_of(path) <= trainer.global_step]
-        if not trainer.strategy.broadcast(checkpoint_name(trainer.global_step) in self._ours):  # gone on from one of elsewhere
+        if not trainer.strategy.broadcast(checkpoint_name(trainer.global_step) in self._ours):  # resumed from elsewhere
             self._saved_step = -1
         if not (self._folder / BEST_CHECKPOINT).exists():
             self._best_value = math.nan
@@ -99,8 +97,8 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._keep |= self._look_up(trainer)
-        if accumulates(trainer):  # in the midst of a step
+        self._keep |= self._is_time(trainer)
+        if accumulates(trainer):  # the optimiser step is still to come
             return
         step = trainer.global_step
         routine = self.every_steps is not None and step % self.every_steps == 0
@@ -117,16 +115,16 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.save_now(trainer)  # where it ended before its time
+        self.save_now(trainer)  # of a run that stopped early
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The write under way is finished first; the processes may no longer agree on anything."""
+        """Finish the write that is under way, without the other processes, which may not come here."""
         error = self._finish()
         if error is not None:
             log.error("%s", error)
 
-    def _look_up(self, trainer: Trainer) -> bool:
-        """Whether it is time to keep one, as the first process's clock says. Raises the error of a write in the background."""
+    def _is_time(self, trainer: Trainer) -> bool:
+        """Whether a checkpoint of ``every_minutes`` is due, by the first process's clock. Raises an error of the background."""
         if self.every_minutes is None and not self.background:
             return False
         error = None if self._io.is_writing else self._finish()
@@ -140,11 +138,11 @@ class Checkpoints(Checkpoint):
         return self._seconds + time.monotonic() - self._started
 
     def _is_better(self, trainer: Trainer) -> bool:
-        figures = trainer.callback_metrics
-        if self.best not in figures:
-            known = ", ".join(sorted(name for name in figures if not name.startswith("train/")))
-            raise UsageError(f"checkpoints.best {self.best} is no figure of validation; give one of {known}")
-        value = float(figures[self.best])
+        metrics = trainer.callback_metrics
+        if self.best not in metrics:
+            known = ", ".join(sorted(name for name in metrics if not name.startswith("train/")))
+            raise UsageError(f"checkpoints.best {self.best} is no metric of validation; give one of {known}")
+        value = float(metrics[self.best])
         first = math.isnan(self._best_value) and not math.isnan(value)
         better = first or (value < self._best_value if self.best_mode == "min" else value > self._best_value)
         if better:
@@ -154,10 +152,10 @@ class Checkpoints(Checkpoint):
     # -- how -----------------------------------------------------------------------------------------------------------
 
     def save_now(self, trainer: Trainer) -> Path:
-        """The checkpoint of this very step, on disk when this returns. Every process calls it, where a step is complete.
+        """Write the checkpoint of this step before returning. Every process calls it, after a complete step.
 
         Raises:
-            LdmError: on every process, where it could not be written.
+            LdmError: on every process, if it could not be written.
         """
         self._save(trainer)
         raise_together(self._finish())
@@ -185,7 +183,7 @@ class Checkpoints(Checkpoint):
             raise_together(error or self._finish())
 
     def _finish(self) -> LdmError | None:
-        """Wait for the last write, point the links to it, and remove what need not stay; returns what went wrong."""
+        """Wait for the last write, update the links and remove old checkpoints; returns an error instead of raising it."""
         if self._written is None:
             return None
         (path, best), self._written = self._written, None
@@ -202,15 +200,15 @@ class Checkpoints(Checkpoint):
         return None
 
     def _remove_old(self, newest: Path) -> None:
-        # Of a course that the run was taken back from, and broken ones, what this one has come by does not count, nor stay;
-        # later steps are not ours to remove.
+        # Checkpoints of steps that the run went back behind do not count among the newest, nor do broken ones, and are removed
+        # once this run is past them. Later ones stay.
         self._ours = [name for name in self._ours if name != newest.name] + [newest.name]
-        stay = {*self._ours[-self.keep_last :], *self._kept, (self._folder / BEST_CHECKPOINT).resolve().name}
+        kept = {*self._ours[-self.keep_last :], *self._kept, (self._folder / BEST_CHECKPOINT).resolve().name}
         for path in checkpoints_in(self._folder):
-            if step_of(path) < step_of(newest) and path.name not in stay:
+            if step_of(path) < step_of(newest) and path.name not in kept:
                 remove_checkpoint(path)
 
-    # -- what it remembers ---------------------------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -239,7 +237,7 @@ def checkpoints_of(trainer: Trainer) -> Checkpoints:
 
 
 def _owes_validation(trainer: Trainer) -> bool:
-    """Whether what is saved now lacks the validation of its step, or a part of it."""
+    """Whether a checkpoint written now comes before the validation of its step is complete."""
     hook = current_hook(trainer)
     if trainer.validating:
         return hook != "on_validation_end"

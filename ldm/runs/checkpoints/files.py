@@ -1,7 +1,7 @@
-"""Checkpoints as files: whole or not there, with a sha256 beside each, in sha256sum's own format.
+"""Checkpoints as files: complete or absent, with a sha256 beside each, in the format of sha256sum.
 
-A checkpoint is one file, or, sharded, a folder of torch.distributed.checkpoint. ``step=00000123.ckpt.sha256`` is in place
-before the checkpoint itself is renamed to its name, so that one without is an older program's, and not half of ours.
+A checkpoint is one file, or, sharded, a folder of torch.distributed.checkpoint. ``step=00000123.ckpt.sha256`` is written
+before the checkpoint is renamed to its name, so that a checkpoint without one is of an older ldm, and not half-written.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ldm.runs.lightning_private import is_rank_zero
 log = logging.getLogger(__name__)
 
 SIDECAR = ".sha256"
-#: of what a checkpoint holds; a newer one is refused
+#: version of a checkpoint's content; a newer one is refused
 FORMAT_VERSION, VERSION_KEY = 1, "format_version"
-# of a sharded checkpoint: what is not sharded (Lightning's name), and the index of what is (torch's)
+# files of a sharded checkpoint: what is not sharded (Lightning's name), and the index of the shards (torch's)
 UNSHARDED, INDEX = "meta.pt", ".metadata"
 
 REMOVE = "remove it and resume from the one before: --resume latest"
 
 FIXES = {
     errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room there, or have the quota raised",
+    errno.EDQUOT: "make room there, or raise the quota",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EIO: "look after the disk",
+    errno.EIO: "check the disk",
 }
 
 
@@ -48,9 +48,9 @@ def sidecar(path: Path) -> Path:
 
 
 class _HashingWriter:
-    """What :func:`torch.save` writes to: hashes and counts on the way.
+    """The file that :func:`torch.save` writes to; hashes and counts the bytes.
 
-    An error of the disk is kept until all has come by: raised in the midst it would reach us as torch's, without its cause.
+    An error of the disk is kept until the end: torch would raise its own error without the cause.
     """
 
     def __init__(self, file: IO[bytes]):
@@ -69,14 +69,14 @@ class _HashingWriter:
         return size
 
     def flush(self) -> None:
-        """The file is flushed by whoever opened it."""
+        """:func:`write_checkpoint` flushes the file."""
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint and its sha256, and read it back; what stood at ``path`` stays until this one is whole.
+    """Write a checkpoint and its sha256, and read it back; a previous one at ``path`` stays until this one is complete.
 
     Raises:
-        LdmError: one line; nothing half-written is left.
+        LdmError: it could not be written; nothing half-written is left.
     """
     size = None
     try:
@@ -87,43 +87,43 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             if writer.error is not None:
                 raise writer.error
             file.flush()
-            os.fsync(file.fileno())  # before the sidecar vouches for it
-            if path.is_dir():  # a sharded one of another course of the run
+            os.fsync(file.fileno())  # before the sha256
+            if path.is_dir():  # a sharded one of the same step
                 remove_checkpoint(path)
             write_sidecar(path, {path.name: writer.digest.hexdigest()})
         what = what_is_broken(path)
     except OSError as error:
         raise disk_error(path, error, size) from error
     if what:
-        raise LdmError(f"{path} {what} although just written; look after this machine's disk and memory")
+        raise LdmError(f"{path} {what} although just written; check this machine's disk and memory")
 
 
 def write_sidecar(path: Path, hashes: dict[str, str]) -> None:
-    """Put the sha256 of a checkpoint's files, named from the folder that it lies in, beside it."""
+    """Write the sha256 of a checkpoint's files beside it; ``hashes`` are by path relative to the checkpoint's parent."""
     with atomic_file(sidecar(path), "w") as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in hashes.items())
 
 
 def disk_error(path: Path, error: OSError, size: int | None = None) -> LdmError:
-    """What to say of a checkpoint that the disk did not take; ``size`` in bytes, where it is known."""
+    """The error for a checkpoint that could not be written; ``size`` in bytes, if known."""
     why = f"{error.strerror or first_line(error)}{f', it takes {size:,} bytes' if size else ''}"
-    fix = FIXES.get(error.errno or 0, "see that files can be written there")
+    fix = FIXES.get(error.errno or 0, "check that files can be written there")
     return LdmError(f"{path} could not be written ({why}); {fix}, then resume: --resume latest")
 
 
 def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """A checkpoint's content, verified; of a sharded one what is not sharded. ``mmap``: weights are read where they are used.
+    """The content of a verified checkpoint; of a sharded one what is not sharded. ``mmap``: weights are read when used.
 
     Raises:
-        UsageError: where it is not whole.
-        LdmError: where a newer ldm wrote it.
+        UsageError: it is broken.
+        LdmError: a newer ldm wrote it.
     """
     require_whole(path)
     return read_checkpoint(path, mmap)
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """As :func:`load_checkpoint`, of a checkpoint that is verified already."""
+    """:func:`load_checkpoint` without verification."""
     try:
         file = path / UNSHARDED if path.is_dir() else path
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
@@ -134,16 +134,16 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def require_whole(path: Path) -> None:
-    """Raise :class:`UsageError` for a checkpoint that is not whole. One that this process has verified is not hashed again."""
+    """Raise :class:`UsageError` for a broken checkpoint. One that this process has verified is not hashed again."""
     if what := _verify(path):
         raise UsageError(f"{path} {what}; {REMOVE}")
 
 
 def require_whole_together(path: Path) -> Path:
-    """The first process's ``path``, which it alone has verified; every process calls it, and waits for the verdict.
+    """The first process's ``path``, which that process alone verifies. Every process calls it.
 
     Raises:
-        UsageError: on every process, where the checkpoint is not whole.
+        UsageError: on every process, for a broken checkpoint.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         require_whole(path)
@@ -159,12 +159,12 @@ def require_whole_together(path: Path) -> Path:
     return path
 
 
-# of the checkpoints that this process has verified: what their files looked like then
+# checkpoints that this process has verified: names, sizes and times of their files
 _verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
 
 
 def _verify(path: Path) -> str | None:
-    """As :func:`what_is_broken`, once for each checkpoint as long as its files do not change."""
+    """:func:`what_is_broken`, once for each checkpoint as long as its files do not change."""
     path = path.resolve()
     if not path.exists():
         return what_is_broken(path)
@@ -179,13 +179,13 @@ def _verify(path: Path) -> str | None:
 
 
 def what_is_broken(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint, to be said after its name; None: nothing."""
-    path = path.resolve()  # last.ckpt has no sidecar of its own
+    """What is wrong with a checkpoint's bytes, worded to follow its name; None if nothing."""
+    path = path.resolve()  # last.ckpt is a link
     if not path.exists():
         return "does not exist"
     try:
         lines = sidecar(path).read_text().splitlines()
-    except FileNotFoundError:  # of an older program: only a cut can be seen
+    except FileNotFoundError:  # of an older ldm: only truncation can be detected
         whole = all((path / name).is_file() for name in (UNSHARDED, INDEX)) if path.is_dir() else zipfile.is_zipfile(path)
         return None if whole else "is cut off"
     hashes = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -196,14 +196,14 @@ def what_is_broken(path: Path) -> str | None:
 
 
 def files_of(path: Path) -> dict[str, Path]:
-    """A checkpoint's files, named from the folder that it lies in."""
+    """A checkpoint's files by path relative to its parent."""
     files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     return {file.relative_to(path.parent).as_posix(): file for file in sorted(files)}
 
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint and then its sha256."""
-    if path.is_dir():  # at once, for nobody to take a half for the whole
+    if path.is_dir():  # renamed first, so that no reader sees half of it
         going = path.rename(path.with_name(f".{path.name}.removed.tmp"))
         shutil.rmtree(going)
     else:
@@ -212,7 +212,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder of checkpoints that nobody else writes to."""
+    """Remove what killed writers left in a folder that nobody else writes to."""
     for path in [*folder.glob(".*.tmp")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -224,7 +224,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def point(link: Path, target: Path) -> None:
-    """Make ``link`` a relative link to its neighbour ``target``, replacing at once what it was."""
+    """Atomically make ``link`` a relative link to its neighbour ``target``."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
@@ -233,9 +233,9 @@ def point(link: Path, target: Path) -> None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints of a folder that a run may resume from, the oldest first, whole or not: those up to ``last.ckpt``.
+    """The checkpoints that ``--resume latest`` chooses from, the oldest first: those up to ``last.ckpt``, not verified.
 
-    Later steps are of another course of the run, which an earlier ``--resume`` left.
+    Later steps are from before the run was resumed from an earlier checkpoint.
     """
     found = checkpoints_in(folder)
     last = (folder / LAST_CHECKPOINT).resolve()
@@ -245,7 +245,7 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> Path:
-    """The newest of :func:`candidates` that is whole. A warning names each broken one.
+    """The newest whole one of :func:`candidates`. A warning names each broken one.
 
     Raises:
         UsageError: there is none.
@@ -262,7 +262,7 @@ def latest_checkpoint(folder: Path) -> Path:
 
 
 def raise_together(error: LdmError | None) -> None:
-    """Raise on every process what any of them failed with. Every process calls it, with its own error or None."""
+    """Raise an error that any process has on all of them. Every process calls it, with its error or None."""
     said: list[str | None] = [None if error is None else str(error)]
     if distributed.is_available() and distributed.is_initialized():
         said = [None] * distributed.get_world_size()
@@ -273,7 +273,7 @@ def raise_together(error: LdmError | None) -> None:
 
 
 def checkpoint_summary(checkpoint: dict[str, Any]) -> str:
-    """Where a run goes on from, in two lines; what a checkpoint does not hold is left out."""
+    """What a checkpoint holds, in two lines."""
     rates = [f"{schedule['_last_lr'][0]:.3g}" for schedule in checkpoint.get("lr_schedulers", [])]
     updates = checkpoint.get("average", {}).get("optimization_step")
     loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []) if "loops" in checkpoint else []

@@ -1,4 +1,4 @@
-"""Lightning's plugin for checkpoints, over :mod:`ldm.runs.checkpoints.files`."""
+"""Lightning's checkpoint plugin over :mod:`ldm.runs.checkpoints.files`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ldm.runs.checkpoints.sharded import read_sharded
 
 
 class VerifiedCheckpointIO(CheckpointIO):
-    """Lightning's way to files. In the background, one write at a time.
+    """Reads and writes checkpoints; in the background, one write at a time.
 
-    Lightning's AsyncCheckpointIO does not say when a write is done, tells of a failed one at the next, and copies on the
-    device, where memory is short; here the copy is the host's.
+    Lightning's AsyncCheckpointIO does not tell when a write is done, reports an error at the next write, and copies on the
+    device, where memory is short; this one copies to the host.
     """
 
     def __init__(self, background: bool = False):
         """
         Args:
-            background: write in a thread, from a copy in the host's memory.
+            background: write in a thread, from a copy in host memory.
         """
         self.background = background
         self._executor: ThreadPoolExecutor | None = None
@@ -42,11 +42,11 @@ class VerifiedCheckpointIO(CheckpointIO):
 
     @property
     def is_writing(self) -> bool:
-        """Whether a write in the background is still under way."""
+        """Whether a background write is under way."""
         return self._write is not None and not self._write.done()
 
     def wait(self) -> None:
-        """Until the write in the background is done. Raises its error."""
+        """Wait for the background write. Raises its error."""
         write, self._write = self._write, None
         if write is not None:
             write.result()
@@ -54,9 +54,9 @@ class VerifiedCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Onto the host, verified by the first process, and never with more than weights and plain values.
+        """Load on the host, verified by the first process, weights and plain values only.
 
-        A sharded checkpoint comes as that of one process.
+        A sharded checkpoint is returned as that of one process.
         """
         path = require_whole_together(Path(path))
         return read_sharded(path) if path.is_dir() else read_checkpoint(path)

@@ -1,7 +1,7 @@
-"""Checkpoints that every process writes its part of: a folder of torch.distributed.checkpoint, whole or not there.
+"""Sharded checkpoints: folders of torch.distributed.checkpoint, complete or absent.
 
-A run resumes from one on any number of processes, under FSDP or without (:func:`read_sharded`); and from a checkpoint in one
-file under FSDP (:func:`shard_optimiser_state`).
+A run resumes from one on any number of processes, with FSDP or without (:func:`read_sharded`), and under FSDP from a
+checkpoint in one file (:func:`shard_optimiser_state`).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ OPTIMISER = "optimizer_"
 
 @contextmanager
 def sharded_checkpoint(path: Path) -> Iterator[Path]:
-    """Yield the folder for all processes to write a sharded checkpoint into; at the end it is hashed and renamed to ``path``.
+    """Yield a folder that all processes write to; at the end it is hashed and renamed to ``path``.
 
     Every process calls it with the same ``path``, on a file system that they share.
 
     Raises:
-        LdmError: on every process, where any of them could not write; nothing half-written is left.
+        LdmError: on every process, if any of them could not write; nothing half-written is left.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     is_first = not distributed.is_initialized() or distributed.get_rank() == 0
@@ -51,7 +51,7 @@ def sharded_checkpoint(path: Path) -> Iterator[Path]:
     try:
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise_together(None)  # nobody begins before that
+        raise_together(None)  # a barrier
         try:
             yield temporary
         except (CheckpointException, OSError, RuntimeError) as failure:
@@ -69,16 +69,18 @@ def sharded_checkpoint(path: Path) -> Iterator[Path]:
 
 
 def _explain(path: Path, failure: BaseException) -> LdmError:
-    """torch says what each process failed with; a disk's error says more than another's."""
+    """The first process's error of the disk, else the first error."""
     failures = [cause for cause, _ in failure.failures.values()] if isinstance(failure, CheckpointException) else [failure]
     cause = next((cause for cause in failures if isinstance(cause, OSError)), failures[0])
     if isinstance(cause, OSError):
         return disk_error(path, cause)
-    return LdmError(f"{path} could not be written ({first_line(cause)}); see that there is room, then resume: --resume latest")
+    return LdmError(
+        f"{path} could not be written ({first_line(cause)}); check that there is room, then resume: --resume latest"
+    )
 
 
 def _seal(temporary: Path, path: Path) -> None:
-    """Put the hashes of a folder's files beside, and rename it to ``path``."""
+    """Write the hashes of a folder's files beside it, and rename it to ``path``."""
     files = files_of(temporary)
     for file in files.values():
         with open(file, "rb") as written:
@@ -93,8 +95,8 @@ def _seal(temporary: Path, path: Path) -> None:
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
-    """A sharded checkpoint, verified already, as that of one process: its shards put together on the host."""
-    read_checkpoint(folder)  # of a format that is known
+    """A sharded checkpoint as that of one process, its shards put together on the host; not verified here."""
+    read_checkpoint(folder)  # refuses a newer format
     checkpoint = load_sharded_checkpoint(folder)
     weights = checkpoint["state_dict"]
     for number, average in enumerate(each_average(checkpoint["average"])):
@@ -107,7 +109,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
 
 def _by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state by the names of parameters, as torch's own: by their numbers, through all groups."""
+    """An optimiser's state with parameters numbered through all groups, as torch has it, instead of named."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
     groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
@@ -115,7 +117,7 @@ def _by_number(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def shard_optimiser_state(state: dict[str, Any], optimiser: Optimizer) -> dict[str, Any]:
-    """The state of one process, its moments sharded as the parameters of ``optimiser`` are."""
+    """The state of an unsharded optimiser with its moments sharded like the parameters of ``optimiser``."""
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
     def sharded(value: Any, parameter: Tensor) -> Any:
