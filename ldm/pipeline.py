@@ -387,7 +387,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self, condition: Condition, null: Condition, guidance: Guidance, weak: ModelMixin | None = None
     ) -> GuidedDenoiser:
         null = null if weak is None else condition
-        return GuidedDenoiser(self.transformer, condition, null, guidance, Conversion.of(*self.diffusion), weak)
+        return GuidedDenoiser(self.transformer, condition, null, guidance, Conversion(*self.diffusion), weak)
 
     def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """(B, C, h, w) of images of ``height`` and ``width`` pixels, the size trained on unless given.

@@ -32,26 +32,22 @@ if TYPE_CHECKING:
 
 
 class Conversion(NamedTuple):
-    """Between a prediction y and x0, given the network's input (scaled by the path) and t (B,)."""
+    """Between a prediction y and x0 of a model, given the network's input (scaled by the path) and t (B,)."""
 
-    to_x0: Callable[[Tensor, Tensor, Tensor], Tensor]  # (input, y, t) -> x0
-    from_x0: Callable[[Tensor, Tensor, Tensor], Tensor]  # (input, x0, t) -> y
+    path: ProbabilityPath
+    prediction: Prediction
 
-    @classmethod
-    def of(cls, path: ProbabilityPath, prediction: Prediction) -> Conversion:
-        """For a model trained with ``path`` and ``prediction``; valid for t > 0, where x_t contains noise."""
+    def to_x0(self, network_input: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        """The x0 that y implies."""
+        return self.prediction.endpoints(self.path, self._x_t(network_input, t), y, t).x0
 
-        def unscaled(network_input: Tensor, t: Tensor) -> Tensor:
-            return network_input / expand(path.input_scale(t), network_input)
+    def from_x0(self, network_input: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The y of an x0, for t > 0, where x_t contains noise."""
+        eps = (self._x_t(network_input, t) - expand(self.path.alpha(t), x0) * x0) / expand(self.path.sigma(t), x0)
+        return self.prediction.target(self.path, x0, eps, t)
 
-        def to_x0(network_input: Tensor, y: Tensor, t: Tensor) -> Tensor:
-            return prediction.endpoints(path, unscaled(network_input, t), y, t).x0
-
-        def from_x0(network_input: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-            eps = (unscaled(network_input, t) - expand(path.alpha(t), x0) * x0) / expand(path.sigma(t), x0)
-            return prediction.target(path, x0, eps, t)
-
-        return cls(to_x0, from_x0)
+    def _x_t(self, network_input: Tensor, t: Tensor) -> Tensor:
+        return network_input / expand(self.path.input_scale(t), network_input)
 
 
 # combine(conditional, null, network input, t) -> guided: all (B, C, H, W) but t (B,)

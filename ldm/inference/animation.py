@@ -219,7 +219,7 @@ def _drawn(
             for key, weight in zip(ends, (1 - amount, amount), strict=True):
                 weights[row, texts.index(key.prompt)] += weight
             noises.append(slerp(*(noise(key.seed) for key in ends), amount))
-        conversion = Conversion.of(*pipeline.diffusion)
+        conversion = Conversion(*pipeline.diffusion)
         blended = BlendedDenoiser(pipeline.transformer, condition, weights, null, settings.rule(), conversion)
         with torch.no_grad():
             latents = sampler(blended, torch.cat(noises))

@@ -269,16 +269,15 @@ class DiT(ModelMixin, ConfigMixin):
                 f"text embeddings are {embeddings.shape[-1]} wide, but the denoiser takes {channels}; "
                 "encode captions with the text encoder that it was trained with, or change caption_channels"
             )
-        text, weights = embeddings.to(self.dtype), None
+        text = embeddings.to(self.dtype)
+        if mask is not None and trim:
+            length = 1 + max(mask.any(0).nonzero().flatten().tolist(), default=0)
+            text, mask = text[:, :length], mask[:, :length]
+        weights = torch.ones_like(text[..., :1]) if mask is None else mask.to(text.dtype)[..., None]  # (B, L, 1)
         if mask is not None:
-            if trim:
-                length = max(int((mask.bool().any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()), 1)
-                text, mask = text[:, :length], mask[:, :length]
-            weights = mask.to(text.dtype)[..., None]
             mask = None if trim and mask.all() else mask.bool()[:, None, None, :]  # (B, 1, 1, L)
         pooled = None
         if self.pooled_embed is not None:
-            weights = torch.ones_like(text[..., :1]) if weights is None else weights
             pooled = self.pooled_embed((text * weights).sum(1) / weights.sum(1).clamp(min=1))
         return EncodedText(pooled, [self.text_embed(text)] * len(self.blocks), mask)
 

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def pad_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int
     padding: dict[str, Any] = {"batch_first": True, "padding_side": tokenizer.padding_side}
     ids = [torch.tensor(caption) for caption in tokens]
     masks = [torch.ones_like(caption) for caption in ids]
-    return pad_sequence(ids, padding_value=tokenizer.pad_token_id, **padding), pad_sequence(masks, **padding)
+    return pad_sequence(ids, padding_value=cast(int, tokenizer.pad_token_id), **padding), pad_sequence(masks, **padding)
 
 
 def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

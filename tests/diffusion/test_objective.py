@@ -1,6 +1,5 @@
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from torch import nn
 
 from ldm.diffusion.conditioning import Condition
@@ -134,26 +133,3 @@ def test_the_gradient_is_that_of_the_mean_square(tiny_dit):
     torch.testing.assert_close(gradient, 2 * (0.5 - (eps - x0)).mean())
     DenoisingObjective(RectifiedFlow(), Velocity(), Uniform())(tiny_dit, x0, CONDITION).loss.mean().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in tiny_dit.parameters())
-
-
-def test_every_part_is_chosen_in_yaml():
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(DenoisingObjective, "objective")
-    config = parser.parse_string("""
-    objective:
-      path:
-        class_path: ldm.diffusion.path.VarianceExploding
-        init_args: {sigma_max: 160, sigma_data: 0.5}
-      prediction: {class_path: ldm.diffusion.prediction.Preconditioned}
-      timesteps:
-        class_path: ldm.diffusion.timesteps.LogitNormal
-        init_args: {shift: 3, base_side: 32}
-      weighting:
-        class_path: ldm.diffusion.weighting.MinSNR
-        init_args: {gamma: 1}
-    """)
-    objective = parser.instantiate(config).objective
-    assert objective.path.sigma_max == 160 and isinstance(objective.prediction, Preconditioned)
-    assert objective.timesteps.base_side == 32 and objective.weighting.gamma == 1
-    result = objective(Constant(), torch.randn(6, 4, 8, 8), CONDITION)
-    assert result.loss.isfinite().all() and (result.loss != result.unweighted).all()
