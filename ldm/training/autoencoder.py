@@ -46,7 +46,7 @@ from ldm.models.autoencoder import (
 )
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.base import TrainingModule
-from ldm.training.encoders import measure_statistics
+from ldm.training.encoders import image_size, measure_statistics, require_format
 from ldm.training.fsdp import full_tensor, is_sharded
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
@@ -116,6 +116,7 @@ class AutoencoderTraining(TrainingModule):
         self.reconstruction_losses = reconstruction_losses or []
         self.reconstruction_modules = nn.ModuleList([each.loss for each in self.reconstruction_losses])
         self.variance = LearnedVariance() if learn_variance else None
+        self.losses = [*([self.variance] if self.variance else []), *self.reconstruction_modules]
         self.optimiser, self.discriminator_optimiser = optimiser, discriminator_optimiser
         self.perceptual_weight, self.kl_weight, self.kl_warmup = perceptual_weight, kl_weight, kl_warmup
         self.accumulate = accumulate
@@ -160,7 +161,7 @@ class AutoencoderTraining(TrainingModule):
             target, reconstruction, logged = self._autoencoder_backward(part, fraction, step, own, shared_generator)
             pairs.append((target, reconstruction))
             metrics.append({name: fraction * value.detach() for name, value in logged.items()})
-        norm = full_tensor(nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.trained().parameters(), self.optimiser.max_grad_norm))
         mean = self.log_step({f"train/{name}": torch.stack([part[name] for part in metrics]).sum(0) for name in metrics[0]})
         self.log_dict({"train/grad_norm": norm, "train/lr": schedule.get_last_lr()[0]})
         if not self.step_or_skip(optimiser, schedule, norm + mean["train/loss"], "autoencoder", samples):
@@ -269,36 +270,20 @@ class AutoencoderTraining(TrainingModule):
         return [*self._levels(), network.encoder, network.decoder, *between]
 
     def setup(self, stage: str) -> None:
-        """Refuse settings that cannot be trained with."""
-        precision, num_steps = str(self.trainer.precision), self.trainer.max_steps
-        if "16" in precision and not precision.startswith("bf16"):
-            raise UsageError(f"precision {precision}: adversarial gradients overflow fp16; give bf16-mixed or 32-true")
-        if precision == "bf16-true":
-            raise UsageError("precision bf16-true keeps no fp32 weights, and small updates are lost; give bf16-mixed")
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            trained_losses = any(True for _ in self.reconstruction_modules.parameters())
-            for name, given in (
-                ("learn_variance", self.variance is not None),
-                ("channels_last", self.channels_last),
-                ("reconstruction_losses with parameters", trained_losses),
-            ):
-                if given:
-                    raise UsageError(f"{name} cannot be used with strategy fsdp; remove it, or train with ddp")
-        if not 0 <= self.adversary.start < num_steps:
+        if self.channels_last and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UsageError("channels_last cannot be used with fsdp; set it to false, or train with ddp")
+        if not 0 <= self.adversary.start < self.trainer.max_steps:
             raise UsageError(
-                f"the adversary's start {self.adversary.start} is not before max_steps {num_steps}: the discriminator would "
-                "never train; lower it or raise max_steps"
+                f"the adversary's start {self.adversary.start} is not before max_steps {self.trainer.max_steps}: the "
+                "discriminator would never train; lower it or raise max_steps"
             )
         super().setup(stage)
 
     def prepare(self, data: ShardDataModule) -> None:
-        for source in (*data.train_set.sources, *data.validation_set.sources):
-            if source.manifest.format != IMAGE_SHARDS:
-                raise UsageError(f"{source.spec} holds {source.manifest.format}; stage one needs {IMAGE_SHARDS}")
+        require_format(data, IMAGE_SHARDS, "stage one", "pack images: ldm shards pack")
         assert isinstance(data.train_set, ImageDataset)
-        first, side = data.train_set.attempt(0), data.train_set.image_size
-        size = first["image"].shape[1:] if not isinstance(first, BadSample) else (side, side) if side is not None else None
-        if size is not None:
+        size = image_size(data.train_set, self.factor)
+        if not isinstance(size, BadSample):
             self._require_size(*size)
         attempts = (data.validation_set.attempt(index) for index in range(len(data.validation_set)))
         good = islice((sample for sample in attempts if not isinstance(sample, BadSample)), PREVIEW_IMAGES)
@@ -307,11 +292,6 @@ class AutoencoderTraining(TrainingModule):
 
     def _require_size(self, height: int, width: int) -> None:
         """Refuse images of a size that a network cannot take."""
-        if height % self.factor or width % self.factor:
-            raise UsageError(
-                f"images of {width} x {height} are not multiples of the autoencoder's downsampling factor {self.factor}; set "
-                "image_size to one"
-            )
         sample_size = self.autoencoder.config["sample_size"]
         if self.autoencoder.use_tiling and max(height, width) > sample_size:
             raise UsageError(
@@ -334,16 +314,10 @@ class AutoencoderTraining(TrainingModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         num_steps = self.trainer.max_steps
         pairs = [
-            self.optimiser.build(self._trained(), num_steps, self._levels(), self.compute_dtype),
+            self.optimiser.build(self.trained(), num_steps, self._levels(), self.compute_dtype),
             self.discriminator_optimiser.build(self.adversary.discriminator, num_steps - self.adversary.start),
         ]
         return [optimiser for optimiser, _ in pairs], [schedule for _, schedule in pairs]
-
-    def _trained(self) -> nn.Module:
-        """The autoencoder, and the losses that have parameters."""
-        losses: list[nn.Module] = [] if self.variance is None else [self.variance]
-        losses += [loss for loss in self.reconstruction_modules if any(True for _ in loss.parameters())]
-        return nn.ModuleList([self.autoencoder, *losses]) if losses else self.autoencoder
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -382,15 +356,14 @@ class AutoencoderTraining(TrainingModule):
             rank_zero_info(f"step {step}: {message}")
         self.log("val/g_level", guard.level)
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """See :func:`ldm.models.autoencoder.reconstruct`."""
-        return reconstruct(self.autoencoder, images)
-
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
         originals = [trim(pixels_to_images(pixels.to(self.device)), self.factor) for pixels in self._preview_images]
         return [
             (name, [image for images in row for image in images_to_pil(images)])
-            for name, row in (("original", originals), ("reconstruction", map(self.reconstruct, originals)))
+            for name, row in (
+                ("original", originals),
+                ("reconstruction", [reconstruct(self.autoencoder, images) for images in originals]),
+            )
         ]
 
     def save(self, folder: Path) -> None:

@@ -61,6 +61,8 @@ class TrainingModule(LightningModule):
     find_unused_parameters = False
     #: micro-batches that a batch is split into
     accumulate: int
+    #: losses whose parameters, if any, are trained with those of :meth:`averaged`
+    losses: Sequence[nn.Module]
     skips: SkippedSteps
     #: of the noise of every step (:mod:`ldm.training.randomness`); a resumed run keeps its first one
     seed: int | None = None
@@ -137,12 +139,28 @@ class TrainingModule(LightningModule):
     # -- setup ---------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        data = datamodule_of(self.trainer)
+        data, precision = datamodule_of(self.trainer), str(self.trainer.precision)
+        if precision not in ("32-true", "bf16-mixed"):
+            raise UsageError(
+                f"precision {precision}: small updates are lost unless weights are fp32, and fp16 overflows; give bf16-mixed "
+                "or 32-true"
+            )
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and (losses := self._losses_with_parameters()):
+            name = type(losses[0]).__name__
+            raise UsageError(f"{name} has parameters, which fsdp does not shard; remove this loss, or train with ddp")
         if self.accumulate < 1:
             raise UsageError(f"accumulate is {self.accumulate}; give 1 or more")
         if self.accumulate > data.batch_size:
             raise UsageError(f"accumulate {self.accumulate} is more than batch_size {data.batch_size}; lower it")
         self.prepare(data)
+
+    def _losses_with_parameters(self) -> list[nn.Module]:
+        return [loss for loss in self.losses if any(True for _ in loss.parameters())]
+
+    def trained(self) -> nn.Module:
+        """The averaged network, and the losses that have parameters."""
+        losses = self._losses_with_parameters()
+        return nn.ModuleList([self.averaged(), *losses]) if losses else self.averaged()
 
     @property
     def compute_dtype(self) -> torch.dtype:

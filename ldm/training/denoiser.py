@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
-from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -116,6 +115,7 @@ class DenoiserTraining(TrainingModule):
         self.accumulate, self.skips = accumulate, SkippedSteps(max_skipped)
         # the cast gives the members of an nn.ModuleList their type
         self.auxiliary_losses = cast("list[AuxiliaryLoss]", nn.ModuleList(auxiliary_losses or []))
+        self.losses = [*self.auxiliary_losses]
         self._blocks_with_activations = sorted({number for loss in self.auxiliary_losses for number in loss.blocks})
         self.num_images_seen = 0
 
@@ -128,11 +128,11 @@ class DenoiserTraining(TrainingModule):
         parts = split_batch(batch, self.accumulate)
         metrics: dict[str, Tensor] = {}
         for micro_batch, fraction in self.micro_batches(parts, [len(part["draws"]) for part in parts]):
-            terms = self.losses(micro_batch)
+            terms = self.loss_terms(micro_batch)
             self.manual_backward(fraction * terms["train/loss"])
             for name, term in terms.items():
                 metrics[name] = metrics.get(name, 0.0) + fraction * term.detach()
-        norm = full_tensor(nn.utils.clip_grad_norm_(self._trained().parameters(), self.optimiser.max_grad_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.trained().parameters(), self.optimiser.max_grad_norm))
         means = self.log_step(metrics)
         self.num_images_seen += len(batch["draws"]) * self.trainer.world_size
         self.log_dict({"num_images_seen": float(self.num_images_seen), "train/grad_norm": norm})
@@ -141,7 +141,7 @@ class DenoiserTraining(TrainingModule):
         if self.step_or_skip(optimiser, schedule, norm + means["train/loss"], "denoiser", batch["draws"]):
             self.average.update()
 
-    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss of a micro-batch as ``train/loss``, and its auxiliary terms by name."""
         assert self.seed is not None
         generators = sample_generators(self.seed, batch["draws"])
@@ -168,13 +168,8 @@ class DenoiserTraining(TrainingModule):
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
-        optimiser, schedule = self.optimiser.build(self._trained(), self.trainer.max_steps, blocks, self.compute_dtype)
+        optimiser, schedule = self.optimiser.build(self.trained(), self.trainer.max_steps, blocks, self.compute_dtype)
         return [optimiser], [schedule]
-
-    def _trained(self) -> nn.Module:
-        """The denoiser, and auxiliary losses that have parameters."""
-        with_parameters = [loss for loss in self.auxiliary_losses if any(True for _ in loss.parameters())]
-        return nn.ModuleList([self.denoiser, *with_parameters]) if with_parameters else self.denoiser
 
     # -- setup -------------------------------------------------------------------------------------------------------
 
@@ -182,9 +177,6 @@ class DenoiserTraining(TrainingModule):
         return self.denoiser
 
     def setup(self, stage: str) -> None:
-        precision = str(self.trainer.precision)
-        if precision not in ("32-true", "bf16-mixed"):
-            raise UsageError(f"precision {precision}: stage two keeps fp32 weights; give bf16-mixed or 32-true")
         self._require_activations()
         super().setup(stage)
         self.encoders.to(self.trainer.strategy.root_device, networks=self.online)
@@ -193,13 +185,9 @@ class DenoiserTraining(TrainingModule):
                 block.compile()
 
     def _require_activations(self) -> None:
-        """Refuse auxiliary losses that this denoiser or strategy does not support."""
-        for loss in self.auxiliary_losses:
+        """Refuse auxiliary losses that ask for activations which the denoiser does not return."""
+        for loss in filter(lambda loss: loss.blocks, self.auxiliary_losses):
             name = type(loss).__name__
-            if isinstance(self.trainer.strategy, ModelParallelStrategy) and any(True for _ in loss.parameters()):
-                raise UsageError(f"auxiliary_losses {name} has parameters, which fsdp does not shard; train with ddp")
-            if not loss.blocks:
-                continue
             if "return_activations" not in inspect.signature(self.denoiser.forward).parameters:
                 raise UsageError(
                     f"auxiliary_losses {name} needs activations, which {type(self.denoiser).__name__} does not return; "

@@ -91,7 +91,7 @@ def encoders_of_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mapp
     Raises:
         UsageError: if the directory is another autoencoder's, or the denoiser does not fit the latents.
     """
-    _require_format(data, LATENT_SHARDS, "false")
+    require_format(data, LATENT_SHARDS, "stage two without online", "set online, or encode the images: ldm latents export")
     info = common_info(data.train_set.sources)
     common_info((*data.train_set.sources, *data.validation_set.sources))
     folder = data.train_set.sources[0].spec
@@ -131,16 +131,19 @@ def encoders_of_images(
     Raises:
         UsageError: if images, encoders and denoiser do not fit one another.
     """
-    _require_format(data, IMAGE_SHARDS, "true")
+    require_format(data, IMAGE_SHARDS, "stage two with online", "set online to false, or give the images' shards")
     for source in (*data.train_set.sources, *data.validation_set.sources):
         if not source.manifest.extra.get("captioned", True):
             raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
     if data.validation_whole:
         raise UsageError("validation_whole is for stage one; set it to false")
     assert isinstance(data.train_set, ImageDataset)
-    folder = data.train_set.sources[0].spec
     network, encoder = load_autoencoder(autoencoder, device), TextEncoder.load(text_encoder)
-    shape = _latent_shape(network, data.train_set, folder)
+    factor = downsampling_factor(network)
+    size = image_size(data.train_set, factor)
+    if isinstance(size, BadSample):
+        raise UsageError(f"{size}, so the images' size is unknown; set image_size")
+    shape = network.config["latent_channels"], size[0] // factor, size[1] // factor
     _require_sizes(denoiser, shape, encoder.width, f"captions are encoded by {encoder.name}")
     if statistics is None and (network.config["latents_mean"] is None or network.config["latents_std"] is None):
         statistics = measure_statistics(network, data.train_set, data.batch_size)
@@ -170,31 +173,27 @@ def _trained_on(autoencoder: str, text_encoder: str, latent_shape: Sequence[int]
     return {"autoencoder": autoencoder, "text_encoder": text_encoder, "latent_shape": list(latent_shape)}
 
 
-def _require_format(data: ShardDataModule, wanted: str, online: str) -> None:
+def require_format(data: ShardDataModule, wanted: str, stage: str, fix: str) -> None:
+    """Refuse shards of another kind."""
     for source in (*data.train_set.sources, *data.validation_set.sources):
         if source.manifest.format != wanted:
-            raise UsageError(
-                f"{source.spec} holds {source.manifest.format}, but with online {online} stage two trains on {wanted}; "
-                "change either, or encode the images: ldm latents export"
-            )
+            raise UsageError(f"{source.spec} holds {source.manifest.format}, but {stage} trains on {wanted}; {fix}")
 
 
-def _latent_shape(autoencoder: AutoencoderKL, dataset: ImageDataset, folder: str) -> tuple[int, int, int]:
-    """(C, h, w) of the images' latents."""
-    if dataset.image_size is not None:
-        height = width = dataset.image_size
-    else:
+def image_size(dataset: ImageDataset, factor: int) -> tuple[int, int] | BadSample:
+    """Height and width of the images, which must be multiples of ``factor``; or why they are unknown."""
+    height = width = dataset.image_size
+    if height is None or width is None:
         first = dataset.attempt(0)
         if isinstance(first, BadSample):
-            raise UsageError(f"{first}, so the images' size is unknown; set image_size")
+            return first
         height, width = first["image"].shape[1:]
-    factor = downsampling_factor(autoencoder)
     if height % factor or width % factor:
         raise UsageError(
-            f"images of {width} x {height} in {folder} are not multiples of the autoencoder's downsampling factor {factor}; "
-            "set image_size to one"
+            f"images of {width} x {height} in {dataset.sources[0].spec} are not multiples of the autoencoder's downsampling "
+            f"factor {factor}; set image_size to one"
         )
-    return autoencoder.config["latent_channels"], height // factor, width // factor
+    return height, width
 
 
 def _require_sizes(denoiser: Mapping[str, Any], latent_shape: tuple[int, int, int], caption_channels: int, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Two real processes train on uneven shards: equal steps, no sample twice, and what they leave is taken up by one.
+"""Two real processes train on uneven shards: equal steps, no sample twice, and one process resumes where they stopped.
 
 The processes are this file run by torchrun; see :func:`main`.
 """
@@ -28,7 +28,7 @@ SIZES = (5, 1, 8, 3, 2, 7, 4)
 
 
 class Recorder(LightningModule):
-    """Trains nothing, but on all processes together; writes down what it is given."""
+    """Trains one weight, and records the samples of each process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def fit(
     validate: bool = False,
     **settings: Any,
 ) -> Recorder:
-    """Train, a checkpoint at the end; the trainer's ``use_distributed_sampler`` is left as it is by default: on."""
+    """Train and save a checkpoint at the end. The trainer keeps its default ``use_distributed_sampler``: on."""
     recorder = Recorder()
     trainer = Trainer(
         accelerator="cpu",
@@ -81,7 +81,7 @@ def fit(
 
 
 def main() -> None:
-    """Each process: the runs that a file lists, one after another; what it was given goes into the folder of each."""
+    """On each process: the runs that a file lists, one after another; the samples of each go into its folder."""
     rank = int(os.environ["RANK"])
     for run in json.loads(Path(sys.argv[1]).read_text()):
         recorder = fit(**run, devices=2)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def write(folder: Path, sizes: tuple[int, ...], bad: tuple[int, ...] = ()) -> Path:
-    """Shards of so many images; those numbered ``bad`` are none."""
+    """Shards of these numbers of images; the images numbered ``bad`` are invalid."""
     folder.mkdir()
     entries, numbers = [], iter(range(sum(sizes)))
     for shard, size in enumerate(sizes):
@@ -104,7 +104,7 @@ def write(folder: Path, sizes: tuple[int, ...], bad: tuple[int, ...] = ()) -> Pa
 
 
 def torchrun(folder: Path, runs: list[dict[str, Any]]) -> None:
-    """All runs on two processes; a hang is a failure."""
+    """All runs on two processes; a hang fails."""
     (folder / "runs.json").write_text(json.dumps(runs, default=str))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -113,19 +113,19 @@ def torchrun(folder: Path, runs: list[dict[str, Any]]) -> None:
 
 
 def given(folder: Path, what: str = "seen") -> list[Any]:
-    """What each of the two processes was given."""
+    """The samples of each of the two processes."""
     return [json.loads((folder / f"rank{rank}.json").read_text())[what] for rank in range(2)]
 
 
 def in_order(folder: Path) -> list[str]:
-    """The keys of both processes in the order of the plan: step by step, rank by rank."""
+    """The keys of both processes in the planned order: by step, then by rank."""
     first, second = given(folder)
     return list(chain.from_iterable(chain(*pair) for pair in zip(first, second, strict=True)))
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that two processes do here, in one start of them: that costs most of the time."""
+    """All runs of two processes, which start once because starting takes most of the time."""
     folder = tmp_path_factory.mktemp("ranks")
     runs = []
     for count in range(1, 8):
@@ -153,12 +153,12 @@ def test_uneven_shards_give_equal_steps_and_every_sample_once_per_epoch(ran: Pat
     epochs = len(draws) // total
     assert epochs in (2, 4) and len(draws) % total == 0
     for epoch in range(epochs):
-        # no sample on both, none left out
+        # every sample once, on one of the processes
         assert sorted(draws[epoch * total : (epoch + 1) * total]) == [f"{number:02d}" for number in range(total)]
 
 
 @pytest.mark.slow
-def test_what_one_process_began_two_go_on_with(ran: Path) -> None:
+def test_two_processes_resume_the_run_of_one(ran: Path) -> None:
     before = fit(ran / "shards7", ran / "one-again", 4, 2).seen
     draws = [*chain.from_iterable(before), *in_order(ran / "one-then-two")]
     assert len(draws) == 8 + 11 * 4
@@ -166,7 +166,7 @@ def test_what_one_process_began_two_go_on_with(ran: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_two_processes_began_one_goes_on_with(ran: Path) -> None:
+def test_one_process_resumes_the_run_of_two(ran: Path) -> None:
     after = fit(ran / "shards7", ran / "two-then-one", 4 + 22, 2, resume=ran / "two" / "last.ckpt").seen
     draws = [*in_order(ran / "two"), *chain.from_iterable(after)]
     assert len(draws) == 16 + 44
@@ -175,8 +175,8 @@ def test_what_two_processes_began_one_goes_on_with(ran: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_processes_put_bad_samples_on_record_and_keep_in_step(ran: Path) -> None:
-    """In time each comes across all of them, and bears them."""
+def test_both_processes_record_bad_samples_and_stay_in_step(ran: Path) -> None:
+    """Over the epochs each process meets all of them, and skips them."""
     first, second = given(ran / "quarantined")
     assert len(first) == len(second) == 45 and {len(batch) for batch in first + second} == {2}
     assert {"03", "20"}.isdisjoint(chain.from_iterable(first + second))
@@ -187,7 +187,7 @@ def test_both_processes_put_bad_samples_on_record_and_keep_in_step(ran: Path) ->
 
 @pytest.mark.slow
 def test_every_process_validates_on_the_same_samples(ran: Path) -> None:
-    """So that no figure depends on how many there are, though Lightning would share them out."""
+    """So that no metric depends on the number of processes; Lightning by default would distribute the samples."""
     assert given(ran / "validated", "validated") == [[f"{number:02d}" for number in range(30)]] * 2
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from lightning import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
@@ -119,9 +120,9 @@ def test_reconstruction_improves(image_shards: Path, tmp_path: Path) -> None:
     batch.setup("fit")
     images = pixels_to_images(next(iter(batch.val_dataloader()))["image"])
     with torch.no_grad():
-        before = module.reconstruct(images).sub(images).square().mean()
+        before = reconstruct(module.autoencoder, images).sub(images).square().mean()
         train(module, image_shards, tmp_path, 60)
-        after = module.reconstruct(images).sub(images).square().mean()
+        after = reconstruct(module.autoencoder, images).sub(images).square().mean()
     assert after < before / 4
 
 
@@ -300,7 +301,7 @@ def test_what_it_saves_is_a_stock_autoencoder_with_its_latents_measured(image_sh
     images = torch.rand(3, 3, 32, 32) * 2 - 1
     with module.average_applied():
         module.save(tmp_path)
-        expected = module.reconstruct(images)
+        expected = reconstruct(module.autoencoder, images)
     stock = AutoencoderKL.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         found = reconstruct(stock, images)
@@ -320,7 +321,7 @@ def test_what_it_saves_is_a_stock_autoencoder_with_its_latents_measured(image_sh
         (
             {"autoencoder": AutoencoderConfig([8] * 7, 4, 1, 4, False, 64)},
             {},
-            "32 x 32 are not multiples of the autoencoder's downsampling factor 64",
+            "32 x 32 in .* are not multiples of the autoencoder's downsampling factor 64",
         ),
         ({"adversary": adversary(start=50)}, {}, "the adversary's start 50 is not before max_steps 4"),
         ({"accumulate": 5}, {}, "accumulate 5 is more than batch_size 4"),
@@ -332,3 +333,11 @@ def test_settings_that_cannot_be_trained_with_are_refused_before_the_first_step(
     with pytest.raises(UsageError, match=message) as error:
         fit(make(**changes), image_shards, tmp_path, 4, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_losses_with_parameters_are_refused_under_fsdp(
+    image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.training.base.ModelParallelStrategy", SingleDeviceStrategy)
+    with pytest.raises(UsageError, match="LearnedVariance has parameters, which fsdp does not shard"):
+        train(make(learn_variance=True), image_shards, tmp_path, 2)

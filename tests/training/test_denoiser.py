@@ -411,9 +411,9 @@ def test_online_takes_the_statistics_of_the_autoencoders_directory(
 
 
 def test_shards_of_the_other_kind_are_refused(exported: tuple[Path, Path], image_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"online false stage two trains on ldm-latent-shards; .* ldm latents export"):
+    with pytest.raises(UsageError, match=r"without online trains on ldm-latent-shards; .* ldm latents export"):
         fit(make(exported[0]), image_shards, tmp_path, 1)
-    with pytest.raises(UsageError, match="online true stage two trains on"):
+    with pytest.raises(UsageError, match="with online trains on ldm-image-shards; set online to false"):
         fit(make(exported[0], online=True), exported[1], tmp_path, 1)
     with pytest.raises(UsageError, match="text_encoder is for online training"):
         make(exported[0], text_encoder="minilm")
