@@ -196,6 +196,7 @@ def test_an_autoencoder_that_says_nan_is_stopped(export, autoencoder, image_shar
     network.save_pretrained(tmp_path / "broken")
     with pytest.raises(LdmError, match=r"shapes-00000.tar: the latents of 00000000 are not finite"):
         export(tmp_path / "broken", image_shards, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar")) and not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_images_are_fitted_where_a_size_is_asked_for(export, autoencoder, image_shards, tmp_path):
@@ -249,6 +250,26 @@ def test_samples_that_cannot_be_used_are_left_out_and_on_record(export, autoenco
             export(autoencoder, shards, tmp_path / f"{samples}", on_progress=stop_at(samples))
         export(autoencoder, shards, tmp_path / f"{samples}")
         assert contents(tmp_path / f"{samples}") == contents(out)
+
+
+def test_a_shard_without_a_usable_image_is_absent(export, autoencoder, mostly_whole, tmp_path):
+    """More in a row than training tolerates, too."""
+    shards, out = mostly_whole(bad=range(5, 115)), tmp_path / "out"
+    manifest = export(autoencoder, shards, out, max_bad_share=1)
+    assert [(entry.name, entry.samples) for entry in manifest.shards] == [("latents-00000.tar", 5), ("latents-00002.tar", 5)]
+    assert manifest.extra["quarantined"] == 110 == len((out / QUARANTINE_NAME).read_text().splitlines())
+    assert sorted(path.name for path in out.glob("*.tar")) == [entry.name for entry in manifest.shards] and is_whole(out)
+
+
+def test_a_set_without_a_usable_image_or_caption_is_an_error(export, autoencoder, mostly_whole, tmp_path):
+    shards, out = mostly_whole(bad=range(120)), tmp_path / "out"
+    with pytest.raises(LdmError, match=rf"^{out}: no sample could be used; {out}/quarantine.jsonl says why$"):
+        export(autoencoder, shards, out, max_bad_share=1)
+    manifest = Manifest.load(shards)
+    Manifest(IMAGE_SHARDS, manifest.shards, {"captioned": 0}).save(shards)
+    with pytest.raises(UsageError, match=rf"^{shards} has no captions; "):
+        export(autoencoder, shards, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Several processes export together: the bytes are those of one, whoever is late or dies.
+"""Several processes export together: the bytes are those of one process, whichever of them is late or dies.
 
-torchrun itself runs once; otherwise its environment is given to forks that start at once, see ``warm.py``.
+torchrun itself runs once; the other tests give its environment to forks that start at once, see ``warm.py``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NAMES = {
 
 
 class Files(NamedTuple):
-    """What the exports work on: image shards by their number, and what one process makes of them."""
+    """Image shards by their number, and what one process exports from them."""
 
     folder: Path
     text_encoder: str
@@ -44,20 +44,20 @@ class Files(NamedTuple):
     whole: dict[int, dict[str, bytes]]
 
     def arguments(self, count: int, out: Path) -> list[str]:
-        # one image at a time, so that a process does not claim all shards ahead
+        # batches of one, so that a process does not claim all shards ahead
         given = {"autoencoder": self.folder / "autoencoder", "text-encoder": self.text_encoder, "shards": self.shards[count]}
         given |= {"out": out, "threads": 1, "batch-size": 1, "max-bad-share": 0.1}
         return ["latents", "export", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
 
     def start(self, count: int, out: Path, rank: int = 0, world_size: int = 1, by: str = "torchrun", hold: str = "") -> Fork:
-        """``hold``: just before the file of this name gets it, wait for ``go`` beside ``out``."""
+        """``hold``: before the file of this name is renamed to it, wait for ``go`` beside ``out``."""
         environment = dict(zip(NAMES[by], map(str, (rank, world_size, rank, world_size)), strict=True))
         log = Path(f"{out}-{rank}.log")
         return fork(log, self.arguments(count, out), environment, step=("before", hold), act="hold")
 
 
 def write(folder: Path, sizes: tuple[int, ...]) -> Path:
-    """Captioned shards of so many images; the third one of all is none."""
+    """Captioned shards of so many images; the third of all is not an image."""
     folder.mkdir()
     entries, keys = [], iter(range(sum(sizes)))
     for shard, size in enumerate(sizes):
@@ -78,7 +78,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def files(tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """1, 3 and 5 shards; one process exports each quietly."""
+    """1, 3 and 5 shards, and the export of each by one undisturbed process."""
     folder = tmp_path_factory.mktemp("export")
     config = AutoencoderConfig(
         block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
@@ -90,12 +90,12 @@ def files(tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> F
         out = folder / f"whole{count}"
         assert files.start(count, out).end()[0] == 0
         files.whole[count] = contents(out)
-        assert len(files.whole[count]) == count + 3  # with the manifest, the null text and what was left out
+        assert len(files.whole[count]) == count + 3  # with the manifest, the null text and the quarantine
     return files
 
 
 def until(happens: Any) -> None:
-    """Wait for it, within limits."""
+    """Wait for it, for a limited time."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while not happens():
         assert time.monotonic() < deadline
@@ -116,13 +116,14 @@ def test_torchrun_gives_the_bytes_of_one_process(files: Files, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr[-5000:]
     assert is_same(files, 3, out)
-    # one of them speaks
+    # only one of them prints
     assert done.stdout.count(f"13 latents in 3 shards: {out}") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", NAMES)
-@pytest.mark.parametrize(("count", "world_size"), [(1, 2), (3, 2), (5, 2), (5, 3)])
+@pytest.mark.parametrize(
+    ("count", "world_size", "by"), [(1, 2, "torchrun"), (3, 2, "slurm"), (5, 2, "torchrun"), (5, 3, "torchrun")]
+)
 def test_any_number_of_processes_gives_the_same_bytes(
     files: Files, tmp_path: Path, count: int, world_size: int, by: str
 ) -> None:
@@ -133,7 +134,7 @@ def test_any_number_of_processes_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_one_that_comes_when_all_is_done_is_done_too(files: Files, tmp_path: Path) -> None:
+def test_a_process_that_starts_after_the_end_is_done_at_once(files: Files, tmp_path: Path) -> None:
     """As on a node that starts late."""
     for rank in range(2):
         code, said = files.start(1, tmp_path / "out", rank, 2).end()
@@ -142,7 +143,7 @@ def test_one_that_comes_when_all_is_done_is_done_too(files: Files, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_one_that_waits_while_the_other_finishes_is_done_too(files: Files, tmp_path: Path) -> None:
+def test_a_process_that_waits_while_another_finishes_is_done_too(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = files.start(3, out, 0, 2, hold="manifest.json")
     until((tmp_path / "held-manifest.json").exists)
@@ -161,7 +162,7 @@ def test_the_shard_of_a_dead_process_is_taken_over_by_the_living(files: Files, t
     dying = files.start(5, out, 1, 2, hold="latents-00001.tar")
     until((tmp_path / "held-latents-00001.tar").exists)
     living = files.start(5, out, 0, 2)
-    # it makes its own, and then waits for what the other one holds
+    # it exports its own, then waits for the shard that the other one claimed
     until(lambda: {"00000.json", "00002.json", "00004.json"} <= {path.name for path in (out / WORK_NAME).iterdir()})
     assert not (out / WORK_NAME / "00001.json").exists() and [*out.glob(".latents-00001.tar.*.tmp")]
     dying.process.kill()
