@@ -356,7 +356,7 @@ for number, batch in enumerate(islice(data.train_dataloader(), 400), start=1):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_samples_read(tmp_path):
-    """Of the training process and its workers together: after 40,000 samples, of 40 shards in windows of ten, as after 10,000."""
+    """Memory of the training process and its workers after 40,000 samples, of 40 shards in windows of ten, as after 10,000."""
     with ShardWriter(tmp_path, "x", samples_per_shard=None) as writer:
         image = encoded_jpeg()
         for number in range(1000):
