@@ -65,7 +65,7 @@ class AutoencoderConfig:
         """
         settings = self._settings()
         self._check(settings)
-        network = _from_scratch(settings) if self.init_from is None else self._from_directory(self.init_from, settings)
+        network = self._from_directory(self.init_from, settings) if self.init_from else _from_scratch(settings)
         if self.tiling:
             enable_tiling(network)
         if self.slicing:
@@ -86,8 +86,8 @@ class AutoencoderConfig:
         if self.init_from:
             theirs = _read_config(self.init_from)
             settings = {field: theirs[field] for field in settings} | {"sample_size": _side(theirs)}
-            for field in given.keys() - {"sample_size"}:
-                if given[field] != settings[field]:
+            for field in given:
+                if field != "sample_size" and given[field] != settings[field]:
                     raise UsageError(
                         f"{field} is {given[field]}, but {self.init_from} has {settings[field]}; leave {field} out, or change "
                         "init_from"
