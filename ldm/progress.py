@@ -10,10 +10,9 @@ from types import TracebackType
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
-from rich.text import Text
 
 LOG_EVERY_SECONDS = 20.0
 WINDOW_SECONDS = 30.0  # of :class:`Pace`
@@ -92,24 +91,23 @@ class Progress:
             total: number of steps, where known.
             quiet: print nothing (ranks other than 0).
         """
-        self.stage, self.quiet, self._logged = stage, quiet, time.monotonic()
+        self.stage, self.total, self.quiet, self._logged = stage, total, quiet, time.monotonic()
         console = Console(stderr=True)
         self._bar = RichProgress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            _TimeLeftColumn(),
+            TextColumn("{task.fields[left]}"),
             # the only column that may be truncated
             TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
             refresh_per_second=4,
-            speed_estimate_period=float("inf"),  # the time left follows from the last 1000 updates
             expand=True,
             disable=quiet or not console.is_terminal,
         )
-        self._bar.add_task(stage, total=total, left=None, metrics="")
-        (self._task,) = self._bar.tasks
+        self._task = self._bar.add_task(stage, total=total, left="", metrics="")
+        self._first: tuple[float, int] | None = None  # time and steps at the first update: a resumed task does not begin at 0
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -122,26 +120,19 @@ class Progress:
         """
         if self.quiet:
             return
-        self._bar.update(self._task.id, completed=done, total=total, left=left, metrics=_format(metrics))
-        now = time.monotonic()
-        if self._bar.disable and (now - self._logged >= LOG_EVERY_SECONDS or done == self._task.total):
+        now, self.total = time.monotonic(), total or self.total
+        self._first = began, before = self._first or (now, done)
+        if left is None and self.total and done > before:
+            left = (now - began) / (done - before) * (self.total - done)
+        shown, time_left = _format(metrics), "" if left is None else f"left {duration(left)}"
+        self._bar.update(self._task, completed=done, total=self.total, metrics=shown, left=time_left)
+        if self._bar.disable and (now - self._logged >= LOG_EVERY_SECONDS or done == self.total):
             self._logged = now
-            of = "" if self._task.total is None else f"/{int(self._task.total)}"
-            parts = (f"{self.stage}: {done}{of}", self._task.fields["metrics"], _time_left(self._task))
+            parts = (f"{self.stage}: {done}{f'/{self.total}' if self.total else ''}", shown, time_left)
             print(" ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._bar.stop()
-
-
-class _TimeLeftColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(_time_left(task))
-
-
-def _time_left(task: Task) -> str:
-    seconds = task.time_remaining if task.fields["left"] is None else task.fields["left"]
-    return "" if seconds is None else f"left {duration(seconds)}"
 
 
 def _format(metrics: Metrics | None) -> str:
