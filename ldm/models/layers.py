@@ -77,10 +77,9 @@ class KeysValues(NamedTuple):
 
 def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast as autocast would for each of several matrix products, once for all of them."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 class Attention(nn.Module):
