@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
@@ -78,7 +78,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         )
         self.register_to_config(trained_on=trained_on, diffusion=diffusion, format_version=FORMAT_VERSION)
         if diffusion is None and scheduler is not None:
-            self.register_to_config(diffusion=diffusion_config(*diffusion_of(scheduler)))
+            self.register_to_config(diffusion=diffusion_config(*diffusion_of(cast(Scheduler, scheduler))))
         self.vae_scale_factor = downsampling_factor(vae) if vae is not None else 8
 
     @cached_property
@@ -261,7 +261,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 known = KnownPart(x0, latents, latent_mask(prepared.mask, self.vae_scale_factor))
         guided = self._guided(condition, null, guidance or ClassifierFree(guidance_scale), weak_transformer)
         self._interrupt, self._num_timesteps = False, len(sampler)
-        with self.progress_bar(total=len(sampler)) as progress:
+        with self._progress(len(sampler)) as progress:
             for step in sampler.steps(guided, latents, generator, x0):
                 if known is not None:
                     known.put_back(sampler, step)
@@ -312,7 +312,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         sampler = self.make_sampler(num_inference_steps)
         x0 = self._latents(prepared.images)
         guided = self._guided(condition, null, ClassifierFree(guidance_scale))
-        with self.progress_bar(total=num_inference_steps) as progress:
+        with self._progress(num_inference_steps) as progress:
             noise = invert(sampler, guided, x0, on_step=progress.update)
         self.maybe_free_model_hooks()
         return noise
@@ -378,6 +378,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         tokens = self.tokenize(prompts + negatives)
         return self.embed(tokens[: len(prompts)]), self.embed(tokens[len(prompts) :])
 
+    def _progress(self, total: int) -> Any:
+        return cast(Any, self.progress_bar)(total=total)  # torch's decorator hides the signature
+
     def _latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> normalised latents: the posterior's mode, as its noise is small beside what sampling adds."""
         posterior = self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0]
@@ -396,7 +399,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             UsageError: for a size that the patches do not divide.
         """
         config, factor = self.transformer.config, self.vae_scale_factor
-        height, width = height or config.sample_size * factor, width or config.sample_size * factor
+        trained: int = config.sample_size * factor
+        height, width = height or trained, width or trained
         unit = factor * config.patch_size
         if height % unit or width % unit:
             raise UsageError(f"an image of {width}x{height} cannot be generated: give multiples of {unit} pixels")

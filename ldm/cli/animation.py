@@ -1,4 +1,4 @@
-"""``ldm interpolate`` and ``ldm attention``: what lies between two images, and which words an image was drawn from where."""
+"""``ldm interpolate`` and ``ldm attention``: images between two prompts or seeds, and where the model attends to each word."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def add(commands: Commands) -> None:
         commands,
         "interpolate",
         run_interpolate,
-        "go from prompt to prompt or from seed to seed: frames, a GIF, an MP4",
+        "interpolate between prompts or seeds: frames, a GIF, an MP4",
         'ldm interpolate pipeline "a red circle" "a blue square" --out between --frames 48 --gif --mp4\n'
         '  ldm interpolate pipeline "a red circle" --seeds 1 2 3 --loop --out seeds --gif',
     )
     interpolate.add_argument("model", help="pipeline directory")
-    interpolate.add_argument("prompts", nargs="+", metavar="prompt", help="to go through; one where only the seed changes")
+    interpolate.add_argument("prompts", nargs="+", metavar="prompt", help="two or more; or one with several --seeds")
     interpolate.add_argument("--out", required=True, help="new folder for the frames, interpolation.gif and interpolation.mp4")
     interpolate.add_argument("--frames", type=int, default=24, metavar="N", help="first and last included (default: 24)")
     interpolate.add_argument("--seeds", type=int, nargs="+", default=[0], help="one, or one per prompt (default: 0)")
@@ -34,13 +34,13 @@ def add(commands: Commands) -> None:
     interpolate.add_argument("--fps", type=float, default=12.0, help="frames per second of GIF and MP4 (default: 12)")
     add_settings(interpolate)
     interpolate.add_argument("--scheduler", metavar="NAME", help="one that adds no noise (default: the pipeline's own)")
-    interpolate.add_argument("--batch-size", type=int, default=8, metavar="N", help="frames drawn at a time (default: 8)")
+    interpolate.add_argument("--batch-size", type=int, default=8, metavar="N", help="frames generated at a time (default: 8)")
 
     attention = add_command(
         commands,
         "attention",
         run_attention,
-        "show for each word of a prompt where the model looked at it while it drew",
+        "show where the model attends to each word of a prompt",
         'ldm attention pipeline "a large red circle" --out words --seed 1',
     )
     attention.add_argument("model", help="pipeline directory")
@@ -59,19 +59,17 @@ def add(commands: Commands) -> None:
 
 
 def add_settings(command: Parser) -> None:
-    """What both draw with."""
+    """The generation settings of both."""
     command.add_argument("--steps", type=int, default=30, help="of the scheduler (default: 30)")
     command.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none (default: 3)")
-    command.add_argument("--negative", default="", help="what to lead away from")
+    command.add_argument("--negative", default="", help="negative prompt")
     command.add_argument("--size", metavar="WxH", help="in pixels, or one number (default: what the model was trained on)")
     command.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU, where there is one)")
 
 
 def run_interpolate(options: argparse.Namespace) -> None:
-    from PIL import Image
-
     from ldm.files import atomic_folder, require_new_folder
-    from ldm.inference.animation import draw_frames, even_steps, key_settings, require_rate, require_video, write_gif, write_mp4
+    from ldm.inference.animation import even_steps, generate_frames, key_settings, require_rate, require_video, write_animation
     from ldm.inference.generate import open_pipeline
 
     if options.batch_size < 1:
@@ -83,24 +81,16 @@ def run_interpolate(options: argparse.Namespace) -> None:
         require_video()
     out = require_new_folder(options.out, "the frames")
     pipeline = open_pipeline(options.model, options.device)
-    images = draw_frames(pipeline, keys, options.frames, options.loop, options.batch_size)
-    writers = {"gif": write_gif, "mp4": write_mp4}
-    wanted = [kind for kind in writers if getattr(options, kind)]
-    with atomic_folder(out) as folder:
-        names = [folder / f"{number:04d}.png" for number in range(options.frames)]
-        with Progress("generating", len(names)) as progress:
-            for done, (name, image) in enumerate(zip(names, images, strict=True), start=1):
-                image.save(name)
-                progress.update(done)
-        for kind in wanted:
-            # read back one by one, so that a thousand frames take no more memory than one
-            writers[kind](folder / f"interpolation.{kind}", map(Image.open, names), options.fps)
-    print(f"{', '.join([f'{len(names)} frames', *(f'interpolation.{kind}' for kind in wanted)])}: {out}")
+    frames = generate_frames(pipeline, keys, options.frames, options.loop, options.batch_size)
+    formats = ["gif"] * options.gif + ["mp4"] * options.mp4
+    with atomic_folder(out) as folder, Progress("generating", options.frames) as progress:
+        films = write_animation(folder, frames, formats, options.fps, progress.update)
+    print(f"{', '.join([f'{options.frames} frames', *films])}: {out}")
 
 
 def run_attention(options: argparse.Namespace) -> None:
     from ldm.files import atomic_folder, require_new_folder
-    from ldm.inference.attention_maps import attention_grid, draw_watched, save_maps
+    from ldm.inference.attention_maps import attention_grid, generate_with_attention, save_maps
     from ldm.inference.generate import open_pipeline
     from ldm.inference.metadata import provenance_of, save_png
 
@@ -111,7 +101,7 @@ def run_attention(options: argparse.Namespace) -> None:
     out = require_new_folder(options.out, "the maps")
     pipeline = open_pipeline(options.model, options.device)
     with atomic_folder(out) as folder:
-        image, maps = draw_watched(pipeline, settings, (low, high))
+        image, maps = generate_with_attention(pipeline, settings, (low, high))
         save_png(image, folder / "image.png", settings, provenance_of(pipeline, options.model))
         attention_grid(image, options.prompt, maps).save(folder / "attention.png")
         save_maps(folder / "attention.npz", maps)
@@ -119,7 +109,7 @@ def run_attention(options: argparse.Namespace) -> None:
 
 
 def settings_of(options: argparse.Namespace, prompt: str, seed: int) -> GenerationSettings:
-    """One image's, of what both commands take."""
+    """The settings of one image."""
     from ldm.inference.prompts import parse_size
     from ldm.inference.settings import GenerationSettings
 

@@ -1,13 +1,13 @@
-"""What is measured of an autoencoder beside PSNR, SSIM and LPIPS: the health of its latents, and its reconstruction FID.
+"""Metrics of an autoencoder beside PSNR, SSIM and LPIPS: the health of its latents, and its reconstruction FID.
 
-Both are torchmetrics: they add up over batches and over processes. Images are (B, 3, H, W) in [−1, 1].
+Both are torchmetrics: they accumulate over batches and over processes. Images are (B, 3, H, W) in [−1, 1].
 """
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchvision
@@ -20,33 +20,35 @@ from ldm.errors import UsageError, first_line
 from ldm.files import sha256_file
 
 DEAD_BELOW = 0.01
-# A spread of a thousandth of a channel's own size is less than bf16 tells apart (2⁻⁸), and what float64 still gives four
-# digits of in the fourth moment.
+# A spread of a thousandth of a channel's own size is below the precision of bf16 (2⁻⁸), and in float64 the fourth moment still
+# has four digits of it.
 CONSTANT_BELOW = 1e-3
 
 NETWORKS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}
 
 
 class LatentHealth(Metric):
-    """Whether latents are fit for a denoiser, channel by channel, over posteriors N(μ, σ²) of images of any size.
+    """Whether latents are fit for a denoiser, by channel, over posteriors N(μ, σ²) of images of any size.
 
-    Every value of a channel counts alike, so a large image counts for more than a small one. :meth:`compute` gives (C,) each:
+    All values of a channel have the same weight, so a large image weighs more than a small one. :meth:`compute` gives (C,):
 
-    - ``mean``, ``std``: of latents *drawn* from the posteriors: E[z] = E[μ], Var[z] = E[μ²] + E[σ²] − E[μ]².
+    - ``mean``, ``std``: of latents *sampled* from the posteriors: E[z] = E[μ], Var[z] = E[μ²] + E[σ²] − E[μ]².
     - ``kl``: nats per latent value, E[½(μ² + σ² − 1 − ln σ²)] (Kingma & Welling 2014, arXiv 1312.6114, appendix B); 0 where
       the posterior is the prior.
     - ``kurtosis``: E[(μ − E[μ])⁴] / Var[μ]² − 3; 0 for a Gaussian, −1.2 for a uniform density, large for rare strong values.
-    - ``high_frequency``: the part of Σ|F|² at frequencies f with |f| > ¼ cycle per latent place, half of the Nyquist frequency
+    - ``high_frequency``: the part of Σ|F|² at frequencies f with |f| > ¼ cycle per latent pixel, half of the Nyquist frequency
       counted radially; F is the discrete Fourier transform of each map of μ less its own mean. 0 for constant maps, about
       1 − π/16 = 0.80 for white noise. Latents with much of it are hard to denoise (arXiv 2502.14831).
 
-    and the scalar ``dead``: how many channels tell nothing of the image. As the active units of Burda et al. (2016, arXiv
-    1509.00519), whose Var[μ] over the data is above 0.01, but measured against the latent's own variance, which that paper's
-    prior keeps near 1: a channel is dead where Var[μ] / (Var[μ] + E[σ²]) ≤ 0.01. Their KL does not show it: a narrow posterior
+    and the scalar ``dead``: how many channels carry no information about the image. As the active units of Burda et al. (2016,
+    arXiv 1509.00519), whose Var[μ] over the data is above 0.01, but relative to the latent's own variance, which that paper's
+    prior keeps near 1: a channel is dead where Var[μ] / (Var[μ] + E[σ²]) ≤ 0.01. The KL does not show it: a narrow posterior
     around a constant has a large one. A spread of μ under a thousandth of its root mean square counts as none.
     """
 
     full_state_update = False
+    count: Tensor
+    sums: Tensor
 
     def __init__(self, channels: int, **settings: Any):
         """
@@ -59,11 +61,11 @@ class LatentHealth(Metric):
         self.add_state("sums", torch.zeros(8, channels, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, posterior: DiagonalGaussianDistribution) -> None:
-        """Take in the posteriors of one batch, (B, C, h, w)."""
+        """Add the posteriors of one batch, (B, C, h, w)."""
         mean, variance, log_variance = (x.double() for x in (posterior.mean, posterior.var, posterior.logvar))
         square = mean.square()
         kl = 0.5 * (square + variance - 1 - log_variance)
-        # orthonormal: summed over frequencies the power is the squared deviation summed over places
+        # orthonormal: the power summed over frequencies is the squared deviation summed over pixels
         spectrum = torch.fft.fft2(mean - mean.mean((2, 3), keepdim=True), norm="ortho")
         power = torch.view_as_real(spectrum).square().sum(-1)
         y, x = (torch.fft.fftfreq(side, dtype=mean.dtype, device=mean.device) for side in mean.shape[2:])
@@ -73,7 +75,7 @@ class LatentHealth(Metric):
         self.count += mean[:, 0].numel()
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures of all batches: (C,) float64 each, and ``dead`` ()."""
+        """The metrics of all batches: (C,) float64 each, and ``dead`` ()."""
         mean, square, cube, fourth, variance, kl, power, high = self.sums / self.count
         spread = square - mean**2
         noise_of_rounding = CONSTANT_BELOW**2 * square
@@ -106,8 +108,8 @@ def health_scalars(health: dict[str, Tensor]) -> dict[str, float]:
 class ReconstructionFID(FrechetInceptionDistance):
     """Fréchet distance between the features of images and of their reconstructions (Heusel et al. 2017, arXiv 1706.08500).
 
-    Figures of different trunks, and of different numbers of images, cannot be compared; the fewer, the larger it comes out
-    (Chong & Forsyth 2020, arXiv 1911.07023).
+    Values of different trunks, and of different numbers of images, cannot be compared; fewer images give a larger one (Chong &
+    Forsyth 2020, arXiv 1911.07023).
 
     Attributes:
         name: for logs and files: ``rfid`` with Inception's features alone, else with the trunk in it, as
@@ -125,7 +127,7 @@ class ReconstructionFID(FrechetInceptionDistance):
                 - the path of torchvision's checkpoint of alexnet or vgg16.
 
         Raises:
-            UsageError: where the trunk cannot be had.
+            UsageError: where the trunk is not available.
         """
         if trunk == "inception":
             network, self.name, self.description = _Inception(), "rfid", "rFID (inception)"
@@ -137,22 +139,22 @@ class ReconstructionFID(FrechetInceptionDistance):
             self.name, self.description = f"rfid_{kind}_{sha256_file(trunk)[:8]}", f"rFID ({kind}, {trunk})"
         else:
             raise UsageError(
-                f"the FID trunk {trunk} is not there; give inception, {', '.join(names)} or the path of torchvision's "
+                f"the FID trunk {trunk} does not exist; give inception, {', '.join(names)} or the path of torchvision's "
                 "checkpoint of alexnet or vgg16"
             )
-        # every process is shown the same images, and each has all of the figure
+        # every process sees the same images and computes the whole metric
         super().__init__(feature=network.requires_grad_(False), normalize=True, sync_on_compute=False)
         self.eval()
 
     def train(self, mode: bool = True) -> ReconstructionFID:
-        """A frozen trunk: it stays in evaluation while a stage trains."""
+        """The trunk is frozen: it stays in evaluation mode while a module trains."""
         return super().train(False)
 
-    def update(self, images: Tensor, real: bool) -> None:
-        """Take in images, (B, 3, H, W) in [−1, 1]: originals where ``real``, else reconstructions."""
+    def update(self, imgs: Tensor, real: bool) -> None:
+        """Add images, (B, 3, H, W) in [−1, 1]: originals where ``real``, else reconstructions."""
         # bf16 has too few digits for a covariance
-        with torch.autocast(images.device.type, enabled=False):
-            super().update(images.float(), real)
+        with torch.autocast(imgs.device.type, enabled=False):
+            super().update(imgs.float(), real)
 
     def compute(self) -> Tensor:
         """The distance, (); rounding can leave that of equal sets a little under 0."""
@@ -168,15 +170,17 @@ class _Inception(nn.Module):
         super().__init__()
         others = "or take another FID trunk (alex-random, vgg-random, a checkpoint)"
         try:
-            from torch_fidelity import feature_extractor_inceptionv3 as inception
+            from torch_fidelity import (  # pyright: ignore[reportMissingImports]  an extra
+                feature_extractor_inceptionv3 as inception,
+            )
         except ModuleNotFoundError as error:
             raise UsageError(f"the FID trunk inception needs torch-fidelity: pip install torch-fidelity, {others}") from error
         try:
             self.network = inception.FeatureExtractorInceptionV3("inception-v3-compat", [str(self.num_features)])
         except (OSError, RuntimeError) as error:
             raise UsageError(
-                f"the weights of the FID trunk inception cannot be had ({first_line(error)}); put {inception.URL_INCEPTION_V3} "
-                f"into {torch.hub.get_dir()}/checkpoints, {others}"
+                f"the weights of the FID trunk inception cannot be loaded ({first_line(error)}); put "
+                f"{inception.URL_INCEPTION_V3} into {torch.hub.get_dir()}/checkpoints, {others}"
             ) from error
 
     def forward(self, images: Tensor) -> Tensor:
@@ -184,10 +188,13 @@ class _Inception(nn.Module):
 
 
 class _Convolutions(nn.Module):
-    """The last features of torchvision's alexnet or vgg16, averaged over places: (B, 3, H, W) in [−1, 1] -> (B, num_features).
+    """The last features of torchvision's alexnet or vgg16, averaged over pixels: (B, 3, H, W) in [−1, 1] -> (B, num_features).
 
-    Images are taken at their own size, hence of any size down to the one at which a layer has nothing left.
+    Images keep their own size, down to the one at which a layer would have no output.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, kind: str):
         super().__init__()
@@ -217,7 +224,7 @@ def _random(kind: str) -> _Convolutions:
     for layer in network.layers:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(cast(Tensor, layer.bias))
     return network
 
 

@@ -1,15 +1,15 @@
-"""From image to image: interpolation between prompts and between seeds, as frames, GIF and MP4.
+"""Interpolation between prompts and between seeds, as frames, GIF and MP4.
 
 Between two prompts their *predictions* are mixed, ``(1 − a)·f(x_t, first) + a·f(x_t, second)``, not their embeddings: tokens at
 the same place stand for different words, and where one prompt is longer there is nothing to mix with. A mixture of
 predictions is defined for any two prompts and any network, and is as smooth in ``a`` as the network is in x_t; its score is
-that of p(x | first)^(1 − a) · p(x | second)^a (Liu et al. 2022, arXiv 2206.01714). It costs one row more per frame that lies
-between two prompts. Between two seeds the noise goes along a great circle (Shoemake 1985; White 2016, arXiv 1609.04468).
+that of p(x | first)^(1 − a) · p(x | second)^a (Liu et al. 2022, arXiv 2206.01714). It costs one more row per frame that lies
+between two prompts. Between two seeds the noise is interpolated spherically (Shoemake 1985; White 2016, arXiv 1609.04468).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
@@ -37,12 +37,12 @@ from ldm.models.dit import EncodedText
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
 
-LEAST_SIDE = 320  # smaller images are enlarged for GIF and MP4: players show them as they are, or blurred
-MOST_GIF_FPS = 50  # browsers take a shorter duration than 2/100 s for 10/100 s
+LEAST_SIDE = 320  # smaller images are enlarged for GIF and MP4: programs show them small, or blurred
+MOST_GIF_FPS = 50  # browsers show frames of less than 2/100 s for 10/100 s
 
 
 class Frame(NamedTuple):
-    """A place between two keys, by their numbers: ``amount`` 0 is the first, 1 the second."""
+    """A position between two key images, by their numbers: ``amount`` 0 is the first, 1 the second."""
 
     first: int
     second: int
@@ -50,31 +50,31 @@ class Frame(NamedTuple):
 
 
 def even_steps(keys: int, count: int, loop: bool = False) -> list[Frame]:
-    """``count`` places at even steps from the first of ``keys`` to the last, both of them places themselves.
+    """``count`` frames at even steps from the first of ``keys`` to the last, both included.
 
-    With ``loop`` the way leads from the last key back to the first, and ends one step before it.
+    With ``loop`` they lead on from the last key back to the first, and end one step before it.
 
     Raises:
         UsageError: for fewer than two keys, or fewer frames than keys.
     """
     if keys < 2:
-        raise UsageError("there is nothing between one image and itself; give two prompts or two --seeds")
+        raise UsageError("there is nothing between one image and itself; give two prompts or two seeds")
     if count < keys:
-        raise UsageError(f"--frames is {count} for {keys} images to go through; give {keys} or more")
+        raise UsageError(f"{count} frames cannot hold {keys} key images; give {keys} frames or more")
     legs, steps = (keys, count) if loop else (keys - 1, count - 1)
     frames = []
     for number in range(count):
-        # whole numbers first: at a key the amount is 0 or 1, without a rounding error
+        # integers first: at a key the amount is 0 or 1, without a rounding error
         leg, rest = divmod(number * legs, steps)
         frames.append(Frame(leg - 1, leg, 1.0) if leg == legs else Frame(leg, (leg + 1) % keys, rest / steps))
     return frames
 
 
 def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
-    """Along the great circle from one noise to the other, its norm going evenly from the one's to the other's.
+    """Spherical interpolation from one noise to the other; the norm is interpolated linearly.
 
-    A straight line between two noises of n values has 0.71 of their norm at its middle, which no noise has: the denoiser
-    makes flat images of it. Exact at 0 and 1, and where both are the same.
+    The middle of a straight line between two noises has 0.71 of their norm, which no noise has: the denoiser makes flat images
+    of it. Exact at 0 and 1, and where both are the same.
     """
     if amount in (0, 1):
         return second if amount else first
@@ -88,8 +88,8 @@ def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
 
 
 class BlendedDenoiser:
-    """What :class:`ldm.diffusion.guidance.GuidedDenoiser` is to captions, to mixtures of captions: their predictions are mixed,
-    and guidance acts on the mixture. All in one call; an image of one caption alone costs what it ever did."""
+    """A :class:`ldm.diffusion.guidance.GuidedDenoiser` for mixtures of captions: mixes their predictions and guides them.
+    All in one call; an image of a single caption costs no more than there."""
 
     def __init__(
         self,
@@ -138,10 +138,10 @@ class BlendedDenoiser:
 
 
 def key_settings(settings: GenerationSettings, prompts: Sequence[str], seeds: Sequence[int]) -> list[GenerationSettings]:
-    """The images to go through: prompts and seeds in pairs; a single one of either stands in every pair.
+    """The key images: prompts and seeds in pairs; a single one of either is in every pair.
 
     Raises:
-        UsageError: where neither there is one of them nor as many as of the others.
+        UsageError: where their numbers differ and neither is 1.
     """
     count = max(len(prompts), len(seeds))
     if {len(prompts), len(seeds)} - {1, count}:
@@ -166,7 +166,7 @@ def deterministic_sampler(pipeline: LatentDiffusionPipeline, settings: Generatio
     return pipeline.make_sampler(settings.steps, scheduler=scheduler)
 
 
-def draw_frames(
+def generate_frames(
     pipeline: LatentDiffusionPipeline,
     keys: Sequence[GenerationSettings],
     count: int,
@@ -175,27 +175,26 @@ def draw_frames(
 ) -> Iterator[Image.Image]:
     """``count`` images from key to key, one after the other; no more than ``batch_size`` are held at once.
 
-    A frame at a key is the image that the pipeline draws of the key's settings.
+    A frame at a key is the image that the pipeline generates from the key's settings.
 
     Args:
-        keys: two or more, alike but for prompt and seed, from words alone.
+        keys: two or more, which differ in prompt and seed alone.
 
     Raises:
-        UsageError: at once, for keys or a number of frames that make no way, a prompt or size that cannot be drawn, or a
-            sampler that adds noise.
-        LdmError: while drawing, when the denoiser's answer is not finite.
+        UsageError: at once, for keys, a number of frames, a prompt or a size that cannot be used, or a sampler that adds noise.
+        LdmError: while generating, when the denoiser's prediction is not finite.
     """
     frames, settings = even_steps(len(keys), count, loop), keys[0]
     if len({replace(key, prompt="any", seed=0) for key in keys}) > 1 or settings.image or settings.weak:
-        raise UsageError("images to go between may differ in prompt and seed alone, and need no image and no weak model")
+        raise UsageError("key images may differ in prompt and seed alone, and need no image and no weak model")
     texts = [*dict.fromkeys(key.prompt for key in keys)]
     tokens = pipeline.tokenize([*texts, settings.negative])
     pipeline.latent_shape(1, settings.height, settings.width)
     sampler = deterministic_sampler(pipeline, settings)
-    return _drawn(pipeline, keys, frames, sampler, texts, tokens, batch_size)
+    return _frames(pipeline, keys, frames, sampler, texts, tokens, batch_size)
 
 
-def _drawn(
+def _frames(
     pipeline: LatentDiffusionPipeline,
     keys: Sequence[GenerationSettings],
     frames: Sequence[Frame],
@@ -209,16 +208,16 @@ def _drawn(
     condition, null = pipeline.embed(tokens[:-1]), pipeline.embed(tokens[-1:])
 
     def noise(seed: int) -> Tensor:
-        return randn_tensor(shape, torch.Generator().manual_seed(seed), device, torch.float32)
+        return randn_tensor(shape, generator=torch.Generator().manual_seed(seed), device=device, dtype=torch.float32)
 
     for start in range(0, len(frames), batch_size):
-        few = frames[start : start + batch_size]
-        weights, noises = torch.zeros(len(few), len(texts), device=device), []
-        for row, (first, second, amount) in enumerate(few):
-            ends = keys[first], keys[second]
-            for key, weight in zip(ends, (1 - amount, amount), strict=True):
-                weights[row, texts.index(key.prompt)] += weight
-            noises.append(slerp(*(noise(key.seed) for key in ends), amount))
+        batch = frames[start : start + batch_size]
+        weights, noises = torch.zeros((len(batch), len(texts)), device=device), []
+        for row, frame in enumerate(batch):
+            first, second = keys[frame.first], keys[frame.second]
+            weights[row, texts.index(first.prompt)] += 1 - frame.amount
+            weights[row, texts.index(second.prompt)] += frame.amount
+            noises.append(slerp(noise(first.seed), noise(second.seed), frame.amount))
         conversion = Conversion(*pipeline.diffusion)
         blended = BlendedDenoiser(pipeline.transformer, condition, weights, null, settings.rule(), conversion)
         with torch.no_grad():
@@ -231,25 +230,53 @@ def require_rate(fps: float, gif: bool) -> None:
     """Refuse frames per second that cannot be shown.
 
     Raises:
-        UsageError: naming the rate and the mend.
+        UsageError: naming the rate and the fix.
     """
     if not 0.1 <= fps <= 240:
-        raise UsageError(f"--fps is {fps:g}; give 0.1 to 240 frames per second")
+        raise UsageError(f"fps is {fps:g}; give 0.1 to 240 frames per second")
     if gif and fps > MOST_GIF_FPS:
-        raise UsageError(f"--fps is {fps:g}, but a GIF shows {MOST_GIF_FPS} frames a second at most; lower it, or take --mp4")
+        raise UsageError(f"fps is {fps:g}, but a GIF shows {MOST_GIF_FPS} frames per second at most; lower it, or write an MP4")
+
+
+def write_animation(
+    folder: Path,
+    frames: Iterable[Image.Image],
+    formats: Sequence[str],
+    fps: float,
+    on_frame: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Write frames as ``0000.png`` and so on, then ``interpolation.gif`` and ``interpolation.mp4``.
+
+    Args:
+        formats: ``gif``, ``mp4``, both or none.
+        on_frame: called with the number of frames written so far.
+
+    Returns:
+        The names of the GIF and the MP4, where they are asked for.
+    """
+    paths = []
+    for number, image in enumerate(frames):
+        paths.append(folder / f"{number:04d}.png")
+        image.save(paths[-1])
+        if on_frame is not None:
+            on_frame(len(paths))
+    for name in formats:
+        # read back one by one, so that a thousand frames take no more memory than one
+        (write_gif if name == "gif" else write_mp4)(folder / f"interpolation.{name}", map(Image.open, paths), fps)
+    return [f"interpolation.{name}" for name in formats]
 
 
 def write_gif(path: Path, images: Iterable[Image.Image], fps: float) -> None:
-    """A GIF that starts over at its end, written image by image, each with a palette of its own.
+    """A GIF that repeats, written image by image, each with its own palette.
 
-    Durations are whole hundredths of a second; they are rounded so that they add up to the time meant.
+    Durations are whole hundredths of a second, rounded so that their sum is right.
     """
     with atomic_file(path) as file:
         for number, image in enumerate(images):
-            # no dithering: its grain would crawl from frame to frame
+            # without dithering, whose pattern would change from frame to frame
             indexed = _enlarged(image.quantize(256))
             if number == 0:
-                # Pillow's own save keeps every frame until the last one came
+                # Pillow's own save holds all frames in memory
                 file.writelines(getheader(indexed.copy(), info={"loop": 0})[0])
             hundredths = round((number + 1) * 100 / fps) - round(number * 100 / fps)
             file.writelines(getdata(indexed, duration=10 * hundredths, include_color_table=True))
@@ -257,19 +284,19 @@ def write_gif(path: Path, images: Iterable[Image.Image], fps: float) -> None:
 
 
 def require_video() -> None:
-    """Refuse where PyAV is not installed, before any work is done.
+    """Refuse where PyAV is not installed.
 
     Raises:
         UsageError: naming the extra that has it.
     """
     if find_spec("av") is None:
-        raise UsageError("an MP4 needs the package av: pip install 'ldm[video]', or leave out --mp4")
+        raise UsageError("an MP4 needs the package av: pip install 'ldm[video]'; or write no MP4")
 
 
 def write_mp4(path: Path, images: Iterable[Image.Image], fps: float) -> None:
-    """H.264 in yuv420p, which every player takes; its sides are even, so the last row or column of odd ones is doubled.
+    """H.264 in yuv420p, which is widely supported. Its sides are even, so the last row or column of odd ones is repeated.
 
-    The colours are those of BT.709, and marked so: of an unmarked film players guess from its size.
+    The colours are BT.709 and marked so: without a mark, programs guess by the size.
 
     Raises:
         UsageError: where PyAV is not installed.
@@ -298,6 +325,6 @@ def write_mp4(path: Path, images: Iterable[Image.Image], fps: float) -> None:
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """By a whole factor, so that every pixel stays as it is; those of :data:`LEAST_SIDE` and more are left alone."""
+    """Enlarged to :data:`LEAST_SIDE` or more by an integer factor, so that every pixel stays as it is."""
     factor = -(-LEAST_SIDE // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

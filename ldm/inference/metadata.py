@@ -1,4 +1,5 @@
-"""What an image was drawn with, inside its PNG: for other programs to read, for us to draw it again, marked as generated."""
+"""Settings and provenance inside a PNG: other programs read them, ``ldm`` regenerates the image from them, and they mark it as
+generated."""
 
 from __future__ import annotations
 
@@ -47,12 +48,12 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an image was drawn with, beside its settings.
+    """The model, machine and versions that generated an image.
 
     Attributes:
         model: name of the pipeline's directory.
         model_hash: hex sha256 of its weights, configs and vocabularies; A1111's "Model hash" is the first 10 digits.
-        scheduler: the name that :func:`ldm.diffusion.scheduler.make_scheduler` knows it by; its class where it has none.
+        scheduler: its name in :data:`ldm.diffusion.scheduler.SAMPLERS`; its class where it has none.
         sampler: the scheduler's class.
         dtype: of the denoiser's weights: ``float32``.
         device: ``cpu`` or ``cuda``, and which: ``cpu (Intel Xeon)``.
@@ -91,7 +92,7 @@ class Provenance:
                 right = isinstance(value, bool)
             else:
                 right = isinstance(value, str) and len(value) <= MAX_VALUE
-            if not right or (name == "model_hash" and not re.fullmatch("[0-9a-f]{64}", value)):
+            if not right or (name == "model_hash" and not re.fullmatch("[0-9a-f]{64}", str(value))):
                 raise UsageError(f"{where}: {name} of its provenance is broken; give the settings yourself")
         return cls(**content)
 
@@ -110,7 +111,7 @@ class Provenance:
 
 
 def provenance_of(pipeline: LatentDiffusionPipeline, model_path: str | os.PathLike) -> Provenance:
-    """What ``pipeline``, opened from ``model_path``, draws with as it stands: call it again for another scheduler.
+    """The provenance of images of ``pipeline`` as it is now, opened from ``model_path``; see :meth:`Provenance.of_scheduler`.
 
     The model's files are hashed the first time and when they have changed.
     """
@@ -124,12 +125,14 @@ def provenance_of(pipeline: LatentDiffusionPipeline, model_path: str | os.PathLi
         dtype=str(pipeline.transformer.dtype).removeprefix("torch."),
         device=f"{device.type} ({which})",
         tiled=pipeline.vae.use_tiling,
-        **{package: version(package) for package in ("ldm", "torch", "diffusers")},
+        ldm=version("ldm"),
+        torch=version("torch"),
+        diffusers=version("diffusers"),
     )
 
 
 def model_hash(path: str | os.PathLike) -> str:
-    """Hex sha256 of a pipeline directory: its index and the files of its parts, whatever else lies beside them."""
+    """Hex sha256 of a pipeline directory: its index and the files of its parts, not of other files."""
     path = Path(path).resolve()
     stamps = [(file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
     return _model_hash(path, tuple((file, stamp.st_size, stamp.st_mtime_ns) for file, stamp in stamps))
@@ -161,7 +164,7 @@ def save_png(
 
 
 def encode_png(image: Image.Image, settings: GenerationSettings, provenance: Provenance, metadata: bool = True) -> bytes:
-    """An image as PNG with what it was drawn with inside.
+    """An image as PNG, with its settings and provenance inside.
 
     Its chunks are ``parameters``, the text that A1111 writes and that it, ComfyUI and image sites read; ``ldm``, JSON with
     the settings and the provenance, which :func:`read_png` reads; and an XMP packet with IPTC's digital source type.
@@ -169,7 +172,7 @@ def encode_png(image: Image.Image, settings: GenerationSettings, provenance: Pro
     chunks = PngInfo()
     if metadata:
         provenance = dataclasses.replace(provenance, width=image.width, height=image.height)
-        # in ASCII, so that whatever a prompt holds comes back as it was
+        # in ASCII, so that any prompt is read back unchanged
         content = json.dumps({"settings": settings.to_json(), "provenance": dataclasses.asdict(provenance)})
         chunks.add_text("parameters", a1111_parameters(settings, provenance))
         chunks.add_text(CHUNK, content)
@@ -182,15 +185,15 @@ def encode_png(image: Image.Image, settings: GenerationSettings, provenance: Pro
 
 
 def read_png(path: str | os.PathLike) -> tuple[GenerationSettings, Provenance]:
-    """What an image was drawn with, as :func:`save_png` left it; the file may come from anyone.
+    """The settings and provenance that :func:`save_png` wrote; the file is not trusted.
 
     Raises:
-        UsageError: for a file that is no whole PNG, or without settings that can be drawn.
+        UsageError: for a file that is no whole PNG, or without valid settings.
     """
     text = _chunk(path)
     if text is None:
         raise UsageError(
-            f"{path} holds no settings of ldm (drawn by another program, or with --no-metadata); give the settings yourself"
+            f"{path} holds no settings of ldm (made by another program, or without metadata); give the settings yourself"
         )
     try:
         if len(text) > MAX_CHUNK:
@@ -213,7 +216,7 @@ def read_png(path: str | os.PathLike) -> tuple[GenerationSettings, Provenance]:
 def a1111_parameters(settings: GenerationSettings, provenance: Provenance) -> str:
     """The text of A1111's ``parameters`` chunk: the prompt, the negative prompt, and a line of ``name: value`` pairs.
 
-    The negative prompt's line stands even where it is empty: ComfyUI reads nothing without it. Half surrogate pairs, which
+    The negative prompt's line is there even where it is empty: ComfyUI reads nothing without it. Half surrogate pairs, which
     no text chunk can hold, become question marks.
     """
     pairs = {
@@ -234,13 +237,13 @@ def a1111_parameters(settings: GenerationSettings, provenance: Provenance) -> st
 
 
 def _quoted(value: str | int | float) -> str:
-    """A value as A1111 writes it: a JSON string where its separators would be taken for the line's."""
+    """A value as A1111 writes it: a JSON string where it holds a separator of the line."""
     text = f"{value:.15g}" if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\r\n]', text) else text
 
 
 def _xmp(settings: GenerationSettings, provenance: Provenance) -> str:
-    """The mark of generated media; where a mask kept a part of a given image, that of a composite."""
+    """Marks generated media, or a composite where a mask kept a part of a given image."""
     source_type = "compositeWithTrainedAlgorithmicMedia" if settings.mask else "trainedAlgorithmicMedia"
     return XMP.format(tool=escape(f"ldm {provenance.ldm}"), source_type=SOURCE_TYPES + source_type)
 
@@ -254,7 +257,7 @@ def _chunk(path: str | os.PathLike) -> str | None:
     except Image.UnidentifiedImageError:
         raise UsageError(f"{path} is not a whole PNG; give an image as ldm sample wrote it") from None
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist; give an image that ldm sample drew") from None
+        raise UsageError(f"{path} does not exist; give an image that ldm sample wrote") from None
     # broken bytes raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and more from Pillow
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Everything that decides one image, and nothing else: checked when it is made, read from and written to JSON."""
+"""All settings that determine one image: validated on construction, read from and written to JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,36 +14,40 @@ from ldm.diffusion.guidance import AdaptiveProjected, ClassifierFree, Guidance, 
 from ldm.diffusion.scheduler import SAMPLERS
 from ldm.errors import UsageError
 
-RULES: dict[str, type[Guidance]] = {"classifier-free": ClassifierFree, "zero-star": ZeroStar, "apg": AdaptiveProjected}
-WORDS = {str: "text", int: "a whole number", float: "a number", type(None): "null"}
+RULES: dict[str, Callable[[float], Guidance]] = {
+    "classifier-free": ClassifierFree,
+    "zero-star": ZeroStar,
+    "apg": AdaptiveProjected,
+}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", type(None): "null"}
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What decides one image of a model.
+    """All that determines one image of a model.
 
     Attributes:
-        prompt: what to draw; it may be empty where there is an image, for variations of it.
-        negative: what guidance leads away from; the empty text is the null condition.
-        seed: of the noise that the image starts from, and of what a sampler adds; 0 to 2^63 − 1.
+        prompt: what to generate; it may be empty where there is an image, for variations of it.
+        negative: negative prompt; the empty text is the null condition.
+        seed: of the initial noise, and of the noise that a sampler adds; 0 to 2^63 − 1.
         steps: of the scheduler.
         guidance: the scale w, neutral at 1.
         guidance_rule: classifier-free (Ho & Salimans 2022, arXiv 2207.12598), zero-star (CFG-Zero*, Fan et al. 2025, arXiv
             2503.18886) or apg (Sadat et al. 2024, arXiv 2410.02416).
-        guidance_rescale: from 0 to 1, how far the guided prediction gets the deviation of the conditional one back (Lin et
-            al. 2023, arXiv 2305.08891).
+        guidance_rescale: from 0 to 1, how far the guided prediction is rescaled to the standard deviation of the conditional
+            one (Lin et al. 2023, arXiv 2305.08891).
         guidance_interval: guide while low < t ≤ high, t from 0 (data) to 1 (noise) (Kynkäänniemi et al. 2024, arXiv
             2404.07724).
-        scheduler: a name that :func:`ldm.diffusion.scheduler.make_scheduler` knows; the pipeline's own where it is left out.
+        scheduler: a name of :data:`ldm.diffusion.scheduler.SAMPLERS`; the pipeline's own unless given.
         eta: of the scheduler ddim, from 0 (deterministic) to 1.
-        width, height: in pixels; the size that the model was trained on where they are left out.
+        width, height: in pixels; the size that the model was trained on unless given.
         image: path of an image to start from.
         strength: above 0 and up to 1, how far to leave that image.
-        mask: path of an image that is white where ``image`` is to be drawn anew.
+        mask: path of an image that is white where ``image`` is to be regenerated.
         weak: directory of a weaker checkpoint's pipeline, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
     Raises:
-        UsageError: for a value that no image can have; names the field.
+        UsageError: for a value out of range; names the field.
     """
 
     prompt: str
@@ -75,7 +80,7 @@ class GenerationSettings:
         with_eta = [name for name, spec in SAMPLERS.items() if spec.takes_eta]
         named = " or ".join(with_eta)
         wrong = {
-            "the prompt is empty; say what to draw": not self.prompt.strip() and self.image is None,
+            "the prompt is empty; say what to generate": not self.prompt.strip() and self.image is None,
             f"seed is {self.seed}; give a number from 0 to {2**63 - 1}": not 0 <= self.seed < 2**63,
             f"guidance is {self.guidance}; give a finite number": not math.isfinite(self.guidance),
             f"guidance_rule is {self.guidance_rule!r}; choose one of: {', '.join(RULES)}": self.guidance_rule not in RULES,
@@ -84,15 +89,15 @@ class GenerationSettings:
             and self.scheduler not in with_eta,
             "strength is of a given image; give image, too": self.strength is not None and self.image is None,
             "mask is of a given image; give image, too": self.mask is not None and self.image is None,
-            "weak leads away from itself and negative from words; give one of them": bool(self.weak and self.negative),
+            "weak and negative are both what guidance leads away from; give one of them": bool(self.weak and self.negative),
         }
         for complaint, holds in wrong.items():
             if holds:
                 raise UsageError(complaint)
 
     def rule(self) -> Guidance:
-        """The guidance that the pipeline takes."""
-        rule = RULES[self.guidance_rule](self.guidance)
+        """The guidance of these settings."""
+        rule: Guidance = RULES[self.guidance_rule](self.guidance)
         if self.guidance_rescale:
             rule = Rescale(rule, self.guidance_rescale)
         return rule if self.guidance_interval == (0.0, 1.0) else Interval(rule, *self.guidance_interval)
@@ -103,7 +108,7 @@ class GenerationSettings:
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> GenerationSettings:
-        """The settings of a JSON object; what it leaves out has its default.
+        """The settings of a JSON object; missing ones have their default.
 
         Args:
             where: whose content it is, for errors: ``prompts.jsonl, line 3``.
@@ -112,13 +117,13 @@ class GenerationSettings:
             UsageError: for a field that is not known, missing, of another type or out of range; names it and ``where``.
         """
         if not isinstance(content, dict):
-            raise UsageError(f'{where}: settings are a JSON object, such as {{"prompt": "a red ring"}}; mend it')
+            raise UsageError(f'{where}: settings are a JSON object, such as {{"prompt": "a red ring"}}; fix it')
         hints = typing.get_type_hints(cls)
         unknown = [key for key in content if key not in hints]
         if unknown:
             raise UsageError(f"{where}: there is no setting {unknown[0]!r}; choose from: {', '.join(hints)}")
         if "prompt" not in content:
-            raise UsageError(f"{where}: prompt is missing; say what to draw")
+            raise UsageError(f"{where}: prompt is missing; say what to generate")
         try:
             return cls(**{key: _checked(key, value, hints[key]) for key, value in content.items()})
         except UsageError as error:
@@ -126,7 +131,7 @@ class GenerationSettings:
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
-    """A value of JSON as the field's own type."""
+    """A JSON value as the field's type."""
     if typing.get_origin(hint) is tuple:
         if not (isinstance(value, list | tuple) and len(value) == 2):
             raise UsageError(f"{key} is {value!r}; give two numbers, [low, high]")
@@ -137,5 +142,5 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         return float(value) if abs(value) < 2**63 else math.inf  # which no field takes
     if type(value) not in kinds:
-        raise UsageError(f"{key} is {value!r}; give {' or '.join(WORDS[kind] for kind in kinds)}")
+        raise UsageError(f"{key} is {value!r}; give {' or '.join(TYPE_NAMES[kind] for kind in kinds)}")
     return value

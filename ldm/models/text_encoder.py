@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -80,10 +80,10 @@ def encode_captions(
 
 def pad_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, L), int64, of the token ids of B captions, padded as the tokenizer itself pads."""
-    padding: dict[str, Any] = {"batch_first": True, "padding_side": tokenizer.padding_side}
     ids = [torch.tensor(caption) for caption in tokens]
     masks = [torch.ones_like(caption) for caption in ids]
-    return pad_sequence(ids, padding_value=cast(int, tokenizer.pad_token_id), **padding), pad_sequence(masks, **padding)
+    side, padding = tokenizer.padding_side, cast(int, tokenizer.pad_token_id)
+    return pad_sequence(ids, True, padding, side), pad_sequence(masks, True, padding_side=side)
 
 
 def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -227,8 +227,8 @@ class TestReconstructionFID:
         (tmp_path / "text.pth").write_text("not a checkpoint")
         monkeypatch.setitem(sys.modules, "torch_fidelity", None)
         for trunk, named in {
-            "resnet": "resnet is not there; give inception, alex-random, vgg-random or the path",
-            "squeeze-random": "squeeze-random is not there",
+            "resnet": "resnet does not exist; give inception, alex-random, vgg-random or the path",
+            "squeeze-random": "squeeze-random does not exist",
             str(tmp_path / "other.pth"): "other.pth is not torchvision's checkpoint of alexnet or vgg16",
             str(tmp_path / "list.pth"): "list.pth is not torchvision's checkpoint",
             str(tmp_path / "text.pth"): "text.pth is not torchvision's checkpoint",

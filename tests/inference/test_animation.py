@@ -19,8 +19,8 @@ from ldm.errors import UsageError
 from ldm.inference import animation as module
 from ldm.inference.animation import (
     BlendedDenoiser,
-    draw_frames,
     even_steps,
+    generate_frames,
     key_settings,
     slerp,
     write_gif,
@@ -69,7 +69,7 @@ def test_frames_stand_at_even_steps_from_the_first_key_to_the_last(keys, count):
 def test_a_way_needs_two_images_and_a_frame_for_each():
     with pytest.raises(UsageError, match="nothing between one image and itself"):
         even_steps(1, 5)
-    with pytest.raises(UsageError, match="--frames is 2 for 3 images to go through; give 3 or more"):
+    with pytest.raises(UsageError, match="2 frames cannot hold 3 key images; give 3 frames or more"):
         even_steps(3, 2)
     with pytest.raises(UsageError, match="2 prompts and 3 seeds make no pairs"):
         key_settings(SETTINGS, PROMPTS, [1, 2, 3])
@@ -130,12 +130,12 @@ def test_a_mixture_is_the_mean_of_both_predictions_and_one_caption_alone_is_as_e
 def test_frames_at_keys_are_the_ordinary_images(pipeline):
     settings = replace(SETTINGS, negative="a ring", guidance=2.0)
     keys = key_settings(settings, [*PROMPTS, "a ring"], [1, 2, 3])
-    drawn = pixels(draw_frames(pipeline, keys, 5, batch_size=3))
+    drawn = pixels(generate_frames(pipeline, keys, 5, batch_size=3))
     assert drawn.shape == (5, 16, 16, 3)
     for frame, key in ((0, 0), (2, 1), (4, 2)):
         assert np.abs(drawn[frame] - ordinary(pipeline, keys[key])).max() <= 1
     assert np.abs(drawn[0] - drawn[2]).mean() > 5 and np.abs(drawn[2] - drawn[4]).mean() > 5
-    looped = pixels(draw_frames(pipeline, keys, 6, loop=True, batch_size=6))
+    looped = pixels(generate_frames(pipeline, keys, 6, loop=True, batch_size=6))
     assert np.abs(looped[0] - ordinary(pipeline, keys[0])).max() <= 1
     assert np.abs(looped[4] - ordinary(pipeline, keys[2])).max() <= 1
 
@@ -145,7 +145,7 @@ def test_the_step_between_neighbours_falls_as_one_over_the_number_of_frames(pipe
     keys = key_settings(SETTINGS, prompts, seeds)
 
     def largest_step(count):
-        return np.abs(np.diff(pixels(draw_frames(pipeline, keys, count, batch_size=32)), axis=0)).mean((1, 2, 3)).max()
+        return np.abs(np.diff(pixels(generate_frames(pipeline, keys, count, batch_size=32)), axis=0)).mean((1, 2, 3)).max()
 
     few, many = largest_step(9), largest_step(33)
     whole = np.abs(ordinary(pipeline, keys[0]) - ordinary(pipeline, keys[1])).mean()
@@ -157,10 +157,10 @@ def test_the_step_between_neighbours_falls_as_one_over_the_number_of_frames(pipe
 def test_a_frame_does_not_depend_on_its_batch_and_frames_come_as_they_are_drawn(pipeline):
     calls = []
     hook = pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
-    drawn = draw_frames(pipeline, KEYS, 6, batch_size=2)
+    drawn = generate_frames(pipeline, KEYS, 6, batch_size=2)
     first = next(drawn)
     assert len(calls) == SETTINGS.steps  # one batch of three
-    together = draw_frames(pipeline, KEYS, 6, batch_size=6)
+    together = generate_frames(pipeline, KEYS, 6, batch_size=6)
     assert np.abs(pixels([first, *drawn]) - pixels(together)).max() <= 1
     hook.remove()
 
@@ -174,9 +174,9 @@ def test_every_deterministic_sampler_serves_and_one_that_adds_noise_is_refused(p
             with pytest.raises(
                 UsageError, match=rf"{name.replace('+', '.')} adds noise .* choose one of: {good.replace('+', '.')}$"
             ):
-                draw_frames(pipeline, keys, 3)
+                generate_frames(pipeline, keys, 3)
         else:
-            assert len([*draw_frames(pipeline, keys, 2)]) == 2
+            assert len([*generate_frames(pipeline, keys, 2)]) == 2
 
     for diffusion, expected in (
         ((VariancePreserving(), V()), noisy | {"ddpm"}),
@@ -186,7 +186,7 @@ def test_every_deterministic_sampler_serves_and_one_that_adds_noise_is_refused(p
     assert adds_noise(make_scheduler("ddim", VariancePreserving(), V(), eta=0.3))
     pipeline.scheduler = make_scheduler("euler-ancestral", *pipeline.diffusion)
     with pytest.raises(UsageError, match="scheduler LTXEulerAncestralRFScheduler adds noise"):
-        draw_frames(pipeline, KEYS, 3)
+        generate_frames(pipeline, KEYS, 3)
 
 
 def test_keys_that_make_no_way_are_refused_before_anything_is_drawn(pipeline):
@@ -197,7 +197,7 @@ def test_keys_that_make_no_way_are_refused_before_anything_is_drawn(pipeline):
         ([replace(key, width=17) for key in KEYS], "17x16 cannot be generated"),
     ):
         with pytest.raises(UsageError, match=complaint):
-            draw_frames(pipeline, keys, 3)
+            generate_frames(pipeline, keys, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------- GIF, MP4
@@ -274,7 +274,7 @@ def test_the_command_writes_frames_gif_and_mp4(pipeline, tmp_path, capsys):
     assert "3 frames, interpolation.gif, interpolation.mp4" in capsys.readouterr().out
     names = ["0000.png", "0001.png", "0002.png", "interpolation.gif", "interpolation.mp4"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    drawn = draw_frames(pipeline, key_settings(replace(SETTINGS, steps=2), PROMPTS, [0]), 3)
+    drawn = generate_frames(pipeline, key_settings(replace(SETTINGS, steps=2), PROMPTS, [0]), 3)
     found = pixels(Image.open(tmp_path / "out" / name) for name in names[:3])
     assert np.abs(found - pixels(drawn)).max() <= 1
 
@@ -282,10 +282,10 @@ def test_the_command_writes_frames_gif_and_mp4(pipeline, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ([PROMPTS[0]], "nothing between one image and itself; give two prompts or two --seeds"),
-        ([*PROMPTS, "--frames", "1"], "--frames is 1 for 2 images"),
-        ([*PROMPTS, "--fps", "0"], "--fps is 0"),
-        ([*PROMPTS, "--gif", "--fps", "60"], "a GIF shows 50 frames a second at most"),
+        ([PROMPTS[0]], "nothing between one image and itself; give two prompts or two seeds"),
+        ([*PROMPTS, "--frames", "1"], "1 frames cannot hold 2 key images"),
+        ([*PROMPTS, "--fps", "0"], "fps is 0"),
+        ([*PROMPTS, "--gif", "--fps", "60"], "a GIF shows 50 frames per second at most"),
         ([*PROMPTS, "--seeds", "1", "2", "3"], "make no pairs"),
         ([*PROMPTS, "--batch-size", "0"], "--batch-size is 0"),
         ([*PROMPTS, "--mp4"], "pip install 'ldm\\[video\\]'"),

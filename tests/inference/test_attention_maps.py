@@ -8,7 +8,13 @@ from PIL import Image
 from ldm.cli import animation as command
 from ldm.cli.parser import Parser
 from ldm.errors import UsageError
-from ldm.inference.attention_maps import attention_grid, attention_probabilities, draw_watched, watched_attention, word_tokens
+from ldm.inference.attention_maps import (
+    attention_grid,
+    attention_probabilities,
+    generate_with_attention,
+    record_attention,
+    word_tokens,
+)
 from ldm.inference.settings import GenerationSettings
 from ldm.models.layers import Attention, KeysValues
 from ldm.pipeline import LatentDiffusionPipeline
@@ -71,12 +77,12 @@ def test_conditional_rows_and_real_tokens_alone_count_and_encoded_texts_change_n
     x, time = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([500.0, 500.0])
     texts = torch.randn(2, 5, 16, generator=generator)  # the null condition is the longer one
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    with watched_attention(tiny_dit, 1, 3) as alone:
+    with record_attention(tiny_dit, 1, 3) as alone:
         tiny_dit(x[1:], texts[1:], time[1:], mask[1:])
-    with watched_attention(tiny_dit, 1, 3) as guided:
+    with record_attention(tiny_dit, 1, 3) as guided:
         tiny_dit(x, texts, time, mask)
     encoded = tiny_dit.encode_text(texts, mask)
-    with watched_attention(tiny_dit, 1, 3) as kept:
+    with record_attention(tiny_dit, 1, 3) as kept:
         for _ in range(2):
             tiny_dit(x, encoder_hidden_states=encoded, timestep=time)
     assert alone.mean().shape == (1, 16, 3) and (alone.count, kept.count) == (2, 4)
@@ -89,11 +95,11 @@ def test_conditional_rows_and_real_tokens_alone_count_and_encoded_texts_change_n
 def test_hooks_are_gone_afterwards_whatever_happened(tiny_dit):
     x, text, time = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16), torch.tensor([500.0])
     before = tiny_dit(x, text, time).sample
-    with watched_attention(tiny_dit, 1, 5):
+    with record_attention(tiny_dit, 1, 5):
         assert len(hooks(tiny_dit)) == 3
         assert torch.equal(tiny_dit(x, text, time).sample, before)
     assert not hooks(tiny_dit)
-    with pytest.raises(KeyboardInterrupt), watched_attention(tiny_dit, 1, 5):
+    with pytest.raises(KeyboardInterrupt), record_attention(tiny_dit, 1, 5):
         raise KeyboardInterrupt
     assert not hooks(tiny_dit)
 
@@ -103,7 +109,7 @@ def test_only_the_times_asked_for_count(tiny_dit):
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
 
     def watched(*times):
-        with watched_attention(tiny_dit, 1, 5, times) as found:
+        with record_attention(tiny_dit, 1, 5, times) as found:
             for time in (900.0, 400.0, 100.0):
                 tiny_dit(x, text, torch.tensor([time]))
         return found
@@ -111,7 +117,7 @@ def test_only_the_times_asked_for_count(tiny_dit):
     whole, early, late = watched(0, 1000), watched(500, 1000), watched(0, 500)
     assert (whole.count, early.count, late.count) == (6, 2, 4)
     torch.testing.assert_close(whole.mean(), (early.mean() + 2 * late.mean()) / 3)
-    with pytest.raises(UsageError, match="no step of the sampler lies within the times"):
+    with pytest.raises(UsageError, match="no step of the sampler lies within these times"):
         watched(500, 600).mean()
 
 
@@ -121,7 +127,7 @@ def test_a_network_that_is_no_dit_is_refused():
     )
     with (
         pytest.raises(UsageError, match="this model's denoiser is a PixArtTransformer2DModel"),
-        watched_attention(network, 1, 1),
+        record_attention(network, 1, 1),
     ):
         pass
     assert not hooks(network)
@@ -137,7 +143,7 @@ def test_every_token_but_the_special_ones_stands_for_one_word(minilm):
 
 
 def test_looking_changes_no_image_and_each_words_map_is_the_sum_of_its_tokens(pipeline):
-    image, maps = draw_watched(pipeline, SETTINGS)
+    image, maps = generate_with_attention(pipeline, SETTINGS)
     assert not hooks(pipeline.transformer)
     assert np.array_equal(np.asarray(image), np.asarray(ordinary(pipeline, SETTINGS)))
     assert maps.words == ["a", "chartreuse", "circle", ",", "and", "a", "ring"]

@@ -66,7 +66,7 @@ def test_the_rule_is_what_the_fields_say():
         ({"strength": 0.5}, "strength is of a given image; give image, too"),
         ({"strength": 1.01, "image": "a.png"}, "strength is 1.01; give a number from 0 to 1"),
         ({"mask": "b.png"}, "mask is of a given image; give image, too"),
-        ({"weak": "old", "negative": "blur"}, "weak leads away from itself and negative from words; give one of them"),
+        ({"weak": "old", "negative": "blur"}, "weak and negative are both what guidance leads away from; give one of them"),
         ({"stepps": 3}, "there is no setting 'stepps'; choose from: prompt, negative, seed, steps"),
     ],
 )
