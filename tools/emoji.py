@@ -1,10 +1,10 @@
-"""Draw a captioned data set from the font Noto Color Emoji (SIL Open Font License): 1,400 and more images on white.
+"""Render a captioned data set from the font Noto Color Emoji (SIL Open Font License): over 1,400 images on white.
 
     python tools/emoji.py OUT [--size 128] [--font PATH]
 
 Writes ``OUT/u1f355.png`` and ``OUT/u1f355.txt`` ("slice of pizza") and so on, ready for ``ldm shards pack OUT``. The
-caption is the character's Unicode name in lower case, as this Python's ``unicodedata`` has it, but for the few whose
-name says something else than the image shows. Flags and skin tones are left out.
+caption is the character's Unicode name in lower case, as this Python's ``unicodedata`` has it, except for a few whose name
+does not describe the image. Flags and skin tones are not included.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def sequences() -> Iterator[tuple[str, str]]:
 
 
 def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | None:
-    """One emoji, its drawn box in the middle of a white square; None where the font has no single image for it."""
+    """One emoji, centred in a white square; None where the font has no single glyph for it."""
     if font.getlength(text) > 1.5 * font.getlength("\U0001f600"):
         return None  # a sequence that the font does not join
     canvas = Image.new("RGBA", (2 * CANVAS, 2 * CANVAS))
@@ -136,7 +136,7 @@ def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | No
 
 
 def write_emoji(out: Path, size: int = 128, font_path: str = FONT) -> int:
-    """Draw all emoji into the new folder ``out``, PNG and ``.txt``; returns how many."""
+    """Render all emoji into the new folder ``out``, PNG and ``.txt``; returns how many."""
     if not 8 <= size <= 1024:
         raise UsageError(f"--size must be 8 to 1024 pixels, not {size}")
     out = require_new_folder(out, "the emoji")

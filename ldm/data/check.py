@@ -203,7 +203,7 @@ def _latent_problems(path: Path, samples: int, info: LatentInfo, deep: bool) -> 
         return
     for chunk, (start, end) in enumerate(pairwise(shard.starts)):
         try:
-            keys, tensors = shard.words(chunk)["keys"], shard.tensors(chunk)
+            keys, tensors = shard.metadata(chunk)["keys"], shard.tensors(chunk)
             _check_chunk(tensors, info)
         except DecodeError as error:
             yield Problem(f"{path.name}: #{start}", str(error), again, end - start)
@@ -224,7 +224,7 @@ def _check_chunk(tensors: dict[str, np.ndarray], info: LatentInfo) -> None:
     if missing := sorted(dtypes.keys() - tensors.keys()):
         raise DecodeError(f"is in a chunk without {', '.join(missing)}, which the manifest promises")
     if unknown := sorted(tensors.keys() - dtypes.keys()):
-        raise DecodeError(f"is in a chunk with {', '.join(unknown)}, of which the manifest knows nothing")
+        raise DecodeError(f"is in a chunk with {', '.join(unknown)}, which the manifest does not have")
     for name, dtype in dtypes.items():
         if tensors[name].dtype != dtype:
             raise DecodeError(f"is in a chunk with {name} in {tensors[name].dtype}, the manifest says {dtype}")

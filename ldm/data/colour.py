@@ -26,26 +26,26 @@ _SAME = 1
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """The RGB image in sRGB that ``profile`` (ICC) makes of an image of mode L, RGB or CMYK.
 
-    Without a profile, and with one that is broken, larger than ``MAX_PROFILE_BYTES`` or made for other colours than
-    the image has, the pixels are good all the same and are taken for sRGB (CMYK as Pillow converts it).
+    Without a profile, and with one that is broken, larger than ``MAX_PROFILE_BYTES`` or for another colour space than the
+    image's, the pixels are assumed to be sRGB (CMYK is converted as Pillow does).
     """
     transform = _transform(profile, image.mode) if profile else None
     return as_mode(image, "RGB") if transform is None else transform.apply(as_mode(image, transform.input_mode))
 
 
 def is_srgb(profile: bytes | None, mode: str) -> bool:
-    """Whether :func:`to_srgb` takes the colours of an image of ``mode`` (L or RGB) for sRGB as they are."""
+    """Whether :func:`to_srgb` leaves the colours of an image of ``mode`` (L or RGB) unchanged."""
     return not profile or _transform(profile, mode) is None
 
 
 def as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """The image in ``mode``; itself where it has that already, of which Pillow would make a copy."""
+    """The image in ``mode``: the same object where it has that mode already, which Pillow would copy."""
     return image if image.mode == mode else image.convert(mode)
 
 
 @lru_cache(maxsize=CACHED_PROFILES)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform to sRGB, or None where there is nothing to convert, or nothing to convert by."""
+    """The transform to sRGB; None where the profile changes nothing or cannot be used."""
     if len(profile) > MAX_PROFILE_BYTES:
         return None
     try:

@@ -28,7 +28,7 @@ MAX_PIXELS = 2**26
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WebP": b"RIFF"}
-# What files named like images often are instead; for messages only.
+# Other contents common in files named like images, for messages.
 _OTHERS = (
     (b"<", "an HTML or XML page"),
     (b"{", "JSON"),
@@ -42,7 +42,7 @@ _OTHERS = (
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
 )
-# EXIF orientation => what sets the image upright; 1 is upright already
+# EXIF orientation => the transpose to upright; 1 is upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,11 +52,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LAID_ON_ITS_SIDE = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))
+_SWAPS_SIDES = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 
 class DecodeError(LdmError):
-    """An image or caption that cannot be used; the message is a short reason, to be put behind the file's name."""
+    """An image or caption that cannot be used; the message is a short reason that follows the file's name."""
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
@@ -70,7 +70,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: tuple[in
         image.load()
         turn = _turn(image)
         rgb = _to_rgb(image if turn is None else image.transpose(turn), background)
-        # What the file carried along (EXIF with places and names, comments) must not reach files written later.
+        # Metadata (EXIF with locations and names, comments) must not reach files written later.
         rgb.info.clear()
         return rgb
 
@@ -78,21 +78,19 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: tuple[in
 def decode_pixels(
     data: bytes, out: np.ndarray | None = None, min_side: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """The pixels of :func:`decode_image`, as fast as they come: uint8 (H, W, 3), values 0..255, C-contiguous.
+    """The pixels of :func:`decode_image`, decoded faster: uint8 (H, W, 3), values 0..255, C-contiguous.
 
     Plain JPEGs (:func:`is_plain_rgb`) are decompressed by libjpeg-turbo without Pillow, to the same pixels. Of these,
     a broken one is refused for any warning of the decompressor; Pillow accepts damage as long as the stream is complete.
 
     Args:
         data: JPEG, PNG or WebP bytes.
-        out: uint8 (H, W, 3), C-contiguous. Where the image has just this size it is written there and ``out`` itself
-            is returned; otherwise ``out`` is left alone and the result is a new array. After an error ``out`` may hold
-            part of the image.
-        min_side: the side in pixels that the shorter side is to be scaled down to by the caller. A large plain JPEG may
-            then come at 1/2, 1/4 or 1/8 of its size (rounded up), but no smaller than twice ``min_side``. After scaling
-            the difference is small (45 dB and more for photographs); where a side was rounded, its far end moves by less
-            than half a pixel of the result.
-        max_pixels: more than these are refused by the header.
+        out: uint8 (H, W, 3), C-contiguous. An image of exactly this size is written there and ``out`` itself is returned;
+            otherwise the result is a new array. After an error ``out`` may hold part of the image.
+        min_side: the size to which the caller will scale down the shorter side. A large plain JPEG may then be decoded at 1/2,
+            1/4 or 1/8 of its size (rounded up), but no smaller than twice ``min_side``. After scaling the difference is small
+            (45 dB and more for photographs); where a side was rounded, its far end moves by less than half a pixel.
+        max_pixels: images with more are refused by their header.
 
     Raises :class:`DecodeError` as :func:`decode_image` does.
     """
@@ -111,21 +109,21 @@ def decode_pixels(
 
 
 def image_size_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of the image that :func:`decode_image` gives, by its header alone. Raises as that does."""
+    """(height, width) of the image that :func:`decode_image` returns, from the header alone. Raises as that does."""
     if len(data) <= MAX_IMAGE_BYTES and (size := plain_size(data)) is not None:
         _check_size(*size, max_pixels)
         return size
     with _opened(data, max_pixels) as image:
         width, height = image.size
-        return (width, height) if _turn(image) in _LAID_ON_ITS_SIDE else (height, width)
+        return (width, height) if _turn(image) in _SWAPS_SIDES else (height, width)
 
 
 def is_plain_rgb(data: bytes) -> bool:
-    """Whether any reader sees the image that :func:`decode_image` sees, so that the bytes may be kept as they are.
+    """Whether any decoder gives the image that :func:`decode_image` gives, so that the bytes may be kept.
 
     True for a still JPEG, PNG or WebP of 8-bit RGB or grey, upright, opaque, without an ICC profile or with one that
-    means sRGB, within the limits. The header alone is read: whether the pixels are whole, :func:`decode_pixels` tells.
-    Kept bytes keep their EXIF too, places and names included.
+    means sRGB, within the limits. Only the header is read; :func:`decode_pixels` finds broken pixels. Kept bytes keep their
+    EXIF metadata, including locations and names.
     """
     if len(data) <= MAX_IMAGE_BYTES and (size := plain_size(data)) is not None:
         return size[0] * size[1] <= MAX_PIXELS
@@ -222,7 +220,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DecodeError(f"more pixels than the limit of {max_pixels}") from None
     except Image.UnidentifiedImageError:
-        raise DecodeError(_what_else(data)) from None
+        raise DecodeError(_describe(data)) from None
     # Broken bytes raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and more from Pillow.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -234,8 +232,8 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
         raise DecodeError(f"{width} x {height} pixels, the limit is {max_pixels}")
 
 
-def _what_else(data: bytes) -> str:
-    """Why these bytes are not an image."""
+def _describe(data: bytes) -> str:
+    """What these bytes are, if not an image."""
     for name, signature in _SIGNATURES.items():
         if data.startswith(signature):
             return f"broken header of a {name} file"

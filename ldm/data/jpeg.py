@@ -28,7 +28,7 @@ _TURNED_BY_XMP = re.compile(rb'tiff:Orientation(?:="|>)[2-8]')
 
 
 def plain_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) in pixels of a JPEG that is its sRGB image as soon as it is decompressed; None for all others.
+    """(height, width) in pixels of a JPEG that needs nothing but decompression to be sRGB; None for all others.
 
     Such a JPEG has 8 bits, one or three components, is upright by EXIF and XMP, and has no ICC profile or one that
     means sRGB. Only markers before the first scan are read, so the pixels may still turn out to be broken. Rare or malformed
@@ -79,14 +79,14 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
 def decode_plain(data: bytes, size: tuple[int, int], out: np.ndarray | None = None, min_side: int | None = None) -> np.ndarray:
     """Decompress a JPEG whose :func:`plain_size` is ``size``: uint8 (H, W, 3); arguments as in ``decode_pixels``.
 
-    Raises ValueError for whatever libjpeg-turbo complains about, be it a warning only.
+    Raises ValueError for any error or warning of libjpeg-turbo.
     """
     # DCT scaling: 1/2, 1/4 or 1/8 costs about that share; libjpeg-turbo's fractions between are slower than the whole.
     scale = next((scale for scale in (8, 4, 2) if min_side and min(size) >= 2 * min_side * scale), 1)
     height, width = (-(-side // scale) for side in size)
     if out is None or not can_hold(out, (height, width, 3)):
         return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
-    # simplejpeg checks no more of a buffer than its length, hence the care above
+    # simplejpeg checks only the length of a buffer
     simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=out)
     return out
 
@@ -97,10 +97,10 @@ def can_hold(out: np.ndarray, shape: tuple[int, ...]) -> bool:
 
 
 def has_too_many_scans(data: bytes) -> bool:
-    """Whether a JPEG has so many scans that decompression takes forever: a small file can ask for a million passes.
+    """Whether a JPEG has so many scans that decompression would take very long: a small file can require a million passes.
 
-    Scans are counted by their marker, which compressed data cannot hold; what a phone appends (a video) holds one in
-    65,536 bytes by chance, so a longer file may have more.
+    Scans are counted by their marker, which compressed data cannot contain. Data appended by phones (a video) contains one in
+    65,536 bytes by chance, so longer files may have more.
     """
     return data.count(b"\xff\xda") > MAX_SCANS + len(data) // 2**15
 

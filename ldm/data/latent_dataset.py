@@ -39,8 +39,8 @@ class LatentDataset(ShardDataset[LatentShard]):
         """
         Args:
             sources: a folder of latent shards with its manifest, or opened sources.
-            augmentation: its ``flip`` (where the latents of mirrored images were exported), ``caption`` and
-                ``caption_dropout``; the rest was fixed by the export.
+            augmentation: ``flip`` (if the latents of mirrored images were exported), ``caption`` and ``caption_dropout``; the
+                export has fixed the others.
             null_text: the encoded empty caption, (L, D), which replaces a dropped caption.
             text_encoder: whose embeddings are read, by its position in the export, from 0.
         """
@@ -54,7 +54,7 @@ class LatentDataset(ShardDataset[LatentShard]):
 
     def key(self, shard: LatentShard, row: int) -> str:
         chunk, row = shard.locate(row)
-        return shard.words(chunk)["keys"][row]
+        return shard.metadata(chunk)["keys"][row]
 
     def read(self, source: ShardSource, shard: LatentShard, row: int) -> tuple[dict[str, np.ndarray], int]:
         """The tensors of the image's chunk (:mod:`ldm.data.latent_schema`), and its row there."""
@@ -64,8 +64,7 @@ class LatentDataset(ShardDataset[LatentShard]):
     def decode(
         self, raw: tuple[dict[str, np.ndarray], int], draw: int | None, out: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """``mean``, ``std`` (C, h, w) and ``text`` (L, D): mirrored, of one caption or of none, as the draw's random
-        numbers say.
+        """``mean``, ``std`` (C, h, w) and ``text`` (L, D); the draw's random numbers choose flip, caption and dropout.
 
         Views of the mapped file; nothing is written to ``out``. ``std`` is absent where modes were exported.
         """
@@ -135,7 +134,7 @@ class LatentDataset(ShardDataset[LatentShard]):
         tokens = len(samples), max(lengths)
         shapes = {name: ((len(samples), *array[0].shape), _dtype(array)) for name, array in arrays.items()}
         shapes |= {"text": ((*tokens, texts[0].shape[1]), _dtype(texts)), "text_mask": (tokens, torch.int64)}
-        batch: dict[str, Any] = _together(shapes, empty)
+        batch: dict[str, Any] = _allocate(shapes, empty)
         for name in arrays:
             for place, array in zip(batch[name].numpy(), arrays[name], strict=True):
                 place[...] = array
@@ -151,7 +150,7 @@ def _dtype(arrays: Sequence[np.ndarray]) -> torch.dtype:
     return torch.float16 if all(array.dtype == np.float16 for array in arrays) else torch.float32
 
 
-def _together(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
+def _allocate(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
     """Tensors of these shapes and dtypes in one block of memory: each block that a loader worker sends costs a third of a
     millisecond, whatever its size."""
     largest_first = sorted(shapes.items(), key=lambda item: -item[1][1].itemsize)  # so that all are aligned

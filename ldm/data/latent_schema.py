@@ -253,17 +253,17 @@ class LatentShard:
             self._mapped[chunk] = tensors
         return self._mapped[chunk]
 
-    def words(self, chunk: int) -> dict[str, list[Any]]:
+    def metadata(self, chunk: int) -> dict[str, list[Any]]:
         """``keys`` and ``captions`` of a chunk. Raises :class:`DecodeError` where they are broken."""
         try:
-            words = json.loads(bytes(self._member(chunk, "json")))
-            counts = [len(captions) for captions in words["captions"]]
-            whole = len(words["keys"]) == len(counts) and counts == np.diff(self.tensors(chunk)["caption_start"]).tolist()
+            metadata = json.loads(bytes(self._member(chunk, "json")))
+            counts = [len(captions) for captions in metadata["captions"]]
+            whole = len(metadata["keys"]) == len(counts) and counts == np.diff(self.tensors(chunk)["caption_start"]).tolist()
         except (ValueError, KeyError, TypeError, RecursionError):
-            words, whole = {}, False
+            metadata, whole = {}, False
         if not whole:
             raise DecodeError("is in a chunk without its keys and captions")
-        return words
+        return metadata
 
     def _member(self, chunk: int, extension: str) -> np.ndarray:
         """The bytes of one of a chunk's two members, uint8 (n,)."""

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Moments:
-    """Of so many values per channel, in float64.
+    """The statistics of values per channel, in float64.
 
     Attributes:
         count: values per channel.
@@ -24,7 +24,7 @@ class Moments:
 
     @classmethod
     def of(cls, mean: np.ndarray, std: np.ndarray | None = None) -> Moments:
-        """Of values *drawn* from Gaussians: means and standard deviations (n, C, h, w), None: no spread of their own.
+        """Of samples from Gaussians with these means and standard deviations (n, C, h, w); None: of the means themselves.
 
         E[z] = E[mean]; Var[z] = Var[mean] + E[std²].
         """
@@ -37,12 +37,12 @@ class Moments:
 
     @classmethod
     def from_statistics(cls, count: int, mean: Sequence[float], std: Sequence[float]) -> Moments:
-        """Back from what :attr:`mean` and :attr:`std` were, of so many values."""
+        """The inverse of :attr:`mean` and :attr:`std`."""
         return cls(count, np.asarray(mean, np.float64), count * np.asarray(std, np.float64) ** 2)
 
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Moments:
-        """Of all the parts' values together; pairwise update, so that nothing cancels."""
+        """Of all parts' values together, by pairwise updates, which avoid cancellation."""
         parts = iter(parts)
         total = next(parts)
         for part in parts:

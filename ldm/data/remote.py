@@ -41,18 +41,18 @@ class Transfer:
     attempts: int = 5
     base_seconds: float = 1.0
     connect_seconds: float = 30.0
-    read_seconds: float = 30.0  # between two reads: a slow server is waited for, a silent one is not
+    read_seconds: float = 30.0  # between two reads: for a server that stops sending, not a slow one
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise UsageError(f"a download needs 1 attempt or more, not {self.attempts}")
 
 
-PATIENT = Transfer()
+DEFAULT_TRANSFER = Transfer()
 
 
 class MissingError(LdmError):
-    """There is no such file on the server."""
+    """The server has no such file."""
 
 
 def _cache_folder() -> Path:
@@ -64,17 +64,17 @@ class ShardCache:
     """Remote shards on the local disk, each as ``<sha256>.tar``, at most ``max_bytes`` together.
 
     ``folder`` is ``$LDM_CACHE`` or ``~/.cache/ldm/shards``. Processes may share it: one downloads a shard while the
-    others wait for it, and the least recently used shards make room. Open a path soon after it was given: a file that is
-    open stays readable when it is evicted, another may be gone where ``max_bytes`` is less than the shards in use.
+    others wait for it, and the least recently used shards are evicted. Open a path soon after it is returned: an open file
+    stays readable when it is evicted, others may be gone if ``max_bytes`` is less than the shards in use.
     """
 
     folder: Path = field(default_factory=_cache_folder)
     max_bytes: int = 50 * 2**30
 
-    def get(self, entry: ShardEntry, url: str, transfer: Transfer = PATIENT) -> Path:
-        """The shard's local path; where it is not there yet it is downloaded from ``url`` and verified first.
+    def get(self, entry: ShardEntry, url: str, transfer: Transfer = DEFAULT_TRANSFER) -> Path:
+        """The shard's local path; a shard not in the cache is first downloaded from ``url`` and verified.
 
-        Raises :class:`LdmError` where it cannot be fetched whole or stored.
+        Raises :class:`LdmError` where it cannot be fetched completely or stored.
         """
         from filelock import FileLock
 
@@ -106,13 +106,13 @@ class ShardCache:
             part.unlink(missing_ok=True)
 
     def _reserve(self, part: Path, size: int) -> None:
-        """Evict what was not used for longest until ``size`` bytes fit, and claim them by a sparse file of that length."""
+        """Evict the least recently used shards until ``size`` bytes fit, and reserve them by a sparse file of that length."""
         from filelock import FileLock
 
         while True:
             with FileLock(self.folder / "cache.lock"):
                 self._remove_abandoned()
-                # Only files named by a hash are ours to count and to remove.
+                # Only files named by a hash belong to the cache.
                 files = [file for file in self.folder.iterdir() if _CACHED.fullmatch(file.name)]
                 held = {file: stat for file in files if (stat := _stat(file)) is not None}
                 total = sum(stat.st_size for stat in held.values())
@@ -124,7 +124,7 @@ class ShardCache:
                     with open(part, "wb") as claim:
                         claim.truncate(size)
                     return
-            time.sleep(0.1)  # other processes are filling the cache: what they fetch can be evicted once it is whole
+            time.sleep(0.1)  # other processes are filling the cache: their shards can be evicted once they are complete
 
     def _remove_abandoned(self) -> None:
         """Remove parts whose process is gone: nobody holds their lock."""
@@ -138,7 +138,7 @@ class ShardCache:
                 continue
 
 
-def fetch(url: str, size: int, take: Callable[[Iterator[bytes]], _T], transfer: Transfer = PATIENT) -> _T:
+def fetch(url: str, size: int, take: Callable[[Iterator[bytes]], _T], transfer: Transfer = DEFAULT_TRANSFER) -> _T:
     """``take(chunks)`` of the bytes at ``url``, retried after a pause where the failure may be transient.
 
     ``take`` is given at most ``size + 1`` bytes: the last one tells that the file is larger. Raises
@@ -221,7 +221,7 @@ def _read(url: str, size: int, transfer: Transfer) -> Generator[bytes]:
             error = error.__context__  # s3fs fails on a timeout without text: the first exception is the cause
         if isinstance(error, _DEFECTS):
             raise
-        raise _verdict(url, error) from None  # their text may hold a signed URL
+        raise _classify(url, error) from None  # their text may hold a signed URL
 
 
 def _open(url: str, transfer: Transfer) -> Any:
@@ -252,7 +252,7 @@ def _open(url: str, transfer: Transfer) -> Any:
     return files.open(url, "rb", block_size=8 * _CHUNK)
 
 
-def _verdict(url: str, error: BaseException) -> Exception:
+def _classify(url: str, error: BaseException) -> Exception:
     """A transient error (503, a reset, a timeout) or a final one (404, 403, a bad URL)."""
     status, kind = _status(error), type(error).__name__
     is_denied = status in (401, 403) or kind in ("NoCredentialsError", "DefaultCredentialsError")

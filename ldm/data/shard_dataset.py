@@ -78,7 +78,7 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         raise NotImplementedError
 
     def decode(self, raw: Any, draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
-        """Decode what :meth:`read` returned; ``draw`` seeds what is random about it, None: nothing is.
+        """Decode what :meth:`read` returned; ``draw`` seeds its random augmentation, None: without augmentation.
 
         ``out`` is memory that the largest part of the sample may be written to, where it fits. Raises :class:`DecodeError`
         where the sample cannot be used.

@@ -26,7 +26,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from ldm.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
-from ldm.data.remote import PATIENT, TRANSPORTS, MissingError, ShardCache, Transfer, fetch, redact, transport
+from ldm.data.remote import DEFAULT_TRANSFER, TRANSPORTS, MissingError, ShardCache, Transfer, fetch, redact, transport
 from ldm.errors import LdmError, UsageError
 
 MAX_MANIFEST_BYTES = 2**28  # a million shards
@@ -48,7 +48,7 @@ class ShardSource:
     locations: tuple[str, ...] = field(repr=False)  # these may carry credentials, as the manifest's location may
     cache: ShardCache | None = None
     restricted: bool = False
-    transfer: Transfer = PATIENT
+    transfer: Transfer = DEFAULT_TRANSFER
     beside: str = field(default="", repr=False)  # the manifest's own path or URL
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class ShardSource:
 
 
 def open_source(
-    spec: str | os.PathLike, format: str | None = None, cache: ShardCache | None = None, transfer: Transfer = PATIENT
+    spec: str | os.PathLike, format: str | None = None, cache: ShardCache | None = None, transfer: Transfer = DEFAULT_TRANSFER
 ) -> ShardSource:
     """Find the shards that ``spec`` means (see above) by their manifest, which is read anew each time.
 

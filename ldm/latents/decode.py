@@ -118,18 +118,18 @@ def _decode(
             if not left:
                 return
             try:
-                tensors, words = shard.tensors(chunk), shard.words(chunk)
+                tensors, metadata = shard.tensors(chunk), shard.metadata(chunk)
             except DecodeError as error:
                 raise LdmError(f"{source.name(number)}: chunk {chunk} {error}; restore it, or export again") from None
-            rows = min(len(words["keys"]), left)
+            rows = min(len(metadata["keys"]), left)
             left -= rows
             for start in range(0, rows, batch_size):
                 some = slice(start, min(start + batch_size, rows))
-                keys = words["keys"][some]
+                keys = metadata["keys"][some]
                 several = [
                     _images(autoencoder, tensors[f"mean{end}"][some], f"{source.name(number)}: {keys[0]}") for end in ends
                 ]
-                for key, captions, *images in zip(keys, words["captions"][some], *several, strict=True):
+                for key, captions, *images in zip(keys, metadata["captions"][some], *several, strict=True):
                     for end, image in zip(ends, images, strict=True):
                         yield Decoded(key, captions, image, _claim(folder, key + end))
 

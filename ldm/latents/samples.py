@@ -55,12 +55,12 @@ def sample_latents(source: ShardSource, count: int) -> Iterator[StoredLatent]:
         for row in wanted.tolist():
             chunk, row = shard.locate(row)
             try:
-                tensors, words = shard.tensors(chunk), shard.words(chunk)
+                tensors, metadata = shard.tensors(chunk), shard.metadata(chunk)
             except DecodeError as error:
                 raise LdmError(f"{source.name(number)}: sample {row} {error}; restore it, or export again") from None
             names = [name for name in ("mean", "std", "mean_flip", "std_flip") if name in tensors]
             latents = {name: tensors[name][row].astype(np.float32) for name in names}
-            yield StoredLatent(entry.name, words["keys"][row], words["captions"][row], latents)
+            yield StoredLatent(entry.name, metadata["keys"][row], metadata["captions"][row], latents)
         shard.close()
 
 

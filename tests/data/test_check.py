@@ -228,7 +228,7 @@ def test_keys_that_are_not_as_many_as_the_captions_cost_the_chunk(tmp_path):
         ({"std_flip": None, "text_2": None}, "without std_flip, text_2, which the manifest promises"),
         (
             {"text_3": np.ones((4, 5), np.float32), "text_3_start": np.array([0, 2, 3, 4])},
-            "with text_3, text_3_start, of which",
+            "with text_3, text_3_start, which",
         ),
         ({"mean": np.ones((3, 4, 2, 2), np.float16)}, "with mean in float16, the manifest says float32"),
         ({"crop": np.ones((3, 4), np.int64)}, "with crop in int64, the manifest says int32"),
@@ -247,12 +247,10 @@ def test_what_the_manifest_does_not_promise_costs_the_chunk(tmp_path, changes, w
 def test_modes_and_no_flips_are_promises_too(tmp_path):
     gone = dict.fromkeys(("mean_flip", "std_flip"))
     problems, good = found(latents(tmp_path / "a", replace(INFO, flips=False), **gone))
-    assert problems == [
-        ("latents-00000.tar: #0", "is in a chunk with mean_flip, std_flip, of which the manifest knows nothing")
-    ]
+    assert problems == [("latents-00000.tar: #0", "is in a chunk with mean_flip, std_flip, which the manifest does not have")]
     assert good == [3]
     problems, good = found(latents(tmp_path / "b", replace(INFO, posterior="mode"), std=None, std_flip=None))
-    assert problems == [("latents-00000.tar: #0", "is in a chunk with std, std_flip, of which the manifest knows nothing")]
+    assert problems == [("latents-00000.tar: #0", "is in a chunk with std, std_flip, which the manifest does not have")]
 
 
 def test_the_null_text_is_there_for_each_text_encoder(tmp_path):

@@ -164,7 +164,7 @@ def test_a_shard_gives_back_its_chunks_their_words_and_where_an_image_is(tmp_pat
         rows = [(chunk, row) for chunk, (size, _) in enumerate(chunks) for row in range(size)]
         assert [shard.locate(row) for row in range(len(rows))] == rows
         for chunk, row in rows:
-            image, words = next(expected), shard.words(chunk)
+            image, words = next(expected), shard.metadata(chunk)
             assert (words["keys"][row], words["captions"][row]) == (image["key"], image["captions"])
             for name, latent in image["latents"].items():
                 assert np.array_equal(shard.tensors(chunk)[name][row], latent)
@@ -267,7 +267,7 @@ def test_tensors_that_do_not_go_together_are_told_before_a_sample_is_cut_out_of_
 
     words = json.dumps({"keys": ["a", "b", "c"], "captions": [["x"], ["y"], ["z"]]}).encode()
     whole = shard("whole", safetensors=safetensors.numpy.save(tensors), json=words)
-    assert whole.words(0)["keys"] == ["a", "b", "c"] and whole.locate(2) == (0, 2)
+    assert whole.metadata(0)["keys"] == ["a", "b", "c"] and whole.locate(2) == (0, 2)
     tensors = {name: array for name, array in (tensors | changes).items() if array is not None}
     data = safetensors.numpy.save(tensors) if "safetensors" not in changes else None
     with pytest.raises(DecodeError, match=f"is in a chunk .*{reason}"):
@@ -292,12 +292,12 @@ def test_broken_keys_and_captions_are_told(tmp_path, words):
         writer.write("0", chunk_of([source.send((1, 1)), source.send((1, 1))]).members())
     path = tmp_path / "x-00000.tar"
     data, shard = path.read_bytes(), LatentShard(path, 2)
-    assert [len(captions) for captions in shard.words(0)["captions"]] == [1, 2]
+    assert [len(captions) for captions in shard.metadata(0)["captions"]] == [1, 2]
     offset, size = shard.spans[0]["json"]
     assert len(words) <= size
     path.write_bytes(data[:offset] + words.ljust(size) + data[offset + size :])
     with pytest.raises(DecodeError, match="is in a chunk without its keys and captions"):
-        LatentShard(path, 2).words(0)
+        LatentShard(path, 2).metadata(0)
 
 
 def test_the_deep_check_counts_latents_not_chunks(folder):

@@ -236,7 +236,7 @@ def test_samples_that_cannot_be_used_are_left_out_and_on_record(export, autoenco
     dataset, words = LatentDataset(out), []
     for entry in manifest.shards:
         shard = dataset.open_shard(out / entry.name, entry)
-        words += [shard.words(chunk) for chunk in range(len(shard.spans))]
+        words += [shard.metadata(chunk) for chunk in range(len(shard.spans))]
     keys = [key for chunk in words for key in chunk["keys"]]
     assert keys == [f"{number:03d}" for number in range(120) if number != 57]
     assert [caption for chunk in words for (caption,) in chunk["captions"]] == [f"red number {int(key) % 3}" for key in keys]
@@ -347,7 +347,7 @@ def test_images_of_several_sizes_and_captions_keep_all_that_is_known_of_them(
     for entry in manifest.shards:
         shard = dataset.open_shard(tmp_path / "out" / entry.name, entry)
         for chunk in range(len(shard.spans)):
-            tensors, words = shard.tensors(chunk), shard.words(chunk)
+            tensors, words = shard.tensors(chunk), shard.metadata(chunk)
             for row, key in enumerate(words["keys"]):
                 number = int(key)
                 first, end = tensors["caption_start"][row : row + 2]

@@ -52,7 +52,7 @@ def stored(folder):
     for entry in Manifest.load(folder).shards:
         shard = LatentShard(folder / entry.name, entry.samples)
         for chunk in range(len(shard.spans)):
-            tensors, words = shard.tensors(chunk), shard.words(chunk)
+            tensors, words = shard.tensors(chunk), shard.metadata(chunk)
             for row, (key, captions) in enumerate(zip(words["keys"], words["captions"], strict=True)):
                 starts = tensors["text_start"][tensors["caption_start"][row] : tensors["caption_start"][row + 1] + 1]
                 image = {

@@ -107,8 +107,8 @@ def pack(
     )
     with journal:
         packed, first_reason = journal.packed, ""
-        rest = islice(source.items(), journal.consumed, None)
-        results = parallel_map(partial(_prepare, source, preparation), rest, workers, _AHEAD)
+        remaining = islice(source.items(), journal.consumed, None)
+        results = parallel_map(partial(_prepare, source, preparation), remaining, workers, _AHEAD)
         if journal.consumed and on_progress is not None:
             on_progress(journal.consumed, found)
         with writer, closing(results):

@@ -41,7 +41,7 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt")
 
 _ALLOWED = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
-# Images in formats that are not read: recorded in the quarantine, so that nobody wonders where they went.
+# Images in unsupported formats are recorded in the quarantine.
 _OTHER_IMAGES = frozenset((".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg"))
 _IMAGES = _ALLOWED | _OTHER_IMAGES
 _ROWS_AT_ONCE = 1000
@@ -206,7 +206,7 @@ class DatasetSource(ImageSource):
             import datasets
         except ImportError:
             raise UsageError(f"reading {src} needs datasets; run `pip install datasets`") from None
-        datasets.disable_progress_bars()  # they would garble ours
+        datasets.disable_progress_bars()
         try:
             loaded = datasets.load_from_disk(str(src))
         except Exception as error:  # from pyarrow, json, fsspec and others, depending on the damage
@@ -360,7 +360,7 @@ def _captions_beside(path: str) -> Sequence[str]:
 
 
 def _read(path: str, limit: int) -> bytes:
-    # isfile before open: opening a named pipe would wait for ever.
+    # isfile before open: opening a named pipe would block
     if not os.path.isfile(path):
         raise DecodeError(f"{os.path.splitext(path)[1]} is not a regular file")
     try:
