@@ -1,4 +1,4 @@
-"""What a test puts into a run by class_path: files may no longer grow as large as a checkpoint."""
+"""A callback that tests give by class_path: it limits the size of files to less than a checkpoint's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.runs.layout import RunFolder
 
 
 class LimitFileSize(Callback):
-    """From the end of step ``step`` on, as by ``ulimit -f``."""
+    """From the end of step ``step``, like ``ulimit -f``."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -1,4 +1,4 @@
-"""Two processes, of which the first cannot write: each says what it ended with. Once at the save, once in the background.
+"""Two processes of which the first cannot write, while saving in the foreground and in the background; each prints its error.
 
 torchrun --nproc-per-node 2 checkpoint_ranks.py FOLDER
 """
@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
         try:
             train(folder / f"background-{background}", os.open(os.devnull, os.O_WRONLY), background, 2, LimitFileSize(4))
         except LdmError as error:
-            # in one write, for the lines of two processes to stay apart
+            # in one write, so that the lines of two processes do not mix
             os.write(1, f"rank {os.environ['RANK']}, background {background}: {error}\n".encode())
 
 

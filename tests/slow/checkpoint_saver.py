@@ -1,9 +1,9 @@
-"""A training that saves at every step is killed again and again, and what it leaves behind is looked at each time.
+"""Kill a training that saves at every step, again and again, and check what it leaves each time.
 
     python checkpoint_saver.py FOLDER ROUNDS SEED
 
-Imports are paid for once: each training is a fork of this process. Every other one saves in the background. Prints how many
-kills fell into a write.
+Each training is a fork of this process, which imports everything once. Every other one saves in the background. Prints how
+many kills fell into a write.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Numbers:
 
 
 class Heavy(LightningModule):
-    """A millisecond to train and many to save; tells ``pipe`` of each step whose save has returned."""
+    """Takes a millisecond to train and many to save; writes each step whose save has returned to ``pipe``."""
 
     def __init__(self, pipe: int):
         super().__init__()
@@ -73,7 +73,7 @@ def train(folder: Path, pipe: int, background: bool, processes: int = 1, *callba
 
 
 def killed(folder: Path, background: bool, seconds: float) -> int:
-    """Kill a training so many seconds after it began to save; returns the last step whose save had returned."""
+    """Kill a training ``seconds`` after its first save; returns the last step whose save had returned."""
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
@@ -90,7 +90,7 @@ def killed(folder: Path, background: bool, seconds: float) -> int:
     os.waitpid(child, 0)
     with open(reads) as pipe:
         steps = [int(line) for line in pipe]
-    # in the background a write is known to be over when the next begins
+    # in the background a write is known to be complete when the next begins
     return steps[-1] - background
 
 

@@ -1,4 +1,4 @@
-"""Tiny runs of both stages as a user starts them: real processes, from the shipped recipes."""
+"""Tiny runs of both stages in real processes, from the shipped recipes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TinyRuns:
     folder: Path
 
     def command(self, stage: str, out: str | Path, *options: str, steps: int = 8, validate_every: int = 4) -> list[str]:
-        """``ldm STAGE fit`` of networks that take milliseconds a step; ``options`` come last, and so win."""
+        """``ldm STAGE fit`` of networks that take milliseconds a step; ``options`` override the rest."""
         common = [
             *("--out", str(out), "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
             *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(validate_every)),
@@ -55,7 +55,7 @@ class TinyRuns:
         return [sys.executable, "-m", "ldm", stage, "fit", "--config", str(recipe), *common, *own, *options]
 
     def torchrun(self, command: Sequence[str], processes: int = 2) -> list[str]:
-        """The same command by torchrun on so many processes of this machine."""
+        """The command under torchrun with DDP on ``processes`` processes."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         return [*launcher, *command[1:], "--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
 
@@ -87,11 +87,11 @@ def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
-    """Exit status and all that it said; one that does not end in time is killed with its children, and the test fails."""
+    """Exit status and output; a process that does not end in time is killed with its children, and the test fails."""
     try:
         said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        # torchrun's processes have sessions of their own, and end with its death if they ever look
+        # torchrun's processes have their own sessions
         subprocess.run(["pkill", "-9", "-P", str(process.pid)], check=False)
         os.killpg(process.pid, 9)
         said, _ = process.communicate()
@@ -105,7 +105,7 @@ def run(command: Sequence[str], seconds: float = 120, /, **environment: str) -> 
 
 
 def wait_for(path: Path, seconds: float = 60) -> Path:
-    """Until a file is there."""
+    """Wait until a file exists."""
     end = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > end:

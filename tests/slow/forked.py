@@ -1,4 +1,4 @@
-"""One command line in a fork, see :func:`fork` of ``warm.py``."""
+"""Runs one command line in a fork; see :func:`fork` of ``warm.py``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def main(
 ) -> None:
     """
     Args:
-        log: the file for all that it says.
+        log: file for all output.
         arguments: of the command line.
-        environment: what torchrun or SLURM would set.
-        step: ("before" or "after", a file's name): to act before or after that file gets its name.
-        act: "kill" -9; "full": the disk has no room; "hold": wait for ``go`` to be beside the log, and make ``held-`` that
-            name there. Whenever this process waits for others, it makes ``waits-`` its rank there.
-        file_size: no file may grow larger, in bytes.
+        environment: the variables of torchrun or SLURM.
+        step: ("before" or "after", a file's name): when to act: before or after a file is renamed to this name.
+        act: "kill" with -9; "full": the disk is full; "hold": create ``held-NAME`` beside the log and wait for ``go`` there.
+            A held process that waits for others creates ``waits-RANK`` there.
+        file_size: limit of the size of files, in bytes.
     """
     import torch
 
@@ -37,9 +37,9 @@ def main(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
-    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as where nothing is forked
+    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as in a run that is not forked
     if "MASTER_PORT" in environment:
-        torch.set_num_threads(1)  # torchrun says so to OpenMP, which is loaded here already
+        torch.set_num_threads(1)  # as torchrun does by a variable, which is too late for OpenMP here
     folder, replace, sleep = Path(log).parent, os.replace, time.sleep
 
     def replace_or_act(source: Path, target: Path) -> None:

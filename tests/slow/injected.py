@@ -1,4 +1,4 @@
-"""What tests put into runs by class_path: faults at a step."""
+"""Callbacks that tests give to runs by class_path: signals and faults at a step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ldm.runs.checkpoints.callback import Checkpoints
 
 
 class SignalAt(Callback):
-    """Sends its own process a signal at the end of each of these steps, once in a run; on one rank or (-1) on all.
+    """Sends its process a signal at the end of each of these steps, once in a run, on one rank or (-1) on all.
 
-    Callbacks of the config come first: a checkpoint that is due at that step is not yet written.
+    Callbacks of the config run first: a checkpoint that is due at the step is not yet written.
     """
 
     def __init__(self, steps: list[int], number: int = int(signal.SIGKILL), rank: int = -1) -> None:
@@ -31,7 +31,7 @@ class SignalAt(Callback):
 
 
 class SaveAtStart(Callback):
-    """Saves what a run resumes with before it trains a step, and ends it with 7."""
+    """Saves the state that a run resumes with, before it trains a step, and exits with 7."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoints = trainer.checkpoint_callback
@@ -51,7 +51,7 @@ class PoisonAt(Callback):
         if self.seen in self.batches and trainer.global_rank == self.rank:
             if "mean" in batch:
                 batch["mean"][0, 0, 0, 0] = torch.nan
-            else:  # images are bytes, which know no NaN
+            else:  # images are bytes, which have no NaN
                 batch["image"] = batch["image"].float()
                 batch["image"][0, 0, 0, 0] = torch.nan
         self.seen += 1

@@ -1,4 +1,4 @@
-"""More that tests put into runs by class_path: what befalls groups of processes, memory and storage."""
+"""Callbacks that tests give to runs by class_path: faults of process groups, memory and storage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.data.shard_dataset import ShardDataset
 
 
 def mark(trainer: Trainer) -> bool:
-    """Leave the file that says when signals were sent; False if it is there from before."""
+    """Write the file whose time is that of the signal; False if it exists."""
     file = Path(trainer.default_root_dir, f"signalled-{trainer.global_rank}-{trainer.global_step}")
     try:
         file.touch(exist_ok=False)
@@ -27,19 +27,19 @@ def mark(trainer: Trainer) -> bool:
 
 
 class SignalGroup(Callback):
-    """On every rank, the process and those of its loader get a signal at the end of a step, once in a run."""
+    """Sends the process of every rank and its loader processes a signal at the end of a step, once in a run."""
 
     def __init__(self, step: int, number: int = int(signal.SIGTERM)) -> None:
         self.step, self.number = step, number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step and mark(trainer):
-            # torchrun gives every process a group of its own
+            # under torchrun every process leads a process group
             os.killpg(os.getpgrp(), self.number)
 
 
 class SignalInValidation(Callback):
-    """Sends its own process a signal at a batch of validation, some times one after another."""
+    """Sends its process a signal at a validation batch, ``times`` times."""
 
     def __init__(self, number: int = int(signal.SIGINT), times: int = 1) -> None:
         self.number, self.times = number, times
@@ -48,11 +48,11 @@ class SignalInValidation(Callback):
         mark(trainer)
         for _number in range(self.times):
             os.kill(os.getpid(), self.number)
-            time.sleep(1.5)  # longer than it takes a launcher to send a signal on
+            time.sleep(1.5)  # longer than a launcher takes to forward a signal
 
 
 class RunOutOfMemory(Callback):
-    """Raises what torch raises, on one rank at the end of a step."""
+    """Raises torch's error on one rank at the end of a step."""
 
     def __init__(self, step: int, rank: int) -> None:
         self.step, self.rank = step, rank
@@ -63,7 +63,7 @@ class RunOutOfMemory(Callback):
 
 
 class Hang(Callback):
-    """On one rank nothing happens any more after a step, and no error either."""
+    """Hangs on one rank after a step, without an error."""
 
     def __init__(self, step: int, rank: int) -> None:
         self.step, self.rank = step, rank
@@ -74,7 +74,7 @@ class Hang(Callback):
 
 
 class StallReading(Callback):
-    """On one rank the storage does not answer any more when samples of a step are read."""
+    """Storage stops to answer on one rank when samples of a step are read."""
 
     def __init__(self, step: int, rank: int) -> None:
         self.step, self.rank = step, rank

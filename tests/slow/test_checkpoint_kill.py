@@ -1,4 +1,4 @@
-"""Checkpoints under kill -9, on a disk that takes no more, and with a flipped byte."""
+"""Checkpoints under kill -9, on a full disk, and with a flipped byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KILLS = 30
 
 
 def test_after_thirty_kills_during_saves_there_is_always_a_whole_checkpoint(tmp_path: Path) -> None:
-    """Never older than the last whose save had returned, with TMPDIR on another file system."""
+    """Not older than the last one whose save returned, with TMPDIR on another file system."""
     memory = Path("/dev/shm")
     assert memory.stat().st_dev != tmp_path.stat().st_dev
     saver = Path(__file__).with_name("checkpoint_saver.py")
@@ -29,7 +29,7 @@ def test_after_thirty_kills_during_saves_there_is_always_a_whole_checkpoint(tmp_
     assert int(said.split()[-1]) >= KILLS // 6, "too few of the kills fell into a write"
 
 
-def test_where_the_first_process_cannot_write_both_end_with_the_same_error(tmp_path: Path) -> None:
+def test_both_processes_end_with_the_same_error_if_the_first_cannot_write(tmp_path: Path) -> None:
     script = Path(__file__).with_name("checkpoint_ranks.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     status, said = run([*launcher, str(script), str(tmp_path)], 180)
@@ -38,11 +38,11 @@ def test_where_the_first_process_cannot_write_both_end_with_the_same_error(tmp_p
         lines = [line for line in said.splitlines() if f", background {background}: " in line]
         assert sorted(line[:6] for line in lines) == ["rank 0", "rank 1"], said
         assert len({line[6:] for line in lines}) == 1 and "could not be written (File too large" in lines[0], said
-        # in the background one more may have been under way when the limit came
+        # in the background another write may have been under way
         assert step_of(latest_checkpoint(tmp_path / f"background-{background}" / "checkpoints")) >= 3 - background
 
 
-def test_a_disk_that_takes_no_more_stops_both_processes_and_the_run_goes_on_from_what_is_whole(
+def test_a_full_disk_stops_both_processes_and_the_run_resumes_from_the_last_whole_checkpoint(
     tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run" / "checkpoints"
@@ -67,7 +67,7 @@ def test_a_disk_that_takes_no_more_stops_both_processes_and_the_run_goes_on_from
     assert f"{newest} is broken" in said and "trying the one before" in said
     assert [step_of(path) for path in checkpoints_in(folder)] == [6, 8]
     assert os.readlink(folder / "last.ckpt") == "step=00000008.ckpt"
-    # all of a real run's checkpoint is weights and plain values, and its description finds everything
+    # a real checkpoint holds weights and plain values alone, and its summary is complete
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
     assert checkpoint.keys() == load_checkpoint(folder / "last.ckpt").keys()
     said = checkpoint_summary(checkpoint)

@@ -22,7 +22,7 @@ STATE = ("state_dict", "optimizer_states", "average", "lr_schedulers", "skipped"
 
 
 def state(path: Path) -> dict[str, Any]:
-    """What is trained, of a checkpoint of either kind."""
+    """The training state of a checkpoint of either kind."""
     checkpoint = read_sharded(path) if path.is_dir() else load_checkpoint(path)
     return dict(leaves({name: checkpoint[name] for name in STATE}))
 
@@ -40,7 +40,7 @@ def test_ddp_then_fsdp_then_one_process(tiny_runs: TinyRuns, tmp_path: Path, sta
     if stage == "denoiser":
         options += ["--model.power_averages.sigma_rel", "[0.1]"]
 
-    def go(out: Path, how: list[str], steps: int, *more: str, status: int = 0) -> Path:
+    def train(out: Path, how: list[str], steps: int, *more: str, status: int = 0) -> Path:
         """The checkpoint of the last step."""
         processes = 2 if how else 1
         batch = ["--data.batch_size", str(4 // processes)]
@@ -53,22 +53,22 @@ def test_ddp_then_fsdp_then_one_process(tiny_runs: TinyRuns, tmp_path: Path, sta
         return RunFolder(out).checkpoints_folder / checkpoint_name(steps)
 
     out, save = tmp_path / "run", ["--trainer.callbacks+=tests.slow.injected.SaveAtStart"]
-    before = state(go(out, DDP, 3))
+    before = state(train(out, DDP, 3))
     again = RunFolder(out).checkpoints_folder / checkpoint_name(3)
-    go(out, FSDP, 5, *save, status=7)
+    train(out, FSDP, 5, *save, status=7)
     assert again.is_dir()
     assert_equal(state(again), before)
     kill = ["--trainer.callbacks+=tests.slow.injected.SignalAt", "--trainer.callbacks.init_args.steps=[4]"]
-    go(out, FSDP, 5, *kill, status=-9)  # FSDP resumes from FSDP, too
-    sharded = go(out, FSDP, 5)
+    train(out, FSDP, 5, *kill, status=-9)  # FSDP resumes from FSDP, too
+    sharded = train(out, FSDP, 5)
     assert sharded.is_dir()
     before, random = state(sharded), load_checkpoint(sharded)["random"]
-    go(out, [], 7, *save, status=7)
+    train(out, [], 7, *save, status=7)
     assert sharded.is_file()
     assert_equal(state(sharded), before)
-    go(out, [], 7)
+    train(out, [], 7)
 
-    whole = go(tmp_path / "whole", DDP, 7)
+    whole = train(tmp_path / "whole", DDP, 7)
     at_five = load_checkpoint(whole.with_name(checkpoint_name(5)))["random"]
     assert_equal(dict(leaves(random)), dict(leaves(at_five)))
     # training under FSDP is that under DDP: the exported weights and all metrics, of validation at step 5 too

@@ -1,4 +1,4 @@
-"""Runs in which a process is lost, hangs, stalls or lacks memory: all the others end in time, and say why."""
+"""Runs in which a process is lost, hangs, stalls or runs out of memory: the others end in time with the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOST = f"ldm: a process of this run has gone or does not answer, as seen at step
 
 
 @pytest.mark.slow
-def test_where_a_process_is_killed_the_other_one_says_so_and_a_checkpoint_is_there(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_other_with_one_line_and_a_checkpoint_stays(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     killed = [*signal_at(9, rank=1), "--checkpoints.every_steps", "2"]
     command = tiny_runs.command("denoiser", tmp_path / "run", *killed, steps=10_000)
     status, said = run(tiny_runs.torchrun(command))
@@ -25,7 +25,7 @@ def test_where_a_process_is_killed_the_other_one_says_so_and_a_checkpoint_is_the
 
 
 @pytest.mark.slow
-def test_out_of_memory_on_one_process_names_the_knobs_and_ends_both(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+def test_out_of_memory_on_one_process_names_the_settings_and_ends_both(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     fault = injected("injected_faults.RunOutOfMemory", step=AT, rank=1)
     command = tiny_runs.command("autoencoder", tmp_path / "run", *fault, *TWO, steps=10_000)
     status, said = run(command)
@@ -34,7 +34,7 @@ def test_out_of_memory_on_one_process_names_the_knobs_and_ends_both(tiny_runs: T
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_given_up_after_the_timeout_and_does_not_stay(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+def test_a_process_that_hangs_is_killed_after_the_timeout(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     fault = injected("injected_faults.Hang", step=AT, rank=1)
     limit = ["--trainer.strategy", "lightning.pytorch.strategies.DDPStrategy", "--trainer.strategy.timeout", "0:00:30"]
     command = tiny_runs.command("denoiser", tmp_path / "run", *fault, "--trainer.devices", "2", *limit, steps=10_000)

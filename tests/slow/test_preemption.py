@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: they save within a step, say so once, leave with 143 and no process behind, and can go on."""
+"""Runs that are asked to stop: they save within a step, print one line, exit with 143, leave no process, and can be resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.runs.layout import RunFolder
 from .conftest import TinyRuns, run
 
 AT = 3  # the step after which signals are sent
-SECONDS = 30.0  # that a run which is asked to stop may take
+SECONDS = 30.0  # limit for a run that is asked to stop
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
@@ -30,9 +30,9 @@ def signal_at(number: int, rank: int) -> list[str]:
 
 
 def stops(command: list[str], out: Path, rank: int, /, **environment: str) -> tuple[int, str]:
-    """Exit status and what was said of a run in which ``rank`` is asked to stop; it must be over in time.
+    """Exit status and output of a run in which ``rank`` is asked to stop; it must end in time.
 
-    Over is when nobody holds its output any more: when no process is left.
+    It has ended when no process holds its output.
     """
     status, said = run(command, **environment)
     over, asked = time.time(), out / f"signalled-{rank}-{AT}"
@@ -44,31 +44,26 @@ def stops(command: list[str], out: Path, rank: int, /, **environment: str) -> tu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "rank"), [("denoiser", 0), ("autoencoder", 1)])
-def test_two_processes_stop_together_whichever_of_them_is_asked(
-    tiny_runs: TinyRuns, tmp_path: Path, stage: str, rank: int
+@pytest.mark.parametrize(
+    ("launcher", "stage", "rank", "number"),
+    [("torchrun", "autoencoder", 1, signal.SIGTERM), ("--trainer.devices", "denoiser", 0, signal.SIGUSR1)],
+)
+def test_two_processes_stop_together_whichever_is_asked_and_whoever_starts_them(
+    tiny_runs: TinyRuns, tmp_path: Path, launcher: str, stage: str, rank: int, number: int
 ) -> None:
     out = tmp_path / "run"
-    command = tiny_runs.command(stage, out, *signal_at(signal.SIGTERM, rank), steps=10_000)
-    status, said = stops(tiny_runs.torchrun(command), out, rank)
-    # torchrun's own status is 1; it tells those of the processes
-    assert status == 1 and said.count("exitcode  : 143") == 2, said
+    command = tiny_runs.command(stage, out, *signal_at(number, rank), steps=10_000)
+    if launcher == "torchrun":  # which exits with 1 and prints the status of its processes
+        status, said = stops(tiny_runs.torchrun(command), out, rank)
+        assert status == 1 and said.count("exitcode  : 143") == 2, said
+    else:
+        status, said = stops([*command, *TWO], out, rank)
+        assert status == 143, said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "rank", "number"), [("denoiser", 1, signal.SIGTERM), ("autoencoder", 0, signal.SIGUSR1)])
-def test_so_they_do_where_the_command_starts_two_by_itself(
-    tiny_runs: TinyRuns, tmp_path: Path, stage: str, rank: int, number: int
-) -> None:
-    out = tmp_path / "run"
-    command = tiny_runs.command(stage, out, *signal_at(number, rank), *TWO, steps=10_000)
-    status, said = stops(command, out, rank)
-    assert status == 143, said
-
-
-@pytest.mark.slow
-def test_a_cluster_that_asks_every_process_queues_the_job_again_and_it_goes_on(tiny_runs: TinyRuns, tmp_path: Path) -> None:
-    """Those of the loader are asked, too."""
+def test_a_signal_of_slurm_to_every_process_requeues_the_job_which_then_resumes(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    """Loader processes receive it, too."""
     out, asked, scontrol = tmp_path / "run", tmp_path / "asked", tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
     scontrol.chmod(0o755)
@@ -78,7 +73,7 @@ def test_a_cluster_that_asks_every_process_queues_the_job_again_and_it_goes_on(t
     status, said = stops(tiny_runs.torchrun([*command, *signals]), out, 0, **slurm)
     assert status == 1 and said.count("exitcode  : 143") == 2, said
     assert said.count("SLURM job 77 is requeued") == 1 and asked.read_text() == "requeue 77\n"
-    # the very same command again, as SLURM gives it
+    # the same command again, as SLURM runs it
     status, said = run(tiny_runs.torchrun([*command, *signals]), **slurm)
     assert status == 0 and (out / "pipeline").is_dir(), said
     assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["global_step"] == AT + 2

@@ -1,4 +1,4 @@
-"""Processes that start at once: forks of one that has done its imports, which take longer than a tiny run does."""
+"""Processes that start quickly: forks of a server that has done the imports, which take longer than a tiny run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ DDP = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
 class Fork(NamedTuple):
-    """A process, and where it says what it does."""
+    """A process and its log."""
 
     process: Any
     log: Path
 
     def end(self, seconds: float = 300) -> tuple[int, str]:
-        """Its exit status (less than 0: by that signal) and what it said; a hang is a failure."""
+        """Exit status (negative: the signal that ended it) and output; a hang fails the test."""
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.process.kill()
@@ -45,12 +45,12 @@ class Fork(NamedTuple):
 def fork(
     log: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None, daemon: bool = True, **how: Any
 ) -> Fork:
-    """``ldm`` with these arguments; ``how`` is what ``forked.py`` takes.
+    """Run ``ldm`` with these arguments; ``how`` goes to ``main`` of ``forked.py``.
 
-    ``daemon``: ends with the tests, and cannot have processes of its own.
+    ``daemon``: the process ends with the tests, and cannot start processes.
     """
     request = {"log": str(log), "arguments": list(arguments), "environment": dict(environment or {}), **how}
-    # by path: tests are no package that a fork could import them from
+    # by path: a fork cannot import from tests, which are not a package
     forked = str(Path(__file__).with_name("forked.py"))
     process = _context.Process(target=runpy.run_path, args=(forked, {"REQUEST": request}, "forked"), daemon=daemon)
     process.start()
@@ -58,9 +58,9 @@ def fork(
 
 
 def run(command: Sequence[str], folder: Path, processes: int = 1) -> tuple[int, str]:
-    """``python -m ldm …`` on so many processes, under the environment of torchrun: the worst status, and all they said.
+    """``python -m ldm …`` on ``processes`` processes in torchrun's environment: the worst exit status, and all output.
 
-    ``folder`` is for their logs.
+    ``folder``: for the logs.
     """
     port = find_free_network_port()
     forks = []
@@ -68,11 +68,11 @@ def run(command: Sequence[str], folder: Path, processes: int = 1) -> tuple[int, 
         torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         torchrun |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
         environment = {name: str(value) for name, value in torchrun.items()} if processes > 1 else {}
-        # it may have loader processes
+        # no daemon: it may have loader processes
         forks.append(fork(folder / f"{rank}.log", command[3:], environment, daemon=False))
     try:
         ends = [each.end() for each in forks]
     finally:
-        for each in forks:  # where one hangs the others may, and the tests would wait for them
+        for each in forks:  # if one hangs the others may too
             each.process.kill()
     return max((status for status, _ in ends), key=abs), "".join(said for _, said in ends)
