@@ -1,4 +1,4 @@
-"""Truths about the pace that is shown and logged: what counts as waiting, what is left out, what a resumed run forgets."""
+"""The speed that is shown and logged: what counts as waiting, what does not count, what a resumed run forgets."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SlowModule(LightningModule):
 
 
 class SaveSlowly(Callback):
-    """Saves now and then, and takes its time."""
+    """Saves every seven steps, slowly."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step % 7 == 3:
@@ -91,7 +91,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_waiting_is_the_time_in_the_loader_alone(trained: Path) -> None:
     curves = read_metrics(trained / "logs" / "metrics.csv")
     for share, seconds in zip(curves["time/data_wait_share"][1], curves["time/step_seconds"][1], strict=True):
-        # however busy the machine is, neither sleeps less; a tenth for what the two figures are not taken at once
+        # lower bounds hold on a busy machine; a tenth of tolerance, since the two values are not taken at the same time
         assert share * seconds >= 0.9 * LOADING and (1 - share) * seconds >= 0.9 * STEPPING
 
 

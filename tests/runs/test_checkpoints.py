@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, found again, the right ones kept, and a run that goes on as if it had never stopped."""
+"""Checkpoints: complete or absent, found again, the right ones kept, and resumed runs equal to uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from ldm.runs.lightning_private import skip_next_validation
 STEPS, VALIDATE_EVERY = 10, 4
 
 
-# -- a tiny training of which all is known ---------------------------------------------------------------------------------
+# -- a tiny training -------------------------------------------------------------------------------------------------------
 
 
 class Numbers:
-    """0, 1, 2, … without end; its place is that of the last number trained."""
+    """0, 1, 2, …, endless; its state is the number after the last one trained."""
 
     position = 0
 
@@ -64,7 +64,7 @@ class Numbers:
 
 
 class Tiny(LightningModule):
-    """Each validation turns the loss down, as a guard does: where one is left out or comes twice, the weights differ."""
+    """Each validation scales the loss, as the GAN guard does: if one is skipped or repeated, the weights differ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Tiny(LightningModule):
 
 
 class Rows(DummyLogger):
-    """What loggers are given."""
+    """Keeps what it logs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Rows(DummyLogger):
 
 
 class Do(Callback):
-    """Call something at one hook, at one step."""
+    """Calls ``action`` at one hook of one step."""
 
     def __init__(self, hook: str, step: int, action: Callable[[Trainer], object]):
         def at_hook(trainer: Trainer, *_: object) -> None:
@@ -128,7 +128,7 @@ class Do(Callback):
 
 
 class Stopped(Exception):
-    """As suddenly as a kill."""
+    """Ends training without any clean-up, like a kill."""
 
 
 def stop_at_once(trainer: Trainer) -> None:
@@ -136,7 +136,7 @@ def stop_at_once(trainer: Trainer) -> None:
 
 
 def save_and_stop(trainer: Trainer) -> None:
-    """As a preemption: save without waiting for a validation, and end after this step."""
+    """Like a preemption: save without waiting for a validation, and end after this step."""
     checkpoints_of(trainer).save_now(trainer)
     skip_next_validation(trainer)
     trainer.should_stop = True
@@ -150,7 +150,7 @@ def fit(
     losses: list[float] | None = None,
     **trainer: Any,
 ) -> tuple[Tiny, list[tuple[int, dict[str, float]]]]:
-    """The module as it is in the end, and what its logger was given."""
+    """The trained module, and the logged rows."""
     module, rows = Tiny(), Rows()
     module.losses = iter([loss for loss in losses or [] for _ in range(2)])  # two batches each
     settings: dict[str, Any] = {"max_steps": STEPS, "val_check_interval": VALIDATE_EVERY} | trainer
@@ -175,14 +175,14 @@ def fit(
 
 
 def steps(folder: Path) -> list[int]:
-    """Of the checkpoints that are there, all of which must be whole."""
+    """Steps of the checkpoints, all of which must be whole."""
     found = checkpoints_in(folder / "checkpoints")
     assert all(load_checkpoint(path)["global_step"] == step_of(path) for path in found)
     return [step_of(path) for path in found]
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What is neither a checkpoint, nor the sha256 of one, nor a link."""
+    """Files that are neither a checkpoint, nor its sha256, nor a link."""
     kept = {path.name for path in checkpoints_in(folder)}
     return sorted(
         path.name
@@ -271,7 +271,7 @@ def test_one_without_a_sha256_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_the_latest_is_the_last_that_was_written_and_not_one_of_a_course_gone_back_from(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 9)
-    (mine,) = saved(tmp_path, 3)  # after going on from 2
+    (mine,) = saved(tmp_path, 3)  # after resuming from 2
     assert latest_checkpoint(tmp_path) == mine
     (tmp_path / "last.ckpt").unlink()
     assert step_of(latest_checkpoint(tmp_path)) == 9
@@ -373,7 +373,7 @@ def test_of_two_processes_the_first_alone_hashes_and_both_take_its_checkpoint_or
     assert [(tmp_path / f"hashed-{rank}").read_text() for rank in (0, 1)] == ["2", "0"]
 
 
-# -- a run that goes on ----------------------------------------------------------------------------------------------------
+# -- resumed runs ----------------------------------------------------------------------------------------------------------
 
 
 def same(module: Tiny, other: Tiny) -> bool:
@@ -392,8 +392,8 @@ def same(module: Tiny, other: Tiny) -> bool:
     ids=["between", "owing the validation", "after the validation", "right after", "at the end"],
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_that_goes_on_equals_one_that_never_stopped(stop: Callback, accumulate: int, tmp_path: Path) -> None:
-    """Weights, what validation changed, the order of training and validation, and the rows that loggers get."""
+def test_a_resumed_run_equals_an_uninterrupted_one(stop: Callback, accumulate: int, tmp_path: Path) -> None:
+    """Weights, what validation changed, the order of training and validation, and the logged rows."""
     settings: dict[str, Any] = {"accumulate_grad_batches": accumulate, "val_check_interval": VALIDATE_EVERY * accumulate}
     whole, rows = fit(tmp_path / "whole", **settings)
     first, rows_first = fit(tmp_path / "run", stop, **settings)
@@ -416,7 +416,7 @@ def test_it_may_stop_twice_in_a_row_without_a_step_between(tmp_path: Path) -> No
     assert [row for _, part in parts for row in part] == rows
 
 
-def test_saved_in_the_midst_of_a_validation_all_of_it_comes_again(tmp_path: Path) -> None:
+def test_a_validation_interrupted_by_a_checkpoint_is_repeated_whole(tmp_path: Path) -> None:
     def save(trainer: Trainer) -> None:
         checkpoints_of(trainer).save_now(trainer)
         raise Stopped
@@ -428,7 +428,7 @@ def test_saved_in_the_midst_of_a_validation_all_of_it_comes_again(tmp_path: Path
     assert rows_first + rows_second == rows
 
 
-def test_the_last_step_is_saved_once_and_may_be_gone_on_from(tmp_path: Path) -> None:
+def test_the_last_step_is_saved_once_and_can_be_resumed_from(tmp_path: Path) -> None:
     written: list[int] = []
     whole, rows = fit(tmp_path / "whole", max_steps=14)
     settings: dict[str, Any] = {"checkpoints": {"every_steps": 3}}
@@ -455,7 +455,7 @@ def test_the_newest_stay_and_last_points_to_the_newest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode, best", [("min", 6), ("max", 2)])
-def test_the_best_stays_whatever_comes_after_also_after_going_on(mode: str, best: int, tmp_path: Path) -> None:
+def test_the_best_is_kept_also_after_resuming(mode: str, best: int, tmp_path: Path) -> None:
     losses = [5.0, 3.0, 1.0, 4.0, float("nan")]
     settings = {"checkpoints": {"keep_last": 1, "best": "val/loss", "best_mode": mode}, "val_check_interval": 2}
     fit(tmp_path, losses=losses[:3], max_steps=6, **settings)
@@ -473,7 +473,7 @@ def test_a_better_one_is_saved_between_routine_ones_and_an_unknown_figure_is_ref
         fit(tmp_path / "other", checkpoints={"best": "val/psnr"})
 
 
-def test_one_is_kept_every_so_many_minutes_also_across_going_on(tmp_path: Path) -> None:
+def test_one_is_kept_every_so_many_minutes_also_across_resumes(tmp_path: Path) -> None:
     def wait(trainer: Trainer) -> None:
         time.sleep(0.7)
 
@@ -484,7 +484,7 @@ def test_one_is_kept_every_so_many_minutes_also_across_going_on(tmp_path: Path) 
     assert steps(tmp_path) == [5, 10, 12]
 
 
-def test_nothing_of_another_course_is_removed(tmp_path: Path) -> None:
+def test_checkpoints_of_later_steps_are_not_removed_after_resuming_earlier(tmp_path: Path) -> None:
     fit(tmp_path, checkpoints={"every_steps": 2, "keep_last": 5})
     folder = tmp_path / "checkpoints"
     fit(tmp_path, resume=folder / checkpoint_name(4), max_steps=7, checkpoints={"every_steps": 1, "keep_last": 1})
@@ -551,7 +551,7 @@ def test_the_process_does_not_go_before_the_write_did(tmp_path: Path) -> None:
     assert steps(tmp_path) == [2, 4] and os.readlink(tmp_path / "checkpoints" / "last.ckpt") == checkpoint_name(4)
 
 
-# -- what is said and refused ----------------------------------------------------------------------------------------------
+# -- messages and errors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("setting", [{"every_steps": 0}, {"every_minutes": -1.0}, {"keep_last": 0}])

@@ -1,4 +1,4 @@
-"""A dry run of both stages by their own code: what it says, that nothing of it stays, and the largest batch."""
+"""Dry runs of both stages: the table, no files left behind, and the largest batch."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_batch_in_micro_batches_is_one_step(latents: Path, runs: Path) -> None
     assert cli.trainer.fit_loop.epoch_loop.total_batch_idx + 1 == cli.trainer.global_step
 
 
-def test_what_the_run_would_be_refused_for_is_said_and_nothing_stays(latents: Path, runs: Path) -> None:
+def test_errors_of_the_run_are_raised_and_nothing_stays(latents: Path, runs: Path) -> None:
     with pytest.raises(UsageError, match=r"trainer\.accumulate_grad_batches 2: .* split it with model.accumulate"):
         denoiser(latents, runs / "run", "--dry-run", "--trainer.accumulate_grad_batches", "2")
     with pytest.raises(UsageError, match="caption_channels"):
@@ -143,7 +143,7 @@ def test_the_largest_batch_is_found_with_its_line(
 
 
 def growing(fixed: float, each: float, limit: float, tried: list[int]) -> Callable[[int], Trial | None]:
-    """A machine whose memory grows by line, and which ends at ``limit``."""
+    """A machine whose memory grows linearly with the batch, up to ``limit``."""
 
     def attempt(size: int) -> Trial | None:
         tried.append(size)
@@ -159,8 +159,8 @@ def test_the_line_finds_the_largest_batch_without_running_out() -> None:
     assert max(tried) == 400  # nothing was tried that did not fit
 
 
-def test_where_memory_ends_before_the_line_it_is_halved() -> None:
-    """A GPU whose memory is in pieces holds less than its size."""
+def test_it_bisects_where_memory_ends_before_the_prediction() -> None:
+    """A GPU with fragmented memory holds less than its size."""
     fits, _ = find_largest(growing(1000, 10, 4000, []), 1, 100_000, 5000)
     assert 300 - 300 // 16 <= fits[-1].size <= 300
 

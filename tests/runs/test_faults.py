@@ -1,4 +1,4 @@
-"""What is said of a failed run."""
+"""The messages of failed runs."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ OUT_OF_MEMORY = (
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_out_of_memory_names_the_knobs_of_the_stage(error: BaseException) -> None:
-    for module, knobs in (
+def test_out_of_memory_names_the_settings_of_the_stage(error: BaseException) -> None:
+    for module, settings in (
         (WithoutCheckpointing(), {"data.batch_size", "model.accumulate", "trainer.precision"}),
         (WithCheckpointing(), {"data.batch_size", "model.accumulate", "model.gradient_checkpointing", "trainer.precision"}),
     ):
         said = str(explain(error, trainer(module)))
         assert said.startswith("out of memory at step 0: ") and "\n" not in said
-        assert set(re.findall(r"\b(?:data|model|trainer)\.\w+", said)) == knobs
+        assert set(re.findall(r"\b(?:data|model|trainer)\.\w+", said)) == settings
 
 
-def test_a_knob_that_is_turned_already_is_not_named() -> None:
+def test_a_setting_that_is_in_use_is_not_named() -> None:
     assert "trainer.precision" not in str(explain(MemoryError(), trainer(precision="bf16-mixed")))
 
 
@@ -70,7 +70,7 @@ def test_a_knob_that_is_turned_already_is_not_named() -> None:
     ],
     ids=["closed", "timeout", "nccl", "store"],
 )
-def test_a_lost_process_is_called_that(error: BaseException) -> None:
+def test_a_lost_process_is_named(error: BaseException) -> None:
     said = str(explain(error, trainer()))
     assert "a process of this run has gone or does not answer" in said and "--resume latest" in said and str(error) in said
 
@@ -88,7 +88,7 @@ def test_anything_else_keeps_its_traceback(error: BaseException) -> None:
     assert raised.value is error
 
 
-def test_around_training_it_takes_the_place_of_what_torch_says() -> None:
+def test_it_replaces_the_error_of_torch() -> None:
     with pytest.raises(LdmError, match="out of memory") as raised, explained(trainer()):
         raise MemoryError
     assert type(raised.value) is LdmError and isinstance(raised.value.__cause__, MemoryError)

@@ -1,4 +1,4 @@
-"""What the private parts of Lightning that ldm relies on do in the installed version; and that no other file uses any."""
+"""The private attributes of Lightning that ldm uses, in the installed version; no other file uses any."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Line(LightningModule):
 
 
 class Watch(Callback):
-    """What the private parts say at the end of each batch, and around validations."""
+    """Records the private attributes at the end of each batch and around validations."""
 
     def __init__(self, skip: bool = False) -> None:
         self.accumulates: list[bool] = []
@@ -93,7 +93,7 @@ def test_no_other_file_uses_private_parts_of_lightning() -> None:
     assert found == []
 
 
-def test_a_batch_tells_whether_it_ends_a_step_whether_a_validation_follows_and_which_hook_it_is_in(tmp_path: Path) -> None:
+def test_accumulation_due_validations_and_the_current_hook(tmp_path: Path) -> None:
     watch = Watch()
     module = trained(watch, tmp_path)
     assert watch.accumulates == [True, False, True, False] and watch.due == [False, False, False, True]
@@ -101,11 +101,11 @@ def test_a_batch_tells_whether_it_ends_a_step_whether_a_validation_follows_and_w
     assert len(watch.taken) >= 4
 
 
-def test_a_validation_that_is_due_can_be_left_out(tmp_path: Path) -> None:
+def test_a_due_validation_can_be_skipped(tmp_path: Path) -> None:
     assert trained(Watch(skip=True), tmp_path).validated == 0
 
 
-def test_handlers_that_lightning_puts_back_can_be_chosen() -> None:
+def test_the_handlers_that_lightning_restores_can_be_set() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     private.ignore_after_training(trainer, signal.SIGUSR2)
     connector = trainer._signal_connector

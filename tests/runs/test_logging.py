@@ -1,4 +1,4 @@
-"""Truths about what a run's folder keeps: rows of metrics over kills and resumes, a log, a record for each start."""
+"""The logs of a run: rows of metrics over kills and resumes, messages, a record of each start."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALIDATE_EVERY, STEPS = 5, 12
 
 
 class Tiny(LightningModule):
-    """Its loss tells the step; a metric of its own comes late, so that the log's header grows."""
+    """Its loss is the step; another metric comes late, so that the header of the log grows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Tiny(LightningModule):
 
 
 class Killed(BaseException):
-    """Nothing is put in order after it."""
+    """Ends training without any clean-up."""
 
 
 class KillAt(Callback):

@@ -1,4 +1,4 @@
-"""The model card: that it says what the run says, opens what it lies beside, and gives nothing of the machine away."""
+"""The model card: it agrees with the run, its code opens the folder, and it names no path of the machine."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def snippet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Image.Image:
-    """What the card's own Python draws, run in its folder."""
+    """The image of the card's Python, run in its folder."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     exec(code, {})
@@ -162,7 +162,7 @@ def test_links_resolve(exported: Path) -> None:
     assert links == ["samples.png"] and Image.open(exported / "samples.png").format == "PNG"
 
 
-def test_a_folder_with_a_card_opens_and_draws_as_one_without(
+def test_a_folder_with_a_card_generates_the_same_images(
     exported: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(exported, tmp_path / "elsewhere")
@@ -170,8 +170,8 @@ def test_a_folder_with_a_card_opens_and_draws_as_one_without(
     for place in (folder, runs["DiT"] / "pipeline"):
         pipeline: Any = DiffusionPipeline.from_pretrained(place)
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-        drawn = pipeline(PROMPTS, num_inference_steps=3, guidance_scale=3.0, generator=generators).images
-        images.append(np.asarray(captioned_grid(drawn, PROMPTS)))
+        images_of = pipeline(PROMPTS, num_inference_steps=3, guidance_scale=3.0, generator=generators).images
+        images.append(np.asarray(captioned_grid(images_of, PROMPTS)))
     assert np.array_equal(*images)
     if not torch.cuda.is_available():
         assert np.array_equal(np.asarray(Image.open(folder / "samples.png")), images[0])
@@ -215,7 +215,7 @@ def test_a_stock_pipeline_has_a_card_that_opens_it(
         (["--model-card", "--as", "pixart"], "the denoiser is a DiT, but PixArtAlphaPipeline runs a PixArt"),
     ],
 )
-def test_what_does_not_serve_is_refused_in_one_line(
+def test_wrong_options_are_refused_in_one_line(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], why: str
 ) -> None:
     run = runs["DiT"]

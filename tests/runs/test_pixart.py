@@ -70,7 +70,7 @@ def assert_same_images(ours, folder):
     [([0.1, -0.3, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8]), ([0.0] * 4, [0.25] * 4), ([0.4] * 4, [0.5] * 4)],
     ids=["per channel", "one factor", "a shift too"],
 )
-def test_the_stock_pipeline_draws_the_same_images(tiny_autoencoder, minilm, tmp_path, mean, std):
+def test_the_stock_pipeline_generates_the_same_images(tiny_autoencoder, minilm, tmp_path, mean, std):
     set_latent_statistics(tiny_autoencoder, mean, std)
     ours = make_pipeline(tiny_autoencoder, minilm)
     export_pixart(ours, tmp_path / "out")
@@ -80,7 +80,7 @@ def test_the_stock_pipeline_draws_the_same_images(tiny_autoencoder, minilm, tmp_
 
     theirs, wanted = assert_same_images(ours, tmp_path / "out")
     assert wanted.std() > 10 and abs(wanted[0] - wanted[1]).max() > 10  # images of something, and of two things
-    # and both draw the same noise from the same seed
+    # and from the same seed
     wanted = pixels(ours(PROMPTS, generator=torch.Generator().manual_seed(1), **QUICK).images)
     again = theirs(PROMPTS, generator=torch.Generator().manual_seed(1), **THEIRS).images
     assert abs(pixels(again) - wanted).max() <= 2
@@ -95,7 +95,7 @@ def test_the_stock_pipeline_draws_the_same_images(tiny_autoencoder, minilm, tmp_
         (VarianceExploding(), Preconditioned()),
     ],
 )
-def test_so_it_does_on_every_path(tiny_autoencoder, minilm, tmp_path, path, prediction):
+def test_it_generates_the_same_images_on_every_path(tiny_autoencoder, minilm, tmp_path, path, prediction):
     set_latent_statistics(tiny_autoencoder, [0.1, -0.3, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
     ours = make_pipeline(tiny_autoencoder, minilm, path, prediction)
     export_pixart(ours, tmp_path / "out")
@@ -103,15 +103,15 @@ def test_so_it_does_on_every_path(tiny_autoencoder, minilm, tmp_path, path, pred
     assert wanted.std() > 10
 
 
-def test_networks_in_bf16_draw_nearly_the_same(tiny_autoencoder, minilm, tmp_path):
+def test_networks_in_bf16_generate_nearly_the_same(tiny_autoencoder, minilm, tmp_path):
     set_latent_statistics(tiny_autoencoder, [0.1, -0.3, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
     ours = make_pipeline(tiny_autoencoder, minilm)
     ours.save_pretrained(tmp_path)
     half: Any = LatentDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.transformer.dtype == torch.bfloat16
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    drawn, exact = (made(PROMPTS, latents=noise, output_type="pt", **QUICK).images for made in (half, ours))
-    assert 0 < (drawn - exact).abs().mean() < 0.02
+    rounded, exact = (made(PROMPTS, latents=noise, output_type="pt", **QUICK).images for made in (half, ours))
+    assert 0 < (rounded - exact).abs().mean() < 0.02
 
 
 def test_flow_schedulers_give_way_to_one_on_the_same_path(tiny_autoencoder, minilm, tmp_path):

@@ -1,4 +1,4 @@
-"""A run that is asked to stop: what it saves, where, and what it says."""
+"""A run that is asked to stop: its checkpoint and its message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Endless(IterableDataset):
 
 
 class Counter(LightningModule):
-    """A weight that counts the steps, and another one that stands in for it in validation."""
+    """A weight that counts the steps, and has another value in validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def saved(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Whichever way training ends, signals do afterwards what they did before; in a process that leaves as asked, nothing."""
+    """After training the signal handlers are the previous ones; in a process that was asked to stop they ignore signals."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it may be ignored
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     yield
@@ -127,7 +127,7 @@ def test_it_saves_at_that_step_and_stops_with_143(tmp_path: Path, number: int) -
     assert checkpoint["global_step"] == 2 and checkpoint["state_dict"]["weight"] == 2
 
 
-def test_the_figures_of_that_step_are_in_the_log(tmp_path: Path) -> None:
+def test_the_metrics_of_that_step_are_logged(tmp_path: Path) -> None:
     with pytest.raises(Preempted):
         fit(tmp_path, At(send(signal.SIGTERM), batch=2), logger=CSVLogger(tmp_path, name="", version="logs"))
     _, *rows = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()
@@ -141,7 +141,7 @@ def test_a_step_of_several_batches_is_finished_first(tmp_path: Path) -> None:
     assert checkpoint["global_step"] == 2 and checkpoint["state_dict"]["weight"] == 2
 
 
-def test_amidst_a_validation_it_saves_what_is_trained_and_that_the_validation_is_owed(tmp_path: Path) -> None:
+def test_within_a_validation_it_saves_the_trained_weights_and_owes_the_validation(tmp_path: Path) -> None:
     class Last(At):
         def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
             assert isinstance(pl_module, Counter)
@@ -156,8 +156,7 @@ def test_amidst_a_validation_it_saves_what_is_trained_and_that_the_validation_is
     assert checkpoint["callbacks"]["Checkpoints"]["owes_validation"]
 
 
-def test_after_the_last_step_a_run_is_brought_to_its_end(tmp_path: Path) -> None:
-    """Nobody would take up a run whose steps are all done for what it owes."""
+def test_after_the_last_step_the_run_finishes(tmp_path: Path) -> None:
     trainer = fit(tmp_path, At(send(signal.SIGTERM), batch=2), steps=2)
     assert trainer.global_step == saved(tmp_path)["global_step"] == 2
 
@@ -178,7 +177,7 @@ def test_ctrl_c_twice_stops_at_once_and_saves_nothing(tmp_path: Path, monkeypatc
     assert raised.value.code == 1 and not (tmp_path / "checkpoints").exists()
 
 
-def test_whoever_is_not_asked_trains_to_the_end(tmp_path: Path) -> None:
+def test_without_a_signal_it_trains_to_the_end(tmp_path: Path) -> None:
     assert fit(tmp_path).global_step == 6
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -194,7 +193,7 @@ def test_a_failure_of_one_process_alone_puts_all_handlers_back(tmp_path: Path) -
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A command of that name, of which the last line is given; writes down what it is asked."""
+    """A fake ``scontrol`` with this last line, which records its arguments."""
 
     def make(last: str = "") -> Path:
         asked, command = tmp_path / "asked", tmp_path / "scontrol"
@@ -208,7 +207,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return make
 
 
-def test_slurm_is_told_to_start_the_job_again(scontrol: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_job_is_requeued(scontrol: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = scontrol()
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     assert requeue() == "; SLURM job 123 is requeued" and asked.read_text() == "requeue 123\n"
@@ -221,7 +220,7 @@ def test_of_an_array_of_jobs_this_one_alone(scontrol: Callable, monkeypatch: pyt
     assert "123_2" in requeue() and asked.read_text() == "requeue 123_2\n"
 
 
-def test_where_slurm_refuses_the_user_is_told(scontrol: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_requeue_is_reported(scontrol: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert "scontrol requeue 123 failed" in requeue() and "submit the job again" in requeue()
@@ -229,7 +228,7 @@ def test_where_slurm_refuses_the_user_is_told(scontrol: Callable, monkeypatch: p
     assert requeue() == "; scontrol requeue 123 failed (Job has no batch script): submit the job again"
 
 
-def test_elsewhere_and_in_interactive_jobs_nothing_is_asked(scontrol: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_and_in_interactive_jobs_nothing_is_requeued(scontrol: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = scontrol()
     assert requeue() == ""
     monkeypatch.setenv("SLURM_JOB_ID", "123")
