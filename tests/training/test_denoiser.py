@@ -290,12 +290,8 @@ def test_the_command_line_makes_a_pipeline_of_any_average(exported: tuple[Path, 
             "denoiser": {
                 "class_path": "ldm.models.dit.DiT",
                 "init_args": {
-                    "sample_size": 16,
-                    "patch_size": 4,
-                    "width": 32,
-                    "num_layers": 1,
-                    "num_attention_heads": 2,
-                    "caption_channels": 8,
+                    **{"sample_size": 16, "patch_size": 4, "width": 32},
+                    **{"num_layers": 1, "num_attention_heads": 2, "caption_channels": 8},
                 },
             },
             "path": {"class_path": "ldm.diffusion.path.RectifiedFlow"},
@@ -311,6 +307,8 @@ def test_the_command_line_makes_a_pipeline_of_any_average(exported: tuple[Path, 
     made, exported_one = (load_pipeline(folder).transformer for folder in (tmp_path / "made", tmp_path / "run/pipeline"))
     for ours, theirs in zip(made.parameters(), exported_one.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)  # 0.1 was stored and is the selected one
+    dispatch(["denoiser", "export", str(tmp_path / "run"), str(tmp_path / "card"), "--model-card"])
+    assert "power-function average of relative length 0.1" in (tmp_path / "card/README.md").read_text()
     with pytest.raises(UsageError, match="no average was stored at step 5; give one of 2, 4, 6, 8, 10, 12"):
         export_average(DenoiserTraining, tmp_path / "run", tmp_path / "other", 0.07, 5)
 
