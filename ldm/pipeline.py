@@ -189,7 +189,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         mask_image: Images | None = None,
         encoded_prompts: tuple[Condition, Condition] | None = None,
         sampler: Sampler | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> Any:  # untyped, as in diffusers: ``images`` are of the type that ``output_type`` says
         """Generate images from prompts, from images, or both.
 
         With ``image`` it is image-to-image; with ``mask_image``, or where ``image`` is transparent, only that part is generated

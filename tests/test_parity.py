@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from ldm.reporting.grids import captioned_grid
 
 PROMPTS = ["a red ring", "a tiny blue star at the left on a beige background", "a circle"]
 STEPS, SAMPLING = 8, {"num_inference_steps": 4, "guidance_scale": 4.0}
-WORDS = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+WORDS: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 # beside the plain one: all that is easily mislaid between training and a pipeline
 CASES = {
@@ -134,7 +134,7 @@ def test_an_export_of_the_checkpoint_is_the_same_pipeline_to_the_byte(run: Run) 
 
 def test_the_pipeline_carries_all_that_it_was_trained_with(run: Run) -> None:
     pipeline, model = load_pipeline(run.pipeline), run.settings["model"]
-    found = pipeline.config.trained_on
+    found = pipeline.config["trained_on"]
     assert found["autoencoder"] == autoencoder_hash(pipeline.vae) and found["latent_shape"] == [4, 16, 16]
     assert found["text_encoder"] == text_encoder_hash(pipeline.tokenizer, pipeline.text_encoder)
     assert pipeline.text_encoder.config.hidden_size == 64 and pipeline.tokenizer.model_max_length == 512

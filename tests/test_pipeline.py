@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import pytest
@@ -154,7 +156,7 @@ def test_guidance_is_that_of_two_calls_by_hand(pipeline):
     scheduler.set_timesteps(5)
     x = noise
     with torch.no_grad():
-        for sigma, following in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
+        for sigma, following in pairwise(cast(torch.Tensor, scheduler.sigmas)):
             time = (sigma * 1000).view(1)
             conditional, null = (
                 pipeline.transformer(x, *[encoded[0]], time, encoded[1]).sample

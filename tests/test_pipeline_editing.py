@@ -1,6 +1,7 @@
 """Images from images, and the pipeline in the hands of one who knows diffusers."""
 
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def pixels(images):
     return np.stack([np.asarray(each).astype(int) for each in images])
 
 
-def draw(pipeline, prompt=PROMPT, **changes):
+def draw(pipeline, prompt: str | list[str] = PROMPT, **changes):
     return pixels(pipeline(prompt, **QUICK | {"generator": seeds(0)} | changes).images)
 
 
@@ -328,7 +329,8 @@ def test_a_scheduler_of_another_kind_is_refused_with_those_that_fit(kind, schedu
 
 
 def test_networks_in_bf16_draw_nearly_the_same_and_the_state_stays_float32(pipeline, tmp_path):
-    changes = {"image": make_image(), "mask_image": half_mask(), "strength": 0.6, "output_type": "pt", "generator": seeds(0)}
+    changes: dict[str, Any] = {"image": make_image(), "mask_image": half_mask(), "strength": 0.6, "output_type": "pt"}
+    changes["generator"] = seeds(0)
     pipeline.save_pretrained(tmp_path)
     exact, plain = (
         pipeline(PROMPT, **QUICK | changes).images,
@@ -349,7 +351,7 @@ def test_networks_in_bf16_draw_nearly_the_same_and_the_state_stays_float32(pipel
     assert set(seen) == {torch.float32} and drawn.dtype == torch.float32
     # eight bits of precision in every product
     assert 0 < (drawn - plain).abs().mean() < 0.02
-    found = half(PROMPT, **QUICK | changes | {"generator": seeds(0)}).images
+    found = half(PROMPT, **dict[str, Any](QUICK | changes | {"generator": seeds(0)})).images
     assert (found - exact).abs().mean() < 0.02
     moved = pipeline.to(torch.bfloat16)
     assert torch.equal(moved(PROMPT, generator=seeds(0), output_type="pt", **QUICK).images, drawn)

@@ -1,6 +1,7 @@
 """Samplers of diffusers on data whose denoiser is known exactly: every one must reach the data's own distribution."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def noise(count, seed=0):
     return torch.randn(count, 1, 1, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(path, name, steps, denoise, start, prediction=None, generator=1, on_step=None, **options):
+def draw(path, name, steps, denoise, start, prediction=None, generator: Any = 1, on_step=None, **options: Any):
     """Samples (N, 2) of the sampler ``name``; and the sampler."""
     prediction = prediction or OWN.get(path, V())
     sampler = Sampler(make_scheduler(name, PATHS[path], prediction, **options), PATHS[path], prediction, steps)
@@ -171,7 +172,7 @@ def test_ddim_is_diffusers_own_where_that_steps_from_one_timestep_to_the_next():
     x, generator, says = noise(20), torch.Generator().manual_seed(1), network(path, prediction, TWO_MODES.denoise)
     for timestep in scheduler.timesteps:
         said = says(x, timestep.expand(20), (timestep.expand(20) + 1) / 1000).float()
-        x = scheduler.step(said, timestep, x, eta=0.7, generator=generator, return_dict=False)[0]
+        x = scheduler.step(said, int(timestep), x, eta=0.7, generator=generator, return_dict=False)[0]
     torch.testing.assert_close(ours, x.flatten(1).double(), rtol=0, atol=1e-4)
 
 

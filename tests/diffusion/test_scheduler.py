@@ -133,7 +133,7 @@ def test_noise_alone_is_refused_where_the_path_begins_without_any_data(path, pre
 
 
 class Elsewhere(ProbabilityPath):
-    alpha = sigma = derivatives = time = network_time = None
+    alpha = sigma = derivatives = time = network_time = lambda *_: None  # pyright: ignore[reportAssignmentType]  never called
 
 
 def test_a_path_that_no_scheduler_walks_is_refused_with_those_that_are():

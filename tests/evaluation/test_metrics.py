@@ -6,6 +6,7 @@ import sys
 from math import pi
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 from urllib.error import URLError
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torchvision
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur
+from torchvision.transforms.functional import gaussian_blur, normalize
 
 from ldm.errors import UsageError
 from ldm.evaluation.metrics import LatentHealth, ReconstructionFID, health_scalars
@@ -43,7 +44,7 @@ class TestLatentHealth:
         q = posterior(m + s * torch.randn(64, 3, 32, 32), noise)
         found = health(q)
         m, s, noise = (x.flatten().double() for x in (m, s, noise))
-        close = {"rtol": 0.02, "atol": 0.02}
+        close: dict[str, Any] = {"rtol": 0.02, "atol": 0.02}
         torch.testing.assert_close(found["mean"], m, **close)
         torch.testing.assert_close(found["std"], (s**2 + noise**2).sqrt(), **close)
         torch.testing.assert_close(found["kl"], 0.5 * (m**2 + s**2 + noise**2 - 1 - 2 * noise.log()), **close)
@@ -124,7 +125,7 @@ class TestLatentHealth:
         share = (torch.hypot(y, x) > 0.25).sum().item() / (24 * 40 - 1)
         assert share == pytest.approx(1 - pi / 16, abs=0.02)
         assert health(posterior(noise, 0.1))["high_frequency"].item() == pytest.approx(share, abs=0.01)
-        smooth = gaussian_blur(nn.functional.pad(noise, [12] * 4, mode="circular"), 13, 2.0)[..., 12:-12, 12:-12]
+        smooth = gaussian_blur(nn.functional.pad(noise, [12] * 4, mode="circular"), [13], [2.0])[..., 12:-12, 12:-12]
         assert health(posterior(smooth, 0.1))["high_frequency"].item() < 0.02
 
     def test_a_logger_gets_numbers_with_names(self):
@@ -174,7 +175,7 @@ class TestReconstructionFID:
 
     def test_nothing_lies_between_equal_sets_and_more_blur_is_further(self, fid):
         images = make_images(0)
-        found = [distance(fid, images, gaussian_blur(images, 9, sigma)) for sigma in (0.01, 0.5, 1.0, 2.0)]
+        found = [distance(fid, images, gaussian_blur(images, [9], [sigma])) for sigma in (0.01, 0.5, 1.0, 2.0)]
         assert 0 <= found[0] < 1e-3 * found[1] and sorted(found) == found
 
     def test_a_random_trunk_is_the_same_each_time_and_leaves_the_generator_alone(self, fid):
@@ -191,7 +192,8 @@ class TestReconstructionFID:
         path = tmp_path / "alexnet.pth"
         torch.save({k: v for k, v in alexnet.state_dict().items() if k.startswith("features.")}, path)
         vgg = ReconstructionFID("vgg-random")
-        torch.save({f"features.{k}": v for k, v in vgg.inception.layers.state_dict().items()}, tmp_path / "vgg.pth")
+        weights = cast(nn.Module, vgg.inception.layers).state_dict()
+        torch.save({f"features.{k}": v for k, v in weights.items()}, tmp_path / "vgg.pth")
         given = ReconstructionFID(str(path))
         names = [metric.name for metric in (fid, vgg, given, ReconstructionFID(str(tmp_path / "vgg.pth")))]
         digests = [sha256_file(tmp_path / name)[:8] for name in ("alexnet.pth", "vgg.pth")]
@@ -200,7 +202,7 @@ class TestReconstructionFID:
         # and the checkpoint's convolutions are what it measures with: all but the last pooling, on ImageNet's scale
         images = make_images(0, 4)
         with torch.no_grad():
-            scaled = torchvision.transforms.functional.normalize((images + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            scaled = normalize((images + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
             torch.testing.assert_close(given.inception(images), alexnet.features[:-1](scaled).mean((2, 3)))
 
     def test_a_frozen_metric_learns_nothing_and_keeps_its_precision(self, fid):

@@ -102,7 +102,7 @@ def test_what_it_measured_with_serves_in_training_afterwards(tiny_autoencoder, i
     fid.update(images, real=True)
     reconstruction = reconstruct(tiny_autoencoder, images).detach().requires_grad_()
     perceptual(reconstruction, images).backward()
-    assert reconstruction.grad.isfinite().all()
+    assert reconstruction.grad is not None and reconstruction.grad.isfinite().all()
 
 
 def test_a_sample_that_cannot_be_used_is_left_out_and_nothing_counts_for_it(tiny_autoencoder, tmp_path, caplog) -> None:

@@ -229,10 +229,10 @@ def one_by_one(images):
 
 @pytest.mark.parametrize("size", [(40, 40), (33, 21), (325, 327)])
 def test_a_gif_comes_back_with_its_times_and_nearly_its_colours(tmp_path, size):
-    images = [disc(*size, number, 7) for number in range(7)]
+    images = [disc(size[0], size[1], number, 7) for number in range(7)]
     write_gif(tmp_path / "x.gif", one_by_one(images), fps=12)
     with Image.open(tmp_path / "x.gif") as gif:
-        assert gif.n_frames == 7 and gif.info["loop"] == 0
+        assert getattr(gif, "n_frames", 1) == 7 and gif.info["loop"] == 0
         assert max(gif.size) >= 320 and gif.width * size[1] == gif.height * size[0]
         durations = []
         for number, image in enumerate(images):
@@ -245,7 +245,7 @@ def test_a_gif_comes_back_with_its_times_and_nearly_its_colours(tmp_path, size):
 @pytest.mark.parametrize(("size", "shown"), [((40, 40), (320, 320)), ((33, 21), (330, 210)), ((325, 327), (326, 328))])
 def test_an_mp4_comes_back_with_its_frames_size_rate_and_nearly_its_colours(tmp_path, size, shown):
     av = pytest.importorskip("av")
-    images = [disc(*size, number, 7) for number in range(7)]
+    images = [disc(size[0], size[1], number, 7) for number in range(7)]
     write_mp4(tmp_path / "x.mp4", one_by_one(images), fps=12.5)
     with av.open(str(tmp_path / "x.mp4")) as film:
         stream = film.streams.video[0]

@@ -91,13 +91,13 @@ def test_sizes():
     assert parse_size("512x768") == (512, 768) and parse_size("64") == parse_size(64) == (64, 64)
     for wrong in ("", "x", "64x", "64x32x1", "-8", "6.4", None, True):
         with pytest.raises(UsageError, match="give WIDTHxHEIGHT or one number"):
-            parse_size(wrong)
+            parse_size(wrong)  # pyright: ignore[reportArgumentType]  what a file may hold
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
     file = written(tmp_path / "prompts.txt", "\ufeffa ring", "", "  # a remark", " a star \r", "{not json}", "")
     found = read_prompts(file, {"seed": 5, "steps": 9}, count=2)
-    assert [(one.prompt, one.seed, one.steps) for one in found] == [
+    assert [(one.prompt, one.seed, one.steps) for one in found if isinstance(one, GenerationSettings)] == [
         (prompt, 5 + number, 9) for number, prompt in enumerate(["a ring"] * 2 + ["a star"] * 2 + ["{not json}"] * 2)
     ]
 
