@@ -125,7 +125,7 @@ class TestLatentHealth:
         share = (torch.hypot(y, x) > 0.25).sum().item() / (24 * 40 - 1)
         assert share == pytest.approx(1 - pi / 16, abs=0.02)
         assert health(posterior(noise, 0.1))["high_frequency"].item() == pytest.approx(share, abs=0.01)
-        smooth = gaussian_blur(nn.functional.pad(noise, [12] * 4, mode="circular"), [13], [2.0])[..., 12:-12, 12:-12]
+        smooth = gaussian_blur(nn.functional.pad(noise, [12] * 4, mode="circular"), [13, 13], [2.0, 2.0])[..., 12:-12, 12:-12]
         assert health(posterior(smooth, 0.1))["high_frequency"].item() < 0.02
 
     def test_a_logger_gets_numbers_with_names(self):
@@ -175,7 +175,7 @@ class TestReconstructionFID:
 
     def test_nothing_lies_between_equal_sets_and_more_blur_is_further(self, fid):
         images = make_images(0)
-        found = [distance(fid, images, gaussian_blur(images, [9], [sigma])) for sigma in (0.01, 0.5, 1.0, 2.0)]
+        found = [distance(fid, images, gaussian_blur(images, [9, 9], [sigma, sigma])) for sigma in (0.01, 0.5, 1.0, 2.0)]
         assert 0 <= found[0] < 1e-3 * found[1] and sorted(found) == found
 
     def test_a_random_trunk_is_the_same_each_time_and_leaves_the_generator_alone(self, fid):
