@@ -26,7 +26,7 @@ command again generates what is missing."""
 
 def add(commands: Commands) -> None:
     """The command."""
-    sample = add_command(commands, "sample", run_sample, "draw images from prompts", EXAMPLE)
+    sample = add_command(commands, "sample", run_sample, "generate images from prompts", EXAMPLE)
     sample.add_argument("model", help="pipeline directory")
     prompts = sample.add_argument("given_prompts", nargs="+", metavar="prompt", help="what to generate")
     # "*" would match nothing right behind the model, and prompts behind an option would be one too many

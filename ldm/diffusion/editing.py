@@ -1,4 +1,4 @@
-"""Starting from an image: keeping a part of it while the rest is drawn, and the noise that it would be drawn from.
+"""Starting from an image: keeping a part of it while the rest is generated, and the noise that it would be generated from.
 
 All of it in normalised latents, and on the grid of a :class:`ldm.diffusion.sampler.Sampler`, so that it holds for every path,
 prediction and scheduler. Starting part-way (image-to-image) is the sampler's own ``strength``.
@@ -26,7 +26,7 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KnownPart:
-    """The part of an image that is kept while the rest is drawn (Lugmayr et al. 2022, RePaint, arXiv 2201.09865, section 4.1).
+    """The part of an image that is kept while the rest is sampled (Lugmayr et al. 2022, RePaint, arXiv 2201.09865, section 4.1).
 
     Attributes:
         x0: the image's latents (B, C, h, w).
@@ -47,7 +47,7 @@ class KnownPart:
 def invert(
     sampler: Sampler, denoiser: Denoiser, x0: Tensor, iterations: int = 3, on_step: Callable[[], None] | None = None
 ) -> Tensor:
-    """The noise that a deterministic sampler draws ``x0`` from.
+    """The noise from which a deterministic sampler generates ``x0``.
 
     DDIM inversion (Song et al. 2020, arXiv 2010.02502; Dhariwal & Nichol 2021, arXiv 2105.05233) for any path: a step of
     DDIM, which is Euler's on the probability-flow ODE in sigma / alpha, leads from x_t to x_s = alpha_s·x̂0 + sigma_s·êps. Going
@@ -57,9 +57,9 @@ def invert(
     denoiser, no x_t leads to them, and correcting it would not settle.
 
     Args:
-        sampler: whose noise levels are climbed; drawing from the noise gives ``x0`` again when its scheduler is ``ddim``, or
+        sampler: whose noise levels are followed; sampling from the noise gives ``x0`` again when its scheduler is ``ddim``, or
             ``euler`` on the other paths, and nearly so with the other deterministic ones.
-        denoiser: as :meth:`Sampler.walk` takes it.
+        denoiser: as :meth:`Sampler.steps` takes it.
         x0: latents (B, C, h, w).
         iterations: calls of the denoiser per step.
         on_step: called after every step.

@@ -1,1 +1,1 @@
-"""Drawing images with a pipeline: what decides an image, prompt files, batches, and what is kept of a run."""
+"""Generating images with a pipeline: settings, prompt files, batches, output folders and metadata."""

@@ -144,7 +144,7 @@ def plan_from_image(
 def read_prompts(
     path: str | Path, defaults: Mapping[str, Any], count: int = 1, check: Check | None = None
 ) -> list[GenerationSettings | UsageError]:
-    """The images that a prompt file asks for; a broken line stands as its error, in the place of one image.
+    """The images that a prompt file asks for; a broken line is returned as its error, in the place of one image.
 
     Blank lines are passed over. A line of ``.txt`` is a prompt, and a comment where it begins with ``#``; a line of ``.jsonl``
     is an object with the fields of :class:`GenerationSettings`, of which ``prompt`` must be there, ``size``, and ``count``, the
@@ -191,9 +191,9 @@ def _line(raw: bytes, kind: str, where: str) -> dict[str, Any]:
         text = raw.decode().strip()
         content = {"prompt": text} if kind == ".txt" else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: cannot be read ({error}); mend it, or draw the others with --keep-going") from None
+        raise UsageError(f"{where}: cannot be read ({error}); fix it, or skip broken lines with --keep-going") from None
     if not isinstance(content, dict):
-        raise UsageError(f'{where}: no JSON object, such as {{"prompt": "a red ring"}}; mend it')
+        raise UsageError(f'{where}: no JSON object, such as {{"prompt": "a red ring"}}; fix it')
     return content
 
 
