@@ -26,7 +26,7 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KnownPart:
-    """The part of an image that is kept while the rest is sampled (Lugmayr et al. 2022, RePaint, arXiv 2201.09865, section 4.1).
+    """The part of an image that is kept (Lugmayr et al. 2022, RePaint, arXiv 2201.09865, section 4.1).
 
     Attributes:
         x0: the image's latents (B, C, h, w).
