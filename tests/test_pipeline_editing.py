@@ -182,9 +182,9 @@ def test_an_image_of_any_size_comes_back_at_its_own(pipeline, size):
 def test_an_image_is_scaled_to_fill_the_size_asked_for_and_cut_at_the_centre():
     image = Image.new("RGB", (64, 32), "red")
     image.paste("blue", (16, 0, 48, 32))
-    canvas = PreparedImages.of(image, None, 16, 16, 4)
-    assert canvas.images.shape == (1, 3, 16, 16) and (canvas.images[:, 2, :, 1:-1] > 0.9).all()
-    assert canvas.finish(canvas.images, 2).shape == (1, 3, 16, 16)
+    prepared = PreparedImages.of(image, None, 16, 16, 4)
+    assert prepared.images.shape == (1, 3, 16, 16) and (prepared.images[:, 2, :, 1:-1] > 0.9).all()
+    assert prepared.finish(prepared.images, 2).shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize(

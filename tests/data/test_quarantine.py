@@ -187,7 +187,7 @@ def test_a_run_with_too_many_in_a_row_stops_in_one_line(folder, tmp_path, worker
 
 
 def test_a_shard_that_was_cut_is_borne_where_the_limits_say_so(tmp_path):
-    """All of the limit is walked over in search of a good sample, also where it is more than by default."""
+    """As many samples as the limit allows are tried in search of a good one, also where it is more than by default."""
     folder = tmp_path / "shards"
     folder.mkdir()
     with ShardWriter(folder, "x", samples_per_shard=None) as writer:

@@ -45,12 +45,12 @@ def keys(found):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Names of the shards that are opened, and of those whose headers are walked over, in order."""
-    log = {"opened": [], "walked": []}
-    reopen, walk = module.ShardSource.path, ImageDataset.open_shard
+    """Names of the shards that are opened, and of those whose headers are read, in order."""
+    log = {"opened": [], "indexed": []}
+    reopen, open_shard = module.ShardSource.path, ImageDataset.open_shard
     monkeypatch.setattr(module.ShardSource, "path", lambda self, number: log["opened"].append(number) or reopen(self, number))
     monkeypatch.setattr(
-        ImageDataset, "open_shard", lambda self, path, entry: log["walked"].append(entry.name) or walk(self, path, entry)
+        ImageDataset, "open_shard", lambda self, path, entry: log["indexed"].append(entry.name) or open_shard(self, path, entry)
     )
     return log
 
@@ -83,7 +83,7 @@ def test_few_shards_are_open_and_each_is_walked_over_once(tmp_path, monkeypatch,
     for index in (0, 1, 2, 0, 4, 1, 6, 8, 10, 3, 5, 7, 0, 11):
         assert dataset[index]["key"] == f"{index:02d}"
         assert len(os.listdir("/proc/self/fd")) <= before + 2
-    assert opened["walked"] == [f"x-{shard:05d}.tar" for shard in (0, 1, 2, 3, 4, 5)]
+    assert opened["indexed"] == [f"x-{shard:05d}.tar" for shard in (0, 1, 2, 3, 4, 5)]
     # the one used longest ago goes: 0 stays open while 1 makes room for 2
     assert opened["opened"] == [0, 1, 2, 3, 4, 5, 1, 2, 3, 0, 5]
 
@@ -95,12 +95,12 @@ def test_what_is_known_of_shards_is_bounded_too(tmp_path, monkeypatch, opened):
     for index in (*range(8), *range(8)):
         assert dataset[index]["key"] == f"{index:02d}"
         assert len(dataset._known) <= 3
-    assert len(opened["walked"]) > 8  # those forgotten are looked at again
+    assert len(opened["indexed"]) > 8  # the headers of forgotten shards are read again
 
 
 def test_a_copy_in_another_process_opens_its_own_files(tmp_path):
     dataset = ImageDataset(write(tmp_path / "x", [2, 2]))
-    dataset[0], dataset[3]
+    assert dataset[0]["key"] == "00" and dataset[3]["key"] == "03"
     before = len(os.listdir("/proc/self/fd"))
     copy = pickle.loads(pickle.dumps(dataset))
     assert len(os.listdir("/proc/self/fd")) == before

@@ -49,7 +49,7 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize("path, name", CASES)
 def test_the_state_is_what_the_network_sees_before_the_scheduler_s_scale(path, name):
-    """A walk from an image calls the network with input_scale·(alpha·x0 + sigma·eps) first, at the level it says."""
+    """Sampling from an image calls the network with input_scale·(alpha·x0 + sigma·eps) first, at the level it says."""
     x0, eps, seen = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1), []
     sampler = sampler_of(path, name, steps=10, strength=0.5)
     calls = 9 if name == "heun" else 5
@@ -80,7 +80,7 @@ def test_strength_1_is_the_walk_from_noise_to_the_bit(path, name):
 
 @pytest.mark.parametrize("path, name", [case for case in CASES if case[1] in ("ddim", "euler", "heun")])
 def test_a_walk_begun_part_way_goes_on_as_the_whole_one_does(path, name):
-    """From a state of the whole walk, for samplers that neither remember earlier steps nor draw noise."""
+    """From a state of the whole sampling, for samplers that neither remember earlier steps nor draw noise."""
     states = [step.latents for step in sampler_of(path, name).steps(network(path), normal(3, 1, 2, 2))]
     rest = sampler_of(path, name, strength=0.4)
     begin = len(states) - len(rest)
@@ -90,9 +90,9 @@ def test_a_walk_begun_part_way_goes_on_as_the_whole_one_does(path, name):
     torch.testing.assert_close(resumed[-1], states[-1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("strength, walked", [(0.29, 29), (1.0, 100), (0.3, 30), (0.999, 99), (0.01, 1)])
-def test_strength_is_a_share_of_the_steps(strength, walked):
-    assert len(sampler_of("flow", steps=100, strength=strength)) == walked
+@pytest.mark.parametrize("strength, steps", [(0.29, 29), (1.0, 100), (0.3, 30), (0.999, 99), (0.01, 1)])
+def test_strength_is_a_share_of_the_steps(strength, steps):
+    assert len(sampler_of("flow", steps=100, strength=strength)) == steps
 
 
 @pytest.mark.parametrize(

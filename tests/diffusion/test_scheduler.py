@@ -117,16 +117,16 @@ def test_options_are_those_the_model_leaves_open():
 
 
 @pytest.mark.parametrize(
-    "path, prediction, mend",
+    "path, prediction, fix",
     [
         (VariancePreserving("squaredcos_cap_v2"), Epsilon(), "predict V, X0 or Velocity, or take a plain linear"),
         (VariancePreserving(zero_terminal_snr=True), Score(), "predict V, X0 or Velocity, or take a plain linear"),
         (RectifiedFlow(), Epsilon(), "predict V, X0 or Velocity"),
     ],
 )
-def test_noise_alone_is_refused_where_the_path_begins_without_any_data(path, prediction, mend):
+def test_noise_alone_is_refused_where_the_path_begins_without_any_data(path, prediction, fix):
     with pytest.raises(
-        UsageError, match=rf"{type(prediction).__name__} says nothing of the image .* \(alpha = 0\).*{mend}"
+        UsageError, match=rf"{type(prediction).__name__} says nothing of the image .* \(alpha = 0\).*{fix}"
     ) as error:
         matching_scheduler(path, prediction)
     one_line(error)

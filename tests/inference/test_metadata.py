@@ -80,7 +80,7 @@ def refused(path):
     with pytest.raises(UsageError) as caught:
         read_png(path)
     line = str(caught.value)
-    assert "\n" not in line and len(line) < 700 and re.search("; (give|choose|say|mend) ", line) and str(path) in line
+    assert "\n" not in line and len(line) < 700 and re.search("; (give|choose|say|fix) ", line) and str(path) in line
     return line
 
 
@@ -312,8 +312,8 @@ def test_the_hash_follows_the_model_and_nothing_else(tmp_path, monkeypatch):
     write_json(model / "tokenizer" / "tokenizer.json", {})
     first = model_hash(model)
     (model / "README.md").write_text("a card")
-    (model / "figures").mkdir()
-    write_json(model / "figures" / "figures.json", {})
+    (model / "metrics").mkdir()
+    write_json(model / "metrics" / "metrics.json", {})
     assert model_hash(model) == first and len(first) == 64
     write_json(model / "tokenizer" / "tokenizer.json", {"a": 1})
     second = model_hash(model)
