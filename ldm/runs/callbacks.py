@@ -74,11 +74,7 @@ class ProgressLine(Callback):
     """
 
     def __init__(self, stage: str, model_flops: ModelFlops | None = None):
-        """
-        Args:
-            stage: title of the line.
-            model_flops: a callback of the same trainer (default: no ``time/mfu``).
-        """
+        """``stage``: title of the line; ``model_flops``: a callback of the same trainer (default: no ``time/mfu``)."""
         self.stage, self._model_flops = stage, model_flops or ModelFlops()
         self._before = 0.0  # seconds before this start
 
@@ -195,9 +191,7 @@ class AverageSnapshots(Callback):
         assert isinstance(pl_module, TrainingModule)
         self._average, self._written = pl_module.average, pl_module.average.step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         every, step = self._average.snapshot_every, self._average.step
         if every and step % every == 0 and step != self._written:
             self._write(trainer)
@@ -218,9 +212,7 @@ class StepTimes(Callback):
         self.file = file
         self.times: list[float] = []
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self.times.append(time.monotonic())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -64,14 +64,6 @@ class SavedRun(TrainingCLI):
 def export_run(
     module_class: type[TrainingModule], run: Path, out: Path, checkpoint: Path | None = None, write: Writer | None = None
 ) -> None:
-    """Export a checkpoint of a run, built from the run's own config.
-
-    Args:
-        module_class: what the run trained.
-        run: its folder.
-        out: a new folder.
-        checkpoint: of the run (default: the last one).
-        write: writes something else than the module's own artifact.
-    """
+    """Export a checkpoint of a run (default: the last one) into a new folder, built from the run's own config."""
     require_new_folder(out, "what is exported")
     write_artifact(SavedRun(module_class, run, checkpoint).load(), out, write)

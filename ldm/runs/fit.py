@@ -16,13 +16,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import require_new_folder
 from ldm.machine import bf16_is_faster
 from ldm.runs.callbacks import AverageSnapshots, ModelFlops, PreviewGrid, ProgressLine
-from ldm.runs.checkpoints.files import (
-    candidates,
-    checkpoint_summary,
-    latest_checkpoint,
-    load_checkpoint,
-    read_checkpoint,
-)
+from ldm.runs.checkpoints.files import candidates, checkpoint_summary, latest_checkpoint, load_checkpoint, read_checkpoint
 from ldm.runs.export import export_run, write_artifact
 from ldm.runs.faults import explained
 from ldm.runs.layout import is_checkpoint, step_of

@@ -81,11 +81,7 @@ class RunCSVLogger(CSVLogger):
     """
 
     def __init__(self, save_dir: Path, resumed_at: int | None = None):
-        """
-        Args:
-            save_dir: folder of the run.
-            resumed_at: step of the checkpoint that the run resumes from, if any.
-        """
+        """``save_dir``: the folder of the run; ``resumed_at``: step of the checkpoint that it resumes from, if any."""
         super().__init__(save_dir, name="", version=LOGS)
         self.resumed_at = resumed_at
 
@@ -98,19 +94,9 @@ class RunCSVLogger(CSVLogger):
 
 
 def loggers(out: Path, given: Logger | Iterable[Logger] | bool | None, resumed_at: int | None) -> list[Logger]:
-    """The CSV and TensorBoard loggers of every run, and those of ``trainer.logger``.
-
-    Args:
-        out: folder of the run.
-        given: ``trainer.logger``.
-        resumed_at: as of :class:`RunCSVLogger`.
-    """
+    """The CSV and TensorBoard loggers of every run in ``out``, and those ``given`` as ``trainer.logger``."""
     extra = [given] if isinstance(given, Logger) else [] if given is None or isinstance(given, bool) else list(given)
-    return [
-        RunCSVLogger(out, resumed_at),
-        TensorBoardLogger(out, name="", version=LOGS, purge_step=resumed_at or 0),
-        *extra,
-    ]
+    return [RunCSVLogger(out, resumed_at), TensorBoardLogger(out, name="", version=LOGS, purge_step=resumed_at or 0), *extra]
 
 
 # -- records and messages -------------------------------------------------------------------------------------------------
@@ -120,11 +106,7 @@ def loggers(out: Path, given: Logger | Iterable[Logger] | bool | None, resumed_a
 def recorded(trainer: Trainer, module: LightningModule, command: Sequence[str], resumed_at: int | None) -> Iterator[None]:
     """Log what runs inside, and record how it starts and ends; every process calls it.
 
-    Args:
-        trainer: whose ``default_root_dir`` is the folder of the run.
-        module: what it trains.
-        command: words of the command line, without the interpreter.
-        resumed_at: step of the checkpoint that the run resumes from, if any.
+    ``command``: words of the command line, without the interpreter; ``resumed_at``: as of :class:`RunCSVLogger`.
     """
     out, first = Path(trainer.default_root_dir), trainer.is_global_zero
     with run_log(out, trainer.global_rank):

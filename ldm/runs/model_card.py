@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -29,9 +29,7 @@ from ldm.models.autoencoder import downsampling_factor
 from ldm.reporting.grids import captioned_grid
 from ldm.reporting.pages import render
 from ldm.runs.layout import RunFolder
-
-if TYPE_CHECKING:
-    from ldm.training.denoiser import DenoiserTraining
+from ldm.training.denoiser import DenoiserTraining
 
 CARD, SAMPLES = "README.md", "samples.png"
 TO_WRITE = "**To be written by the author:**"
@@ -210,11 +208,9 @@ def _training(pipeline: Any, module: DenoiserTraining, config: dict[str, Any]) -
     ]
     networks = {part: getattr(pipeline, part) for part, _, _ in parts}
     length = (config["model"].get("power_averages") or {}).get("selected")
-    average = (
-        f"power-function average of relative length {length:g}"
-        if length is not None
-        else f"exponential average of decay {config['model']['ema_decay']:g}"
-    )
+    average = f"exponential average of decay {config['model']['ema_decay']:g}"
+    if length is not None:
+        average = f"power-function average of relative length {length:g}"
     return {
         "parts": [
             (f"`{part}`", type(networks[part]).__name__, _millions(networks[part]), origin, f"`{identity}`" if identity else "")

@@ -31,18 +31,6 @@ class Snapshot(NamedTuple):
     sigma_rel: float
 
 
-class Combination(NamedTuple):
-    """A weighted sum of snapshots.
-
-    Attributes:
-        coefficients: one for each snapshot; their sum is 1.
-        error: root mean square error of the profile relative to the wanted one.
-    """
-
-    coefficients: np.ndarray
-    error: float
-
-
 def find_snapshots(run: str | Path) -> list[Snapshot]:
     """The snapshots of a run, the oldest first. Raises :class:`UsageError` if there are none."""
     found = []
@@ -65,8 +53,12 @@ def inner_product(steps: np.ndarray, gammas: np.ndarray, step: np.ndarray, gamma
     return (gammas + 1) * (gamma + 1) / (gammas + gamma + 1) * (earlier / later) ** of_later / later
 
 
-def combine(steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_rel: float) -> Combination:
-    """The combination of averages of lengths ``sigma_rels`` at ``steps`` that is closest to ``sigma_rel`` at ``step``."""
+def combine(steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_rel: float) -> tuple[np.ndarray, float]:
+    """The combination of averages of lengths ``sigma_rels`` at ``steps`` that is closest to ``sigma_rel`` at ``step``.
+
+    Returns:
+        A coefficient for each, whose sum is 1, and the root mean square error of the profile relative to the wanted one.
+    """
     # time in units of the wanted step, so that the system is well scaled
     times, gammas = np.asarray(steps, np.float64) / step, np.array([gamma_of(length) for length in sigma_rels])
     gamma = np.array(gamma_of(sigma_rel))
@@ -78,7 +70,7 @@ def combine(steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_
     system = np.block([[products, ones[:, None]], [ones[None], np.zeros((1, 1))]])
     coefficients = np.linalg.lstsq(system, np.append(wanted, 1), rcond=None)[0][:-1]
     square = norm - 2 * coefficients @ wanted + coefficients @ products @ coefficients
-    return Combination(coefficients, float(np.sqrt(max(square, 0) / norm)))
+    return coefficients, float(np.sqrt(max(square, 0) / norm))
 
 
 def sum_snapshots(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) -> dict[str, Tensor]:
@@ -113,12 +105,7 @@ def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | Non
 def export_average(module_class: type[TrainingModule], run: Path, out: Path, sigma_rel: float, step: int | None = None) -> None:
     """Export a run's model with an average of any length, made of the averages that it stored.
 
-    Args:
-        module_class: what the run trained.
-        run: its folder.
-        out: a new folder.
-        sigma_rel: length of the average, relative to the training up to ``step``.
-        step: where it ends (default: the last one stored, up to the run's last checkpoint).
+    ``sigma_rel`` is relative to the training up to ``step`` (default: the last one stored, up to the last checkpoint).
     """
     gamma_of(sigma_rel)
     stored = find_snapshots(run)

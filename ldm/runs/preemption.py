@@ -67,43 +67,24 @@ class Preemption(Callback):
             # print is not reentrant
             os.write(2, b"\nldm: saving; press Ctrl-C again to stop now\n")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self._stop_if_asked(trainer)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.state.fn == "fit":
             self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        """Not while gradients accumulate, which would be lost; nor after the last step, where the run finishes instead."""
-        if accumulates(trainer) or 0 <= trainer.max_steps <= trainer.global_step or not self._agreed(trainer):
+        """Save and exit, all processes together, if any of them was asked to.
+
+        Not while gradients accumulate, which would be lost; nor after the last step, where the run finishes instead.
+        """
+        agreed, received = trainer.strategy.reduce_boolean_decision, self._received.keys()
+        if accumulates(trainer) or 0 <= trainer.max_steps <= trainer.global_step or not agreed(bool(received), all=False):
             return
         if trainer.validating:
             trainer.lightning_module.on_validation_model_train()  # back to the trained weights, which are to be saved
-        self._stop(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Preempted) or trainer.world_size > 1:
-            # A launcher sends these to the other processes as soon as one has exited, which may still have to print their
-            # error. Set among the handlers that Lightning restores, the ignoring begins without a gap.
-            ignore_after_training(trainer, signal.SIGTERM, signal.SIGUSR1)
-
-    def _agreed(self, trainer: Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
-
-    def _stop(self, trainer: Trainer) -> None:
-        """Save and exit; all processes together."""
-        preempted = trainer.strategy.reduce_boolean_decision(bool(self._received.keys() - {signal.SIGINT}), all=False)
+        preempted = agreed(bool(received - {signal.SIGINT}), all=False)
         checkpoint = checkpoints_of(trainer).save_now(trainer)
         if not trainer.validating:
             log_step_metrics(trainer)
@@ -115,6 +96,12 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             raise reason(message)
         raise SystemExit(reason.exit_code)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Preempted) or trainer.world_size > 1:
+            # A launcher sends these to the other processes as soon as one has exited, which may still have to print their
+            # error. Set among the handlers that Lightning restores, the ignoring begins without a gap.
+            ignore_after_training(trainer, signal.SIGTERM, signal.SIGUSR1)
 
 
 def requeue() -> str:

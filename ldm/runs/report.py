@@ -156,21 +156,12 @@ class RunRecord:
                 found.append((int(step[1]) if step else None, path))
         return sorted(found, key=lambda pair: (pair[0] is None, pair[0]))
 
-    def previews(self) -> list[tuple[int, Path]]:
-        """(step, file), the oldest first."""
-        return RunFolder(self.folder).previews()
-
 
 def write_run_report(folder: Path, out: Path, refresh_seconds: int | None = None) -> str:
-    """Write the page about the run in ``folder`` to ``out``; returns :meth:`RunRecord.state`.
+    """Write the page about the run in ``folder`` to ``out``, atomically; returns :meth:`RunRecord.state`.
 
-    Args:
-        folder: of the run.
-        out: the HTML file, written atomically.
-        refresh_seconds: how often an open page reloads itself while the run trains.
-
-    Raises:
-        UsageError: where ``folder`` is not that of a run.
+    ``refresh_seconds``: how often an open page reloads itself while the run trains. Raises :class:`UsageError` where
+    ``folder`` is not that of a run.
     """
     run, now = RunRecord.read(folder), time.time()
     state = run.state(now)
@@ -214,7 +205,7 @@ def _progress(page: Report, run: RunRecord, state: str) -> None:
 
 
 def _images(page: Report, run: RunRecord) -> None:
-    previews = run.previews()
+    previews = RunFolder(run.folder).previews()
     if not previews:
         return
     step, path = previews[-1]
@@ -302,19 +293,17 @@ def _size(path: Path) -> int:
 
 def _commands(page: Report, run: RunRecord, state: str) -> None:
     folder, config = shlex.quote(str(run.folder)), shlex.quote(str(RunFolder(run.folder).config))
-    resume = f"ldm {run.stage} fit --config {config} --out {folder} --resume latest"
-    commands = [("compare with other runs", f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}")]
-    artifact = shlex.quote(str(run.artifact))
+    commands, artifact = [], shlex.quote(str(run.artifact))
     if state == "finished" and run.stage == "denoiser":
-        commands.insert(0, ("generate images", f'ldm sample {artifact} "a prompt" --out images'))
+        commands.append(("generate images", f'ldm sample {artifact} "a prompt" --out images'))
     elif state == "finished":
         shards = run.config["data"]["train"]
         shards = shlex.quote(shards) if isinstance(shards, str) else "SHARDS"
-        commands.insert(
-            0, ("continue with stage two", f"ldm latents export --autoencoder {artifact} --shards {shards} --out latents")
-        )
+        export = f"ldm latents export --autoencoder {artifact} --shards {shards} --out latents"
+        commands.append(("continue with stage two", export))
     elif state != "training":
-        commands.insert(0, ("resume", resume))
+        commands.append(("resume", f"ldm {run.stage} fit --config {config} --out {folder} --resume latest"))
+    commands.append(("compare with other runs", f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}"))
     page.commands("Next steps", commands)
 
 
@@ -331,16 +320,8 @@ def _what(page: Report, run: RunRecord) -> None:
             ended, resumed, git = start.get("ended"), start["resumed_at_step"], start["git"]
             until = f"step {ended['step']:,}" + (f", {ended['why']}" if "why" in ended else ", finished") if ended else "–"
             commit = git["commit"][:12] + (" + changes" if git["dirty"] else "") if git else "no git checkout"
-            rows.append(
-                [
-                    start["started"][:19].replace("T", " "),
-                    f"{resumed or 0:,}",
-                    until,
-                    f"{start['processes']}",
-                    start["precision"],
-                    commit,
-                ]
-            )
+            began = start["started"][:19].replace("T", " ")
+            rows.append([began, f"{resumed or 0:,}", until, f"{start['processes']}", start["precision"], commit])
         page.table("Starts", ["started", "from step", "until", "processes", "precision", "commit"], rows)
         page.table("Machine and versions", ["", ""], [[name, value] for name, value in last["versions"].items()])
         page.folded("Command", last["command"])

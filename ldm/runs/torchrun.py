@@ -45,12 +45,6 @@ def processes_asked(trainer: Any) -> int:
     return max(torch.cuda.device_count(), 1) if trainer.accelerator in ("auto", "gpu", "cuda") else 1
 
 
-def is_launched() -> bool:
-    """Whether a launcher has started this process."""
-    launchers = (SLURMEnvironment, LSFEnvironment, MPIEnvironment)
-    return LightningEnvironment().creates_processes_externally or any(each.detect() for each in launchers)
-
-
 def run_under_torchrun(words: Sequence[str], trainer: Any) -> None:
     """Run ``ldm WORDS`` under torchrun and exit, if it takes several processes and no launcher has started them.
 
@@ -59,7 +53,8 @@ def run_under_torchrun(words: Sequence[str], trainer: Any) -> None:
         ProcessFailed: with the status of the first process that failed.
         UsageError: for several machines, with the command for each of them.
     """
-    if is_launched():
+    launchers = (SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+    if LightningEnvironment().creates_processes_externally or any(each.detect() for each in launchers):
         return
     processes = processes_asked(trainer)
     nodes = int(trainer.num_nodes)

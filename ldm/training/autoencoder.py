@@ -224,13 +224,9 @@ class AutoencoderTraining(TrainingModule):
         # not by autograd: when sharded, the full weight has been freed by now
         last_layer = self.autoencoder.decoder.conv_out
         shape, padding = last_layer.weight.shape, cast(int, last_layer.padding)  # a tuple, which the function takes as well
-        gradients = torch.stack(
-            [
-                conv2d_weight(features, shape, gradient.to(features), padding=padding).float()
-                for gradient in (by_reconstruction, by_generator)
-            ]
-        )
-        first, second = self.trainer.strategy.reduce(gradients, reduce_op="mean")
+        both = (gradient.to(features) for gradient in (by_reconstruction, by_generator))
+        gradients = [conv2d_weight(features, shape, gradient, padding=padding).float() for gradient in both]
+        first, second = self.trainer.strategy.reduce(torch.stack(gradients), reduce_op="mean")
         return adaptive_weight(first, second, self.adversary.max_adaptive_weight)
 
     def _train_discriminator(self, pairs: list[tuple[Tensor, Tensor]], samples: list[PlannedSample], step: int) -> None:
@@ -358,13 +354,8 @@ class AutoencoderTraining(TrainingModule):
 
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
         originals = [trim(pixels_to_images(pixels.to(self.device)), self.factor) for pixels in self._preview_images]
-        return [
-            (name, [image for images in row for image in images_to_pil(images)])
-            for name, row in (
-                ("original", originals),
-                ("reconstruction", [reconstruct(self.autoencoder, images) for images in originals]),
-            )
-        ]
+        rows = {"original": originals, "reconstruction": [reconstruct(self.autoencoder, images) for images in originals]}
+        return [(name, [image for images in row for image in images_to_pil(images)]) for name, row in rows.items()]
 
     def save(self, folder: Path) -> None:
         """Write the ``AutoencoderKL`` directory, with the latents' mean and standard deviation per channel."""

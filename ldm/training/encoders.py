@@ -82,11 +82,7 @@ class FrozenEncoders:
 
 
 def encoders_of_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any]) -> FrozenEncoders:
-    """The encoders that made the latents.
-
-    Args:
-        autoencoder: its directory.
-        denoiser: its config.
+    """The encoders that made the latents. ``autoencoder`` is a directory, ``denoiser`` a config.
 
     Raises:
         UsageError: if the directory is another autoencoder's, or the denoiser does not fit the latents.

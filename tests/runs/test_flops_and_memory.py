@@ -107,7 +107,7 @@ def test_parameters_by_part() -> None:
     whole["small"].bias.requires_grad_(False)
     counted = network_parameters(whole)
     assert list(counted) == ["large", "small"]
-    assert (counted["small"].trained, counted["small"].frozen) == (6, 3)
+    assert counted["small"] == (6, 3)
 
 
 @pytest.mark.parametrize("muon", [None, 1e-3])

@@ -94,9 +94,7 @@ class Checkpoints(Checkpoint):
         if self._owes_validation:
             validate_first(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self._keep |= self._is_time(trainer)
         if accumulates(trainer):  # the optimiser step is still to come
             return

@@ -145,15 +145,11 @@ def require_whole_together(path: Path) -> Path:
     Raises:
         UsageError: on every process, for a broken checkpoint.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        require_whole(path)
-        return path
-    verdict: list[tuple[str, str | None] | None] = [None]
-    if distributed.get_rank() == 0:
-        verdict = [(str(path), _verify(path))]
-    distributed.broadcast_object_list(verdict, src=0)
-    assert verdict[0] is not None
-    path, what = Path(verdict[0][0]), verdict[0][1]
+    together = distributed.is_available() and distributed.is_initialized()
+    verdict: list[Any] = [None if together and distributed.get_rank() else (path, _verify(path))]
+    if together:
+        distributed.broadcast_object_list(verdict, src=0)
+    path, what = verdict[0]
     if what:
         raise UsageError(f"{path} {what}; {REMOVE}")
     return path
@@ -166,9 +162,7 @@ _verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
 def _verify(path: Path) -> str | None:
     """:func:`what_is_broken`, once for each checkpoint as long as its files do not change."""
     path = path.resolve()
-    if not path.exists():
-        return what_is_broken(path)
-    files = [*files_of(path).values(), *[each for each in [sidecar(path)] if each.exists()]]
+    files = [file for file in (*files_of(path).values(), sidecar(path)) if file.exists()]
     seen = tuple((str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
     if _verified.get(path) == seen:
         return None
@@ -204,8 +198,7 @@ def files_of(path: Path) -> dict[str, Path]:
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint and then its sha256."""
     if path.is_dir():  # renamed first, so that no reader sees half of it
-        going = path.rename(path.with_name(f".{path.name}.removed.tmp"))
-        shutil.rmtree(going)
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed.tmp")))
     else:
         path.unlink(missing_ok=True)
     sidecar(path).unlink(missing_ok=True)

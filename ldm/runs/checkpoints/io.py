@@ -23,10 +23,7 @@ class VerifiedCheckpointIO(CheckpointIO):
     """
 
     def __init__(self, background: bool = False):
-        """
-        Args:
-            background: write in a thread, from a copy in host memory.
-        """
+        """``background``: write in a thread, from a copy in host memory."""
         self.background = background
         self._executor: ThreadPoolExecutor | None = None
         self._write: Future[None] | None = None

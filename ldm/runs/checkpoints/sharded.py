@@ -19,14 +19,7 @@ from torch.optim import Optimizer
 
 from ldm.errors import LdmError, first_line
 from ldm.files import fsync_folder, sha256_file
-from ldm.runs.checkpoints.files import (
-    disk_error,
-    files_of,
-    raise_together,
-    read_checkpoint,
-    remove_checkpoint,
-    write_sidecar,
-)
+from ldm.runs.checkpoints.files import disk_error, files_of, raise_together, read_checkpoint, remove_checkpoint, write_sidecar
 from ldm.runs.lightning_private import load_sharded_checkpoint
 from ldm.training.fsdp import shard_like
 

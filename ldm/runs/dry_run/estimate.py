@@ -111,8 +111,8 @@ def data_rows(trainer: Trainer) -> Iterable[Row]:
 
 
 def parameter_rows(module: TrainingModule) -> Iterable[Row]:
-    for name, part in network_parameters(module).items():
-        yield f"parameters, {name}", f"{part.trained + part.frozen:,}", "trained" if part.trained else "frozen"
+    for name, (trained, frozen) in network_parameters(module).items():
+        yield f"parameters, {name}", f"{trained + frozen:,}", "trained" if trained else "frozen"
     for name, network in _encoders(module).items():
         yield f"parameters, {name}", f"{sum(parameter.numel() for parameter in network.parameters()):,}", "frozen"
 

@@ -135,9 +135,7 @@ class Measure(Callback):
             self._kind.peak_bytes = self._memory.peak()
             self._counting = StepFlops().__enter__()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if self._kind is None:
             self._measure_checkpoint(trainer)
             self._memory.reset()

@@ -14,23 +14,13 @@ from torch import nn
 from ldm.training.base import TrainingModule
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of trained and of frozen parameters."""
-
-    trained: int
-    frozen: int
-
-
-def network_parameters(module: nn.Module) -> dict[str, Parameters]:
-    """Parameters of each child of ``module`` that has any, by name, the largest first."""
+def network_parameters(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Numbers of trained and of frozen parameters of each child of ``module`` that has any, by name, the largest first."""
     counted = {}
     for name, network in module.named_children():
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-        frozen = sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
-        if trained or frozen:
-            counted[name] = Parameters(trained, frozen)
-    return dict(sorted(counted.items(), key=lambda item: -item[1].trained - item[1].frozen))
+        counted[name] = trained, sum(parameter.numel() for parameter in network.parameters()) - trained
+    return dict(sorted(((name, both) for name, both in counted.items() if any(both)), key=lambda item: -sum(item[1])))
 
 
 @dataclass(frozen=True)
@@ -48,43 +38,34 @@ class StaticMemory:
 
 
 def static_memory(
-    trained: int,
-    frozen: int = 0,
-    averaged: int = 0,
-    averages: int = 1,
-    bytes_each: int = 4,
-    shards: int = 1,
-    matrices: int = 0,
+    trained: int, frozen: int = 0, averaged: int = 0, averages: int = 1, shards: int = 1, matrices: int = 0
 ) -> StaticMemory:
     """Weights, gradients, the moments of AdamW (two a parameter, Loshchilov & Hutter 2019, arXiv 1711.05101) and averages.
 
-    Mixed precision keeps all of these in fp32; its 16-bit copies live as long as activations do.
+    All of these are fp32, in mixed precision too; its 16-bit copies live as long as activations do.
 
     Args:
         trained, frozen: numbers of parameters.
         averaged: parameters of the network whose averages are kept.
         averages: how many averages.
-        bytes_each: of every number: 4 for ``32-true`` and ``bf16-mixed``, 2 for ``bf16-true``.
         shards: processes that FSDP shards all of it over.
         matrices: trained parameters that Muon updates; it keeps one moment of each.
     """
     numbers = (trained + frozen, trained, 2 * trained - matrices, averaged * averages)
-    return StaticMemory(*(number * bytes_each / shards for number in numbers))
+    return StaticMemory(*(4 * number / shards for number in numbers))
 
 
 def module_memory(module: TrainingModule, shards: int = 1) -> StaticMemory:
     """:func:`static_memory` of a training module with its optimisers and averages."""
-    parameters = list(network_parameters(module).values())
-    averaged = list(module.averaged().parameters())
+    trained, frozen = map(sum, zip(*network_parameters(module).values(), strict=True))
     groups = (group for optimiser in module.trainer.optimizers for group in optimiser.param_groups if group.get("muon"))
     return static_memory(
-        sum(part.trained for part in parameters),
-        sum(part.frozen for part in parameters),
-        sum(parameter.numel() for parameter in averaged),
-        1 + len(module.average.power),
-        averaged[0].element_size(),
-        shards,
-        sum(matrix.numel() for group in groups for matrix in group["params"]),
+        trained,
+        frozen,
+        averaged=sum(parameter.numel() for parameter in module.averaged().parameters()),
+        averages=1 + len(module.average.power),
+        shards=shards,
+        matrices=sum(matrix.numel() for group in groups for matrix in group["params"]),
     )
 
 
