@@ -16,7 +16,7 @@ from ldm.data.latent_dataset import LatentDataset
 from ldm.data.latent_schema import common_info, latent_info, read_null_text
 from ldm.data.loader import ShardLoader, batch_loader
 from ldm.data.manifest import LATENT_SHARDS
-from ldm.data.plan import WINDOW, Plan, sizes_and_weights
+from ldm.data.plan import WINDOW, Plan
 from ldm.data.quarantine import QUARANTINE_NAME, Quarantine
 from ldm.data.sources import ShardCache, ShardSource, open_source
 from ldm.errors import UsageError
@@ -172,9 +172,9 @@ class ShardDataModule(LightningDataModule):
         """The loader of this rank; its position is saved in checkpoints."""
         world_size, rank = (self.trainer.world_size if self.trainer else 1), self._rank
         sources = self.train_set.sources
-        sizes = [[shard.samples for shard in source.manifest.shards] for source in sources]
         weights = [source.weight for source in self._weighted()]
-        sizes, by_shard = sizes_and_weights(sizes, weights)
+        shards = [(s.samples, weight) for source, weight in zip(sources, weights, strict=True) for s in source.manifest.shards]
+        sizes, by_shard = zip(*shards, strict=True)
         plan = Plan(sizes, None if set(weights) == {1.0} else by_shard, self.seed, self._window(sources))
         folder = Path(self.trainer.default_root_dir) if self.trainer else None
         quarantine = Quarantine(

@@ -59,14 +59,14 @@ class DecodeError(LdmError):
     """An image or caption that cannot be used; the message is a short reason that follows the file's name."""
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to an 8-bit RGB image in sRGB, (H, W, 3) as an array, values 0..255.
 
     The EXIF orientation is applied, colours are converted as an embedded ICC profile says, transparency is composited
     on ``background``, 16-bit grey is scaled to 8 bits. Raises :class:`DecodeError` for other formats, broken files,
-    animations and more than ``max_pixels`` pixels.
+    animations and more than ``MAX_PIXELS`` pixels.
     """
-    with _opened(data, max_pixels) as image:
+    with _opened(data) as image:
         image.load()
         turn = _turn(image)
         rgb = _to_rgb(image if turn is None else image.transpose(turn), background)
@@ -75,9 +75,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: tuple[in
         return rgb
 
 
-def decode_pixels(
-    data: bytes, out: np.ndarray | None = None, min_side: int | None = None, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def decode_pixels(data: bytes, out: np.ndarray | None = None, min_side: int | None = None) -> np.ndarray:
     """The pixels of :func:`decode_image`, decoded faster: uint8 (H, W, 3), values 0..255, C-contiguous.
 
     Plain JPEGs (:func:`is_plain_rgb`) are decompressed by libjpeg-turbo without Pillow, to the same pixels. Of these,
@@ -90,30 +88,29 @@ def decode_pixels(
         min_side: the size to which the caller will scale down the shorter side. A large plain JPEG may then be decoded at 1/2,
             1/4 or 1/8 of its size (rounded up), but no smaller than twice ``min_side``. After scaling the difference is small
             (45 dB and more for photographs); where a side was rounded, its far end moves by less than half a pixel.
-        max_pixels: images with more are refused by their header.
 
     Raises :class:`DecodeError` as :func:`decode_image` does.
     """
-    size = plain_size(data) if len(data) <= MAX_IMAGE_BYTES else None
+    size = _plain_size(data)
     if size is None:
-        pixels = np.asarray(decode_image(data, max_pixels))
+        pixels = np.asarray(decode_image(data))
         if out is None or not can_hold(out, pixels.shape):
             return pixels.copy()  # Pillow's is read-only
         np.copyto(out, pixels)
         return out
-    _check_size(*size, max_pixels)
+    _check_size(*size)
     try:
         return decode_plain(data, size, out, min_side)
     except ValueError as error:
         raise DecodeError(f"cannot be decoded ({error})") from None
 
 
-def image_size_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size_of(data: bytes) -> tuple[int, int]:
     """(height, width) of the image that :func:`decode_image` returns, from the header alone. Raises as that does."""
-    if len(data) <= MAX_IMAGE_BYTES and (size := plain_size(data)) is not None:
-        _check_size(*size, max_pixels)
+    if (size := _plain_size(data)) is not None:
+        _check_size(*size)
         return size
-    with _opened(data, max_pixels) as image:
+    with _opened(data) as image:
         width, height = image.size
         return (width, height) if _turn(image) in _SWAPS_SIDES else (height, width)
 
@@ -125,10 +122,10 @@ def is_plain_rgb(data: bytes) -> bool:
     means sRGB, within the limits. Only the header is read; :func:`decode_pixels` finds broken pixels. Kept bytes keep their
     EXIF metadata, including locations and names.
     """
-    if len(data) <= MAX_IMAGE_BYTES and (size := plain_size(data)) is not None:
+    if (size := _plain_size(data)) is not None:
         return size[0] * size[1] <= MAX_PIXELS
     try:
-        with _opened(data, MAX_PIXELS) as image:
+        with _opened(data) as image:
             return (
                 image.format in ("PNG", "WEBP")
                 and image.mode in ("L", "RGB")
@@ -154,10 +151,10 @@ def decode_text(data: bytes) -> str:
     return text.strip()
 
 
-def decode_json(data: bytes, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Decode a sample's ``.json`` member: one object in strict UTF-8, of at most ``max_bytes`` bytes."""
-    if len(data) > max_bytes:
-        raise DecodeError(f"json of {len(data)} bytes, the limit is {max_bytes}")
+def decode_json(data: bytes) -> dict[str, Any]:
+    """Decode a sample's ``.json`` member: one object in strict UTF-8, of at most ``MAX_JSON_BYTES`` bytes."""
+    if len(data) > MAX_JSON_BYTES:
+        raise DecodeError(f"json of {len(data)} bytes, the limit is {MAX_JSON_BYTES}")
     try:
         value = jsonlib.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -197,8 +194,12 @@ def _caption(value: Any) -> str:
         raise DecodeError("caption in its json holds half a surrogate pair") from None
 
 
+def _plain_size(data: bytes) -> tuple[int, int] | None:
+    return plain_size(data) if len(data) <= MAX_IMAGE_BYTES else None
+
+
 @contextlib.contextmanager
-def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(data: bytes) -> Iterator[Image.Image]:
     """The image by its header, checked before a pixel is read; a failure inside the block is a DecodeError."""
     if len(data) > MAX_IMAGE_BYTES:
         raise DecodeError(f"image file of {len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
@@ -206,8 +207,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
         raise DecodeError("empty file")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            _check_size(height, width, max_pixels)
+            _check_size(image.height, image.width)
             # A JPEG with a second image inside (MPO: depth or gain map of a phone) is not an animation.
             if image.format in ("PNG", "WEBP"):
                 if (frames := getattr(image, "n_frames", 1)) > 1:
@@ -218,7 +218,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except DecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DecodeError(f"more pixels than the limit of {max_pixels}") from None
+        raise DecodeError(f"more pixels than the limit of {MAX_PIXELS}") from None
     except Image.UnidentifiedImageError:
         raise DecodeError(_describe(data)) from None
     # Broken bytes raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and more from Pillow.
@@ -227,9 +227,9 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
         raise DecodeError(f"cannot be decoded ({reason})") from None
 
 
-def _check_size(height: int, width: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise DecodeError(f"{width} x {height} pixels, the limit is {max_pixels}")
+def _check_size(height: int, width: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
 
 
 def _describe(data: bytes) -> str:

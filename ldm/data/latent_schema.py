@@ -65,9 +65,9 @@ class TextInfo:
     cut: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LatentInfo:
-    """What the manifest of latent shards holds beside its list of shards.
+    """What the manifest of latent shards holds beside its list of shards; entries with a default are known after the export.
 
     Attributes:
         autoencoder: sha256 of the weights and architecture of the autoencoder that made the latents.
@@ -80,24 +80,23 @@ class LatentInfo:
         captions: "first" or "all" of an image's captions.
         dtype: of the stored floats.
         precision: of the networks' computation.
-        latents_mean: per channel over the whole set, in expectation over the posterior; C numbers.
-        latents_std: likewise.
+        latents_mean, latents_std: per channel over the whole set, in expectation over the posterior; C numbers each.
         source: hash of the image shards' manifest.
         source_shards: where those were.
         versions: of the libraries used.
     """
 
     autoencoder: str
-    text_encoders: tuple[TextInfo, ...]
-    latent_shapes: tuple[tuple[int, int, int], ...]
+    text_encoders: tuple[TextInfo, ...] = ()
+    latent_shapes: tuple[tuple[int, int, int], ...] = ()
     resolution: int | None
     posterior: str
     flips: bool
     captions: str
     dtype: str
     precision: str
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[float, ...]
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
     source: str
     source_shards: str
     versions: dict[str, str]

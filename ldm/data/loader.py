@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -294,7 +295,7 @@ class ShardLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state. Where the data has changed, start at the next epoch and log it."""
-        self.plan = self.plan.with_seed(state["seed"])
+        self.plan = replace(self.plan, seed=state["seed"])
         self.position = Position(state["epoch"], state["samples_consumed"])
         if state["data"] != self.data_hash:
             self.position = Position(state["epoch"] + 1, 0)

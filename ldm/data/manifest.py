@@ -57,8 +57,7 @@ class Manifest:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        taken = [key for key in _RESERVED if key in self.extra]
-        if taken:
+        if taken := [key for key in _RESERVED if key in self.extra]:
             raise ValueError(f"extra must not hold the manifest's own keys: {', '.join(taken)}")
 
     @property
@@ -116,7 +115,9 @@ class Manifest:
             raise LdmError(f"{path} has no format version of a manifest ({version!r}); {fix}")
         if format is not None and value["format"] != format:
             raise UsageError(f"{path} describes {value['format']}, but {format} are needed here; give another folder")
-        shards = tuple(_entry(item, path, fix) for item in _list(value, path, fix))
+        if not isinstance(value.get("shards"), list):
+            raise LdmError(f'{path}: "shards" is not a list; {fix}')
+        shards = tuple(_entry(item, path, fix) for item in value["shards"])
         names = [shard.name for shard in shards]
         if len(set(names)) != len(names):
             raise LdmError(f"{path} lists a shard twice; {fix}")
@@ -132,8 +133,7 @@ class Manifest:
 
     def cheap_problems(self, folder: str | os.PathLike, unlisted: bool = True) -> Iterator[Problem]:
         """What file names and sizes show: missing, resized and (if asked for) unlisted shards."""
-        folder = Path(folder)
-        fix = _fix(self.format, folder)
+        folder, fix = Path(folder), _fix(self.format, folder)
         if not self.shards:
             yield Problem(MANIFEST_NAME, "lists no shard", fix)
         for shard in self.shards:
@@ -141,8 +141,7 @@ class Manifest:
             if not path.is_file():
                 yield Problem(shard.name, "is listed in the manifest but missing", f"restore it, or {fix}")
             elif (size := path.stat().st_size) != shard.bytes:
-                what = f"has {size} bytes, the manifest says {shard.bytes}"
-                yield Problem(shard.name, what, f"restore it, or {fix}")
+                yield Problem(shard.name, f"has {size} bytes, the manifest says {shard.bytes}", f"restore it, or {fix}")
         stray = {path.name for path in tar_paths(folder)} - {shard.name for shard in self.shards} if unlisted else ()
         for name in sorted(stray):
             yield Problem(name, "is not listed in the manifest", f"remove it, or {fix}")
@@ -167,13 +166,6 @@ def tar_paths(folder: str | os.PathLike) -> list[Path]:
 def _fix(format: str | None, folder: str | os.PathLike) -> str:
     where = f"{folder} --out DIR" if "://" in str(folder) else folder
     return _FIXES.get(format or IMAGE_SHARDS, "").format(folder=where)
-
-
-def _list(value: dict[str, Any], path: str, fix: str) -> list[Any]:
-    shards = value.get("shards")
-    if not isinstance(shards, list):
-        raise LdmError(f'{path}: "shards" is not a list; {fix}')
-    return shards
 
 
 def _entry(item: Any, path: str, fix: str) -> ShardEntry:

@@ -12,8 +12,8 @@ Draws before a position are skipped by arithmetic, not by reading.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
 from typing import NamedTuple
@@ -148,10 +148,6 @@ class Plan:
             epoch, consumed = epoch + 1, consumed - size
         return Position(epoch, consumed)
 
-    def with_seed(self, seed: int) -> Plan:
-        """The same shards in another order."""
-        return self if seed == self.seed else replace(self, seed=seed)
-
     def require(self, batch: int) -> None:
         """Raise :class:`UsageError` where an epoch does not fill one batch of all ranks together."""
         if batch < 1:
@@ -183,9 +179,3 @@ class Plan:
 
     def _random(self, use: int, *what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, use, *map(int, what)])
-
-
-def sizes_and_weights(sizes: Sequence[Sequence[int]], weights: Sequence[float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Shard sizes and weights of several folders, one after another: what :class:`Plan` takes."""
-    flat = tuple(size for folder in sizes for size in folder)
-    return flat, tuple(weight for folder, weight in zip(sizes, weights, strict=True) for _ in folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +129,6 @@ class Claims:
         """The records of the finished shards, in order."""
         numbers = set(range(self.shards)) - set(self.missing())
         return [read_json(self._record(number)) for number in sorted(numbers)]
-
-    def wait(self) -> None:
-        """Give other processes time to work."""
-        time.sleep(POLL_SECONDS)
 
     def exclusive(self) -> FileLock:
         """A lock for what only one process may do at a time."""

@@ -8,6 +8,7 @@ of processes and interruptions gives the same files.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +19,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from ldm.data.decode import DecodeError
 from ldm.data.latent_schema import LatentInfo, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.parallel_map import parallel_map
@@ -29,7 +29,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, write_json
 from ldm.latents import chunks
 from ldm.latents.chunks import LatentSample, Summary
-from ldm.latents.claims import Claims
+from ldm.latents.claims import POLL_SECONDS, Claims
 from ldm.latents.compute import Dtype, Precision, Process, single_threaded, versions
 from ldm.latents.image_encoder import LatentEncoder
 from ldm.latents.images import CaptionedImages
@@ -124,10 +124,9 @@ class Exporter:
         for values in latents.values():
             finite = np.isfinite(values).all((1, 2, 3))
             if not finite.all():
-                shard = self.dataset.bad(rows[0], DecodeError("")).shard
                 raise LdmError(
-                    f"{shard}: the latents of {good[int(finite.argmin())]['key']} are not finite; check the autoencoder, or "
-                    "compute in fp32 and store float32"
+                    f"{self.dataset.name_of(rows[0])[0]}: the latents of {good[int(finite.argmin())]['key']} are not finite; "
+                    "check the autoencoder, or compute in fp32 and store float32"
                 )
         samples = [
             LatentSample(
@@ -158,6 +157,38 @@ class Exporter:
                         writer.write(f"{chunk:08d}", made.members())
         entry = vars(replace(writer.entries[0], samples=summary.shapes.total())) if writer.entries else None
         return {"entry": entry, "bad": bad} | summary.as_record()
+
+    def finish(self, claims: Claims, info: LatentInfo, request: dict[str, Any]) -> None:
+        """Write the manifest from the records of all shards; one process does so."""
+        out = self.out
+        with claims.exclusive():
+            if claims.is_done:
+                return
+            records = claims.records()
+            # a shard that was lost since is written again
+            entries = [ShardEntry(**record["entry"]) if record["entry"] else None for record in records]
+            for number, entry in enumerate(entries):
+                if entry and not ((path := out / entry.name).is_file() and path.stat().st_size == entry.bytes):
+                    claims.forget(number)
+            if claims.missing():
+                return
+            for left in out.glob(".*.tmp"):  # of a process that was killed; nobody else writes now
+                left.unlink()
+            # in the order of the shards; each was logged when it was found
+            (out / QUARANTINE_NAME).unlink(missing_ok=True)
+            limits = self.quarantine
+            quarantine = Quarantine(limits.samples, limits.max_share, limits.samples, out / QUARANTINE_NAME, quiet=True)
+            summary = Summary(self.texts)
+            for record in records:
+                quarantine.add([BadSample(*bad)] for bad in record["bad"])
+                summary.add_record(record)
+            entries = tuple(filter(None, entries))
+            if not entries:
+                raise LdmError(f"{out}: no sample could be used; {out / QUARANTINE_NAME} says why")
+            Manifest(LATENT_SHARDS, entries).check_cheap(out)  # and no other tar
+            write_null_text(out, self.texts.null())
+            extra = summary.complete(info).as_extra()
+            Manifest(LATENT_SHARDS, entries, extra | {"quarantined": len(quarantine), "request": request}).save(out)
 
 
 def export_latents(
@@ -223,15 +254,12 @@ def export_latents(
         info = LatentInfo(
             autoencoder=autoencoder_hash(autoencoder),
             text_encoders=texts.info([0] * len(texts.encoders)),
-            latent_shapes=(),
             resolution=image_size,
             posterior="mode" if mode else "gaussian",
             flips=flip,
             captions=captions,
             dtype=dtype,
             precision=precision,
-            latents_mean=(),
-            latents_std=(),
             source=source.manifest.hash,
             source_shards=source.spec,
             versions=versions(),
@@ -250,9 +278,9 @@ def export_latents(
                 if claims.missing():
                     exporter.run(claims, on_progress or (lambda done, total: None))
                 if claims.missing():
-                    claims.wait()  # for other processes; should one of them die, its shard can be claimed
+                    time.sleep(POLL_SECONDS)  # for other processes; should one of them die, its shard can be claimed
                 else:
-                    _finish(out, claims, request, info, texts, len(dataset), max_bad_share)
+                    exporter.finish(claims, info, request)
         except OSError as error:
             if claims is None or not claims.is_done:  # otherwise another process finished, and removed the work folder
                 fix = "fix that and run the same command again to resume"
@@ -265,46 +293,3 @@ def export_latents(
         config = Path(autoencoder_path) / "config.json"
         write_json(config, read_json(config) | {name: manifest.extra[name] for name in ("latents_mean", "latents_std")})
     return manifest
-
-
-def _finish(
-    out: Path,
-    claims: Claims,
-    request: dict[str, Any],
-    info: LatentInfo,
-    texts: TextEncoders,
-    samples: int,
-    max_bad_share: float,
-) -> None:
-    """Write the manifest from the records of all shards; one process does so."""
-    with claims.exclusive():
-        if claims.is_done:
-            return
-        records = claims.records()
-        # a shard that was lost since is written again
-        entries = [ShardEntry(**record["entry"]) if record["entry"] else None for record in records]
-        lost = [number for number, entry in enumerate(entries) if entry and not _exists(out / entry.name, entry)]
-        for number in lost:
-            claims.forget(number)
-        if lost:
-            return
-        for left in out.glob(".*.tmp"):  # of a process that was killed; nobody else writes now
-            left.unlink()
-        # in the order of the shards; each was logged when it was found
-        (out / QUARANTINE_NAME).unlink(missing_ok=True)
-        quarantine = Quarantine(samples, max_bad_share, samples, out / QUARANTINE_NAME, quiet=True)
-        summary = Summary(texts)
-        for record in records:
-            quarantine.add([BadSample(*bad)] for bad in record["bad"])
-            summary.add_record(record)
-        entries = tuple(filter(None, entries))
-        if not entries:
-            raise LdmError(f"{out}: no sample could be used; {out / QUARANTINE_NAME} says why")
-        Manifest(LATENT_SHARDS, entries).check_cheap(out)  # and no other tar
-        write_null_text(out, texts.null())
-        extra = summary.complete(info).as_extra()
-        Manifest(LATENT_SHARDS, entries, extra | {"quarantined": len(quarantine), "request": request}).save(out)
-
-
-def _exists(path: Path, entry: ShardEntry) -> bool:
-    return path.is_file() and path.stat().st_size == entry.bytes

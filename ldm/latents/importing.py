@@ -196,16 +196,12 @@ class Importer:
         sides = {side for shape in self.summary.shapes for side in shape[1:]}
         info = LatentInfo(
             autoencoder=autoencoder,
-            text_encoders=(),
-            latent_shapes=(),
             resolution=sides.pop() * self.factor if len(sides) == 1 else None,
             posterior="mode" if self.layout.spread is None else "gaussian",
             flips=self.layout.flips,
             captions="all" if self.has_several_captions else "first",
             dtype=self.dtype,
             precision=self.texts.precision,
-            latents_mean=(),
-            latents_std=(),
             source=self.digest.hexdigest(),
             source_shards=str(self.source.src),
             versions=versions(),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data.plan import START, Plan, Position, sizes_and_weights
+from ldm.data.plan import START, Plan, Position
 from ldm.errors import UsageError
 
 mixing = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "bench" / "mixing.py"))["mixing"]
@@ -160,10 +160,6 @@ def test_too_few_samples_for_one_batch_are_refused():
     assert len(next(Plan((4, 6)).batches(5, 0, 2))) == 5
     with pytest.raises(UsageError, match="no sample to train on"):
         Plan((0, 0))
-
-
-def test_folders_are_laid_out_one_after_another():
-    assert sizes_and_weights([[3, 4], [5]], [1.0, 0.5]) == ((3, 4, 5), (1.0, 1.0, 0.5))
 
 
 def test_a_batch_may_span_epochs():
