@@ -189,15 +189,7 @@ def run_show(options: argparse.Namespace) -> None:
     from ldm.latents.show import show
 
     with Progress("sampling latents") as progress:
-        show(
-            options.dir,
-            options.out,
-            options.autoencoder,
-            options.shards,
-            options.samples,
-            default_device(),
-            progress.update,
-        )
+        show(options.dir, options.out, options.autoencoder, options.shards, options.samples, default_device(), progress.update)
     print(f"the page: {options.out}")
 
 

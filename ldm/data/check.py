@@ -105,8 +105,7 @@ def _manifest_of(
 
 def _store(path: Path, chunks: Iterator[bytes]) -> None:
     with open(path, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
+        file.writelines(chunks)
 
 
 def index_shard(path: Path) -> tuple[ShardEntry, int, int]:

@@ -92,8 +92,8 @@ class ShardDataModule(LightningDataModule):
             cache_gib: its limit in GiB.
         """
         super().__init__()
-        self.train = train if isinstance(train, str | Path) else [WeightedSource(**vars(source)) for source in train]
-        self.validation = validation
+        several = [WeightedSource(str(train))] if isinstance(train, str | Path) else train
+        self.train, self.validation = [WeightedSource(**vars(source)) for source in several], validation
         for name, value in (("flip", flip), ("caption_dropout", caption_dropout), ("max_bad_share", max_bad_share)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} is {value}; give 0 to 1")
@@ -110,10 +110,7 @@ class ShardDataModule(LightningDataModule):
 
     def sources(self) -> list[ShardSource]:
         """The training sources, opened; all of one kind."""
-        return self._open([source.path for source in self._weighted()])
-
-    def _weighted(self) -> list[WeightedSource]:
-        return [WeightedSource(str(self.train))] if isinstance(self.train, str | Path) else self.train
+        return self._open([source.path for source in self.train])
 
     def _open(self, paths: Sequence[str]) -> list[ShardSource]:
         sources = [open_source(path, cache=self.cache) for path in paths]
@@ -172,7 +169,7 @@ class ShardDataModule(LightningDataModule):
         """The loader of this rank; its position is saved in checkpoints."""
         world_size, rank = (self.trainer.world_size if self.trainer else 1), self._rank
         sources = self.train_set.sources
-        weights = [source.weight for source in self._weighted()]
+        weights = [source.weight for source in self.train]
         shards = [(s.samples, weight) for source, weight in zip(sources, weights, strict=True) for s in source.manifest.shards]
         sizes, by_shard = zip(*shards, strict=True)
         plan = Plan(sizes, None if set(weights) == {1.0} else by_shard, self.seed, self._window(sources))

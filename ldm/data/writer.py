@@ -60,21 +60,13 @@ class ShardWriter:
                 raise UsageError(f"{what} per shard must be 1 or more, not {bound}")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
             raise UsageError(f"shard prefix {prefix!r} may hold letters, digits, - and _ only")
-        self.folder = Path(folder)
-        self.prefix = prefix
-        self.samples_per_shard = samples_per_shard
-        self.bytes_per_shard = bytes_per_shard
+        self.folder, self.prefix = Path(folder), prefix
+        self.samples_per_shard, self.bytes_per_shard = samples_per_shard, bytes_per_shard
         self.entries = [] if entries is None else entries
-        self._first_index = first_index
-        self._on_shard = on_shard
+        self._first_index, self._on_shard = first_index, on_shard
         self._open = ExitStack()
         self._tar: tarfile.TarFile | None = None
         self._keys: set[str] = set()
-
-    @property
-    def samples(self) -> int:
-        """Samples written so far, those of the unfinished shard included."""
-        return sum(entry.samples for entry in self.entries) + len(self._keys)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -125,11 +117,9 @@ class ShardWriter:
         if self._tar is None:
             return
         self._open.close()
-        size = self._path.stat().st_size
-        entry = ShardEntry(self._path.name, len(self._keys), size, sha256_file(self._path))
+        entry = ShardEntry(self._path.name, len(self._keys), self._path.stat().st_size, sha256_file(self._path))
         self.entries.append(entry)
-        self._tar = None
-        self._keys = set()
+        self._tar, self._keys = None, set()
         if self._on_shard is not None:
             self._on_shard(entry)
 

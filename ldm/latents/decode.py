@@ -94,7 +94,7 @@ def decode_latent_shards(
         ):
             # PNGs are compressed and written while the next batch is decoded
             decoded = _decode(source, autoencoder, folder, samples, ends, batch_size)
-            written = parallel_map(_write, decoded, _WRITERS, _AHEAD)
+            written = parallel_map(lambda one: one.path.write_bytes(encode_png(one.image)), decoded, _WRITERS, _AHEAD)
             with closing(written):
                 for done, (one, _) in enumerate(written, start=1):
                     caption = one.captions[0] if len(one.captions) == 1 else one.captions
@@ -126,9 +126,8 @@ def _decode(
             for start in range(0, rows, batch_size):
                 some = slice(start, min(start + batch_size, rows))
                 keys = metadata["keys"][some]
-                several = [
-                    _images(autoencoder, tensors[f"mean{end}"][some], f"{source.name(number)}: {keys[0]}") for end in ends
-                ]
+                where = f"{source.name(number)}: {keys[0]}"
+                several = [_images(autoencoder, tensors[f"mean{end}"][some], where) for end in ends]
                 for key, captions, *images in zip(keys, metadata["captions"][some], *several, strict=True):
                     for end, image in zip(ends, images, strict=True):
                         yield Decoded(key, captions, image, _claim(folder, key + end))
@@ -158,7 +157,3 @@ def _claim(folder: Path, key: str) -> Path:
             return path
         except FileExistsError:
             number += 1
-
-
-def _write(one: Decoded) -> None:
-    one.path.write_bytes(encode_png(one.image))

@@ -268,7 +268,7 @@ def _images(
         components = [space.colours(stored.latents["mean"]) for stored in few]
         if autoencoder is not None:
             decoded = {
-                end: [_decoded(autoencoder, stored.latents[f"mean{end}"]) for stored in few]
+                end: [images_to_pil(decode_mean(autoencoder, one.latents[f"mean{end}"]).nan_to_num())[0] for one in few]
                 for end in ("", "_flip")
                 if f"mean{end}" in few[0].latents
             }
@@ -281,10 +281,6 @@ def _images(
             components = [image.resize(size, Image.Resampling.NEAREST) for image, size in zip(components, sizes, strict=True)]
         rows.append(("components", components))
     report.image("Images and their latents", paired_grid(rows, CELL), note)
-
-
-def _decoded(autoencoder: AutoencoderKL, latent: np.ndarray) -> Image.Image:
-    return images_to_pil(decode_mean(autoencoder, latent).nan_to_num())[0]
 
 
 def _image(images: SourceImages, stored: StoredLatent, decoded: Image.Image) -> Image.Image:

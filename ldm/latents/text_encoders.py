@@ -87,10 +87,6 @@ class TextEncoders:
                 embeddings = embeddings.to(self.dtype).cpu().numpy()
                 for row, number in enumerate(few):
                     found[captions[number]] = Embedded(embeddings[row, : len(ids[number])].copy(), cut[number])
-        self._remember(known, found)
-        return found
-
-    def _remember(self, known: dict[str, Embedded], found: dict[str, Embedded]) -> None:
         with self._lock:
             self._cached_bytes += sum(embedded.text.nbytes for embedded in found.values())
             if self._cached_bytes > CACHED_BYTES:
@@ -99,6 +95,7 @@ class TextEncoders:
                 self._cached_bytes = 0
             else:
                 known.update(found)
+        return found
 
     def null(self) -> list[np.ndarray]:
         """The encoded empty caption, (L, D) for each encoder."""

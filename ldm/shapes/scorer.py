@@ -12,24 +12,12 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from ldm.errors import UsageError
-from ldm.shapes.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    PLACES,
-    RADII,
-    SHAPES,
-    Object,
-    Scene,
-    check_preset,
-    coverage,
-    parse_caption,
-)
+from ldm.shapes.scenes import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, Object, Scene, check_preset, coverage, parse_caption
 
 _COLOUR_NAMES, _COLOUR_VALUES = list(COLOURS), np.array(list(COLOURS.values()), np.float32)  # (8, 3)
 _BACKGROUND_NAMES, _BACKGROUND_VALUES = list(BACKGROUNDS), np.array(list(BACKGROUNDS.values()), np.float32)  # (4, 3)
@@ -46,14 +34,6 @@ _REACH = 1.5 * RADII["large"]  # the furthest that a part of an object is from i
 _MAX_PLACE_ERROR = 0.16  # from the nearest place, in fractions of the side; rendered objects stay within 0.08
 _MIN_AREA = 0.006  # of the image; the smallest rendered object covers 0.02
 _MASK_FLOOR = 0.15  # coverage below counts as 0, above 1 - it as 1
-
-
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """An object read from pixels, and its centre in fractions of the side."""
-
-    thing: Object
-    center: np.ndarray  # (2,) x, y
 
 
 def read_scene(image: np.ndarray, preset: str) -> Scene | None:
@@ -83,11 +63,12 @@ def read_scene(image: np.ndarray, preset: str) -> Scene | None:
         found = _read_object(pixels, ground)
         if found is None:
             return None
-        distance = {name: float(np.linalg.norm(found.center - center)) for name, center in PLACES.items()}
+        thing, center = found
+        distance = {name: float(np.linalg.norm(center - named)) for name, named in PLACES.items()}
         place = min(distance, key=distance.__getitem__)
         if distance[place] > _MAX_PLACE_ERROR:
             return None
-        return Scene(_BACKGROUND_NAMES[background], (found.thing,), place)
+        return Scene(_BACKGROUND_NAMES[background], (thing,), place)
     axis, cut = _divide(pixels)
     halves = [pixels.copy(), pixels.copy()]
     first, second = (half.swapaxes(0, 1) if axis == 0 else half for half in halves)  # the cut runs across rows
@@ -95,10 +76,10 @@ def read_scene(image: np.ndarray, preset: str) -> Scene | None:
     near, far = (_read_object(half, ground) for half in halves)
     if near is None or far is None:
         return None
-    apart = np.abs(far.center - near.center)  # (2,)
+    apart = np.abs(far[1] - near[1])  # (2,)
     if apart[axis] < 1.5 * apart[1 - axis]:  # on a diagonal: no known relation
         return None
-    return Scene(_BACKGROUND_NAMES[background], (near.thing, far.thing), ("left of", "above")[axis])
+    return Scene(_BACKGROUND_NAMES[background], (near[0], far[0]), ("left of", "above")[axis])
 
 
 def score(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str]) -> dict[str, float]:
@@ -174,8 +155,11 @@ def _divide(pixels: np.ndarray) -> tuple[int, int]:
     return axis, int(middle[emptiness.argmin()])
 
 
-def _read_object(pixels: np.ndarray, ground: np.ndarray) -> _Found | None:
-    """The one object in ``pixels`` (S, S, 3), differences from the background colour ``ground``."""
+def _read_object(pixels: np.ndarray, ground: np.ndarray) -> tuple[Object, np.ndarray] | None:
+    """The one object in ``pixels`` (S, S, 3), differences from the background colour ``ground``.
+
+    Also its centre (x, y) in fractions of the side.
+    """
     size = len(pixels)
     strength = np.linalg.norm(pixels, axis=2)  # (S, S)
     # The strongest pixels (fewer than the smallest object has) give a first estimate of the colour, which selects all fully
@@ -201,18 +185,18 @@ def _read_object(pixels: np.ndarray, ground: np.ndarray) -> _Found | None:
     if (area := float(mask.sum()) / size**2) < _MIN_AREA:
         return None
     framed, center = _standard_frame(mask)
-    templates = _templates()
-    match = templates.vectors @ framed  # (T,)
+    vectors, shapes = _templates()
+    match = vectors @ framed  # (T,)
     best = int(match.argmax())
     if match[best] < _MIN_MATCH:
         return None
-    shape = SHAPES[templates.shapes[best]]
+    shape = SHAPES[shapes[best]]
     # Shape and area give the radius; the threshold between sizes is their geometric mean.
     radius = np.sqrt(area / _unit_area(shape)[0])
     if not 0.75 * RADII["small"] < radius < 1.3 * RADII["large"]:
         return None
     size_word = "small" if radius < np.sqrt(RADII["small"] * RADII["large"]) else "large"
-    return _Found(Object(size_word, _COLOUR_NAMES[colour_index], shape), center - radius * _unit_area(shape)[1])
+    return Object(size_word, _COLOUR_NAMES[colour_index], shape), center - radius * _unit_area(shape)[1]
 
 
 def _moments(mask: np.ndarray) -> tuple[np.ndarray, float]:
@@ -253,15 +237,12 @@ def _interpolation(points: np.ndarray, size: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(points[:, None] - np.arange(size))).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class _Templates:
-    vectors: np.ndarray  # (T, F*F) float32, mean 0, length 1
-    shapes: np.ndarray  # (T,) indices into SHAPES
-
-
 @functools.cache
-def _templates() -> _Templates:
-    """Every shape at several pixel sizes, offsets and blurs, in the normalised frame."""
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Every shape at several pixel sizes, offsets and blurs, in the normalised frame.
+
+    (T, F*F) float32 of mean 0 and length 1, and (T,) indices into SHAPES.
+    """
     vectors, shapes = [], []
     # Radii in pixels, from the smallest at 32 px; beyond the last, edges are sharp in the frame anyway.
     for (index, shape), radius in itertools.product(enumerate(SHAPES), (3.8, 4.6, 6.0, 8.5, 13.0, 20.0)):
@@ -273,7 +254,7 @@ def _templates() -> _Templates:
                 smooth /= smooth.sum(axis=1, keepdims=True)
                 vectors.append(_standard_frame(smooth @ mask @ smooth.T)[0])
                 shapes.append(index)
-    return _Templates(np.stack(vectors).astype(np.float32), np.array(shapes))
+    return np.stack(vectors).astype(np.float32), np.array(shapes)
 
 
 @functools.cache

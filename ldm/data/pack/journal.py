@@ -36,12 +36,7 @@ class Journal:
     """
 
     def __init__(self, out: Path, request: dict[str, Any], listing: str) -> None:
-        """
-        Args:
-            out: the folder.
-            request: every option that changes the bytes; JSON values.
-            listing: hash of the source's listing.
-        """
+        """``request``: every option that changes the bytes, as JSON values; ``listing``: hash of the source's listing."""
         self.out = out
         self.entries: list[ShardEntry] = []
         self.consumed = self.enlarged = 0
@@ -96,20 +91,16 @@ class Journal:
         whole = data.rfind(b"\n") + 1
         self._file.truncate(whole)  # drop a line cut short by a kill
         if not whole:
-            self._begin()
-            return
+            if any(path.name != JOURNAL_NAME for path in self.out.iterdir()):
+                (self.out / JOURNAL_NAME).unlink()
+                require_new_folder(self.out, "image shards")
+            self._append(self._header)
+            return fsync_folder(self.out)
         header, *lines = map(json.loads, data[:whole].splitlines())
         self._require_same(header)
         for line in lines:
             self.entries.append(ShardEntry(**line["shard"]))
             self.consumed, self.enlarged, self._quarantine_bytes = line["consumed"], line["enlarged"], line["quarantine_bytes"]
-
-    def _begin(self) -> None:
-        if any(path.name != JOURNAL_NAME for path in self.out.iterdir()):
-            (self.out / JOURNAL_NAME).unlink()
-            require_new_folder(self.out, "image shards")
-        self._append(self._header)
-        fsync_folder(self.out)
 
     def _require_same(self, header: dict[str, Any]) -> None:
         unfinished = f"{self.out} holds an unfinished pack"
@@ -133,11 +124,6 @@ class Journal:
                 raise LdmError(f"{path} is missing or was changed; restore it, or remove {self.out} and pack again")
         for left in self.out.glob(".*.tmp"):  # left by a killed run
             left.unlink()
-
-    @property
-    def packed(self) -> int:
-        """Samples in the complete shards."""
-        return sum(entry.samples for entry in self.entries)
 
     def quarantine(self, file: str, reason: str) -> None:
         """Record an item that cannot be used."""

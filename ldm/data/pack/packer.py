@@ -106,7 +106,7 @@ def pack(
         out, prefix, samples_per_shard, bytes_per_shard=bytes_per_shard, entries=journal.entries, on_shard=journal.record
     )
     with journal:
-        packed, first_reason = journal.packed, ""
+        packed, first_reason = sum(entry.samples for entry in journal.entries), ""
         remaining = islice(source.items(), journal.consumed, None)
         results = parallel_map(partial(_prepare, source, preparation), remaining, workers, _AHEAD)
         if journal.consumed and on_progress is not None:

@@ -126,13 +126,12 @@ class FolderSource(ImageSource):
         return (Item(file) for file in sorted_files(self.src) if _suffix(file) in _IMAGES)
 
     def checked_items(self) -> Iterator[Item]:
-        empty = True
+        item = None
         for item in self.items():
-            empty = False
             yield item
-        if empty and tar_paths(self.src):
+        if item is None and tar_paths(self.src):
             raise UsageError(f"{self.src} holds .tar shards already; run `ldm shards index {self.src}` for their manifest")
-        if empty:
+        if item is None:
             raise UsageError(f"{self.src} holds no image (.{', .'.join(IMAGE_EXTENSIONS)}); give the folder that does")
 
     def state(self, item: Item) -> str:
