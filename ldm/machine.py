@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 PACKAGES = (
-    "ldm",
-    "torch",
-    "lightning",
-    "diffusers",
-    "transformers",
-    "lpips",
-    "webdataset",
-    "torchmetrics",
-    "torchvision",
+    *("ldm", "torch", "lightning", "diffusers", "transformers"),
+    *("lpips", "webdataset", "torchmetrics", "torchvision"),
 )
 
 # torch's CPU allocator, CUDA outside torch's allocator, cuBLAS's workspace
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
-def cpu_flags() -> set[str]:
-    """Instruction sets of the CPU as named by Linux; empty on other systems."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return set(next((line for line in file if line.startswith("flags")), "").split())
-    except OSError:
-        return set()
+def _cpu_info(field: str) -> str:
+    """What Linux says of the first core; empty on other systems."""
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith(field)), "")
+    return ""
 
 
 def cpu_name() -> str:
     """Model name of the CPU."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
-    except OSError:
-        return platform.processor() or "CPU"
+    return _cpu_info("model name") or platform.processor() or "CPU"
 
 
 def bf16_is_faster() -> bool:
@@ -48,7 +36,7 @@ def bf16_is_faster() -> bool:
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpu_info("flags").split())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

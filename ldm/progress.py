@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from operator import add, sub
 from types import TracebackType
 from typing import NamedTuple
 
@@ -46,17 +47,12 @@ class Pace:
     def add(self, lap: Lap, pause: float = 0.0) -> None:
         """Count a lap, and the seconds of a pause before it."""
         self._paused += pause
-        seconds, steps, images, waited = self._totals[-1]
-        seconds += lap.seconds
-        self._totals.append(Lap(seconds, steps + lap.steps, images + lap.images, waited + lap.waited))
-        while seconds - self._totals[1].seconds >= WINDOW_SECONDS:
+        self._totals.append(Lap._make(map(add, self._totals[-1], lap)))
+        while self._totals[-1].seconds - self._totals[1].seconds >= WINDOW_SECONDS:
             self._totals.popleft()
 
     def _window(self) -> Lap:
-        first, last = self._totals[0], self._totals[-1]
-        return Lap(
-            last.seconds - first.seconds, last.steps - first.steps, last.images - first.images, last.waited - first.waited
-        )
+        return Lap._make(map(sub, self._totals[-1], self._totals[0]))
 
     @property
     def images_per_second(self) -> float | None:

@@ -214,20 +214,17 @@ def score_and_report(quick: Quickstart) -> None:
     perceptual = PerceptualLoss("alex", "random")
     metrics = reconstruction_metrics(autoencoder, dataset, perceptual)
     pipeline = load_pipeline(out / "pipeline")
-    generated, accuracy = {}, {}
     count = 256 if quick.minutes >= 5 else 64
-    for kind, prompts in (("held-out", held_out_prompts("one", count, seed)), ("seen", seen_prompts("one", count // 4, seed))):
-        with Progress(f"generating {kind} prompts", len(prompts)) as progress:
-            generated[kind] = (
-                generate_from_captions(pipeline, prompts, seed, 64, on_progress=progress.update, **SAMPLING),
-                prompts,
-            )
-        accuracy[kind] = shape_accuracy(*generated[kind])
-    images, prompts = (items[:SHOWN_PROMPTS] for items in generated["held-out"])
-    correct = [
-        shape_accuracy([image], [prompt])["prompt_accuracy"] == 1.0 for image, prompt in zip(images, prompts, strict=True)
-    ]
-    samples = captioned_grid(images, prompts, columns=8, marks=correct)
+    prompts = {"held-out": held_out_prompts("one", count, seed), "seen": seen_prompts("one", count // 4, seed)}
+    images, accuracy = {}, {}
+    for kind, asked in prompts.items():
+        with Progress(f"generating {kind} prompts", len(asked)) as progress:
+            images[kind] = generate_from_captions(pipeline, asked, seed, 64, on_progress=progress.update, **SAMPLING)
+        accuracy[kind] = shape_accuracy(images[kind], asked)
+    shown, captions = (found["held-out"][:SHOWN_PROMPTS] for found in (images, prompts))
+    one_each = zip(shown, captions, strict=True)
+    correct = [shape_accuracy([image], [prompt])["prompt_accuracy"] == 1.0 for image, prompt in one_each]
+    samples = captioned_grid(shown, captions, columns=8, marks=correct)
     with atomic_file(out / "samples.png") as file:
         samples.save(file, "PNG")
     quick.state["seconds"]["sample and score"] = round(time.monotonic() - began, 1)
@@ -288,9 +285,7 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
         [[name, held_out[name], record["seen"][name]] for name in held_out],
     )
     page.image("Reconstructions of the autoencoder", pairs, f"LPIPS in training: {record['lpips']}.")
-    page.table(
-        "Reconstruction metrics", ["metric", "value"], [[name, value] for name, value in record["reconstruction"].items()]
-    )
+    page.table("Reconstruction metrics", ["metric", "value"], [*record["reconstruction"].items()])
     logs = {stage: read_metrics(RunFolder(out / "runs" / stage).metrics) for stage in ("autoencoder", "denoiser")}
     for title, stage, names, log_y in (
         ("Stage one: reconstruction loss", "autoencoder", ["train/rec", "train/lpips"], True),
@@ -302,15 +297,14 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
         page.curve(title, series, "step", "", log_y=log_y, smooth=5)
     for step, path in RunFolder(out / "runs" / "denoiser").previews():
         page.image(f"Stage two, step {step}", Image.open(path))
-    rows = [[name, duration(seconds)] for name, seconds in record["seconds"].items()]
-    page.table("Time", ["stage", "m:ss"], rows)
-    page.table("Machine and versions", ["", ""], [[name, value] for name, value in record["machine"].items()])
+    page.table("Time", ["stage", "m:ss"], [[name, duration(seconds)] for name, seconds in record["seconds"].items()])
+    page.table("Machine and versions", ["", ""], [*record["machine"].items()])
     page.text(
         "Repeat a stage",
         f"Run its command in {Path.cwd()}. Commands do not overwrite existing folders: move this run away first, or give "
         "another --out (and --export, for fit).",
     )
-    page.commands("Commands", [(comment, command) for comment, command in record["commands"]])
+    page.commands("Commands", record["commands"])
     page.save(out / "report.html")
 
 

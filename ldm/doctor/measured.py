@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.benchmark import Timer
 
 from ldm.doctor import Finding
 from ldm.machine import bf16_is_faster
@@ -24,7 +24,11 @@ def check_bf16() -> Iterator[Finding]:
     """Speed of a matrix product in fp32 and bf16, compared with the default precision of ``fit``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 8192 if device.type == "cuda" else 512
-    seconds = {dtype: _product_seconds(device, side, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.randn(side, side, device=device, dtype=dtype)
+        timer = Timer("torch.mm(matrix, matrix)", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+        seconds[dtype] = min(timer.blocked_autorange(min_run_time=1.0).times)
     gain = seconds[torch.float32] / seconds[torch.bfloat16]
     rates = " and ".join(
         f"{2 * side**3 / time / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}" for dtype, time in seconds.items()
@@ -33,22 +37,6 @@ def check_bf16() -> Iterator[Finding]:
     wrong = gain < 0.8 if bf16_is_faster() else gain > 1.5
     found = f"{rates}: {gain:.2g}x; the default precision of fit is {default}"
     yield Finding("bf16", found, f"set trainer.precision: {other}" if wrong else "")
-
-
-def _product_seconds(device: torch.device, side: int, dtype: torch.dtype, budget: float = 1.0) -> float:
-    """The fastest of up to 19 products after a warm-up, measured for about ``budget`` seconds."""
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best, begin = float("inf"), time.perf_counter()
-    for number in range(20):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number:
-            best = min(best, time.perf_counter() - start)
-            if time.perf_counter() - begin > budget:
-                break
-    return best
 
 
 def check_jpeg() -> Iterator[Finding]:
@@ -60,18 +48,14 @@ def check_jpeg() -> Iterator[Finding]:
     file = io.BytesIO()
     smooth.save(file, "JPEG", quality=90)
     data = file.getvalue()
-    ours = _per_second(lambda: simplejpeg.decode_jpeg(data, "RGB"))
-    pillow = _per_second(lambda: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    decoders = (
+        lambda: simplejpeg.decode_jpeg(data, "RGB"),
+        lambda: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
+    )
+    timers = [Timer("decode()", globals={"decode": decode}) for decode in decoders]
+    ours, pillow = (1 / timer.blocked_autorange(min_run_time=0.5).mean for timer in timers)
     fix = "pip install --force-reinstall simplejpeg: its wheel includes the fast decoder" if ours < pillow else ""
     yield Finding("JPEG", f"{ours:,.0f} images of 256 px per second and core, {ours / pillow:.1f}x Pillow", fix)
-
-
-def _per_second(work: Callable[[], object], budget: float = 0.5) -> float:
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < budget:
-        work()
-        done += 1
-    return done / (time.perf_counter() - start)
 
 
 COMPILE_SECONDS = 15

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 from ldm.files import atomic_file
@@ -36,14 +36,10 @@ def format_value(value: object) -> str:
     return str(value)
 
 
-def _escapes(template: str | None) -> bool:
-    """Markdown is not escaped: its code blocks would show HTML's escapes."""
-    return template is None or not template.endswith(".md")
-
-
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=_escapes,
+    # not Markdown: its code blocks would show HTML's escapes
+    autoescape=select_autoescape(disabled_extensions=("md",), default=True),
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -229,7 +229,7 @@ class RequestFilter:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.is_ours(host):
             return answer(421, "unknown host name; use the address of this server, or localhost")
-        foreign = origin is not None and urlsplit_or_none(origin) != host.lower()
+        foreign = origin is not None and origin.lower().partition("://")[2] != host.lower()
         if method not in ("GET", "HEAD") and (foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site")):
             return answer(403, "this request comes from another site; use the page of this server")
         if self.active >= self.limits.requests:
@@ -244,11 +244,3 @@ class RequestFilter:
             return name in self.names or bool(ipaddress.ip_address(name))
         except ValueError:
             return False
-
-
-def urlsplit_or_none(origin: str) -> str | None:
-    """Host and port of an origin, None if it is invalid."""
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return None

@@ -74,13 +74,11 @@ class Job:
         except Cancelled:
             self.state = "cancelled"
         except LdmError as error:
-            self._fail(" ".join(str(error).split()))
+            self.error, self.state = " ".join(str(error).split()), "failed"
         except Exception as error:  # a bug must not end the thread that all other jobs wait for
             traceback.print_exc()
-            self._fail(f"a bug in ldm ({type(error).__name__}: {first_line(error)}); the terminal of ldm serve shows where")
-
-    def _fail(self, error: str) -> None:
-        self.error, self.state = error, "failed"
+            self.error = f"a bug in ldm ({type(error).__name__}: {first_line(error)}); the terminal of ldm serve shows where"
+            self.state = "failed"
 
 
 class Queue:
