@@ -221,7 +221,7 @@ def score_and_report(quick: Quickstart) -> None:
         with Progress(f"generating {kind} prompts", len(asked)) as progress:
             images[kind] = generate_from_captions(pipeline, asked, seed, 64, on_progress=progress.update, **SAMPLING)
         accuracy[kind] = shape_accuracy(images[kind], asked)
-    shown, captions = (found["held-out"][:SHOWN_PROMPTS] for found in (images, prompts))
+    shown, captions = images["held-out"][:SHOWN_PROMPTS], prompts["held-out"][:SHOWN_PROMPTS]
     one_each = zip(shown, captions, strict=True)
     correct = [shape_accuracy([image], [prompt])["prompt_accuracy"] == 1.0 for image, prompt in one_each]
     samples = captioned_grid(shown, captions, columns=8, marks=correct)

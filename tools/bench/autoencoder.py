@@ -291,10 +291,7 @@ class LatentDiffusion:
     def seconds(self, pixels: Tensor, steps: int) -> float:
         """Seconds per batch after the first one."""
         self.step(pixels)
-        began = self.setting.now()
-        for _ in range(steps):
-            self.step(pixels)
-        return (self.setting.now() - began) / steps
+        return common.seconds_of(partial(self.step, pixels), self.setting.device, steps)
 
 
 # -- side by side --------------------------------------------------------------------------------------------------------
@@ -385,11 +382,7 @@ def measure(setting: Setting, rounds: int, steps: int, quick: bool) -> dict[str,
 
     timed: dict[str, Callable[[], float]] = {side: partial(run, chosen[side]) for side, run in sides.items()}
     timed["ours, equivariance"] = lambda: time_ours(ours[chosen["ours"]], setting, steps, equivariance=1.0)
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for turn in range(rounds):
-        for name in common.in_turn([*timed], turn):
-            seconds[name].append(timed[name]())
-        print(f"round {turn + 1}, s/step:", {name: round(values[-1], 3) for name, values in seconds.items()}, flush=True)
+    seconds = common.time_in_turn(timed, rounds, "s/step")
     for name, values in seconds.items():
         rates = [setting.batch / value for value in values]
         print(f"{name}: {statistics.median(rates):.2f} images/s ({min(rates):.2f} to {max(rates):.2f})")

@@ -7,9 +7,9 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import diffusers
 import torch
@@ -43,9 +43,29 @@ def now(device: torch.device | str) -> float:
     return time.perf_counter()
 
 
+def seconds_of(work: Callable[[], object], device: torch.device | str, times: int = 1) -> float:
+    """Mean seconds of ``work`` over so many times."""
+    began = now(device)
+    for _ in range(times):
+        work()
+    return (now(device) - began) / times
+
+
 def in_turn(keys: Sequence[T], turn: int) -> Sequence[T]:
     """``keys`` in an even round, and backwards in an odd one, so that a drift of the machine favours none."""
     return keys if turn % 2 == 0 else keys[::-1]
+
+
+def time_in_turn(timed: Mapping[T, Callable[[], float]], rounds: int, unit: str = "s") -> dict[T, list[float]]:
+    """The seconds that each of ``timed`` returns in every round, which are printed, too."""
+    seconds: dict[T, list[float]] = {key: [] for key in timed}
+    for turn in range(rounds):
+        for key in in_turn([*timed], turn):
+            seconds[key].append(timed[key]())
+        names = [key if isinstance(key, str) else " ".join(filter(None, map(str, cast(tuple, key)))) for key in timed]
+        last = {name: round(values[-1], 3) for name, values in zip(names, seconds.values(), strict=True)}
+        print(f"round {turn + 1}, {unit}:", last, flush=True)
+    return seconds
 
 
 def print_ratios(ratios: Mapping[str, Sequence[float]], digits: int = 2) -> None:

@@ -133,10 +133,7 @@ class Training:
     def seconds(self, precision: str, steps: int) -> float:
         """Seconds per step after the first one."""
         self.step(precision)
-        began = self.setting.now()
-        for _ in range(steps):
-            self.step(precision)
-        return (self.setting.now() - began) / steps
+        return common.seconds_of(partial(self.step, precision), self.setting.device, steps)
 
 
 # -- sampling ------------------------------------------------------------------------------------------------------------
@@ -173,13 +170,6 @@ def sampler(
         return latents
 
     return sample
-
-
-def sampling_seconds(sample: Callable[[Tensor], Tensor], noise: Tensor, setting: Setting) -> float:
-    """Seconds of one run."""
-    began = setting.now()
-    sample(noise)
-    return setting.now() - began
 
 
 def print_differences(networks: dict[str, nn.Module], text_encoder: TextEncoder, setting: Setting, noise: Tensor) -> None:
@@ -230,17 +220,12 @@ def measure(setting: Setting, precisions: list[str], rounds: int, steps: int) ->
             sample = sampler(side, network, text_encoder, setting, condition.mask.shape[1], precision)
             timed["step", precision, length, side] = partial(training.seconds, precision, steps)
             if not (side == "ours" and length):  # our pipeline pads nothing
-                timed["sampling", precision, length, side] = partial(sampling_seconds, sample, noise, setting)
+                timed["sampling", precision, length, side] = partial(common.seconds_of, partial(sample, noise), setting.device)
             if setting.compiled:  # compilation is not timed
                 training.step(precision)
-                sampling_seconds(sample, noise, setting)
-    order = sorted(timed)  # the two sides of a ratio next to each other
-    seconds: dict[tuple[str, str, str, str], list[float]] = {key: [] for key in order}
-    for turn in range(rounds):
-        for key in common.in_turn(order, turn):
-            seconds[key].append(timed[key]())
-        last = {" ".join(filter(None, key)): round(values[-1], 3) for key, values in seconds.items()}
-        print(f"round {turn + 1}, s:", last, flush=True)
+                sample(noise)
+    # sorted: the two sides of a ratio next to each other
+    seconds = common.time_in_turn({key: timed[key] for key in sorted(timed)}, rounds)
     suffix = "_compiled" if setting.compiled else ""
     ratios = {}
     for (what, precision, length, side), theirs in seconds.items():

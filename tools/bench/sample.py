@@ -23,7 +23,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import common
@@ -64,9 +64,7 @@ class TimedPipeline:
 
     def seconds(self, noise: Tensor) -> float:
         """Seconds of one run."""
-        began = self.setting.now()
-        self.sample(noise)
-        return self.setting.now() - began
+        return common.seconds_of(lambda: self.sample(noise), self.setting.device)
 
     def shares(self, noise: Tensor) -> dict[str, float]:
         """The share of each part in the time of one run."""
@@ -157,12 +155,8 @@ def measure(pipelines: dict[str, dict[str, TimedPipeline]], setting: Setting, ro
         shares = pipelines[precision][name].shares(noise[:batch])
         parts = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
         print(f"batch {batch}, {precision}, {name}: {parts}", flush=True)
-    seconds: dict[tuple[int, str, str], list[float]] = {key: [] for key in order}
-    for turn in range(rounds):
-        for batch, precision, name in common.in_turn(order, turn):
-            seconds[batch, precision, name].append(pipelines[precision][name].seconds(noise[:batch]))
-        last = {" ".join(map(str, key)): round(values[-1], 3) for key, values in seconds.items()}
-        print(f"round {turn + 1}, s:", last, flush=True)
+    timed = {key: partial(pipelines[key[1]][key[2]].seconds, noise[: key[0]]) for key in order}
+    seconds = common.time_in_turn(timed, rounds)
     for (batch, precision, name), values in seconds.items():
         median = statistics.median(values)
         print(f"batch {batch}, {precision}, {name}: {median:.3f} s, {batch / median:.2f} images/s")
