@@ -139,14 +139,6 @@ def test_an_output_folder_with_other_work_is_not_touched(capsys: pytest.CaptureF
         assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
-def test_sample_refuses_a_folder_without_a_model(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    code, _, said = run(capsys, "sample", tmp_path, "a red ring", "--out", tmp_path / "images")
-    assert code == 2 and "model_index.json" in said and str(tmp_path) in said
-    (tmp_path / "model_index.json").write_text("{}")
-    code, _, said = run(capsys, "sample", tmp_path, "a red ring", "--out", tmp_path / "images")
-    assert code == 2 and said.count("\n") == 0 and str(tmp_path) in said
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

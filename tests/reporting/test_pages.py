@@ -19,7 +19,7 @@ NASTY = """<script src="http://evil.example/x.js">alert('&')</script>"""
 class Page(HTMLParser):
     """Tags, attributes and text of a page; fails on tags that do not close in order."""
 
-    VOID = ("meta", "img", "line")
+    VOID = ("meta", "img")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -33,9 +33,6 @@ class Page(HTMLParser):
         self.tags.append((tag, {name: value or "" for name, value in attrs}))
         if tag not in self.VOID:
             self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -180,20 +177,21 @@ def test_save_replaces_a_page_and_leaves_nothing_else(tmp_path):
     assert "second" in path.read_text("utf-8") and list(path.parent.iterdir()) == [path]
 
 
-def test_a_row_that_does_not_fit_its_table_is_refused():
+def test_a_row_that_does_not_fit_its_table_and_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="2 columns"):
         Report("run").table("t", ["a", "b"], [["only one"]])
+    with pytest.raises(ValueError, match="'loss'"):
+        curve({"loss": ([0, 1], [1.0])})
 
 
 # ---- curve
 
 
 def test_a_line_keeps_the_shape_of_its_data():
-    (line,) = curve({"loss": ([0, 5, 10], [0.0, 2.0, 4.0])}).lines()
-    assert np.allclose(line[:, 0], [0, 500, 1000])
-    assert line[0, 1] - line[1, 1] == pytest.approx(line[1, 1] - line[2, 1], abs=0.2) and line[0, 1] > line[2, 1]
-    (line,) = curve({"loss": ([0, 5, 10], [1e-3, 1.0, 1e3])}, log_y=True).lines()
-    assert line[0, 1] - line[1, 1] == pytest.approx(line[1, 1] - line[2, 1], abs=0.2) and line[0, 1] > line[2, 1]
+    for values, log_y in (([0.0, 2.0, 4.0], False), ([1e-3, 1.0, 1e3], True)):
+        (line,) = curve({"loss": ([0, 5, 10], values)}, log_y=log_y).lines()
+        assert np.allclose(line[:, 0], [0, 500, 1000])
+        assert line[0, 1] - line[1, 1] == pytest.approx(line[1, 1] - line[2, 1], abs=0.2) and line[0, 1] > line[2, 1]
 
 
 def test_points_that_cannot_be_drawn_are_omitted_and_counted():
@@ -212,11 +210,6 @@ def test_any_series_makes_a_page_within_its_frame(values, log_y):
     assert "nan" not in page.words
     for line in page.lines():
         assert np.isfinite(line).all() and line.min() >= 0 and line.max() <= 1000
-
-
-def test_unequal_lengths_are_refused_by_name():
-    with pytest.raises(ValueError, match="'loss'"):
-        curve({"loss": ([0, 1], [1.0])})
 
 
 def test_thinning_keeps_ends_and_spikes():

@@ -67,11 +67,9 @@ def refusal(capsys, *arguments):
 
 def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        code, (line,) = refusal(capsys, tmp_path, "--port", port)
-        assert code == 2 and line.startswith(f"ldm: cannot listen at 127.0.0.1 port {port} (")
-    code, (line,) = refusal(capsys, tmp_path, "--port", 70000)
-    assert code == 2 and line.startswith("ldm: cannot listen at 127.0.0.1 port 70000 (")
+        for port in (taken.getsockname()[1], 70000):
+            code, (line,) = refusal(capsys, tmp_path, "--port", port)
+            assert code == 2 and line.startswith(f"ldm: cannot listen at 127.0.0.1 port {port} (")
     code, (line,) = refusal(capsys, tmp_path, "--port", 0)
     assert code == 2 and "is not a pipeline directory" in line
     code, (line,) = refusal(capsys, tmp_path, "--port", 0, "--max-steps", 0)
