@@ -89,11 +89,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return diffusion_from(self.config["diffusion"])
 
     def check_parts(self) -> None:
-        """Refuse parts that do not fit the denoiser's training, as they are after loading in their own precision.
-
-        Raises:
-            UsageError: naming what it was trained with and what is there.
-        """
+        """Raise UsageError for parts that do not fit the denoiser's training, as they are after loading in their own
+        precision."""
         before = self.config["trained_on"] or {}
         now = {
             "autoencoder": ("vae", autoencoder_hash(self.vae)),
@@ -116,20 +113,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             )
 
     def check_prompt(self, prompt: str) -> None:
-        """Refuse a prompt that is empty or longer than the text encoder takes.
-
-        Raises:
-            UsageError: naming the prompt.
-        """
+        """Raise UsageError, naming the prompt, where it is empty or longer than the text encoder takes."""
         require_prompt(prompt)
         self.tokenize([prompt])
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special ones included, for :meth:`embed`.
-
-        Raises:
-            UsageError: for a text that is longer than the text encoder takes.
-        """
+        """Token ids of each text, special ones included, for :meth:`embed`. Raises UsageError for a text that is longer than
+        the text encoder takes."""
         tokens, limit = self.tokenizer([*texts])["input_ids"], max_tokens(self.tokenizer)
         for text, ids in zip(texts, tokens, strict=True):
             if len(ids) > limit:
@@ -324,11 +314,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         image: PreparedImages | None = None,
         scheduler: Scheduler | None = None,
     ) -> Sampler:
-        """The sampler of a number of steps from noise, or from ``image``; of the pipeline's scheduler unless given.
-
-        Raises:
-            UsageError: for a scheduler that does not fit the denoiser, or steps that it cannot take.
-        """
+        """The sampler of a number of steps from noise, or from ``image``; of the pipeline's scheduler unless given. Raises
+        UsageError for a scheduler that does not fit the denoiser, or steps that it cannot take."""
         if strength is None:
             strength = 1.0 if image is None or image.mask is not None else STRENGTH
         return Sampler(
@@ -339,10 +326,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self, image: Images | PreparedImages, mask: Images | None, height: int | None, width: int | None
     ) -> PreparedImages:
         """Images to start from, as :meth:`__call__` takes them, ready for the autoencoder; once is enough for many calls.
-
-        Raises:
-            UsageError: for what is no image, a mask that does not fit, or a size that the model cannot take.
-        """
+        Raises UsageError for what is no image, a mask that does not fit, or a size that the model cannot take."""
         if isinstance(image, PreparedImages):
             return image
         if height or width:
@@ -393,11 +377,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return GuidedDenoiser(self.transformer, condition, null, guidance, Conversion(*self.diffusion), weak)
 
     def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """(B, C, h, w) of images of ``height`` and ``width`` pixels, the size trained on unless given.
-
-        Raises:
-            UsageError: for a size that the patches do not divide.
-        """
+        """(B, C, h, w) of images of ``height`` and ``width`` pixels, the size trained on unless given. Raises UsageError for a
+        size that the patches do not divide."""
         config, factor = self.transformer.config, self.vae_scale_factor
         trained: int = config.sample_size * factor
         height, width = height or trained, width or trained
@@ -408,21 +389,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 
 def require_prompt(prompt: str) -> None:
-    """Refuse an empty prompt.
-
-    Raises:
-        UsageError: saying so.
-    """
+    """Raise UsageError for an empty prompt."""
     if not prompt.strip():
         raise UsageError("the prompt is empty; say what to generate")
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """An image file to start from: RGB, or RGBA where it has transparency; upright, in sRGB.
-
-    Raises:
-        UsageError: naming the file, when it is none.
-    """
+    """An image file to start from: RGB, or RGBA where it has transparency; upright, in sRGB. Raises UsageError, naming the
+    file, for any other."""
     try:
         data = Path(path).read_bytes()
         image = decode_image(data)
@@ -437,11 +411,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
 
 def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
-    """The pipeline of a directory, on the GPU where there is one.
-
-    Raises:
-        UsageError: when ``path`` is anything else.
-    """
+    """The pipeline of a directory, on the GPU where there is one. Raises UsageError when ``path`` is anything else."""
     index = Path(path) / "model_index.json"
     if not index.is_file():
         raise UsageError(f"{path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")

@@ -11,12 +11,16 @@ from string import ascii_lowercase, digits
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from ldm.data.writer import write_images
-from ldm.models.autoencoder import AutoencoderConfig
+from ldm.diffusion.path import RectifiedFlow
+from ldm.diffusion.prediction import Velocity
+from ldm.diffusion.scheduler import diffusion_config, make_scheduler, samplers_for
+from ldm.models.autoencoder import AutoencoderConfig, set_latent_statistics
 from ldm.models.dit import DiT
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import TextEncoder, minilm_folder
+from ldm.pipeline import LatentDiffusionPipeline
 from ldm.shapes.scenes import generate
 
 
@@ -42,7 +46,11 @@ def tiny_text_encoder(tmp_path_factory):
 @pytest.fixture
 def tiny_autoencoder():
     """Untrained, two levels, for images of 16 pixels."""
-    torch.manual_seed(0)
+    return build_autoencoder(seed=0)
+
+
+def build_autoencoder(seed):
+    torch.manual_seed(seed)
     config = AutoencoderConfig(
         block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
     )
@@ -68,6 +76,45 @@ def randomise(network):
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) / max(parameter.shape[-1], 4) ** 0.5)
     return network
+
+
+@pytest.fixture(scope="session")
+def short_words():
+    """A random text encoder of width 32 that takes 24 tokens of MiniLM's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    tokenizer.model_max_length = 24
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    return TextEncoder(tokenizer, BertModel(config).eval(), "short")
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(minilm):
+    """Makes pipelines for images of 16 pixels, random everywhere but in their words."""
+
+    def make(path=None, prediction=None, sampler=None, words=minilm, seed=0, sample_size=8):
+        path, prediction = path or RectifiedFlow(), prediction or Velocity()
+        autoencoder = build_autoencoder(seed)
+        set_latent_statistics(autoencoder, [0.1, -0.1, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
+        dit = DiT(sample_size=sample_size, width=32, num_layers=2, num_attention_heads=2, caption_channels=words.width)
+        with torch.no_grad():  # small steps away from zero keep the images unsaturated
+            for parameter in dit.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        scheduler = make_scheduler(sampler or samplers_for(path, prediction)[0], path, prediction)
+        parts = (autoencoder, words.model, words.tokenizer, dit.eval(), scheduler)
+        made = LatentDiffusionPipeline(*parts, diffusion=diffusion_config(path, prediction))
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def pipeline(make_pipeline):
+    """A pipeline for one test, which may change it."""
+    return make_pipeline()
 
 
 @pytest.fixture(scope="session")

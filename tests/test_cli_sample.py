@@ -3,55 +3,21 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ldm.cli import main
-from ldm.diffusion.path import RectifiedFlow
-from ldm.diffusion.prediction import Velocity
-from ldm.diffusion.scheduler import matching_scheduler
 from ldm.inference import output_folder as folders
 from ldm.inference.metadata import read_png
 from ldm.inference.output_folder import GRID_IMAGES, OutputFolder, file_name
-from ldm.models.autoencoder import AutoencoderConfig, set_latent_statistics
-from ldm.models.dit import DiT
-from ldm.models.text_encoder import minilm_folder
-from ldm.pipeline import LatentDiffusionPipeline
 
 QUICK = ("--steps", "2", "--device", "cpu")
 
 
-def save_pipeline(path, seed=0):
-    """A pipeline for images of 16 pixels, of random networks; it takes prompts of 24 tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-    tokenizer.model_max_length = 24
-    torch.manual_seed(seed)
-    config = AutoencoderConfig(
-        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
-    )
-    autoencoder = config.build().eval()
-    set_latent_statistics(autoencoder, [0.0] * 4, [1.0] * 4)
-    text = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    dit = DiT(sample_size=8, width=32, num_layers=2, num_attention_heads=2, caption_channels=32)
-    with torch.no_grad():
-        for parameter in dit.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    LatentDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=BertModel(text).eval(),
-        tokenizer=tokenizer,
-        transformer=dit.eval(),
-        scheduler=matching_scheduler(RectifiedFlow(), Velocity()),
-    ).save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return save_pipeline(tmp_path_factory.mktemp("sample") / "model")
+def model(make_pipeline, short_words, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sample") / "model"
+    make_pipeline(words=short_words).save_pretrained(path)
+    return path
 
 
 @pytest.fixture
@@ -109,9 +75,10 @@ def test_an_image_is_drawn_again_from_itself_bit_by_bit(sample, tmp_path, model)
     assert code == 2 and "holds no settings" in said and not (tmp_path / "none").exists()
 
 
-def test_an_image_of_another_model_is_named_as_such(sample, tmp_path, model):
+def test_an_image_of_another_model_is_named_as_such(sample, tmp_path, make_pipeline, short_words):
     assert sample("a red ring")[0] == 0
-    drawn, other = tmp_path / "out" / "0000-a-red-ring.png", save_pipeline(tmp_path / "other", seed=1)
+    drawn, other = tmp_path / "out" / "0000-a-red-ring.png", tmp_path / "other"
+    make_pipeline(words=short_words, seed=1).save_pretrained(other)
     hashes = [read_png(drawn)[1].model_hash[:12]]
     code, _, said = sample("--from-image", drawn, out="again", model=other)
     hashes.append(read_png(tmp_path / "again" / "0000-a-red-ring.png")[1].model_hash[:12])

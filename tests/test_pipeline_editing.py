@@ -25,11 +25,10 @@ from ldm.cli.invert import add
 from ldm.cli.parser import Parser
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import Preconditioned, V, Velocity
-from ldm.diffusion.scheduler import diffusion_config, make_scheduler
 from ldm.errors import UsageError
-from ldm.models.autoencoder import reconstruct, set_latent_statistics
-from ldm.models.dit import DiT
+from ldm.models.autoencoder import reconstruct
 from ldm.models.image_processor import PreparedImages, feathered, filled
+from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline, read_image
 
 PROMPT = "a red circle"
@@ -41,30 +40,16 @@ DIFFUSIONS = {
 }
 
 
-def made(autoencoder, minilm, kind="flow"):
-    """Random everywhere but in its words; images of 16 pixels. Small steps away from zero keep the images unsaturated."""
-    path, prediction, name = DIFFUSIONS[kind]
-    set_latent_statistics(autoencoder, [0.1, -0.1, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
-    torch.manual_seed(0)
-    dit = DiT(sample_size=8, width=32, num_layers=2, num_attention_heads=2)
-    with torch.no_grad():
-        for parameter in dit.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    pipeline = LatentDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=deepcopy(minilm.model),  # other tests have it too, and here it is halved and moved
-        tokenizer=minilm.tokenizer,
-        transformer=dit.eval(),
-        scheduler=make_scheduler(name, path, prediction),
-        diffusion=diffusion_config(path, prediction),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+@pytest.fixture
+def kind():
+    """Of the diffusion; tests are parametrised with others."""
+    return "flow"
 
 
 @pytest.fixture
-def pipeline(tiny_autoencoder, minilm):
-    return made(tiny_autoencoder, minilm)
+def pipeline(kind, make_pipeline, minilm):
+    words = TextEncoder(minilm.tokenizer, deepcopy(minilm.model), minilm.name)  # here it is halved and moved
+    return make_pipeline(*DIFFUSIONS[kind], words)
 
 
 def seeds(*numbers):
@@ -91,8 +76,7 @@ def draw(pipeline, prompt: str | list[str] = PROMPT, **changes):
 
 
 @pytest.mark.parametrize("kind", DIFFUSIONS)
-def test_strength_leads_from_the_image_to_what_the_words_alone_would_draw(kind, tiny_autoencoder, minilm):
-    pipeline = made(tiny_autoencoder, minilm, kind)
+def test_strength_leads_from_the_image_to_what_the_words_alone_would_draw(kind, pipeline):
     plain, image = pipeline(PROMPT, output_type="latent", generator=seeds(0), **QUICK).images, make_image()
     start = pipeline.encode_images(image)
     settings = {"image": image, "output_type": "latent"} | QUICK
@@ -127,8 +111,8 @@ def test_an_image_a_tensor_and_a_list_are_the_same_and_each_is_drawn_by_itself(p
 
 @pytest.mark.parametrize("kind", DIFFUSIONS)
 @pytest.mark.parametrize("strength", [None, 0.5])
-def test_what_is_not_masked_stays_pixel_for_pixel_beyond_the_band(kind, strength, tiny_autoencoder, minilm):
-    pipeline, image = made(tiny_autoencoder, minilm, kind), make_image()
+def test_what_is_not_masked_stays_pixel_for_pixel_beyond_the_band(kind, strength, pipeline):
+    image = make_image()
     drawn = draw(pipeline, image=image, mask_image=half_mask(), strength=strength)[0]
     changed = (drawn != np.asarray(image)).any(2)
     band = pipeline.vae_scale_factor
@@ -235,8 +219,7 @@ def test_an_image_file_keeps_its_transparency_and_one_that_is_none_is_named(tmp_
 
 
 @pytest.mark.parametrize("kind", DIFFUSIONS)
-def test_an_inverted_image_is_drawn_again(kind, tiny_autoencoder, minilm):
-    pipeline = made(tiny_autoencoder, minilm, kind)
+def test_an_inverted_image_is_drawn_again(kind, pipeline):
     images, prompts = [make_image(seed=1), make_image(seed=2)], [PROMPT, "a ring"]
     noise = pipeline.invert(images, prompts, num_inference_steps=15)
     assert noise.shape == (2, 4, 8, 8) and noise.dtype == torch.float32
@@ -303,8 +286,7 @@ def test_numpy_is_one_more_form_of_the_image(pipeline):
         ("exploding", EDMDPMSolverMultistepScheduler, {}),
     ],
 )
-def test_a_scheduler_is_swapped_as_in_diffusers(kind, scheduler, options, tiny_autoencoder, minilm):
-    pipeline = made(tiny_autoencoder, minilm, kind)
+def test_a_scheduler_is_swapped_as_in_diffusers(kind, scheduler, options, pipeline):
     plain = draw(pipeline)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
     assert np.abs(draw(pipeline) - plain).max() > 0
@@ -321,8 +303,7 @@ def test_a_scheduler_is_swapped_as_in_diffusers(kind, scheduler, options, tiny_a
         ("exploding", EulerDiscreteScheduler, r"dpm\+\+2m, euler, dpm\+\+2m-sde"),
     ],
 )
-def test_a_scheduler_of_another_kind_is_refused_with_those_that_fit(kind, scheduler, those, tiny_autoencoder, minilm):
-    pipeline = made(tiny_autoencoder, minilm, kind)
+def test_a_scheduler_of_another_kind_is_refused_with_those_that_fit(kind, scheduler, those, pipeline):
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     with pytest.raises(UsageError, match=f"{scheduler.__name__} does not fit .* with one of: {those}"):
         draw(pipeline)

@@ -46,11 +46,7 @@ class Prediction(ABC):
         return path.alpha(t) * d - path.sigma(t) * c
 
     def endpoints(self, path: ProbabilityPath, x_t: Tensor, y: Tensor, t: Tensor) -> Endpoints:
-        """x0 and eps from a noisy ``x_t`` and a prediction ``y``.
-
-        Raises:
-            ValueError: if the system is singular at a t.
-        """
+        """x0 and eps from a noisy ``x_t`` and a prediction ``y``. Raises ValueError if the system is singular at a t."""
         alpha, sigma = path.alpha(t), path.sigma(t)
         c, d = self.coefficients(path, t)
         determinant = self.determinant(path, t)

@@ -18,7 +18,6 @@ from ldm.diffusion.scheduler import Scheduler, check_scheduler, wanted_predictio
 from ldm.errors import LdmError, UsageError, first_line
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-OnStep = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -130,25 +129,11 @@ class Sampler:
         return len(self.t)
 
     def __call__(
-        self,
-        denoiser: Denoiser,
-        noise: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        on_step: OnStep | None = None,
+        self, denoiser: Denoiser, noise: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> Tensor:
-        """Latents like ``noise``.
-
-        Args:
-            denoiser, noise, generator: see :meth:`steps`.
-            on_step: ``(number, timestep, latents) -> latents`` after each evaluation; sampling continues from what it returns.
-
-        Raises:
-            LdmError: when the denoiser's prediction is not finite; names the step.
-        """
+        """The latents after the last of :meth:`steps`."""
         latents = noise
         for step in self.steps(denoiser, noise, generator):
-            if on_step is not None:
-                step.latents = on_step(step.number, step.timestep, step.latents)
             latents = step.latents
         return latents
 

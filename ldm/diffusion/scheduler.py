@@ -131,11 +131,8 @@ class Diffusion(NamedTuple):
 
 
 def samplers_for(path: ProbabilityPath, prediction: Prediction) -> list[str]:
-    """The names :func:`make_scheduler` takes for a model, the default first.
-
-    Raises:
-        UsageError: where no scheduler can start from the path's noise, or none follows the path.
-    """
+    """The names :func:`make_scheduler` takes for a model, the default first. Raises UsageError where no scheduler can start
+    from the path's noise, or none follows the path."""
     return list(_samplers(path, prediction))
 
 
@@ -175,11 +172,7 @@ def make_scheduler(name: str, path: ProbabilityPath, prediction: Prediction, **o
 
 
 def matching_scheduler(path: ProbabilityPath, prediction: Prediction) -> Any:
-    """The scheduler that the saved pipeline samples with.
-
-    Raises:
-        UsageError: for a pairing that no scheduler serves.
-    """
+    """The scheduler that the saved pipeline samples with. Raises UsageError for a pairing that no scheduler serves."""
     return make_scheduler(samplers_for(path, prediction)[0], path, prediction)
 
 
@@ -201,11 +194,7 @@ def adds_noise(scheduler: Scheduler) -> bool:
 
 
 def check_scheduler(scheduler: Scheduler, path: ProbabilityPath, prediction: Prediction) -> None:
-    """Refuse a scheduler, whoever made it, that does not follow the path of the model.
-
-    Raises:
-        UsageError: naming what does not fit, and the samplers that do.
-    """
+    """Raise UsageError for a scheduler, whoever made it, that does not follow the path of the model; it lists those that do."""
     named, config, kind = _samplers(path, prediction), scheduler.config, type(scheduler)
     wrong = [f"{key}={config[key]!r}" for key, value in _demanded(path).items() if key in config and config[key] != value]
     if kind not in named.values():
@@ -242,11 +231,8 @@ def diffusion_config(path: ProbabilityPath, prediction: Prediction) -> dict[str,
 
 
 def diffusion_from(description: dict[str, dict[str, Any]]) -> Diffusion:
-    """Path and prediction of what :func:`diffusion_config` gave; only classes of modules that are imported are made.
-
-    Raises:
-        UsageError: for anything else.
-    """
+    """Path and prediction of what :func:`diffusion_config` gave; only classes of modules that are imported are made. Raises
+    UsageError for anything else."""
     try:
         return Diffusion(_make(description["path"], ProbabilityPath), _make(description["prediction"], Prediction))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -256,11 +242,8 @@ def diffusion_from(description: dict[str, dict[str, Any]]) -> Diffusion:
 
 
 def diffusion_of(scheduler: Scheduler) -> Diffusion:
-    """Path and prediction that a scheduler was derived from: for pipelines that do not say.
-
-    Raises:
-        UsageError: where the scheduler is not of :data:`SAMPLERS`.
-    """
+    """Path and prediction that a scheduler was derived from: for pipelines that do not say. Raises UsageError where the
+    scheduler is not of :data:`SAMPLERS`."""
     config = scheduler.config
     if type(scheduler) in [spec.schedulers.get(VarianceExploding) for spec in SAMPLERS.values()]:
         path = VarianceExploding(config["sigma_min"], config["sigma_max"], config["sigma_data"])

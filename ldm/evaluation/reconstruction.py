@@ -110,11 +110,8 @@ def _size(sample: dict[str, Any]) -> tuple[int, ...]:
 
 
 def trim(images: Tensor, factor: int) -> Tensor:
-    """Cut (B, 3, H, W) at its lower and right edge to multiples of ``factor``.
-
-    Raises:
-        UsageError: where nothing would be left.
-    """
+    """Cut (B, 3, H, W) at its lower and right edge to multiples of ``factor``. Raises UsageError where nothing would be
+    left."""
     height, width = images.shape[-2:]
     if min(height, width) < factor:
         raise UsageError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,15 +23,14 @@ from PIL import Image
 from PIL.GifImagePlugin import getdata, getheader
 from torch import Tensor, nn
 
-from ldm.diffusion.conditioning import Condition, concatenate, denoise, encode_condition
-from ldm.diffusion.guidance import Conversion, Guidance
+from ldm.diffusion.conditioning import Condition, denoise
+from ldm.diffusion.guidance import Conversion, Guidance, GuidedDenoiser
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import adds_noise, make_scheduler, samplers_for
 from ldm.errors import UsageError
 from ldm.files import atomic_file
 from ldm.inference.generate import scheduler_for
 from ldm.inference.settings import GenerationSettings
-from ldm.models.dit import EncodedText
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
@@ -52,10 +50,8 @@ class Frame(NamedTuple):
 def even_steps(keys: int, count: int, loop: bool = False) -> list[Frame]:
     """``count`` frames at even steps from the first of ``keys`` to the last, both included.
 
-    With ``loop`` they lead on from the last key back to the first, and end one step before it.
-
-    Raises:
-        UsageError: for fewer than two keys, or fewer frames than keys.
+    With ``loop`` they lead on from the last key back to the first, and end one step before it. Raises UsageError for fewer than
+    two keys, or fewer frames than keys.
     """
     if keys < 2:
         raise UsageError("there is nothing between one image and itself; give two prompts or two seeds")
@@ -87,9 +83,9 @@ def slerp(first: Tensor, second: Tensor, amount: float) -> Tensor:
     return (direction / angle.sin() * norms[0].lerp(norms[1], amount)).to(first)
 
 
-class BlendedDenoiser:
-    """A :class:`ldm.diffusion.guidance.GuidedDenoiser` for mixtures of captions: mixes their predictions and guides them.
-    All in one call; an image of a single caption costs no more than there."""
+class BlendedDenoiser(GuidedDenoiser):
+    """Mixes the predictions of several captions, and guides the mixture. All in one call; an image of a single caption costs no
+    more than in :class:`ldm.diffusion.guidance.GuidedDenoiser`."""
 
     def __init__(
         self,
@@ -105,27 +101,13 @@ class BlendedDenoiser:
             condition: that of T captions.
             weights: (B, T), of each caption in each image; an image's sum to 1, and those that are 0 cost nothing.
             null: the null condition (or a negative prompt), one row.
-            guidance, conversion: as of :class:`ldm.diffusion.guidance.GuidedDenoiser`.
         """
-        self.denoiser, self.guidance = denoiser, guidance
         self.images, texts = weights.nonzero(as_tuple=True)
         self.weights = weights[self.images, texts][:, None, None, None]
-        self.condition = Condition(condition.embeddings[texts], condition.mask[texts])
-        self.null = null.repeat(len(weights))
-        self.combine = guidance.combiner(conversion)
-
-    # Encoded at the first call that needs them, and passed to all later ones.
-
-    @cached_property
-    def _conditional(self) -> Condition | EncodedText:
-        return encode_condition(self.denoiser, self.condition)
-
-    @cached_property
-    def _both(self) -> Condition | EncodedText:
-        return encode_condition(self.denoiser, concatenate(self.null, self.condition))
+        chosen = Condition(condition.embeddings[texts], condition.mask[texts])
+        super().__init__(denoiser, chosen, null.repeat(len(weights)), guidance, conversion)
 
     def __call__(self, x_t: Tensor, timestep: Tensor, t: Tensor) -> Tensor:
-        """As that of :class:`ldm.diffusion.guidance.GuidedDenoiser`."""
         inputs, times = x_t[self.images], timestep[self.images]
         if not self.guidance.guides(t):
             return self._blend(denoise(self.denoiser, inputs, times, self._conditional), len(x_t))
@@ -138,11 +120,8 @@ class BlendedDenoiser:
 
 
 def key_settings(settings: GenerationSettings, prompts: Sequence[str], seeds: Sequence[int]) -> list[GenerationSettings]:
-    """The key images: prompts and seeds in pairs; a single one of either is in every pair.
-
-    Raises:
-        UsageError: where their numbers differ and neither is 1.
-    """
+    """The key images: prompts and seeds in pairs; a single one of either is in every pair. Raises UsageError where their
+    numbers differ and neither is 1."""
     count = max(len(prompts), len(seeds))
     if {len(prompts), len(seeds)} - {1, count}:
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds make no pairs; give one seed, or one per prompt")
@@ -151,11 +130,8 @@ def key_settings(settings: GenerationSettings, prompts: Sequence[str], seeds: Se
 
 
 def deterministic_sampler(pipeline: LatentDiffusionPipeline, settings: GenerationSettings) -> Sampler:
-    """The sampler that settings name, the pipeline's own where they name none.
-
-    Raises:
-        UsageError: for one that adds noise at every step; lists those that do not.
-    """
+    """The sampler that settings name, the pipeline's own where they name none. UsageError for one that adds noise at every step
+    lists those that do not."""
     scheduler, diffusion = scheduler_for(pipeline, settings), pipeline.diffusion
     if adds_noise(scheduler):
         names = [name for name in samplers_for(*diffusion) if not adds_noise(make_scheduler(name, *diffusion))]
@@ -184,54 +160,38 @@ def generate_frames(
         UsageError: at once, for keys, a number of frames, a prompt or a size that cannot be used, or a sampler that adds noise.
         LdmError: while generating, when the denoiser's prediction is not finite.
     """
-    frames, settings = even_steps(len(keys), count, loop), keys[0]
+    frames, settings, device = even_steps(len(keys), count, loop), keys[0], pipeline._execution_device
     if len({replace(key, prompt="any", seed=0) for key in keys}) > 1 or settings.image or settings.weak:
         raise UsageError("key images may differ in prompt and seed alone, and need no image and no weak model")
     texts = [*dict.fromkeys(key.prompt for key in keys)]
     tokens = pipeline.tokenize([*texts, settings.negative])
-    pipeline.latent_shape(1, settings.height, settings.width)
-    sampler = deterministic_sampler(pipeline, settings)
-    return _frames(pipeline, keys, frames, sampler, texts, tokens, batch_size)
-
-
-def _frames(
-    pipeline: LatentDiffusionPipeline,
-    keys: Sequence[GenerationSettings],
-    frames: Sequence[Frame],
-    sampler: Sampler,
-    texts: Sequence[str],
-    tokens: Sequence[Sequence[int]],
-    batch_size: int,
-) -> Iterator[Image.Image]:
-    settings, device = keys[0], pipeline._execution_device
     shape = pipeline.latent_shape(1, settings.height, settings.width)
-    condition, null = pipeline.embed(tokens[:-1]), pipeline.embed(tokens[-1:])
+    sampler, conversion = deterministic_sampler(pipeline, settings), Conversion(*pipeline.diffusion)
 
     def noise(seed: int) -> Tensor:
         return randn_tensor(shape, generator=torch.Generator().manual_seed(seed), device=device, dtype=torch.float32)
 
-    for start in range(0, len(frames), batch_size):
-        batch = frames[start : start + batch_size]
-        weights, noises = torch.zeros((len(batch), len(texts)), device=device), []
-        for row, frame in enumerate(batch):
-            first, second = keys[frame.first], keys[frame.second]
-            weights[row, texts.index(first.prompt)] += 1 - frame.amount
-            weights[row, texts.index(second.prompt)] += frame.amount
-            noises.append(slerp(noise(first.seed), noise(second.seed), frame.amount))
-        conversion = Conversion(*pipeline.diffusion)
-        blended = BlendedDenoiser(pipeline.transformer, condition, weights, null, settings.rule(), conversion)
-        with torch.no_grad():
-            latents = sampler(blended, torch.cat(noises))
-        yield from pipeline.decode(latents)
-    pipeline.maybe_free_model_hooks()
+    def generated() -> Iterator[Image.Image]:
+        condition, null = pipeline.embed(tokens[:-1]), pipeline.embed(tokens[-1:])
+        for start in range(0, count, batch_size):
+            batch = frames[start : start + batch_size]
+            weights, noises = torch.zeros((len(batch), len(texts)), device=device), []
+            for row, frame in enumerate(batch):
+                first, second = keys[frame.first], keys[frame.second]
+                weights[row, texts.index(first.prompt)] += 1 - frame.amount
+                weights[row, texts.index(second.prompt)] += frame.amount
+                noises.append(slerp(noise(first.seed), noise(second.seed), frame.amount))
+            blended = BlendedDenoiser(pipeline.transformer, condition, weights, null, settings.rule(), conversion)
+            with torch.no_grad():
+                latents = sampler(blended, torch.cat(noises))
+            yield from pipeline.decode(latents)
+        pipeline.maybe_free_model_hooks()
+
+    return generated()
 
 
 def require_rate(fps: float, gif: bool) -> None:
-    """Refuse frames per second that cannot be shown.
-
-    Raises:
-        UsageError: naming the rate and the fix.
-    """
+    """Raise UsageError for frames per second that cannot be shown."""
     if not 0.1 <= fps <= 240:
         raise UsageError(f"fps is {fps:g}; give 0.1 to 240 frames per second")
     if gif and fps > MOST_GIF_FPS:
@@ -284,11 +244,7 @@ def write_gif(path: Path, images: Iterable[Image.Image], fps: float) -> None:
 
 
 def require_video() -> None:
-    """Refuse where PyAV is not installed.
-
-    Raises:
-        UsageError: naming the extra that has it.
-    """
+    """Raise UsageError where PyAV is not installed."""
     if find_spec("av") is None:
         raise UsageError("an MP4 needs the package av: pip install 'ldm[video]'; or write no MP4")
 
@@ -296,10 +252,8 @@ def require_video() -> None:
 def write_mp4(path: Path, images: Iterable[Image.Image], fps: float) -> None:
     """H.264 in yuv420p, which is widely supported. Its sides are even, so the last row or column of odd ones is repeated.
 
-    The colours are BT.709 and marked so: without a mark, programs guess by the size.
-
-    Raises:
-        UsageError: where PyAV is not installed.
+    The colours are BT.709 and marked so: without a mark, programs guess by the size. Raises UsageError where PyAV is not
+    installed.
     """
     require_video()
     import av

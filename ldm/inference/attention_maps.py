@@ -53,11 +53,8 @@ class AttentionSum:
         self.count += 1
 
     def mean(self) -> Tensor:
-        """(B, N, tokens), on the CPU; at each position N the tokens' shares sum to 1.
-
-        Raises:
-            UsageError: where the denoiser was not called at the times recorded.
-        """
+        """(B, N, tokens), on the CPU; at each position N the tokens' shares sum to 1. Raises UsageError where the denoiser was
+        not called at the times recorded."""
         if self.total is None:
             raise UsageError("no step of the sampler lies within these times; give a wider range, or more steps")
         return (self.total / self.count).cpu()
@@ -102,20 +99,15 @@ def record_attention(
                 attention_sum.add(attention_probabilities(cast(Attention, module), *arguments))
 
     with ExitStack() as hooks:
-        handles = [denoiser.register_forward_pre_hook(before_denoiser, with_kwargs=True)]
+        hooks.enter_context(denoiser.register_forward_pre_hook(before_denoiser, with_kwargs=True))
         for block in denoiser.blocks:
-            handles.append(cast(DiTBlock, block).text_attention.register_forward_hook(after_attention))
-        for handle in handles:
-            hooks.callback(handle.remove)
+            hooks.enter_context(cast(DiTBlock, block).text_attention.register_forward_hook(after_attention))
         yield attention_sum
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[tuple[int, int], list[int]]:
-    """For each word of a prompt, by its span of characters, the positions of its tokens.
-
-    Raises:
-        UsageError: for a tokenizer without offsets.
-    """
+    """For each word of a prompt, by its span of characters, the positions of its tokens. Raises UsageError for a tokenizer
+    without offsets."""
     if not tokenizer.is_fast:
         raise UsageError(f"{type(tokenizer).__name__} gives no offsets of its tokens, which attention maps need")
     spans = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]

@@ -96,11 +96,8 @@ def open_pipeline(
 
 
 def scheduler_for(pipeline: LatentDiffusionPipeline, settings: GenerationSettings) -> Scheduler:
-    """The scheduler that settings name, the pipeline's own where they name none.
-
-    Raises:
-        UsageError: for a name that does not fit the model; lists those that do.
-    """
+    """The scheduler that settings name, the pipeline's own where they name none. UsageError lists the names that fit the
+    model."""
     if settings.scheduler is None:
         return pipeline.scheduler
     choice = {} if settings.eta is None else {"eta": settings.eta}
@@ -142,11 +139,7 @@ class ImageGenerator:
         self._weak = functools.lru_cache(1)(self._load_weak)
 
     def check(self, settings: GenerationSettings) -> None:
-        """Refuse settings that the pipeline cannot use, before anything is generated.
-
-        Raises:
-            UsageError: naming the setting.
-        """
+        """Raise UsageError, before anything is generated, for settings that the pipeline cannot use."""
         for text, fit in self.fit((settings.prompt, settings.negative)).items():
             if fit.cut and text not in self._warned:
                 message = f"the prompt {text[:40]!r}… is too long for the text encoder, which does not see: {fit.cut!r}"
@@ -198,11 +191,8 @@ class ImageGenerator:
         return {text: self._fits[text] for text in wanted}
 
     def _prepare(self, shared: GenerationSettings) -> Prepared:
-        """What images of one :func:`batch_key` share; as ``prepare`` each is made once.
-
-        Raises:
-            UsageError: naming the setting that the pipeline cannot use.
-        """
+        """What images of one :func:`batch_key` share; as ``prepare`` each is made once. Raises UsageError, naming the setting
+        that the pipeline cannot use."""
         pipeline, image = self.pipeline, None
         scheduler = scheduler_for(pipeline, shared)
         if shared.image is None:

@@ -65,10 +65,7 @@ def write_inversion(
         cropped.save(folder / name)
         return cropped
 
-    def report(done: int) -> None:
-        if on_image is not None:
-            on_image(done)
-
+    report = on_image or (lambda done: None)
     reconstruction = save(pipeline.decode(pipeline.encode_images(image, height, width)), "reconstruction.png")
     report(1)
     noise = pipeline.invert(image, prompt, steps, height=height, width=width)

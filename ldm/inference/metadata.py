@@ -77,11 +77,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> Provenance:
-        """The provenance of ``dataclasses.asdict``.
-
-        Raises:
-            UsageError: for anything else; names the entry and ``where``.
-        """
+        """The provenance of ``dataclasses.asdict``. Raises UsageError, naming the entry and ``where``, for anything else."""
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(content, dict) or sorted(content) != sorted(names):
             raise UsageError(f"{where}: its provenance is not of {', '.join(names)}; give the settings yourself")
@@ -185,11 +181,8 @@ def encode_png(image: Image.Image, settings: GenerationSettings, provenance: Pro
 
 
 def read_png(path: str | os.PathLike) -> tuple[GenerationSettings, Provenance]:
-    """The settings and provenance that :func:`save_png` wrote; the file is not trusted.
-
-    Raises:
-        UsageError: for a file that is no whole PNG, or without valid settings.
-    """
+    """The settings and provenance that :func:`save_png` wrote; the file is not trusted. Raises UsageError for a file that is no
+    whole PNG, or without valid settings."""
     text = _chunk(path)
     if text is None:
         raise UsageError(

@@ -28,11 +28,8 @@ class Fit(NamedTuple):
 
 
 def fit_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> dict[str, Fit]:
-    """Prompts, each cut behind the last whole word that fits :func:`ldm.models.text_encoder.max_tokens`.
-
-    Raises:
-        UsageError: where not even one word fits, the tokenizer cannot say which tokens are which words, or a prompt is no text.
-    """
+    """Prompts, each cut behind the last whole word that fits :func:`ldm.models.text_encoder.max_tokens`. Raises UsageError
+    where not even one word fits, the tokenizer cannot say which tokens are which words, or a prompt is no text."""
     for prompt in prompts:
         try:
             prompt.encode()
@@ -93,11 +90,7 @@ def repeated(content: Mapping[str, Any], count: Any, where: str) -> list[Generat
 
 
 def parse_size(size: str | int) -> tuple[int, int]:
-    """Width and height of ``512x768`` or of one number, in pixels.
-
-    Raises:
-        UsageError: for anything else.
-    """
+    """Width and height of ``512x768`` or of one number, in pixels. Raises UsageError for anything else."""
     found = re.fullmatch(r"(\d{1,6})(?:[xX×](\d{1,6}))?", str(size))
     if found is None:
         raise UsageError(f"size is {size!r}; give WIDTHxHEIGHT or one number, in pixels: 512x768")
@@ -130,11 +123,8 @@ def plan_prompts(
 def plan_from_image(
     path: str | os.PathLike, changes: Mapping[str, Any], count: int = 1, check: Check | None = None
 ) -> list[GenerationSettings]:
-    """``count`` images with the settings stored in a PNG, except for ``changes``; the seed counts on.
-
-    Raises:
-        UsageError: for a PNG without settings, or naming the setting.
-    """
+    """``count`` images with the settings stored in a PNG, except for ``changes``; the seed counts on. Raises UsageError for a
+    PNG without settings, or naming the setting."""
     images = repeated(read_png(path)[0].to_json() | dict(changes), count, str(path))
     if check is not None:
         check(images[0])
@@ -176,8 +166,11 @@ def read_prompts(
             copies = content.pop("count", count)
             counted_on = {"seed": defaults.get("seed", 0) + len(found)}
             images = repeated(dict(defaults) | counted_on | content, copies, where)
-            if check is not None:
-                _named(check, images[0], where)
+            try:
+                if check is not None:
+                    check(images[0])
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from None
             found += images
         except UsageError as error:
             found.append(error)
@@ -195,10 +188,3 @@ def _line(raw: bytes, kind: str, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f'{where}: no JSON object, such as {{"prompt": "a red ring"}}; fix it')
     return content
-
-
-def _named(check: Check, settings: GenerationSettings, where: str) -> None:
-    try:
-        check(settings)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None

@@ -58,11 +58,8 @@ class AutoencoderConfig:
         return 2 ** (len(self._settings()["block_out_channels"]) - 1)
 
     def build(self) -> AutoencoderKL:
-        """The network in training mode, with the encoder frozen if only the decoder trains.
-
-        Raises:
-            UsageError: for sizes that do not fit each other or the directory, or a directory that holds no autoencoder.
-        """
+        """The network in training mode, with the encoder frozen if only the decoder trains. Raises UsageError for sizes that do
+        not fit each other or the directory, or a directory that holds no autoencoder."""
         settings = self._settings()
         self._check(settings)
         network = self._from_directory(self.init_from, settings) if self.init_from else _from_scratch(settings)
@@ -195,11 +192,8 @@ def _read_config(path: str | Path) -> dict[str, Any]:
 
 
 def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> AutoencoderKL:
-    """A frozen autoencoder, on ``device``, from a directory that ``AutoencoderKL.save_pretrained`` wrote.
-
-    Raises:
-        UsageError: if ``path`` holds none.
-    """
+    """A frozen autoencoder, on ``device``, from a directory that ``AutoencoderKL.save_pretrained`` wrote. Raises UsageError if
+    ``path`` holds none."""
     _read_config(path)
     try:
         loaded: Any = AutoencoderKL.from_pretrained(path, local_files_only=True, output_loading_info=True)

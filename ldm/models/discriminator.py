@@ -49,11 +49,8 @@ class PatchDiscriminator(nn.Module):
         return 3 * 2**self.num_layers
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [−1, 1] -> logits (B, 1, h, w).
-
-        Raises:
-            UsageError: if a side is shorter than :attr:`smallest_side`.
-        """
+        """Images (B, 3, H, W) in [−1, 1] -> logits (B, 1, h, w). Raises UsageError if a side is shorter than
+        :attr:`smallest_side`."""
         height, width = images.shape[-2:]
         if min(height, width) < self.smallest_side:
             raise UsageError(

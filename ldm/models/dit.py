@@ -283,11 +283,8 @@ class DiT(ModelMixin, ConfigMixin):
 
 
 def transformer_blocks(network: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a denoiser: items of its module lists whose class it names as diffusers' models do.
-
-    Raises:
-        UsageError: for a network that does not name the class of its blocks.
-    """
+    """The transformer blocks of a denoiser: items of its module lists whose class it names as diffusers' models do. Raises
+    UsageError for a network that does not name the class of its blocks."""
     # of diffusers' two attributes, PixArt has only the second
     names = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()
     items = (item for modules in network.modules() if isinstance(modules, nn.ModuleList) for item in modules)

@@ -110,11 +110,7 @@ class TextEncoder:
 
     @classmethod
     def load(cls, name_or_path: str, device: torch.device | str = "cpu") -> TextEncoder:
-        """``minilm`` (packaged, offline), a directory, or a hub name.
-
-        Raises:
-            UsageError: if it cannot be loaded.
-        """
+        """``minilm`` (packaged, offline), a directory, or a hub name. Raises UsageError if it cannot be loaded."""
         source = minilm_folder() if name_or_path == "minilm" else name_or_path
         try:
             config = AutoConfig.from_pretrained(source)

@@ -75,12 +75,12 @@ def noise(count, seed=0):
     return torch.randn(count, 1, 1, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(path, name, steps, denoise, start, prediction=None, generator: Any = 1, on_step=None, **options: Any):
+def draw(path, name, steps, denoise, start, prediction=None, generator: Any = 1, **options: Any):
     """Samples (N, 2) of the sampler ``name``; and the sampler."""
     prediction = prediction or OWN.get(path, V())
     sampler = Sampler(make_scheduler(name, PATHS[path], prediction, **options), PATHS[path], prediction, steps)
     generator = torch.Generator().manual_seed(generator) if isinstance(generator, int) else generator
-    return sampler(network(PATHS[path], prediction, denoise), start, generator, on_step).flatten(1).double(), sampler
+    return sampler(network(PATHS[path], prediction, denoise), start, generator).flatten(1).double(), sampler
 
 
 def right_half(target):
@@ -208,16 +208,10 @@ def test_the_error_falls_at_the_solver_s_order(path, name, order, options):
     """Up to the last step, which all of them take by Euler's rule, to the data itself."""
     errors = []
     for steps in (40, 160):
-        seen = []
-        _, sampler = draw(
-            path,
-            name,
-            steps,
-            GAUSSIAN.denoise,
-            noise(50),
-            on_step=lambda _, __, latents, seen=seen: seen.append(latents) or latents,
-            **options,
-        )
+        prediction = OWN.get(path, V())
+        sampler = Sampler(make_scheduler(name, PATHS[path], prediction, **options), PATHS[path], prediction, steps)
+        denoiser = network(PATHS[path], prediction, GAUSSIAN.denoise)
+        seen = [step.latents for step in sampler.steps(denoiser, noise(50), torch.Generator().manual_seed(1))]
         start, end = sampler.t[[0, -1]].double()
         first = noise(50) * getattr(sampler.scheduler, "init_noise_sigma", 1.0)
         found = seen[-2].flatten(1).double()

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from ldm.cli import animation as command
@@ -27,20 +26,10 @@ from ldm.inference.animation import (
     write_mp4,
 )
 from ldm.inference.settings import GenerationSettings
-from ldm.pipeline import LatentDiffusionPipeline
 
 SETTINGS = GenerationSettings("a red circle", steps=3)
 PROMPTS = ["a red circle", "a tiny blue star at the top left of a dark green background"]
 KEYS = key_settings(SETTINGS, PROMPTS, [1, 2])
-
-
-@pytest.fixture
-def pipeline(tiny_autoencoder, minilm, tiny_dit, randomised):
-    torch.manual_seed(0)
-    dit = randomised(type(tiny_dit)(sample_size=8, width=32, num_layers=2, num_attention_heads=2)).eval()
-    made = LatentDiffusionPipeline(tiny_autoencoder, minilm.model, minilm.tokenizer, dit, FlowMatchEulerDiscreteScheduler())
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def pixels(images):

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models import PixArtTransformer2DModel
 from PIL import Image
 
@@ -17,18 +16,8 @@ from ldm.inference.attention_maps import (
 )
 from ldm.inference.settings import GenerationSettings
 from ldm.models.layers import Attention, KeysValues
-from ldm.pipeline import LatentDiffusionPipeline
 
 SETTINGS = GenerationSettings("a chartreuse circle, and a ring", negative="something much longer than that prompt is", steps=3)
-
-
-@pytest.fixture
-def pipeline(tiny_autoencoder, minilm, tiny_dit, randomised):
-    torch.manual_seed(0)
-    dit = randomised(type(tiny_dit)(sample_size=8, width=32, num_layers=2, num_attention_heads=2)).eval()
-    made = LatentDiffusionPipeline(tiny_autoencoder, minilm.model, minilm.tokenizer, dit, FlowMatchEulerDiscreteScheduler())
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def ordinary(pipeline, settings):

@@ -1,54 +1,26 @@
 import dataclasses
 import json
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
-from ldm.diffusion.scheduler import diffusion_config, matching_scheduler
+from ldm.diffusion.scheduler import diffusion_config
 from ldm.errors import LdmError, UsageError
 from ldm.inference.generate import ImageGenerator, batch_key, open_pipeline, scheduler_for
 from ldm.inference.settings import GenerationSettings
-from ldm.models.autoencoder import set_latent_statistics
-from ldm.models.dit import DiT
-from ldm.models.text_encoder import minilm_folder
-from ldm.pipeline import LatentDiffusionPipeline
 
 WORDS = ["a red circle", "a tiny blue star at the top left of a dark green background", "a ring"]
 
 
 @pytest.fixture
-def make(tiny_autoencoder):
-    """Makes pipelines for images of 16 pixels, of random networks that look at everything; prompts of 24 tokens."""
-
-    def make(path=None, prediction=None, sample_size=8):
-        path, prediction = path or RectifiedFlow(), prediction or Velocity()
-        set_latent_statistics(tiny_autoencoder, [0.1, -0.1, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
-        tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-        tokenizer.model_max_length = 24
-        torch.manual_seed(0)
-        text = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-        )
-        dit = DiT(sample_size=sample_size, width=32, num_layers=2, num_attention_heads=2, caption_channels=32)
-        with torch.no_grad():
-            for parameter in dit.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        return LatentDiffusionPipeline(
-            vae=tiny_autoencoder,
-            text_encoder=BertModel(text).eval(),
-            tokenizer=tokenizer,
-            transformer=dit.eval(),
-            scheduler=matching_scheduler(path, prediction),
-            diffusion=diffusion_config(path, prediction),
-        )
-
-    return make
+def make(make_pipeline, short_words):
+    return partial(make_pipeline, words=short_words)
 
 
 @pytest.fixture

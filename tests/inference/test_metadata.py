@@ -10,8 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 from PIL import Image
@@ -25,9 +24,6 @@ from ldm.files import write_json
 from ldm.inference.generate import ImageGenerator, open_pipeline
 from ldm.inference.metadata import Provenance, a1111_parameters, model_hash, provenance_of, read_png, save_png
 from ldm.inference.settings import GenerationSettings
-from ldm.models.autoencoder import AutoencoderConfig, set_latent_statistics
-from ldm.models.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline
 
 HASH = "0123456789abcdef" * 4
 PROVENANCE = Provenance(
@@ -285,24 +281,9 @@ def chunks(path):
 
 
 @pytest.fixture(scope="module")
-def saved_pipeline(minilm, tmp_path_factory):
-    torch.manual_seed(0)
-    config = AutoencoderConfig(
-        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
-    )
-    autoencoder, dit = config.build(), DiT(sample_size=8, width=32, num_layers=1, num_attention_heads=2)
-    set_latent_statistics(autoencoder, [0.0] * 4, [1.0] * 4)
-    with torch.no_grad():
-        for parameter in dit.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+def saved_pipeline(make_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines") / "shapes"
-    LatentDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=minilm.model,
-        tokenizer=minilm.tokenizer,
-        transformer=dit,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    ).save_pretrained(folder)
+    make_pipeline().save_pretrained(folder)
     return folder
 
 

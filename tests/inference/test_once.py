@@ -11,27 +11,12 @@ from transformers import PreTrainedTokenizerBase
 import ldm.pipeline as pipelines
 from ldm.cli import main
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding
-from ldm.diffusion.prediction import Preconditioned, Velocity
+from ldm.diffusion.prediction import Preconditioned
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import SAMPLERS, SamplerSpec, adds_noise, make_scheduler, sampler_name, samplers_for
 from ldm.inference.generate import ImageGenerator
 from ldm.inference.metadata import a1111_parameters, provenance_of, read_png
 from ldm.inference.settings import GenerationSettings
-from ldm.models.autoencoder import set_latent_statistics
-from ldm.models.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline
-
-
-@pytest.fixture
-def pipeline(tiny_autoencoder, minilm, randomised):
-    """For images of 16 pixels, with random weights."""
-    set_latent_statistics(tiny_autoencoder, [0.0] * 4, [1.0] * 4)
-    torch.manual_seed(0)
-    dit = randomised(DiT(sample_size=8, width=32, num_layers=1, num_attention_heads=2)).eval()
-    parts = {"vae": tiny_autoencoder, "text_encoder": minilm.model, "tokenizer": minilm.tokenizer, "transformer": dit}
-    made = LatentDiffusionPipeline(**parts, scheduler=make_scheduler("euler", RectifiedFlow(), Velocity()))
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 @pytest.fixture

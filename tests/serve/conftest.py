@@ -8,38 +8,17 @@ import sys
 import time
 
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
-from ldm.models.autoencoder import AutoencoderConfig, set_latent_statistics
-from ldm.models.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
+from ldm.pipeline import load_pipeline
 from ldm.serve.queue import Queue
 from ldm.serve.worker import Worker
 
 
 @pytest.fixture(scope="session")
-def model_path(tmp_path_factory, minilm):
+def model_path(tmp_path_factory, make_pipeline):
     """The directory of a pipeline with random weights and a real tokenizer; images of 16 pixels, widths in multiples of 4."""
-    torch.manual_seed(0)
-    config = AutoencoderConfig(
-        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
-    )
-    autoencoder = config.build().eval()
-    set_latent_statistics(autoencoder, [0.1, -0.1, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
-    dit = DiT(sample_size=8, width=32, num_layers=2, num_attention_heads=2)
-    with torch.no_grad():
-        for parameter in dit.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    pipeline = LatentDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=minilm.model,
-        tokenizer=minilm.tokenizer,
-        transformer=dit.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
     path = tmp_path_factory.mktemp("serve") / "tiny"
-    pipeline.save_pretrained(path)
+    make_pipeline().save_pretrained(path)
     return path
 
 
