@@ -1,7 +1,5 @@
 """A shard folder is proved against its manifest, and tars from elsewhere are given one."""
 
-import io
-import tarfile
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,13 +12,15 @@ from safetensors.numpy import load, save
 
 from ldm.data.check import check_folder, index_folder, index_remote
 from ldm.data.image_dataset import ImageDataset
-from ldm.data.latent_schema import Chunk, LatentInfo, TextInfo, write_null_text
+from ldm.data.latent_schema import Chunk, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
 from ldm.data.remote import ShardCache
 from ldm.data.shards import ShardReader
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
+from tests import samples
+from tests.samples import write_tar
 
 PNG = encode_png(Image.new("RGB", (4, 4)))
 
@@ -31,14 +31,6 @@ def folder(tmp_path):
     items = ((f"{index:04d}", np.full((5, 7, 3), index, np.uint8), f"image {index}") for index in range(7))
     write_images(tmp_path / "out", "x", items, samples_per_shard=3, extra={"captioned": 7})
     return tmp_path / "out"
-
-
-def foreign(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
 
 
 def found(folder, deep=False):
@@ -69,7 +61,7 @@ def test_missing_resized_and_unlisted_shards_are_found_beside_the_whole_one(fold
     (folder / "x-00000.tar").unlink()
     with open(folder / "x-00001.tar", "ab") as file:
         file.write(bytes(512))
-    foreign(folder / "y.tar", [("1.png", PNG)])
+    write_tar(folder / "y.tar", [("1.png", PNG)])
     size = (folder / "x-00001.tar").stat().st_size
     assert found(folder) == (
         [
@@ -107,7 +99,7 @@ def test_counts_that_disagree_are_found_either_way(folder):
 
 def test_halves_and_twins_are_found_without_decoding_and_captions_where_the_folder_has_them(tmp_path):
     members = [("1.png", PNG), ("1.txt", b"one"), ("2.txt", b"two"), ("3.png", PNG), ("3.png", PNG), ("4.png", PNG)]
-    foreign(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "a.tar", members)
     manifest = index_folder(tmp_path)
     assert (manifest.samples, manifest.extra["captioned"], manifest.extra["unusable"]) == (4, 2, 2)
     manifest.save(tmp_path)
@@ -119,8 +111,8 @@ def test_halves_and_twins_are_found_without_decoding_and_captions_where_the_fold
 
 
 def test_index_makes_a_manifest_that_checks(tmp_path):
-    foreign(tmp_path / "00000.tar", [("1.png", PNG), ("1.txt", b"one"), ("2.png", PNG), ("2.txt", b"two")])
-    foreign(tmp_path / "00001.tar", [("1.png", PNG), ("1.txt", b"one"), ("1.json", b"{}")])
+    write_tar(tmp_path / "00000.tar", [("1.png", PNG), ("1.txt", b"one"), ("2.png", PNG), ("2.txt", b"two")])
+    write_tar(tmp_path / "00001.tar", [("1.png", PNG), ("1.txt", b"one"), ("1.json", b"{}")])
     (tmp_path / "00000_stats.json").write_text("{}")
     steps = []
     manifest = index_folder(tmp_path, on_progress=lambda *step: steps.append(step))
@@ -139,32 +131,17 @@ def test_index_refuses_what_cannot_be_trained_on(tmp_path):
         ([("1.safetensors", b"")], r"a\.tar holds latents, not images"),
         ([("1.png", b""), ("1.png", b"")], r"a\.tar holds no image"),  # the only one comes twice
     ]:
-        foreign(tmp_path / "a.tar", members)
+        write_tar(tmp_path / "a.tar", members)
         with pytest.raises(LdmError, match=words):
             index_folder(tmp_path)
-    foreign(tmp_path / "a.tar", [("1.png", PNG), ("2.png", PNG)])
+    write_tar(tmp_path / "a.tar", [("1.png", PNG), ("2.png", PNG)])
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:1024])
     with pytest.raises(LdmError, match=r"a\.tar is cut short at byte 1024 after 1 samples; restore it"):
         index_folder(tmp_path)
 
 
-INFO = LatentInfo(
-    autoencoder="a" * 64,
-    text_encoders=(TextInfo("one", "t" * 64, 6, 77, 0), TextInfo("two", "u" * 64, 5, 77, 0)),
-    latent_shapes=((4, 2, 2), (4, 2, 3)),
-    resolution=None,
-    posterior="gaussian",
-    flips=True,
-    captions="all",
-    dtype="float32",
-    precision="fp32",
-    latents_mean=(0.0,) * 4,
-    latents_std=(1.0,) * 4,
-    source="s" * 64,
-    source_shards="shards",
-    versions={},
-)
+INFO = replace(samples.INFO, latent_shapes=((4, 2, 2), (4, 2, 3)))
 
 
 def chunk(number, info=INFO, **tensors):
@@ -201,6 +178,9 @@ def test_latents_are_counted_by_sample_and_looked_at_by_the_deep_check(tmp_path)
     assert found(folder) == ([], [6])
     bad = [(f"latents-00000.tar: {key}", "has values that are not finite") for key in ("1b", "1c")]
     assert found(folder, deep=True) == (bad, [4])
+    manifest = Manifest.load(folder)
+    replace(manifest, shards=(replace(manifest.shards[0], samples=5),)).save(folder)
+    assert ("latents-00000.tar", "holds 6 samples, the manifest says 5") in found(folder)[0]
 
 
 @pytest.mark.parametrize(

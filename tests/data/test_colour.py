@@ -8,6 +8,7 @@ from PIL import Image, ImageCms
 from ldm.data import colour
 from ldm.data.colour import is_srgb, to_srgb
 from ldm.data.decode import decode_image, decode_pixels, is_plain_rgb
+from tests.samples import encoded
 
 # Primaries in XYZ adapted to D50, one column each.
 SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
@@ -68,12 +69,6 @@ def p3_levels(pixels):
     """Display P3 pixels (..., 3) => levels of sRGB, by the definition of both."""
     linear = (pixels / 255) ** GAMMA
     return srgb_levels(linear @ (np.linalg.inv(SRGB) @ DISPLAY_P3).T)
-
-
-def encoded(image, format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture

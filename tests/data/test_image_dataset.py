@@ -1,6 +1,4 @@
-import io
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -14,8 +12,9 @@ from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.plan import PlannedSample
 from ldm.data.quarantine import BadSample
 from ldm.data.writer import ShardWriter, encode_png, write_images
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError
 from ldm.shapes.scenes import generate
+from tests.samples import encoded
 
 
 def write(folder, samples, **extra):
@@ -100,28 +99,6 @@ def test_scaled_to_within_a_step_as_pillow_scales(shape, size):
     assert np.abs(fit(pixels, size).astype(int) - np.asarray(expected)).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "files, reason",
-    [
-        ({"png": b"no image at all"}, "not a JPEG, PNG or WebP image"),
-        ({"png": png((8, 8))[:-30]}, "cannot be decoded"),
-        ({"png": png((8, 8)), "txt": b"\xff\xfe"}, "caption is not UTF-8"),
-        ({"txt": b"a caption"}, "has no image"),
-    ],
-)
-def test_a_sample_that_cannot_be_used_names_its_shard_and_key(tmp_path, files, reason):
-    whole = {"png": png((8, 8)), "txt": b"fine"}
-    dataset = ImageDataset(write(tmp_path / "x", [("a", whole), ("b", whole), ("c", whole), ("bad", files)]))
-    assert dataset[2]["caption"] == "fine"
-    with pytest.raises(LdmError) as error:
-        dataset[3]
-    message = str(error.value)
-    assert f"{tmp_path}/x/x-00001.tar: bad " in message and reason in message and "\n" not in message
-    record = dataset.attempt(3)
-    assert isinstance(record, BadSample)
-    assert record[:2] == BadSample(f"{tmp_path}/x/x-00001.tar", "bad", "")[:2] and reason in record.reason
-
-
 def test_a_sample_may_lack_its_caption(tmp_path):
     assert ImageDataset(write(tmp_path / "x", [("a", {"png": png((8, 8))})]))[0]["caption"] == ""
 
@@ -167,12 +144,6 @@ def test_random_cuts_lie_anywhere_along_the_longer_side_and_other_cuts_in_the_ce
         assert centred["image"][0, 0, 0] == 16
 
 
-def jpeg(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
-
-
 def test_windows_come_from_anywhere_in_the_image_as_it_is(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.mgrid[:20, :24]  # every pixel says where it lies
@@ -190,7 +161,7 @@ def test_windows_come_from_anywhere_in_the_image_as_it_is(tmp_path):
 
 
 def test_windows_of_large_jpegs_are_of_their_full_resolution(tmp_path):
-    data = jpeg(np.random.default_rng(0).integers(0, 256, (256, 320, 3), np.uint8))
+    data = encoded(np.random.default_rng(0).integers(0, 256, (256, 320, 3), np.uint8), "JPEG", quality=95)
     folder = write(tmp_path / "x", [("a", {"jpg": data})])
     found = ImageDataset(folder, image_size=32, augmentation=Augmentation(crop="window"))[0]["image"]
     assert np.array_equal(found.transpose(1, 2, 0), decode_pixels(data)[112:144, 144:176])
@@ -210,31 +181,10 @@ def test_an_image_smaller_than_the_window_is_scaled_up_to_it(shape):
         assert np.abs(found - scaled[top : top + 16, left : left + 16]).max() <= 3
 
 
-def test_windows_need_a_size(image_shards):
-    with pytest.raises(UsageError, match=r"^crop window .*; set image_size$"):
-        ImageDataset(image_shards, augmentation=Augmentation(crop="window"))
-
-
 def test_what_is_scaled_while_it_is_decompressed_looks_the_same(tmp_path):
     """libjpeg-turbo's own scaling and ours on top of it, against ours alone."""
     y, x = np.mgrid[:256, :320] / 40
     pixels = (127.5 + 120 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1)).astype(np.uint8)
-    dataset = ImageDataset(write(tmp_path / "x", [("a", {"jpg": jpeg(pixels)})]), image_size=32)
+    dataset = ImageDataset(write(tmp_path / "x", [("a", {"jpg": encoded(pixels, "JPEG", quality=95)})]), image_size=32)
     found = dataset[0]["image"].transpose(1, 2, 0).astype(int)
     assert found.shape == (32, 32, 3) and np.abs(found - fit(pixels, 32)).max() <= 6
-
-
-def test_folders_that_do_not_serve_are_refused(image_shards, tmp_path):
-    with pytest.raises(UsageError, match=r"nowhere is not a folder"):
-        ImageDataset(tmp_path / "nowhere")
-    write_images(tmp_path / "x", "x", generate(4, 32, seed=0), samples_per_shard=2)
-    (tmp_path / "x" / "x-00001.tar").unlink()
-    with pytest.raises(LdmError, match=r"x-00001.tar is listed in the manifest but missing"):
-        ImageDataset(tmp_path / "x")
-
-
-def test_it_can_be_sent_to_another_process_while_its_shards_are_open(image_shards):
-    dataset = ImageDataset(image_shards)
-    expected = dataset[9]
-    again = pickle.loads(pickle.dumps(dataset))
-    assert np.array_equal(again[9]["image"], expected["image"]) and again[0]["key"] == "00000000"

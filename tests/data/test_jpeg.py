@@ -1,5 +1,7 @@
 import io
 import struct
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from PIL import Image, ImageCms
 from ldm.data import jpeg
 from ldm.data.decode import DecodeError, decode_image, decode_pixels, is_plain_rgb
 from ldm.data.jpeg import plain_size
+from tests import samples
 
+encoded = partial(samples.encoded, format="JPEG")
 SRGB_ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
@@ -19,12 +23,6 @@ def natural(height, width, seed=0):
     coarse = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
     soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
     return np.clip(soft + random.normal(0, 2, (height, width, 1)), 0, 255).astype(np.uint8)
-
-
-def encoded(image, **options):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", **options)
-    return buffer.getvalue()
 
 
 def by_pillow(data):
@@ -74,7 +72,8 @@ def test_rare_subsamplings_are_no_exception(subsampling):
 
 
 def test_rgb_without_a_colour_transform_and_restart_markers():
-    for options in ({"keep_rgb": True}, {"restart_marker_rows": 1}, {"optimize": True, "comment": b"a note"}):
+    several: list[dict[str, Any]] = [{"keep_rgb": True}, {"restart_marker_rows": 1}, {"optimize": True, "comment": b"a note"}]
+    for options in several:
         data = encoded(natural(40, 40), **options)
         assert plain_size(data) == (40, 40)
         assert np.array_equal(decode_pixels(data), by_pillow(data))
@@ -82,13 +81,11 @@ def test_rgb_without_a_colour_transform_and_restart_markers():
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
 def test_other_formats_give_the_same_pixels_too(format):
-    buffer = io.BytesIO()
-    Image.fromarray(natural(20, 30)).save(buffer, format)
-    out = np.zeros((20, 30, 3), np.uint8)
-    pixels = decode_pixels(buffer.getvalue())
-    assert np.array_equal(pixels, np.asarray(decode_image(buffer.getvalue())))
+    data, out = encoded(natural(20, 30), format=format), np.zeros((20, 30, 3), np.uint8)
+    pixels = decode_pixels(data)
+    assert np.array_equal(pixels, np.asarray(decode_image(data)))
     assert pixels.flags.c_contiguous and pixels.flags.writeable
-    assert decode_pixels(buffer.getvalue(), out) is out and np.array_equal(out, pixels)
+    assert decode_pixels(data, out) is out and np.array_equal(out, pixels)
 
 
 def exif(orientation=None, order=">"):
@@ -135,10 +132,8 @@ def test_what_stands_before_the_image(extra, plain):
 
 
 def test_a_second_image_inside_does_not_matter():
-    buffer = io.BytesIO()
-    first, second = (Image.fromarray(natural(16, 24, seed)) for seed in range(2))
-    first.save(buffer, "MPO", save_all=True, append_images=[second])
-    assert np.array_equal(decode_pixels(buffer.getvalue()), by_pillow(buffer.getvalue()))
+    data = encoded(natural(16, 24, 0), format="MPO", save_all=True, append_images=[Image.fromarray(natural(16, 24, 1))])
+    assert np.array_equal(decode_pixels(data), by_pillow(data))
 
 
 def test_pixels_go_straight_into_an_array_of_their_size():

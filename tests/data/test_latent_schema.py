@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ldm.data.check import check_folder
 from ldm.data.decode import DecodeError
 from ldm.data.latent_schema import (
     Chunk,
@@ -29,22 +28,15 @@ from ldm.data.shards import ShardReader
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
+from tests import samples
 
-INFO = LatentInfo(
-    autoencoder="a" * 64,
+INFO = replace(
+    samples.INFO,
     text_encoders=(TextInfo("minilm", "t" * 64, 6, 5, 1), TextInfo("other", "u" * 64, 3, 7, 0)),
     latent_shapes=((4, 2, 3), (4, 5, 1)),
-    resolution=None,
-    posterior="gaussian",
-    flips=True,
-    captions="all",
     dtype="float16",
-    precision="fp32",
     latents_mean=(0.1, 0.2, 0.3, 0.4),
     latents_std=(1.0, 1.1, 1.2, 1.3),
-    source="s" * 64,
-    source_shards="shards",
-    versions={"torch": "2"},
 )
 # images per chunk, and the sides of their latents, per shard
 SHARDS = [[(3, (2, 3)), (2, (5, 1))], [(4, (2, 3))], [(1, (5, 1)), (1, (2, 3)), (1, (2, 3))]]
@@ -148,13 +140,6 @@ def test_nothing_but_tarfile_and_safetensors_is_needed_to_read_it(tmp_path, dtyp
         assert all(np.array_equal(ours["latents"][name], theirs["latents"][name]) for name in names)
         for some, others in zip(ours["texts"], theirs["texts"], strict=True):
             assert all(np.array_equal(one, other) for one, other in zip(some, others, strict=True))
-
-
-def test_equal_chunks_are_equal_bytes(tmp_path):
-    for name in "ab":
-        write(tmp_path / name)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
 def test_a_shard_gives_back_its_chunks_their_words_and_where_an_image_is(tmp_path):
@@ -298,17 +283,6 @@ def test_broken_keys_and_captions_are_told(tmp_path, words):
     path.write_bytes(data[:offset] + words.ljust(size) + data[offset + size :])
     with pytest.raises(DecodeError, match="is in a chunk without its keys and captions"):
         LatentShard(path, 2).metadata(0)
-
-
-def test_the_deep_check_counts_latents_not_chunks(folder):
-    problems, checked = check_folder(folder, deep=True)
-    assert problems == [] and [(shard.good, shard.problems) for shard in checked] == [(5, ()), (4, ()), (3, ())]
-    manifest = Manifest.load(folder)
-    wrong = replace(manifest.shards[1], samples=3)
-    Manifest(LATENT_SHARDS, (manifest.shards[0], wrong, manifest.shards[2]), manifest.extra).save(folder)
-    _, checked = check_folder(folder)
-    (problem,) = [problem for shard in checked for problem in shard.problems]
-    assert str(problem) == "latents-00001.tar holds 4 samples, the manifest says 3; restore it"
 
 
 def test_several_folders_have_the_statistics_of_all_their_samples(tmp_path):

@@ -1,6 +1,5 @@
 """The training loader: its position, resuming, errors, signals, memory."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from ldm.data.plan import Plan, PlannedSample, Position
 from ldm.data.sources import ShardSource
 from ldm.data.writer import ShardWriter, encode_png
 from ldm.errors import LdmError, UsageError
+from tests.samples import encoded, write_numbered
 
 SIZES = (5, 1, 4, 7)
 TOTAL = sum(SIZES)
@@ -35,15 +35,7 @@ TOTAL = sum(SIZES)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Seventeen images in four uneven shards."""
-    folder, number, entries = tmp_path_factory.mktemp("shards"), 0, []
-    for shard, size in enumerate(SIZES):
-        with ShardWriter(folder, "x", first_index=shard) as writer:
-            for _ in range(size):
-                writer.write(f"{number:02d}", {"png": encode_png(Image.new("RGB", (4, 4), (number, 0, 0)))})
-                number += 1
-        entries += writer.entries
-    Manifest(IMAGE_SHARDS, tuple(entries)).save(folder)
-    return folder
+    return write_numbered(tmp_path_factory.mktemp("shards"), SIZES)
 
 
 def make(folder, batch_size=3, rank=0, world_size=1, seed=0, **settings):
@@ -326,12 +318,6 @@ def test_resuming_in_the_middle_of_a_huge_epoch_reads_only_the_shards_needed(fol
     assert seconds < 20  # five on a machine at rest, most of it for twenty megabytes of manifest
 
 
-def encoded_jpeg():
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), "red").save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 STREAM = """
 import sys, multiprocessing
 from itertools import islice
@@ -358,7 +344,7 @@ for number, batch in enumerate(islice(data.train_dataloader(), 400), start=1):
 def test_memory_does_not_grow_with_the_samples_read(tmp_path):
     """Memory of the training process and its workers after 40,000 samples, of 40 shards in windows of ten, as after 10,000."""
     with ShardWriter(tmp_path, "x", samples_per_shard=None) as writer:
-        image = encoded_jpeg()
+        image = encoded(Image.new("RGB", (16, 16), "red"), "JPEG")
         for number in range(1000):
             writer.write(f"{number:04d}", {"jpg": image, "txt": b"a red square"})
     (entry,) = writer.entries

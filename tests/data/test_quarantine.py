@@ -9,13 +9,11 @@ from itertools import islice
 import pytest
 import torch
 from lightning import LightningModule, Trainer
-from PIL import Image
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine, too_many_in_a_row
-from ldm.data.writer import ShardWriter, encode_png
 from ldm.errors import LdmError
+from tests.samples import write_numbered
 
 REASON = "not a JPEG, PNG or WebP image"
 
@@ -102,14 +100,7 @@ BAD = (3, 10, 11)
 @pytest.fixture
 def folder(tmp_path):
     """Twenty images in two shards, three of which are none."""
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    with ShardWriter(folder, "x", samples_per_shard=10) as writer:
-        for number in range(20):
-            image = b"no image" if number in BAD else encode_png(Image.new("RGB", (4, 4), (number, 0, 0)))
-            writer.write(f"{number:02d}", {"png": image})
-    Manifest(IMAGE_SHARDS, tuple(writer.entries)).save(folder)
-    return folder
+    return write_numbered(tmp_path / "shards", [10, 10], BAD)
 
 
 class Recorder(LightningModule):
@@ -188,12 +179,7 @@ def test_a_run_with_too_many_in_a_row_stops_in_one_line(folder, tmp_path, worker
 
 def test_a_shard_that_was_cut_is_borne_where_the_limits_say_so(tmp_path):
     """As many samples as the limit allows are tried in search of a good one, also where it is more than by default."""
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    with ShardWriter(folder, "x", samples_per_shard=None) as writer:
-        for number in range(130):
-            writer.write(str(number), {"png": encode_png(Image.new("RGB", (4, 4))) if number > 120 else b"none"})
-    Manifest(IMAGE_SHARDS, tuple(writer.entries)).save(folder)
+    folder = write_numbered(tmp_path / "shards", [130], range(121))
     for limit, fits in ((119, False), (10_000, True)):
         data = ShardDataModule(str(folder), str(folder), batch_size=10, max_bad_share=1.0, max_bad_in_a_row=limit)
         data.setup("fit")
@@ -232,15 +218,10 @@ class FakeTrainer:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_counts_them_too(folder, tmp_path, workers):
-    settings = {"train": tmp_path / "whole", "workers": workers}
-    settings["train"].mkdir()
-    with ShardWriter(settings["train"], "x") as writer:
-        for number in range(8):
-            writer.write(str(number), {"png": encode_png(Image.new("RGB", (4, 4)))})
-    Manifest(IMAGE_SHARDS, tuple(writer.entries)).save(settings["train"])
+    train = write_numbered(tmp_path / "whole", [8])
 
     def validate(**limits):
-        data = ShardDataModule(str(settings["train"]), str(folder), batch_size=4, workers=workers, **limits)
+        data = ShardDataModule(str(train), str(folder), batch_size=4, workers=workers, **limits)
         recorder = Recorder()
         trainer = Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, default_root_dir=tmp_path

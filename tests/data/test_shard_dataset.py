@@ -2,41 +2,17 @@
 
 import os
 import pickle
-from itertools import islice
 
 import pytest
-from PIL import Image
 
 from ldm.data import shard_dataset as module
 from ldm.data.decode import DecodeError
 from ldm.data.image_dataset import ImageDataset
-from ldm.data.manifest import IMAGE_SHARDS, Manifest, ShardEntry
 from ldm.data.plan import PlannedSample
 from ldm.data.quarantine import BadSample
 from ldm.data.sources import open_source
-from ldm.data.writer import ShardWriter, encode_png
 from ldm.errors import LdmError
-from ldm.files import sha256_file
-
-
-def write(folder, counts, bad=()):
-    """Shards of so many images, keys 00, 01, ...; those numbered ``bad`` are none."""
-    folder.mkdir()
-    entries, numbers = [], iter(range(sum(counts)))
-    for shard, count in enumerate(counts):
-        with ShardWriter(folder, "x", samples_per_shard=None, first_index=shard) as writer:
-            for number in islice(numbers, count):
-                image = b"no image" if number in bad else encode_png(Image.new("RGB", (4, 4), (number, 0, 0)))
-                writer.write(f"{number:02d}", {"png": image})
-        entries += writer.entries or [empty(folder, shard)]
-    Manifest(IMAGE_SHARDS, tuple(entries)).save(folder)
-    return folder
-
-
-def empty(folder, shard):
-    path = folder / f"x-{shard:05d}.tar"
-    path.write_bytes(bytes(10240))
-    return ShardEntry(path.name, 0, 10240, sha256_file(path))
+from tests.samples import write_numbered
 
 
 def keys(found):
@@ -56,7 +32,7 @@ def opened(monkeypatch):
 
 
 def test_a_number_means_the_same_sample_in_any_order_and_empty_shards_hold_none(tmp_path):
-    dataset = ImageDataset(write(tmp_path / "x", [3, 0, 1, 0, 0, 4]))
+    dataset = ImageDataset(write_numbered(tmp_path / "x", [3, 0, 1, 0, 0, 4]))
     assert len(dataset) == 8
     for index in (0, 7, 3, 2, 4, 3, 6, 1, 5):
         assert dataset[index]["key"] == f"{index:02d}"
@@ -68,7 +44,7 @@ def test_a_number_means_the_same_sample_in_any_order_and_empty_shards_hold_none(
 
 
 def test_several_sources_follow_one_another(tmp_path):
-    folders = [write(tmp_path / name, counts) for name, counts in (("a", [2, 1]), ("b", [3]))]
+    folders = [write_numbered(tmp_path / name, counts) for name, counts in (("a", [2, 1]), ("b", [3]))]
     dataset = ImageDataset([open_source(folder) for folder in folders])
     assert keys(dataset[index] for index in range(6)) == ["00", "01", "02", "00", "01", "02"]
     (tmp_path / "b" / "x-00000.tar").unlink()
@@ -78,7 +54,7 @@ def test_several_sources_follow_one_another(tmp_path):
 
 def test_few_shards_are_open_and_each_is_walked_over_once(tmp_path, monkeypatch, opened):
     monkeypatch.setattr(ImageDataset, "open_shards", 2)
-    dataset = ImageDataset(write(tmp_path / "x", [2] * 6))
+    dataset = ImageDataset(write_numbered(tmp_path / "x", [2] * 6))
     before = len(os.listdir("/proc/self/fd"))
     for index in (0, 1, 2, 0, 4, 1, 6, 8, 10, 3, 5, 7, 0, 11):
         assert dataset[index]["key"] == f"{index:02d}"
@@ -91,7 +67,7 @@ def test_few_shards_are_open_and_each_is_walked_over_once(tmp_path, monkeypatch,
 def test_what_is_known_of_shards_is_bounded_too(tmp_path, monkeypatch, opened):
     monkeypatch.setattr(ImageDataset, "open_shards", 1)
     monkeypatch.setattr(module, "KNOWN_SHARDS", 2)
-    dataset = ImageDataset(write(tmp_path / "x", [1] * 8))
+    dataset = ImageDataset(write_numbered(tmp_path / "x", [1] * 8))
     for index in (*range(8), *range(8)):
         assert dataset[index]["key"] == f"{index:02d}"
         assert len(dataset._known) <= 3
@@ -99,7 +75,7 @@ def test_what_is_known_of_shards_is_bounded_too(tmp_path, monkeypatch, opened):
 
 
 def test_a_copy_in_another_process_opens_its_own_files(tmp_path):
-    dataset = ImageDataset(write(tmp_path / "x", [2, 2]))
+    dataset = ImageDataset(write_numbered(tmp_path / "x", [2, 2]))
     assert dataset[0]["key"] == "00" and dataset[3]["key"] == "03"
     before = len(os.listdir("/proc/self/fd"))
     copy = pickle.loads(pickle.dumps(dataset))
@@ -109,7 +85,7 @@ def test_a_copy_in_another_process_opens_its_own_files(tmp_path):
 
 
 def test_the_place_of_a_bad_sample_is_taken_by_the_next_good_one(tmp_path):
-    folder = write(tmp_path / "x", [3, 3], bad=(1, 2, 3, 5))
+    folder = write_numbered(tmp_path / "x", [3, 3], bad=(1, 2, 3, 5))
     dataset = ImageDataset(folder)
     found = dataset.__getitems__([PlannedSample(0, 0), PlannedSample(1, 1), PlannedSample(3, 2), PlannedSample(5, 3), 4])
     assert keys(found) == ["00", "04", "04", "00", "04"]  # after the last one comes the first
@@ -123,7 +99,7 @@ def test_the_place_of_a_bad_sample_is_taken_by_the_next_good_one(tmp_path):
 
 def test_what_is_random_follows_the_draw_not_the_sample_that_was_meant(tmp_path, monkeypatch):
     """So that a fixed sample changes no other."""
-    dataset = ImageDataset(write(tmp_path / "x", [4], bad=(1,)))
+    dataset = ImageDataset(write_numbered(tmp_path / "x", [4], bad=(1,)))
     decode, seen = dataset.decode, []
     monkeypatch.setattr(dataset, "decode", lambda raw, draw, out: seen.append((raw[0].key, draw)) or decode(raw, draw))
     dataset.__getitems__([PlannedSample(1, 70), PlannedSample(3, 71)])
@@ -131,7 +107,7 @@ def test_what_is_random_follows_the_draw_not_the_sample_that_was_meant(tmp_path,
 
 
 def test_too_many_bad_ones_in_a_row_end_the_search(tmp_path):
-    dataset = ImageDataset(write(tmp_path / "x", [5, 5], bad=range(2, 8)))
+    dataset = ImageDataset(write_numbered(tmp_path / "x", [5, 5], bad=range(2, 8)))
     assert keys(dataset.__getitems__([2])) == ["08"]
     dataset.max_in_a_row = 5
     with pytest.raises(LdmError) as error:
@@ -139,13 +115,13 @@ def test_too_many_bad_ones_in_a_row_end_the_search(tmp_path):
     expected = f"6 samples in a row cannot be used, the last one {tmp_path}/x/x-00001.tar: 07 not a JPEG, PNG or WebP image; "
     assert str(error.value).startswith(expected)
     assert "`ldm shards check`" in str(error.value) and str(error.value).endswith("or raise max_bad_in_a_row")
-    every = ImageDataset(write(tmp_path / "all", [3], bad=range(3)))
+    every = ImageDataset(write_numbered(tmp_path / "all", [3], bad=range(3)))
     with pytest.raises(LdmError, match=r"^3 samples in a row cannot be used"):  # and not for ever
         every.__getitems__([1])
 
 
 def test_a_shard_beyond_reading_stops_the_reading_and_is_named(tmp_path):
-    folder = write(tmp_path / "x", [2, 2])
+    folder = write_numbered(tmp_path / "x", [2, 2])
     dataset = ImageDataset(folder)
     (folder / "x-00001.tar").unlink()
     for look in (dataset.attempt, dataset.__getitem__, lambda index: dataset.__getitems__([index])):

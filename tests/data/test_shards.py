@@ -13,6 +13,7 @@ from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.shards import ShardReader
 from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
+from tests.samples import write_tar
 
 
 def items(count):
@@ -158,14 +159,6 @@ def test_what_is_no_tar_is_damage_and_what_is_not_there_an_error(tmp_path):
             ShardReader(tmp_path / name)
 
 
-def foreign(path, members, format=tarfile.GNU_FORMAT):
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 def test_tars_from_elsewhere_are_read_as_webdataset_reads_them(tmp_path):
     from webdataset.compat import WebDataset
 
@@ -173,7 +166,7 @@ def test_tars_from_elsewhere_are_read_as_webdataset_reads_them(tmp_path):
     long = "d/" * 60 + "k" * 120
     with_folder = [("dir/a.b/1.JPG", b"jpg"), ("dir/a.b/1.txt", b"one"), (f"{long}.png", png), (f"{long}.txt", b"two")]
     noise = [("._1.png", b"mac"), ("noext", b""), ("__meta__/a.txt", b""), ("z.pkl", b"no"), ("2.seg.png", b"other")]
-    foreign(tmp_path / "a.tar", with_folder + noise, tarfile.PAX_FORMAT)
+    write_tar(tmp_path / "a.tar", with_folder + noise, tarfile.PAX_FORMAT)
     with tarfile.open(tmp_path / "a.tar", "a") as tar:
         link = tarfile.TarInfo("3.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -187,7 +180,7 @@ def test_tars_from_elsewhere_are_read_as_webdataset_reads_them(tmp_path):
 
 def test_a_sample_that_comes_twice_or_is_too_large_cannot_be_used(tmp_path, monkeypatch):
     members = [("1.png", b"first"), ("2.png", b"fine"), ("1.txt", b"one"), ("1.PNG", b"again"), ("3.txt", b"0123456789")]
-    foreign(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "a.tar", members)
     reader = ShardReader(tmp_path / "a.tar")
     assert reader.keys == ("1", "2", "3")
     for look in (reader.spans, reader.__getitem__):
@@ -201,13 +194,13 @@ def test_a_sample_that_comes_twice_or_is_too_large_cannot_be_used(tmp_path, monk
 
 
 def test_only_the_extensions_asked_for_are_read(tmp_path):
-    foreign(tmp_path / "a.tar", [("1.png", b"p"), ("1.txt", b"t"), ("2.json", b"{}"), ("2.JSON.gz", b""), ("2.npy", b"")])
+    write_tar(tmp_path / "a.tar", [("1.png", b"p"), ("1.txt", b"t"), ("2.json", b"{}"), ("2.JSON.gz", b""), ("2.npy", b"")])
     assert [sample.files for sample in ShardReader(tmp_path / "a.tar")] == [{"png": b"p", "txt": b"t"}, {"json": b"{}"}]
     assert [sample.files for sample in ShardReader(tmp_path / "a.tar", ["txt"])] == [{"txt": b"t"}]
 
 
 def test_keys_that_are_no_text_are_shown_as_escapes(tmp_path):
-    foreign(tmp_path / "a.tar", [("gr\udcfc\udcdf.png", b""), ("grüß.png", b"")])
+    write_tar(tmp_path / "a.tar", [("gr\udcfc\udcdf.png", b""), ("grüß.png", b"")])
     assert ShardReader(tmp_path / "a.tar").keys == (r"gr\xfc\xdf", "grüß")
 
 

@@ -185,15 +185,6 @@ def test_the_format_and_an_empty_manifest_are_refused(folder, edit):
         open_source(folder)
 
 
-def test_a_hash_that_is_none_is_refused(folder):
-    path = folder / "manifest.json"
-    value = json.loads(path.read_text())
-    value["shards"][0]["sha256"] = "../" * 8 + "a" * 40
-    path.write_text(json.dumps(value))
-    with pytest.raises(LdmError, match="not a shard entry"):
-        open_source(folder)
-
-
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     assert ShardCache().folder == tmp_path and ShardCache().max_bytes == 50 * 2**30

@@ -2,13 +2,14 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from ldm.data.latent_schema import LatentInfo
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
+from tests.samples import INFO
 
 
 @pytest.fixture(scope="session")
@@ -50,20 +51,4 @@ def exported(exported_once, tmp_path):
 @pytest.fixture
 def make_info():
     """The function that makes a :class:`LatentInfo` without an export."""
-    info = LatentInfo(
-        autoencoder="a" * 64,
-        text_encoders=(),
-        latent_shapes=((4, 4, 4),),
-        resolution=None,
-        posterior="gaussian",
-        flips=False,
-        captions="all",
-        dtype="float16",
-        precision="fp32",
-        latents_mean=(0.0,) * 4,
-        latents_std=(1.0,) * 4,
-        source="s" * 64,
-        source_shards="",
-        versions={"torch": "2"},
-    )
-    return lambda **changes: replace(info, **changes)
+    return partial(replace, INFO, text_encoders=(), latent_shapes=((4, 4, 4),), flips=False, dtype="float16")

@@ -11,6 +11,7 @@ from ldm.errors import UsageError
 from ldm.files import write_json
 from ldm.latents import claims as claims_module
 from ldm.latents.claims import WORK_NAME, Claims
+from tests.samples import contents
 
 
 def finish_next(claims, record=None):
@@ -46,10 +47,6 @@ def elsewhere(tmp_path):
     for process in started:
         process.kill()
         process.join()
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("shards", [1, 3, 5])

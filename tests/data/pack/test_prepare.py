@@ -9,6 +9,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from ldm.data.decode import MAX_TEXT_BYTES, DecodeError, decode_image, is_plain_rgb
 from ldm.data.pack.prepare import Preparation
 from ldm.errors import UsageError
+from tests.samples import encoded
 
 
 def noise(height, width, channels=3, seed=0):
@@ -18,12 +19,6 @@ def noise(height, width, channels=3, seed=0):
 def smooth(height, width):
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], -1).astype(np.uint8)
-
-
-def encoded(image, format="PNG", **options):
-    buffer = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def prepare(data, captions=("a caption",), **options):
@@ -172,14 +167,6 @@ def test_transparency_shows_the_background(background, colour):
     clear[:5] = 200, 100, 50, 255
     result = pixels(prepare(encoded(clear), background=background))
     assert (result[:5] == (200, 100, 50)).all() and (result[5:] == colour).all()
-
-
-def test_animations_are_refused():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    for format, words in (("WEBP", "animated"), ("PNG", "animated"), ("GIF", "not a JPEG, PNG or WebP")):
-        for keep_bytes in (False, True):
-            with pytest.raises(DecodeError, match=words):
-                prepare(encoded(frames[0], format, save_all=True, append_images=frames[1:]), keep_bytes=keep_bytes)
 
 
 def test_broken_files_are_not_kept():

@@ -1,0 +1,77 @@
+"""Functions that make data for several tests, and a manifest's entries."""
+
+import io
+import tarfile
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.data.latent_schema import LatentInfo, TextInfo
+from ldm.data.manifest import IMAGE_SHARDS, Manifest, ShardEntry
+from ldm.data.writer import ShardWriter, encode_png
+from ldm.files import sha256_file
+
+INFO = LatentInfo(
+    autoencoder="a" * 64,
+    text_encoders=(TextInfo("minilm", "t" * 64, 6, 5, 0), TextInfo("other", "u" * 64, 5, 5, 0)),
+    latent_shapes=((4, 2, 2),),
+    resolution=None,
+    posterior="gaussian",
+    flips=True,
+    captions="all",
+    dtype="float32",
+    precision="fp32",
+    latents_mean=(0.0,) * 4,
+    latents_std=(1.0,) * 4,
+    source="s" * 64,
+    source_shards="shards",
+    versions={},
+)
+
+
+def encoded(image, format="PNG", **options):
+    """The bytes of an image, or of an array's image."""
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path, members, format=tarfile.GNU_FORMAT):
+    """A tar of (name, bytes)."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def write_numbered(folder, counts, bad=()):
+    """Shards of so many images, keys 00, 01, ...; those numbered ``bad`` are none."""
+    folder.mkdir(exist_ok=True)
+    entries, numbers = [], iter(range(sum(counts)))
+    for shard, count in enumerate(counts):
+        with ShardWriter(folder, "x", samples_per_shard=None, first_index=shard) as writer:
+            for number in islice(numbers, count):
+                image = b"no image" if number in bad else encode_png(Image.new("RGB", (4, 4), (number, 0, 0)))
+                writer.write(f"{number:02d}", {"png": image})
+        entries += writer.entries or [_empty(folder / f"x-{shard:05d}.tar")]
+    Manifest(IMAGE_SHARDS, tuple(entries)).save(folder)
+    return folder
+
+
+def _empty(path):
+    path.write_bytes(bytes(10240))
+    return ShardEntry(path.name, 0, 10240, sha256_file(path))
+
+
+def contents(folder):
+    """Every file's bytes, by its path in the folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same(a, b):
+    """Whether two batches are equal."""
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name] for name in a)
