@@ -30,7 +30,7 @@ from ldm.files import read_json, require_version
 from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
 from ldm.models.autoencoder import LatentNormalizer, autoencoder_hash, decode_latents, downsampling_factor
 from ldm.models.image_processor import Images, PreparedImages, to_output
-from ldm.models.text_encoder import embed, encode_captions, max_tokens, pad_tokens, text_encoder_hash
+from ldm.models.text_encoder import embed, max_tokens, pad_tokens, text_encoder_hash
 
 FORMAT_VERSION = 1  # of model_index.json
 # (pipeline, step, timestep, tensors) -> those of them that are replaced
@@ -129,11 +129,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def embed(self, tokens: Sequence[Sequence[int]]) -> Condition:
         """The condition of texts by their token ids, as :meth:`tokenize` gives them."""
         embeddings, mask = embed(self.text_encoder, *pad_tokens(self.tokenizer, tokens))
-        return Condition(embeddings.to(self.transformer.dtype), mask)
-
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """The condition of prompts, cut where they are too long; the empty string is the null condition."""
-        embeddings, mask = encode_captions(self.tokenizer, self.text_encoder, prompts)
         return Condition(embeddings.to(self.transformer.dtype), mask)
 
     @torch.no_grad()

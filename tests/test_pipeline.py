@@ -139,7 +139,7 @@ def test_guidance_is_that_of_two_calls_by_hand(pipeline):
             time = (sigma * 1000).view(1)
             conditional, null = (
                 pipeline.transformer(x, *[encoded[0]], time, encoded[1]).sample
-                for encoded in (pipeline.encode([PROMPTS[0]]), pipeline.encode([""]))
+                for encoded in (pipeline.embed(pipeline.tokenize([text])) for text in (PROMPTS[0], ""))
             )
             x = x + (following - sigma) * (null + 2.5 * (conditional - null))
     torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-4)
@@ -174,16 +174,12 @@ def test_sizes_that_cannot_be_drawn_are_refused(pipeline, height, width):
         pipeline(PROMPTS[0], height=height, width=width, **QUICK)
 
 
-def test_other_sizes_than_that_trained_on_can_be_drawn(pipeline):
-    (image,) = pipeline(PROMPTS[0], height=12, width=32, **QUICK).images
-    assert image.size == (32, 12)
-
-
-def test_output_types_are_one_image_in_three_forms(pipeline):
+def test_output_types_are_one_image_in_four_forms(pipeline):
     def drawn(output_type):
         return pipeline(PROMPTS, generator=seeds(0, 1, 2), output_type=output_type, **QUICK).images
 
-    latents, tensors, images = (drawn(kind) for kind in ("latent", "pt", "pil"))
+    latents, tensors, images, arrays = (drawn(kind) for kind in ("latent", "pt", "pil", "np"))
+    assert arrays.dtype == np.float32 and np.array_equal(arrays, tensors.permute(0, 2, 3, 1).numpy())
     assert latents.shape == (3, 4, 8, 8) and tensors.shape == (3, 3, 16, 16)
     assert tensors.min() >= 0 and tensors.max() <= 1 and all(isinstance(image, Image.Image) for image in images)
     with torch.no_grad():
@@ -287,15 +283,3 @@ def test_progress_counts_the_calls_of_the_denoiser(pipeline, monkeypatch):
     pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
     draw(pipeline)
     assert totals == [len(calls)] == [7]
-
-
-def test_a_denoiser_that_answers_nan_is_stopped_at_its_step(pipeline):
-    def spoil(module, inputs, outputs):
-        calls.append(1)
-        return (outputs[0] * float("nan"),) if len(calls) == 3 else outputs
-
-    calls = []
-    pipeline.transformer.register_forward_hook(spoil)
-    with pytest.raises(LdmError, match=r"the denoiser's prediction is not finite at step 3 of 4 ") as error:
-        draw(pipeline)
-    assert "\n" not in str(error.value)

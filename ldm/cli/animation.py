@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """The two commands."""
     interpolate = add_command(
         commands,
         "interpolate",
@@ -59,7 +58,6 @@ def add(commands: Commands) -> None:
 
 
 def add_settings(command: Parser) -> None:
-    """The generation settings of both."""
     command.add_argument("--steps", type=int, default=30, help="of the scheduler (default: 30)")
     command.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none (default: 3)")
     command.add_argument("--negative", default="", help="negative prompt")
@@ -109,7 +107,6 @@ def run_attention(options: argparse.Namespace) -> None:
 
 
 def settings_of(options: argparse.Namespace, prompt: str, seed: int) -> GenerationSettings:
-    """The settings of one image."""
     from ldm.inference.prompts import parse_size
     from ldm.inference.settings import GenerationSettings
 

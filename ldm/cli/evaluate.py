@@ -11,7 +11,6 @@ from ldm.progress import Progress
 
 
 def add(commands: Commands) -> None:
-    """Its commands."""
     evaluate = add_group(commands, "evaluate", "metrics of a trained model")
     autoencoder = add_command(
         evaluate,

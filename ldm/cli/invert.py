@@ -9,7 +9,6 @@ from ldm.progress import Progress
 
 
 def add(commands: Commands) -> None:
-    """The command."""
     invert = add_command(
         commands,
         "invert",

@@ -25,7 +25,6 @@ command again generates what is missing."""
 
 
 def add(commands: Commands) -> None:
-    """The command."""
     sample = add_command(commands, "sample", run_sample, "generate images from prompts", EXAMPLE)
     sample.add_argument("model", help="pipeline directory")
     prompts = sample.add_argument("given_prompts", nargs="+", metavar="prompt", help="what to generate")
@@ -126,7 +125,8 @@ def run_sample(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace, check: Check) -> Sequence[GenerationSettings | UsageError]:
     """Every image of the run; a broken line of a prompt file as its error."""
-    from ldm.inference.prompts import parse_size, plan_from_image, plan_prompts, read_prompts
+    from ldm.inference.metadata import read_png
+    from ldm.inference.prompts import parse_size, plan_prompts, read_prompts, repeated
     from ldm.inference.settings import GenerationSettings
 
     names = [field.name for field in fields(GenerationSettings)]
@@ -136,7 +136,8 @@ def plan(options: argparse.Namespace, check: Check) -> Sequence[GenerationSettin
     if options.prompts:
         return read_prompts(options.prompts, given, options.count, check)
     if options.from_image:
-        return plan_from_image(options.from_image, given, options.count, check)
+        stored = read_png(options.from_image)[0].to_json()
+        return repeated(stored | given, options.count, options.from_image, check)
     return plan_prompts(options.given_prompts, given, options.count, check)
 
 

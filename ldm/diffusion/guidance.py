@@ -76,10 +76,7 @@ class ClassifierFree(Guidance):
         return self.scale != 1
 
     def combiner(self, conversion: Conversion | None = None) -> Combine:
-        def combine(conditional: Tensor, null: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-            return null + self.scale * (conditional - null)
-
-        return combine
+        return lambda conditional, null, x_t, t: null + self.scale * (conditional - null)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 WORD = re.compile(r"\w[\w'’-]*|[^\w\s]+")
 # the colours of a heat map from 0 to 1, matplotlib's "inferno": perceptually uniform, in grey too
 HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
+CELL = 200  # pixels
 
 
 class AttentionSum:
@@ -163,9 +164,9 @@ def generate_with_attention(
     return image, WordMaps(words, maps, tokens, token_maps)
 
 
-def attention_grid(image: Image.Image, prompt: str, maps: WordMaps, cell: int = 200) -> Image.Image:
+def attention_grid(image: Image.Image, prompt: str, maps: WordMaps) -> Image.Image:
     """The image, then a heat map for each word: black for none of the attention, yellow for the word's greatest share."""
-    enlarged = max(1, cell // max(image.size))
+    enlarged = max(1, CELL // max(image.size))
     size = image.width * enlarged, image.height * enlarged
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.NEAREST), dtype=float)[..., None]
     images, captions = [image], [prompt]
@@ -174,7 +175,7 @@ def attention_grid(image: Image.Image, prompt: str, maps: WordMaps, cell: int = 
         colours = np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
         images.append(Image.fromarray((0.3 * grey + 0.7 * colours).round().astype(np.uint8)))
         captions.append(f"{word}: up to {shares.max():.1%}")
-    return captioned_grid(images, captions, cell=cell)
+    return captioned_grid(images, captions, cell=CELL)
 
 
 def save_maps(path: Path, maps: WordMaps) -> None:

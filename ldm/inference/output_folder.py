@@ -106,14 +106,12 @@ def generate_missing(
     batch_size: int = 1,
     preview_every: int = 0,
     metadata: bool = True,
-    quiet: bool = False,
 ) -> int:
     """Generate the images that a folder lacks. Whatever ends it, the images so far stay; call it again for the rest.
 
     Args:
         batch_size, preview_every: see :meth:`ldm.inference.generate.ImageGenerator.generate`.
         metadata: store the settings and the provenance in each PNG.
-        quiet: show no progress.
 
     Returns:
         The number of images generated.
@@ -122,7 +120,7 @@ def generate_missing(
         LdmError: when the folder cannot be written.
     """
     missing, done = folder.missing(), 0
-    with Progress("generating", len(missing), quiet=quiet) as progress:
+    with Progress("generating", len(missing)) as progress:
 
         def on_step(step: GenerationStep) -> None:
             progress.update(done, None, {"step": step.done, "of": step.total})

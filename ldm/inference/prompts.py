@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ldm.errors import UsageError
-from ldm.inference.metadata import read_png
 from ldm.inference.settings import GenerationSettings
 from ldm.models.text_encoder import max_tokens
 
@@ -67,12 +65,15 @@ def _last_whole_word(tokenizer: PreTrainedTokenizerBase, prompt: str, length: in
     return tokens[whole - 1][2]
 
 
-def repeated(content: Mapping[str, Any], count: Any, where: str) -> list[GenerationSettings]:
+def repeated(
+    content: Mapping[str, Any], count: Any, where: str, check: Check = lambda settings: None
+) -> list[GenerationSettings]:
     """``count`` images of one prompt, each with the seed after the one before.
 
     Args:
         content: settings as JSON, and ``size`` (``512x768``, or one number) in the place of width and height.
         where: whose content it is, for errors.
+        check: called with the first image, for example :meth:`ldm.inference.generate.ImageGenerator.check`.
 
     Raises:
         UsageError: naming ``where`` and the setting.
@@ -86,7 +87,9 @@ def repeated(content: Mapping[str, Any], count: Any, where: str) -> list[Generat
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
     first = GenerationSettings.from_json(content, where)
-    return [GenerationSettings.from_json(first.to_json() | {"seed": first.seed + copy}, where) for copy in range(count)]
+    images = [GenerationSettings.from_json(first.to_json() | {"seed": first.seed + copy}, where) for copy in range(count)]
+    check(first)
+    return images
 
 
 def parse_size(size: str | int) -> tuple[int, int]:
@@ -97,15 +100,12 @@ def parse_size(size: str | int) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def plan_prompts(
-    prompts: Sequence[str], defaults: Mapping[str, Any], count: int = 1, check: Check | None = None
-) -> list[GenerationSettings]:
-    """``count`` images of each prompt; the seed counts on from image to image. For a file see
-    :func:`read_prompts`.
+def plan_prompts(prompts: Sequence[str], defaults: Mapping[str, Any], count: int, check: Check) -> list[GenerationSettings]:
+    """``count`` images of each prompt; the seed counts on from image to image. For a file see :func:`read_prompts`.
 
     Args:
         defaults: the other settings, as JSON.
-        check: called with the first image of each prompt, for example :meth:`ldm.inference.generate.ImageGenerator.check`.
+        check: called with the first image of each prompt.
 
     Raises:
         UsageError: naming the setting.
@@ -113,26 +113,12 @@ def plan_prompts(
     planned: list[GenerationSettings] = []
     for prompt in prompts:
         seed = defaults.get("seed", 0) + len(planned)
-        images = repeated(dict(defaults) | {"prompt": prompt, "seed": seed}, count, "the command line")
-        if check is not None:
-            check(images[0])
-        planned += images
+        planned += repeated(dict(defaults) | {"prompt": prompt, "seed": seed}, count, "the command line", check)
     return planned
 
 
-def plan_from_image(
-    path: str | os.PathLike, changes: Mapping[str, Any], count: int = 1, check: Check | None = None
-) -> list[GenerationSettings]:
-    """``count`` images with the settings stored in a PNG, except for ``changes``; the seed counts on. Raises UsageError for a
-    PNG without settings, or naming the setting."""
-    images = repeated(read_png(path)[0].to_json() | dict(changes), count, str(path))
-    if check is not None:
-        check(images[0])
-    return images
-
-
 def read_prompts(
-    path: str | Path, defaults: Mapping[str, Any], count: int = 1, check: Check | None = None
+    path: str | Path, defaults: Mapping[str, Any], count: int = 1, check: Check = lambda settings: None
 ) -> list[GenerationSettings | UsageError]:
     """The images that a prompt file asks for; a broken line is returned as its error, in the place of one image.
 
@@ -167,8 +153,7 @@ def read_prompts(
             counted_on = {"seed": defaults.get("seed", 0) + len(found)}
             images = repeated(dict(defaults) | counted_on | content, copies, where)
             try:
-                if check is not None:
-                    check(images[0])
+                check(images[0])
             except UsageError as error:
                 raise UsageError(f"{where}: {error}") from None
             found += images

@@ -50,10 +50,8 @@ class Equivariance:
         side = int(torch.randint(smallest, shorter + 1, (), generator=generator))
         turns = int(torch.randint(4, (), generator=generator))
         size = round(height * side / shorter), round(width * side / shorter)
-        return (
-            turn_and_scale(images, turns, (size[0] * factor, size[1] * factor)),
-            turn_and_scale(latents, turns, size),
-        )
+        pixels = size[0] * factor, size[1] * factor
+        return turn_and_scale(images, turns, pixels), turn_and_scale(latents, turns, size)
 
 
 def turn_and_scale(maps: Tensor, turns: int, size: tuple[int, int]) -> Tensor:

@@ -67,17 +67,6 @@ def max_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return min(tokenizer.model_max_length, 512) if tokenizer.model_max_length < 10_000 else MAX_TOKENS
 
 
-def encode_captions(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, captions: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, L, D) float32 and mask (B, L) int64 of captions, cut at :func:`max_tokens`.
-
-    Padded positions are zeroed, so that a caption's embedding does not depend on its batch.
-    """
-    tokens = tokenizer(list(captions), padding=True, truncation=True, max_length=max_tokens(tokenizer), return_tensors="pt")
-    return embed(model, tokens.input_ids, tokens.attention_mask)
-
-
 def pad_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, L), int64, of the token ids of B captions, padded as the tokenizer itself pads."""
     ids = [torch.tensor(caption) for caption in tokens]
@@ -142,5 +131,10 @@ class TextEncoder:
         return self.model.config.hidden_size
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See :func:`encode_captions`."""
-        return encode_captions(self.tokenizer, self.model, captions)
+        """Embeddings (B, L, D) float32 and mask (B, L) int64 of captions, cut at :func:`max_tokens`.
+
+        Padded positions are zeroed, so that a caption's embedding does not depend on its batch.
+        """
+        limit = max_tokens(self.tokenizer)
+        tokens = self.tokenizer(list(captions), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        return embed(self.model, tokens.input_ids, tokens.attention_mask)

@@ -160,6 +160,7 @@ def test_a_scheduler_made_from_the_pipeline_s_own_fits(kind):
         (DDIMScheduler.from_config(FROM_FLOW), RectifiedFlow(), "the class DDIMScheduler"),
         (DPMSolverMultistepScheduler.from_config(FROM_FLOW), RectifiedFlow(), "use_flow_sigmas=False"),
         (FlowMatchEulerDiscreteScheduler.from_config(FROM_DDIM), VariancePreserving(), "the class FlowMatchEulerDiscrete"),
+        (EDMEulerScheduler.from_config(FROM_DDIM), VariancePreserving(), "the class EDMEulerScheduler"),
         (PNDMScheduler.from_config(FROM_DDIM), VariancePreserving(), "the class PNDMScheduler"),
         (DDPMScheduler.from_config(FROM_DDIM), VariancePreserving("linear"), "its schedule of betas"),
         (DDPMScheduler.from_config(FROM_DDIM, num_train_timesteps=500), VariancePreserving(), "num_train_timesteps=500"),

@@ -4,8 +4,7 @@ import torch
 from diffusers.models import PixArtTransformer2DModel
 from PIL import Image
 
-from ldm.cli import animation as command
-from ldm.cli.parser import Parser
+from ldm.cli import dispatch
 from ldm.errors import UsageError
 from ldm.inference.attention_maps import (
     attention_grid,
@@ -146,13 +145,10 @@ def test_looking_changes_no_image_and_each_words_map_is_the_sum_of_its_tokens(pi
 
 def test_the_command_writes_image_grid_and_arrays(pipeline, tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "pipeline")
-    parser = Parser("ldm")
-    command.add(parser.add_subparsers(parser_class=Parser))
 
     def run(*arguments):
         given = ["attention", tmp_path / "pipeline", "a red ring", "--steps", "2", "--device", "cpu", *arguments]
-        options = parser.parse_args([str(argument) for argument in given])
-        options.run(options)
+        dispatch([str(argument) for argument in given])
 
     run("--out", tmp_path / "out", "--size", "16x24", "--times", "0.5", "1")
     assert "attention.png of 3 words" in capsys.readouterr().out

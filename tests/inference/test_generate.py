@@ -227,19 +227,6 @@ def test_tiles_are_decoded_only_where_the_image_is_larger(saved, pipeline):
     assert 0 < np.abs(whole - tiles).mean() < 12 and tiles.shape == (24, 40, 3)
 
 
-@pytest.mark.parametrize(
-    "asked, why",
-    [
-        ({"device": "tpu"}, "device tpu is not on this machine; choose one of: cpu"),
-        ({"device": "cuda:99"}, "device cuda:99 is not on this machine"),
-        ({"device": "cpu", "dtype": "fp16"}, "dtype fp16 is for GPUs; on the cpu give bf16 or fp32"),
-    ],
-)
-def test_what_the_machine_does_not_have_is_refused(saved, asked, why):
-    with pytest.raises(UsageError, match=why):
-        open_pipeline(saved, **asked)
-
-
 def test_memory_that_does_not_suffice_is_one_line(pipeline, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError(

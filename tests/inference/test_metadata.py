@@ -220,12 +220,7 @@ def test_a_file_cut_or_changed_anywhere_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "{",
-        "[]",
-        "null",
-        "{}",
-        '{"settings": {"prompt": "a"}}',
+        *("", "{", "[]", "null", "{}", '{"settings": {"prompt": "a"}}'),
         "[" * 100_000,
         '{"settings": {"prompt": "a", "guidance": NaN}, "provenance": {}}',
         '{"settings": {"prompt": "a", "guidance": 1' + "0" * 400 + '}, "provenance": {}}',
