@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 # down processes that run beside one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
 from string import ascii_lowercase, digits
 
 import pytest
@@ -17,6 +18,7 @@ from ldm.data.writer import write_images
 from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
 from ldm.diffusion.scheduler import diffusion_config, make_scheduler, samplers_for
+from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig, set_latent_statistics
 from ldm.models.dit import DiT
 from ldm.models.text_encoder import TextEncoder, minilm_folder
@@ -123,3 +125,13 @@ def image_shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards") / "images"
     write_images(folder, "shapes", generate(10, 32, seed=0), samples_per_shard=4, extra={"image_size": 32})
     return folder
+
+
+@pytest.fixture(scope="session")
+def latents(image_shards, tiny_text_encoder, tmp_path_factory) -> tuple[Path, Path]:
+    """An untrained autoencoder and the latents made with it: (16, 16) each, of ten shapes, their texts of width 8."""
+    folder = tmp_path_factory.mktemp("latents")
+    torch.manual_seed(0)
+    AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
+    export_latents(folder / "autoencoder", image_shards, folder / "latents", tiny_text_encoder)
+    return folder / "autoencoder", folder / "latents"

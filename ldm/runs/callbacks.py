@@ -43,15 +43,10 @@ class Stopwatch(Iterator):
 
 
 class ModelFlops(Callback):
-    """What model FLOPs utilisation (MFU) is computed from.
+    """What model FLOPs utilisation (MFU) is computed from. Both are None where the peak is unknown, as for CPUs."""
 
-    Attributes:
-        peak_flops: FLOP/s of a device for dense products in the run's precision; None where unknown, as for CPUs.
-        flops_per_image: of training on one image, forward and backward; None where ``peak_flops`` is.
-    """
-
-    peak_flops: float | None = None
-    flops_per_image: float | None = None
+    peak_flops: float | None = None  # FLOP/s of a device for dense products in the run's precision
+    flops_per_image: float | None = None  # of training on one image, forward and backward
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.peak_flops = peak_flops(trainer.strategy.root_device, str(trainer.precision))

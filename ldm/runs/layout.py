@@ -7,7 +7,6 @@ Others are named by the code that writes them: ``quarantine.jsonl`` (:mod:`ldm.d
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.data.quarantine import QUARANTINE_NAME
@@ -22,29 +21,17 @@ _CHECKPOINT = re.compile(r"step=(\d+)\.ckpt")
 _PREVIEW = re.compile(r"step-(\d+)\.png")
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths in the folder of a run, ``--out`` of ``fit``."""
 
-    path: Path
-
-    @property
-    def logs(self) -> Path:
-        return self.path / LOGS
-
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.logs / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.logs / "metrics.csv"
-
-    @property
-    def environment(self) -> Path:
-        """A record of each start of the run."""
-        return self.logs / "environment.json"
+    def __init__(self, path: Path):
+        self.path, self.logs = path, path / LOGS
+        self.config = self.logs / "config.yaml"  # resolved
+        self.metrics = self.logs / "metrics.csv"
+        self.environment = self.logs / "environment.json"  # a record of each start of the run
+        self.previews_folder, self.checkpoints_folder = path / "previews", path / "checkpoints"
+        self.last_checkpoint = self.checkpoints_folder / LAST_CHECKPOINT  # a link to the newest
+        self.best_checkpoint = self.checkpoints_folder / BEST_CHECKPOINT  # a link to the best by ``checkpoints.best``
 
     def log(self, rank: int = 0) -> Path:
         """Log messages and warnings of a process."""
@@ -54,30 +41,12 @@ class RunFolder:
         """Logs of the processes after the first; a process without warnings has none."""
         return sorted(self.logs.glob("run-rank*.log"))
 
-    @property
-    def previews_folder(self) -> Path:
-        return self.path / "previews"
-
     def preview(self, step: int) -> Path:
         return self.previews_folder / f"step-{step:08d}.png"
 
     def previews(self) -> list[tuple[int, Path]]:
         """(step, file), the oldest first."""
         return _by_step(self.previews_folder, _PREVIEW)
-
-    @property
-    def checkpoints_folder(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def last_checkpoint(self) -> Path:
-        """A link to the newest checkpoint."""
-        return self.checkpoints_folder / LAST_CHECKPOINT
-
-    @property
-    def best_checkpoint(self) -> Path:
-        """A link to the best checkpoint by ``checkpoints.best``."""
-        return self.checkpoints_folder / BEST_CHECKPOINT
 
     def quarantines(self) -> list[Path]:
         """Files of the samples that could not be used, one a process."""

@@ -6,7 +6,6 @@ is left to the author in marked lines. The text is in ``ldm/reporting/templates/
 
 from __future__ import annotations
 
-import csv
 import re
 import shlex
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from ldm.files import read_json
 from ldm.machine import machine_info
 from ldm.models.autoencoder import downsampling_factor
 from ldm.reporting.grids import captioned_grid
+from ldm.reporting.metrics_csv import read_metrics
 from ldm.reporting.pages import render
 from ldm.runs.layout import RunFolder
 from ldm.training.denoiser import DenoiserTraining
@@ -142,16 +142,12 @@ def generate_samples(pipeline: Any, prompts: Sequence[str], settings: dict[str, 
 
 def last_validation(run: Path, step: int) -> dict[str, float]:
     """The metrics of the run's last logged validation up to ``step``, with its ``step``; empty without one."""
-    log = RunFolder(run).metrics
-    if not log.is_file():
+    curves = read_metrics(RunFolder(run).metrics)
+    last = max((logged for logged in curves.get("val/loss", ([], []))[0] if logged <= step), default=None)
+    if last is None:
         return {}
-    with open(log, newline="") as file:
-        # Lightning counts steps from 0
-        rows = [row for row in csv.DictReader(file) if row.get("val/loss") and int(row["step"]) < step]
-    if not rows:
-        return {}
-    metrics = {name: float(value) for name, value in rows[-1].items() if value and name.startswith("val/")}
-    return metrics | {"step": int(rows[-1]["step"]) + 1}
+    at_last = {name: dict(zip(*curve, strict=True)).get(last) for name, curve in curves.items() if name.startswith("val/")}
+    return {name: value for name, value in at_last.items() if value is not None} | {"step": int(last)}
 
 
 # -- values of the template ----------------------------------------------------------------------------------------------

@@ -60,19 +60,12 @@ CHARTS = (
 
 @dataclass
 class RunRecord:
-    """The files of a run's folder.
-
-    Attributes:
-        folder: of the run.
-        config: its resolved config.
-        starts: a record of each start; see :func:`ldm.runs.logging.start_record`. Older runs have none.
-        curves: metrics over steps.
-    """
+    """The files of a run's folder."""
 
     folder: Path
-    config: dict[str, Any]
-    starts: list[dict[str, Any]]
-    curves: Curves
+    config: dict[str, Any]  # resolved
+    starts: list[dict[str, Any]]  # a record of each, see :func:`ldm.runs.logging.start_record`; older runs have none
+    curves: Curves  # metrics over steps
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
@@ -247,9 +240,8 @@ def _charts(page: Report, run: RunRecord) -> None:
             series = {name: run.curves[name] for name in names}
             page.curve(title, series, "step", label, log_y, smooth, half=True)
     if not run.curves:
-        page.text(
-            "Metrics", f"None yet: the first row comes after {run.config['trainer'].get('log_every_n_steps') or 1} steps."
-        )
+        every = run.config["trainer"].get("log_every_n_steps") or 1
+        page.text("Metrics", f"None yet: the first row comes after {every} steps.")
     others = sorted(name for name in run.curves.keys() - charted if not name.startswith("time/"))
     if others:
         lines = [f"{name}: {run.curves[name][1][0]:.5g} → {run.curves[name][1][-1]:.5g}" for name in others]
@@ -325,7 +317,7 @@ def _what(page: Report, run: RunRecord) -> None:
         page.table("Starts", ["started", "from step", "until", "processes", "precision", "commit"], rows)
         page.table("Machine and versions", ["", ""], [[name, value] for name, value in last["versions"].items()])
         page.folded("Command", last["command"])
-    page.folded("Config", (RunFolder(run.folder).config).read_text(encoding="utf-8"))
+    page.folded("Config", RunFolder(run.folder).config.read_text(encoding="utf-8"))
 
 
 def _class_of(section: Any) -> str:

@@ -33,8 +33,7 @@ LONGEST_SIGMA_REL = 12**-0.5
 def gamma_of(sigma_rel: float) -> float:
     """The exponent that gives ``sigma_rel``: the largest root of (gamma + 2)²·(gamma + 3)·sigma_rel² = gamma + 1.
 
-    Raises:
-        UsageError: if no exponent gives it.
+    Raises :class:`UsageError` if there is none.
     """
     if not 0 < sigma_rel <= LONGEST_SIGMA_REL:
         raise UsageError(

@@ -40,17 +40,11 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 @dataclass
 class FrozenEncoders:
-    """The networks that a denoiser is trained with. No module, so that they are neither optimised nor in checkpoints.
+    """The networks that a denoiser is trained with. No module, so that they are neither optimised nor in checkpoints."""
 
-    Attributes:
-        autoencoder: with the statistics of the training set's latents in its config.
-        text_encoder: of the captions.
-        trained_on: hashes of both and the shape of the latents, for the pipeline's ``model_index.json``.
-    """
-
-    autoencoder: AutoencoderKL
+    autoencoder: AutoencoderKL  # with the statistics of the training set's latents in its config
     text_encoder: TextEncoder
-    trained_on: dict[str, Any]
+    trained_on: dict[str, Any]  # hashes of both and the shape of the latents, for the pipeline's model_index.json
     normalizer: LatentNormalizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,8 +78,7 @@ class FrozenEncoders:
 def encoders_of_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any]) -> FrozenEncoders:
     """The encoders that made the latents. ``autoencoder`` is a directory, ``denoiser`` a config.
 
-    Raises:
-        UsageError: if the directory is another autoencoder's, or the denoiser does not fit the latents.
+    Raises :class:`UsageError` if the directory is another autoencoder's, or the denoiser does not fit the latents.
     """
     require_format(data, LATENT_SHARDS, "stage two without online", "set online, or encode the images: ldm latents export")
     info = common_info(data.train_set.sources)

@@ -78,11 +78,7 @@ class MuonConfig(OptimiserConfig):
     def build(
         self, network: nn.Module, num_steps: int, blocks: Iterable[nn.Module] = (), dtype: torch.dtype = torch.float32
     ) -> tuple[Optimizer, LRScheduler]:
-        """See the base class. ``blocks``: parts of ``network`` whose weights Muon updates; ``dtype``: see :class:`Muon`.
-
-        Raises:
-            UsageError: for a learning rate below 0.
-        """
+        """See the base class. ``blocks``: parts of ``network`` whose weights Muon updates; ``dtype``: see :class:`Muon`."""
         if self.muon_learning_rate is None:
             return super().build(network, num_steps)
         if self.muon_learning_rate < 0:

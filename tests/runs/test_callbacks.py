@@ -17,6 +17,7 @@ from ldm.progress import WINDOW_SECONDS, Lap, Pace, Progress
 from ldm.reporting.metrics_csv import read_metrics
 from ldm.runs.callbacks import ModelFlops, ProgressLine, Stopwatch
 from ldm.runs.logging import RunCSVLogger
+from tests.tiny import make_trainer
 
 LOADING, STEPPING, PAUSE = 0.03, 0.01, 1.0
 IMAGES = 4
@@ -57,23 +58,8 @@ class SaveSlowly(Callback):
 
 
 def fit(folder: Path, steps: int, line: ProgressLine, resumed_at: int | None = None, **options: Any) -> None:
-    trainer = Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=RunCSVLogger(folder, resumed_at),
-        callbacks=[line, SaveSlowly()],
-        max_steps=steps,
-        max_epochs=-1,
-        val_check_interval=5,
-        check_val_every_n_epoch=None,
-        limit_val_batches=1,
-        log_every_n_steps=2,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **options,
-    )
+    options |= {"logger": RunCSVLogger(folder, resumed_at), "callbacks": [line, SaveSlowly()]}
+    trainer = make_trainer(folder, steps, val_check_interval=5, limit_val_batches=1, log_every_n_steps=2, **options)
     loader = DataLoader(SlowData(), batch_size=None)
     checkpoint = None if resumed_at is None else folder / f"{resumed_at}.ckpt"
     trainer.fit(SlowModule(), loader, loader, ckpt_path=checkpoint)

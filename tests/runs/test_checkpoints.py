@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from ldm.runs.checkpoints.io import VerifiedCheckpointIO
 from ldm.runs.checkpoints.sharded import sharded_checkpoint
 from ldm.runs.layout import checkpoint_name, checkpoints_in, step_of
 from ldm.runs.lightning_private import skip_next_validation
+from tests.tiny import Do, make_trainer
 
 STEPS, VALIDATE_EVERY = 10, 4
 
@@ -116,17 +117,6 @@ class Rows(DummyLogger):
         self.rows.append((step, metrics))
 
 
-class Do(Callback):
-    """Calls ``action`` at one hook of one step."""
-
-    def __init__(self, hook: str, step: int, action: Callable[[Trainer], object]):
-        def at_hook(trainer: Trainer, *_: object) -> None:
-            if trainer.global_step == step:
-                action(trainer)
-
-        setattr(self, hook, at_hook)
-
-
 class Stopped(Exception):
     """Ends training without any clean-up, like a kill."""
 
@@ -153,21 +143,9 @@ def fit(
     """The trained module, and the logged rows."""
     module, rows = Tiny(), Rows()
     module.losses = iter([loss for loss in losses or [] for _ in range(2)])  # two batches each
-    settings: dict[str, Any] = {"max_steps": STEPS, "val_check_interval": VALIDATE_EVERY} | trainer
-    run = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=-1,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        logger=rows,
-        callbacks=[*callbacks, Checkpoints(**checkpoints or {})],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **settings,
-    )
+    settings: dict[str, Any] = {"steps": STEPS, "val_check_interval": VALIDATE_EVERY, "logger": rows} | trainer
+    watching = [*callbacks, Checkpoints(**checkpoints or {})]
+    run = make_trainer(folder, log_every_n_steps=1, callbacks=watching, enable_checkpointing=True, **settings)
     path = resume if isinstance(resume, Path) else latest_checkpoint(folder / "checkpoints") if resume else None
     with contextlib.suppress(Stopped):
         run.fit(module, ckpt_path=path)
@@ -324,7 +302,7 @@ def test_a_sharded_checkpoint_is_a_folder_that_is_whole_or_not_there(tmp_path: P
 
 
 def test_a_checkpoint_of_a_newer_ldm_is_refused_by_name_and_one_without_a_version_is_read(tmp_path: Path) -> None:
-    fit(tmp_path / "run", max_steps=1)
+    fit(tmp_path / "run", steps=1)
     content = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert content.pop(VERSION_KEY) == FORMAT_VERSION
     path = tmp_path / checkpoint_name(1)
@@ -337,12 +315,12 @@ def test_a_checkpoint_of_a_newer_ldm_is_refused_by_name_and_one_without_a_versio
 
 def test_to_resume_a_checkpoint_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is chosen; not where it is described, nor where it is loaded."""
-    fit(tmp_path, max_steps=2)
+    fit(tmp_path, steps=2)
     hashed: list[Path] = []
     monkeypatch.setattr(files, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
     last = latest_checkpoint(tmp_path / "checkpoints")
     assert load_checkpoint(last, mmap=True)["global_step"] == 2
-    fit(tmp_path, resume=last, max_steps=2)
+    fit(tmp_path, resume=last, steps=2)
     assert hashed == [last]
 
 
@@ -430,7 +408,7 @@ def test_a_validation_interrupted_by_a_checkpoint_is_repeated_whole(tmp_path: Pa
 
 def test_the_last_step_is_saved_once_and_can_be_resumed_from(tmp_path: Path) -> None:
     written: list[int] = []
-    whole, rows = fit(tmp_path / "whole", max_steps=14)
+    whole, rows = fit(tmp_path / "whole", steps=14)
     settings: dict[str, Any] = {"checkpoints": {"every_steps": 3}}
 
     def again(trainer: Trainer) -> None:
@@ -439,7 +417,7 @@ def test_the_last_step_is_saved_once_and_can_be_resumed_from(tmp_path: Path) -> 
     first, rows_first = fit(tmp_path / "run", Do("on_train_end", STEPS, again), **settings)
     assert steps(tmp_path / "run") == [9, 10]
     assert written == [(tmp_path / "run" / "checkpoints" / checkpoint_name(10)).stat().st_ino]
-    second, rows_second = fit(tmp_path / "run", resume=True, max_steps=14, **settings)
+    second, rows_second = fit(tmp_path / "run", resume=True, steps=14, **settings)
     assert same(whole, second) and first.events + second.events == whole.events and rows_first + rows_second == rows
 
 
@@ -458,7 +436,7 @@ def test_the_newest_stay_and_last_points_to_the_newest(tmp_path: Path) -> None:
 def test_the_best_is_kept_also_after_resuming(mode: str, best: int, tmp_path: Path) -> None:
     losses = [5.0, 3.0, 1.0, 4.0, float("nan")]
     settings = {"checkpoints": {"keep_last": 1, "best": "val/loss", "best_mode": mode}, "val_check_interval": 2}
-    fit(tmp_path, losses=losses[:3], max_steps=6, **settings)
+    fit(tmp_path, losses=losses[:3], steps=6, **settings)
     link = tmp_path / "checkpoints" / "best.ckpt"
     assert os.readlink(link) == checkpoint_name(best)
     fit(tmp_path, resume=True, losses=losses[3:], **settings)
@@ -478,35 +456,35 @@ def test_one_is_kept_every_so_many_minutes_also_across_resumes(tmp_path: Path) -
         time.sleep(0.7)
 
     settings: dict[str, Any] = {"checkpoints": {"every_steps": 2, "keep_last": 1, "every_minutes": 1 / 60}}
-    fit(tmp_path, *(Do("on_train_batch_start", step, wait) for step in (2, 4)), max_steps=6, **settings)
+    fit(tmp_path, *(Do("on_train_batch_start", step, wait) for step in (2, 4)), steps=6, **settings)
     assert steps(tmp_path) == [5, 6]  # 1.4 seconds have gone by at the end of step 5
-    fit(tmp_path, *(Do("on_train_batch_start", step, wait) for step in (8, 9)), resume=True, max_steps=12, **settings)
+    fit(tmp_path, *(Do("on_train_batch_start", step, wait) for step in (8, 9)), resume=True, steps=12, **settings)
     assert steps(tmp_path) == [5, 10, 12]
 
 
 def test_checkpoints_of_later_steps_are_not_removed_after_resuming_earlier(tmp_path: Path) -> None:
     fit(tmp_path, checkpoints={"every_steps": 2, "keep_last": 5})
     folder = tmp_path / "checkpoints"
-    fit(tmp_path, resume=folder / checkpoint_name(4), max_steps=7, checkpoints={"every_steps": 1, "keep_last": 1})
+    fit(tmp_path, resume=folder / checkpoint_name(4), steps=7, checkpoints={"every_steps": 1, "keep_last": 1})
     assert steps(tmp_path) == [7, 8, 10] and step_of(latest_checkpoint(folder)) == 7
 
 
 def test_a_broken_one_does_not_count_among_the_newest(tmp_path: Path) -> None:
-    fit(tmp_path, max_steps=8, checkpoints={"every_steps": 2})
+    fit(tmp_path, steps=8, checkpoints={"every_steps": 2})
     flip_byte(tmp_path / "checkpoints" / checkpoint_name(8))
     fit(tmp_path, resume=True, checkpoints={"every_steps": 5})
     assert steps(tmp_path) == [6, 10]
 
 
 def test_what_killed_writers_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
-    fit(tmp_path, max_steps=4)
+    fit(tmp_path, steps=4)
     folder = tmp_path / "checkpoints"
     for name in (".step=00000006.ckpt.123.tmp", ".last.ckpt.5.tmp", "step=00000006.ckpt.sha256"):
         (folder / name).write_text("half")
     (folder / ".step=00000007.ckpt.tmp").mkdir()
     (folder / ".step=00000007.ckpt.tmp" / "0_0.distcp").touch()
     (folder / "notes.txt").write_text("mine")
-    fit(tmp_path, resume=True, max_steps=5)
+    fit(tmp_path, resume=True, steps=5)
     assert leftovers(folder) == ["notes.txt"] and steps(tmp_path) == [4, 5]
 
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from ldm.errors import UsageError
-from ldm.latents.export import export_latents
-from ldm.models.autoencoder import AutoencoderConfig
 from ldm.runs.dry_run.command import DryRunCLI
 from ldm.runs.dry_run.estimate import Total, flops_text, warnings_of
 from ldm.runs.dry_run.find_batch import Trial, find_largest, largest_by_line, repeated
@@ -21,15 +19,6 @@ from ldm.training.denoiser import DenoiserTraining
 
 RECIPES = Path(__file__).parents[2] / "configs" / "shapes"
 STEPS, BATCH = 12, 2  # fewer steps than a dry run takes
-
-
-@pytest.fixture(scope="module")
-def latents(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
-    torch.manual_seed(0)
-    AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
-    export_latents(folder / "autoencoder", image_shards, folder / "latents", tiny_text_encoder)
-    return folder
 
 
 @pytest.fixture
@@ -46,10 +35,10 @@ def common(out: Path) -> list[str]:
     ]
 
 
-def denoiser(folder: Path, out: Path, *options: str) -> DryRunCLI:
+def denoiser(latents: tuple[Path, Path], out: Path, *options: str) -> DryRunCLI:
     own = [
-        *("--data.train", f"{folder}/latents", "--data.validation", f"{folder}/latents"),
-        *("--model.autoencoder", f"{folder}/autoencoder", "--model.preview_steps", "2", "--model.preview_prompts", "[a ring]"),
+        *("--data.train", str(latents[1]), "--data.validation", str(latents[1])),
+        *("--model.autoencoder", str(latents[0]), "--model.preview_steps", "2", "--model.preview_prompts", "[a ring]"),
         *("--model.denoiser.init_args.sample_size", "16", "--model.denoiser.init_args.width", "16"),
         *("--model.denoiser.init_args.num_layers", "2", "--model.denoiser.init_args.num_attention_heads", "2"),
         *("--model.denoiser.init_args.caption_channels", "8"),
@@ -67,7 +56,9 @@ def autoencoder(shards: Path, out: Path, *options: str) -> DryRunCLI:
     return DryRunCLI(AutoencoderTraining, ["fit", "--config", f"{RECIPES}/autoencoder.yaml", *common(out), *own, *options])
 
 
-def test_stage_two_and_a_disk_that_is_too_small(latents: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stage_two_and_a_disk_that_is_too_small(
+    latents: tuple[Path, Path], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     averages = '{"sigma_rel": [0.1], "snapshot_every": 2}'
     cli = denoiser(latents, runs / "not" / "yet" / "run", "--dry-run", "--model.power_averages", averages)
     assert list(runs.iterdir()) == []
@@ -108,14 +99,14 @@ def test_stage_one_has_steps_with_and_without_the_adversary_whatever_the_schedul
     assert "adversarial step" in capsys.readouterr().out
 
 
-def test_a_batch_in_micro_batches_is_one_step(latents: Path, runs: Path) -> None:
+def test_a_batch_in_micro_batches_is_one_step(latents: tuple[Path, Path], runs: Path) -> None:
     cli = denoiser(latents, runs / "run", "--dry-run", "--model.accumulate", "2")
     (kind,) = cli.measure.measured.kinds
     assert kind.steps == STEPS and cli.trainer.global_step >= 5
     assert cli.trainer.fit_loop.epoch_loop.total_batch_idx + 1 == cli.trainer.global_step
 
 
-def test_errors_of_the_run_are_raised_and_nothing_stays(latents: Path, runs: Path) -> None:
+def test_errors_of_the_run_are_raised_and_nothing_stays(latents: tuple[Path, Path], runs: Path) -> None:
     with pytest.raises(UsageError, match=r"trainer\.accumulate_grad_batches 2: .* split it with model.accumulate"):
         denoiser(latents, runs / "run", "--dry-run", "--trainer.accumulate_grad_batches", "2")
     with pytest.raises(UsageError, match="caption_channels"):
@@ -129,7 +120,7 @@ def test_errors_of_the_run_are_raised_and_nothing_stays(latents: Path, runs: Pat
 
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 def test_the_largest_batch_is_found_with_its_line(
-    stage: str, latents: Path, image_shards: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+    stage: str, latents: tuple[Path, Path], image_shards: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if stage == "denoiser":
         cli = denoiser(latents, runs / "run", "--find-batch", "--model.accumulate", "2")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import ldm
 from ldm.runs import lightning_private as private
+from tests.tiny import make_trainer
 
 # attributes of Lightning's objects, as the code names them, that begin with an underscore
 PRIVATE = re.compile(r"\b(trainer|strategy|fit_loop|epoch_loop|val_loop|loop|launcher|fetcher|lightning_module)\._[a-z]\w*")
@@ -70,11 +71,7 @@ class Watch(Callback):
 
 def trained(watch: Watch, folder: Path) -> Line:
     module = Line()
-    trainer = Trainer(
-        accelerator="cpu", devices=1, max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accumulate_grad_batches=2, val_check_interval=4, num_sanity_val_steps=0,
-        check_val_every_n_epoch=None, default_root_dir=folder, callbacks=[watch],
-    )  # fmt: skip
+    trainer = make_trainer(folder, 2, accumulate_grad_batches=2, val_check_interval=4, callbacks=[watch])
     numbers: Any = torch.ones(8, 1)
     trainer.fit(module, DataLoader(numbers), DataLoader(numbers[:1]))
     return module

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from ldm.errors import LdmError
 from ldm.runs.logging import INFORMATIVE, LOGGED, RunCSVLogger, git_state, loggers, recorded, run_log
 from ldm.runs.preemption import Preempted
+from tests.tiny import Do, make_trainer
 
 VALIDATE_EVERY, STEPS = 5, 12
 
@@ -51,40 +52,20 @@ class Killed(BaseException):
     """Ends training without any clean-up."""
 
 
-class KillAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
+def kill_at(step: int) -> Callback:
+    def kill(trainer: Trainer) -> None:
+        raise Killed
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        if trainer.global_step == self.step:
-            raise Killed
+    return Do("on_train_batch_end", step, kill)
 
 
-class SaveAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(Path(trainer.default_root_dir, "saved.ckpt"))
+def save_at(step: int) -> Callback:
+    return Do("on_train_batch_end", step, lambda run: run.save_checkpoint(Path(run.default_root_dir, "saved.ckpt")))
 
 
 def trainer_of(folder: Path, resumed_at: int | None = None, *callbacks: Callback, steps: int = STEPS) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=loggers(folder, None, resumed_at),
-        callbacks=[*callbacks],
-        max_steps=steps,
-        max_epochs=-1,
-        val_check_interval=VALIDATE_EVERY,
-        check_val_every_n_epoch=None,
-        log_every_n_steps=2,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    settings = {"logger": loggers(folder, None, resumed_at), "callbacks": [*callbacks], "log_every_n_steps": 2}
+    return make_trainer(folder, steps, val_check_interval=VALIDATE_EVERY, **settings)
 
 
 def fit(folder: Path, resumed_at: int | None = None, *callbacks: Callback) -> None:
@@ -110,7 +91,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("save", "kill"), [(3, 4), (4, 8), (7, 10), (8, 9)])
 def test_a_run_killed_and_resumed_ends_with_the_same_rows(unbroken: Path, tmp_path: Path, save: int, kill: int) -> None:
     with pytest.raises(Killed):
-        fit(tmp_path, None, SaveAt(save), KillAt(kill))
+        fit(tmp_path, None, save_at(save), kill_at(kill))
     with open(tmp_path / "logs" / "metrics.csv", "a") as file:
         file.write("0,9,0.1")  # what was being written when it was killed
     fit(tmp_path, save)
@@ -120,7 +101,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_rows(unbroken: Path, tmp_pa
 
 def test_tensorboard_forgets_what_is_trained_again(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        fit(tmp_path, None, SaveAt(4), KillAt(10))
+        fit(tmp_path, None, save_at(4), kill_at(10))
     time.sleep(1)  # the files are named, and read in the order of, their seconds
     fit(tmp_path, 4)
     events = EventAccumulator(str(tmp_path / "logs")).Reload().Scalars("train/loss")
@@ -129,7 +110,7 @@ def test_tensorboard_forgets_what_is_trained_again(tmp_path: Path) -> None:
 
 def test_a_run_that_starts_again_from_nothing_has_no_rows_of_before(unbroken: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        fit(tmp_path, None, KillAt(10))
+        fit(tmp_path, None, kill_at(10))
     fit(tmp_path)
     assert rows(tmp_path) == rows(unbroken)
 

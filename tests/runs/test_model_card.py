@@ -15,75 +15,37 @@ import yaml
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
-from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ldm.cli import main
-from ldm.latents.export import export_latents
-from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.text_encoder import minilm_folder
 from ldm.pipeline import load_pipeline
 from ldm.reporting.grids import captioned_grid
 from ldm.runs.model_card import TO_WRITE, CardFields, base_name, without_paths
+from tests.tiny import write_config
 
 PROMPTS = ["a red ring", "a 'tiny' blue star / comet"]
 STEPS = 6
-NETWORKS = {
-    "DiT": {
-        "class_path": "ldm.models.dit.DiT",
-        "init_args": {
-            "sample_size": 16,
-            "patch_size": 4,
-            "width": 32,
-            "num_layers": 1,
-            "num_attention_heads": 2,
-            "caption_channels": 64,
-        },
-    },
+NETWORKS: dict[str, dict[str, Any]] = {
+    "DiT": {},
     "PixArt": {
         "class_path": "diffusers.PixArtTransformer2DModel",
         "init_args": {
-            "sample_size": 16,
-            "patch_size": 4,
-            "num_layers": 1,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "cross_attention_dim": 32,
-            "caption_channels": 64,
-            "out_channels": 4,
+            **{"sample_size": 16, "patch_size": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16},
+            **{"cross_attention_dim": 32, "caption_channels": 8, "out_channels": 4},
         },
     },
 }
 
 
 @pytest.fixture(scope="module")
-def runs(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(latents: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A short run of each network."""
     folder = tmp_path_factory.mktemp("home-of-somebody")
-    torch.manual_seed(0)
-    AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    for part in (BertModel(BertConfig(**sizes, vocab_size=len(tokenizer))), tokenizer):
-        part.save_pretrained(folder / "words")
-    export_latents(folder / "autoencoder", image_shards, folder / "latents", text_encoder=str(folder / "words"))
+    copies = [shutil.copytree(given, folder / given.name) for given in latents]
+    model = {"ema_decay": 0.5, "optimiser": {"learning_rate": 0.02}, "preview_prompts": PROMPTS, "preview_steps": 3}
     for name, network in NETWORKS.items():
-        settings = {
-            "trainer": {"max_steps": STEPS, "val_check_interval": 3, "accelerator": "cpu", "precision": "32-true"},
-            "data": {"train": str(folder / "latents"), "validation": str(folder / "latents"), "batch_size": 8},
-            "model": {
-                "autoencoder": str(folder / "autoencoder"),
-                "denoiser": network,
-                "path": {"class_path": "ldm.diffusion.path.RectifiedFlow"},
-                "prediction": {"class_path": "ldm.diffusion.prediction.Velocity"},
-                "timesteps": {"class_path": "ldm.diffusion.timesteps.Uniform"},
-                "ema_decay": 0.5,
-                "optimiser": {"learning_rate": 0.02},
-                "preview_prompts": PROMPTS,
-                "preview_steps": 3,
-            },
-        }
-        (folder / f"{name}.yaml").write_text(json.dumps(settings))  # JSON is YAML
-        main(["denoiser", "fit", "--config", str(folder / f"{name}.yaml"), "--out", str(folder / name)])
+        file, trainer = folder / f"{name}.yaml", {"max_steps": STEPS, "val_check_interval": 3}
+        write_config(file, (copies[0], copies[1]), trainer, 8, **model, **({"denoiser": network} if network else {}))
+        main(["denoiser", "fit", "--config", str(file), "--out", str(folder / name)])
     return {name: folder / name for name in NETWORKS}
 
 

@@ -19,6 +19,7 @@ from ldm.runs import preemption
 from ldm.runs.checkpoints.callback import Checkpoints
 from ldm.runs.checkpoints.files import load_checkpoint
 from ldm.runs.preemption import Interrupted, Preempted, Preemption, requeue
+from tests.tiny import make_trainer
 
 
 class Endless(IterableDataset):
@@ -76,23 +77,10 @@ def send(*numbers: int) -> Callable[[], None]:
     return kill
 
 
-def fit(out: Path, *callbacks: Callback, steps: int = 6, logger: Any = False, **options: Any) -> Trainer:
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=logger,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=out,
-        check_val_every_n_epoch=None,
-        val_check_interval=3 * options.get("accumulate_grad_batches", 1),
-        limit_val_batches=4,
-        callbacks=[*callbacks, Preemption(), Checkpoints()],
-        **options,
-    )
+def fit(out: Path, *callbacks: Callback, steps: int = 6, **options: Any) -> Trainer:
+    options |= {"callbacks": [*callbacks, Preemption(), Checkpoints()], "enable_checkpointing": True}
+    validate_every = 3 * options.get("accumulate_grad_batches", 1)
+    trainer = make_trainer(out, steps, val_check_interval=validate_every, limit_val_batches=4, log_every_n_steps=1, **options)
     trainer.fit(Counter(), DataLoader(Endless(), batch_size=None), DataLoader(Endless(), batch_size=None))
     return trainer
 

@@ -10,8 +10,8 @@ import resource
 import sys
 from pathlib import Path
 
-from checkpoint_limit import LimitFileSize
 from checkpoint_saver import train
+from injected import LimitFileSize
 
 from ldm.errors import LdmError
 

@@ -58,17 +58,10 @@ class Heavy(LightningModule):
 def train(folder: Path, pipe: int, background: bool, processes: int = 1, *callbacks: Callback) -> None:
     checkpoints = RunFolder(folder).checkpoints_folder
     trainer = Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="auto" if processes == 1 else "ddp",
-        max_epochs=-1,
-        max_steps=10**9,
-        logger=False,
+        accelerator="cpu", devices=processes, strategy="auto" if processes == 1 else "ddp", max_epochs=-1, max_steps=10**9,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         callbacks=[*callbacks, Checkpoints(every_steps=1, background=background)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    )  # fmt: skip
     trainer.fit(Heavy(pipe), ckpt_path=latest_checkpoint(checkpoints) if checkpoints_in(checkpoints) else None)
 
 

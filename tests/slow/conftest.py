@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +64,7 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny_text_encoder: str) 
     folder = tmp_path_factory.mktemp("tiny")
     images = generate(NUM_IMAGES, SIZE, seed=0)
     write_images(folder / "shards", "shapes", images, samples_per_shard=10, extra={"image_size": SIZE})
-    sizes = AutoencoderConfig(
-        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=SIZE
-    )
-    sizes.build().save_pretrained(folder / "autoencoder")
+    AutoencoderConfig([8, 16], 4, 1, 4, False, SIZE).build().save_pretrained(folder / "autoencoder")
     export = ["latents", "export", "--autoencoder", f"{folder}/autoencoder", "--shards", f"{folder}/shards"]
     main([*export, "--out", f"{folder}/latents", "--text-encoder", tiny_text_encoder])
     return TinyRuns(folder)
@@ -102,13 +98,3 @@ def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, s
 def run(command: Sequence[str], seconds: float = 120, /, **environment: str) -> tuple[int, str]:
     """Start and finish."""
     return finish(start(command, **environment), seconds)
-
-
-def wait_for(path: Path, seconds: float = 60) -> Path:
-    """Wait until a file exists."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > end:
-            pytest.fail(f"{path} did not come within {seconds} s")
-        time.sleep(0.02)
-    return path

@@ -46,7 +46,7 @@ def test_a_full_disk_stops_both_processes_and_the_run_resumes_from_the_last_whol
     tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run" / "checkpoints"
-    limit = {"class_path": "tests.slow.checkpoint_limit.LimitFileSize", "init_args": {"step": 7}}
+    limit = {"class_path": "tests.slow.injected.LimitFileSize", "init_args": {"step": 7}}
     saving = ("--checkpoints.every_steps", "2")
     command = tiny_runs.command("denoiser", tmp_path / "run", *saving, "--trainer.callbacks", json.dumps([limit]))
     status, said = run(tiny_runs.torchrun(command), 180)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ldm.runs.checkpoints.files import load_checkpoint
 from ldm.runs.checkpoints.sharded import read_sharded
 from ldm.runs.layout import RunFolder, checkpoint_name
 
 from .conftest import TinyRuns
-from .test_exact_resume import leaves
+from .test_exact_resume import assert_equal, leaves
 from .test_many_processes import assert_close, assert_same_metrics, weights
 from .warm import DDP, run
 
@@ -25,12 +24,6 @@ def state(path: Path) -> dict[str, Any]:
     """The training state of a checkpoint of either kind."""
     checkpoint = read_sharded(path) if path.is_dir() else load_checkpoint(path)
     return dict(leaves({name: checkpoint[name] for name in STATE}))
-
-
-def assert_equal(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert torch.equal(mine[name], value) if isinstance(value, torch.Tensor) else mine[name] == value, name
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from .conftest import TinyRuns
+from .test_many_processes import metrics
 from .warm import DDP, run
 
 STEPS, KILLS = 8, 5
@@ -48,11 +48,11 @@ def state(out: Path) -> dict[str, Any]:
     return dict(leaves(checkpoint))
 
 
-def rows(out: Path) -> list[dict[str, str]]:
-    """The logged metrics, except for times."""
-    with open(out / "logs" / "metrics.csv", newline="") as file:
-        found = list(csv.DictReader(file))
-    return [{name: value for name, value in row.items() if value and not name.startswith("time/")} for row in found]
+def assert_equal(mine: dict[str, Any], theirs: dict[str, Any], when: str = "") -> None:
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        same = torch.equal(mine[name], value) if isinstance(value, torch.Tensor) else mine[name] == value
+        assert same, f"{name}: {mine[name]} {when}, {value} without"
 
 
 @pytest.mark.slow
@@ -81,21 +81,17 @@ def test_killed_at_random_steps_and_resumed(tiny_runs: TinyRuns, tmp_path: Path,
 
     killed, whole = state(tmp_path / "killed"), state(tmp_path / "whole")
     assert whole["/global_step"] == STEPS  # of two optimisers, too
-    assert killed.keys() == whole.keys()
-    for name, value in whole.items():
-        same = torch.equal(killed[name], value) if isinstance(value, torch.Tensor) else killed[name] == value
-        assert same, f"{name}: {killed[name]} after kills at {kills}, {value} without"
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert_equal(killed, whole, f"after kills at {kills}")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     if stage == "autoencoder":  # the adversarial loss took part, and the export has the latents' statistics
-        assert sum(float(row.get("train/g_weight", 0)) > 0 for row in rows(tmp_path / "whole")) > 2
+        assert sum(row.get("train/g_weight", 0) > 0 for row in metrics(tmp_path / "whole")) > 2
         assert AutoencoderKL.from_pretrained(tmp_path / "whole/autoencoder").config["latents_std"]
     for file in (tmp_path / "whole").rglob("*"):  # the exported directory, and every preview
         relative = file.relative_to(tmp_path / "whole")
         if file.suffix == ".png":
             assert (tmp_path / "killed" / relative).read_bytes() == file.read_bytes(), relative
         elif file.suffix == ".safetensors":  # its header has no fixed order
-            ours, theirs = load_file(tmp_path / "killed" / relative), load_file(file)
-            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs), relative
+            assert_equal(load_file(tmp_path / "killed" / relative), load_file(file))
 
 
 @pytest.mark.slow

@@ -23,12 +23,12 @@ from ldm.data.writer import ShardWriter, encode_png
 from ldm.latents.claims import WORK_NAME
 from ldm.models.autoencoder import AutoencoderConfig
 
+from .test_export_kill import WORDS, contents
 from .warm import Fork, fork
 
 ROOT = Path(__file__).parents[2]
 SIZES = (5, 1, 8, 3, 6)
 LIMIT_SECONDS = 300
-WORDS = ("red", "tiny", "ring", "cross", "above", "a", "dark", "green", "background", "star")
 NAMES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
@@ -72,23 +72,16 @@ def write(folder: Path, sizes: tuple[int, ...]) -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def files(tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Files:
     """1, 3 and 5 shards, and the export of each by one undisturbed process."""
     folder = tmp_path_factory.mktemp("export")
-    config = AutoencoderConfig(
-        block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, mid_block_add_attention=False, sample_size=16
-    )
-    config.build().save_pretrained(folder / "autoencoder")
+    AutoencoderConfig([8, 16], 4, 1, 4, False, 16).build().save_pretrained(folder / "autoencoder")
     sizes = {1: (11,), 3: SIZES[:3], 5: SIZES}
     files = Files(folder, tiny_text_encoder, {count: write(folder / f"shards{count}", sizes[count]) for count in sizes}, {})
     for count in sizes:
         out = folder / f"whole{count}"
-        assert files.start(count, out).end()[0] == 0
+        succeed(files.start(count, out))
         files.whole[count] = contents(out)
         assert len(files.whole[count]) == count + 3  # with the manifest, the null text and the quarantine
     return files
@@ -100,6 +93,11 @@ def until(happens: Any) -> None:
     while not happens():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def succeed(*ranks: Fork) -> None:
+    for code, said in [rank.end() for rank in ranks]:
+        assert code == 0, said
 
 
 def is_same(files: Files, count: int, out: Path) -> bool:
@@ -128,8 +126,7 @@ def test_any_number_of_processes_gives_the_same_bytes(
     files: Files, tmp_path: Path, count: int, world_size: int, by: str
 ) -> None:
     out = tmp_path / "out"
-    for code, said in [rank.end() for rank in [files.start(count, out, rank, world_size, by) for rank in range(world_size)]]:
-        assert code == 0, said
+    succeed(*[files.start(count, out, rank, world_size, by) for rank in range(world_size)])
     assert is_same(files, count, out)
 
 
@@ -137,8 +134,7 @@ def test_any_number_of_processes_gives_the_same_bytes(
 def test_a_process_that_starts_after_the_end_is_done_at_once(files: Files, tmp_path: Path) -> None:
     """As on a node that starts late."""
     for rank in range(2):
-        code, said = files.start(1, tmp_path / "out", rank, 2).end()
-        assert code == 0, said
+        succeed(files.start(1, tmp_path / "out", rank, 2))
         assert is_same(files, 1, tmp_path / "out")
 
 
@@ -150,9 +146,7 @@ def test_a_process_that_waits_while_another_finishes_is_done_too(files: Files, t
     second = files.start(3, out, 1, 2)
     until((tmp_path / "waits-1").exists)
     (tmp_path / "go").touch()
-    for rank in (first, second):
-        code, said = rank.end()
-        assert code == 0, said
+    succeed(first, second)
     assert is_same(files, 3, out)
 
 
@@ -167,8 +161,7 @@ def test_the_shard_of_a_dead_process_is_taken_over_by_the_living(files: Files, t
     assert not (out / WORK_NAME / "00001.json").exists() and [*out.glob(".latents-00001.tar.*.tmp")]
     dying.process.kill()
     assert dying.end()[0] == -signal.SIGKILL
-    code, said = living.end()
-    assert code == 0, said
+    succeed(living)
     assert is_same(files, 5, out)
 
 
@@ -187,7 +180,6 @@ def test_what_dead_processes_left_another_number_finishes(files: Files, tmp_path
     assert len([*out.glob(".*.tmp")]) == 2
     assert sorted(path.name for path in out.glob("*.tar")) == ["latents-00000.tar", "latents-00002.tar"]
     stand = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    for code, said in [rank.end() for rank in [files.start(5, out, rank, world_size) for rank in range(world_size)]]:
-        assert code == 0, said
+    succeed(*[files.start(5, out, rank, world_size) for rank in range(world_size)])
     assert is_same(files, 5, out)
     assert {path: path.stat().st_mtime_ns for path in stand} == stand  # made once

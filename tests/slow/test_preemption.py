@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,10 @@ from .conftest import TinyRuns, run
 AT = 3  # the step after which signals are sent
 SECONDS = 30.0  # limit for a run that is asked to stop
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+def last_checkpoint(out: Path) -> dict[str, Any]:
+    return load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))
 
 
 def injected(callback: str, **arguments: object) -> list[str]:
@@ -39,7 +44,7 @@ def stops(command: list[str], out: Path, rank: int, /, **environment: str) -> tu
     assert asked.exists() and over - asked.stat().st_mtime < SECONDS, said
     (line,) = (line for line in said.splitlines() if line.startswith("ldm: ") and not line.startswith("ldm: saving"))
     assert line.startswith(f"ldm: stopped at step {AT} as asked; ") and "--resume latest" in line
-    assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["global_step"] == AT
+    assert last_checkpoint(out)["global_step"] == AT
     return status, said
 
 
@@ -68,7 +73,7 @@ def test_a_signal_of_slurm_to_every_process_requeues_the_job_which_then_resumes(
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
     scontrol.chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    signals = injected("injected_faults.SignalGroup", step=AT)
+    signals = injected("injected.SignalGroup", step=AT)
     command = [*tiny_runs.command("denoiser", out, "--data.workers", "1", steps=AT + 2), "--resume", "latest"]
     status, said = stops(tiny_runs.torchrun([*command, *signals]), out, 0, **slurm)
     assert status == 1 and said.count("exitcode  : 143") == 2, said
@@ -76,22 +81,22 @@ def test_a_signal_of_slurm_to_every_process_requeues_the_job_which_then_resumes(
     # the same command again, as SLURM runs it
     status, said = run(tiny_runs.torchrun([*command, *signals]), **slurm)
     assert status == 0 and (out / "pipeline").is_dir(), said
-    assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["global_step"] == AT + 2
+    assert last_checkpoint(out)["global_step"] == AT + 2
 
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_validation_saves_and_stops(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = tiny_runs.command("autoencoder", out, *injected("injected_faults.SignalInValidation"), validate_every=AT)
+    command = tiny_runs.command("autoencoder", out, *injected("injected.SignalInValidation"), validate_every=AT)
     status, said = stops(command, out, 0)
     assert status == 130 and "ldm: saving; press Ctrl-C again to stop now\n" in said, said
-    assert load_checkpoint(latest_checkpoint(RunFolder(out).checkpoints_folder))["callbacks"]["Checkpoints"]["owes_validation"]
+    assert last_checkpoint(out)["callbacks"]["Checkpoints"]["owes_validation"]
 
 
 @pytest.mark.slow
 def test_ctrl_c_twice_stops_at_once(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    twice = injected("injected_faults.SignalInValidation", times=2)
+    twice = injected("injected.SignalInValidation", times=2)
     status, said = run(tiny_runs.command("autoencoder", out, *twice, validate_every=AT))
     assert status == 130 and said.endswith("ldm: interrupted\n") and "Traceback" not in said, said
     assert not (RunFolder(out).checkpoints_folder).exists()

@@ -59,22 +59,12 @@ def fit(
 ) -> Recorder:
     """Train and save a checkpoint at the end. The trainer keeps its default ``use_distributed_sampler``: on."""
     recorder = Recorder()
+    saver = ModelCheckpoint(out, filename="last", every_n_train_steps=steps, save_on_train_epoch_end=False)
     trainer = Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=out,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=steps,
-        limit_val_batches=None if validate else 0,
-        callbacks=[ModelCheckpoint(out, filename="last", every_n_train_steps=steps, save_on_train_epoch_end=False)],
-    )
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=steps, max_epochs=-1,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, num_sanity_val_steps=0,
+        check_val_every_n_epoch=None, val_check_interval=steps, limit_val_batches=None if validate else 0, callbacks=[saver],
+    )  # fmt: skip
     data = ShardDataModule(str(train), str(train), batch_size, seed=5, **settings)
     trainer.fit(recorder, data, ckpt_path=resume, weights_only=True)
     return recorder

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
-from ldm.errors import LdmError, UsageError
+from ldm.errors import UsageError
 from ldm.losses.adversarial import GradientPenalty, LeCam, NonSaturating
 from ldm.losses.equivariance import Equivariance
 from ldm.losses.perceptual import PerceptualLoss
@@ -24,6 +24,7 @@ from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
+from tests.tiny import make_trainer
 
 
 def make(**changes: Any) -> AutoencoderTraining:
@@ -50,12 +51,7 @@ def adversary(start: int = 1, warmup: int = 100, ramp: int = 2, **changes: Any) 
 def fit(module: AutoencoderTraining, shards: Path, folder: Path, steps: int, **changes: Any) -> Trainer:
     """Train, with validation every two batches."""
     torch.manual_seed(1)
-    settings: dict[str, Any] = {"val_check_interval": 2} | changes
-    trainer = Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=None,
-        default_root_dir=folder, use_distributed_sampler=False, **settings,
-    )  # fmt: skip
+    trainer = make_trainer(folder, steps, **{"val_check_interval": 2} | changes)
     trainer.fit(module, ShardDataModule(str(shards), str(shards), batch_size=4, validation_samples=4))
     return trainer
 
@@ -67,10 +63,6 @@ def train(module: AutoencoderTraining, shards: Path, folder: Path, steps: int) -
 
 def weights(network: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
-
-
-def test_steps_are_batches_though_two_optimisers_step(image_shards: Path, tmp_path: Path) -> None:
-    assert train(make(), image_shards, tmp_path, 5).global_step == 5
 
 
 def test_the_discriminator_waits_for_its_start(image_shards: Path, tmp_path: Path) -> None:
@@ -248,13 +240,6 @@ def test_a_batch_with_nan_is_skipped_and_counted(image_shards: Path, tmp_path: P
     assert [message.split(" (")[1] for message in messages] == ["1 in a row)", "2 in a row)"]
 
 
-def test_too_many_such_batches_in_a_row_stop_the_run(image_shards: Path, tmp_path: Path) -> None:
-    module = make(reconstruction=Faulty({2, 3, 4}), max_skipped=2)
-    with pytest.raises(LdmError, match=r"not finite 3 times in a row, at step 4") as error:
-        fit(module, image_shards, tmp_path, 9)
-    assert "\n" not in str(error.value)
-
-
 def test_the_guard_acts_at_validation_and_its_state_is_in_checkpoints(image_shards: Path, tmp_path: Path) -> None:
     """If no validation comes near the best values, each one after the start halves the level."""
     module = make(adversary=adversary(0, 0, 1))
@@ -317,7 +302,7 @@ def test_what_it_saves_is_a_stock_autoencoder_with_its_latents_measured(image_sh
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({}, {"precision": "bf16-true"}, "bf16-mixed"),
+        ({}, {"precision": "bf16-true"}, "precision bf16-true: .* give bf16-mixed or 32-true"),
         (
             {"autoencoder": AutoencoderConfig([8] * 7, 4, 1, 4, False, 64)},
             {},

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from ldm.cli import main
 from ldm.diffusion.guidance import AdaptiveProjected, ClassifierFree, Interval, Rescale
-from ldm.latents.export import export_latents
-from ldm.models.autoencoder import AutoencoderConfig
 from ldm.pipeline import LatentDiffusionPipeline
+from tests.tiny import write_config
 
 CHOICES = {
     "vp": """
@@ -61,34 +59,12 @@ RULES = {
 }
 
 
-@pytest.fixture(scope="module")
-def latents(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("choices")
-    torch.manual_seed(0)
-    AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
-    export_latents(folder / "autoencoder", image_shards, folder / "latents")
-    return folder / "autoencoder", folder / "latents"
-
-
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_choice_in_yaml_trains_and_samples(
     latents: tuple[Path, Path], tmp_path: Path, choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = {"in_channels": 4, "sample_size": 16, "patch_size": 4, "width": 32, "num_layers": 1, "num_attention_heads": 2}
-    config = {
-        "seed_everything": 0,
-        "trainer": {"max_steps": 2, "val_check_interval": 2, "logger": False},
-        "data": {"train": str(latents[1]), "validation": str(latents[1]), "batch_size": 4, "validation_samples": 4},
-        "model": yaml.safe_load(CHOICES[choice])
-        | {
-            "autoencoder": str(latents[0]),
-            "denoiser": {"class_path": "ldm.models.dit.DiT", "init_args": network | {"caption_channels": 384}},
-            "preview_prompts": ["a red ring"],
-            "preview_steps": 3,
-            "optimiser": {"learning_rate": 1.0e-3},
-        },
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    model = yaml.safe_load(CHOICES[choice]) | {"preview_prompts": ["a red ring"], "preview_steps": 3}
+    config = write_config(tmp_path / "config.yaml", latents, {"max_steps": 2, "val_check_interval": 2}, **model)
     rules = []
     generate = LatentDiffusionPipeline.__call__
 
@@ -97,7 +73,7 @@ def test_a_choice_in_yaml_trains_and_samples(
         return generate(*arguments, **named)
 
     monkeypatch.setattr(LatentDiffusionPipeline, "__call__", record)
-    main(["denoiser", "fit", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")])
+    main(["denoiser", "fit", "--config", str(config), "--out", str(tmp_path / "run")])
     assert len(rules) == 2 and (choice not in RULES or rules[0] == RULES[choice])
     assert Image.open(tmp_path / "run/previews/step-00000002.png").size[0] > 0
     main(["sample", str(tmp_path / "run/pipeline"), "a red ring", "--out", str(tmp_path / "images"), "--steps", "3"])

@@ -35,21 +35,13 @@ from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
 from ldm.training.optimiser import MuonConfig
 from ldm.training.randomness import sample_generators
+from tests.tiny import make_trainer, write_config
 
 
 def new_autoencoder(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def exported(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An untrained autoencoder and the latents made with it: (16, 16) each, of ten shapes, their texts of width 8."""
-    folder = tmp_path_factory.mktemp("exported")
-    autoencoder = new_autoencoder(folder / "autoencoder", 0)
-    export_latents(autoencoder, image_shards, folder / "latents", tiny_text_encoder)
-    return autoencoder, folder / "latents"
 
 
 def make(autoencoder: Path, **changes: Any) -> DenoiserTraining:
@@ -74,34 +66,29 @@ def fit(
     module: DenoiserTraining, latents: Path, folder: Path, steps: int, data: dict[str, Any] | None = None, **changes: Any
 ) -> Trainer:
     torch.manual_seed(1)
-    settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False} | changes
-    trainer = Trainer(
-        max_steps=steps, max_epochs=-1, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        check_val_every_n_epoch=None, val_check_interval=steps, default_root_dir=folder, use_distributed_sampler=False,
-        **settings,
-    )  # fmt: skip
+    trainer = make_trainer(folder, steps, val_check_interval=steps, **changes)
     trainer.fit(module, ShardDataModule(str(latents), str(latents), **{"batch_size": 8, **(data or {})}))
     return trainer
 
 
 @pytest.mark.parametrize("diffusion", [(RectifiedFlow(), Velocity(), LogitNormal()), (VariancePreserving(), V(), Uniform())])
-def test_the_loss_falls(exported: tuple[Path, Path], tmp_path: Path, diffusion: tuple) -> None:
+def test_the_loss_falls(latents: tuple[Path, Path], tmp_path: Path, diffusion: tuple) -> None:
     path, prediction, timesteps = diffusion
-    short = fit(make(exported[0], path=path, prediction=prediction, timesteps=timesteps), exported[1], tmp_path, 2)
-    long = fit(make(exported[0], path=path, prediction=prediction, timesteps=timesteps), exported[1], tmp_path, 150)
+    short = fit(make(latents[0], path=path, prediction=prediction, timesteps=timesteps), latents[1], tmp_path, 2)
+    long = fit(make(latents[0], path=path, prediction=prediction, timesteps=timesteps), latents[1], tmp_path, 150)
     assert long.callback_metrics["val/loss"] < 0.8 * short.callback_metrics["val/loss"]
 
 
-def test_bf16_keeps_fp32_master_weights(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    module = make(exported[0])
-    trainer = fit(module, exported[1], tmp_path, 2, precision="bf16-mixed")
+def test_bf16_keeps_fp32_master_weights(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(latents[0])
+    trainer = fit(module, latents[1], tmp_path, 2, precision="bf16-mixed")
     assert {parameter.dtype for parameter in module.denoiser.parameters()} == {torch.float32}
     assert torch.isfinite(trainer.callback_metrics["val/loss"])
 
 
-def test_the_preview_is_what_the_saved_pipeline_generates(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    module = make(exported[0])
-    fit(module, exported[1], tmp_path, 20)
+def test_the_preview_is_what_the_saved_pipeline_generates(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(latents[0])
+    fit(module, latents[1], tmp_path, 20)
     with module.average_applied():
         preview = [images[0] for _, images in module.preview()]
         module.save(tmp_path / "pipeline")
@@ -114,11 +101,11 @@ def test_the_preview_is_what_the_saved_pipeline_generates(exported: tuple[Path, 
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
-def test_another_autoencoder_is_refused_and_both_are_named(exported: tuple[Path, Path], tmp_path: Path) -> None:
+def test_another_autoencoder_is_refused_and_both_are_named(latents: tuple[Path, Path], tmp_path: Path) -> None:
     other = new_autoencoder(tmp_path / "other", 1)
     with pytest.raises(UsageError) as refused:
-        fit(make(other), exported[1], tmp_path, 1)
-    assert str(other) in str(refused.value) and str(exported[1]) in str(refused.value)
+        fit(make(other), latents[1], tmp_path, 1)
+    assert str(other) in str(refused.value) and str(latents[1]) in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -126,17 +113,17 @@ def test_another_autoencoder_is_refused_and_both_are_named(exported: tuple[Path,
     [({"in_channels": 8}, "in_channels"), ({"sample_size": 8}, "sample_size"), ({"caption_channels": 64}, "caption_channels")],
 )
 def test_sizes_that_do_not_fit_the_latents_are_refused(
-    exported: tuple[Path, Path], tmp_path: Path, denoiser: dict, named: str
+    latents: tuple[Path, Path], tmp_path: Path, denoiser: dict, named: str
 ) -> None:
     sizes: dict[str, Any] = {"in_channels": 4, "sample_size": 16, "caption_channels": 8} | denoiser
-    module = make(exported[0], denoiser=DiT(patch_size=4, width=32, num_layers=1, num_attention_heads=2, **sizes))
+    module = make(latents[0], denoiser=DiT(patch_size=4, width=32, num_layers=1, num_attention_heads=2, **sizes))
     with pytest.raises(UsageError, match=named):
-        fit(module, exported[1], tmp_path, 1)
+        fit(module, latents[1], tmp_path, 1)
 
 
-def test_the_frozen_encoders_are_in_no_checkpoint(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    module = make(exported[0])
-    trainer = fit(module, exported[1], tmp_path, 1)
+def test_the_frozen_encoders_are_in_no_checkpoint(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(latents[0])
+    trainer = fit(module, latents[1], tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert all(name.startswith("denoiser.") for name in state["state_dict"])
@@ -144,19 +131,19 @@ def test_the_frozen_encoders_are_in_no_checkpoint(exported: tuple[Path, Path], t
 
 
 def test_validation_latents_of_another_autoencoder_are_refused(
-    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
+    latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
 ) -> None:
     export_latents(new_autoencoder(tmp_path / "other", 1), image_shards, tmp_path / "latents", tiny_text_encoder)
-    trainer = Trainer(max_steps=1, max_epochs=-1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    trainer = make_trainer(tmp_path, 1)
     with pytest.raises(UsageError, match=r"latents has another autoencoder than .*export both with the same"):
-        trainer.fit(make(exported[0]), ShardDataModule(str(exported[1]), str(tmp_path / "latents"), batch_size=8))
+        trainer.fit(make(latents[0]), ShardDataModule(str(latents[1]), str(tmp_path / "latents"), batch_size=8))
 
 
-def test_checkpoints_hold_the_trained_weights_beside_the_average(exported: tuple[Path, Path], tmp_path: Path) -> None:
+def test_checkpoints_hold_the_trained_weights_beside_the_average(latents: tuple[Path, Path], tmp_path: Path) -> None:
     """Lightning saves at the end of a validation, while the average is applied."""
-    module = make(exported[0])
+    module = make(latents[0])
     saver = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=False)
-    fit(module, exported[1], tmp_path, 6, enable_checkpointing=True, callbacks=[saver])
+    fit(module, latents[1], tmp_path, 6, enable_checkpointing=True, callbacks=[saver])
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     for (name, trained), average in zip(module.denoiser.named_parameters(), state["average"]["shadow_params"], strict=True):
         saved = state["state_dict"][f"denoiser.{name}"]
@@ -171,43 +158,43 @@ def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
 
 
 def test_another_text_encoder_is_refused_and_both_are_named(
-    exported: tuple[Path, Path], tiny_text_encoder: str, tmp_path: Path
+    latents: tuple[Path, Path], tiny_text_encoder: str, tmp_path: Path
 ) -> None:
     """The text encoder's folder has changed between export and stage two."""
-    shutil.copytree(exported[1], tmp_path / "latents")
+    shutil.copytree(latents[1], tmp_path / "latents")
     shutil.copytree(tiny_text_encoder, tmp_path / "text")
     edit_manifest(tmp_path / "latents", lambda manifest: manifest["text_encoders"][0].update(name=str(tmp_path / "text")))
-    fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)  # the same weights, config and words from another folder
+    fit(make(latents[0]), tmp_path / "latents", tmp_path, 1)  # the same weights, config and words from another folder
     config = json.loads((tmp_path / "text" / "config.json").read_text())
     (tmp_path / "text" / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-6}))
     with pytest.raises(UsageError) as refused:
-        fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)
+        fit(make(latents[0]), tmp_path / "latents", tmp_path, 1)
     was, found = (TextEncoder.load(folder).hash[:12] for folder in (tiny_text_encoder, str(tmp_path / "text")))
     assert f"was exported with text encoder {was}, but {tmp_path / 'text'} is {found} now" in str(refused.value)
 
 
-def test_latents_of_several_sizes_are_refused_with_the_fix(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    shutil.copytree(exported[1], tmp_path / "latents")
+def test_latents_of_several_sizes_are_refused_with_the_fix(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(latents[1], tmp_path / "latents")
     edit_manifest(tmp_path / "latents", lambda manifest: manifest["latent_shapes"].append([4, 16, 24]))
     with pytest.raises(UsageError, match=r"latents of several sizes \(16 x 16, 24 x 16\); export with --image-size"):
-        fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)
+        fit(make(latents[0]), tmp_path / "latents", tmp_path, 1)
 
 
 def test_modes_and_mirrored_latents_can_be_trained_on(
-    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
+    latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
 ) -> None:
-    export_latents(exported[0], image_shards, tmp_path / "latents", tiny_text_encoder, mode=True, flip=True, captions="all")
+    export_latents(latents[0], image_shards, tmp_path / "latents", tiny_text_encoder, mode=True, flip=True, captions="all")
     data = {"flip": 0.5, "caption": "random", "caption_dropout": 0.1}
-    trainer = fit(make(exported[0]), tmp_path / "latents", tmp_path, 3, data=data)
+    trainer = fit(make(latents[0]), tmp_path / "latents", tmp_path, 3, data=data)
     assert torch.isfinite(trainer.callback_metrics["val/loss"])
 
 
-def test_the_pipeline_knows_what_its_denoiser_was_trained_on(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    module = make(exported[0])
-    fit(module, exported[1], tmp_path, 1)
+def test_the_pipeline_knows_what_its_denoiser_was_trained_on(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(latents[0])
+    fit(module, latents[1], tmp_path, 1)
     saved = tmp_path / "pipeline"
     module.save(saved)
-    autoencoder = autoencoder_hash(load_autoencoder(exported[0]))
+    autoencoder = autoencoder_hash(load_autoencoder(latents[0]))
     trained_on = {"autoencoder": autoencoder, "text_encoder": module.encoders.text_encoder.hash, "latent_shape": [4, 16, 16]}
     assert load_pipeline(saved).config["trained_on"] == trained_on
     other = new_autoencoder(tmp_path / "other", 1)
@@ -222,11 +209,7 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(exported: tuple[Pat
     shutil.move(tmp_path / "own", saved / "vae")
     for file, change, expected in (
         ("text_encoder/config.json", {"layer_norm_eps": 1e-6}, "text_encoder/ of the pipeline is text encoder "),
-        (
-            "transformer/config.json",
-            {"sample_size": 32},
-            "latents of 4 channels and side 32, but was trained on 4 and 16",
-        ),
+        ("transformer/config.json", {"sample_size": 32}, "latents of 4 channels and side 32, but was trained on 4 and 16"),
     ):
         before = (saved / file).read_text()
         (saved / file).write_text(json.dumps(json.loads(before) | change))
@@ -239,9 +222,9 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(exported: tuple[Pat
 # -- the averages ----------------------------------------------------------------------------------------------------
 
 
-def test_an_average_reconstructed_after_training_is_the_one_kept_in_it(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    module = make(exported[0], power_averages=PowerAverages([0.05, 0.075, 0.1], snapshot_every=6))
-    fit(module, exported[1], tmp_path, 60, callbacks=[AverageSnapshots()])
+def test_an_average_reconstructed_after_training_is_the_one_kept_in_it(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(latents[0], power_averages=PowerAverages([0.05, 0.075, 0.1], snapshot_every=6))
+    fit(module, latents[1], tmp_path, 60, callbacks=[AverageSnapshots()])
     snapshots = find_snapshots(tmp_path)
     assert [one.step for one in snapshots] == [step for step in range(6, 61, 6) for _ in range(3)]
     made, _ = reconstruct([one for one in snapshots if one.sigma_rel != 0.075], 0.075)
@@ -253,12 +236,12 @@ def test_an_average_reconstructed_after_training_is_the_one_kept_in_it(exported:
     assert error**0.5 < 0.02 * total**0.5  # against how far averaging takes the weights
 
 
-def test_the_selected_average_is_applied_and_a_checkpoint_has_them_all(exported: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_selected_average_is_applied_and_a_checkpoint_has_them_all(latents: tuple[Path, Path], tmp_path: Path) -> None:
     averages = {"power_averages": PowerAverages([0.05, 0.1], selected=0.1)}
-    module = make(exported[0], **averages)
-    trainer = fit(module, exported[1], tmp_path, 4)
+    module = make(latents[0], **averages)
+    trainer = fit(module, latents[1], tmp_path, 4)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = make(exported[0], **averages)
+    again = make(latents[0], **averages)
     again.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert again.num_images_seen == module.num_images_seen == 32
     for ours, theirs in zip(again.average.all(), module.average.all(), strict=True):
@@ -270,39 +253,21 @@ def test_the_selected_average_is_applied_and_a_checkpoint_has_them_all(exported:
 
 
 @pytest.mark.parametrize("accumulate", [3, 8])
-def test_micro_batches_are_the_batch(exported: tuple[Path, Path], tmp_path: Path, accumulate: int) -> None:
+def test_micro_batches_are_the_batch(latents: tuple[Path, Path], tmp_path: Path, accumulate: int) -> None:
     """The same weights up to rounding, and one step and one average a batch; 3 splits 8 samples unevenly."""
-    whole, split = make(exported[0]), make(exported[0], accumulate=accumulate)
+    whole, split = make(latents[0]), make(latents[0], accumulate=accumulate)
     for module in (whole, split):
-        fit(module, exported[1], tmp_path, 3)
+        fit(module, latents[1], tmp_path, 3)
     torch.testing.assert_close(
         *(parameters_to_vector(module.denoiser.parameters()) for module in (whole, split)), atol=1e-4, rtol=0
     )
     assert whole.global_step == split.global_step == split.average.step == 3 and split.num_images_seen == 24
 
 
-def test_the_command_line_makes_a_pipeline_of_any_average(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    settings = {
-        "trainer": {"max_steps": 12, "val_check_interval": 12, "accelerator": "cpu", "precision": "32-true"},
-        "data": {"train": str(exported[1]), "validation": str(exported[1]), "batch_size": 8},
-        "model": {
-            "autoencoder": str(exported[0]),
-            "denoiser": {
-                "class_path": "ldm.models.dit.DiT",
-                "init_args": {
-                    **{"sample_size": 16, "patch_size": 4, "width": 32},
-                    **{"num_layers": 1, "num_attention_heads": 2, "caption_channels": 8},
-                },
-            },
-            "path": {"class_path": "ldm.diffusion.path.RectifiedFlow"},
-            "prediction": {"class_path": "ldm.diffusion.prediction.Velocity"},
-            "timesteps": {"class_path": "ldm.diffusion.timesteps.Uniform"},
-            "power_averages": {"snapshot_every": 2, "selected": 0.1},
-            "optimiser": {"learning_rate": 0.003},
-        },
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    dispatch(["denoiser", "fit", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")])
+def test_the_command_line_makes_a_pipeline_of_any_average(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    trainer = {"max_steps": 12, "val_check_interval": 12}
+    config = write_config(tmp_path / "config.yaml", latents, trainer, power_averages={"snapshot_every": 2, "selected": 0.1})
+    dispatch(["denoiser", "fit", "--config", str(config), "--out", str(tmp_path / "run")])
     export_average(DenoiserTraining, tmp_path / "run", tmp_path / "made", 0.1)
     made, exported_one = (load_pipeline(folder).transformer for folder in (tmp_path / "made", tmp_path / "run/pipeline"))
     for ours, theirs in zip(made.parameters(), exported_one.parameters(), strict=True):
@@ -317,13 +282,13 @@ def test_the_command_line_makes_a_pipeline_of_any_average(exported: tuple[Path, 
 
 
 def test_the_validation_loss_is_that_of_the_objective_whatever_the_batch_size(
-    exported: tuple[Path, Path], tmp_path: Path, randomised: Callable
+    latents: tuple[Path, Path], tmp_path: Path, randomised: Callable
 ) -> None:
-    module = make(exported[0], optimiser=MuonConfig(0.0))
+    module = make(latents[0], optimiser=MuonConfig(0.0))
     randomised(module.denoiser)
     metrics = []
     for batch_size in (10, 3):
-        trainer = fit(module, exported[1], tmp_path, 1, {"batch_size": batch_size})
+        trainer = fit(module, latents[1], tmp_path, 1, {"batch_size": batch_size})
         metrics.append({name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
     x0, condition = module.encode(datamodule_of(module.trainer).validation_set.batch(range(10)))
@@ -352,13 +317,13 @@ def test_validation_times_are_spread_evenly_and_noise_is_each_samples_own() -> N
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_online_gives_the_loss_of_exported_latents(
-    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, dropout: float, randomised: Callable
+    latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, dropout: float, randomised: Callable
 ) -> None:
     losses, statistics = [], []
-    for shards, online in ((exported[1], False), (image_shards, True)):
+    for shards, online in ((latents[1], False), (image_shards, True)):
         data = ShardDataModule(str(shards), str(shards), batch_size=4, caption_dropout=dropout)
         data.setup("fit")
-        module = make(exported[0], online=online, text_encoder=tiny_text_encoder if online else None)
+        module = make(latents[0], online=online, text_encoder=tiny_text_encoder if online else None)
         if online:  # they would be measured by a trainer
             module.statistics = statistics[0]
         module.prepare(data)
@@ -374,12 +339,12 @@ def test_online_gives_the_loss_of_exported_latents(
 
 
 def test_online_statistics_are_measured_kept_and_shipped(
-    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
+    latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
 ) -> None:
-    module = make(exported[0], online=True, text_encoder=tiny_text_encoder)
+    module = make(latents[0], online=True, text_encoder=tiny_text_encoder)
     trainer = fit(module, image_shards, tmp_path, 2)
     assert torch.isfinite(trainer.callback_metrics["val/loss"])
-    exact = json.loads((exported[1] / "manifest.json").read_text())
+    exact = json.loads((latents[1] / "manifest.json").read_text())
     measured = module.encoders.statistics
     for values, name in zip(measured, ("latents_mean", "latents_std"), strict=True):
         np.testing.assert_allclose(values, exact[name], rtol=1e-3, atol=1e-3)  # all ten images, in fp32
@@ -389,7 +354,7 @@ def test_online_statistics_are_measured_kept_and_shipped(
     module.save(tmp_path / "pipeline")
     assert load_pipeline(tmp_path / "pipeline").vae.config.latents_std == measured[1]
     # an export has no trainer to measure with
-    again = make(exported[0], online=True, text_encoder=tiny_text_encoder)
+    again = make(latents[0], online=True, text_encoder=tiny_text_encoder)
     again.on_load_checkpoint(checkpoint)
     data = ShardDataModule(str(image_shards), str(image_shards))
     data.setup("fit")
@@ -398,9 +363,9 @@ def test_online_statistics_are_measured_kept_and_shipped(
 
 
 def test_online_takes_the_statistics_of_the_autoencoders_directory(
-    exported: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
+    latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
 ) -> None:
-    autoencoder = load_autoencoder(exported[0])
+    autoencoder = load_autoencoder(latents[0])
     set_latent_statistics(autoencoder, [0.5] * 4, [2.0] * 4)
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     module = make(tmp_path / "autoencoder", online=True, text_encoder=tiny_text_encoder)
@@ -408,33 +373,29 @@ def test_online_takes_the_statistics_of_the_autoencoders_directory(
     assert [*map(list, module.encoders.statistics)] == [[0.5] * 4, [2.0] * 4]
 
 
-def test_shards_of_the_other_kind_are_refused(exported: tuple[Path, Path], image_shards: Path, tmp_path: Path) -> None:
+def test_shards_of_the_other_kind_are_refused(latents: tuple[Path, Path], image_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"without online trains on ldm-latent-shards; .* ldm latents export"):
-        fit(make(exported[0]), image_shards, tmp_path, 1)
+        fit(make(latents[0]), image_shards, tmp_path, 1)
     with pytest.raises(UsageError, match="with online trains on ldm-image-shards; set online to false"):
-        fit(make(exported[0], online=True), exported[1], tmp_path, 1)
+        fit(make(latents[0], online=True), latents[1], tmp_path, 1)
     with pytest.raises(UsageError, match="text_encoder is for online training"):
-        make(exported[0], text_encoder="minilm")
+        make(latents[0], text_encoder="minilm")
 
 
 @pytest.mark.parametrize(
     ("denoiser", "data", "named"),
     [
-        (
-            {"caption_channels": 64},
-            {},
-            "caption_channels is 64, but captions are encoded by minilm of width 384; change it",
-        ),
+        ({"caption_channels": 64}, {}, "caption_channels is 64, but captions are encoded by minilm of width 384; change it"),
         ({"sample_size": 8}, {}, "sample_size is 8, but the latents need 16"),
         ({}, {"image_size": 31}, "images of 31 x 31 in .* are not multiples of the .* factor 2"),
         ({}, {"validation_whole": True}, "validation_whole is for stage one"),
     ],
 )
 def test_online_sizes_that_do_not_fit_are_refused(
-    exported: tuple[Path, Path], image_shards: Path, tmp_path: Path, denoiser: dict, data: dict, named: str
+    latents: tuple[Path, Path], image_shards: Path, tmp_path: Path, denoiser: dict, data: dict, named: str
 ) -> None:
     sizes: dict[str, Any] = {"in_channels": 4, "sample_size": 16, "caption_channels": 384} | denoiser
-    module = make(exported[0], online=True, denoiser=DiT(patch_size=4, width=32, num_layers=1, num_attention_heads=2, **sizes))
+    module = make(latents[0], online=True, denoiser=DiT(patch_size=4, width=32, num_layers=1, num_attention_heads=2, **sizes))
     with pytest.raises(UsageError, match=named):
         fit(module, image_shards, tmp_path, 1, data)
 
@@ -456,10 +417,10 @@ class Poison(Callback):
         self.averages.append(parameters_to_vector(pl_module.average.exponential.shadow_params).clone())
 
 
-def test_a_step_with_nan_is_skipped_and_counted_with_its_samples(exported: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_step_with_nan_is_skipped_and_counted_with_its_samples(latents: tuple[Path, Path], tmp_path: Path) -> None:
     """Weights and averages do not change; the step counts, and training continues."""
-    module, poison = make(exported[0]), Poison({2, 3})
-    trainer = fit(module, exported[1], tmp_path, 6, callbacks=[poison])
+    module, poison = make(latents[0]), Poison({2, 3})
+    trainer = fit(module, latents[1], tmp_path, 6, callbacks=[poison])
     assert trainer.global_step == 6 and module.skips.total == trainer.callback_metrics["train/skipped"] == 2
     for values in (poison.weights, poison.averages):
         moved = [not torch.equal(before, after) for before, after in pairwise(values)]
@@ -473,17 +434,17 @@ def test_a_step_with_nan_is_skipped_and_counted_with_its_samples(exported: tuple
     assert {tuple(sample.values()) for line in lines for sample in line["samples"]} <= names
 
 
-def test_too_many_such_steps_in_a_row_stop_the_run(exported: tuple[Path, Path], tmp_path: Path) -> None:
+def test_too_many_such_steps_in_a_row_stop_the_run(latents: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(LdmError, match=r"not finite 3 times in a row, at step 4; .*skipped\.jsonl") as error:
-        fit(make(exported[0], max_skipped=2), exported[1], tmp_path, 9, callbacks=[Poison({2, 3, 4})])
+        fit(make(latents[0], max_skipped=2), latents[1], tmp_path, 9, callbacks=[Poison({2, 3, 4})])
     assert "\n" not in str(error.value)
 
 
-def test_a_sample_s_noise_does_not_depend_on_its_batch(exported: tuple[Path, Path], randomised: Callable) -> None:
+def test_a_sample_s_noise_does_not_depend_on_its_batch(latents: tuple[Path, Path], randomised: Callable) -> None:
     """The losses of two halves are those of the whole batch, and of the same planned samples in another batch."""
-    data = ShardDataModule(str(exported[1]), str(exported[1]), batch_size=4)
+    data = ShardDataModule(str(latents[1]), str(latents[1]), batch_size=4)
     data.setup("fit")
-    module = make(exported[0])
+    module = make(latents[0])
     module.prepare(data)
     randomised(module.denoiser)
 
@@ -498,34 +459,29 @@ def test_a_sample_s_noise_does_not_depend_on_its_batch(exported: tuple[Path, Pat
     torch.testing.assert_close(losses(9, 4).flip(0), whole[2:], rtol=1e-5, atol=1e-6)
 
 
-def test_precisions_without_fp32_weights_are_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"precision bf16-true: .* give bf16-mixed or 32-true"):
-        fit(make(exported[0]), exported[1], tmp_path, 1, precision="bf16-true")
-
-
-def test_latents_that_the_patch_does_not_divide_are_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    shutil.copytree(exported[1], tmp_path / "latents")
+def test_latents_that_the_patch_does_not_divide_are_refused(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(latents[1], tmp_path / "latents")
     edit_manifest(tmp_path / "latents", lambda manifest: manifest.update(latent_shapes=[[4, 14, 16]]))
     with pytest.raises(UsageError, match=r"latents of 16 x 14 are not multiples of the denoiser's patch_size 4"):
-        fit(make(exported[0]), tmp_path / "latents", tmp_path, 1)
+        fit(make(latents[0]), tmp_path / "latents", tmp_path, 1)
 
 
-def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    trainer = fit(make(exported[0]), exported[1], tmp_path, 1)
+def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    trainer = fit(make(latents[0]), latents[1], tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     other = DiT(in_channels=4, sample_size=16, patch_size=2, width=32, num_layers=1, num_attention_heads=2, caption_channels=8)
     with pytest.raises(UsageError) as refused:
-        make(exported[0], denoiser=other).on_load_checkpoint(checkpoint)
+        make(latents[0], denoiser=other).on_load_checkpoint(checkpoint)
     message = str(refused.value)
     assert "patch_embed.weight: (32, 4, 4, 4) there, (32, 4, 2, 2) here" in message and "more); give the config" in message
     assert "\n" not in message
 
 
-def test_the_switches_reach_every_block(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    module = make(exported[0], gradient_checkpointing=True, compile=True)
+def test_the_switches_reach_every_block(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    module = make(latents[0], gradient_checkpointing=True, compile=True)
     with torch.compiler.set_stance("force_eager"):  # compiling takes half a minute
-        fit(module, exported[1], tmp_path, 1)
+        fit(module, latents[1], tmp_path, 1)
     assert module.denoiser.gradient_checkpointing
     assert all(block._compiled_call_impl is not None for block in module.denoiser.blocks)
     assert not any("_orig_mod" in name for name in module.denoiser.state_dict())

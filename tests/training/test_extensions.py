@@ -11,10 +11,9 @@ import yaml
 
 from ldm.cli import main
 from ldm.errors import UsageError
-from ldm.latents.export import export_latents
 from ldm.losses.auxiliary import AuxiliaryLoss
-from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.dit import DiT
+from tests.tiny import write_config
 from tests.training.test_denoiser import fit, make
 
 MINE = '''
@@ -82,18 +81,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path / "outside")
 
 
-@pytest.fixture(scope="module")
-def latents(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("extensions")
-    torch.manual_seed(0)
-    AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
-    export_latents(folder / "autoencoder", image_shards, folder / "latents", tiny_text_encoder)
-    return folder / "autoencoder", folder / "latents"
-
-
-def trained_and_resumed(stage: str, config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
-    """The weights after four steps, which must equal those of a run that was stopped after two."""
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+def trained_and_resumed(stage: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights after four steps by ``config.yaml``, which must equal those of a run that was stopped after two."""
     weights = []
     for run, stops in (("whole", (4,)), ("stopped", (2, 4))):
         for steps in stops:
@@ -107,14 +96,8 @@ def trained_and_resumed(stage: str, config: dict[str, Any], folder: Path) -> dic
     return whole
 
 
-COMMON = {"accelerator": "cpu", "precision": "32-true", "logger": False}
-
-
 def test_stage_two_from_outside(mine: None, latents: tuple[Path, Path], tmp_path: Path) -> None:
-    sizes = {"sample_size": 16, "patch_size": 4, "width": 32, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 8}
     model = {
-        "autoencoder": str(latents[0]),
-        "denoiser": {"class_path": "ldm.models.dit.DiT", "init_args": sizes},
         "path": {"class_path": "my_extensions.MyPath"},
         "prediction": {"class_path": "my_extensions.MyPrediction"},
         "timesteps": {"class_path": "my_extensions.MyTimesteps"},
@@ -126,8 +109,8 @@ def test_stage_two_from_outside(mine: None, latents: tuple[Path, Path], tmp_path
         "accumulate": 2,
         "optimiser": {"learning_rate": 0.01},
     }
-    data = {"train": str(latents[1]), "validation": str(latents[1]), "batch_size": 4, "validation_samples": 4}
-    weights = trained_and_resumed("denoiser", {"trainer": COMMON, "data": data, "model": model}, tmp_path)
+    write_config(tmp_path / "config.yaml", latents, {}, **model)
+    weights = trained_and_resumed("denoiser", tmp_path)
     bias = weights["auxiliary_losses.0.project.bias"]
     assert bias.shape == (4,) and torch.isfinite(bias).all()
     two = torch.load(tmp_path / "stopped/checkpoints/step=00000002.ckpt", weights_only=True)["state_dict"]
@@ -136,10 +119,7 @@ def test_stage_two_from_outside(mine: None, latents: tuple[Path, Path], tmp_path
 
 def test_stage_one_from_outside(mine: None, image_shards: Path, tmp_path: Path) -> None:
     network = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "mid_block_add_attention": False}
-    discriminator = {
-        "class_path": "ldm.models.discriminator.PatchDiscriminator",
-        "init_args": {"width": 8, "num_layers": 1},
-    }
+    discriminator = {"class_path": "ldm.models.discriminator.PatchDiscriminator", "init_args": {"width": 8, "num_layers": 1}}
     model = {
         "autoencoder": network | {"sample_size": 32},
         "adversary": {"discriminator": discriminator, "start": 1, "discriminator_warmup": 0, "generator_ramp": 1},
@@ -157,7 +137,9 @@ def test_stage_one_from_outside(mine: None, image_shards: Path, tmp_path: Path) 
         "discriminator_optimiser": {"learning_rate": 0.001},
     }
     data = {"train": str(image_shards), "validation": str(image_shards), "batch_size": 4, "validation_samples": 4}
-    weights = trained_and_resumed("autoencoder", {"trainer": COMMON, "data": data, "model": model}, tmp_path)
+    trainer = {"accelerator": "cpu", "precision": "32-true", "logger": False}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer, "data": data, "model": model}))
+    weights = trained_and_resumed("autoencoder", tmp_path)
     (scale,) = (weight for name, weight in weights.items() if name.endswith("scale") and "reconstruction" in name)
     assert (scale != 1).all() and (scale - 1).abs().max() < 0.02
 

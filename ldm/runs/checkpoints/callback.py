@@ -152,8 +152,7 @@ class Checkpoints(Checkpoint):
     def save_now(self, trainer: Trainer) -> Path:
         """Write the checkpoint of this step before returning. Every process calls it, after a complete step.
 
-        Raises:
-            LdmError: on every process, if it could not be written.
+        Raises :class:`LdmError` on every process, if it could not be written.
         """
         self._save(trainer)
         raise_together(self._finish())

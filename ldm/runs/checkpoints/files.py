@@ -75,8 +75,7 @@ class _HashingWriter:
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint and its sha256, and read it back; a previous one at ``path`` stays until this one is complete.
 
-    Raises:
-        LdmError: it could not be written; nothing half-written is left.
+    Raises :class:`LdmError` if it could not be written; nothing half-written is left.
     """
     size = None
     try:
@@ -114,9 +113,7 @@ def disk_error(path: Path, error: OSError, size: int | None = None) -> LdmError:
 def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The content of a verified checkpoint; of a sharded one what is not sharded. ``mmap``: weights are read when used.
 
-    Raises:
-        UsageError: it is broken.
-        LdmError: a newer ldm wrote it.
+    Raises :class:`UsageError` if it is broken, :class:`LdmError` if a newer ldm wrote it.
     """
     require_whole(path)
     return read_checkpoint(path, mmap)
@@ -142,8 +139,7 @@ def require_whole(path: Path) -> None:
 def require_whole_together(path: Path) -> Path:
     """The first process's ``path``, which that process alone verifies. Every process calls it.
 
-    Raises:
-        UsageError: on every process, for a broken checkpoint.
+    Raises :class:`UsageError` for a broken checkpoint, on every process.
     """
     together = distributed.is_available() and distributed.is_initialized()
     verdict: list[Any] = [None if together and distributed.get_rank() else (path, _verify(path))]
@@ -240,8 +236,7 @@ def candidates(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: Path) -> Path:
     """The newest whole one of :func:`candidates`. A warning names each broken one.
 
-    Raises:
-        UsageError: there is none.
+    Raises :class:`UsageError` if there is none.
     """
     found = candidates(folder)
     for path in reversed(found):

@@ -35,8 +35,7 @@ def sharded_checkpoint(path: Path) -> Iterator[Path]:
 
     Every process calls it with the same ``path``, on a file system that they share.
 
-    Raises:
-        LdmError: on every process, if any of them could not write; nothing half-written is left.
+    Raises :class:`LdmError` on every process, if any of them could not write; nothing half-written is left.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     is_first = not distributed.is_initialized() or distributed.get_rank() == 0

@@ -33,17 +33,11 @@ Row = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Total:
-    """Of the whole run.
+    """Of the whole run."""
 
-    Attributes:
-        seconds: steps, validations, previews and checkpoints.
-        validations: how many.
-        bytes_of: what it leaves on the disk by name: bytes, and how they come about.
-    """
-
-    seconds: float
+    seconds: float  # of steps, validations, previews and checkpoints
     validations: int
-    bytes_of: dict[str, tuple[int, str]]
+    bytes_of: dict[str, tuple[int, str]]  # what it leaves on the disk by name: bytes, and how they come about
 
     @property
     def bytes(self) -> int:

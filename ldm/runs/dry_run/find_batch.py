@@ -135,11 +135,7 @@ class FindBatch(Callback):
 
 
 def show_batches(finder: FindBatch) -> None:
-    """Print the trials, and the lines for the YAML.
-
-    Raises:
-        LdmError: none fits.
-    """
+    """Print the trials, and the lines for the YAML. Raises :class:`LdmError` if none fits."""
     if not finder.fits:
         raise LdmError(
             "not even the smallest batch fits; give trainer.precision bf16-mixed, model.gradient_checkpointing true, "

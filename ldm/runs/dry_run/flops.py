@@ -34,14 +34,11 @@ class StepFlops:
     Matrix products, convolutions and attention count, by torch's formulas; everything else is free, and so are the products
     of an optimiser (Muon's), which do not depend on the batch. Compiled blocks run uncompiled inside. torch's own
     ``FlopCounterMode`` fails on ``torch.autograd.grad``, which stage one uses.
-
-    Attributes:
-        forward: FLOPs outside of backward passes, frozen networks included.
-        backward: FLOPs inside of them, less what gradient checkpointing and fused attention recompute.
     """
 
     def __init__(self) -> None:
-        self.forward = self.backward = 0.0
+        self.forward = 0.0  # FLOPs outside of backward passes, frozen networks included
+        self.backward = 0.0  # inside of them, less what gradient checkpointing and fused attention recompute
         self._recomputing = 0  # depth of modules called within a backward pass: gradient checkpointing
         self._in_optimiser = 0  # depth of optimiser steps; one may call another's
 

@@ -32,25 +32,15 @@ FEWEST, MOST, ENOUGH_SECONDS = 5, 10, 15.0
 
 @dataclass
 class StepKind:
-    """One kind of step of a run, and its measurements.
+    """One kind of step of a run, and its measurements."""
 
-    Attributes:
-        name: for the table.
-        steps: how many of them the run has.
-        begin: makes the next steps steps of this kind.
-        seconds: a step.
-        waiting: share of the time spent waiting for data, 0 to 1.
-        peak_bytes: peak memory.
-        flops, flops_forward: of a batch on one process.
-    """
-
-    name: str
-    steps: int
-    begin: Callable[[], None]
-    seconds: float = 0.0
-    waiting: float = 0.0
+    name: str  # for the table
+    steps: int  # how many of them the run has
+    begin: Callable[[], None]  # makes the next steps steps of this kind
+    seconds: float = 0.0  # a step
+    waiting: float = 0.0  # share of the time spent waiting for data, 0 to 1
     peak_bytes: int = 0
-    flops: float = 0.0
+    flops: float = 0.0  # of a batch on one process
     flops_forward: float = 0.0
 
 

@@ -79,13 +79,9 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
-
-    @property
-    def what(self) -> str:
-        """What is measured, in words."""
-        on_gpu = self.device.type == "cuda"
-        return "allocated on the GPU" if on_gpu else "resident set of the process, with Python and its libraries"
+        self.device, on_gpu = device, device.type == "cuda"
+        #: what is measured, in words
+        self.what = "allocated on the GPU" if on_gpu else "resident set of the process, with Python and its libraries"
 
     def reset(self) -> None:
         if self.device.type == "cuda":
