@@ -162,13 +162,7 @@ def test_what_cannot_run_there_is_refused(tiny_autoencoder, minilm, tmp_path):
     with pytest.raises(UsageError, match="predicts X0, but on its path PixArtAlphaPipeline can only run Velocity"):
         export_pixart(make_pipeline(tiny_autoencoder, minilm, prediction=X0()), tmp_path)
     pipeline = make_pipeline(tiny_autoencoder, minilm)
-    sizes: dict[str, Any] = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "vocab_size": 9,
-    }
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
     pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=1))
     with pytest.raises(UsageError, match="to 120 tokens, but this CLIPTextModel reads 77"):
         export_pixart(pipeline, tmp_path)
