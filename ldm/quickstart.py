@@ -62,11 +62,7 @@ class Quickstart:
     state: dict[str, Any] = field(default_factory=dict)
 
     def claim(self) -> None:
-        """Begin in the empty folder ``out``, or resume the quickstart there.
-
-        Raises:
-            UsageError: when ``out`` holds anything else, or a quickstart with other settings.
-        """
+        """Begin in the empty folder ``out``, or resume the quickstart with these settings; UsageError for any other content."""
         asked = {"minutes": self.minutes, "seed": self.seed}
         record = self.out / "state.json"
         if record.is_file():

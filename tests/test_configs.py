@@ -106,13 +106,16 @@ def timetable(start: int, warmup: int, ramp: int) -> list[str]:
     return [text for name, value in steps.items() for text in (f"--model.adversary.{name}", str(value))]
 
 
-def tiny_arguments(config: str, size: int) -> list[str]:
+def tiny_arguments(config: str, size: int, widths: str = "") -> list[str]:
     """A recipe of stage one with small images, networks and few steps, neither compiled nor in bf16."""
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "2"]
     arguments = ["autoencoder", "fit", "--config", str(CONFIGS / "autoencoder" / config), *data]
     arguments += ["--data.workers", "0", "--trainer.devices", "1"]
     arguments += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--data.image_size", str(size)]
     arguments += [*timetable(0, 0, 1), "--model.compile", "false", "--trainer.precision", "32-true"]
+    if widths:
+        arguments += ["--model.autoencoder.block_out_channels", widths, "--model.autoencoder.norm_num_groups", "4"]
+        arguments += ["--model.autoencoder.sample_size", str(size)]
     return [*arguments, "--model.adversary.discriminator.init_args.width", "8"]
 
 
@@ -127,16 +130,13 @@ def test_recipes_for_your_own_images(
     """One of the autoencoders is then fine-tuned: its decoder alone, on windows of larger images, validated on whole ones."""
     monkeypatch.chdir(tmp_path)
     main(["shards", "shapes", "shards", "--count", "8", "--size", "80"])
-    arguments = tiny_arguments(f"{config}.yaml", 64)
-    arguments += ["--model.autoencoder.block_out_channels", widths, "--model.autoencoder.norm_num_groups", "4"]
-    arguments += ["--model.autoencoder.sample_size", "64", "--model.perceptual.init_args.weights", "random"]
-    main([*arguments, "--out", "run"])
+    random = ["--model.perceptual.init_args.weights", "random"]
+    main([*tiny_arguments(f"{config}.yaml", 64, widths), *random, "--out", "run"])
     trained = AutoencoderKL.from_pretrained("run/autoencoder")
     assert 2 ** (len(trained.config["block_out_channels"]) - 1) == factor
     if config == "kl_f4_cpu":
-        arguments = tiny_arguments("decoder_finetune.yaml", 32)
-        arguments += ["--model.autoencoder.init_from", "run/autoencoder", "--model.perceptual.init_args.weights", "random"]
-        main([*arguments, "--out", "finer"])
+        arguments = [*tiny_arguments("decoder_finetune.yaml", 32), "--model.autoencoder.init_from", "run/autoencoder"]
+        main([*arguments, *random, "--out", "finer"])
         finer = AutoencoderKL.from_pretrained("finer/autoencoder")
         assert finer.config["latents_mean"] == trained.config["latents_mean"]
         for name, before in trained.state_dict().items():
@@ -158,11 +158,8 @@ def test_a_recipe_names_the_weights_that_it_lacks_offline(
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     monkeypatch.chdir(tmp_path)
     main(["shards", "shapes", "shards", "--count", "4", "--size", "64"])
-    arguments = [*tiny_arguments("kl_f8_8gpu.yaml", 64), "--out", "run"]
-    arguments += ["--model.autoencoder.block_out_channels", "[8, 8, 8, 8]"]
-    arguments += ["--model.autoencoder.norm_num_groups", "4", "--model.autoencoder.sample_size", "64"]
     with pytest.raises(SystemExit) as left:
-        main(arguments)
+        main([*tiny_arguments("kl_f8_8gpu.yaml", 64, "[8, 8, 8, 8]"), "--out", "run"])
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert left.value.code == 2 and "path" in said and "'random'" in said
 

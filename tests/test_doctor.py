@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli import doctor as command
-from ldm.cli.parser import Parser
+from ldm.cli import dispatch
 from ldm.doctor import Finding, installed, machine, measured
 from ldm.errors import LdmError
 from ldm.machine import bf16_is_faster
@@ -19,13 +18,6 @@ from ldm.machine import bf16_is_faster
 
 def by_name(findings: Iterable[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
-
-
-def run(*arguments: str) -> None:
-    parser = Parser("ldm")
-    command.add(parser.add_subparsers(parser_class=Parser))
-    options = parser.parse_args(["doctor", *arguments])
-    options.run(options)
 
 
 def test_a_malicious_lightning_fails_and_a_good_one_does_not() -> None:
@@ -106,7 +98,7 @@ def test_two_processes_connect_and_a_wrong_interface_is_reported(monkeypatch: py
 
 
 def test_the_command_prints_and_writes_every_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("--quick", "--out", str(tmp_path), "--json", str(tmp_path / "findings.json"))
+    dispatch(["doctor", "--quick", "--out", str(tmp_path), "--json", str(tmp_path / "findings.json")])
     findings = json.loads((tmp_path / "findings.json").read_text())["findings"]
     names = [finding["name"] for finding in findings]
     assert {"versions", "imports", "memory", "cores", "disk", "text encoder minilm", "extra s3", "gloo"} <= set(names)
@@ -118,6 +110,6 @@ def test_the_command_prints_and_writes_every_finding(tmp_path: Path, capsys: pyt
 
 def test_failed_checks_are_named_in_one_line_with_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(LdmError, match="disk writes") as failed:
-        run("--quick", "--out", "/proc/runs")
+        dispatch(["doctor", "--quick", "--out", "/proc/runs"])
     assert failed.value.exit_code == 1 and os.linesep not in str(failed.value)
     assert "fail" in capsys.readouterr().out

@@ -21,12 +21,9 @@ from ldm.errors import first_line
 
 
 def examine(out: Path, quick: bool = False, on_check: Callable[[str], None] | None = None) -> Iterator[Finding]:
-    """Run every check.
+    """Run every check, with ``quick`` only those that take no seconds.
 
-    Args:
-        out: output folder of future runs; it need not exist.
-        quick: skip the checks that take seconds.
-        on_check: receives the name of each check before it begins.
+    ``out``, the output folder of future runs, need not exist. ``on_check`` receives the name of each check before it begins.
     """
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "versions": lambda: check_versions(installed_versions(), requirements()),

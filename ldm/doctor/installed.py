@@ -20,12 +20,7 @@ MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}
 
 
 def check_versions(installed: Mapping[str, str], required: Iterable[str]) -> Iterator[Finding]:
-    """Malicious releases, and versions outside the required range.
-
-    Args:
-        installed: package -> version.
-        required: requirement strings, such as ``torch>=2.9,<3``.
-    """
+    """Malicious releases, and versions (by package) outside the range of requirements such as ``torch>=2.9,<3``."""
     specifiers = {requirement.name: requirement.specifier for requirement in map(Requirement, required)}
     for name, version in installed.items():
         if version in MALICIOUS.get(name, ()):

@@ -48,10 +48,7 @@ SECURITY_HEADERS = {
 def create_app(worker: Worker, queue: Queue, limits: Limits, host: str = "127.0.0.1") -> RequestFilter:
     """The web application.
 
-    Args:
-        worker: generates the images.
-        queue: holds the jobs that wait for it.
-        host: the name that the server is bound to; requests can also use localhost, the machine's name and IP addresses.
+    ``host`` is the name that the server is bound to; requests can also use localhost, the machine's name and IP addresses.
     """
     # without FastAPI's page of documentation, which loads a script from another site
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)

@@ -78,24 +78,16 @@ class Worker:
         return samplers_for(*self.pipeline.diffusion)
 
     def check(self, settings: GenerationSettings) -> None:
-        """Refuse settings that the model cannot use; thread-safe beside :meth:`generate`.
-
-        Raises:
-            UsageError: naming the setting.
-        """
+        """Raise :class:`UsageError` for settings that the model cannot use; thread-safe beside :meth:`generate`."""
         for text in filter(None, (settings.prompt, settings.negative)):
             self._checker.pipeline.check_prompt(text)
         # the start image was checked by parse_request, and is not a file
         self._checker.prepare(batch_key(dataclasses.replace(settings, image=None, strength=None)))
 
     def generate(self, request: GenerationRequest, report: Callable[[JobProgress], None]) -> StoredImage:
-        """Generate an image.
+        """Generate an image; raises :class:`LdmError` when memory is short.
 
-        Args:
-            report: called after every step; an exception that it raises ends the generation.
-
-        Raises:
-            LdmError: when the image cannot be generated.
+        ``report`` is called after every step; an exception that it raises ends the generation.
         """
         settings, began, preview = request.settings, time.monotonic(), ""
 

@@ -1,6 +1,5 @@
 """The page in Chromium, controlled through the DevTools protocol over a pipe."""
 
-import base64
 import fcntl
 import json
 import os
@@ -18,14 +17,14 @@ CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", 
 class Browser:
     """Headless Chromium with one page: JSON messages, each ended by a zero byte, on its file descriptors 3 and 4."""
 
-    def __init__(self, profile, width=1200, height=900):
+    def __init__(self, profile):
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
         given = [fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in (to_read, to_write)]
         os.close(to_read)
         os.close(to_write)
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
-        flags += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "--no-first-run", "--hide-scrollbars"]
+        flags += [f"--user-data-dir={profile}", "--window-size=1200,900", "--no-first-run", "--hide-scrollbars"]
 
         def as_three_and_four():
             os.dup2(given[0], 3)
@@ -99,9 +98,6 @@ class Browser:
         self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
         self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
         self.call("Input.insertText", text=text)
-
-    def screenshot(self, path):
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def close(self):
         self.process.kill()
