@@ -24,6 +24,14 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.denoiser import DenoiserTraining
 
+# torch up to 2.10, at least, has no formulas of CPUs' fused attention
+_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+FORMULAS = {cpu: flop_registry[gpu] for cpu, gpu in _ON_CPU.items()} | flop_registry
 # samples whose longest caption is taken as that of every batch
 COUNTED_CAPTIONS = 16
 
@@ -57,6 +65,8 @@ class StepFlops:
             register_optimizer_step_post_hook(self._leave_optimiser),
         ):
             self._entered.callback(hook.remove)
+        # up to torch 2.10 a block that is first called under a dispatch mode would never be compiled
+        self._entered.enter_context(torch.compiler.set_stance("force_eager"))
         self._entered.enter_context(_Products(self._tally))
         return self
 
@@ -105,7 +115,7 @@ class _Products(TorchDispatchMode):
         self.tally = tally
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        named, formula = named or {}, flop_registry.get(function.overloadpacket)
+        named, formula = named or {}, FORMULAS.get(function.overloadpacket)
         if formula is None:
             with self:  # its decomposition may have products
                 result = function.decompose(*arguments, **named)
