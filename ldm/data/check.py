@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of, decode_pixels
+from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, decode_pixels
 from ldm.data.latent_schema import NULL_TEXT_NAME, LatentInfo, LatentShard, latent_info, text_name
 from ldm.data.manifest import (
     IMAGE_SHARDS,
@@ -281,6 +281,6 @@ def check_sample(reader: ShardReader, index: int, captioned: bool, deep: bool = 
         raise DecodeError("has no image")
     if deep:
         sample = reader[index]
-        if not captions_of(sample.caption, sample.files.get("json")) and captioned:
+        if not sample.captions and captioned:
             raise DecodeError("has no caption")
         decode_pixels(sample.image or b"")

@@ -168,30 +168,30 @@ def decode_json(data: bytes) -> dict[str, Any]:
     return value
 
 
-def captions_of(txt: bytes | None, json: bytes | None) -> list[str]:
-    """All captions of a sample, from its ``.txt`` and ``.json`` members; empty ones are dropped.
+def captions_of(text: bytes | None, json: bytes | None) -> list[str]:
+    """All captions of a sample, from its text file (``.txt``) and its ``.json``; empty ones are dropped.
 
-    The list ``"captions"`` of the json where there is one, else the txt, else ``"caption"`` of the json (img2dataset).
-    Raises :class:`DecodeError` where these are no text, and for any broken member.
+    The first of these that holds any: ``"captions"`` of the json, the text file, ``"caption"`` of the json (img2dataset). In
+    the json each may be one text or a list of them. Raises :class:`DecodeError` for what is no text, and for a broken file.
     """
     fields = {} if json is None else decode_json(json)
-    captions = fields.get("captions")
-    if captions is None:
-        captions = [fields.get("caption") if txt is None else decode_text(txt)]
-    elif not isinstance(captions, list):
-        raise DecodeError('"captions" in its json is not a list')
-    return [text for text in map(_caption, captions) if text]
+    if captions := _texts("captions", fields):
+        return captions
+    if text is not None and (caption := decode_text(text)):
+        return [caption]
+    return _texts("caption", fields)
 
 
-def _caption(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DecodeError(f"caption in its json is not a text ({type(value).__name__})")
+def _texts(name: str, fields: dict[str, Any]) -> list[str]:
+    """The texts of a field, which is one or a list of them, less the empty ones."""
+    value = fields.get(name)
+    texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise DecodeError(f'"{name}" in its json is not a text or a list of texts ({type(wrong[0]).__name__})')
     try:
-        return decode_text(value.encode())
+        return [text for text in (decode_text(text.encode()) for text in texts) if text]
     except UnicodeEncodeError:
-        raise DecodeError("caption in its json holds half a surrogate pair") from None
+        raise DecodeError(f'"{name}" in its json holds half a surrogate pair') from None
 
 
 def _plain_size(data: bytes) -> tuple[int, int] | None:

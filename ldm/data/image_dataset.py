@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ldm.data.decode import DecodeError, captions_of, decode_pixels
+from ldm.data.decode import DecodeError, decode_pixels
 from ldm.data.manifest import IMAGE_SHARDS, ShardEntry
 from ldm.data.plan import PlannedSample
 from ldm.data.shard_dataset import ShardDataset
@@ -95,7 +95,7 @@ class ImageDataset(ShardDataset[ShardReader]):
         sample, captioned = raw
         if sample.image is None:
             raise DecodeError("has no image")
-        captions = captions_of(sample.caption, sample.files.get("json"))
+        captions = sample.captions
         if not captions and captioned:
             raise DecodeError("has no caption")
         how = self.augmentation

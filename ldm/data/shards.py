@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError
+from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of
 from ldm.data.tar import TarIndex, index_tar
 from ldm.errors import LdmError
 
@@ -41,9 +41,9 @@ class ShardSample:
         return next((self.files[extension] for extension in IMAGE_EXTENSIONS if extension in self.files), None)
 
     @property
-    def caption(self) -> bytes | None:
-        """The ``.txt`` member's bytes, or None."""
-        return self.files.get("txt")
+    def captions(self) -> list[str]:
+        """All its captions; none where it has none. Raises :class:`DecodeError` for a broken one, see :func:`captions_of`."""
+        return captions_of(self.files.get("txt"), self.files.get("json"))
 
 
 class ShardReader:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ldm.data.decode import DecodeError, captions_of, decode_json, image_size_of
+from ldm.data.decode import DecodeError, decode_json, image_size_of
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.shards import ShardSample
 from ldm.data.sources import ShardSource
@@ -61,7 +61,7 @@ class CaptionedImages(ImageDataset):
             return []
 
     def _captions(self, sample: ShardSample) -> list[str]:
-        captions = captions_of(sample.caption, sample.files.get("json"))
+        captions = sample.captions
         return captions if self.captions == "all" else captions[:1]
 
     def alike(self, rows: Sequence[int]) -> list[Sequence[int]]:

@@ -271,7 +271,10 @@ def test_json_that_cannot_be_used(data, reason):
         (b"a dog", {"width": 3}, ["a dog"]),
         (b"a dog", {"captions": ["a dog", " a hound ", "", None], "caption": "a cat"}, ["a dog", "a hound"]),
         (b"a dog", {"captions": None}, ["a dog"]),
-        (b"a dog", {"captions": []}, []),
+        (b"a dog", {"captions": []}, ["a dog"]),
+        (b"a dog", {"captions": "a hound"}, ["a hound"]),
+        (b" \n", {"captions": ["", None], "caption": ["a cat", "a kitten"]}, ["a cat", "a kitten"]),
+        (b"a dog", {"caption": 3}, ["a dog"]),
     ],
 )
 def test_all_captions_of_a_sample(txt, fields, captions):
@@ -281,8 +284,8 @@ def test_all_captions_of_a_sample(txt, fields, captions):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"captions": "a dog"},
         {"captions": [["a dog"]]},
+        {"captions": 3},
         {"captions": {"a": "dog"}},
         {"caption": 3},
         {"caption": "a\0dog"},

@@ -37,7 +37,7 @@ def test_what_is_written_is_read_back(folder):
     assert manifest.extra == {"image_size": 5}
     samples = [sample for entry in manifest.shards for sample in ShardReader(folder / entry.name)]
     for sample, (key, image, caption) in zip(samples, items(7), strict=True):
-        assert sample.key == key and sample.caption == caption.encode()
+        assert sample.key == key and sample.captions == [caption]
         assert np.array_equal(np.asarray(decode_image(sample.image or b"")), image)
     problems, shards = check_folder(folder, deep=True)
     assert problems == [] and [(shard.good, shard.problems) for shard in shards] == [(3, ()), (3, ()), (1, ())]
@@ -49,7 +49,7 @@ def test_webdataset_reads_our_shards(folder):
     urls = sorted(str(path) for path in folder.glob("*.tar"))
     samples = list(WebDataset(urls, shardshuffle=False))
     ours = [sample for url in urls for sample in ShardReader(url)]
-    assert [(s["__key__"], s["png"], s["txt"]) for s in samples] == [(s.key, s.image, s.caption) for s in ours]
+    assert [(s["__key__"], s["png"], s["txt"]) for s in samples] == [(s.key, s.image, s.files["txt"]) for s in ours]
 
 
 def test_equal_input_gives_equal_bytes(folder, tmp_path):
@@ -120,7 +120,7 @@ def test_reader_survives_fork_and_pickle(folder):
     reader.reopen(reader.path)
     assert copy[0] == first == reader[0]  # each has its own file open
     offset, size = reader.spans(0)["txt"]
-    assert (folder / "x-00000.tar").read_bytes()[offset : offset + size] == first.caption
+    assert (folder / "x-00000.tar").read_bytes()[offset : offset + size] == first.files["txt"]
     child = os.fork()
     if child == 0:
         os._exit(0 if reader[1].key == "0001" else 1)
@@ -186,7 +186,7 @@ def test_a_sample_that_comes_twice_or_is_too_large_cannot_be_used(tmp_path, monk
     for look in (reader.spans, reader.__getitem__):
         with pytest.raises(DecodeError, match=r"^comes twice in the shard \(two \.png\)$"):
             look(0)
-    assert reader[1].files == {"png": b"fine"} and reader[2].caption == b"0123456789"
+    assert reader[1].files == {"png": b"fine"} and reader[2].files["txt"] == b"0123456789"
     monkeypatch.setattr("ldm.data.shards.MAX_MEMBER_BYTES", 9)
     with pytest.raises(DecodeError, match="has a member of 10 bytes, the limit is 9"):
         reader[2]

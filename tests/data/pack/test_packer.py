@@ -91,7 +91,7 @@ def test_images_of_all_subfolders_are_packed_in_order(src, tmp_path):
     assert seen == [(1, 3), (2, 3), (3, 3)]
     packed = samples(tmp_path / "out")
     assert [sample.key for sample in packed] == ["000000000", "000000001", "000000002"]
-    assert [sample.caption for sample in packed] == [b"the first", b"the second", b"the third"]
+    assert [sample.files["txt"] for sample in packed] == [b"the first", b"the second", b"the third"]
     assert json.loads(packed[0].files["json"]) == {"file": "a/z.JPG", "width": 40, "height": 20}
     assert {decode_image(sample.image or b"").size for sample in packed} == {(16, 16)}
     manifest = Manifest.load(tmp_path / "out", IMAGE_SHARDS)
@@ -402,7 +402,7 @@ def test_the_command_line_passes_everything_on(src, tmp_path, capsys, monkeypatc
     assert "2 of 3 images in 2 shards" in said and "1 could not be used" in said
     assert "2 were smaller and have been enlarged; --min-size 30" in said
     two, one = samples(tmp_path / "out")
-    assert decode_image(one.files["webp"]).size == (60, 30) and two.caption == b"two"
+    assert decode_image(one.files["webp"]).size == (60, 30) and two.files["txt"] == b"two"
     assert json.loads(one.files["json"])["captions"] == ["one", "uno", "the first"]
 
     class Stopped(Progress):
