@@ -62,14 +62,16 @@ class DecodeError(LdmError):
 def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to an 8-bit RGB image in sRGB, (H, W, 3) as an array, values 0..255.
 
-    The EXIF orientation is applied, colours are converted as an embedded ICC profile says, transparency is composited
-    on ``background``, 16-bit grey is scaled to 8 bits. Raises :class:`DecodeError` for other formats, broken files,
-    animations and more than ``MAX_PIXELS`` pixels.
+    The EXIF orientation is applied, colours are converted as an embedded ICC profile says, transparency (alpha, or the
+    transparent colour of a PNG) is composited on ``background``, 16-bit grey is scaled to 8 bits. Raises
+    :class:`DecodeError` for other formats, broken files, animations and more than ``MAX_PIXELS`` pixels.
     """
     with _opened(data) as image:
         image.load()
-        turn = _turn(image)
-        rgb = _to_rgb(image if turn is None else image.transpose(turn), background)
+        turn, alpha = _turn(image), _alpha_of_colour(image, data)
+        if turn is not None:
+            image, alpha = image.transpose(turn), alpha and alpha.transpose(turn)
+        rgb = _to_rgb(image, background, alpha)
         # Metadata (EXIF with locations and names, comments) must not reach files written later.
         rgb.info.clear()
         return rgb
@@ -171,15 +173,23 @@ def decode_json(data: bytes) -> dict[str, Any]:
 def captions_of(text: bytes | None, json: bytes | None) -> list[str]:
     """All captions of a sample, from its text file (``.txt``) and its ``.json``; empty ones are dropped.
 
-    The first of these that holds any: ``"captions"`` of the json, the text file, ``"caption"`` of the json (img2dataset). In
-    the json each may be one text or a list of them. Raises :class:`DecodeError` for what is no text, and for a broken file.
+    The first of these that holds any: ``"captions"`` of the json, the text file, ``"caption"`` of the json (img2dataset), its
+    ``"tags"``. In the json each may be one text or a list of them; a list of tags is one caption. Raises :class:`DecodeError`
+    for what is no text, and for a broken file.
     """
     fields = {} if json is None else decode_json(json)
     if captions := _texts("captions", fields):
         return captions
     if text is not None and (caption := decode_text(text)):
         return [caption]
-    return _texts("caption", fields)
+    return _texts("caption", fields) or _texts("tags", {"tags": joined_tags(fields.get("tags"))})
+
+
+def joined_tags(tags: Any) -> str | None:
+    """A list of tags as one caption, joined by commas, and a text as it is; None for anything else."""
+    if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
+        return ", ".join(tags)
+    return tags if isinstance(tags, str) else None
 
 
 def _texts(name: str, fields: dict[str, Any]) -> list[str]:
@@ -249,18 +259,44 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     return None
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _alpha_of_colour(image: Image.Image, data: bytes) -> Image.Image | None:
+    """The alpha channel that the transparent colour of a PNG of 2, 4 or 16 bits means; ``image`` is without it afterwards.
+
+    None for all other images: Pillow scales the pixels to 8 bits, and then compares them with the colour as the file has it.
+    """
+    if image.format != "PNG" or (bits := data[24]) in (1, 8) or image.mode not in ("L", "I;16", "RGB"):
+        return None
+    if (colour := image.info.pop("transparency", None)) is None:
+        return None
+    pixels = np.asarray(image)
+    if bits < 8:
+        clear = pixels == colour * 255 // (2**bits - 1)
+    elif image.mode == "RGB":
+        # Pillow keeps the high bytes; read as little-endian, the low bytes come out
+        with _opened(data) as again:
+            again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]  # pyright: ignore[reportAttributeAccessIssue]
+            clear = (pixels * np.uint16(256) + np.asarray(again) == colour).all(-1)
+    else:
+        clear = pixels == colour
+    return Image.fromarray(np.where(clear, np.uint8(0), np.uint8(255)))
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int], alpha: Image.Image | None = None) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255.
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)  # (H, W)
         image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
     colours = image.mode if image.mode in ("RGB", "CMYK") else "L" if image.mode in ("1", "L", "LA") else "RGB"
-    if not image.has_transparency_data:
+    if alpha is not None:
+        rgba = to_srgb(as_mode(image, colours), profile)
+        rgba.putalpha(alpha)
+    elif not image.has_transparency_data:
         return to_srgb(as_mode(image, colours), profile)
-    rgba = as_mode(image, "RGBA")
-    if not is_srgb(profile, colours):
-        rgb = to_srgb(rgba.convert(colours), profile)
-        rgb.putalpha(rgba.getchannel("A"))
-        rgba = rgb
+    else:
+        rgba = as_mode(image, "RGBA")
+        if not is_srgb(profile, colours):
+            rgb = to_srgb(rgba.convert(colours), profile)
+            rgb.putalpha(rgba.getchannel("A"))
+            rgba = rgb
     return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")

@@ -2,6 +2,8 @@ import gzip
 import io
 import json
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -57,6 +59,44 @@ def test_transparency_shows_the_background(pixels):
     assert np.all(np.asarray(decode_image(data, background=(1, 2, 3))) == (1, 2, 3))
     palette = Image.new("P", (2, 2), 0)
     assert np.all(np.asarray(decode_image(encoded(palette, transparency=0))) == 255)
+
+
+def png(bits: int, colour_type: int, row: bytes, width: int, transparent: bytes) -> bytes:
+    """One row of pixels as a PNG with a transparent colour, of depths that Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, 1, bits, colour_type, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "transparent", "expected"),
+    [
+        (1, b"\x40", 1, [0, None]),
+        (2, b"\x1b", 1, [0, None, 170, 255]),
+        (4, b"\x05\xaf", 5, [0, None, 170, 255]),
+        (8, b"\0\x64\xff", 100, [0, None, 255]),
+        # the third pixel has the same high byte as the transparent one
+        (16, b"\0\0\x64\x64\x64\x65\xff\xff", 0x6464, [0, None, 100, 255]),
+    ],
+)
+def test_the_transparent_colour_of_a_grey_png_of_any_depth(bits, row, transparent, expected):
+    data = png(bits, 0, row, len(expected), struct.pack(">H", transparent))
+    assert not is_plain_rgb(data)
+    pixels = np.asarray(decode_image(data, background=(1, 2, 3)))
+    assert pixels[0].tolist() == [[1, 2, 3] if level is None else [level] * 3 for level in expected]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_transparent_colour_of_an_rgb_png_of_any_depth(bits):
+    levels = [(1, 2, 3), (1, 2, 4), (9, 9, 9)]
+    row = b"".join(struct.pack(">3B" if bits == 8 else ">3H", *level) for level in levels)
+    data = png(bits, 2, row, 3, struct.pack(">3H", *levels[0]))
+    pixels = np.asarray(decode_image(data, background=(250, 251, 252))).tolist()
+    assert pixels == [[[250, 251, 252], *([list(level) for level in levels[1:]] if bits == 8 else [[0, 0, 0]] * 2)]]
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -275,6 +315,12 @@ def test_json_that_cannot_be_used(data, reason):
         (b"a dog", {"captions": "a hound"}, ["a hound"]),
         (b" \n", {"captions": ["", None], "caption": ["a cat", "a kitten"]}, ["a cat", "a kitten"]),
         (b"a dog", {"caption": 3}, ["a dog"]),
+        (None, {"captions": "a hound"}, ["a hound"]),
+        (b"a dog", {"tags": ["cat"]}, ["a dog"]),
+        (None, {"caption": "a cat", "tags": ["dog"]}, ["a cat"]),
+        (None, {"caption": "", "tags": ["dog", "red collar"]}, ["dog, red collar"]),
+        (None, {"tags": "dog, red collar"}, ["dog, red collar"]),
+        (None, {"tags": {"general": ["dog"]}}, []),
     ],
 )
 def test_all_captions_of_a_sample(txt, fields, captions):
