@@ -3,29 +3,80 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
 from ldm.errors import LdmError, UsageError
+from ldm.terminal import printable
+
+if TYPE_CHECKING:
+    import pydantic
+
+
+LOCK_NAME = ".lock"  # in a folder that a process works on; see ldm.locks
+MAX_JSON_BYTES = 256 * 2**20
+
+
+@contextlib.contextmanager
+def open_regular(path: str | os.PathLike, fix: str = "give a regular file") -> Iterator[BinaryIO]:
+    """Open a file to read its bytes, without ever waiting for a pipe or a device.
+
+    Raises:
+        LdmError: there is no such file, it is not a regular one, or it cannot be read; ``fix`` follows the reason.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # else the open of a pipe waits for its writer
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name, or half a surrogate pair
+        raise LdmError(f"{printable(path)} cannot be read ({_reason(error)}); {fix}") from None
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise LdmError(f"{printable(path)} is {_kind(mode)}; {fix}")
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
+def read_bytes(path: str | os.PathLike, limit: int, fix: str = "give a regular file") -> bytes:
+    """The bytes of a regular file of at most ``limit`` bytes. Raises :class:`LdmError` as :func:`open_regular` does."""
+    with open_regular(path, fix) as file:
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise LdmError(f"{printable(path)} cannot be read ({_reason(error)}); {fix}") from None
+    if len(data) > limit:
+        raise LdmError(f"{printable(path)} is larger than the limit of {limit} bytes; {fix}")
+    return data
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or printable(error)
+
+
+def _kind(mode: int) -> str:
+    """What a path is that is no regular file: ``a folder``."""
+    kinds = {"d": "a folder", "p": "a named pipe", "s": "a socket", "c": "a device", "b": "a device", "l": "a link"}
+    return kinds.get(stat.filemode(mode)[0], "not a regular file")
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file in the target's own folder; on success fsync it and rename it to ``path``.
 
-    On an exception the temporary file is removed and ``path`` keeps its previous content.
+    A link is followed: the file that it points to is replaced. On an exception the temporary file is removed and ``path`` keeps
+    its previous content. Raises :class:`UsageError` where something else than a regular file stands at ``path``.
     """
-    path = Path(path)
+    path = require_output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -35,21 +86,38 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
+def require_output_file(path: str | os.PathLike) -> Path:
+    """``path``, or what it links to, if a file can be written there, else raise :class:`UsageError`."""
+    path = _followed(path)
+    if os.path.exists(path) and not path.is_file():
+        raise UsageError(f"{path} is {_kind(path.stat().st_mode)}, which is not overwritten; give the name of a file")
+    _require_possible(path)
+    return path
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder beside ``path``; on success rename it to ``path``, which must be absent or empty."""
-    path = Path(path)
+    """Yield an empty folder beside ``path``; on success rename it to ``path``, which must be absent or empty.
+
+    On an exception inside the block the temporary folder is removed. If the rename fails, because something came to stand at
+    ``path`` meanwhile, the work is kept and the :class:`LdmError` says where.
+    """
+    path = require_new_folder(path, "the output")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-        os.rename(temporary, path)
-        fsync_folder(path.parent)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    temporary.chmod(0o755)
+    try:
+        os.rename(temporary, path)  # replaces an empty folder
+    except OSError as error:
+        raise LdmError(
+            f"{path} cannot be made ({error.strerror}); the work is complete and kept in {temporary}: rename that folder"
+        ) from None
+    fsync_folder(path.parent)
 
 
 def fsync_folder(path: Path) -> None:
@@ -68,15 +136,60 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file. Raises :class:`LdmError` for a missing or broken one."""
+T = TypeVar("T")
+
+
+@overload
+def read_json(path: str | os.PathLike) -> Any: ...
+@overload
+def read_json(path: str | os.PathLike, schema: type[T], limit: int = MAX_JSON_BYTES) -> T: ...
+def read_json(path: str | os.PathLike, schema: Any = Any, limit: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file of at most ``limit`` bytes. See :func:`parse_json`. A missing file is an :class:`LdmError` too."""
+    if not os.path.lexists(path):
+        raise LdmError(f"{printable(path)} does not exist")
+    return parse_json(read_bytes(path, limit, "write it again or restore it"), os.fspath(path), schema)
+
+
+@overload
+def parse_json(data: bytes, source: str) -> Any: ...
+@overload
+def parse_json(data: bytes, source: str, schema: type[T]) -> T: ...
+def parse_json(data: bytes, source: str, schema: Any = Any) -> Any:
+    """Parse JSON, and check it against a type: every artifact is untrusted, it may be of another program or half written.
+
+    Args:
+        source: where the bytes are from, for the message.
+        schema: a dataclass, a ``typing_extensions.TypedDict`` or any type that pydantic knows, strictly: a whole number is not
+            a text, a boolean is not a number, and no number is NaN or infinite. ``Annotated[int, Field(ge=0)]`` sets bounds.
+            Unknown keys are dropped from a dataclass and a TypedDict.
+
+    Raises:
+        LdmError: one line with the source, the key and what is wrong there.
+    """
+    import pydantic  # here, because it takes 0.1 s to import
+    import pydantic_core
+
+    fix = "write it again or restore it"
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise LdmError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LdmError(f"{path} is not readable JSON ({error}); write it again or restore it") from None
+        # json.loads would accept NaN, and numbers of any length; this parses twice, but these files are small
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        pydantic_core.from_json(data, allow_inf_nan=False)
+        return _adapter(schema).validate_json(data, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the whole file"
+        found = "" if first["type"] == "missing" else f", not {repr(first['input'])[:60]}"
+        said = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        raise LdmError(printable(f"{source}: {key}: {said[:1].lower()}{said[1:]}{found}; {fix}")) from None
+    except ValueError as error:
+        raise LdmError(printable(f"{source} is not readable JSON ({error}); {fix}")) from None
+
+
+@functools.cache
+def _adapter(schema: Any) -> pydantic.TypeAdapter[Any]:
+    import pydantic
+
+    return pydantic.TypeAdapter(schema)
 
 
 def require_version(found: object, known: int, what: str) -> None:
@@ -116,11 +229,31 @@ def sha256_folder(path: str | os.PathLike, suffixes: tuple[str, ...] = (".json",
 
 
 def require_new_folder(path: str | os.PathLike, what: str) -> Path:
-    """Return ``path`` if it is absent or an empty folder, else raise :class:`UsageError`."""
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{path} already holds other work; give a new folder for {what}, or remove that one first")
+    """``path``, or what it links to, if it is absent or an empty folder and can be made, else raise :class:`UsageError`."""
+    path = _followed(path)
+    if os.path.exists(path):  # unlike Path.exists it never raises
+        if not path.is_dir() or any(entry.name != LOCK_NAME for entry in os.scandir(path)):
+            raise UsageError(f"{path} already holds other work; give a new folder for {what}, or remove that one first")
+        if path.is_mount() or path.samefile("."):
+            place = "a mount point" if path.is_mount() else "the current folder"
+            raise UsageError(f"{path} is {place}, which cannot be replaced; give a new folder inside it for {what}")
+    _require_possible(path)
     return path
+
+
+def _followed(path: str | os.PathLike) -> Path:
+    if not os.fspath(path):
+        raise UsageError("the output has no name; give one")
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+def _require_possible(path: Path) -> None:
+    """Raise :class:`UsageError` unless ``path`` can be made: in its folder, or in a new one inside the nearest that exists."""
+    try:
+        parent = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=parent))
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name, or half a surrogate pair
+        raise UsageError(f"{printable(path)} cannot be made ({_reason(error)}); give another name") from None
 
 
 def require_folder(path: str | os.PathLike, what: str) -> Path:

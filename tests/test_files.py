@@ -1,11 +1,28 @@
-"""Format versions."""
+"""Reading and writing files that may be anything: regular files only, typed JSON, atomic output."""
 
 from __future__ import annotations
 
-import pytest
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
 
-from ldm.errors import LdmError
-from ldm.files import require_version
+import pytest
+from pydantic import Field
+
+from ldm import files
+from ldm.errors import LdmError, UsageError
+from ldm.files import (
+    atomic_file,
+    atomic_folder,
+    parse_json,
+    read_bytes,
+    read_json,
+    require_new_folder,
+    require_version,
+    write_json,
+)
 
 
 def test_an_older_format_and_one_without_a_version_are_read() -> None:
@@ -24,3 +41,138 @@ def test_a_newer_format_is_refused_by_name_with_the_fix() -> None:
 def test_an_invalid_version_is_refused(found: object) -> None:
     with pytest.raises(LdmError, match="not a whole number"):
         require_version(found, 2, "run.json")
+
+
+@dataclass
+class Entry:
+    name: str
+    samples: Annotated[int, Field(ge=0, le=100)]
+    scale: float = 1.0
+    sizes: tuple[int, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def test_what_is_written_is_read_as_its_type(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"name": "é 🔴", "samples": 3, "scale": 2, "sizes": [4, 5], "later": None})
+    assert read_json(tmp_path / "a.json", Entry) == Entry("é 🔴", 3, 2.0, (4, 5))
+    assert read_json(tmp_path / "a.json")["later"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"name": "a", "samples": true}', "samples: should be a valid integer, not True"),
+        ('{"name": "a", "samples": 1.0}', "samples: should be a valid integer"),
+        ('{"name": "a", "samples": -1}', "samples: should be greater than or equal to 0, not -1"),
+        ('{"name": "a", "samples": 1e3}', "samples:"),
+        ('{"name": "a", "samples": 101}', "samples: should be less than or equal to 100"),
+        ('{"name": null, "samples": 1}', "name: should be a valid string, not None"),
+        ('{"samples": 1}', "name: field required"),
+        ('{"name": "a", "samples": 1, "sizes": [1, "2"]}', r"sizes\.1: should be a valid integer"),
+        ('{"name": "a", "samples": 1, "scale": NaN}', "not readable JSON"),
+        ('{"name": "a", "samples": 1, "extra": {"deep": [Infinity]}}', "not readable JSON"),
+        ('{"name": "a", "samples": %s}' % ("9" * 5000), "not readable JSON"),
+        ("[" * 100_000, "not readable JSON"),
+        ("[]", "the whole file: should be an object"),
+        ("null", "the whole file"),
+        ("", "not readable JSON"),
+        ('{"name": "a", "samp', "not readable JSON"),
+        ('{"name": "\\ud800", "samples": 1}', "not readable JSON"),
+        ('{"name": ["\\u001b]0;title\\u0007"], "samples": 1}', "name: should be a valid string"),
+    ],
+)
+def test_json_of_another_shape_is_one_line_with_file_key_and_fix(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(LdmError, match=said) as refused:
+        read_json(path, Entry)
+    message = str(refused.value)
+    assert str(path) in message and "write it again or restore it" in message
+    assert len(message) < 400 + len(str(path)) and message.isprintable()
+
+
+def test_json_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(LdmError, match="a is not readable JSON"):
+        parse_json(b'{"name": "\xff"}', "a")
+
+
+def special_files(folder: Path) -> list[Path]:
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(folder / "socket"))
+    (folder / "link").symlink_to(folder / "pipe")
+    return [folder / "pipe", folder / "socket", folder / "link", folder, Path("/dev/zero"), Path("/dev/full")]
+
+
+def test_only_regular_files_are_read_and_without_waiting(tmp_path: Path) -> None:
+    for path in special_files(tmp_path):
+        with pytest.raises(LdmError) as refused:
+            read_bytes(path, 100, fix="give an image")
+        assert str(path) in str(refused.value) and str(refused.value).endswith("give an image")
+
+
+@pytest.mark.parametrize("name", ["nul\0", "\udcff\ud800", "a" * 5000, "absent", "file/inside"])
+def test_a_name_that_no_file_has_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    for action in (lambda path: read_bytes(path, 10), read_json):
+        with pytest.raises(LdmError) as refused:
+            action(f"{tmp_path}/{name}")
+        assert str(refused.value).isprintable()
+
+
+def test_a_file_over_the_limit_is_refused_and_one_at_the_limit_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(LdmError, match="larger than the limit of 4 bytes"):
+        read_bytes(tmp_path / "a", 4)
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(LdmError, match="larger than the limit"):
+        read_bytes(tmp_path / "sparse", 2**30)
+
+
+def test_output_replaces_regular_files_only_and_follows_links(tmp_path: Path) -> None:
+    for path in special_files(tmp_path):
+        with pytest.raises(UsageError, match="not overwritten"), atomic_file(path) as file:
+            file.write(b"x")
+        assert path.exists() and not path.is_file()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "alias").symlink_to(tmp_path / "elsewhere" / "target")
+    with atomic_file(tmp_path / "alias") as file:
+        file.write(b"x")
+    assert (tmp_path / "alias").is_symlink() and (tmp_path / "elsewhere" / "target").read_bytes() == b"x"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for path in ("file", "file/inside", ".", "/proc/new", "/proc", "", "nul\0", "\ud800", "a" * 300, "."):
+        with pytest.raises(UsageError) as refused:
+            require_new_folder(path, "the run")
+        assert str(refused.value).isprintable(), path
+    os.chdir("..")
+    (tmp_path / "file").unlink()
+    (tmp_path / files.LOCK_NAME).touch()  # the lock of the process itself is not work
+    require_new_folder(tmp_path, "the run")
+
+
+def test_finished_work_is_kept_when_its_name_was_taken_meanwhile(tmp_path: Path) -> None:
+    out, said = tmp_path / "out", "the work is complete and kept in"
+    with pytest.raises(LdmError, match=said) as refused, atomic_folder(out) as folder:
+        (folder / "work").write_text("done")
+        out.mkdir()
+        (out / "other").touch()
+    assert str(folder) in str(refused.value) and (folder / "work").read_text() == "done"
+    assert [path.name for path in out.iterdir()] == ["other"]
+
+
+def test_a_folder_is_made_through_a_link_or_over_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "a").exists()
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "failed"):
+        raise ValueError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]

@@ -11,7 +11,7 @@ import ldm
 
 ROOT = Path(ldm.__file__).parent
 
-GROUND = {"ldm.errors", "ldm.files", "ldm.progress", "ldm.machine"}
+GROUND = {"ldm.errors", "ldm.files", "ldm.images", "ldm.locks", "ldm.machine", "ldm.progress", "ldm.terminal"}
 # room -> floor; a room is a file, or a folder whose files may import one another
 ROOMS = {
     "ldm.diffusion": 0,

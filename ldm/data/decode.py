@@ -7,7 +7,6 @@ cannot be used is a :class:`DecodeError` with a short reason.
 from __future__ import annotations
 
 import contextlib
-import io
 import json as jsonlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,31 +16,11 @@ from PIL import ExifTags, Image
 
 from ldm.data.colour import as_mode, is_srgb, to_srgb
 from ldm.data.jpeg import can_hold, decode_plain, has_too_many_scans, plain_size
-from ldm.errors import LdmError
+from ldm.images import MAX_IMAGE_BYTES, MAX_PIXELS, DecodeError, check_pixels, open_image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_IMAGE_BYTES = 128 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10
 MAX_JSON_BYTES = 2**20
-# 8192 x 8192: a JPEG takes up to 0.4 GB, CMYK or RGBA 0.8, RGBA with a profile 1.1. Pillow says nothing at 89 megapixels.
-MAX_PIXELS = 2**26
-
-_FORMATS = ("JPEG", "PNG", "WEBP")
-_SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WebP": b"RIFF"}
-# Other contents common in files named like images, for messages.
-_OTHERS = (
-    (b"<", "an HTML or XML page"),
-    (b"{", "JSON"),
-    (b"\0\0\0\0", "zero bytes"),
-    (b"\x1f\x8b", "gzip data"),
-    (b"PK\3\4", "a zip archive"),
-    *((bytes((0x80, protocol)), "a pickle") for protocol in (2, 3, 4, 5)),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"GIF8", "GIF"),
-    (b"BM", "BMP"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-)
 # EXIF orientation => the transpose to upright; 1 is upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,10 +32,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))
-
-
-class DecodeError(LdmError):
-    """An image or caption that cannot be used; the message is a short reason that follows the file's name."""
 
 
 def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
@@ -100,7 +75,7 @@ def decode_pixels(data: bytes, out: np.ndarray | None = None, min_side: int | No
             return pixels.copy()  # Pillow's is read-only
         np.copyto(out, pixels)
         return out
-    _check_size(*size)
+    check_pixels(*size)
     try:
         return decode_plain(data, size, out, min_side)
     except ValueError as error:
@@ -110,7 +85,7 @@ def decode_pixels(data: bytes, out: np.ndarray | None = None, min_side: int | No
 def image_size_of(data: bytes) -> tuple[int, int]:
     """(height, width) of the image that :func:`decode_image` returns, from the header alone. Raises as that does."""
     if (size := _plain_size(data)) is not None:
-        _check_size(*size)
+        check_pixels(*size)
         return size
     with _opened(data) as image:
         width, height = image.size
@@ -211,45 +186,14 @@ def _plain_size(data: bytes) -> tuple[int, int] | None:
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """The image by its header, checked before a pixel is read; a failure inside the block is a DecodeError."""
-    if len(data) > MAX_IMAGE_BYTES:
-        raise DecodeError(f"image file of {len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
-    if not data:
-        raise DecodeError("empty file")
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_size(image.height, image.width)
-            # A JPEG with a second image inside (MPO: depth or gain map of a phone) is not an animation.
-            if image.format in ("PNG", "WEBP"):
-                if (frames := getattr(image, "n_frames", 1)) > 1:
-                    raise DecodeError(f"animated ({frames} frames); still images only")
-            elif has_too_many_scans(data):
-                raise DecodeError("cannot be decoded (too many scans)")
-            yield image
-    except DecodeError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DecodeError(f"more pixels than the limit of {MAX_PIXELS}") from None
-    except Image.UnidentifiedImageError:
-        raise DecodeError(_describe(data)) from None
-    # Broken bytes raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and more from Pillow.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DecodeError(f"cannot be decoded ({reason})") from None
-
-
-def _check_size(height: int, width: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise DecodeError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
-
-
-def _describe(data: bytes) -> str:
-    """What these bytes are, if not an image."""
-    for name, signature in _SIGNATURES.items():
-        if data.startswith(signature):
-            return f"broken header of a {name} file"
-    start = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
-    guess = next((f" (but {name})" for signature, name in _OTHERS if start.startswith(signature)), "")
-    return f"not a JPEG, PNG or WebP image{guess}"
+    with open_image(data) as image:
+        # A JPEG with a second image inside (MPO: depth or gain map of a phone) is not an animation.
+        if image.format in ("PNG", "WEBP"):
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise DecodeError(f"animated ({frames} frames); still images only")
+        elif has_too_many_scans(data):
+            raise DecodeError("cannot be decoded (too many scans)")
+        yield image
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm import images
 from ldm.data import decode
 from ldm.data.decode import (
     DecodeError,
@@ -20,6 +21,11 @@ from ldm.data.decode import (
     is_plain_rgb,
 )
 from tests.samples import encoded
+
+
+def set_limit(monkeypatch, name, value):
+    monkeypatch.setattr(decode, name, value)
+    monkeypatch.setattr(images, name, value)
 
 
 @pytest.fixture
@@ -130,7 +136,7 @@ def test_size_is_judged_by_the_header(monkeypatch):
 
 
 def test_member_sizes_are_limited(monkeypatch):
-    monkeypatch.setattr(decode, "MAX_IMAGE_BYTES", 10)
+    set_limit(monkeypatch, "MAX_IMAGE_BYTES", 10)
     with pytest.raises(DecodeError, match="limit is 10"):
         decode_image(bytes(11))
     with pytest.raises(DecodeError, match="limit"):
@@ -194,9 +200,9 @@ def test_what_is_no_image_is_refused_with_the_right_reason(data, reason):
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
 def test_the_limit_of_pixels_holds_for_every_format(pixels, format, monkeypatch):
     data = encoded(Image.fromarray(pixels), format)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 48)
+    set_limit(monkeypatch, "MAX_PIXELS", 48)
     assert decode_image(data).size == decode_pixels(data).shape[1::-1] == (8, 6)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 47)
+    set_limit(monkeypatch, "MAX_PIXELS", 47)
     for way in (decode_image, decode_pixels):
         with pytest.raises(DecodeError, match="8 x 6 pixels, the limit is 47"):
             way(data)
@@ -245,9 +251,9 @@ def test_bytes_may_not_be_kept_with_transparent_colours_frames_or_too_many_pixel
     image = Image.fromarray(pixels)
     assert not is_plain_rgb(encoded(image, transparency=(0, 0, 0)))
     assert not is_plain_rgb(encoded(image, save_all=True, append_images=[Image.new("RGB", image.size)]))
-    monkeypatch.setattr(decode, "MAX_PIXELS", 47)
+    set_limit(monkeypatch, "MAX_PIXELS", 47)
     assert not is_plain_rgb(encoded(image)) and not is_plain_rgb(encoded(image, "JPEG"))
-    monkeypatch.setattr(decode, "MAX_PIXELS", 48)
+    set_limit(monkeypatch, "MAX_PIXELS", 48)
     assert is_plain_rgb(encoded(image)) and is_plain_rgb(encoded(image, "JPEG"))
 
 

@@ -1,0 +1,93 @@
+"""Opening image files, whose bytes are untrusted: an allowlist of formats and limits on memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+
+from PIL import Image
+
+from ldm.errors import LdmError
+from ldm.files import read_bytes
+
+MAX_IMAGE_BYTES = 128 * 2**20
+# 8192 x 8192: a JPEG takes up to 0.4 GB, CMYK or RGBA 0.8, RGBA with a profile 1.1. Pillow says nothing at 89 megapixels.
+MAX_PIXELS = 2**26
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+_NAMES = {"WEBP": "WebP"}
+_SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WEBP": b"RIFF"}
+# Other contents common in files named like images, for messages.
+_OTHERS = (
+    (b"<", "an HTML or XML page"),
+    (b"{", "JSON"),
+    (b"\0\0\0\0", "zero bytes"),
+    (b"\x1f\x8b", "gzip data"),
+    (b"PK\3\4", "a zip archive"),
+    *((bytes((0x80, protocol)), "a pickle") for protocol in (2, 3, 4, 5)),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+)
+
+
+class DecodeError(LdmError):
+    """An image or caption that cannot be used; the message is a short reason that follows the file's name."""
+
+
+@contextlib.contextmanager
+def open_image(source: str | os.PathLike | bytes, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+    """Open an image by its header; pixels are read on demand inside the block. The only place that calls ``Image.open``.
+
+    Pillow without a list of formats runs Ghostscript on a file that begins as PostScript does, whatever its name.
+
+    Args:
+        source: a file, or the bytes of one, of at most ``MAX_IMAGE_BYTES`` bytes.
+        formats: those of Pillow that are tried.
+
+    Raises:
+        DecodeError: no image of these formats, a broken one, or one of more than ``MAX_PIXELS`` pixels; also for whatever
+            Pillow raises inside the block. Of a file, the message names it.
+        LdmError: the file cannot be read.
+    """
+    named = "" if isinstance(source, bytes) else f"{os.fspath(source)}: "
+    data = source if isinstance(source, bytes) else read_bytes(source, MAX_IMAGE_BYTES)
+    try:
+        if len(data) > MAX_IMAGE_BYTES:
+            raise DecodeError(f"image file of {len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
+        if not data:
+            raise DecodeError(f"{named}empty file")
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            check_pixels(image.height, image.width, named)
+            yield image
+    except LdmError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DecodeError(f"{named}more pixels than the limit of {MAX_PIXELS}") from None
+    except Image.UnidentifiedImageError:
+        raise DecodeError(named + _describe(data, formats)) from None
+    # broken bytes raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and more from Pillow
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DecodeError(f"{named}cannot be decoded ({reason})") from None
+
+
+def check_pixels(height: int, width: int, named: str = "") -> None:
+    """Raise :class:`DecodeError` for more than ``MAX_PIXELS`` pixels; ``named`` precedes the reason."""
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{named}{width} x {height} pixels, the limit is {MAX_PIXELS}")
+
+
+def _describe(data: bytes, formats: tuple[str, ...]) -> str:
+    """What these bytes are, if not an image of these formats."""
+    names = [_NAMES.get(format, format) for format in formats]
+    for format, name in zip(formats, names, strict=True):
+        if format in _SIGNATURES and data.startswith(_SIGNATURES[format]):
+            return f"broken header of a {name} file"
+    start = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    guess = next((f" (but {name})" for signature, name in _OTHERS if start.startswith(signature)), "")
+    return f"not a {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))} image{guess}"

@@ -1,0 +1,72 @@
+"""Locks between processes, on one machine or on several that share a file system."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from ldm.errors import LdmError, UsageError
+from ldm.files import LOCK_NAME
+
+
+@contextlib.contextmanager
+def hold(path: str | os.PathLike, doing: str) -> Iterator[None]:
+    """Hold the lock file ``path`` while the block runs. It is removed afterwards, and the kernel frees it if the process dies.
+
+    Where the file system has no locks, the file's existence is the lock. A process killed on another machine leaves it behind.
+
+    Args:
+        doing: what the block does, for the message to another process, such as ``"training into runs/dit"``.
+
+    Raises:
+        UsageError: another process holds it; the message names that process and its machine.
+        LdmError: the lock cannot be made.
+    """
+    path = Path(path)
+    lock = FileLock(path, timeout=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flock not supported")
+        try:
+            lock.acquire()
+        except Timeout:
+            wait = f"wait for it, or give another folder (it holds {path})"
+            raise UsageError(f"another ldm is {doing}{_holder(path)}; {wait}") from None
+        except OSError as error:
+            raise LdmError(f"{path} cannot be made, so nothing keeps others out of {path.parent} ({error.strerror})") from None
+    try:
+        if not isinstance(lock, SoftFileLock):  # which writes the same two lines by itself
+            path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+        yield
+    finally:
+        if not isinstance(lock, SoftFileLock):
+            path.unlink(missing_ok=True)  # while it is held: who waits for this file finds it unlinked and tries again
+        lock.release()
+
+
+@contextlib.contextmanager
+def hold_folder(folder: str | os.PathLike, doing: str) -> Iterator[None]:
+    """:func:`hold` the lock of a folder, which is made if it is absent, and removed again if it stays empty."""
+    folder = Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold(folder / LOCK_NAME, doing):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it holds the work
+                folder.rmdir()
+
+
+def _holder(path: Path) -> str:
+    """`` (process 123 on host)``, or nothing where the lock does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        process, machine, *_ = path.read_text().split("\n")
+        return f" (process {int(process)} on {machine})"
+    return ""
