@@ -64,7 +64,7 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
             raise UsageError(f"--{name} is {number}; give 1 or more")
     if options.json is not None and Path(options.json).is_dir():
         raise UsageError(f"--json {options.json} is a folder; give a file, or - for stdout")
-    dataset = ImageDataset(options.shards, options.image_size, require_captions=False)
+    dataset = ImageDataset(options.shards, options.image_size, read_captions=False)
     autoencoders = [load_autoencoder(path) for path in options.models]
     perceptual = PerceptualLoss(options.lpips_trunk, options.lpips)
     fid = None if options.fid is None else ReconstructionFID(options.fid)

@@ -80,7 +80,8 @@ class ShardDataModule(LightningDataModule):
             caption: which of several captions to train on; for latents, where all were exported.
             caption_dropout: share of captions replaced by the empty one, which guidance needs.
             text_encoder: which text encoder's embeddings to train on, by its position in the export, from 0.
-            require_captions: skip images without a caption, in folders where others have one.
+            require_captions: skip images without a caption, in folders where others have one. A module whose
+                ``reads_captions`` is False (stage one) needs none, and reads none.
             workers: loader processes; 0 reads in the training process.
             max_wait_seconds: limit for one batch; then the loader counts as stalled and the run ends with the names of the
                 shards it was reading. 0: no limit.
@@ -105,6 +106,8 @@ class ShardDataModule(LightningDataModule):
         self.workers, self.max_wait_seconds = workers, max_wait_seconds
         self.max_bad_share, self.max_bad_in_a_row = max_bad_share, max_bad_in_a_row
         self.cache = replace(ShardCache(), max_bytes=int(cache_gib * GIB), **({"folder": Path(cache)} if cache else {}))
+        #: of the module that is trained; False: captions are neither read nor required
+        self.reads_captions = True
         self.loader: ShardLoader | None = None
         self._counted = 0  # bad samples logged so far
 
@@ -123,7 +126,7 @@ class ShardDataModule(LightningDataModule):
         self, sources: list[ShardSource], image_size: int | None, augmentation: Augmentation
     ) -> ImageDataset | LatentDataset:
         if sources[0].manifest.format != LATENT_SHARDS:
-            dataset = ImageDataset(sources, image_size, augmentation, self.require_captions)
+            dataset = ImageDataset(sources, image_size, augmentation, self.require_captions, self.reads_captions)
         else:
             self._check_latents(sources, augmentation)
             null_text = read_null_text(sources[0], self.text_encoder)
@@ -158,6 +161,8 @@ class ShardDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the data sets, and refuse folders whose files disagree with their manifests."""
+        if self.trainer is not None:
+            self.reads_captions = getattr(self.trainer.lightning_module, "reads_captions", self.reads_captions)
         size, how = (None, Augmentation()) if self.validation_whole else (self.image_size, Augmentation(self.augmentation.crop))
         self.validation_set = self._dataset(self._open([str(self.validation)]), size, how)
         few = min(self.validation_samples, len(self.validation_set))

@@ -63,6 +63,7 @@ class ImageDataset(ShardDataset[ShardReader]):
         image_size: int | None = None,
         augmentation: Augmentation = NOTHING_RANDOM,
         require_captions: bool = True,
+        read_captions: bool = True,
     ):
         """
         Args:
@@ -70,12 +71,13 @@ class ImageDataset(ShardDataset[ShardReader]):
             image_size: crop and resize every image to this side (:func:`fit`); None: leave them as they are.
             augmentation: random changes.
             require_captions: in a folder with captions, a sample without one cannot be used.
+            read_captions: False: captions are neither read nor required, and all of them are empty.
         """
         if augmentation.crop == "window" and image_size is None:
             raise UsageError("crop window needs the side of the window; set image_size")
         super().__init__(sources)
         self.image_size, self.augmentation = image_size, augmentation
-        self.require_captions = require_captions
+        self.require_captions, self.read_captions = require_captions and read_captions, read_captions
         self._size = (image_size, image_size) if image_size else None  # expected (height, width) of an image
 
     def open_shard(self, path: Path, entry: ShardEntry) -> ShardReader:
@@ -95,7 +97,7 @@ class ImageDataset(ShardDataset[ShardReader]):
         sample, captioned = raw
         if sample.image is None:
             raise DecodeError("has no image")
-        captions = sample.captions
+        captions = sample.captions if self.read_captions else []
         if not captions and captioned:
             raise DecodeError("has no caption")
         how = self.augmentation

@@ -93,3 +93,4 @@ class TrainingCLI(LightningCLI):
             if cause is None:
                 raise
             raise cause from None
+        self.datamodule.reads_captions = self.module_class.reads_captions

@@ -61,6 +61,7 @@ class AutoencoderTraining(TrainingModule):
     """Reconstruction loss + LPIPS + KL, and an adversarial loss that starts late and rises slowly, under a guard."""
 
     command, artifact, find_unused_parameters = "autoencoder", "autoencoder", True
+    reads_captions = False
 
     def __init__(
         self,

@@ -57,6 +57,8 @@ class TrainingModule(LightningModule):
 
     #: the command whose ``fit`` trains it, and the name of the directory that it exports
     command, artifact = "stage", "model"
+    #: whether it is trained on captions; where not, the data need none and their captions are not read
+    reads_captions = True
     #: for DDP: whether some backward passes leave trained parameters without a gradient
     find_unused_parameters = False
     #: micro-batches that a batch is split into

@@ -117,6 +117,15 @@ def test_a_sample_without_a_caption_cannot_be_used_where_others_have_one(tmp_pat
     assert ImageDataset(folder, require_captions=False)[2]["caption"] == ""
 
 
+def test_captions_that_are_not_read_cannot_be_wrong(tmp_path):
+    captions = [{"txt": b"a caption"}, {"txt": b"caf\xe9"}, {"txt": b" \n"}, {"json": b"{"}, {}]
+    files = [(name, {"png": png((8, 8)), **caption}) for name, caption in zip("abcde", captions, strict=True)]
+    folder = write(tmp_path / "x", files, captioned=3)
+    dataset = ImageDataset(folder, read_captions=False)
+    assert [dataset[index]["caption"] for index in range(5)] == [""] * 5
+    assert all(isinstance(ImageDataset(folder).attempt(index), BadSample) for index in range(1, 5))
+
+
 def test_one_of_several_captions_is_drawn_and_the_draw_alone_says_which(tmp_path):
     captions = ["one", "two", "three"]
     files = {"png": png((8, 8)), "txt": b"one", "json": json.dumps({"captions": captions}).encode()}

@@ -6,14 +6,18 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from lightning import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from PIL import Image
 from torch import nn
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
+from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.writer import ShardWriter, encode_png
 from ldm.errors import UsageError
 from ldm.losses.adversarial import GradientPenalty, LeCam, NonSaturating
 from ldm.losses.equivariance import Equivariance
@@ -104,6 +108,17 @@ def test_the_average_is_of_the_autoencoder_and_comes_back(image_shards: Path, tm
         assert not module.autoencoder.training
         raise RuntimeError("midway")
     assert torch.equal(weights(module.autoencoder), trained)
+
+
+def test_captions_are_not_read(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    captions = {"a": b"caf\xe9", "b": b"", "c": b"a caption"}
+    with ShardWriter(tmp_path, "images") as writer:
+        for (key, caption), image in zip(captions.items(), pixels, strict=True):
+            writer.write(key, {"png": encode_png(Image.fromarray(image)), "txt": caption})
+    Manifest(IMAGE_SHARDS, tuple(writer.entries), {"captioned": 3}).save(tmp_path)
+    trainer = fit(make(), tmp_path, tmp_path / "run", 2)
+    assert trainer.global_step == 2 and not (tmp_path / "run" / "quarantine.jsonl").exists()
 
 
 def test_reconstruction_improves(image_shards: Path, tmp_path: Path) -> None:
