@@ -204,8 +204,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 and cut to ``height`` and ``width`` where they are given; of any size without.
             strength: share of the steps that is taken, in (0, 1]: how far to go from ``image``. 1 gives what there would be
                 without it, from the same noise. 0.6, and with a mask 1, unless given.
-            mask_image: of the image's size, white where it is to be regenerated. Outside, and farther from it than one latent
-                (``vae_scale_factor`` pixels), where the two are blended, the image's pixels stay identical.
+            mask_image: of the image's size, white where it is to be regenerated; transparent parts of it count as black.
+                Outside, and farther from it than one latent (``vae_scale_factor`` pixels), where the two are blended, the
+                image's pixels stay identical.
             encoded_prompts: conditions of B prompts and of their negative prompts, as :meth:`embed` gives them, in the place
                 of these.
             sampler: as :meth:`make_sampler` gives it, in the place of ``num_inference_steps`` and ``strength``: it serves many

@@ -68,7 +68,7 @@ def pixels(images):
     return np.stack([np.asarray(each).astype(int) for each in images])
 
 
-def draw(pipeline, prompt: str | list[str] = PROMPT, **changes):
+def draw(pipeline, prompt: str | list[str] = PROMPT, **changes: Any):
     return pixels(pipeline(prompt, **QUICK | {"generator": seeds(0)} | changes).images)
 
 
@@ -166,6 +166,72 @@ def test_an_image_is_scaled_to_fill_the_size_asked_for_and_cut_at_the_centre():
     prepared = PreparedImages.of(image, None, 16, 16, 4)
     assert prepared.images.shape == (1, 3, 16, 16) and (prepared.images[:, 2, :, 1:-1] > 0.9).all()
     assert prepared.finish(prepared.images, 2).shape == (1, 3, 16, 16)
+
+
+def mask_of(image, height=None, width=None):
+    mask = PreparedImages.of(make_image(*image.size), image, height, width, 4).mask
+    assert mask is not None
+    return mask
+
+
+def test_a_line_of_one_pixel_stays_in_the_mask_at_any_size():
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 33, 64, 34))
+    small = mask_of(mask, width=16, height=16)
+    assert small[0, 0, 8].all() and not small[0, 0, :8].any() and not small[0, 0, 9:].any()
+    large = mask_of(mask, width=256, height=256)
+    assert large[0, 0, 132:136].all() and not large[0, 0, :132].any()
+
+
+def test_transparency_of_a_mask_is_black_and_black_paint_on_it_is_no_white():
+    white, black = (Image.new("RGBA", (16, 16), (0, 0, 0, 0)) for _ in range(2))
+    white.paste((255, 255, 255, 255), (8, 0, 16, 16))
+    black.paste((0, 0, 0, 255), (8, 0, 16, 16))
+    under = Image.new("RGBA", (16, 16), (255, 255, 255, 0))  # white that nobody sees
+    under.paste((255, 255, 255, 255), (8, 0, 16, 16))
+    for mask in (white, under, white.convert("LA"), white.convert("PA"), half_mask().convert("1"), half_mask().convert("RGB")):
+        assert torch.equal(mask_of(mask), mask_of(half_mask()))
+    for mask in (black, Image.new("RGBA", (16, 16), (255, 255, 255, 0))):
+        with pytest.raises(UsageError, match=r"mask_image has no white.*transparent parts of a mask count as black"):
+            mask_of(mask)
+
+
+def test_sixteen_bits_are_scaled_in_masks_and_images():
+    values = np.zeros((16, 16), np.uint16)
+    values[:, :4], values[:, 8:] = 300, 40000  # dark grey, and light grey
+    deep = Image.fromarray(values)
+    assert torch.equal(mask_of(deep), mask_of(half_mask()))
+    grey = Image.fromarray((values / 257).round().astype(np.uint8))
+    expected = PreparedImages.of(grey, None, None, None, 4)
+    found = PreparedImages.of(deep, None, None, None, 4)
+    assert found.mask is None and torch.equal(found.images, expected.images)
+    deep.info["transparency"] = 40000
+    with pytest.raises(UsageError, match="no white"):
+        mask_of(deep)
+    found = PreparedImages.of(deep, None, None, None, 4).mask
+    assert found is not None and torch.equal(found, mask_of(half_mask()))
+    with pytest.raises(UsageError, match="mask_image is a PIL image of mode F"):
+        mask_of(Image.new("F", (16, 16)))
+
+
+def test_where_nothing_is_left_to_regenerate_is_an_error(pipeline):
+    """Cropping, and one image of several: nothing left is not nothing asked."""
+    mask, wide = Image.new("L", (64, 16)), Image.new("RGBA", (64, 16), (0, 0, 0, 255))
+    mask.paste(255, (0, 0, 8, 16))
+    wide.paste((0, 0, 0, 0), (0, 0, 8, 16))
+    cropped: list[dict[str, Any]] = [{"image": make_image(64, 16), "mask_image": mask}, {"image": wide}]
+    for changes in cropped:
+        with pytest.raises(UsageError, match=r"the image has no white .* within its 16x16 pixels"):
+            draw(pipeline, height=16, width=16, **changes)
+    clear = make_image().convert("RGBA")
+    clear.putalpha(half_mask())
+    second: list[dict[str, Any]] = [
+        {"image": [clear, make_image()]},
+        {"image": [make_image()] * 2, "mask_image": [half_mask(), half_mask(left=16)]},
+    ]
+    for changes in second:
+        with pytest.raises(UsageError, match="image 2 of 2 has no white"):
+            draw(pipeline, **changes)
 
 
 @pytest.mark.parametrize(

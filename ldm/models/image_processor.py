@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.errors import UsageError
 from ldm.models.autoencoder import images_to_pil, pixels_to_images
 
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
 Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
 
 
@@ -36,13 +37,16 @@ class PreparedImages:
     def of(cls, image: Images, mask: Images | None, height: int | None, width: int | None, unit: int) -> PreparedImages:
         """
         Args:
-            image: PIL images, transparent where they are to be regenerated, or tensors (3, H, W) or (B, 3, H, W) in [0, 1].
-            mask: of the same size, white where to regenerate: PIL images, or tensors (H, W), (1, H, W) or (B, 1, H, W).
+            image: PIL images, or tensors (3, H, W) or (B, 3, H, W) in [0, 1]. What is less than half opaque in a PIL image is
+                regenerated; elsewhere transparency shows white.
+            mask: of the same size, white where to regenerate: PIL images, or tensors (H, W), (1, H, W) or (B, 1, H, W). What
+                is transparent in a PIL mask is not painted, and counts as black.
             height, width: the images are scaled to fill this size and cropped at the centre; default: their own size.
             unit: the last row and column are repeated up to the next multiple of it.
 
         Raises:
-            UsageError: for anything else, or images of different sizes.
+            UsageError: for anything else, images of different sizes, or a mask or transparency of which nothing is left to
+                regenerate.
         """
         images, hole = _images(image)
         images = filled(images, 1 - hole)
@@ -52,12 +56,22 @@ class PreparedImages:
                 raise UsageError(f"{len(white)} masks for {len(images)} images; give one, or one per image")
             hole = torch.maximum(hole, white)
             if not hole.any():
-                raise UsageError("mask_image has no white, so nothing would be regenerated; paint white what is to change")
-        size = (height or images.shape[-2], width or images.shape[-1])
-        images, hole = fit(images, *size).clamp(-1, 1), (fit(hole, *size) >= 0.5).float()
+                raise UsageError(
+                    "mask_image has no white, so nothing would be regenerated; paint white what is to change (transparent "
+                    "parts of a mask count as black)"
+                )
+        size, inpaints = (height or images.shape[-2], width or images.shape[-1]), bool(hole.any())
+        images, hole = fit(images, *size).clamp(-1, 1), fit_mask(hole, *size)
+        empty = [number for number, each in enumerate(hole, 1) if not each.any()]
+        if inpaints and empty:
+            which = f"image {empty[0]} of {len(hole)}" if len(hole) > 1 else "the image"
+            raise UsageError(
+                f"{which} has no white of a mask and no transparency within its {size[1]}x{size[0]} pixels, so nothing would "
+                "be regenerated; paint white what is to change, or give a size that does not crop it off"
+            )
         beyond = (0, -size[1] % unit, 0, -size[0] % unit)
         images, hole = (F.pad(part, beyond, mode="replicate") for part in (images, hole))
-        return cls(images, hole if hole.any() else None, *size)
+        return cls(images, hole if inpaints else None, *size)
 
     def to(self, device: torch.device, count: int) -> PreparedImages:
         """Repeat each image to make ``count`` of them, on a device."""
@@ -103,10 +117,23 @@ def fit(images: Tensor, height: int, width: int) -> Tensor:
     """Scale (B, C, H, W) to fill height x width, and crop at the centre."""
     if images.shape[-2:] == (height, width):
         return images
+    size = _filling(images, height, width)
+    return _cropped(F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False), height, width)
+
+
+def fit_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """:func:`fit` for a mask of 0 and 1: a pixel is 1 where any part of it was, so that thin lines stay."""
+    return _cropped(F.adaptive_max_pool2d(mask, _filling(mask, height, width)), height, width)
+
+
+def _filling(images: Tensor, height: int, width: int) -> tuple[int, int]:
+    """The smallest height and width of the images' proportions that fill height x width."""
     scale = max(height / images.shape[-2], width / images.shape[-1])
-    size = [max(round(side * scale), least) for side, least in zip(images.shape[-2:], (height, width), strict=True)]
-    images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return max(round(images.shape[-2] * scale), height), max(round(images.shape[-1] * scale), width)
+
+
+def _cropped(images: Tensor, height: int, width: int) -> Tensor:
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return images[..., top : top + height, left : left + width]
 
 
@@ -135,8 +162,11 @@ def _images(image: Images) -> tuple[Tensor, Tensor]:
 def _image(image: Image.Image | Tensor) -> Tensor:
     """(B, 4, H, W): colours in [−1, 1], and 1 where transparent."""
     if isinstance(image, Image.Image):
-        rgba = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)[None]
-        return torch.cat([pixels_to_images(rgba[:, :3]), (rgba[:, 3:] < 128).float()], 1)
+        rgba = _rgba(image, "image")
+        colours = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        transparent = torch.from_numpy(np.array(rgba.getchannel("A"))) < 128
+        pixels = torch.from_numpy(np.array(colours)).permute(2, 0, 1)
+        return torch.cat([pixels_to_images(pixels), transparent[None].float()])[None]
     if not isinstance(image, Tensor):
         raise UsageError(f"image is a {type(image).__name__}; give PIL images, or tensors (3, H, W) or (B, 3, H, W) in [0, 1]")
     images = image.detach().float().cpu()
@@ -150,12 +180,26 @@ def _image(image: Image.Image | Tensor) -> Tensor:
     return torch.cat([images * 2 - 1, torch.zeros_like(images[:, :1])], 1)
 
 
+def _rgba(image: Image.Image, name: str) -> Image.Image:
+    """An image as RGBA of 8 bits; 16 bits are scaled, which Pillow would clip."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        eight = ((grey * 255 + 32767) // 65535).astype(np.uint8)
+        opaque = np.where(grey == image.info.get("transparency", -1), 0, 255).astype(np.uint8)
+        return Image.fromarray(np.stack([eight, eight, eight, opaque], -1))
+    if image.mode not in MODES:
+        raise UsageError(f"{name} is a PIL image of mode {image.mode}; give it in L, RGB or RGBA")
+    return image.convert("RGBA")
+
+
 def _mask(mask: Images, height: int, width: int) -> Tensor:
     """(B, 1, H, W), 1 where it is white."""
     parts = []
     for part in _as_list(mask):
         if isinstance(part, Image.Image):
-            part = torch.from_numpy(np.array(part.convert("L"))) / 255
+            rgba = _rgba(part, "mask_image")
+            painted = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("L")
+            part = torch.from_numpy(np.array(painted)) / 255
         if not isinstance(part, Tensor):
             raise UsageError(f"mask_image is a {type(part).__name__}; give a PIL image, or a tensor (H, W) in [0, 1]")
         if part.shape[-2:] != (height, width) or part.ndim not in (2, 3, 4) or (part.ndim > 2 and part.shape[-3] != 1):
