@@ -8,8 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
+)
 from torch import Tensor
 
 from ldm.diffusion.path import ProbabilityPath, RectifiedFlow
@@ -18,6 +25,9 @@ from ldm.diffusion.scheduler import Scheduler, check_scheduler, wanted_predictio
 from ldm.errors import LdmError, UsageError, first_line
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+# see set_timesteps
+EVENLY_SPACED = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, LTXEulerAncestralRFScheduler)
+MAX_STEPS = 10_000  # of schedulers that set no limit themselves: DDIM and DDPM take 1,000
 
 
 @dataclass
@@ -67,13 +77,16 @@ class Sampler:
                 leaves none.
         """
         check_scheduler(scheduler, path, prediction)
-        if num_inference_steps < 1:
-            raise UsageError(f"num_inference_steps is {num_inference_steps}; give 1 or more")
-        if not 0 < strength <= 1:
-            raise UsageError(f"strength is {strength:g}; give a number above 0 (the image as it is) and up to 1 (all anew)")
+        if type(num_inference_steps) is not int or num_inference_steps < 1:
+            raise UsageError(f"num_inference_steps is {num_inference_steps!r}; give 1 or more")
+        if num_inference_steps > MAX_STEPS:
+            raise UsageError(f"num_inference_steps is {num_inference_steps}, above the limit of {MAX_STEPS:,}; lower it")
+        if not (isinstance(strength, (int, float)) and 0 < strength <= 1):
+            shown = f"{strength:g}" if isinstance(strength, float) else repr(strength)
+            raise UsageError(f"strength is {shown}; give a number above 0 (the image as it is) and up to 1 (all anew)")
         scheduler = copy.deepcopy(scheduler)
         try:
-            scheduler.set_timesteps(num_inference_steps, device=device)
+            set_timesteps(scheduler, num_inference_steps, device)
         except ValueError as error:
             raise UsageError(
                 f"{type(scheduler).__name__} cannot take {num_inference_steps} steps: {first_line(error)}"
@@ -204,6 +217,25 @@ class Sampler:
                 "lower the guidance scale, or sample in float32"
             )
         return y
+
+
+def set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.device | str) -> None:
+    """diffusers' own, but for three flow schedulers, whose sigmas end …, 0.001, 0: their last step moves by a thousandth. They
+    get sigmas evenly spaced from 1 to 0, as diffusers' pipelines of flow models pass them, then shifted as their config says.
+    """
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    if not isinstance(scheduler, EVENLY_SPACED):
+        return
+    # of the three only this one takes sigmas and shifts them
+    euler: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    euler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
+    scheduler.timesteps, scheduler.sigmas = euler.timesteps, euler.sigmas
+    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):  # two evaluations at each level but the first and the end
+        first, rest = euler.timesteps.tensor_split([1])
+        scheduler.timesteps = torch.cat([first, rest.repeat_interleave(2)])
+        first, rest, last = euler.sigmas.tensor_split([1, -1])
+        scheduler.sigmas = torch.cat([first, rest.repeat_interleave(2), last])
 
 
 def respace(scheduler: DDIMScheduler) -> None:

@@ -237,6 +237,29 @@ def test_heun_calls_the_denoiser_twice_in_each_step_but_the_last(path):
     assert len(calls) == len(sampler) == len(sampler.t) == 11
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 30])
+@pytest.mark.parametrize("path, name", CASES)
+def test_all_steps_of_a_sampler_are_distinct_and_the_last_is_as_large_as_its_neighbours(path, name, steps):
+    sampler = Sampler(make_scheduler(name, PATHS[path], OWN.get(path, V())), PATHS[path], OWN.get(path, V()), steps)
+    levels = sampler.t.double().unique().flip(0)
+    assert len(levels) == steps
+    if path == "exploding":  # EDM's noise levels are even in sigma^(1/7), and the last step is from sigma_min (its equation 5)
+        levels = PATHS[path].sigma(levels) ** (1 / 7)
+    sizes = -torch.cat([levels, torch.zeros(1)]).diff()
+    assert sizes[-1] > 0.8 * sizes[:-1].median() if steps > 2 else path == "exploding" or sizes[-1] > 0.45 / steps
+
+
+@pytest.mark.parametrize("name", ["euler", "euler-ancestral", "heun"])
+def test_flow_samplers_take_even_steps_from_noise_to_data_and_shift_them(name):
+    def levels(scheduler):
+        return Sampler(scheduler, RectifiedFlow(), Velocity(), 4).t.unique().flip(0).tolist()
+
+    plain = make_scheduler(name, RectifiedFlow(), Velocity())
+    assert levels(plain) == [1.0, 0.75, 0.5, 0.25]
+    shifted = type(plain).from_config(make_scheduler("euler", RectifiedFlow(), Velocity(), shift=3.0).config)
+    assert levels(shifted) == pytest.approx([1.0, 0.9, 0.75, 0.5])  # 3s / (1 + 2s)
+
+
 def test_an_answer_that_is_not_finite_stops_the_walk_at_its_step():
     answers = iter([0.0, 0.0, math.nan, 0.0])
     with pytest.raises(
@@ -252,6 +275,16 @@ def test_more_steps_than_there_are_timesteps_are_refused(path, name):
         draw(path, name, 1001, TWO_MODES.denoise, noise(1))
     with pytest.raises(UsageError, match=r"num_inference_steps is 0; give 1 or more"):
         draw(path, name, 0, TWO_MODES.denoise, noise(1))
+
+
+@pytest.mark.parametrize("steps", [10**6, 10**15])
+@pytest.mark.parametrize("path, name", [(path, name) for path, name in CASES if path in OWN])
+def test_steps_without_end_are_refused(path, name, steps):
+    with pytest.raises(UsageError, match=f"num_inference_steps is {steps}, above the limit of 10,000; lower it"):
+        draw(path, name, steps, TWO_MODES.denoise, noise(1))
+    for other in (2.5, True, None, "4"):
+        with pytest.raises(UsageError, match=f"num_inference_steps is {other!r}; give 1 or more"):
+            draw(path, name, other, TWO_MODES.denoise, noise(1))
 
 
 @pytest.mark.parametrize("path, name, steps, options", [("flow", "dpm++2m", 10, KARRAS), ("zero_snr", "euler", 1000, {})])
