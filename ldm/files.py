@@ -259,6 +259,6 @@ def _require_possible(path: Path) -> None:
 def require_folder(path: str | os.PathLike, what: str) -> Path:
     """Return ``path`` if it is a folder, else raise :class:`UsageError`."""
     path = Path(path)
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a folder; expected {what}")
+    if not os.path.isdir(path):  # unlike Path.is_dir it never raises
+        raise UsageError(f"{printable(path)} is not a folder; expected {what}")
     return path

@@ -111,12 +111,12 @@ def test_the_average_is_of_the_autoencoder_and_comes_back(image_shards: Path, tm
 
 
 def test_captions_are_not_read(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-    captions = {"a": b"caf\xe9", "b": b"", "c": b"a caption"}
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    captions = {"a": b"caf\xe9", "b": b"", "c": b"a caption", "d": b"\0"}
     with ShardWriter(tmp_path, "images") as writer:
         for (key, caption), image in zip(captions.items(), pixels, strict=True):
             writer.write(key, {"png": encode_png(Image.fromarray(image)), "txt": caption})
-    Manifest(IMAGE_SHARDS, tuple(writer.entries), {"captioned": 3}).save(tmp_path)
+    Manifest(IMAGE_SHARDS, tuple(writer.entries), {"captioned": 4}).save(tmp_path)
     trainer = fit(make(), tmp_path, tmp_path / "run", 2)
     assert trainer.global_step == 2 and not (tmp_path / "run" / "quarantine.jsonl").exists()
 
