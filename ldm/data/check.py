@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, decode_pixels
-from ldm.data.latent_schema import NULL_TEXT_NAME, LatentInfo, LatentShard, latent_info, text_name
+from ldm.data.latent_schema import NULL_TEXT_NAME, LatentInfo, LatentShard, StoredTensor, latent_info, text_name
 from ldm.data.manifest import (
     IMAGE_SHARDS,
     LATENT_SHARDS,
@@ -212,7 +212,7 @@ def _latent_problems(path: Path, samples: int, info: LatentInfo, deep: bool) -> 
     shard.close()
 
 
-def _check_chunk(tensors: dict[str, np.ndarray], info: LatentInfo) -> None:
+def _check_chunk(tensors: dict[str, StoredTensor], info: LatentInfo) -> None:
     """Raise :class:`DecodeError` unless a chunk, sound by itself, has just the tensors that the manifest promises."""
     names = ("mean",) if info.posterior == "mode" else ("mean", "std")
     latents = [f"{name}{end}" for name in names for end in (("", "_flip") if info.flips else ("",))]
@@ -235,7 +235,7 @@ def _check_chunk(tensors: dict[str, np.ndarray], info: LatentInfo) -> None:
             raise DecodeError(f"is in a chunk with {name} of width {_by(found)}, the manifest says {width}")
 
 
-def _not_finite(tensors: dict[str, np.ndarray]) -> list[int]:
+def _not_finite(tensors: dict[str, StoredTensor]) -> list[int]:
     """The rows of a chunk that have a value in a latent, or in the embedding of a caption, that is not finite."""
     bad = np.zeros(len(tensors["mean"]), bool)
     for name, values in tensors.items():

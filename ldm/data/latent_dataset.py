@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from math import prod
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ldm.data.decode import DecodeError
 from ldm.data.image_dataset import NOTHING_RANDOM, Augmentation
-from ldm.data.latent_schema import LatentShard, text_name
+from ldm.data.latent_schema import LatentShard, StoredTensor, text_name
 from ldm.data.manifest import LATENT_SHARDS, ShardEntry
 from ldm.data.plan import PlannedSample
 from ldm.data.shard_dataset import ShardDataset
@@ -27,7 +28,8 @@ class LatentDataset(ShardDataset[LatentShard]):
     """Latents and embeddings by sample number, in the order of the manifest."""
 
     format = LATENT_SHARDS
-    open_shards = 4096  # a mapping holds no file open
+    # a shuffle window may span a thousand shards: a quarter of the files that this process may open
+    open_shards = max(ShardDataset.open_shards, min(4096, os.sysconf("SC_OPEN_MAX") // 4 if hasattr(os, "sysconf") else 0))
 
     def __init__(
         self,
@@ -56,28 +58,28 @@ class LatentDataset(ShardDataset[LatentShard]):
         chunk, row = shard.locate(row)
         return shard.metadata(chunk)["keys"][row]
 
-    def read(self, source: ShardSource, shard: LatentShard, row: int) -> tuple[dict[str, np.ndarray], int]:
+    def read(self, source: ShardSource, shard: LatentShard, row: int) -> tuple[dict[str, StoredTensor], int]:
         """The tensors of the image's chunk (:mod:`ldm.data.latent_schema`), and its row there."""
         chunk, row = shard.locate(row)
         return shard.tensors(chunk), row
 
     def decode(
-        self, raw: tuple[dict[str, np.ndarray], int], draw: int | None, out: np.ndarray | None = None
+        self, raw: tuple[dict[str, StoredTensor], int], draw: int | None, out: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """``mean``, ``std`` (C, h, w) and ``text`` (L, D); the draw's random numbers choose flip, caption and dropout.
 
-        Views of the mapped file; nothing is written to ``out``. ``std`` is absent where modes were exported.
+        Nothing is written to ``out``. ``std`` is absent where modes were exported.
         """
         tensors, row = raw
         mirrored, caption, dropped = self._choose(draw)
         try:
             sample = {name: tensors[f"{name}_flip" if mirrored else name][row] for name in self._names}
-            first, end = tensors["caption_start"].item(row), tensors["caption_start"].item(row + 1)
+            first, end = tensors["caption_start"][row : row + 2].tolist()
             if first == end:
                 raise DecodeError("has no caption")
             number = first + (caption * (end - first) >> 64)
-            starts = tensors[self._text_start]
-            text = tensors[self.text][starts.item(number) : starts.item(number + 1)]
+            start, stop = tensors[self._text_start][number : number + 2].tolist()
+            text = tensors[self.text][start:stop]
         except KeyError as error:
             raise DecodeError(f"is in a chunk without {error}") from None
         if dropped:
@@ -112,7 +114,7 @@ class LatentDataset(ShardDataset[LatentShard]):
                 samples.append(self._next_good(draw))
         return self.collate(samples, empty)
 
-    def chunked(self) -> Iterator[dict[str, np.ndarray]]:
+    def chunked(self) -> Iterator[dict[str, StoredTensor]]:
         """The tensors of every chunk, in order; see :mod:`ldm.data.latent_schema`."""
         for number in range(len(self.shards)):
             shard = self._open(number)

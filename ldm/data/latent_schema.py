@@ -1,4 +1,4 @@
-"""Latent shards: the schema, the manifest's entries, writing, and memory-mapped reading.
+"""Latent shards: the schema, the manifest's entries, writing, and reading.
 
 A latent shard is an uncompressed tar of chunks. A chunk of n images of one size, with m captions, is two members::
 
@@ -24,26 +24,29 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
+from math import prod
 from pathlib import Path
+from struct import error as StructError
+from struct import unpack
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load, save
 
 from ldm.data.decode import DecodeError
 from ldm.data.manifest import Manifest
 from ldm.data.moments import Moments
-from ldm.data.shards import ShardReader
+from ldm.data.shards import MAX_MEMBER_BYTES, ShardReader
 from ldm.data.sources import ShardSource
-from ldm.errors import LdmError, UsageError, first_line
+from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_file
 
 NULL_TEXT_NAME = "null_text.safetensors"
-DTYPES = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
+DTYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+MAX_HEADER_BYTES = 2**20  # of a chunk's safetensors, which holds a dozen tensors
 
 
 @dataclass(frozen=True)
@@ -177,99 +180,170 @@ def _starts(parts: Sequence[Any]) -> np.ndarray:
     return np.cumsum([0, *map(len, parts)], dtype=np.int64)
 
 
-def tensors_in(data: np.ndarray) -> dict[str, np.ndarray]:
-    """Read-only views of the tensors in the bytes of a safetensors file, uint8 (n,); nothing is copied.
+class StoredTensor:
+    """A tensor in a file: its rows are read when it is indexed by one of them or by a slice, or converted to an array."""
+
+    def __init__(self, read: Callable[[int, int], bytes], offset: int, dtype: np.dtype, shape: tuple[int, ...]):
+        """``read`` returns so many bytes from an offset on."""
+        self.dtype, self.shape = dtype, shape
+        self._read, self._offset, self._row_bytes = read, offset, prod(shape[1:]) * dtype.itemsize
+        self._kept: np.ndarray | None = None
+
+    @property
+    def place(self) -> tuple[int, np.dtype, tuple[int, ...]]:
+        """Its offset in the file, dtype and shape."""
+        return self._offset, self.dtype, self.shape
+
+    def keep(self) -> None:
+        """Read it now, once for all."""
+        self._kept = self[:]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray:
+        if self._kept is not None:
+            return self._kept[rows]
+        if isinstance(rows, int):
+            first = range(len(self))[rows]
+            return self[first : first + 1][0]
+        start, stop, step = rows.indices(len(self))
+        assert step == 1, "consecutive rows only"
+        count = max(stop - start, 0)
+        data = self._read(self._offset + start * self._row_bytes, count * self._row_bytes)
+        return np.ndarray((count, *self.shape[1:]), self.dtype, data)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+
+def tensors_in(read: Callable[[int, int], bytes], offset: int, size: int) -> dict[str, StoredTensor]:
+    """The tensors of the safetensors file of ``size`` bytes at ``offset`` of what ``read`` reads.
 
     The format: 8 bytes little-endian header length, a JSON header with dtype, shape and offsets, the data.
     Raises :class:`DecodeError` for anything else.
     """
     try:
-        header_size = int(data[:8].view("<u8")[0])
-        header = json.loads(bytes(data[8 : 8 + header_size]))
-        views = {}
+        (header_size,) = unpack("<Q", read(offset, 8) if size >= 8 else b"")
+        if header_size > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"a header of {header_size} bytes")
+        start, header = offset + 8 + header_size, json.loads(read(offset + 8, header_size))
+        found = {}
         for name, entry in header.items():
             if name != "__metadata__":
-                start, stop = (8 + header_size + position for position in entry["data_offsets"])
-                views[name] = data[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+                (first, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], tuple(entry["shape"])
+                if not all(type(number) is int and number >= 0 for number in (first, end, *shape)):
+                    raise ValueError(f"{name} has numbers below 0")
+                if end - first != prod(shape) * dtype.itemsize or start + end > offset + size:
+                    raise ValueError(f"{name} does not fit its place")
+                found[name] = StoredTensor(read, start + first, dtype, shape)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, StructError) as error:
         raise DecodeError(f"is in a chunk that is no safetensors of latents ({error})") from None
-    return views
+    return found
 
 
 def _are_starts(starts: np.ndarray, parts: int | None, end: int) -> bool:
     """Whether these are the start offsets of so many concatenated parts (None: any number) that end at ``end``."""
-    right = parts is None or len(starts) == parts + 1
+    right = starts.ndim == 1 and len(starts) == (len(starts) if parts is None else parts + 1)
     return right and starts[0] == 0 and starts[-1] == end and bool((np.diff(starts) >= 0).all())
 
 
 class LatentShard:
-    """The chunks of one latent shard, its file mapped into memory."""
+    """The chunks of one latent shard, read when they are used.
+
+    Nothing is mapped into memory: of a mapped file that is truncated while it is used, the next access ends the process. A file
+    that was replaced or overwritten since it was opened is compared with what it was, by its headers.
+    """
 
     def __init__(self, path: Path, samples: int):
         """Raises :class:`LdmError` unless the shard is complete and holds so many ``samples``."""
-        with ShardReader(path, ("json", "safetensors")) as reader:
-            if reader.damage:
-                raise LdmError(f"{path} {reader.damage}; export again")
-            self.spans = [reader.spans(index) for index in range(len(reader))]
-        self.reopen(path)
-        self.starts = [0, *accumulate(len(self.tensors(chunk)["mean"]) for chunk in range(len(self.spans)))]
+        self.path, self.samples = path, samples
+        self.reader = ShardReader(path, ("json", "safetensors"))
+        if self.reader.damage:
+            raise LdmError(f"{path} {self.reader.damage}; export again")
+        self._stamp = self.reader.stamp()
+        self.spans = [self.reader.spans(index) for index in range(len(self.reader))]
+        self._tensors: dict[int, dict[str, StoredTensor]] = {}
+        self.starts = [0, *accumulate(len(self._open(chunk)["mean"]) for chunk in range(len(self.spans)))]
         if self.starts[-1] != samples:
             raise LdmError(f"{path} holds {self.starts[-1]} latents, its manifest says {samples}; export again")
 
     def reopen(self, path: Path) -> None:
+        """Open it again, perhaps at another path (a cache). Raises :class:`LdmError` where it is missing or another shard."""
         self.path = path
-        try:
-            # Neither np.memmap, every slice of which costs microseconds, nor mmap, which keeps the file open: thousands of
-            # shards may be mapped at a time.
-            data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise LdmError(f"{path} cannot be read ({reason}); restore it") from None
-        self.data = data.numpy()
-        self.data.flags.writeable = False
-        self._mapped: dict[int, dict[str, np.ndarray]] = {}
+        self.reader.reopen(path)
+        self._require_unchanged()
 
     def close(self) -> None:
-        del self.data, self._mapped
+        """Close the file; the index is kept."""
+        self.reader.close()
 
-    def tensors(self, chunk: int) -> dict[str, np.ndarray]:
-        """The tensors of chunk number ``chunk``; see the schema above. Raises :class:`DecodeError` where it is broken."""
-        if chunk not in self._mapped:
-            tensors = tensors_in(self._member(chunk, "safetensors"))
+    def _require_unchanged(self) -> None:
+        if (stamp := self.reader.stamp()) == self._stamp:
+            return
+        try:
+            now = LatentShard(self.path, self.samples)
+        except DecodeError as error:
+            raise LdmError(f"{self.path} changed while it was used: a sample {error}; restore it") from None
+        now.close()
+        if now._layout() != self._layout():
+            raise LdmError(f"{self.path} changed while it was used: it holds other samples now; restore it")
+        self._stamp = stamp
+
+    def _layout(self) -> list[Any]:
+        """Where everything is in the file."""
+        return [self.spans, [{name: tensor.place for name, tensor in self._open(n).items()} for n in range(len(self.spans))]]
+
+    def tensors(self, chunk: int) -> dict[str, StoredTensor]:
+        """The tensors of chunk number ``chunk``; see the schema above. Raises :class:`DecodeError` where it is broken, and
+        :class:`LdmError` where the file is no longer what was opened."""
+        self._require_unchanged()
+        return self._open(chunk)
+
+    def _open(self, chunk: int) -> dict[str, StoredTensor]:
+        if chunk not in self._tensors:
+            tensors = tensors_in(self.reader.read, *self._span(chunk, "safetensors"))
             try:
-                shape, captions = tensors["mean"].shape, int(tensors["caption_start"][-1])
-                whole = len(shape) == 4 and _are_starts(tensors["caption_start"], shape[0], captions)
+                for name in tensors:
+                    if name.endswith("_start"):
+                        tensors[name].keep()
+                shape, captions = tensors["mean"].shape, int(tensors["caption_start"][-1:].item())
+                whole = len(shape) == 4 and _are_starts(tensors["caption_start"][:], shape[0], captions)
                 for name in tensors.keys() & {"std", "mean_flip", "std_flip"}:
                     whole &= tensors[name].shape == shape
                 whole &= tensors["original_size"].shape == (shape[0], 2) and tensors["crop"].shape == (shape[0], 4)
                 for name in tensors:
                     if name.startswith("text") and not name.endswith("_start"):
-                        whole &= _are_starts(tensors[f"{name}_start"], captions, len(tensors[name]))
-            except (KeyError, TypeError, IndexError) as error:
+                        whole &= _are_starts(tensors[f"{name}_start"][:], captions, len(tensors[name]))
+                        whole &= len(tensors[name].shape) == 2
+            except (KeyError, TypeError, IndexError, ValueError) as error:
                 raise DecodeError(f"is in a chunk whose tensors are not those of latents ({error})") from None
             if not whole:
                 raise DecodeError("is in a chunk whose tensors disagree about its samples")
-            self._mapped[chunk] = tensors
-        return self._mapped[chunk]
+            self._tensors[chunk] = tensors
+        return self._tensors[chunk]
 
     def metadata(self, chunk: int) -> dict[str, list[Any]]:
         """``keys`` and ``captions`` of a chunk. Raises :class:`DecodeError` where they are broken."""
+        self._require_unchanged()
+        offset, size = self._span(chunk, "json")
+        if size > MAX_MEMBER_BYTES:
+            raise DecodeError(f"is in a chunk with keys and captions of {size} bytes, the limit is {MAX_MEMBER_BYTES}")
         try:
-            metadata = json.loads(bytes(self._member(chunk, "json")))
+            metadata = json.loads(self.reader.read(offset, size))
             counts = [len(captions) for captions in metadata["captions"]]
-            whole = len(metadata["keys"]) == len(counts) and counts == np.diff(self.tensors(chunk)["caption_start"]).tolist()
+            whole = len(metadata["keys"]) == len(counts) and counts == np.diff(self._open(chunk)["caption_start"]).tolist()
         except (ValueError, KeyError, TypeError, RecursionError):
             metadata, whole = {}, False
         if not whole:
             raise DecodeError("is in a chunk without its keys and captions")
         return metadata
 
-    def _member(self, chunk: int, extension: str) -> np.ndarray:
-        """The bytes of one of a chunk's two members, uint8 (n,)."""
+    def _span(self, chunk: int, extension: str) -> tuple[int, int]:
+        """Offset and size in bytes of one of a chunk's two members."""
         if extension not in self.spans[chunk]:
             raise DecodeError(f"is in a chunk without its .{extension}")
-        offset, size = self.spans[chunk][extension]
-        return self.data[offset : offset + size]
+        return self.spans[chunk][extension]
 
     def locate(self, row: int) -> tuple[int, int]:
         """The chunk that holds sample ``row`` of the shard, and its row there."""

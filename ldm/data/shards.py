@@ -100,7 +100,7 @@ class ShardReader:
         return tuple(self.key(index) for index in range(len(self)))
 
     def spans(self, index: int) -> dict[str, tuple[int, int]]:
-        """Where sample ``index`` lies in the file: extension -> (offset, size) in bytes, for memory-mapped reading.
+        """Where sample ``index`` lies in the file: extension -> (offset, size) in bytes, for :meth:`read`.
 
         Raises :class:`DecodeError` where its key comes twice.
         """
@@ -133,6 +133,13 @@ class ShardReader:
             raise LdmError(f"{self.path} {what}; restore it") from None
         return self._descriptor
 
+    def stamp(self) -> tuple[int, int, int]:
+        """Inode, size in bytes and time of modification of the open file: others where it was replaced or overwritten."""
+        if self._descriptor is None:
+            raise ValueError(f"{self.path} is closed")
+        stat = os.fstat(self._descriptor)
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
     def close(self) -> None:
         """Close the file; the index is kept."""
         if self._descriptor is not None:
@@ -160,6 +167,10 @@ class ShardReader:
     def _read(self, offset: int, size: int) -> bytes:
         if size > MAX_MEMBER_BYTES:
             raise DecodeError(f"has a member of {size} bytes, the limit is {MAX_MEMBER_BYTES}")
+        return self.read(offset, size)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """So many bytes of the file. Raises :class:`LdmError` where it has become shorter."""
         if self._descriptor is None:
             raise ValueError(f"{self.path} is closed")
         data = os.pread(self._descriptor, size, offset)

@@ -20,6 +20,7 @@ import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +93,7 @@ class LightningDiTFolder(ExternalSource):
     def _count(self, path: Path) -> int:
         """The number of latents. Raises where the file as a whole cannot be used: the loss could not be counted."""
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt", backend="pread") as file:
                 names = set(file.keys())
                 if lacking := {"latents", "labels"} - names:
                     raise UsageError(
@@ -118,7 +119,7 @@ class LightningDiTFolder(ExternalSource):
     def images(self, step: int = 1) -> Iterator[ExternalLatent | BadSample]:
         before = 0
         for path, count in self.counts.items():
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt", backend="pread") as file:
                 labels, latents = file.get_tensor("labels").tolist(), file.get_slice("latents")
                 flips = file.get_slice("latents_flip") if "latents_flip" in file.keys() else None  # noqa: SIM118 (no dict)
                 for row in range(-before % step, count, step):
@@ -228,8 +229,7 @@ def read_latent(path: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def _read_npy(path: Path) -> Tensor:
-    # memory-mapped: a header that declares more than the file holds allocates nothing
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = np.load(BytesIO(path.read_bytes()), allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise DecodeError(f"holds no array of floats ({getattr(array, 'dtype', type(array).__name__)})")
     return torch.from_numpy(array.astype(np.float32))

@@ -36,7 +36,7 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
     found = []
     for file in sorted((Path(run) / SNAPSHOTS).glob("*.safetensors")):
         try:
-            with safe_open(file, "pt") as tensors:
+            with safe_open(file, "pt", backend="pread") as tensors:
                 metadata = tensors.metadata()
             found.append(Snapshot(file, int(metadata["step"]), float(metadata["sigma_rel"])))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -77,7 +77,7 @@ def sum_snapshots(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) 
     """Parameters of the weighted sum by name, float32; one snapshot is in memory at a time."""
     total: dict[str, Tensor] = {}
     for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
-        with safe_open(snapshot.file, "pt") as tensors:
+        with safe_open(snapshot.file, "pt", backend="pread") as tensors:
             weights = {name: tensors.get_tensor(name).float() for name in sorted(tensors.keys())}
         total = total or {name: torch.zeros_like(weight) for name, weight in weights.items()}
         if {name: weight.shape for name, weight in weights.items()} != {name: weight.shape for name, weight in total.items()}:
