@@ -36,10 +36,11 @@ from ldm.data.pack.sources import Item, TableSource, sorted_files
 from ldm.data.parallel_map import parallel_map
 from ldm.data.quarantine import BadSample
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import read_json
+from ldm.files import open_regular, parse_json, read_bytes
 
 # limit of a file of one image, packed and unpacked
 MAX_FILE_BYTES = 2**28
+MAX_CAPTIONS_BYTES = 2**26  # of the file with a caption for each class
 
 _SUFFIXES = (".npy", ".pt")
 _NAMES = ("moments", "latents", "latent")
@@ -93,7 +94,7 @@ class LightningDiTFolder(ExternalSource):
     def _count(self, path: Path) -> int:
         """The number of latents. Raises where the file as a whole cannot be used: the loss could not be counted."""
         try:
-            with safe_open(path, framework="pt", backend="pread") as file:
+            with open_regular(path), safe_open(path, "pt", backend="pread") as file:
                 names = set(file.keys())
                 if lacking := {"latents", "labels"} - names:
                     raise UsageError(
@@ -119,21 +120,29 @@ class LightningDiTFolder(ExternalSource):
     def images(self, step: int = 1) -> Iterator[ExternalLatent | BadSample]:
         before = 0
         for path, count in self.counts.items():
-            with safe_open(path, framework="pt", backend="pread") as file:
-                labels, latents = file.get_tensor("labels").tolist(), file.get_slice("latents")
-                flips = file.get_slice("latents_flip") if "latents_flip" in file.keys() else None  # noqa: SIM118 (no dict)
-                for row in range(-before % step, count, step):
-                    file_and_row = f"{path.name}#{row}"
-                    try:
-                        caption = self.captions.get(labels[row])
-                        if not caption:
-                            raise DecodeError(f"has label {labels[row]}, for which {self.captions_file} holds no caption")
-                        latent = _checked(latents[row : row + 1], self.channels)
-                        flip = None if flips is None else _checked(flips[row : row + 1], self.channels)
-                        yield ExternalLatent(file_and_row, f"{path.stem}/{row:06d}", [caption], latent, flip)
-                    except DecodeError as error:
-                        yield self.bad(file_and_row, error)
+            try:
+                yield from self._images(path, range(-before % step, count, step))
+            except (SafetensorError, OSError, IndexError) as error:
+                raise LdmError(
+                    f"{path} changed while it was read ({first_line(error)}); restore it, and import again"
+                ) from None
             before += count
+
+    def _images(self, path: Path, rows: range) -> Iterator[ExternalLatent | BadSample]:
+        with safe_open(path, "pt", backend="pread") as file:
+            labels, latents = file.get_tensor("labels").tolist(), file.get_slice("latents")
+            flips = file.get_slice("latents_flip") if "latents_flip" in file.keys() else None  # noqa: SIM118 (no dict)
+            for row in rows:
+                file_and_row = f"{path.name}#{row}"
+                try:
+                    caption = self.captions.get(labels[row])
+                    if not caption:
+                        raise DecodeError(f"has label {labels[row]}, for which {self.captions_file} holds no caption")
+                    latent = _checked(latents[row : row + 1], self.channels)
+                    flip = None if flips is None else _checked(flips[row : row + 1], self.channels)
+                    yield ExternalLatent(file_and_row, f"{path.stem}/{row:06d}", [caption], latent, flip)
+                except DecodeError as error:
+                    yield self.bad(file_and_row, error)
 
 
 class FilePerImageFolder(ExternalSource):
@@ -180,7 +189,8 @@ def read_class_captions(path: str | os.PathLike) -> dict[int, str]:
     if not path.is_file():
         raise UsageError(f"caption file {path} does not exist; give a .txt or .json with the caption of each class")
     try:
-        found = read_json(path) if path.suffix.lower() == ".json" else path.read_text("utf-8-sig").splitlines()
+        data = read_bytes(path, MAX_CAPTIONS_BYTES)
+        found = parse_json(data, str(path)) if path.suffix.lower() == ".json" else data.decode("utf-8-sig").splitlines()
         captions = {int(number): text for number, text in (found.items() if isinstance(found, dict) else enumerate(found))}
         return {number: decode_text(text.encode()) for number, text in captions.items()}
     except (LdmError, OSError, ValueError, TypeError, AttributeError) as error:
@@ -194,10 +204,11 @@ def _caption_beside(path: Path) -> Sequence[str]:
     if not text.is_file():
         raise DecodeError("has no caption: no .txt of the same name beside it, and no table of captions")
     try:
-        with open(text, "rb") as file:
-            return [decode_text(file.read(MAX_TEXT_BYTES + 1))]
-    except OSError as error:
-        raise DecodeError(f"has a .txt that cannot be read ({error.strerror})") from None
+        return [decode_text(read_bytes(text, MAX_TEXT_BYTES))]
+    except DecodeError:
+        raise
+    except LdmError as error:
+        raise DecodeError(f"has a caption that cannot be read: {error}") from None
 
 
 def read_latent(path: Path) -> tuple[Tensor, Tensor | None]:
@@ -205,12 +216,12 @@ def read_latent(path: Path) -> tuple[Tensor, Tensor | None]:
 
     Raises :class:`DecodeError` for anything but a tensor, or a dict with a tensor under a known name.
     """
-    if not path.is_file():  # opening a named pipe would block
-        raise DecodeError("is not a regular file")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise DecodeError(f"has {size} bytes, the limit is {MAX_FILE_BYTES}")
     try:
-        held = _read_npy(path) if path.suffix.lower() == ".npy" else _read_pt(path)
+        data = read_bytes(path, MAX_FILE_BYTES)
+    except LdmError as error:
+        raise DecodeError(str(error).removeprefix(f"{path} ")) from None
+    try:
+        held = _read_npy(data) if path.suffix.lower() == ".npy" else _read_pt(data)
     except DecodeError:
         raise
     except pickle.UnpicklingError as error:
@@ -228,19 +239,19 @@ def read_latent(path: Path) -> tuple[Tensor, Tensor | None]:
     return held[name], next((held[name + flip] for flip in _FLIPS if name + flip in held), None)
 
 
-def _read_npy(path: Path) -> Tensor:
-    array = np.load(BytesIO(path.read_bytes()), allow_pickle=False)
+def _read_npy(data: bytes) -> Tensor:
+    array = np.load(BytesIO(data), allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise DecodeError(f"holds no array of floats ({getattr(array, 'dtype', type(array).__name__)})")
     return torch.from_numpy(array.astype(np.float32))
 
 
-def _read_pt(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+def _read_pt(data: bytes) -> Any:
+    if zipfile.is_zipfile(BytesIO(data)):
+        with zipfile.ZipFile(BytesIO(data)) as archive:
             if (size := sum(member.file_size for member in archive.infolist())) > MAX_FILE_BYTES:
                 raise DecodeError(f"unpacks to {size} bytes, the limit is {MAX_FILE_BYTES}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _checked(latent: Any, channels: int) -> Tensor:
