@@ -392,7 +392,7 @@ def test_a_broken_file_of_many_latents_stops_before_anything_is_written(imported
     path = tmp_path / "src" / "latents_rank01_shard000.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(LdmError, match=rf"{path} cannot be read .*; restore it"):
+    with pytest.raises(LdmError, match=rf"{path} cannot be read .*; import it again"):
         imported(tmp_path / "src", captions=classes)
     save_file({"latents": drawn(2), "label": torch.zeros(2)}, path)
     with pytest.raises(UsageError, match=r"lacks labels \(found: label, latents\)"):
@@ -428,7 +428,7 @@ def test_a_file_of_many_latents_that_is_cut_meanwhile_is_named(classes, tmp_path
     images = source.images()
     next(images)
     os.truncate(path, size)
-    with pytest.raises(LdmError, match=f"^{path} changed while it was read .*; restore it"):
+    with pytest.raises(LdmError, match=f"^{path} changed while it was read .*; import it again"):
         list(images)
 
 
