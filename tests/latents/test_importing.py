@@ -392,7 +392,7 @@ def test_a_broken_file_of_many_latents_stops_before_anything_is_written(imported
     path = tmp_path / "src" / "latents_rank01_shard000.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(LdmError, match=rf"{path} cannot be read .*; import it again"):
+    with pytest.raises(LdmError, match=rf"{path} cannot be read .*; restore it"):
         imported(tmp_path / "src", captions=classes)
     save_file({"latents": drawn(2), "label": torch.zeros(2)}, path)
     with pytest.raises(UsageError, match=r"lacks labels \(found: label, latents\)"):
