@@ -19,10 +19,14 @@ from ldm.terminal import printable
 
 if TYPE_CHECKING:
     import pydantic
+    import pydantic_core
 
 
 LOCK_NAME = ".lock"  # in a folder that a process works on; see ldm.locks
 MAX_JSON_BYTES = 256 * 2**20
+MAX_YAML_BYTES, MAX_YAML_VALUES, MAX_YAML_DEPTH = 16 * 2**20, 100_000, 100
+
+RESTORE = "write it again or restore it"
 
 
 @contextlib.contextmanager
@@ -147,7 +151,7 @@ def read_json(path: str | os.PathLike, schema: Any = Any, limit: int = MAX_JSON_
     """Read a JSON file of at most ``limit`` bytes. See :func:`parse_json`. A missing file is an :class:`LdmError` too."""
     if not os.path.lexists(path):
         raise LdmError(f"{printable(path)} does not exist")
-    return parse_json(read_bytes(path, limit, "write it again or restore it"), os.fspath(path), schema)
+    return parse_json(read_bytes(path, limit, RESTORE), os.fspath(path), schema)
 
 
 @overload
@@ -166,30 +170,91 @@ def parse_json(data: bytes, source: str, schema: Any = Any) -> Any:
     Raises:
         LdmError: one line with the source, the key and what is wrong there.
     """
-    import pydantic  # here, because it takes 0.1 s to import
     import pydantic_core
 
-    fix = "write it again or restore it"
     try:
         # json.loads would accept NaN, and numbers of any length; this parses twice, but these files are small
         data = data.removeprefix(b"\xef\xbb\xbf")
         pydantic_core.from_json(data, allow_inf_nan=False)
         return _adapter(schema).validate_json(data, strict=True)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the whole file"
-        found = "" if first["type"] == "missing" else f", not {repr(first['input'])[:60]}"
-        said = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        raise LdmError(printable(f"{source}: {key}: {said[:1].lower()}{said[1:]}{found}; {fix}")) from None
+    except pydantic_core.ValidationError as error:
+        raise _explained(error, source) from None
     except ValueError as error:
-        raise LdmError(printable(f"{source} is not readable JSON ({error}); {fix}")) from None
+        raise LdmError(printable(f"{source} is not readable JSON ({error}); {RESTORE}")) from None
+
+
+def check_type(value: object, source: str, schema: type[T]) -> T:
+    """``value``, checked as by :func:`parse_json`, but for NaN and infinity: ``pydantic.FiniteFloat`` refuses those."""
+    import pydantic_core
+
+    try:
+        return _adapter(schema).validate_python(value, strict=True)
+    except pydantic_core.ValidationError as error:
+        raise _explained(error, source) from None
+
+
+def _explained(error: pydantic_core.ValidationError, source: str) -> LdmError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(map(str, first["loc"])) or "the whole file"
+    found = "" if first["type"] == "missing" else f", not {repr(first['input'])[:60]}"
+    said = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return LdmError(printable(f"{source}: {key}: {said[:1].lower()}{said[1:]}{found}; {RESTORE}"))
 
 
 @functools.cache
 def _adapter(schema: Any) -> pydantic.TypeAdapter[Any]:
-    import pydantic
+    import pydantic  # here, because it takes 0.1 s to import
 
     return pydantic.TypeAdapter(schema)
+
+
+@overload
+def read_yaml(path: str | os.PathLike) -> Any: ...
+@overload
+def read_yaml(path: str | os.PathLike, schema: type[T]) -> T: ...
+def read_yaml(path: str | os.PathLike, schema: Any = Any) -> Any:
+    """Read a YAML file of plain values. Raises :class:`LdmError` as :func:`read_json` does, and as :func:`check_yaml` does."""
+    import yaml
+
+    data = read_bytes(path, MAX_YAML_BYTES, RESTORE)
+    check_yaml(data, os.fspath(path))
+    try:
+        value = yaml.safe_load(data)
+    except Exception as error:  # a date or a number that Python cannot represent raises what it likes
+        raise LdmError(printable(f"{path} is not readable YAML ({' '.join(str(error).split())}); {RESTORE}")) from None
+    return check_type(value, os.fspath(path), schema)
+
+
+def check_yaml(data: bytes | str, source: str) -> None:
+    """Raise :class:`LdmError` unless this is YAML that can be loaded: not nested too deeply, its aliases not too many values.
+
+    Aliases of aliases can stand for more values than fit into memory, in a few lines.
+    """
+    import yaml
+
+    sizes: dict[str | None, int] = {}  # of anchored values
+    values, anchors = [0], [None]  # in each collection that is open
+    try:
+        for event in yaml.parse(data, yaml.SafeLoader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                values.append(1)
+                anchors.append(event.anchor)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                sizes[anchors.pop()] = size = values.pop()
+                values[-1] += size
+            elif isinstance(event, yaml.ScalarEvent):
+                sizes[event.anchor] = 1
+                values[-1] += 1
+            elif isinstance(event, yaml.AliasEvent):
+                values[-1] += sizes.get(event.anchor, MAX_YAML_VALUES)  # of itself, or of nothing
+            if values[-1] > MAX_YAML_VALUES or len(values) > MAX_YAML_DEPTH:
+                place = f"line {event.start_mark.line + 1}" if event.start_mark else "it"
+                raise LdmError(
+                    f"{printable(source)}: {place} has more than {MAX_YAML_VALUES:,} values or {MAX_YAML_DEPTH} levels, "
+                    "counting what its aliases stand for; write them out, or remove them"
+                )
+    except (yaml.YAMLError, ValueError) as error:
+        raise LdmError(printable(f"{source} is not readable YAML ({' '.join(str(error).split())}); {RESTORE}")) from None
 
 
 def require_version(found: object, known: int, what: str) -> None:

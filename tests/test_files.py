@@ -19,6 +19,7 @@ from ldm.files import (
     parse_json,
     read_bytes,
     read_json,
+    read_yaml,
     require_new_folder,
     require_version,
     write_json,
@@ -176,3 +177,23 @@ def test_a_folder_is_made_through_a_link_or_over_an_empty_one(tmp_path: Path) ->
     with pytest.raises(ValueError), atomic_folder(tmp_path / "failed"):
         raise ValueError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, "a: &a {b: *a}", "[" * 5000, "a: 2020-99-99", "1" * 5000, "a: [", "!!python/name:os.system", "a: *b", "\0"]
+)
+def test_yaml_that_cannot_be_loaded_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(LdmError, match=r"config\.yaml") as refused:
+        read_yaml(tmp_path / "config.yaml")
+    assert str(refused.value).isprintable()
+
+
+def test_yaml_is_checked_against_a_type(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("steps: &n 4\nmore: [*n, *n]\n")
+    assert read_yaml(tmp_path / "config.yaml", dict[str, Any]) == {"steps": 4, "more": [4, 4]}
+    with pytest.raises(LdmError, match=r"config\.yaml: more: should be a valid integer"):
+        read_yaml(tmp_path / "config.yaml", dict[str, int])

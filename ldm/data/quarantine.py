@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from ldm.errors import LdmError
+from ldm.files import open_regular, parse_json
 
 QUARANTINE_NAME = "quarantine.jsonl"
 MAX_IN_A_ROW = 100
 _SHOWN = 5
+_MAX_LINE = 2**20  # bytes
 
 log = logging.getLogger(__name__)
 
@@ -99,5 +102,24 @@ class Quarantine:
                 log.warning("more samples are skipped; %s", f"{self.file} lists them" if self.file else "no more are named")
         if new and self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in new)
+            lines = (json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in new)
+            with open(self.file, "ab+") as file:
+                if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                    file.write(b"\n")  # after the half line of a killed process
+                file.writelines(line.encode("utf-8", "replace") for line in lines)
+
+
+def read_quarantine(path: str | Path) -> tuple[list[BadSample], int]:
+    """The samples that a :class:`Quarantine` recorded, each once, and the number of lines that cannot be read.
+
+    The last line of a process that was killed may be half written. Raises :class:`LdmError` if the file is no regular one.
+    """
+    found: dict[BadSample, None] = {}
+    unreadable = 0
+    with open_regular(path) as file:
+        while line := file.readline(_MAX_LINE):
+            try:
+                found[parse_json(line, f"{path}", BadSample)] = None
+            except LdmError:
+                unreadable += 1
+    return [*found], unreadable

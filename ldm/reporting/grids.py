@@ -11,8 +11,11 @@ from functools import lru_cache
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.files import atomic_file
+from ldm.errors import LdmError
+from ldm.files import atomic_file, parse_json
+from ldm.images import open_image
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the latter where Pillow was built without FreeType
 
 MAX_CAPTION_LINES = 4
@@ -168,11 +171,21 @@ def save_grid(grid: Image.Image, rows: Sequence[tuple[str, Sequence[Image.Image]
 
 
 def read_grid(path: str | os.PathLike) -> tuple[Image.Image, list[tuple[str, list[Image.Image]]]]:
-    """A grid and its rows, which are empty if :func:`save_grid` did not write it."""
-    with Image.open(path) as grid:
+    """A grid and its rows, which are empty if :func:`save_grid` did not write it.
+
+    Raises :class:`LdmError` if the file is no PNG, or its rows do not lie in it.
+    """
+    with open_image(path, ("PNG",)) as grid:
         grid.load()
-        rows = json.loads(grid.info.get(_ROWS_CHUNK, "[]"))
-        return grid.copy(), [(label, [grid.crop(box) for box in boxes]) for label, boxes in rows]
+        text = grid.info.get(_ROWS_CHUNK, "[]")
+        page = grid.copy()
+    rows = parse_json(str(text).encode("utf-8", "replace"), f"{path}, chunk {_ROWS_CHUNK!r}", list[tuple[str, list[Box]]])
+    boxes = [box for _, boxes in rows for box in boxes]
+    inside = all(0 <= left < right <= page.width and 0 <= top < bottom <= page.height for left, top, right, bottom in boxes)
+    # apart, as in any grid: many boxes of the whole page would fill the memory
+    if not inside or sum((right - left) * (bottom - top) for left, top, right, bottom in boxes) > page.width * page.height:
+        raise LdmError(f"{path}, chunk {_ROWS_CHUNK!r}: the boxes do not lie side by side in the image; move the file away")
+    return page, [(label, [page.crop(box) for box in boxes]) for label, boxes in rows]
 
 
 @lru_cache

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from ldm.data.quarantine import QUARANTINE_NAME
+from ldm.errors import UsageError
+from ldm.files import read_json, read_yaml
 
 #: a name of its own: Lightning's loggers take it separately
 LOGS = "logs"
@@ -19,6 +25,68 @@ LAST_CHECKPOINT, BEST_CHECKPOINT = "last.ckpt", "best.ckpt"
 
 _CHECKPOINT = re.compile(r"step=(\d+)\.ckpt")
 _PREVIEW = re.compile(r"step-(\d+)\.png")
+
+
+#: steps, samples, parameters; a larger number is none of a run
+Count = Annotated[int, Field(ge=0, le=10**15)]
+
+
+class TrainerConfig(TypedDict):
+    """What is read of the ``trainer`` section of a config."""
+
+    max_steps: Annotated[int, Field(ge=-1, le=10**15)]
+    log_every_n_steps: NotRequired[Count | None]
+
+
+class SourceConfig(TypedDict):
+    """A source among several in the ``data`` section."""
+
+    path: str
+
+
+class DataConfig(TypedDict):
+    """What is read of the ``data`` section."""
+
+    train: NotRequired[str | list[SourceConfig]]
+    validation: NotRequired[str | list[SourceConfig]]
+
+
+class RunConfig(TypedDict):
+    """What is read of a run's config."""
+
+    model: dict[str, Any]
+    trainer: TrainerConfig
+    data: NotRequired[DataConfig]
+    export: NotRequired[str | None]
+
+
+class Git(TypedDict):
+    """The checkout that a run was started from."""
+
+    commit: str
+    dirty: bool
+
+
+class End(TypedDict):
+    """How a start of a run ended; ``why``: if before its last step."""
+
+    time: str
+    step: Count
+    why: NotRequired[str]
+
+
+class Start(TypedDict):
+    """A record of a start, see :func:`ldm.runs.logging.start_record`."""
+
+    started: str
+    resumed_at_step: Count | None
+    command: str
+    processes: Count
+    precision: str
+    parameters: NotRequired[dict[str, Count]]
+    git: Git | None
+    versions: dict[str, str]
+    ended: NotRequired[End]
 
 
 class RunFolder:
@@ -32,6 +100,18 @@ class RunFolder:
         self.previews_folder, self.checkpoints_folder = path / "previews", path / "checkpoints"
         self.last_checkpoint = self.checkpoints_folder / LAST_CHECKPOINT  # a link to the newest
         self.best_checkpoint = self.checkpoints_folder / BEST_CHECKPOINT  # a link to the best by ``checkpoints.best``
+
+    def read_config(self) -> RunConfig:
+        """The resolved config. Raises :class:`UsageError` if there is none, :class:`LdmError` for a broken one."""
+        if not self.config.exists():
+            raise UsageError(
+                f"{self.path} is not the folder of a run: {self.config} is not there; give the folder that --out of fit named"
+            )
+        return read_yaml(self.config, RunConfig)
+
+    def read_starts(self) -> list[Start]:
+        """A record of each start; runs of older versions have none. Raises :class:`LdmError` for a broken file."""
+        return read_json(self.environment, list[Start]) if self.environment.exists() else []
 
     def log(self, rank: int = 0) -> Path:
         """Log messages and warnings of a process."""

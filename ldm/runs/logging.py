@@ -7,7 +7,6 @@ the first process (of others: ``run-rank1.log`` …), and ``logs/environment.jso
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import os
 import shlex
@@ -27,6 +26,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from ldm.errors import LdmError, first_line
 from ldm.files import atomic_file, read_json, write_json
 from ldm.machine import machine_info
+from ldm.reporting.metrics_csv import read_rows
 from ldm.runs.layout import LOGS, RunFolder
 
 # Of Lightning's loggers rank_zero alone is worth the INFO level; the others report every checkpoint.
@@ -49,19 +49,12 @@ class _Rows(ExperimentWriter):
         self.resumed_at = resumed_at
         super().__init__(log_dir)
         if resumed_at is not None and os.path.exists(self.metrics_file_path):
-            self.metrics_keys, rows = self._read()
+            self.metrics_keys, rows = read_rows(self.metrics_file_path)
             self._write([row for row in rows if int(row["step"]) < resumed_at])
 
     def _check_log_dir_exists(self) -> None:
         if self.resumed_at is None:
             Path(self.metrics_file_path).unlink(missing_ok=True)
-
-    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        text = Path(self.metrics_file_path).read_text(encoding="utf-8")
-        # the last line of a killed run may be incomplete
-        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-        rows = list(reader)
-        return list(reader.fieldnames or []), rows
 
     def _write(self, rows: Iterable[dict[str, str]]) -> None:
         with atomic_file(self.metrics_file_path, "w") as file:
@@ -70,7 +63,7 @@ class _Rows(ExperimentWriter):
             writer.writerows(rows)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        self._write(self._read()[1])
+        self._write(read_rows(self.metrics_file_path)[1])
 
 
 class RunCSVLogger(CSVLogger):
@@ -169,7 +162,7 @@ def _git(checkout: Path, *arguments: str) -> str:
 
 
 def _append_record(path: Path, record: dict[str, Any], replace_last: bool = False) -> None:
-    records = read_json(path) if path.exists() else []
+    records = read_json(path, list[dict[str, Any]]) if path.exists() else []
     write_json(path, [*(records[:-1] if replace_last else records), record])
 
 

@@ -5,7 +5,7 @@ No checkpoint is read and no network built, so that a training run is not slowed
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shlex
 import time
@@ -17,15 +17,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ldm.errors import UsageError
-from ldm.files import read_json
+from ldm.data.quarantine import BadSample, read_quarantine
+from ldm.files import MAX_YAML_BYTES, open_regular, read_bytes
 from ldm.progress import duration
 from ldm.reporting.grids import captioned_grid, paired_grid, read_grid
 from ldm.reporting.metrics_csv import Curves, read_metrics
 from ldm.reporting.pages import Report
-from ldm.runs.layout import RunFolder
+from ldm.runs.layout import RunConfig, RunFolder, Start
 
 # A run counts as stopped when it has written nothing for so many seconds, and for the time of so many rows of metrics.
 SILENT_SECONDS, SILENT_ROWS = 600, 10
@@ -63,29 +61,15 @@ class RunRecord:
     """The files of a run's folder."""
 
     folder: Path
-    config: dict[str, Any]  # resolved
-    starts: list[dict[str, Any]]  # a record of each, see :func:`ldm.runs.logging.start_record`; older runs have none
+    config: RunConfig
+    starts: list[Start]
     curves: Curves  # metrics over steps
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
-        """Raises :class:`UsageError` for a folder that is no run's."""
-        path = RunFolder(folder).config
-        if not path.is_file():
-            raise UsageError(
-                f"{folder} is not the folder of a run: {path} is not there; give the folder that --out of fit named"
-            )
-        try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from None
-        if not isinstance(config, dict) or not {"model", "trainer"} <= config.keys():
-            raise UsageError(
-                f"{path} is no config of ldm autoencoder fit or ldm denoiser fit; give the folder that --out of fit named"
-            )
-        environment = RunFolder(folder).environment
-        starts = read_json(environment) if environment.is_file() else []
-        return cls(folder, config, starts, read_metrics(RunFolder(folder).metrics))
+        """Raises :class:`UsageError` for a folder that is no run's, :class:`LdmError` for a file that cannot be read."""
+        run = RunFolder(folder)
+        return cls(folder, run.read_config(), run.read_starts(), read_metrics(run.metrics))
 
     @property
     def stage(self) -> str:
@@ -122,7 +106,7 @@ class RunRecord:
     def state(self, now: float) -> str:
         """``training``, ``finished``, or ``stopped`` with why, at ``now`` in seconds since 1970."""
         ended = self.starts[-1].get("ended") if self.starts else None
-        if self.step >= self.max_steps and (ended is not None or self.artifact.exists()):
+        if self.step >= self.max_steps and (ended is not None or os.path.exists(self.artifact)):
             return "finished"
         if ended is not None:
             return f"stopped: {ended['why']}" if "why" in ended else "stopped"
@@ -135,9 +119,9 @@ class RunRecord:
         """Estimated from the last rows of metrics, pauses included."""
         steps, elapsed = self.curves.get("time/elapsed_seconds", ([], []))
         steps, elapsed = steps[-RECENT_ROWS:], elapsed[-RECENT_ROWS:]
-        if not steps:
-            return None
         first = (steps[0], elapsed[0]) if len(steps) > 1 else (0, 0)
+        if not steps or steps[-1] <= first[0]:
+            return None
         return (self.max_steps - self.step) * (elapsed[-1] - first[1]) / (steps[-1] - first[0])
 
     def checkpoints(self) -> list[tuple[int | None, Path]]:
@@ -177,6 +161,7 @@ def write_run_report(folder: Path, out: Path, refresh_seconds: int | None = None
 
 
 def _clock(seconds: float) -> str:
+    seconds = min(max(seconds, 0), 2**37)  # a file system may hold times that Python cannot represent
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
@@ -250,14 +235,18 @@ def _charts(page: Report, run: RunRecord) -> None:
 
 def _data(page: Report, run: RunRecord) -> None:
     """Quarantined samples of all processes."""
-    known = {}
+    known: dict[BadSample, None] = {}
+    unreadable = 0
     for path in RunFolder(run.folder).quarantines():
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last line may be unfinished
-            known[line] = json.loads(line)
-    if known:
-        rows = [[bad["shard"], bad["key"], bad["reason"]] for bad in known.values()]
-        few = f", {SHOWN_QUARANTINED} of them" if len(rows) > SHOWN_QUARANTINED else ""
-        page.table(f"{len(rows):,} samples in quarantine{few}", ["shard", "key", "reason"], rows[:SHOWN_QUARANTINED])
+        samples, half = read_quarantine(path)
+        known |= dict.fromkeys(samples)
+        unreadable += half
+    rows = [[*sample] for sample in known]
+    if unreadable:  # as a process that was killed leaves its last one
+        rows.insert(0, ["", "", f"{unreadable} half-written {'line' if unreadable == 1 else 'lines'} left out"])
+    if rows:
+        few = f", {SHOWN_QUARANTINED} of them" if len(known) > SHOWN_QUARANTINED else ""
+        page.table(f"{len(known):,} samples in quarantine{few}", ["shard", "key", "reason"], rows[:SHOWN_QUARANTINED])
 
 
 def _checkpoints(page: Report, run: RunRecord) -> None:
@@ -289,7 +278,7 @@ def _commands(page: Report, run: RunRecord, state: str) -> None:
     if state == "finished" and run.stage == "denoiser":
         commands.append(("generate images", f'ldm sample {artifact} "a prompt" --out images'))
     elif state == "finished":
-        shards = run.config["data"]["train"]
+        shards = run.config.get("data", {}).get("train")
         shards = shlex.quote(shards) if isinstance(shards, str) else "SHARDS"
         export = f"ldm latents export --autoencoder {artifact} --shards {shards} --out latents"
         commands.append(("continue with stage two", export))
@@ -301,29 +290,29 @@ def _commands(page: Report, run: RunRecord, state: str) -> None:
 
 def _what(page: Report, run: RunRecord) -> None:
     """Networks, versions, starts and the config."""
-    model, last = run.config["model"], run.starts[-1] if run.starts else {}
-    counts = last.get("parameters", {})
+    model, last = run.config["model"], run.starts[-1] if run.starts else None
+    counts = last.get("parameters", {}) if last else {}
     names = dict.fromkeys([*counts, *(name for name in ("denoiser", "autoencoder") if name in model)])
     rows = [[name, _class_of(model.get(name)), counts.get(name)] for name in names]
     page.table("Networks", ["part", "class or directory", "parameters"], rows)
-    if run.starts:
+    if last:
         rows = []
         for start in run.starts:
             ended, resumed, git = start.get("ended"), start["resumed_at_step"], start["git"]
-            until = f"step {ended['step']:,}" + (f", {ended['why']}" if "why" in ended else ", finished") if ended else "–"
+            until = f"step {ended['step']:,}, {ended.get('why', 'finished')}" if ended else "–"
             commit = git["commit"][:12] + (" + changes" if git["dirty"] else "") if git else "no git checkout"
             began = start["started"][:19].replace("T", " ")
             rows.append([began, f"{resumed or 0:,}", until, f"{start['processes']}", start["precision"], commit])
         page.table("Starts", ["started", "from step", "until", "processes", "precision", "commit"], rows)
         page.table("Machine and versions", ["", ""], [[name, value] for name, value in last["versions"].items()])
         page.folded("Command", last["command"])
-    page.folded("Config", RunFolder(run.folder).config.read_text(encoding="utf-8"))
+    page.folded("Config", read_bytes(RunFolder(run.folder).config, MAX_YAML_BYTES).decode("utf-8", "replace"))
 
 
 def _class_of(section: Any) -> str:
     """``DiT`` of ``class_path: ldm.models.dit.DiT``; of a directory, its path."""
     if isinstance(section, dict):
-        return section.get("class_path", "").rpartition(".")[2]
+        return str(section.get("class_path", "")).rpartition(".")[2]
     return section if isinstance(section, str) else ""
 
 
@@ -336,8 +325,8 @@ def _log(page: Report, run: RunRecord) -> None:
 
 
 def _tail(path: Path) -> Sequence[str]:
-    if not path.is_file():
+    if not path.exists():
         return []
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(max(path.stat().st_size - LOG_BYTES, 0))
         return file.read().decode("utf-8", "replace").splitlines()[-LOG_LINES:]

@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine, too_many_in_a_row
+from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine, read_quarantine, too_many_in_a_row
 from ldm.errors import LdmError
 from tests.samples import write_numbered
 
@@ -240,3 +240,13 @@ def test_validation_counts_them_too(folder, tmp_path, workers):
     # a share of those that are looked at: one of eight is more than a tenth, though not of twenty
     with pytest.raises(LdmError, match=r"1 of 8 samples cannot be used"):
         validate(max_bad_share=0.1, validation_samples=8)
+
+
+def test_half_lines_are_counted_and_closed_by_the_next_process(tmp_path):
+    file = tmp_path / QUARANTINE_NAME
+    file.write_text('{"shard": "a.tar", "key": "0", "reason": "is broken"}\n{"shard": "a.t')
+    assert read_quarantine(file) == ([BadSample("a.tar", "0", "is broken")], 1)
+    Quarantine(10, max_share=1.0, file=file, quiet=True).add([[bad(1)]])
+    assert read_quarantine(file) == ([BadSample("a.tar", "0", "is broken"), bad(1)], 1)
+    file.write_bytes(b"\xff\n[1]\n" + b"[" * 10**5 + b"\n")
+    assert read_quarantine(file) == ([], 3)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.cli import report as command
 from ldm.cli.parser import Parser
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.reporting.grids import captioned_grid, paired_grid, read_grid, save_grid
 from ldm.reporting.metrics_csv import read_metrics
 from ldm.runs.report import SILENT_SECONDS, RunRecord, write_run_report
@@ -202,6 +203,7 @@ def test_quarantine_and_warnings_are_on_the_page(tmp_path: Path) -> None:
     (run / "1-quarantine.jsonl").write_text("\n".join([bad[0], bad[9]]) + "\n")  # other processes find the same
     page = page_of(run)
     assert "10 samples in quarantine, 8 of them" in page.text and "is <broken>" in page.text
+    assert "1 half-written line left out" in page.text
     assert "line 9999" in page.text and "line 9000" not in page.text and "<b>of the other</b>" in page.text
 
 
@@ -210,12 +212,62 @@ def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"is not the folder of a run: .*config\.yaml is not there"):
             write_run_report(folder, tmp_path / "report.html")
     (tmp_path / "logs").mkdir()
-    for text, complaint in (("[1, 2]", "is no config"), ("a: [", "not readable YAML"), ("{model: {}}", "is no config")):
+    for text, complaint in (
+        ("[1, 2]", "whole file"),
+        ("a: [", "not readable YAML"),
+        ("{model: {}}", "trainer: field required"),
+    ):
         (tmp_path / "logs" / "config.yaml").write_text(text)
-        with pytest.raises(UsageError, match=complaint) as error:
+        with pytest.raises(LdmError, match=rf"config\.yaml.*{complaint}") as error:
             write_run_report(tmp_path, tmp_path / "report.html")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "report.html").exists()
+
+
+def damaged(run: Path, path: str, text: str) -> str:
+    """What the page of a run says when one of its files holds ``text``."""
+    (run / path).write_text(text)
+    with pytest.raises(LdmError) as error:
+        write_run_report(run, run / "report.html")
+    (run / path).unlink()
+    assert str(run / path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value).removeprefix(str(run / path))
+
+
+def test_a_damaged_file_is_named_with_its_key_or_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", processes=1)
+    record = json.loads((run / "logs" / "environment.json").read_text())[0]
+    for change, key in (
+        ({"git": 5}, "0.git"),
+        ({"ended": {"time": "then", "step": None}}, "0.ended.step"),
+        ({"resumed_at_step": 10**30}, "0.resumed_at_step"),
+        ({"versions": [1]}, "0.versions"),
+    ):
+        assert damaged(run, "logs/environment.json", json.dumps([record | change])).startswith(f": {key}: ")
+    for text in ("null", '{"a":' * 10**5, "[NaN]", f"[{'1' * 5000}]"):
+        damaged(run, "logs/environment.json", text)
+    for rows, line in (("0,x,1,2,3,\r\n", 2), ("0,1,1,2\r\n", 2), (TWO_ROWS + "0,5,1,2,3,4,5\r\n", 4), ("0,inf,,,,\r\n", 2)):
+        assert damaged(run, "logs/metrics.csv", HEADER + rows).startswith(f", line {line}: ")
+    damaged(run, "logs/metrics.csv", "epoch,train/loss\n1,2\n")
+    (run / "previews").mkdir()
+    assert "not a PNG" in damaged(run, "previews/step-00000001.png", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    os.mkfifo(run / "quarantine.jsonl")
+    with pytest.raises(LdmError, match="named pipe"):
+        write_run_report(run, run / "report.html")
+
+
+def test_metrics_that_are_not_finite_are_shown_as_far_as_they_go(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "run", rows="0,9,nan,inf,nan,\r\n0,19,1e400,-1,inf,nan\r\n0,3,5,1,1,1\r\n"))
+    assert "20 of 100 steps" in page.text or "4 of 100 steps" in page.text
+
+
+@pytest.mark.parametrize("boxes", [[[0, 0, 9, 9]], [[-1, 0, 4, 4]], [[4, 4, 0, 0]], [[0, 0, 8, 8]] * 2, [[0, 0, 10**9, 9]], 3])
+def test_the_boxes_of_a_grid_lie_side_by_side_in_it(tmp_path: Path, boxes: Any) -> None:
+    chunk = PngInfo()
+    chunk.add_itxt("ldm rows", json.dumps([["a ring", boxes]]))
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png", pnginfo=chunk)
+    with pytest.raises(LdmError, match=r"grid\.png, chunk 'ldm rows'"):
+        read_grid(tmp_path / "grid.png")
 
 
 def run_command(*arguments: str | Path) -> None:
