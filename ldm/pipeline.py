@@ -25,10 +25,16 @@ from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.guidance import ClassifierFree, Conversion, Guidance, GuidedDenoiser
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import Diffusion, Scheduler, check_scheduler, diffusion_config, diffusion_from, diffusion_of
-from ldm.errors import UsageError, first_line
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import read_json, require_version
 from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
-from ldm.models.autoencoder import LatentNormalizer, autoencoder_hash, decode_latents, downsampling_factor
+from ldm.models.autoencoder import (
+    LatentNormalizer,
+    autoencoder_hash,
+    decode_latents,
+    downsampling_factor,
+    statistics_hash,
+)
 from ldm.models.image_processor import Images, PreparedImages, to_output
 from ldm.models.text_encoder import embed, max_tokens, pad_tokens, text_encoder_hash
 
@@ -62,8 +68,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     ):
         """
         Args:
-            trained_on: what the denoiser's latents were made with: sha256 of ``autoencoder`` and ``text_encoder``, and
-                ``latent_shape``; kept in ``model_index.json``, see :meth:`check_parts`.
+            trained_on: what the denoiser's latents were made with: sha256 of ``autoencoder``, ``text_encoder`` and
+                ``latent_statistics``, and ``latent_shape``; kept in ``model_index.json``, see :meth:`check_parts`.
             diffusion: path and prediction of the denoiser, as :func:`ldm.diffusion.scheduler.diffusion_config` gives them;
                 kept in ``model_index.json``. Where it is not given, it is derived from ``scheduler``.
             format_version: of the ``model_index.json`` that it was loaded from; it is saved as the present one.
@@ -93,14 +99,17 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         precision."""
         before = self.config["trained_on"] or {}
         now = {
-            "autoencoder": ("vae", autoencoder_hash(self.vae)),
-            "text_encoder": ("text_encoder", text_encoder_hash(self.tokenizer, self.text_encoder)),
+            "autoencoder": ("vae/ of the pipeline is autoencoder", autoencoder_hash(self.vae)),
+            "text_encoder": (
+                "text_encoder/ of the pipeline is text encoder",
+                text_encoder_hash(self.tokenizer, self.text_encoder),
+            ),
+            "latent_statistics": ("vae/config.json of the pipeline has latent statistics", statistics_hash(self.vae)),
         }
-        for what, (folder, found) in now.items():
+        for what, (place, found) in now.items():
             if before.get(what, found) != found:
                 raise UsageError(
-                    f"{folder}/ of the pipeline is {what.replace('_', ' ')} {found[:12]}, but its denoiser was trained with "
-                    f"{before[what][:12]}; put that one back"
+                    f"{place} {found[:12]}, but its denoiser was trained with {before[what][:12]}; put that one back"
                 )
         check_scheduler(self.scheduler, *self.diffusion)
         config = self.transformer.config
@@ -427,6 +436,6 @@ def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
         raise UsageError(f"{path} cannot be opened ({first_line(error)}); restore it or train it again") from error
     try:
         pipeline.check_parts()
-    except UsageError as error:
+    except LdmError as error:
         raise UsageError(f"{path}: {error}") from None
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

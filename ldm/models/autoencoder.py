@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.errors import UsageError, first_line
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.models.fingerprint import network_hash
 
 
@@ -214,6 +215,12 @@ def autoencoder_hash(autoencoder: AutoencoderKL) -> str:
     return network_hash(autoencoder, architecture)
 
 
+def statistics_hash(autoencoder: AutoencoderKL) -> str:
+    """Hex sha256 of the statistics that normalise its latents, which :func:`autoencoder_hash` leaves out."""
+    normalizer = LatentNormalizer.of(autoencoder)
+    return hashlib.sha256(torch.stack([normalizer.mean, normalizer.std]).cpu().numpy().tobytes()).hexdigest()
+
+
 def pixels_to_images(pixels: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) in any memory format -> float32 in [−1, 1], contiguous."""
     images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
@@ -246,7 +253,11 @@ def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def set_latent_statistics(autoencoder: AutoencoderKL, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Store the per-channel mean and standard deviation of the training set's latents in the autoencoder's config."""
+    """Store the per-channel mean and standard deviation of the training set's latents in the autoencoder's config.
+
+    Raises :class:`LdmError` as :class:`LatentNormalizer` does.
+    """
+    LatentNormalizer(mean, std)
     autoencoder.register_to_config(latents_mean=list(mean), latents_std=list(std))
 
 
@@ -260,20 +271,31 @@ class LatentNormalizer(nn.Module):
     std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        """Raises :class:`LdmError` for statistics by which nothing can be normalised."""
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+        if self.mean.shape != self.std.shape or not (self.mean.isfinite() & self.std.isfinite()).all():
+            raise LdmError(f"statistics of latents must be a finite mean and standard deviation a channel, not {mean}, {std}")
+        if not (self.std > 0).all():
+            raise LdmError(
+                f"channel {int(self.std.argmin())} of the latents has a standard deviation of {float(self.std.min()):g}, so it "
+                "cannot be normalised; use another autoencoder, or restore the statistics"
+            )
 
     @classmethod
     def of(cls, autoencoder: AutoencoderKL) -> LatentNormalizer:
         """The normalisation of an autoencoder's config, on the autoencoder's device.
 
-        Directories from elsewhere (SD, SDXL, FLUX) carry a shift and a scale instead of statistics.
+        Directories from elsewhere (SD, SDXL, FLUX) carry a shift and a scale instead of statistics. Raises :class:`LdmError`
+        where the config has none that can be used.
         """
         config = autoencoder.config
         mean, std, channels = config["latents_mean"], config["latents_std"], config["latent_channels"]
         if mean is None or std is None:
-            mean, std = [config["shift_factor"] or 0.0] * channels, [1 / config["scaling_factor"]] * channels
+            mean, std = [config["shift_factor"] or 0.0] * channels, [1 / (config["scaling_factor"] or math.nan)] * channels
+        if len(mean) != channels:
+            raise LdmError(f"the autoencoder's config has statistics of {len(mean)} channels, but {channels} latent_channels")
         return cls(mean, std).to(autoencoder.device)
 
     def normalize(self, latents: Tensor) -> Tensor:

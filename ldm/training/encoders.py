@@ -28,6 +28,7 @@ from ldm.models.autoencoder import (
     load_autoencoder,
     pixels_to_images,
     set_latent_statistics,
+    statistics_hash,
 )
 from ldm.models.text_encoder import TextEncoder
 
@@ -44,11 +45,22 @@ class FrozenEncoders:
 
     autoencoder: AutoencoderKL  # with the statistics of the training set's latents in its config
     text_encoder: TextEncoder
-    trained_on: dict[str, Any]  # hashes of both and the shape of the latents, for the pipeline's model_index.json
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    autoencoder_hash: str
     normalizer: LatentNormalizer = field(init=False)
 
     def __post_init__(self) -> None:
         self.normalizer = LatentNormalizer.of(self.autoencoder)
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """What the pipeline's model_index.json says of them, to refuse others."""
+        return {
+            "autoencoder": self.autoencoder_hash,
+            "text_encoder": self.text_encoder.hash,
+            "latent_shape": list(self.latent_shape),
+            "latent_statistics": statistics_hash(self.autoencoder),
+        }
 
     @property
     def statistics(self) -> Statistics:
@@ -97,7 +109,7 @@ def encoders_of_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mapp
             "put back the one it was exported with, or export again"
         )
     set_latent_statistics(network, info.latents_mean, info.latents_std)
-    return FrozenEncoders(network, text_encoder, _trained_on(info.autoencoder, text.hash, info.latent_shape))
+    return FrozenEncoders(network, text_encoder, info.latent_shape, info.autoencoder)
 
 
 def encoders_of_images(
@@ -138,7 +150,7 @@ def encoders_of_images(
         statistics = measure_statistics(network, data.train_set, data.batch_size)
     if statistics is not None:
         set_latent_statistics(network, *statistics)
-    return FrozenEncoders(network, encoder, _trained_on(autoencoder_hash(network), encoder.hash, shape))
+    return FrozenEncoders(network, encoder, shape, autoencoder_hash(network))
 
 
 @torch.no_grad()
@@ -156,10 +168,6 @@ def measure_statistics(autoencoder: AutoencoderKL, dataset: ImageDataset, batch_
         moments.append(Moments.of(posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()))
     total = Moments.merge(moments)
     return total.mean.tolist(), total.std.tolist()
-
-
-def _trained_on(autoencoder: str, text_encoder: str, latent_shape: Sequence[int]) -> dict[str, Any]:
-    return {"autoencoder": autoencoder, "text_encoder": text_encoder, "latent_shape": list(latent_shape)}
 
 
 def require_format(data: ShardDataModule, wanted: str, stage: str, fix: str) -> None:

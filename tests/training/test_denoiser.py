@@ -25,7 +25,7 @@ from ldm.diffusion.prediction import V, Velocity
 from ldm.diffusion.timesteps import LogitNormal, Uniform
 from ldm.errors import LdmError, UsageError
 from ldm.latents.export import export_latents
-from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder, set_latent_statistics
+from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder, set_latent_statistics, statistics_hash
 from ldm.models.dit import DiT
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import load_pipeline
@@ -196,6 +196,7 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(latents: tuple[Path
     module.save(saved)
     autoencoder = autoencoder_hash(load_autoencoder(latents[0]))
     trained_on = {"autoencoder": autoencoder, "text_encoder": module.encoders.text_encoder.hash, "latent_shape": [4, 16, 16]}
+    trained_on["latent_statistics"] = statistics_hash(module.encoders.autoencoder)
     assert load_pipeline(saved).config["trained_on"] == trained_on
     other = new_autoencoder(tmp_path / "other", 1)
     shutil.move(saved / "vae", tmp_path / "own")
@@ -209,6 +210,11 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(latents: tuple[Path
     shutil.move(tmp_path / "own", saved / "vae")
     for file, change, expected in (
         ("text_encoder/config.json", {"layer_norm_eps": 1e-6}, "text_encoder/ of the pipeline is text encoder "),
+        ("vae/config.json", {"latents_std": [1.0] * 4}, "vae/config.json of the pipeline has latent statistics "),
+        ("vae/config.json", {"latents_mean": [float("nan")] * 4}, "statistics of latents must be a finite mean"),
+        ("vae/config.json", {"latents_std": [1.0, 0.0, 1.0, 1.0]}, "channel 1 of the latents has a standard deviation of 0"),
+        ("vae/config.json", {"latents_std": None}, "vae/config.json of the pipeline has latent statistics "),
+        ("vae/config.json", {"latents_std": [1.0]}, "statistics of latents must be"),
         ("transformer/config.json", {"sample_size": 32}, "latents of 4 channels and side 32, but was trained on 4 and 16"),
     ):
         before = (saved / file).read_text()
