@@ -4,16 +4,17 @@
 without ``trust_remote_code``. It loads nothing else: torch and diffusers take seconds, which ``ldm --help`` need not wait for.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as of typing; until ldm.__main__ handles Ctrl-C there should be few imports
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
     from ldm.models.dit import DiT
     from ldm.pipeline import LatentDiffusionPipeline
 
@@ -46,12 +47,14 @@ def _register(diffusers: ModuleType) -> None:
     diffusers.__class__ = Diffusers
 
 
-class _DiffusersFinder(MetaPathFinder):
+class _DiffusersFinder:
     """Registers our pipeline as soon as diffusers is imported."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != "diffusers":
             return None
+        from importlib.util import find_spec
+
         sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:

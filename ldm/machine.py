@@ -1,4 +1,4 @@
-"""CPU, GPU and installed versions; whether bf16 is faster than fp32; out-of-memory errors."""
+"""CPU, GPU and installed versions; whether bf16 is faster than fp32."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ PACKAGES = (
     *("ldm", "torch", "lightning", "diffusers", "transformers"),
     *("lpips", "webdataset", "torchmetrics", "torchvision"),
 )
-
-# torch's CPU allocator, CUDA outside torch's allocator, cuBLAS's workspace
-OUT_OF_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def _cpu_info(field: str) -> str:
@@ -37,13 +34,6 @@ def bf16_is_faster() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpu_info("flags").split())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the machine ran out of memory. For CPU tensors torch raises a plain RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def machine_info() -> dict[str, str]:

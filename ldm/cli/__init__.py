@@ -11,7 +11,8 @@ from pathlib import Path
 from ldm import __version__
 from ldm.cli import animation, doctor, evaluate, invert, latents, report, sample, serve, shards, training
 from ldm.cli.parser import Commands, Parser, add_command
-from ldm.errors import LdmError
+from ldm.errors import LdmError, UsageError, first_line, is_out_of_memory
+from ldm.terminal import say
 
 EXAMPLE = """example:
   ldm quickstart --out quickstart          train on built-in images for ten minutes, with a report
@@ -61,36 +62,62 @@ def run_quickstart(options: argparse.Namespace) -> None:
 def dispatch(arguments: Sequence[str]) -> None:
     """Run one command line; errors are raised."""
     arguments = list(arguments)
+    for argument in arguments:
+        if "\0" in argument or argument != argument.encode(errors="replace").decode():
+            raise UsageError(f"the argument {argument[:80]!r} is not UTF-8 text; rename the file, or correct the argument")
     if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
-        silence_libraries()
+        load_libraries()
         training.run(arguments[0], arguments[1:] or ["--help"])
         return
     options = build_parser().parse_args(arguments)
     if arguments[0] not in WITHOUT_NETWORKS:
-        silence_libraries()
+        load_libraries()
     options.run(options)
 
 
-def silence_libraries() -> None:
-    """Progress bars and warnings of other libraries would break up ours; errors are still shown."""
-    import diffusers
-    import transformers
+def load_libraries() -> None:
+    """Import the large libraries, without their progress bars and warnings, which would break up ours; errors are shown."""
+    if sys.flags.optimize > 1:
+        raise UsageError("python -OO (PYTHONOPTIMIZE=2) removes docstrings, which transformers needs; use -O or no option")
+    import torch  # noqa: F401  (first: the others hide why it cannot be imported)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    for library in (transformers, diffusers):
-        library.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
+    for logging in (transformers_logging, diffusers_logging):
+        logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point. Exit codes: 0, 1 (failed), 2 (invalid usage), 130 (interrupted)."""
-    debug = bool(os.environ.get("LDM_DEBUG"))
     try:
         dispatch(sys.argv[1:] if arguments is None else arguments)
-    except (LdmError, OSError) as error:
-        if debug:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader of a pipe has left, as head does: Python's own flush at the exit should not fail, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = explain(error)
+        if line is None or (code != 130 and os.environ.get("LDM_DEBUG")):
             raise
-        print(f"ldm: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(getattr(error, "exit_code", 1)) from None
-    except KeyboardInterrupt:
-        print("ldm: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        say(f"ldm: {line}", sys.stderr)
+        raise SystemExit(code) from None
+
+
+def explain(error: BaseException) -> tuple[str | None, int]:
+    """The line to print for an error, and the exit code; no line for a bug, whose traceback is needed."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    # libraries can turn what happens during an import into an error of their own
+    if any(isinstance(each, KeyboardInterrupt) for each in (*causes, causes[-1].__context__)):
+        return "interrupted", 130
+    if isinstance(error, LdmError | OSError):
+        return " ".join(str(error).split()), getattr(error, "exit_code", 1)
+    if any(map(is_out_of_memory, causes)):
+        return "there is not enough memory; end other programs, or make the images, the batch or the model smaller", 1
+    for each in causes:
+        if isinstance(each, ImportError):
+            return f"a package cannot be imported ({first_line(each)}); install it again, or give the process more memory", 1
+    return None, 1

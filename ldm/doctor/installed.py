@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -48,6 +49,10 @@ def requirements() -> list[str]:
 
 def check_imports(names: Iterable[str] = IMPORTED) -> Iterator[Finding]:
     """Whether packages can be imported; builds of torch and torchvision that do not match cannot."""
+    if sys.flags.optimize > 1:
+        found = "python -OO (PYTHONOPTIMIZE=2) removes docstrings, which transformers needs"
+        yield Finding("optimization", found, "use -O or no option", failed=True)
+        return
     imported = []
     for name in names:
         try:
@@ -75,7 +80,7 @@ def check_weights() -> Iterator[Finding]:
         import torchvision.models
 
         from ldm.models.text_encoder import minilm_folder
-    except (ImportError, RuntimeError):  # check_imports reports it
+    except (ImportError, RuntimeError, ValueError):  # check_imports reports it
         return
     try:
         minilm_folder()

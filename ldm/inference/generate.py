@@ -18,11 +18,10 @@ from torch import Tensor
 from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import Scheduler, make_scheduler
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, is_out_of_memory
 from ldm.files import read_json
 from ldm.inference.prompts import Fit, fit_prompts
 from ldm.inference.settings import GenerationSettings
-from ldm.machine import is_out_of_memory
 from ldm.models.autoencoder import enable_tiling
 from ldm.models.image_processor import PreparedImages
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline, read_image

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import torch
 from lightning import Trainer
 
-from ldm.errors import LdmError, first_line
-from ldm.machine import is_out_of_memory
+from ldm.errors import LdmError, first_line, is_out_of_memory
 
 # gloo raises RuntimeError with the path of its source file in the message
 GLOO = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")

@@ -19,11 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.scheduler import samplers_for
-from ldm.errors import LdmError
+from ldm.errors import LdmError, is_out_of_memory
 from ldm.inference.generate import ImageGenerator, batch_key, scheduler_for
 from ldm.inference.metadata import encode_png, provenance_of
 from ldm.inference.settings import GenerationSettings
-from ldm.machine import is_out_of_memory
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.serve.request import GenerationRequest
 

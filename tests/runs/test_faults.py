@@ -9,8 +9,7 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 
-from ldm.errors import LdmError, UsageError
-from ldm.machine import is_out_of_memory
+from ldm.errors import LdmError, UsageError, is_out_of_memory
 from ldm.runs.faults import explain, explained
 from ldm.runs.preemption import Interrupted, Preempted
 

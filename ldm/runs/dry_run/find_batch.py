@@ -17,8 +17,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ldm.data.datamodule import datamodule_of
-from ldm.errors import LdmError, UsageError
-from ldm.machine import is_out_of_memory
+from ldm.errors import LdmError, UsageError, is_out_of_memory
 from ldm.runs.dry_run.measure import StepKind, synchronise
 from ldm.runs.dry_run.memory import PeakMemory
 
