@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -19,14 +18,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ldm.data.decode import DecodeError, decode_image
+from ldm.data.decode import decode_image
 from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.guidance import ClassifierFree, Conversion, Guidance, GuidedDenoiser
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import Diffusion, Scheduler, check_scheduler, diffusion_config, diffusion_from, diffusion_of
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import read_json, require_version
+from ldm.files import read_bytes, read_json, require_version
+from ldm.images import MAX_IMAGE_BYTES, DecodeError, open_image
 from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
 from ldm.models.autoencoder import (
     LatentNormalizer,
@@ -400,18 +400,24 @@ def require_prompt(prompt: str) -> None:
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """An image file to start from: RGB, or RGBA where it has transparency; upright, in sRGB. Raises UsageError, naming the
-    file, for any other."""
+    """An image file to start from, as :func:`transparent_image` gives it. Raises UsageError, naming the file, for any other."""
+    fix = "give a JPEG, PNG or WebP image"
     try:
-        data = Path(path).read_bytes()
-        image = decode_image(data)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); give a JPEG, PNG or WebP image") from None
+        return transparent_image(read_bytes(path, MAX_IMAGE_BYTES, fix))
     except DecodeError as error:
-        raise UsageError(f"{path}: {error}; give a JPEG, PNG or WebP image") from None
-    with Image.open(io.BytesIO(data)) as file:
+        raise UsageError(f"{path}: {error}; {fix}") from None
+    except LdmError as error:
+        raise UsageError(str(error)) from None
+
+
+def transparent_image(data: bytes) -> Image.Image:
+    """The bytes of an image as RGB over white, or RGBA where it has transparency; upright, in sRGB. Raises DecodeError."""
+    image = decode_image(data)
+    with open_image(data) as file:
         if file.has_transparency_data:
-            image.putalpha(ImageOps.exif_transpose(file).convert("RGBA").getchannel("A"))
+            alpha = ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")
+            if alpha.getextrema() != (255, 255):
+                image.putalpha(alpha)
     return image
 
 

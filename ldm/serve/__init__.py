@@ -24,7 +24,8 @@ class Limits:
     """
 
     waiting: int = _option(16, "images waiting in the queue")
-    requests: int = _option(64, "simultaneous requests, including those waiting for an image")
+    requests: int = _option(64, "simultaneous requests")
+    connections: int = _option(256, "open connections")
     images: int = _option(64, "images kept in memory, the latest ones")
     prompt: int = _option(1000, "characters of a prompt")
     steps: int = _option(150, "denoising steps of an image")

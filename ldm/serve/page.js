@@ -4,13 +4,16 @@ const $ = (id) => document.getElementById(id);
 let model = null;
 let start = null; // the image to start from, an ImageBitmap
 let startUrl = null; // its object URL
+const cards = new Map(); // of jobs and of images, by id
+const POLL = 300; // milliseconds between looks at the jobs
+let sending = 0; // requests whose job is not known yet
 
 function announce(text) { $("status").textContent = text; }
 
 // ---------------------------------------------------------------------------------------------- the form
 
 async function setUp() {
-  model = await (await fetch("/model")).json();
+  model = await get("/model");
   $("model").textContent = `${model.name}, ${model.width}×${model.height} pixels`;
   document.title = `${model.name} · ldm serve`;
   $("prompt").maxLength = $("negative").maxLength = model.limits.prompt;
@@ -21,8 +24,15 @@ async function setUp() {
     $(side).value = model[side];
   }
   for (const name of model.schedulers) $("scheduler").add(new Option(name, name));
-  for (const image of await (await fetch("/images")).json()) finish(newCard(image.settings), image);
+  for (const image of await get("/images")) finish(newCard(image.settings), image);
   $("generate").disabled = false;
+  watch();
+}
+
+async function get(address) {
+  const response = await fetch(address);
+  if (!response.ok) throw new Error((await response.json()).error);
+  return response.json();
 }
 
 function readForm() {
@@ -51,6 +61,10 @@ async function setStart(blob) {
   if (blob) {
     try {
       start = await createImageBitmap(blob);
+      const clear = hasTransparency(start);
+      if (clear) $("strength").value = 1; // what is transparent is generated from nothing
+      $("transparent").hidden = !clear;
+      showStrength();
       startUrl = URL.createObjectURL(blob);
       $("start-image").src = startUrl;
       $("error").textContent = "";
@@ -62,6 +76,17 @@ async function setStart(blob) {
   $("start").hidden = !start;
 }
 
+function hasTransparency(bitmap) {
+  const canvas = document.createElement("canvas");
+  const scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
+  [canvas.width, canvas.height] = [Math.ceil(bitmap.width * scale), Math.ceil(bitmap.height * scale)];
+  const context = canvas.getContext("2d");
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
+  for (let alpha = 3; alpha < pixels.length; alpha += 4) if (pixels[alpha] < 128) return true;
+  return false;
+}
+
 // cropped and resized here, so that a large photo need not be uploaded
 function startAsBase64(width, height) {
   const canvas = document.createElement("canvas");
@@ -70,8 +95,6 @@ function startAsBase64(width, height) {
   const [w, h] = [start.width * scale, start.height * scale];
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.fillStyle = "#fff";
-  context.fillRect(0, 0, width, height);
   context.drawImage(start, (width - w) / 2, (height - h) / 2, w, h);
   return canvas.toDataURL("image/png").split(",")[1];
 }
@@ -109,10 +132,11 @@ function newCard(settings) {
 function show(card, source) {
   const image = card.querySelector("img");
   image.onload = () => image.classList.toggle("small", Math.max(image.naturalWidth, image.naturalHeight) < 160);
-  image.src = source;
+  if (image.getAttribute("src") !== source) image.src = source;
 }
 
 function finish(card, image) {
+  cards.set(image.id, card);
   const address = `/images/${image.id}/image.png`;
   card.querySelector(".waiting").hidden = true;
   card.querySelector(".actions").hidden = false;
@@ -130,7 +154,11 @@ function fail(card, error) {
   card.querySelector(".state").textContent = error;
   const button = card.querySelector(".cancel");
   button.textContent = "Close";
-  button.onclick = () => { card.remove(); $("empty").hidden = $("gallery").children.length > 0; };
+  button.onclick = () => {
+    if (card.job) forget(card.job);
+    card.remove();
+    $("empty").hidden = $("gallery").children.length > 0;
+  };
   announce(error);
 }
 
@@ -139,35 +167,61 @@ function fail(card, error) {
 async function generate(settings, base64) {
   const card = newCard(settings);
   card.scrollIntoView({ block: "nearest" }); // on a phone it is below the form
-  const abort = new AbortController(); // the server cancels a generation when its request is closed
+  const abort = new AbortController();
   card.querySelector(".cancel").onclick = () => abort.abort();
+  sending += 1;
   try {
     const headers = { "Content-Type": "application/json" };
     const body = JSON.stringify(base64 ? { settings, start: base64 } : { settings });
     const response = await fetch("/generate", { method: "POST", headers, body, signal: abort.signal });
     if (!response.ok) throw new Error((await response.json()).error);
-    for await (const update of lines(response.body)) {
-      if (update.state === "done") { finish(card, update.image); announce("The image is finished."); return; }
-      if (update.state === "failed") throw new Error(update.error);
-      if (update.state === "cancelled") break;
-      progress(card, update);
-    }
-    throw new Error("The server has stopped.");
+    adopt(card, response.headers.get("Location").split("/").pop());
+    response.body.cancel(); // the job continues without this connection
   } catch (error) {
     fail(card, abort.signal.aborted ? "Cancelled." : error instanceof TypeError ? "The server does not answer." : error.message);
   }
+  sending -= 1;
 }
 
-async function* lines(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+// a card shows a job of the server
+function adopt(card, job) {
+  card.job = job;
+  cards.set(job, card);
+  card.querySelector(".cancel").onclick = () => { forget(job); fail(card, "Cancelled."); };
+}
+
+function forget(job) { fetch(`/jobs/${job}`, { method: "DELETE" }).catch(() => {}); }
+
+// the cards follow the jobs of the server, so that those of before a reload, and of other pages, are shown, too
+async function watch() {
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const parts = (rest + value).split("\n");
-    rest = parts.pop();
-    for (const part of parts) yield JSON.parse(part);
+    const before = new Map([...cards].filter(([id, card]) => id === card.job));
+    try {
+      const jobs = await get("/jobs");
+      $("lost").hidden = true;
+      for (const job of jobs) {
+        update(job);
+        before.delete(job.id);
+      }
+      for (const card of before.values()) if (!isOver(card)) fail(card, "The server has ended this job.");
+    } catch { $("lost").hidden = false; }
+    await new Promise((resolve) => setTimeout(resolve, $("gallery").querySelector(".waiting:not([hidden])") ? POLL : 5 * POLL));
   }
+}
+
+function isOver(card) { return card.classList.contains("failed") || card.querySelector(".waiting").hidden; }
+
+function update(job) {
+  let card = cards.get(job.id);
+  if (!card) {
+    if (sending || (job.image && cards.has(job.image.id))) return;
+    card = newCard(job.settings);
+    adopt(card, job.id);
+  }
+  if (isOver(card)) return;
+  if (job.state === "done") { finish(card, job.image); announce("The image is finished."); }
+  else if (job.state === "failed") fail(card, job.error);
+  else progress(card, job);
 }
 
 function progress(card, update) {
@@ -185,7 +239,6 @@ function progress(card, update) {
 }
 
 async function generateAgain(image) {
-  fillForm(image.settings);
   let base64 = null;
   let blob = null;
   if (image.started) {
@@ -195,6 +248,7 @@ async function generateAgain(image) {
     base64 = await blobAsBase64(blob); // the original bytes: a canvas may change them
   }
   await setStart(blob);
+  fillForm(image.settings);
   $("error").textContent = "";
   // all settings, including those that the form does not show; the server names the start image
   await generate({ ...image.settings, image: null }, base64);

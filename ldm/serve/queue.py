@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 import traceback
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from ldm.errors import LdmError, first_line
+from ldm.terminal import say
 
 State = Literal["waiting", "working", "done", "failed", "cancelled"]
 Work = Callable[["Job"], Any]
@@ -76,7 +78,7 @@ class Job:
         except LdmError as error:
             self.error, self.state = " ".join(str(error).split()), "failed"
         except Exception as error:  # a bug must not end the thread that all other jobs wait for
-            traceback.print_exc()
+            say(traceback.format_exc(), sys.stderr)
             self.error = f"a bug in ldm ({type(error).__name__}: {first_line(error)}); the terminal of ldm serve shows where"
             self.state = "failed"
 

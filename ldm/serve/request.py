@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import hashlib
-import io
 import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,10 +12,11 @@ from typing import Any, NoReturn
 from PIL import Image, ImageOps
 
 from ldm.errors import UsageError
+from ldm.images import DecodeError, open_image
 from ldm.inference.settings import GenerationSettings
+from ldm.pipeline import transparent_image
 from ldm.serve import Limits
 
-FORMATS = ("PNG", "JPEG", "WEBP")
 # fields of GenerationSettings that are paths: a request must not name files of the server
 PATHS = ("image", "mask", "weak")
 MAX_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
@@ -25,7 +24,8 @@ MAX_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """An image to generate. ``start``, the image to start from, is RGB and has the size of the result."""
+    """An image to generate. ``start``, the image to start from, has the size of the result: RGB, or RGBA where it has
+    transparency, which is then the part to generate."""
 
     settings: GenerationSettings
     start: Image.Image | None = None
@@ -85,7 +85,7 @@ def _parse(content: Any, limits: Limits, size: tuple[int, int]) -> GenerationReq
 
 
 def read_image(encoded: Any, limits: Limits) -> Image.Image:
-    """Decode an image from base64: rotated as its EXIF says, RGB over white.
+    """Decode an image from base64, as :func:`ldm.pipeline.transparent_image` does.
 
     Raises:
         UsageError: for anything but a PNG, JPEG or WebP within the limit.
@@ -94,18 +94,16 @@ def read_image(encoded: Any, limits: Limits) -> Image.Image:
         raise UsageError("start is not a string; send an image in base64")
     try:
         data = base64.b64decode(encoded, validate=True)
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
-        # only the header has been read: refuse a decompression bomb before it is decoded
-        if opened.width * opened.height > limits.upload_pixels:
-            raise Image.DecompressionBombError
-        image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except binascii.Error:
+    except ValueError:
         raise UsageError("start is not base64; encode the bytes of the image file") from None
-    except Image.DecompressionBombError:  # Pillow's limit, or ours
-        raise UsageError(f"start has more pixels than the limit of this server, {limits.upload_pixels}") from None
-    except Exception as error:  # a broken file can make Pillow's plugins raise anything
-        raise UsageError("start cannot be read as an image; send a PNG, JPEG or WebP") from error
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    try:
+        with open_image(data) as opened:
+            # only the header has been read
+            if opened.width * opened.height > limits.upload_pixels:
+                raise UsageError(f"start has more pixels than the limit of this server, {limits.upload_pixels}")
+        return transparent_image(data)
+    except DecodeError as error:
+        raise UsageError(f"start cannot be read as an image: {error}; send a PNG, JPEG or WebP") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

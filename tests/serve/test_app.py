@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import secrets
 import struct
 import threading
@@ -27,8 +28,8 @@ from ldm.inference.metadata import read_png
 from ldm.inference.settings import GenerationSettings
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.serve import Limits
-from ldm.serve.app import create_app, follow, read_body
-from ldm.serve.request import MAX_SEED, parse_request
+from ldm.serve.app import Access, create_app, follow, read_body
+from ldm.serve.request import MAX_SEED, GenerationRequest, parse_request
 from ldm.serve.worker import JobProgress, StoredImage, Worker
 
 RED = {"prompt": "a red circle", "seed": 3, "steps": 2}
@@ -137,6 +138,19 @@ def test_an_image_starts_from_the_one_sent_and_can_be_generated_again_from_it(cl
     assert generated(client, strength=None, width=32, height=16)[1] != png
     other, _, _ = generated(client)
     refused(client.get(f"/images/{other['id']}/start.png"), 404, "did not start from another one")
+
+
+def test_of_a_transparent_start_the_hole_alone_is_generated(client, noise):
+    start = noise.convert("RGBA").resize((32, 32))
+    start.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    image, png, _ = generated(client, encoded(start), width=32, height=32)
+    found, given = (
+        np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int) for data in (png, base64.b64decode(encoded(start)))
+    )
+    band = 16 + 4  # pixels of one latent beside the hole are blended
+    assert np.array_equal(found[:, band:], given[:, band:]) and not np.array_equal(found[:, :16], given[:, :16])
+    kept = Image.open(io.BytesIO(client.get(f"/images/{image['id']}/start.png").content))
+    assert kept.mode == "RGBA" and np.array_equal(np.asarray(kept.getchannel("A")), np.asarray(start.getchannel("A")))
 
 
 KINDS = {"PNG": ["RGB", "L", "P", "RGBA", "1", "I;16"], "JPEG": ["RGB", "L", "CMYK"], "WEBP": ["RGB", "RGBA"]}
@@ -260,12 +274,12 @@ def test_uploads_that_are_not_images_are_refused(client, noise):
     b64 = base64.b64encode
     for start, line in {
         "not base64!": "not base64",
-        "é": "cannot be read",
+        "é": "not base64",
         "": "cannot be read as an image",
         gif: "send a PNG, JPEG or WebP",
         b64(whole[: len(whole) // 2]).decode(): "cannot be read as an image",
         b64(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode(): "cannot be read as an image",
-        b64(bomb(50_000, 50_000)).decode(): "more pixels than the limit of this server, 90000",
+        b64(bomb(50_000, 50_000)).decode(): "more pixels than the limit of",
         b64(bomb(301, 300)).decode(): "more pixels than the limit of this server, 90000",
         b64(bomb(300, 300)).decode(): "cannot be read as an image",
         b64(bomb(0, 0)).decode(): "cannot be read as an image",
@@ -334,7 +348,12 @@ def test_other_methods_are_refused(client):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:7860", "localhost.evil.example", "", "[", "a b", "1.2.3.4.evil"]
+    "host",
+    [
+        *("evil.example", "evil.example:7860", "localhost.evil.example", "", "[", "a b", "1.2.3.4.evil", "1.2.3.4:80:80"),
+        # a parser of URLs finds an address in these
+        *("evil.example@127.0.0.1", "127.0.0.1#@evil.example", "127.0.0.1/evil", "127.0.0.1?evil", "[::1]@evil", "[127.0.0.1]"),
+    ],
 )
 def test_unknown_host_names_are_refused(client, host):
     refused(client.get("/model", headers={"host": host}), 421, "unknown host name")
@@ -345,12 +364,48 @@ def test_own_host_names_and_addresses_are_accepted(client, host):
     assert client.get("/model", headers={"host": host}).status_code == 200
 
 
+def test_a_request_of_two_hosts_is_refused(client):
+    refused(client.get("/model", headers=[("host", "localhost"), ("host", "evil.example")]), 421, "unknown host name")
+
+
+def test_other_host_names_and_the_origin_of_a_proxy_can_be_allowed(worker, queue, limits):
+    access = Access(["Images.example.org"], ["https://draw.example.org"])
+    with TestClient(create_app(worker, queue, limits, access), base_url="http://localhost:7860") as client:
+        for host in ("images.example.org", "IMAGES.example.org:443", "draw.example.org", "localhost"):
+            assert client.get("/model", headers={"host": host}).status_code == 200
+        refused(client.get("/model", headers={"host": "evil.images.example.org"}), 421, "--allow-host NAME")
+        for host, origin in (
+            ("images.example.org", "https://images.example.org"),
+            ("localhost:7860", "https://draw.example.org"),
+        ):
+            assert post(client, {"settings": RED}, host=host, origin=origin).status_code == 200
+        refused(post(client, {"settings": RED}, origin="http://draw.example.org"), 403, "comes from another site")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "origins", "line"),
+    [
+        (["a.example:80"], [], "'a.example:80' is not a host name"),
+        (["http://a.example"], [], "is not a host name"),
+        (["*"], [], "is not a host name"),
+        ([], ["a.example"], "is not an origin"),
+        ([], ["ftp://a.example"], "is not an origin"),
+        ([], ["https://a.example/page"], "is not an origin"),
+    ],
+)
+def test_what_is_no_host_name_or_origin_is_refused(hosts, origins, line):
+    with pytest.raises(UsageError, match=re.escape(line)):
+        Access(hosts, origins)
+
+
 def test_other_sites_cannot_generate(client):
     for headers in (
         {"origin": "http://evil.example"},
         {"origin": "null"},
         {"origin": "http://localhost:8000"},
         {"origin": "http://[", "host": "localhost:7860"},
+        {"origin": "ftp://localhost:7860"},
+        {"origin": ""},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
     ):
@@ -415,26 +470,47 @@ class Listener:
         return self.gone
 
 
-def test_a_client_that_disconnects_cancels_its_image(worker, queue, soon):
+def test_a_job_continues_without_its_client_and_can_be_cancelled(worker, queue, soon):
     gated, listener = GatedWorker(worker), Listener()
-    request = parse_request(json.dumps({"settings": RED}).encode(), Limits(), worker.size)
-    job = queue.submit(lambda job: gated.generate(request, job.report))
-    waiting = queue.submit(lambda job: None)
+    with (
+        TestClient(create_app(gated, queue, Limits()), base_url="http://localhost") as client,
+        ThreadPoolExecutor(2) as clients,
+    ):
+        answers = [clients.submit(post, client, {"settings": RED | {"seed": seed}}) for seed in range(2)]
+        soon(lambda: len(client.get("/jobs").json()) == 2)
+        first, second = client.get("/jobs").json()
+        assert (first["state"], second["state"], second["ahead"]) == ("working", "waiting", 1)
+        assert {first["settings"]["seed"], second["settings"]["seed"]} == {0, 1}
+        assert client.delete(f"/jobs/{second['id']}").status_code == 200
+        refused(client.delete(f"/jobs/{first['id']}", headers={"origin": "http://evil.example"}), 403, "another site")
+        assert [job["id"] for job in client.get("/jobs").json()] == [first["id"]]
+        gated.gate.set()
+        soon(lambda: client.get("/jobs").json()[0]["state"] == "done")
+        assert client.get("/images").json() == [client.get("/jobs").json()[0]["image"]]
+        ends = {json.loads(answer.result().text.splitlines()[-1])["state"] for answer in answers}
+        assert ends == {"done", "cancelled"}
+        assert {answer.result().headers["location"] for answer in answers} == {f"/jobs/{job['id']}" for job in (first, second)}
 
-    async def listen():
-        lines = [line async for line in follow(cast(Request, listener), queue, job)]
-        return [json.loads(line)["state"] for line in lines]
+    gated.gate.clear()
+    job = queue.submit(lambda job: gated.generate(GenerationRequest(GenerationSettings("x")), job.report))
 
     async def leave():
-        talk = follow(cast(Request, listener), queue, waiting)
-        assert json.loads(await anext(talk)) == {"state": "waiting", "ahead": 1}
-        await talk.aclose()  # the connection is closed while an answer is being sent
+        lines = follow(cast(Request, listener), queue, job)
+        assert json.loads(await anext(lines))["state"] in ("waiting", "working")
+        await lines.aclose()  # the connection is closed while an answer is being sent
+        listener.gone = True
+        assert len([line async for line in follow(cast(Request, listener), queue, job)]) == 1
 
-    assert gated.generating.wait(5)
     asyncio.run(leave())
-    listener.gone = True
-    assert asyncio.run(listen()) == ["working"]
-    soon(lambda: (job.state, waiting.state) == ("cancelled", "cancelled"))
+    assert not job.ended
+    gated.gate.set()
+    soon(lambda: job.state == "done")
+
+
+def test_of_the_jobs_that_have_ended_the_latest_are_listed(client):
+    for seed in range(20):
+        generated(client, seed=seed)
+    assert [job["settings"]["seed"] for job in client.get("/jobs").json()] == [15, 16, 17, 18, 19]  # images=5
 
 
 def test_a_failed_generation_is_reported_in_one_line(worker, queue):

@@ -44,9 +44,28 @@ def test_it_stops_within_seconds_while_an_image_is_generated(own_server, number)
 
 
 @pytest.mark.slow
-def test_a_client_that_disconnects_frees_the_server_for_the_next(address):
+def test_a_second_signal_ends_it_at_once(own_server):
+    process, address = own_server
+    connection, _ = begin(address)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130 and process.stderr.read() == "ldm: interrupted\n"
+    connection.close()
+
+
+@pytest.mark.slow
+def test_a_job_survives_its_client_and_cancelling_it_frees_the_server(address):
     connection, response = begin(address)
+    job = response.headers["Location"]
     response.close()
+    connection.close()
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection.request("GET", "/jobs")
+    listed = json.loads(connection.getresponse().read())[-1]
+    assert f"/jobs/{listed['id']}" == job and listed["state"] == "working"
+    connection.request("DELETE", job)
+    assert connection.getresponse().read() == b"null"
     connection.close()
     began = time.monotonic()
     connection, response = request(address, steps=1, side=16)
