@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ldm.cli.parser import Commands, add_command, add_group
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.progress import Progress
+from ldm.terminal import printable, say
 
 if TYPE_CHECKING:
     from ldm.data.pack.sources import ImageSource
@@ -66,9 +67,16 @@ def add(commands: Commands) -> None:
     pack.add_argument("--workers", type=int, help="threads (default: as many as CPU cores)")
     index = add_command(shards, "index", run_index, "write the manifest of tars from elsewhere", "ldm shards index shards")
     index.add_argument("dir", help="folder of tars, or their URL: https://host/train-{000..099}.tar")
-    index.add_argument("--out", help="folder for the manifest of remote tars; train on that folder")
+    index.add_argument("--out", help="new folder for the manifest of remote or read-only tars; train on that folder")
+    index.add_argument(
+        "--key-dot",
+        choices=["first", "last"],
+        default="first",
+        help="dot of a name that ends its key: by the first, as in webdataset, 0.input.jpg is a file of sample 0 that is not "
+        "read; by the last, the image of sample 0.input (default: first)",
+    )
     check = add_command(shards, "check", run_check, "verify a folder of shards", "ldm shards check shards --deep")
-    check.add_argument("dir")
+    check.add_argument("dir", help="folder of shards, a pattern of its tars, or a URL of either")
     check.add_argument("--deep", action="store_true", help="also decode every sample")
 
 
@@ -88,7 +96,7 @@ def run_shapes(options: argparse.Namespace) -> None:
         manifest = write_images(
             options.out, "shapes", images, options.shard_size, extra, options.count, on_progress=progress.update
         )
-    print(f"{manifest.samples} images in {len(manifest.shards)} shards: {options.out}")
+    say(f"{manifest.samples} images in {len(manifest.shards)} shards: {options.out}")
 
 
 def run_pack(options: argparse.Namespace) -> None:
@@ -143,34 +151,39 @@ def _custom_source(class_path: str, src: str) -> ImageSource:
 
 
 def run_index(options: argparse.Namespace) -> None:
-    from ldm.data.check import index_folder, index_remote
+    from ldm.data.check import compressed_tars, index_elsewhere, index_here
 
     with Progress("indexing") as progress:
-        if options.out is not None or "://" in options.dir:
-            if options.out is None:
-                raise UsageError(f"{options.dir} is remote; give a folder for its manifest with --out")
-            manifest, path = index_remote(options.dir, options.out, on_progress=progress.update)
+        if options.out is not None:
+            manifest, path = index_elsewhere(options.dir, options.out, progress.update, options.key_dot)
+        elif "://" in options.dir:
+            raise UsageError(f"{options.dir} is remote; give a folder for its manifest with --out")
         else:
-            manifest = index_folder(options.dir, on_progress=progress.update)
-            path = manifest.save(options.dir)
-    print(f"{manifest.samples} samples in {len(manifest.shards)} shards: {path}")
-    if unusable := manifest.extra["unusable"]:
-        print(
-            f"{unusable} of them have no image or a duplicate key and are skipped; `ldm shards check {path.parent}` names them"
-        )
+            manifest, path = index_here(options.dir, progress.update, options.key_dot)
+    say(f"{manifest.samples} samples in {len(manifest.shards)} shards: {path}")
+    extra, details = manifest.extra, f"`ldm shards check {path.parent}` names them"
+    if unusable := extra["unusable"]:
+        say(f"{unusable} of them have no image or a duplicate key and are skipped; {details}")
+    if without := manifest.samples - unusable - extra["captioned"]:
+        say(f"{without} have no caption" if manifest.captioned else "none has a caption: they can train an autoencoder only")
+    if unread := extra.get("unread_images"):
+        say(f"{unread} more images are in no sample, such as {printable('; '.join(extra['unread_such_as']))}; {details}")
+    if "://" not in options.dir and (others := compressed_tars(options.dir)):
+        say(f"{len(others)} files are not read, such as {printable(others[0])}: shards are uncompressed and end in .tar")
 
 
 def run_check(options: argparse.Namespace) -> None:
     if count := check(options.dir, options.deep):
         raise LdmError(f"{options.dir}: {count} problem(s)")
     what = "every sample decodes" if options.deep else "names, sizes, hashes and counts agree with the manifest"
-    print(f"{options.dir} is complete: {what}")
+    say(f"{options.dir} is complete: {what}")
 
 
 def check(folder: str, deep: bool) -> int:
     """Print a table of the shards and all problems found; returns the number of problems."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ldm.data.check import check_folder
 
@@ -179,9 +192,10 @@ def check(folder: str, deep: bool) -> int:
     table = Table("shard", "samples", "usable", "bytes", "state")
     for shard in shards:
         state = "complete" if not shard.problems else f"{len(shard.problems)} problem(s)"
-        table.add_row(shard.entry.name, str(shard.entry.samples), str(shard.good), f"{shard.entry.bytes:,}", state)
+        name = Text(printable(shard.entry.name))  # not markup
+        table.add_row(name, str(shard.entry.samples), str(shard.good), f"{shard.entry.bytes:,}", state)
     Console().print(table)
     problems = [*folder_problems, *(problem for shard in shards for problem in shard.problems)]
     for problem in problems:
-        print(problem)
+        say(printable(problem))
     return len(problems)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, starmap
 from pathlib import Path
@@ -21,19 +22,19 @@ from ldm.data.manifest import (
     IMAGE_SHARDS,
     LATENT_SHARDS,
     MANIFEST_NAME,
+    MAX_SHARD_BYTES,
     Manifest,
     Problem,
     ShardEntry,
     require_finished_pack,
     tar_paths,
 )
-from ldm.data.remote import fetch
-from ldm.data.shards import EXTENSIONS, ShardReader
-from ldm.data.sources import folder_source, remote_files
+from ldm.data.remote import MissingError, fetch
+from ldm.data.shards import EXTENSIONS, KeyDot, ShardReader, Unread, unread_images
+from ldm.data.sources import ShardSource, open_source, remote_files
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import atomic_folder, require_folder, require_new_folder, sha256_file
-
-MAX_SHARD_BYTES = 2**40
+from ldm.files import atomic_folder, require_folder, require_new_folder, require_output_file, sha256_file
+from ldm.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,24 @@ class Checked:
     problems: tuple[Problem, ...]
 
 
-def index_folder(folder: str | os.PathLike, on_progress: Callable[[int, int], None] | None = None) -> Manifest:
+@dataclass(frozen=True)
+class Indexed:
+    """What one tar holds: its entry, how many samples have a caption, how many cannot be used, and images in no sample."""
+
+    entry: ShardEntry
+    captioned: int
+    unusable: int
+    unread: tuple[Unread, ...]
+
+
+def index_folder(
+    folder: str | os.PathLike, on_progress: Callable[[int, int], None] | None = None, key_dot: KeyDot = "first"
+) -> Manifest:
     """Make the manifest of image shards from elsewhere (img2dataset, ...); the caller saves it. Nothing is rewritten.
 
     ``extra`` tells how many samples have a caption, and how many cannot be used because they lack an image or have a duplicate
-    key: the manifest counts those, and readers skip them. ``on_progress(shards_done, shards)``.
+    key: the manifest counts those, and readers skip them. Where images are in no sample, because of their names or formats, it
+    tells how many, and names some. ``key_dot``: see :mod:`ldm.data.shards`. ``on_progress(shards_done, shards)``.
 
     Raises :class:`UsageError` where there is no tar, and :class:`LdmError` where a shard is damaged or has no sample.
     """
@@ -57,49 +71,95 @@ def index_folder(folder: str | os.PathLike, on_progress: Callable[[int, int], No
     require_finished_pack(folder)
     paths = tar_paths(folder)
     if not paths:
-        raise UsageError(f"{folder} holds no .tar shard; `ldm shards pack` makes them from a folder of images")
-    return _manifest_of(map(index_shard, paths), len(paths), on_progress)
+        others = f" (it holds {', '.join(map(printable, names[:3]))})" if (names := compressed_tars(folder)) else ""
+        raise UsageError(
+            f"{folder} holds no .tar shard{others}; unpack compressed ones, or make shards of a folder of images with "
+            "`ldm shards pack`"
+        )
+    return _manifest_of((index_shard(path, key_dot) for path in paths), len(paths), on_progress, key_dot)
 
 
-def index_remote(
-    spec: str, out: str | os.PathLike, on_progress: Callable[[int, int], None] | None = None
+def index_here(
+    folder: str | os.PathLike, on_progress: Callable[[int, int], None] | None = None, key_dot: KeyDot = "first"
 ) -> tuple[Manifest, Path]:
-    """Make the manifest of tars at a URL (``https://host/train-{000..099}.tar``) and save it in the new folder ``out``.
+    """Make the manifest of a folder of tars (:func:`index_folder`) and save it there; whether it can be is checked before."""
+    try:
+        require_output_file(require_folder(folder, "a folder of .tar shards") / MANIFEST_NAME)
+    except UsageError as error:
+        raise UsageError(f"{error}; or give a folder for the manifest: ldm shards index {folder} --out DIR") from None
+    manifest = index_folder(folder, on_progress, key_dot)
+    return manifest, manifest.save(folder)
 
-    Every shard is downloaded once, one at a time, and not kept; the manifest's ``location`` says where they are, and
-    ``out`` may be trained on like any folder of shards. Credentials are not stored. Raises as :func:`index_folder`.
+
+def index_elsewhere(
+    spec: str,
+    out: str | os.PathLike,
+    on_progress: Callable[[int, int], None] | None = None,
+    key_dot: KeyDot = "first",
+) -> tuple[Manifest, Path]:
+    """Make the manifest of tars that stay where they are, and save it in the new folder ``out``, to be used like any folder of
+    shards: the manifest's ``location`` says where they are.
+
+    Args:
+        spec: a local folder, which may be read-only; or tars at a URL (``https://host/train-{000..099}.tar``), each of which is
+            downloaded once, one at a time, and not kept. Credentials are not stored.
+        out: the new folder. A local location is stored relative to it, so both may move together.
+        on_progress, key_dot: as of :func:`index_folder`, whose errors are raised.
     """
-    location, files = remote_files(spec)
     out = require_new_folder(out, "the manifest")
+    if "://" not in spec:
+        manifest = index_folder(spec, on_progress, key_dot)
+        location = os.path.relpath(os.path.realpath(spec), os.path.realpath(out))
+        manifest = replace(manifest, extra=manifest.extra | {"location": location})
+        with atomic_folder(out) as folder:
+            manifest.save(folder)
+        return manifest, out / MANIFEST_NAME
+    location, files = remote_files(spec)
     with atomic_folder(out) as folder:
 
-        def indexed(name: str, url: str) -> tuple[ShardEntry, int, int]:
+        def indexed(name: str, url: str) -> Indexed:
             path = folder / name
             fetch(url, MAX_SHARD_BYTES, partial(_store, path))
-            found = index_shard(path)
+            found = index_shard(path, key_dot)
             path.unlink()
             return found
 
-        manifest = _manifest_of(starmap(indexed, files), len(files), on_progress, {"location": location})
+        manifest = _manifest_of(starmap(indexed, files), len(files), on_progress, key_dot, {"location": location})
         manifest.save(folder)
     return manifest, out / MANIFEST_NAME
 
 
+def compressed_tars(folder: str | os.PathLike) -> list[str]:
+    """Files of a folder that are shards of other names or compressed, which are not read."""
+    names = (entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    return sorted(name for name in names if _OTHER_TARS.search(name) and not name.endswith(".tar"))
+
+
+_OTHER_TARS = re.compile(r"\.(tar|tgz|tbz2|txz|tar\.\w{1,4})$", re.IGNORECASE)
+_NAMED = 3
+
+
 def _manifest_of(
-    indexed: Iterable[tuple[ShardEntry, int, int]],
+    indexed: Iterable[Indexed],
     total: int,
     on_progress: Callable[[int, int], None] | None,
+    key_dot: KeyDot,
     extra: dict[str, Any] | None = None,
 ) -> Manifest:
-    """The manifest of so many shards, each as :func:`index_shard` gives it."""
-    entries, captioned, unusable = [], 0, 0
-    for done, (entry, with_caption, without_image) in enumerate(indexed, start=1):
-        entries.append(entry)
-        captioned += with_caption
-        unusable += without_image
+    """The manifest of so many shards."""
+    entries, captioned, unusable, unread, such_as = [], 0, 0, 0, []
+    for done, shard in enumerate(indexed, start=1):
+        entries.append(shard.entry)
+        captioned += shard.captioned
+        unusable += shard.unusable
+        for images in shard.unread:
+            unread += len(images.names)
+            such_as = (such_as + [f"{shard.entry.name}: {name} ({images.what})" for name in images.shown])[:_NAMED]
         if on_progress is not None:
             on_progress(done, total)
-    counts = {"captioned": captioned, "unusable": unusable}
+    counts: dict[str, Any] = {"captioned": captioned, "unusable": unusable}
+    counts |= {"unread_images": unread, "unread_such_as": such_as} if unread else {}
+    counts |= {"key_dot": key_dot} if key_dot != "first" else {}
     return Manifest(IMAGE_SHARDS, tuple(entries), {"source": "index"} | (extra or {}) | counts)
 
 
@@ -108,9 +168,9 @@ def _store(path: Path, chunks: Iterator[bytes]) -> None:
         file.writelines(chunks)
 
 
-def index_shard(path: Path) -> tuple[ShardEntry, int, int]:
-    """One tar's entry; how many of its samples have a caption, and how many cannot be used."""
-    with ShardReader(path) as reader:
+def index_shard(path: Path, key_dot: KeyDot = "first") -> Indexed:
+    """What one tar holds. Raises as :func:`index_folder` does."""
+    with ShardReader(path, key_dot=key_dot) as reader:
         if reader.damage:
             raise LdmError(f"{path} {reader.damage} after {len(reader)} samples; restore it")
         captioned = images = 0
@@ -122,12 +182,20 @@ def index_shard(path: Path) -> tuple[ShardEntry, int, int]:
             if "safetensors" in files:
                 raise UsageError(f"{path} holds latents, not images; run `ldm latents export` again for their manifest")
             images += not files.keys().isdisjoint(IMAGE_EXTENSIONS)
-            # img2dataset puts the caption into both
-            captioned += "txt" in files
+            captioned += _has_caption(reader, index)
+        unread = tuple(unread_images(path, key_dot))
         if not images:
-            raise LdmError(f"{path} holds no image; each sample needs one of .{', .'.join(IMAGE_EXTENSIONS)}")
+            told = f", and {unread[0]}; {unread[0].fix}" if unread else ""
+            raise LdmError(f"{path} holds no image; each sample needs one of .{', .'.join(IMAGE_EXTENSIONS)}{told}")
         entry = ShardEntry(path.name, len(reader), path.stat().st_size, sha256_file(path))
-        return entry, captioned, len(reader) - images
+        return Indexed(entry, captioned, len(reader) - images, unread)
+
+
+def _has_caption(reader: ShardReader, index: int) -> bool:
+    try:
+        return bool(reader.text(index).captions)
+    except DecodeError:
+        return False
 
 
 def check_folder(
@@ -135,24 +203,25 @@ def check_folder(
 ) -> tuple[list[Problem], list[Checked]]:
     """Compare a shard folder with its manifest: the problems of the folder, and the result for every shard.
 
-    Names, sizes, hashes and counts; for latents also that each chunk has the tensors that the manifest promises. ``deep``: also
-    decode every sample; for latents, require every value to be finite. The folder is sound where neither holds a problem.
-    ``on_progress(samples_done, samples)``. Raises as :meth:`Manifest.load` does, and :class:`UsageError` for latents of another
-    schema.
+    Names, sizes, hashes and counts, wherever the manifest says that the shards are: remote ones are downloaded to the cache.
+    For image shards also that every image is in a sample, for latents that each chunk has the tensors that the manifest
+    promises. ``deep``: also decode every sample; for latents, require every value to be finite. The folder is sound where
+    neither holds a problem. ``folder`` may be a pattern or URL, as in training. ``on_progress(samples_done, samples)``.
+    Raises as :func:`open_source` does, and :class:`UsageError` for latents of another schema.
     """
-    folder = Path(folder)
-    manifest = Manifest.load(folder)
-    info = latent_info(folder_source(folder, manifest)) if manifest.format == LATENT_SHARDS else None
-    cheap = list(manifest.cheap_problems(folder))
+    source = open_source(folder)
+    manifest = source.manifest
+    info = latent_info(source) if manifest.format == LATENT_SHARDS else None
+    cheap = source.cheap_problems()
     if info is not None:
-        cheap += _null_text_problems(folder, info)
+        cheap += _null_text_problems(source, info)
     checked, done = [], 0
-    for entry in manifest.shards:
+    for number, entry in enumerate(manifest.shards):
         problems = tuple(problem for problem in cheap if problem.where == entry.name)
         if problems:
             checked.append(Checked(entry, 0, problems))
         else:
-            problems = tuple(_problems(folder / entry.name, entry, manifest, info, deep))
+            problems = tuple(_problems_at(source, number, info, deep))
             bad = sum(problem.samples for problem in problems)
             checked.append(Checked(entry, max(entry.samples - bad, 0), problems))
         done += entry.samples
@@ -162,11 +231,22 @@ def check_folder(
     return [problem for problem in cheap if problem.where not in listed], checked
 
 
+def _problems_at(source: ShardSource, number: int, info: LatentInfo | None, deep: bool) -> Iterator[Problem]:
+    """Problems of a shard that has the right size, or cannot be fetched or read."""
+    entry = source.manifest.shards[number]
+    try:
+        yield from _problems(source.path(number), entry, source.manifest, info, deep)
+    except LdmError as error:
+        yield Problem(entry.name, f"cannot be read ({error})", "restore it", entry.samples)
+
+
 def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInfo | None, deep: bool) -> Iterator[Problem]:
     """Problems of a shard that exists and has the right size; ``info``: for latents."""
     if sha256_file(path) != entry.sha256:
         yield Problem(entry.name, "has other bytes than the manifest's sha256", "restore it")
-    with ShardReader(path, EXTENSIONS if info is None else ("json",)) as reader:
+    for unread in unread_images(path, manifest.key_dot) if info is None else ():
+        yield Problem(entry.name, str(unread), unread.fix)
+    with ShardReader(path, EXTENSIONS if info is None else ("json",), manifest.key_dot) as reader:
         if reader.damage:
             # latents are not read from a damaged shard at all
             yield Problem(entry.name, reader.damage, "restore it", 0 if info is None else entry.samples)
@@ -182,7 +262,7 @@ def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInf
         again = "restore the shard, or remove the sample and run `ldm shards index` again"
         for index in range(min(held, entry.samples)) if info is None else ():
             try:
-                check_sample(reader, index, bool(manifest.extra.get("captioned")), deep)
+                check_sample(reader, index, bool(manifest.captioned), deep)
             except DecodeError as error:
                 yield Problem(f"{entry.name}: {reader.key(index)}", str(error), again, 1)
         if info is not None and not reader.damage:
@@ -248,17 +328,17 @@ def _not_finite(tensors: dict[str, StoredTensor]) -> list[int]:
     return np.flatnonzero(bad).tolist()
 
 
-def _null_text_problems(folder: Path, info: LatentInfo) -> Iterator[Problem]:
+def _null_text_problems(source: ShardSource, info: LatentInfo) -> Iterator[Problem]:
     """Problems of the encoded empty caption, the null condition, which every text encoder needs."""
     again = "restore it, or export the latents again"
     if not info.text_encoders:
         return
     try:
-        texts = load((folder / NULL_TEXT_NAME).read_bytes())
-    except FileNotFoundError:
+        texts = load(source.read(NULL_TEXT_NAME))
+    except MissingError:
         yield Problem(NULL_TEXT_NAME, "is missing", again)
         return
-    except (OSError, SafetensorError) as error:
+    except (LdmError, SafetensorError) as error:
         yield Problem(NULL_TEXT_NAME, f"cannot be read ({first_line(error)})", again)
         return
     for number, encoder in enumerate(info.text_encoders):

@@ -17,7 +17,7 @@ from ldm.data.decode import DecodeError, decode_pixels
 from ldm.data.manifest import IMAGE_SHARDS, ShardEntry
 from ldm.data.plan import PlannedSample
 from ldm.data.shard_dataset import ShardDataset
-from ldm.data.shards import ShardReader, ShardSample
+from ldm.data.shards import KeyDot, ShardReader, ShardSample
 from ldm.data.sources import ShardSource
 from ldm.errors import LdmError, UsageError
 
@@ -80,8 +80,8 @@ class ImageDataset(ShardDataset[ShardReader]):
         self.require_captions, self.read_captions = require_captions and read_captions, read_captions
         self._size = (image_size, image_size) if image_size else None  # expected (height, width) of an image
 
-    def open_shard(self, path: Path, entry: ShardEntry) -> ShardReader:
-        return ShardReader(path)
+    def open_shard(self, path: Path, entry: ShardEntry, key_dot: KeyDot = "first") -> ShardReader:
+        return ShardReader(path, key_dot=key_dot)
 
     def key(self, shard: ShardReader, row: int) -> str:
         return shard.key(row) if row < len(shard) else f"#{row}"
@@ -90,7 +90,7 @@ class ImageDataset(ShardDataset[ShardReader]):
         """The sample's bytes, and whether it needs a caption."""
         if row >= len(shard):
             raise DecodeError(f"is missing: the shard {shard.damage or f'holds {len(shard)} samples'}")
-        return shard[row], self.require_captions and bool(source.manifest.extra.get("captioned"))
+        return shard[row], self.require_captions and bool(source.manifest.captioned)
 
     def decode(self, raw: tuple[ShardSample, bool], draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
         """``image`` uint8 (3, H, W), ``caption`` (empty where there is none) and ``key``; pixels may be written to ``out``."""

@@ -20,6 +20,7 @@ from ldm.data.latent_schema import LatentShard, StoredTensor, text_name
 from ldm.data.manifest import LATENT_SHARDS, ShardEntry
 from ldm.data.plan import PlannedSample
 from ldm.data.shard_dataset import ShardDataset
+from ldm.data.shards import KeyDot
 from ldm.data.sources import ShardSource
 from ldm.errors import LdmError
 
@@ -51,7 +52,7 @@ class LatentDataset(ShardDataset[LatentShard]):
         self._text_start = f"{self.text}_start"
         self._names = ("mean",) if self.sources[0].manifest.extra.get("posterior") == "mode" else ("mean", "std")
 
-    def open_shard(self, path: Path, entry: ShardEntry) -> LatentShard:
+    def open_shard(self, path: Path, entry: ShardEntry, key_dot: KeyDot = "first") -> LatentShard:
         return LatentShard(path, entry.samples)
 
     def key(self, shard: LatentShard, row: int) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
+
+from ldm.data.shards import KeyDot
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, require_folder, require_version, write_json
+from ldm.files import parse_json, read_bytes, require_folder, require_version, write_json
 
 MANIFEST_NAME = "manifest.json"
 PACK_JOURNAL_NAME = ".pack.jsonl"  # there while a folder is being packed
@@ -20,18 +23,42 @@ IMAGE_SHARDS = "ldm-image-shards"
 LATENT_SHARDS = "ldm-latent-shards"
 VERSION = 1
 
+MAX_MANIFEST_BYTES = 2**28  # a million shards
+MAX_SHARD_BYTES = 2**40
+# numbers of samples are permuted in memory; a shard has thousands
+MAX_SHARD_SAMPLES = 2**24
+
 _FIXES = {IMAGE_SHARDS: "run `ldm shards index {folder}`", LATENT_SHARDS: "run `ldm latents export` again"}
+_Bytes = bytes  # which is the name of a field below
 _RESERVED = ("format", "version", "shards", "samples", "bytes")
+
+
+def _plain_name(name: str) -> str:
+    """A manifest may come from elsewhere: its names must stay inside the folder."""
+    if os.path.basename(name) != name or not name.endswith(".tar") or "\0" in name or len(name.encode()) > 255:
+        raise ValueError("must be the plain name of a .tar file")
+    return name
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     """One tar: its file name in the folder, how many samples it holds, its size in bytes, its hex sha256."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_plain_name)]
+    samples: Annotated[int, Field(ge=0, le=MAX_SHARD_SAMPLES)]
+    bytes: Annotated[int, Field(ge=0, le=MAX_SHARD_BYTES)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # it names files of the cache
+
+
+class _Contents(TypedDict):
+    """What every manifest has, and what some have."""
+
+    shards: list[ShardEntry]
     samples: int
     bytes: int
-    sha256: str
+    location: NotRequired[str | None]
+    captioned: NotRequired[Annotated[int, Field(ge=0)] | None]
+    key_dot: NotRequired[KeyDot]
 
 
 @dataclass(frozen=True)
@@ -76,6 +103,17 @@ class Manifest:
         return self.extra.get("location")
 
     @property
+    def captioned(self) -> bool | None:
+        """Whether any of its images has a caption; None where the writer did not count them."""
+        count = self.extra.get("captioned")
+        return None if count is None else count > 0
+
+    @property
+    def key_dot(self) -> KeyDot:
+        """Which dot of a member's name ends the key; see :mod:`ldm.data.shards`."""
+        return self.extra.get("key_dot", "first")
+
+    @property
     def hash(self) -> str:
         """Hex sha256 of the shard list (names, counts, sizes, hashes): the identity of the data, in this order."""
         shards = [vars(shard) for shard in self.shards]
@@ -98,16 +136,17 @@ class Manifest:
         """
         folder = require_folder(folder, "a folder of shards (.tar files and their manifest.json)")
         path = folder / MANIFEST_NAME
-        if not path.exists():
+        if not os.path.lexists(path):
             require_finished_pack(folder)
             raise UsageError(f"{folder} has no {MANIFEST_NAME}; {_fix(format, folder)}")
-        return cls.parse(read_json(path), folder, format)
+        return cls.parse(read_bytes(path, MAX_MANIFEST_BYTES, "restore the manifest"), folder, format)
 
     @classmethod
-    def parse(cls, value: Any, folder: str | os.PathLike, format: str | None = None) -> Manifest:
-        """Check what a ``manifest.json`` held; ``folder`` (a path or a URL) is for messages. Raises as :meth:`load` does."""
+    def parse(cls, data: _Bytes, folder: str | os.PathLike, format: str | None = None) -> Manifest:
+        """Read the bytes of a ``manifest.json``; ``folder`` (a path or a URL) is for messages. Raises as :meth:`load` does."""
         path, fix = f"{folder}/{MANIFEST_NAME}", _fix(format, folder)
-        if not isinstance(value, dict) or value.get("format") not in (IMAGE_SHARDS, LATENT_SHARDS):
+        value = parse_json(data, path, dict[str, Any])
+        if value.get("format") not in (IMAGE_SHARDS, LATENT_SHARDS):
             raise LdmError(f'{path} is not a manifest of shards (no known "format"); {fix}')
         version = value.get("version")
         require_version(version, VERSION, path)
@@ -115,20 +154,14 @@ class Manifest:
             raise LdmError(f"{path} has no format version of a manifest ({version!r}); {fix}")
         if format is not None and value["format"] != format:
             raise UsageError(f"{path} describes {value['format']}, but {format} are needed here; give another folder")
-        if not isinstance(value.get("shards"), list):
-            raise LdmError(f'{path}: "shards" is not a list; {fix}')
-        shards = tuple(_entry(item, path, fix) for item in value["shards"])
-        names = [shard.name for shard in shards]
+        contents = parse_json(data, path, _Contents)
+        names = [shard.name for shard in contents["shards"]]
         if len(set(names)) != len(names):
             raise LdmError(f"{path} lists a shard twice; {fix}")
-        if not isinstance(value.get("location"), str | None):
-            raise LdmError(f'{path}: "location" is not a path or URL; {fix}')
-        manifest = cls(value["format"], shards, {k: v for k, v in value.items() if k not in _RESERVED})
+        manifest = cls(value["format"], tuple(contents["shards"]), {k: v for k, v in value.items() if k not in _RESERVED})
         for total in ("samples", "bytes"):
-            if value.get(total) != getattr(manifest, total):
-                raise LdmError(
-                    f'{path}: "{total}" is {value.get(total)!r}, its shards sum to {getattr(manifest, total)}; {fix}'
-                )
+            if contents[total] != getattr(manifest, total):
+                raise LdmError(f'{path}: "{total}" is {contents[total]}, its shards sum to {getattr(manifest, total)}; {fix}')
         return manifest
 
     def cheap_problems(self, folder: str | os.PathLike, unlisted: bool = True) -> Iterator[Problem]:
@@ -159,24 +192,10 @@ def require_finished_pack(folder: Path) -> None:
 
 
 def tar_paths(folder: str | os.PathLike) -> list[Path]:
-    """The folder's ``*.tar`` files by name; hidden ones (temporary files, macOS ``._x``) are not shards."""
-    return sorted(path for path in Path(folder).glob("*.tar") if path.is_file() and not path.name.startswith("."))
+    """The folder's ``*.tar`` by name, whatever they are, except folders and hidden ones (temporary files, macOS ``._x``)."""
+    return sorted(path for path in Path(folder).glob("*.tar") if not path.name.startswith(".") and not path.is_dir())
 
 
 def _fix(format: str | None, folder: str | os.PathLike) -> str:
     where = f"{folder} --out DIR" if "://" in str(folder) else folder
     return _FIXES.get(format or IMAGE_SHARDS, "").format(folder=where)
-
-
-def _entry(item: Any, path: str, fix: str) -> ShardEntry:
-    try:
-        entry = ShardEntry(**item)
-    except TypeError:
-        raise LdmError(f"{path}: a shard needs name, samples, bytes and sha256, not {item!r}; {fix}") from None
-    # A manifest may come from elsewhere: its names must stay inside the folder, its hashes name files of the cache.
-    plain_name = isinstance(entry.name, str) and Path(entry.name).name == entry.name and entry.name.endswith(".tar")
-    counts = all(type(number) is int and number >= 0 for number in (entry.samples, entry.bytes))
-    plain_hash = isinstance(entry.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", entry.sha256)
-    if not (plain_name and counts and plain_hash):
-        raise LdmError(f"{path}: not a shard entry: {item!r}; {fix}")
-    return entry

@@ -18,6 +18,7 @@ from ldm.data.decode import DecodeError
 from ldm.data.manifest import ShardEntry
 from ldm.data.plan import PlannedSample
 from ldm.data.quarantine import MAX_IN_A_ROW, BadSample, too_many_in_a_row
+from ldm.data.shards import KeyDot
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError
 
@@ -69,7 +70,7 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         self.starts = np.cumsum([0] + [entry.samples for source in self.sources for entry in source.manifest.shards])
         self._forget()
 
-    def open_shard(self, path: Path, entry: ShardEntry) -> AnyShard:
+    def open_shard(self, path: Path, entry: ShardEntry, key_dot: KeyDot = "first") -> AnyShard:
         """Open one shard; :class:`LdmError` where that is impossible."""
         raise NotImplementedError
 
@@ -203,6 +204,6 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         if (opened := self._known.pop(shard, None)) is not None:
             opened.reopen(path)
         else:
-            opened = self.open_shard(path, source.manifest.shards[number])
+            opened = self.open_shard(path, source.manifest.shards[number], source.manifest.key_dot)
         self._opened[shard] = opened
         return opened

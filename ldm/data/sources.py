@@ -18,18 +18,19 @@ Credentials are those of the scheme's own library (AWS profile or environment, `
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from ldm.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from ldm.data.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Problem, ShardEntry
 from ldm.data.remote import DEFAULT_TRANSFER, TRANSPORTS, MissingError, ShardCache, Transfer, fetch, redact, transport
 from ldm.errors import LdmError, UsageError
+from ldm.files import read_bytes
 
-MAX_MANIFEST_BYTES = 2**28  # a million shards
+MAX_EXPANDED = 10**6  # names that the braces of a pattern may mean
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _MAGIC = re.compile(r"[*?\[{]")
@@ -80,19 +81,28 @@ class ShardSource:
         return redact(self.locations[number])
 
     def read(self, name: str) -> bytes:
-        """The bytes of a small file beside the manifest. Raises :class:`LdmError` where it is missing."""
+        """The bytes of a small file beside the manifest. Raises :class:`LdmError`, a :class:`MissingError` if it is missing."""
         file = name.join(self.beside.rsplit(MANIFEST_NAME, 1))
+        again = "restore it, or write the shards again"
         try:
             if "://" in file:
                 return fetch(file, MAX_MANIFEST_BYTES, b"".join, self.transfer)
-            return Path(file).read_bytes()
-        except (FileNotFoundError, MissingError):
-            raise LdmError(f"{redact(file)} does not exist; restore it, or write the shards again") from None
+        except MissingError:
+            raise MissingError(f"{redact(file)} does not exist; {again}") from None
+        if not os.path.lexists(file):
+            raise MissingError(f"{file} does not exist; {again}")
+        return read_bytes(file, MAX_MANIFEST_BYTES, again)
+
+    def cheap_problems(self) -> list[Problem]:
+        """What names and sizes of local shards show; nothing of remote ones, which are verified when they are fetched."""
+        if self.cache is not None:
+            return []
+        return [*self.manifest.cheap_problems(Path(self.locations[0]).parent, unlisted=not self.restricted)]
 
     def check_cheap(self) -> None:
-        """Raise :class:`LdmError` unless local shards have their names and sizes; remote ones are verified when fetched."""
-        if self.cache is None:
-            self.manifest.check_cheap(Path(self.locations[0]).parent, unlisted=not self.restricted)
+        """Raise :class:`LdmError` unless local shards have their names and sizes."""
+        for problem in self.cheap_problems():
+            raise LdmError(f"{Path(self.locations[0]).parent}: {problem}")
 
 
 def open_source(
@@ -132,13 +142,6 @@ def remote_files(spec: str) -> tuple[str, list[tuple[str, str]]]:
         raise UsageError(f"{shown} names no tars at a URL; write them with braces: https://HOST/FOLDER/train-{{000..099}}.tar")
     transport(place.folder)
     return redact(place.folder), [(name, place.file(name)) for name in names]
-
-
-def folder_source(folder: str | os.PathLike, manifest: Manifest) -> ShardSource:
-    """A local folder's shards by a manifest that is not written yet."""
-    folder = Path(folder).absolute()
-    locations = tuple(str(folder / entry.name) for entry in manifest.shards)
-    return ShardSource(str(folder), manifest, locations, beside=str(folder / MANIFEST_NAME))
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,11 @@ def _location(folder: str, location: str) -> _Place:
     """Where a local manifest says that its shards are; a path is relative to the manifest's folder."""
     is_url = _SCHEME.match(location) is not None
     shown = f'{folder}/{MANIFEST_NAME}: "location" {redact(location) if is_url else location}'
-    place = _place(location if is_url else os.path.join(folder, location), shown)
+    place = _place(location if is_url else os.path.join(os.path.realpath(folder), location), shown)
     if place.pattern:
         raise UsageError(f"{shown} is a pattern; write the folder of the shards there")
+    if not (is_url or os.path.isdir(place.folder)):
+        raise UsageError(f"{shown} is no folder here ({place.folder}); mount or move the shards there, or correct it")
     return place
 
 
@@ -233,10 +238,17 @@ def _expand(pattern: str, shown: str) -> list[str]:
     """``train-{00..02}.tar`` => its three names."""
     from braceexpand import braceexpand
 
+    many = f"{shown} means more than {MAX_EXPANDED:,} names; write fewer"
+    for first, last in re.findall(r"\{-?(\d+)\.\.-?(\d+)", pattern):  # braceexpand makes each range before the first name
+        if max(len(first), len(last)) > 18 or abs(int(first) - int(last)) > MAX_EXPANDED:
+            raise UsageError(many)
     try:
-        return list(braceexpand(pattern))
+        names = list(islice(braceexpand(pattern), MAX_EXPANDED + 1))
     except ValueError:  # unbalanced braces
         raise UsageError(f"{shown} has a brace without its partner; write e.g. train-{{00000..00009}}.tar") from None
+    if len(names) > MAX_EXPANDED:
+        raise UsageError(many)
+    return names
 
 
 def _fetch_manifest(place: _Place, format: str | None, transfer: Transfer) -> Manifest:
@@ -248,8 +260,4 @@ def _fetch_manifest(place: _Place, format: str | None, transfer: Transfer) -> Ma
         raise UsageError(f"{folder} has no {MANIFEST_NAME}; {fix}") from None
     if len(data) > MAX_MANIFEST_BYTES:
         raise LdmError(f"{folder}/{MANIFEST_NAME} has more than {MAX_MANIFEST_BYTES} bytes; check the address")
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise LdmError(f"{folder}/{MANIFEST_NAME} is not readable JSON ({error}); upload it again") from None
-    return Manifest.parse(value, folder, format)
+    return Manifest.parse(data, folder, format)

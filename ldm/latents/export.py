@@ -244,7 +244,7 @@ def export_latents(
     process, out = Process.from_environment(), Path(out)
     device = process.device() if device is None else torch.device(device)
     source = open_source(shards, IMAGE_SHARDS)
-    if not source.manifest.extra.get("captioned", True):
+    if source.manifest.captioned is False:
         raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
     autoencoder = load_autoencoder(autoencoder_path, device)
     with single_threaded():

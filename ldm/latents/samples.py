@@ -119,7 +119,7 @@ class SourceImages:
         if not 0 <= number < len(self.source.manifest.shards):
             return None
         if number != self._number:  # latents come shard by shard
-            self._reader, self._number = ShardReader(self.source.path(number)), number
+            self._reader, self._number = ShardReader(self.source.path(number), key_dot=self.source.manifest.key_dot), number
             self._rows = {key: row for row, key in enumerate(self._reader.keys)}
         if stored.key not in self._rows:
             return None

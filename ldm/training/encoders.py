@@ -134,7 +134,7 @@ def encoders_of_images(
     """
     require_format(data, IMAGE_SHARDS, "stage two with online", "set online to false, or give the images' shards")
     for source in (*data.train_set.sources, *data.validation_set.sources):
-        if not source.manifest.extra.get("captioned", True):
+        if source.manifest.captioned is False:
             raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
     if data.validation_whole:
         raise UsageError("validation_whole is for stage one; set it to false")

@@ -1,5 +1,7 @@
 """A shard folder is proved against its manifest, and tars from elsewhere are given one."""
 
+import errno
+import os
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load, save
 
-from ldm.data.check import check_folder, index_folder, index_remote
+from ldm.data.check import check_folder, index_elsewhere, index_folder, index_here
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.latent_schema import Chunk, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
@@ -281,15 +283,84 @@ def test_tars_at_a_url_get_a_manifest_that_can_be_trained_on(tmp_path):
     try:
         with pytest.raises(UsageError, match=r"has no manifest.json; .*ldm shards index"):
             open_source(url)
-        manifest, path = index_remote(f"{url}/x-{{00000..00002}}.tar", tmp_path / "index")
+        manifest, path = index_elsewhere(f"{url}/x-{{00000..00002}}.tar", tmp_path / "index")
         assert [entry.samples for entry in manifest.shards] == [4, 4, 2] and manifest.extra["captioned"] == 10
         assert sorted(file.name for file in path.parent.iterdir()) == ["manifest.json"]
         dataset = ImageDataset(open_source(path.parent, cache=ShardCache(tmp_path / "cache")))
         assert [dataset[index]["caption"] for index in range(10)] == [f"number {index}" for index in range(10)]
         with pytest.raises(LdmError, match=r"x-00003.tar cannot be fetched: 404"):
-            index_remote(f"{url}/x-{{00000..00003}}.tar", tmp_path / "more")
+            index_elsewhere(f"{url}/x-{{00000..00003}}.tar", tmp_path / "more")
         assert not (tmp_path / "more").exists()
         with pytest.raises(UsageError, match="names no tars at a URL; write them with braces"):
-            index_remote(f"{url}/*.tar", tmp_path / "more")
+            index_elsewhere(f"{url}/*.tar", tmp_path / "more")
     finally:
         served.shutdown()
+
+
+def test_captions_in_json_alone_are_counted_checked_and_trained_on(tmp_path):
+    fields = [b'{"caption": "one"}', b'{"captions": "two"}', b'{"captions": ["three", "drei"]}', b'{"caption": ""}', b"{"]
+    members = [member for n, json in enumerate(fields) for member in ((f"{n}.png", PNG), (f"{n}.json", json))]
+    write_tar(tmp_path / "a.tar", members)
+    manifest, _ = index_here(tmp_path)
+    assert manifest.extra["captioned"] == 3 and manifest.captioned
+    dataset = ImageDataset(tmp_path)
+    assert [dataset[index]["caption"] for index in range(3)] == ["one", "two", "three"]
+    assert [where for where, _ in found(tmp_path, deep=True)[0]] == ["a.tar: 3", "a.tar: 4"]
+
+
+def test_images_in_no_sample_are_counted_and_named_until_the_keys_are_others(tmp_path):
+    names = ["1", "2", "photo v1.0", "photo v1.1"]
+    members = [member for name in names for member in ((f"{name}.png", PNG), (f"{name}.txt", b"a"))]
+    write_tar(tmp_path / "a.tar", members)
+    manifest, _ = index_here(tmp_path)
+    assert manifest.samples == 2 and manifest.extra["unread_images"] == 2
+    assert manifest.extra["unread_such_as"][0].startswith("a.tar: photo v1.0.png (")
+    ((where, what),), good = found(tmp_path, deep=True)
+    assert where == "a.tar" and what.endswith("photo v1.0.png, photo v1.1.png") and good == [2]
+    manifest, _ = index_here(tmp_path, key_dot="last")
+    assert manifest.samples == 4 and manifest.extra["captioned"] == 4 and "unread_images" not in manifest.extra
+    assert found(tmp_path, deep=True) == ([], [4])
+    assert [ImageDataset(tmp_path)[index]["key"] for index in range(4)] == names
+    write_tar(tmp_path / "a.tar", [("0.input.jpg", PNG), ("0.output.jpg", PNG)])
+    with pytest.raises(LdmError, match=r"holds no image.*0\.input\.jpg, 0\.output\.jpg.*--key-dot last"):
+        index_folder(tmp_path)
+
+
+def test_shards_in_a_folder_that_is_not_written_have_their_manifest_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", [("1.png", PNG), ("1.txt", b"one")])
+    manifest, path = index_elsewhere(str(tmp_path / "tars"), tmp_path / "m")
+    assert manifest.location == "../tars" and path == tmp_path / "m" / "manifest.json"
+    assert [file.name for file in (tmp_path / "tars").iterdir()] == ["a.tar"]
+    assert found(tmp_path / "m", deep=True) == ([], [1]) and ImageDataset(tmp_path / "m")[0]["caption"] == "one"
+    # both moved together, and seen through a link
+    (tmp_path / "all").mkdir()
+    for name in ("tars", "m"):
+        (tmp_path / name).rename(tmp_path / "all" / name)
+    (tmp_path / "link").symlink_to(tmp_path / "all" / "m")
+    assert found(tmp_path / "link", deep=True) == ([], [1])
+    write_tar(tmp_path / "all" / "tars" / "b.tar", [("2.png", PNG)])
+    assert found(tmp_path / "link")[0] == [("b.tar", "is not listed in the manifest")]
+    (tmp_path / "all" / "tars").rename(tmp_path / "gone")
+    with pytest.raises(UsageError, match=r'manifest.json: "location" ../tars is no folder here .*; mount or move the shards'):
+        check_folder(tmp_path / "link")
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(UsageError, match=r"Read-only file system.*: ldm shards index .*gone --out DIR"):
+        index_here(tmp_path / "gone")
+
+
+def test_files_that_are_no_readable_shards_are_named(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"holds no \.tar shard \(it holds a\.tar\.gz\); unpack compressed ones"):
+        index_folder(tmp_path)
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(LdmError, match=r"a\.tar is not a regular file; restore the shard"):
+        index_folder(tmp_path)
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "a.tar").symlink_to("nowhere")
+    with pytest.raises(LdmError, match=r"a\.tar does not exist; restore it"):
+        index_folder(tmp_path)

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -42,10 +43,28 @@ def test_extra_cannot_hide_the_manifests_own_keys():
         ({"version": None}, "no format version"),
         ({"format": "other"}, "not a manifest"),
         ({"samples": 4}, '"samples" is 4'),
-        ({"shards": None}, "not a list"),
-        ({"shards": [{"name": "a.tar"}]}, "needs name, samples, bytes and sha256"),
-        ({"shards": [{"name": "../a.tar", "samples": 5, "bytes": 17, "sha256": ""}]}, "not a shard entry"),
-        ({"shards": [{"name": "a.tar", "samples": -5, "bytes": 17, "sha256": ""}]}, "not a shard entry"),
+        ({"shards": None}, "shards: should be a valid array"),
+        ({"shards": [{"name": "a.tar"}]}, "shards.0.samples: field required"),
+        *(
+            ({"shards": [{"name": "a.tar", "samples": 5, "bytes": 17, "sha256": "0" * 64} | change]}, words)
+            for change, words in [
+                ({"name": "../a.tar"}, "shards.0.name: must be the plain name of a .tar file"),
+                ({"name": "a\0.tar"}, "shards.0.name"),
+                ({"name": "a" * 252 + ".tar"}, "shards.0.name"),
+                ({"name": None}, "shards.0.name"),
+                ({"samples": -5}, "shards.0.samples"),
+                ({"samples": 5.0}, "shards.0.samples"),
+                ({"samples": True}, "shards.0.samples"),
+                ({"samples": 10**15}, "shards.0.samples"),
+                ({"bytes": 2**41}, "shards.0.bytes"),
+                ({"sha256": "../x"}, "shards.0.sha256"),
+                ({"sha256": "0" * 64 + "\n"}, "shards.0.sha256"),
+            ]
+        ),
+        ({"captioned": "yes"}, "captioned"),
+        ({"captioned": float("nan")}, "JSON"),
+        ({"key_dot": "second"}, "key_dot"),
+        ({"location": ["a"]}, "location"),
     ],
 )
 def test_broken_manifest_is_one_line_with_its_name_and_the_fix(folder, change, words):
@@ -56,6 +75,31 @@ def test_broken_manifest_is_one_line_with_its_name_and_the_fix(folder, change, w
     message = str(error.value)
     assert str(path) in message and words in message and "\n" not in message
     assert "ldm shards index" in message or "write it again" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "not readable JSON"),
+        (b"[]", "object"),
+        (b"null", "object"),
+        (b"[" * 100_000, "JSON"),
+        (b'{"a": "\\ud800"}', "JSON"),
+        (b'{"samples": ' + b"9" * 5000 + b"}", "JSON"),
+    ],
+)
+def test_what_is_no_manifest_is_one_line(folder, data, words):
+    (folder / "manifest.json").write_bytes(data)
+    with pytest.raises(LdmError, match=f"manifest.json.*{words}") as error:
+        Manifest.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_is_a_regular_file(folder):
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    with pytest.raises(LdmError, match=r"manifest\.json is a named pipe; restore the manifest"):
+        Manifest.load(folder)
 
 
 def test_a_newer_manifest_is_refused_by_name(folder):

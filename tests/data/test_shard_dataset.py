@@ -26,7 +26,9 @@ def opened(monkeypatch):
     reopen, open_shard = module.ShardSource.path, ImageDataset.open_shard
     monkeypatch.setattr(module.ShardSource, "path", lambda self, number: log["opened"].append(number) or reopen(self, number))
     monkeypatch.setattr(
-        ImageDataset, "open_shard", lambda self, path, entry: log["indexed"].append(entry.name) or open_shard(self, path, entry)
+        ImageDataset,
+        "open_shard",
+        lambda self, path, entry, key_dot: log["indexed"].append(entry.name) or open_shard(self, path, entry, key_dot),
     )
     return log
 

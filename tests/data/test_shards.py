@@ -10,7 +10,7 @@ from PIL import Image
 from ldm.data.check import check_folder
 from ldm.data.decode import DecodeError, decode_image
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
-from ldm.data.shards import ShardReader
+from ldm.data.shards import ShardReader, unread_images
 from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
 from tests.samples import write_tar
@@ -152,10 +152,11 @@ def test_what_is_no_tar_is_damage_and_what_is_not_there_an_error(tmp_path):
         member = tarfile.TarInfo("a.txt")
         member.size = 1000
         tar.addfile(member, io.BytesIO(os.urandom(1000)))
+    os.mkfifo(tmp_path / "p.tar")
     reader = ShardReader(tmp_path / "a.tar")
     assert len(reader) == 0 and reader.damage == "is not an uncompressed tar at byte 0"
-    for name, words in (("b.tar", "does not exist"), ("", "cannot be read")):
-        with pytest.raises(LdmError, match=f"{tmp_path / name} {words}.*; restore it"):
+    for name, words in (("b.tar", "does not exist"), ("", "is not a regular file"), ("p.tar", "is not a regular")):
+        with pytest.raises(LdmError, match=f"{tmp_path / name} {words}.*; restore"):
             ShardReader(tmp_path / name)
 
 
@@ -219,8 +220,40 @@ def test_a_closed_reader_opens_again_at_another_place_and_knows_its_shard(folder
 def test_a_shard_that_shrinks_while_it_is_open_is_named(folder):
     reader = ShardReader(folder / "x-00000.tar")
     os.truncate(folder / "x-00000.tar", 600)
-    with pytest.raises(LdmError, match=r"x-00000.tar became shorter while it was read; restore it"):
+    with pytest.raises(LdmError, match=r"x-00000.tar was overwritten or cut while it was open; restore it"):
         reader[2]
+
+
+def test_a_shard_that_is_written_while_it_is_open_or_closed_is_never_read_by_the_old_places(folder):
+    path = folder / "x-00000.tar"
+    reader, whole = ShardReader(path), list(ShardReader(path))
+    os.utime(path)  # a copy or a cache may touch it: its members are where they were
+    assert list(reader) == whole
+    other = (folder / "x-00001.tar").read_bytes()
+    with open(path, "r+b") as file:
+        file.write(other)
+    with pytest.raises(LdmError, match=r"x-00000.tar was overwritten"):
+        reader[0]
+    reader.close()
+    reader.reopen(path)
+    assert reader.keys == ("0003", "0004", "0005") and reader[0] == ShardReader(folder / "x-00001.tar")[0]
+
+
+def test_by_the_last_dot_names_with_dots_are_samples_and_by_the_first_they_are_named(tmp_path):
+    names = ["1.jpg", "photo v1.0.jpg", "0.input.jpg", "0.output.JPG", "d.e/2.txt", ".3.png", "._1.jpg", "4.bmp", "__m__/6.jpg"]
+    png = encode_png(Image.new("RGB", (4, 4)))
+    write_tar(tmp_path / "a.tar", [*((name, b"") for name in names), ("5", png)])
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("7.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "1.jpg"
+        tar.addfile(link)
+    assert ShardReader(tmp_path / "a.tar").keys == ("1", "d.e/2")
+    assert ShardReader(tmp_path / "a.tar", key_dot="last").keys == ("1", "photo v1.0", "0.input", "0.output", "d.e/2")
+    dots, hidden, other, link = unread_images(tmp_path / "a.tar", "first")
+    assert dots.names == ("photo v1.0.jpg", "0.input.jpg", "0.output.JPG") and "--key-dot last" in dots.fix
+    rest = [(".3.png",), ("4.bmp", "5"), ("7.png",)]
+    assert [hidden.names, other.names, link.names] == rest
+    assert [unread.names for unread in unread_images(tmp_path / "a.tar", "last")] == rest
 
 
 def test_readers_leave_no_file_open(folder):
@@ -234,6 +267,6 @@ def test_readers_leave_no_file_open(folder):
         copy = pickle.loads(pickle.dumps(reader))
         reader.reopen(folder / "x-00001.tar")
         del copy
-        assert reader[0].key == "0000" and open_files() == before + 1  # the copy had a file of its own
+        assert reader[0].key == "0003" and open_files() == before + 1  # the copy had a file of its own
         del reader
     assert open_files() == before
