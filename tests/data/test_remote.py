@@ -268,7 +268,7 @@ def test_a_manifest_is_fetched_as_patiently_and_checked(server, cache):
     assert all(place.startswith(server.url) for place in open_source(server.url, transfer=QUICK).locations)
     value["shards"][0]["sha256"] = "../../" + "0" * 58
     server.files["manifest.json"] = json.dumps(value).encode()
-    with pytest.raises(LdmError, match="shards.0.sha256"):
+    with pytest.raises(LdmError, match=r"shards\.0\.sha256"):
         open_source(server.url, transfer=QUICK)
 
 
