@@ -173,13 +173,6 @@ class ShardReader:
         about = os.fstat(self._descriptor)
         return about.st_ino, about.st_size, about.st_mtime_ns
 
-    def stamp(self) -> tuple[int, int, int]:
-        """Inode, size in bytes and time of modification of the open file: others where it was replaced or overwritten."""
-        if self._descriptor is None:
-            raise ValueError(f"{self.path} is closed")
-        stat = os.fstat(self._descriptor)
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
     def close(self) -> None:
         """Close the file; the index is kept."""
         if self._descriptor is not None:
