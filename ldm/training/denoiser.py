@@ -31,7 +31,7 @@ from ldm.errors import UsageError
 from ldm.losses.auxiliary import AuxiliaryLoss, names_of
 from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.training.base import TrainingModule, require_weights
+from ldm.training.base import TrainingModule
 from ldm.training.ema import PowerAverages
 from ldm.training.encoders import FrozenEncoders, Statistics, encoders_of_images, encoders_of_latents
 from ldm.training.fsdp import full_tensor
@@ -169,6 +169,7 @@ class DenoiserTraining(TrainingModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
         optimiser, schedule = self.optimiser.build(self.trained(), self.trainer.max_steps, blocks, self.compute_dtype)
+        self.keep_settings([optimiser])
         return [optimiser], [schedule]
 
     # -- setup -------------------------------------------------------------------------------------------------------
@@ -220,11 +221,6 @@ class DenoiserTraining(TrainingModule):
             checkpoint["latent_statistics"] = [list(values) for values in self.encoders.statistics]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" in checkpoint:  # from a sharded checkpoint the weights are loaded already
-            prefix = "denoiser."
-            saved = checkpoint["state_dict"].items()
-            weights = {name.removeprefix(prefix): weight for name, weight in saved if name.startswith(prefix)}
-            require_weights(self.denoiser, weights, "the checkpoint")
         super().on_load_checkpoint(checkpoint)
         self.num_images_seen = checkpoint["num_images_seen"]
         if self.online:
