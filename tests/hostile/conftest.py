@@ -22,6 +22,8 @@ from .mutations import Damage
 
 SECONDS = 60  # a command that takes longer hangs; each takes about one
 GIGABYTES = 4
+# of an export and of generated images, with which the same command goes on
+RESUMABLE = {".export", "run.json"}
 
 
 class Hang(BaseException):
@@ -61,6 +63,7 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     def copy(*names: str) -> Path:
         folder = tmp_path / "here"
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         for name in names:
             shutil.copytree(world / name, folder / name, symlinks=True)
         monkeypatch.chdir(folder)
@@ -130,8 +133,9 @@ def faults_of(arguments: list[str], capsys: pytest.CaptureFixture[str], out: Pat
         faults.append("a line is forged")
     if said and max(map(len, said)) > 2000:
         faults.append(f"a line of {max(map(len, said))} characters")
-    if ended.code and out is not None and out.exists():
-        faults.append(f"left {[path.name for path in out.iterdir()]}")
+    left = {path.name for path in out.iterdir()} if ended.code and out is not None and out.exists() else set()
+    if left - RESUMABLE:
+        faults.append(f"left {sorted(left)}")
     faults += [f"left {path}" for path in Path.cwd().rglob("*.tmp")]
     return faults
 

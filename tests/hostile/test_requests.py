@@ -95,8 +95,6 @@ def test_numbers_that_nobody_means(command: str, here: Callable[..., Path], caps
     for flag in FLAGS[command]:
         for value in chance.sample(NUMBERS, 4):
             folder = here(*PARTS[command])
-            folder.mkdir(exist_ok=True)
-            os.chdir(folder)
             if command == "pack":
                 photos(folder)
             faults = faults_of([*OPTIONS[command], f"{flag}={value}"], capsys, folder / "new")
@@ -114,8 +112,6 @@ def test_names_that_nobody_means(command: str, here: Callable[..., Path], capsys
             if word in ("new", "pipeline", "photos", "shards", "autoencoder")
         ]:
             folder = here(*PARTS[command])
-            folder.mkdir(exist_ok=True)
-            os.chdir(folder)
             if command == "pack":
                 photos(folder)
             arguments = [*OPTIONS[command][:place], name, *OPTIONS[command][place + 1 :]]
@@ -205,8 +201,6 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_tables(name: str, here: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = here()
-    folder.mkdir()
-    os.chdir(folder)
     photos(folder)
     (folder / "photos" / name).write_text(TABLES[name])
     assert faults_of(["shards", "pack", f"photos/{name}", "new", "--size", "32"], capsys) == []
@@ -214,8 +208,6 @@ def test_tables(name: str, here: Callable[..., Path], capsys: pytest.CaptureFixt
 
 def test_files_in_a_folder_that_is_packed(here: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = here()
-    folder.mkdir()
-    os.chdir(folder)
     photos(folder)
     os.mkfifo(folder / "photos/pipe.png")
     (folder / "photos/zero.png").symlink_to("/dev/zero")
