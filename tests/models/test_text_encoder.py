@@ -154,7 +154,7 @@ def test_half_precision_weights_alone_are_used_in_full_precision(tmp_path, shard
     save(tmp_path, bert(0).half())
     expected = TextEncoder.load(str(tmp_path)).model.float()
     (tmp_path / "model.safetensors").unlink()
-    bert(0).half().save_pretrained(tmp_path, variant="fp16", **({"max_shard_size": "4KB"} if sharded else {}))
+    bert(0).half().save_pretrained(tmp_path, variant="fp16", max_shard_size="4KB" if sharded else "1GB")
     assert not (tmp_path / "model.safetensors").exists()
     model = TextEncoder.load(str(tmp_path)).model
     assert model.dtype == torch.float32 and "variant fp16 alone" in caplog.text
