@@ -12,7 +12,7 @@ from ldm import __version__
 from ldm.cli import animation, doctor, evaluate, invert, latents, report, sample, serve, shards, training
 from ldm.cli.parser import Commands, Parser, add_command
 from ldm.errors import LdmError, UsageError, first_line, is_out_of_memory
-from ldm.terminal import say
+from ldm.terminal import escape_logs, say
 
 EXAMPLE = """example:
   ldm quickstart --out quickstart          train on built-in images for ten minutes, with a report
@@ -90,6 +90,7 @@ def load_libraries() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point. Exit codes: 0, 1 (failed), 2 (invalid usage), 130 (interrupted)."""
+    escape_logs()
     try:
         dispatch(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
