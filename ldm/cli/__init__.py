@@ -22,6 +22,7 @@ EXAMPLE = """example:
   ldm denoiser fit --config configs/emoji/denoiser.yaml --out runs/denoiser
   ldm sample runs/denoiser/pipeline "red heart" --out images
 """
+LONGEST_LINE = 1000  # of an error, in characters
 # these start quickly because they do not import torch; doctor checks whether torch can be imported at all
 WITHOUT_NETWORKS = ("shards", "report", "doctor")
 
@@ -102,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line, code = explain(error)
         if line is None or (code != 130 and os.environ.get("LDM_DEBUG")):
             raise
+        if len(line) > LONGEST_LINE:  # it quotes what was given
+            line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
         say(f"ldm: {line}", sys.stderr)
         raise SystemExit(code) from None
 
