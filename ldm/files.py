@@ -293,12 +293,19 @@ def sha256_folder(path: str | os.PathLike, suffixes: tuple[str, ...] = (".json",
     return digest.hexdigest()
 
 
-def require_new_folder(path: str | os.PathLike, what: str) -> Path:
-    """``path``, or what it links to, if it is absent or an empty folder and can be made, else raise :class:`UsageError`."""
+def require_new_folder(path: str | os.PathLike, what: str, in_place: bool = False) -> Path:
+    """``path``, or what it links to, if it is absent or an empty folder and can be made, else raise :class:`UsageError`.
+
+    Args:
+        in_place: files will be written into it one by one, so that it may be a mount point or the current folder.
+    """
     path = _followed(path)
     if os.path.exists(path):  # unlike Path.exists it never raises
         if not path.is_dir() or any(entry.name != LOCK_NAME for entry in os.scandir(path)):
             raise UsageError(f"{path} already holds other work; give a new folder for {what}, or remove that one first")
+        if in_place:
+            _require_possible(path / "new")
+            return path
         if path.is_mount() or path.samefile("."):
             place = "a mount point" if path.is_mount() else "the current folder"
             raise UsageError(f"{path} is {place}, which cannot be replaced; give a new folder inside it for {what}")

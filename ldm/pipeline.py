@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, Sch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import Diffusion, Scheduler, check_scheduler, diffusion_config, diffusion_from, diffusion_of
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import read_bytes, read_json, require_version
-from ldm.images import MAX_IMAGE_BYTES, DecodeError, open_image
+from ldm.images import MAX_IMAGE_BYTES, DecodeError
 from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
 from ldm.models.autoencoder import (
     LatentNormalizer,
@@ -42,6 +42,7 @@ FORMAT_VERSION = 1  # of model_index.json
 # (pipeline, step, timestep, tensors) -> those of them that are replaced
 Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+GIVE_AN_IMAGE = "give a JPEG, PNG or WebP image"
 STRENGTH = 0.6  # keeps what an image shows, and leaves colours and details to the prompt
 # names that the DiT's config once had; diffusers would ignore them and build a network of another size
 RENAMED = {"text_width": "caption_channels", "num_heads": "num_attention_heads"}
@@ -400,25 +401,25 @@ def require_prompt(prompt: str) -> None:
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """An image file to start from, as :func:`transparent_image` gives it. Raises UsageError, naming the file, for any other."""
-    fix = "give a JPEG, PNG or WebP image"
+    """An image file to start from: RGB, or RGBA where it has transparency; upright, in sRGB. Raises UsageError, naming the
+    file, for any other."""
+    return image_of(read_input(path), path)
+
+
+def read_input(path: str | os.PathLike) -> bytes:
+    """The bytes of an image file that a user gives. Raises UsageError, naming it, where it cannot be read or is too large."""
     try:
-        return transparent_image(read_bytes(path, MAX_IMAGE_BYTES, fix))
-    except DecodeError as error:
-        raise UsageError(f"{path}: {error}; {fix}") from None
+        return read_bytes(path, MAX_IMAGE_BYTES, GIVE_AN_IMAGE)
     except LdmError as error:
         raise UsageError(str(error)) from None
 
 
-def transparent_image(data: bytes) -> Image.Image:
-    """The bytes of an image as RGB over white, or RGBA where it has transparency; upright, in sRGB. Raises DecodeError."""
-    image = decode_image(data)
-    with open_image(data) as file:
-        if file.has_transparency_data:
-            alpha = ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")
-            if alpha.getextrema() != (255, 255):
-                image.putalpha(alpha)
-    return image
+def image_of(data: bytes, name: str | os.PathLike, background: tuple[int, int, int] | None = None) -> Image.Image:
+    """The image of a file called ``name``, as :func:`read_image` gives it; RGB over ``background`` where that is given."""
+    try:
+        return decode_image(data, background)
+    except DecodeError as error:
+        raise UsageError(f"{name}: {error}; {GIVE_AN_IMAGE}") from None
 
 
 def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:

@@ -1,5 +1,6 @@
 """Images from images, and the pipeline in the hands of one who knows diffusers."""
 
+import json
 from copy import deepcopy
 from typing import Any
 
@@ -23,6 +24,7 @@ from ldm.cli import dispatch
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import Preconditioned, V, Velocity
 from ldm.errors import UsageError
+from ldm.files import sha256_file
 from ldm.models.autoencoder import reconstruct
 from ldm.models.image_processor import PreparedImages, feathered, filled
 from ldm.models.text_encoder import TextEncoder
@@ -402,6 +404,13 @@ def test_the_command_writes_noise_reconstruction_and_images(pipeline, tmp_path, 
     names = {"noise.safetensors", "reconstruction.png", "redrawn.png", "edit-1.png", "edit-2.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert Image.open(tmp_path / "out" / "edit-2.png").size == (18, 13)
+    for path in (tmp_path / "out").glob("*.png"):
+        info = Image.open(path).info
+        assert "trainedAlgorithmicMedia" in info["XML:com.adobe.xmp"] and str(tmp_path) not in info["ldm"]
+        (stored,) = json.loads(info["ldm"])["settings"]
+        assert stored["image"] == f"sha256:{sha256_file(tmp_path / 'given.png')}" and stored["steps"] == 5
+        edits = {"edit-1.png": "a ring", "edit-2.png": "a blue star"}
+        assert stored["prompt"] == edits.get(path.name, PROMPT)
     printed = capsys.readouterr().out
     assert "redrawn.png: " in printed and " dB from the reconstruction" in printed
     with pytest.raises(UsageError, match="already holds other work"):

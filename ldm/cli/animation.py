@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ldm.cli.parser import Commands, Parser, add_command
 from ldm.errors import UsageError
 from ldm.progress import Progress
+from ldm.terminal import printable, say
 
 if TYPE_CHECKING:
     from ldm.inference.settings import GenerationSettings
@@ -68,22 +69,24 @@ def add_settings(command: Parser) -> None:
 def run_interpolate(options: argparse.Namespace) -> None:
     from ldm.files import atomic_folder, require_new_folder
     from ldm.inference.animation import even_steps, generate_frames, key_settings, require_rate, require_video, write_animation
-    from ldm.inference.generate import open_pipeline
+    from ldm.inference.generate import open_pipeline, scheduler_for
+    from ldm.inference.metadata import provenance_of
 
     if options.batch_size < 1:
         raise UsageError(f"--batch-size is {options.batch_size}; give 1 or more")
     keys = key_settings(settings_of(options, options.prompts[0], options.seeds[0]), options.prompts, options.seeds)
-    even_steps(len(keys), options.frames, options.loop)
+    frames = even_steps(len(keys), options.frames, options.loop)
     require_rate(options.fps, gif=options.gif)
     if options.mp4:
         require_video()
     out = require_new_folder(options.out, "the frames")
     pipeline = open_pipeline(options.model, options.device)
-    frames = generate_frames(pipeline, keys, options.frames, options.loop, options.batch_size)
+    images = generate_frames(pipeline, keys, options.frames, options.loop, options.batch_size)
+    provenance = provenance_of(pipeline, options.model).of_scheduler(scheduler_for(pipeline, keys[0]))
     formats = ["gif"] * options.gif + ["mp4"] * options.mp4
     with atomic_folder(out) as folder, Progress("generating", options.frames) as progress:
-        films = write_animation(folder, frames, formats, options.fps, progress.update)
-    print(f"{', '.join([f'{options.frames} frames', *films])}: {out}")
+        films = write_animation(folder, images, keys, frames, provenance, formats, options.fps, progress.update)
+    say(f"{', '.join([f'{options.frames} frames', *films])}: {printable(out)}")
 
 
 def run_attention(options: argparse.Namespace) -> None:
@@ -100,10 +103,13 @@ def run_attention(options: argparse.Namespace) -> None:
     pipeline = open_pipeline(options.model, options.device)
     with atomic_folder(out) as folder:
         image, maps = generate_with_attention(pipeline, settings, (low, high))
-        save_png(image, folder / "image.png", settings, provenance_of(pipeline, options.model))
-        attention_grid(image, options.prompt, maps).save(folder / "attention.png")
+        provenance = provenance_of(pipeline, options.model)
+        save_png(image, folder / "image.png", settings, provenance)
+        save_png(
+            attention_grid(image, options.prompt, maps), folder / "attention.png", [settings], provenance, times=[low, high]
+        )
         save_maps(folder / "attention.npz", maps)
-    print(f"image.png, attention.png of {len(maps.words)} words, attention.npz: {out}")
+    say(f"image.png, attention.png of {len(maps.words)} words, attention.npz: {printable(out)}")
 
 
 def settings_of(options: argparse.Namespace, prompt: str, seed: int) -> GenerationSettings:

@@ -6,6 +6,7 @@ import argparse
 
 from ldm.cli.parser import Commands, add_command
 from ldm.progress import Progress
+from ldm.terminal import printable, say
 
 
 def add(commands: Commands) -> None:
@@ -33,19 +34,21 @@ def add(commands: Commands) -> None:
 
 def run_invert(options: argparse.Namespace) -> None:
     from ldm.files import atomic_folder, require_new_folder
+    from ldm.inference.inputs import reference
     from ldm.inference.inversion import write_inversion
-    from ldm.pipeline import load_pipeline, read_image
+    from ldm.pipeline import image_of, load_pipeline, read_input
 
     out = require_new_folder(options.out, "the noise and the images")
-    image = read_image(options.image).convert("RGB")
+    data = read_input(options.image)
+    image = image_of(data, options.image, background=(255, 255, 255))
     pipeline = load_pipeline(options.model)
     pipeline.set_progress_bar_config(disable=True)
     for prompt in options.edit:
         pipeline.check_prompt(prompt)
-    settings = (options.steps, options.guidance, options.height, options.width)
+    settings = (options.model, reference(data), options.steps, options.guidance, options.height, options.width)
     # the folder first: an output that cannot be written fails before the work
     with atomic_folder(out) as folder, Progress("inverting", 3 + len(options.edit)) as progress:
         found = write_inversion(pipeline, image, options.prompt, options.edit, folder, *settings, progress.update)
-    print(f"reconstruction.png: {found.autoencoder_psnr:.1f} dB from the image, by the autoencoder alone")
-    print(f"redrawn.png: {found.sampling_psnr:.1f} dB from the reconstruction, from noise in {options.steps} steps")
-    print(f"noise of standard deviation {found.noise_std:.2f}, {len(options.edit)} edited images: {out}")
+    say(f"reconstruction.png: {found.autoencoder_psnr:.1f} dB from the image, by the autoencoder alone")
+    say(f"redrawn.png: {found.sampling_psnr:.1f} dB from the reconstruction, from noise in {options.steps} steps")
+    say(f"noise of standard deviation {found.noise_std:.2f}, {len(options.edit)} edited images: {printable(out)}")

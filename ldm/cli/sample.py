@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.parser import Commands, add_command
 from ldm.errors import LdmError, UsageError
+from ldm.terminal import printable, say
 
 if TYPE_CHECKING:
     from ldm.inference.prompts import Check
@@ -34,9 +35,10 @@ def add(commands: Commands) -> None:
     sample.add_argument(
         "--from-image",
         metavar="PNG",
-        help="repeat an image of ldm sample; options override its settings",
+        help="repeat an image of ldm sample; options override its settings, and give the files it was made from",
     )
     sample.add_argument("--out", required=True, help="folder for the images, their grid and index.html")
+    sample.add_argument("--copy-inputs", action="store_true", help="copy --image and --mask to OUT/inputs, for --from-image")
     sample.add_argument("--keep-going", action="store_true", help="generate the rest of a prompt file with broken lines")
     sample.add_argument("--strict", action="store_true", help="refuse long prompts and another model's image, not only warn")
 
@@ -73,20 +75,44 @@ def add(commands: Commands) -> None:
     machine.add_argument("--compile", action="store_true", help="compile the denoiser: minutes at first, then faster")
     machine.add_argument("--tiled", action="store_true", help="decode images larger than the model's in tiles, to save memory")
     machine.add_argument("--preview-every", type=int, default=0, metavar="N", help="write preview.png every N steps")
+    machine.add_argument(
+        "--max-images", type=int, default=100_000, metavar="N", help="refuse more images in all (default: 100000)"
+    )
+    machine.add_argument(
+        "--max-steps",
+        type=int,
+        default=1_000,
+        metavar="N",
+        help="refuse more steps, in a prompt file or an image (default: 1000)",
+    )
     machine.add_argument("--no-metadata", action="store_true", help="PNGs of pixels alone, without settings and provenance")
 
 
 def run_sample(options: argparse.Namespace) -> None:
-    from ldm.inference.generate import ImageGenerator, open_pipeline
-    from ldm.inference.metadata import provenance_of, read_png
-    from ldm.inference.output_folder import OutputFolder, generate_missing
+    from ldm.inference.output_folder import require_images_folder
+    from ldm.locks import hold_folder
 
     for name, least in (("count", 1), ("batch_size", 1), ("preview_every", 0)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give {least} or more")
     if sum(map(bool, (options.given_prompts, options.prompts, options.from_image))) != 1:
         raise UsageError("give one of: prompts, --prompts FILE, --from-image PNG; see ldm sample --help")
-    made_by = read_png(options.from_image)[1] if options.from_image else None
+    require_images_folder(options.out)
+    with hold_folder(options.out, f"generating images into {options.out}"):
+        sample_into_folder(options)
+
+
+def sample_into_folder(options: argparse.Namespace) -> None:
+    from ldm.inference.generate import ImageGenerator, batch_key, open_pipeline
+    from ldm.inference.inputs import Inputs
+    from ldm.inference.metadata import provenance_of, read_png
+    from ldm.inference.output_folder import OutputFolder, generate_missing
+
+    inputs, made_by = Inputs(), None
+    given = given_settings(options)
+    if options.from_image:
+        stored, made_by = read_png(options.from_image)
+        given = stored.to_json() | given | inputs.restore(options.from_image, stored, given)
     dtype = options.dtype or {"bfloat16": "bf16", "float16": "fp16"}.get(made_by.dtype if made_by else "", "fp32")
     tiled = options.tiled or (made_by is not None and made_by.tiled)
     pipeline = open_pipeline(options.model, options.device, dtype, options.compile, tiled)
@@ -97,49 +123,59 @@ def run_sample(options: argparse.Namespace) -> None:
             raise UsageError(mismatch)
         if mismatch:
             warn(mismatch)
-    generator = ImageGenerator(pipeline, options.strict, warn)
-    settings = plan(options, generator.check)
+    generator = ImageGenerator(pipeline, options.strict, warn, inputs)
+    settings = plan(options, given, generator.check)
     broken = [error for error in settings if isinstance(error, UsageError)]
     for error in broken:
         if not options.keep_going:
             raise error
-        print(f"ldm: {error}", file=sys.stderr)
+        say(f"ldm: {printable(error)}", sys.stderr)
     # a broken line keeps its number, so that the others keep theirs when it is fixed
-    planned = {number: one for number, one in enumerate(settings) if not isinstance(one, UsageError)}
+    planned = {number: inputs.named(one) for number, one in enumerate(settings) if not isinstance(one, UsageError)}
     if planned:
-        folder = OutputFolder(options.out, planned, provenance)
+        folder, metadata = OutputFolder(options.out, planned, provenance), not options.no_metadata
         missing = len(folder.missing())
+        if options.copy_inputs:
+            for one in {batch_key(one) for one in planned.values()}:
+                inputs.copy(folder.path, one)
         try:
-            generate_missing(generator, folder, options.batch_size, options.preview_every, not options.no_metadata)
+            generate_missing(generator, folder, options.batch_size, options.preview_every, metadata)
         except KeyboardInterrupt:
             done = missing - len(folder.missing())
-            print(f"ldm: {done} of {missing} images are generated; the same command generates the rest", file=sys.stderr)
+            say(f"ldm: {done} of {missing} images are generated; the same command generates the rest", sys.stderr)
             raise
-        shown = folder.finish(options.count if options.count > 1 else None)
+        shown = folder.finish(options.count if options.count > 1 else None, metadata)
         existing = f" ({len(planned) - missing} existed)" if missing < len(planned) else ""
         grid = "grid.png" if shown == len(planned) else f"grid.png of the first {shown}"
-        print(f"{len(planned)} images{existing}, {grid} and index.html: {options.out}")
+        say(f"{len(planned)} images{existing}, {grid} and index.html: {printable(options.out)}")
     if broken:
         raise LdmError(f"{len(broken)} lines of {options.prompts} are broken and were skipped; fix them and run it again")
 
 
-def plan(options: argparse.Namespace, check: Check) -> Sequence[GenerationSettings | UsageError]:
-    """Every image of the run; a broken line of a prompt file as its error."""
-    from ldm.inference.metadata import read_png
-    from ldm.inference.prompts import parse_size, plan_prompts, read_prompts, repeated
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the options give, by their names."""
+    from ldm.inference.prompts import parse_size
     from ldm.inference.settings import GenerationSettings
 
     names = [field.name for field in fields(GenerationSettings)]
-    given: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     if options.size is not None:
         given["width"], given["height"] = parse_size(options.size)
+    return given
+
+
+def plan(options: argparse.Namespace, given: dict[str, Any], check: Check) -> Sequence[GenerationSettings | UsageError]:
+    """Every image of the run; a broken line of a prompt file as its error."""
+    from ldm.inference.prompts import Limits, plan_prompts, read_prompts, repeated
+
+    # steps that are an option are meant
+    limits = Limits(options.max_images, max(options.max_steps, options.steps or 0))
     if options.prompts:
-        return read_prompts(options.prompts, given, options.count, check)
+        return read_prompts(options.prompts, given, options.count, check, limits)
     if options.from_image:
-        stored = read_png(options.from_image)[0].to_json()
-        return repeated(stored | given, options.count, options.from_image, check)
-    return plan_prompts(options.given_prompts, given, options.count, check)
+        return repeated(given, options.count, options.from_image, check, limits)
+    return plan_prompts(options.given_prompts, given, options.count, check, limits)
 
 
 def warn(message: str) -> None:
-    print(f"ldm: warning: {message}", file=sys.stderr)
+    say(f"ldm: warning: {printable(message)}", sys.stderr)

@@ -52,11 +52,12 @@ def is_image(name: str, start: bytes = b"") -> bool:
     return extension in IMAGE_EXTENSIONS or bool(_OTHER_IMAGES.fullmatch(extension) or _IMAGE_STARTS.match(start))
 
 
-def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def decode_image(data: bytes, background: tuple[int, int, int] | None = (255, 255, 255)) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to an 8-bit RGB image in sRGB, (H, W, 3) as an array, values 0..255.
 
     The EXIF orientation is applied, colours are converted as an embedded ICC profile says, transparency (alpha, or the
-    transparent colour of a PNG) is composited on ``background``, 16-bit grey is scaled to 8 bits. Raises
+    transparent colour of a PNG) is composited on ``background``, or kept as RGBA where that is None, 16-bit grey is scaled to
+    8 bits. Raises
     :class:`DecodeError` for other formats, broken files, animations and more than ``MAX_PIXELS`` pixels.
     """
     with _opened(data) as image:
@@ -243,7 +244,7 @@ def _alpha_of_colour(image: Image.Image, data: bytes) -> Image.Image | None:
     return Image.fromarray(np.where(clear, np.uint8(0), np.uint8(255)))
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int], alpha: Image.Image | None = None) -> Image.Image:
+def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None, alpha: Image.Image | None = None) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255.
@@ -261,4 +262,6 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int], alpha: Image.I
             rgb = to_srgb(rgba.convert(colours), profile)
             rgb.putalpha(rgba.getchannel("A"))
             rgba = rgb
+    if background is None:
+        return rgba.convert("RGB") if rgba.getchannel("A").getextrema() == (255, 255) else rgba
     return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")

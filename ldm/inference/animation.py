@@ -9,6 +9,8 @@ between two prompts. Between two seeds the noise is interpolated spherically (Sh
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -29,13 +31,19 @@ from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import adds_noise, make_scheduler, samplers_for
 from ldm.errors import UsageError
 from ldm.files import atomic_file
+from ldm.images import open_image
 from ldm.inference.generate import scheduler_for
+from ldm.inference.metadata import Provenance, save_png, xmp_packet
 from ldm.inference.settings import GenerationSettings
 
 if TYPE_CHECKING:
+    from av.container import OutputContainer
+
     from ldm.pipeline import LatentDiffusionPipeline
 
+XMP_BOX = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")  # the id of an MP4's box with XMP (XMP specification, part 3)
 LEAST_SIDE = 320  # smaller images are enlarged for GIF and MP4: programs show them small, or blurred
+MAX_FRAMES = 100_000
 MOST_GIF_FPS = 50  # browsers show frames of less than 2/100 s for 10/100 s
 
 
@@ -53,6 +61,8 @@ def even_steps(keys: int, count: int, loop: bool = False) -> list[Frame]:
     With ``loop`` they lead on from the last key back to the first, and end one step before it. Raises UsageError for fewer than
     two keys, or fewer frames than keys.
     """
+    if count > MAX_FRAMES:
+        raise UsageError(f"{count} frames are more than {MAX_FRAMES}; give fewer")
     if keys < 2:
         raise UsageError("there is nothing between one image and itself; give two prompts or two seeds")
     if count < keys:
@@ -190,6 +200,13 @@ def generate_frames(
     return generated()
 
 
+def frame_settings(keys: Sequence[GenerationSettings], frame: Frame) -> GenerationSettings | list[GenerationSettings]:
+    """The settings of a frame: at a key its own, between two keys those of both."""
+    if frame.amount in (0, 1):
+        return keys[frame.second if frame.amount else frame.first]
+    return [keys[frame.first], keys[frame.second]]
+
+
 def require_rate(fps: float, gif: bool) -> None:
     """Raise UsageError for frames per second that cannot be shown."""
     if not 0.1 <= fps <= 240:
@@ -200,14 +217,18 @@ def require_rate(fps: float, gif: bool) -> None:
 
 def write_animation(
     folder: Path,
-    frames: Iterable[Image.Image],
+    images: Iterable[Image.Image],
+    keys: Sequence[GenerationSettings],
+    frames: Sequence[Frame],
+    provenance: Provenance,
     formats: Sequence[str],
     fps: float,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Write frames as ``0000.png`` and so on, then ``interpolation.gif`` and ``interpolation.mp4``.
+    """Write frames as ``0000.png`` and so on, then ``interpolation.gif`` and ``interpolation.mp4``, all marked as generated.
 
     Args:
+        images: as :func:`generate_frames` gives them for ``keys``, one for each of ``frames``.
         formats: ``gif``, ``mp4``, both or none.
         on_frame: called with the number of frames written so far.
 
@@ -215,19 +236,26 @@ def write_animation(
         The names of the GIF and the MP4, where they are asked for.
     """
     paths = []
-    for number, image in enumerate(frames):
+    for number, (image, frame) in enumerate(zip(images, frames, strict=True)):
         paths.append(folder / f"{number:04d}.png")
-        image.save(paths[-1])
+        save_png(image, paths[-1], frame_settings(keys, frame), provenance, amount=frame.amount)
         if on_frame is not None:
             on_frame(len(paths))
     for name in formats:
         # read back one by one, so that a thousand frames take no more memory than one
-        (write_gif if name == "gif" else write_mp4)(folder / f"interpolation.{name}", map(Image.open, paths), fps)
+        write = write_gif if name == "gif" else write_mp4
+        write(folder / f"interpolation.{name}", map(_read_frame, paths), fps, xmp_packet(keys[0], provenance))
     return [f"interpolation.{name}" for name in formats]
 
 
-def write_gif(path: Path, images: Iterable[Image.Image], fps: float) -> None:
-    """A GIF that repeats, written image by image, each with its own palette.
+def _read_frame(path: Path) -> Image.Image:
+    with open_image(path, formats=("PNG",)) as image:
+        image.load()
+        return image
+
+
+def write_gif(path: Path, images: Iterable[Image.Image], fps: float, xmp: str = "") -> None:
+    """A GIF that repeats, written image by image, each with its own palette, and with an XMP packet.
 
     Durations are whole hundredths of a second, rounded so that their sum is right.
     """
@@ -238,6 +266,9 @@ def write_gif(path: Path, images: Iterable[Image.Image], fps: float) -> None:
             if number == 0:
                 # Pillow's own save holds all frames in memory
                 file.writelines(getheader(indexed.copy(), info={"loop": 0})[0])
+                if xmp:
+                    # the bytes after the packet end it for readers that take it for sub-blocks
+                    file.write(b"!\xff\x0bXMP DataXMP" + xmp.encode() + b"\x01" + bytes(range(255, -1, -1)) + b"\x00")
             hundredths = round((number + 1) * 100 / fps) - round(number * 100 / fps)
             file.writelines(getdata(indexed, duration=10 * hundredths, include_color_table=True))
         file.write(b";")
@@ -249,33 +280,45 @@ def require_video() -> None:
         raise UsageError("an MP4 needs the package av: pip install 'ldm[video]'; or write no MP4")
 
 
-def write_mp4(path: Path, images: Iterable[Image.Image], fps: float) -> None:
-    """H.264 in yuv420p, which is widely supported. Its sides are even, so the last row or column of odd ones is repeated.
+def write_mp4(path: Path, images: Iterable[Image.Image], fps: float, xmp: str = "") -> None:
+    """H.264 in yuv420p, which is widely supported. Its sides are even, so the last row or column of odd ones is repeated. An
+    XMP packet is in a box of its own at the end.
 
     The colours are BT.709 and marked so: without a mark, programs guess by the size. Raises UsageError where PyAV is not
     installed.
     """
     require_video()
     import av
-    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     rate = Fraction(fps).limit_denominator(1001)
-    with atomic_file(path) as file, av.open(file, "w", format="mp4") as container:
-        stream = None
-        for image in images:
-            pixels = np.asarray(_enlarged(image.convert("RGB")))
-            pixels = np.pad(pixels, [(0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)], mode="edge")
-            if stream is None:
-                stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
-                stream.height, stream.width = pixels.shape[:2]
-                stream.pix_fmt = "yuv420p"
-                codec = stream.codec_context
-                codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
-                codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
-        if stream is not None:
-            container.mux(stream.encode())
+    with atomic_file(path) as file:
+        with av.open(file, "w", format="mp4") as container:
+            _encode(container, images, rate)
+        if xmp:
+            box = XMP_BOX + xmp.encode()
+            file.seek(0, os.SEEK_END)
+            file.write(struct.pack(">I4s", len(box) + 8, b"uuid") + box)
+
+
+def _encode(container: OutputContainer, images: Iterable[Image.Image], rate: Fraction) -> None:
+    import av
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+    stream = None
+    for image in images:
+        pixels = np.asarray(_enlarged(image.convert("RGB")))
+        pixels = np.pad(pixels, [(0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)], mode="edge")
+        if stream is None:
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
+            stream.height, stream.width = pixels.shape[:2]
+            stream.pix_fmt = "yuv420p"
+            codec = stream.codec_context
+            codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+            codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+    if stream is not None:
+        container.mux(stream.encode())
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image
-
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_file, require_folder
+from ldm.images import open_image
+from ldm.inference.inputs import has_copy
 from ldm.inference.metadata import Provenance, read_png
-from ldm.inference.settings import GenerationSettings
+from ldm.inference.settings import INPUTS, GenerationSettings
 from ldm.reporting.pages import render
 
 GRIDS = ("grid.png", "preview.png")  # of several images
@@ -41,8 +41,9 @@ def write_gallery(folder: str | os.PathLike) -> Path:
         try:
             settings, provenance = read_png(path)
         except UsageError as error:  # the page shows what is wrong with it
-            cards.append(_card(path, path.name, summary=str(error).removeprefix(f"{path} "), rows={}, command=""))
+            cards.append(_card(path, path.name, summary=_without(path, error), rows={}, command="", inputs=[]))
             continue
+        needed = [name for name in INPUTS if (value := getattr(settings, name)) and not has_copy(folder, value)]
         models[f"{provenance.model} ({provenance.model_hash[:10]})"] = None
         cards.append(
             _card(
@@ -50,13 +51,20 @@ def write_gallery(folder: str | os.PathLike) -> Path:
                 settings.prompt,
                 summary=f"seed {settings.seed} · {settings.steps} steps · guidance {settings.guidance:g}",
                 rows=_rows(settings, provenance),
-                command=f"ldm sample {shlex.quote(provenance.model)} --from-image {shlex.quote(path.name)} --out again",
+                command=" ".join(
+                    [
+                        f"ldm sample {shlex.quote(provenance.model)} --from-image {shlex.quote(path.name)}",
+                        *(f"--{name} {name.upper()}" for name in needed),
+                        "--out again",
+                    ]
+                ),
+                inputs=needed,
             )
         )
     count = f"{len(cards):,} image{'' if len(cards) == 1 else 's'}"
     page = render(
         "gallery.html",
-        title=folder.resolve().name,
+        title="Generated images",  # not the folder's name: the page of a copy is the same
         subtitle=f"{count} of {', '.join(models)}" if models else count,
         cards=cards,
         script_sha256=base64.b64encode(hashlib.sha256(render("gallery.js").encode()).digest()).decode(),
@@ -64,6 +72,11 @@ def write_gallery(folder: str | os.PathLike) -> Path:
     with atomic_file(folder / "index.html") as file:
         file.write(page.encode("utf-8", "replace"))  # names of files may hold half surrogate pairs
     return folder / "index.html"
+
+
+def _without(path: Path, error: UsageError) -> str:
+    """What is wrong with an image, without its path: the page may be shown to others."""
+    return str(error).replace(f"{path}: ", "").replace(f"{path} ", "").replace(str(path), path.name)
 
 
 def _rows(settings: GenerationSettings, provenance: Provenance) -> dict[str, str]:
@@ -87,9 +100,9 @@ def _rows(settings: GenerationSettings, provenance: Provenance) -> dict[str, str
 def _card(path: Path, title: str, **shown: Any) -> dict[str, Any]:
     """An image with its prompt, and what a click on it shows."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_image(path, formats=("PNG",)) as image:
             width, height = image.size
-    except OSError:
+    except LdmError:
         width = height = 0
     pixelated = max(width, height) <= PIXELATED
     source = quote(os.fsencode(path.name))

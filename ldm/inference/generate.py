@@ -7,7 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,11 +20,12 @@ from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import Scheduler, make_scheduler
 from ldm.errors import LdmError, UsageError, is_out_of_memory
 from ldm.files import read_json
+from ldm.inference.inputs import Inputs
 from ldm.inference.prompts import Fit, fit_prompts
 from ldm.inference.settings import GenerationSettings
 from ldm.models.autoencoder import enable_tiling
 from ldm.models.image_processor import PreparedImages
-from ldm.pipeline import LatentDiffusionPipeline, load_pipeline, read_image
+from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREVIEWED = 4  # images of a batch, since each preview decodes them
@@ -123,13 +124,19 @@ class ImageGenerator:
     """
 
     def __init__(
-        self, pipeline: LatentDiffusionPipeline, strict: bool = False, warn: Callable[[str], None] = warnings.warn
+        self,
+        pipeline: LatentDiffusionPipeline,
+        strict: bool = False,
+        warn: Callable[[str], None] = warnings.warn,
+        inputs: Inputs | None = None,
     ) -> None:
         """
         Args:
             strict: :meth:`check` refuses a prompt that is too long for the text encoder, instead of warning.
             warn: receives such a warning, once for each prompt, with the words that the text encoder does not see.
+            inputs: the files that settings name by their hashes; a path in settings is added to them.
         """
+        self.inputs = inputs or Inputs()
         self.pipeline, self.strict, self.warn = pipeline, strict, warn
         self._warned: set[str] = set()
         self._fits: dict[str, Fit] = {}
@@ -146,7 +153,7 @@ class ImageGenerator:
                     raise UsageError(message)
                 self.warn(message)
                 self._warned.add(text)
-        self.prepare(batch_key(settings))
+        self.prepare(batch_key(self.inputs.named(settings)))
 
     def generate(
         self,
@@ -171,7 +178,7 @@ class ImageGenerator:
         """
         alike: dict[GenerationSettings, list[int]] = {}
         for number, one in enumerate(settings):
-            alike.setdefault(batch_key(one), []).append(number)
+            alike.setdefault(batch_key(self.inputs.named(one)), []).append(number)
         for shared, numbers in alike.items():
             sampler = self.prepare(shared).sampler
             for start in range(0, len(numbers), batch_size):
@@ -197,10 +204,10 @@ class ImageGenerator:
         if shared.image is None:
             pipeline.latent_shape(1, shared.height, shared.width)
         else:
-            mask = None if shared.mask is None else read_image(shared.mask)
-            image = pipeline.prepare_images(read_image(shared.image), mask, shared.height, shared.width)
+            mask = None if shared.mask is None else self.inputs.image(shared.mask, background=(0, 0, 0))
+            image = pipeline.prepare_images(self.inputs.image(shared.image), mask, shared.height, shared.width)
         if shared.weak is not None:
-            _check_weak(pipeline, Path(shared.weak))
+            _check_weak(pipeline, self.inputs.model(shared.weak))
         return Prepared(pipeline.make_sampler(shared.steps, shared.strength, image, scheduler), image)
 
     def _encode(self, prompts: tuple[str, ...], negatives: tuple[str, ...]) -> tuple[Condition, Condition]:
@@ -208,9 +215,9 @@ class ImageGenerator:
         prompt, negative = ([fits[text].tokens for text in texts] for texts in (prompts, negatives))
         return self.pipeline.embed(prompt), self.pipeline.embed(negative)
 
-    def _load_weak(self, path: str) -> ModelMixin:
+    def _load_weak(self, found: str) -> ModelMixin:
         network = self.pipeline.transformer
-        return load_pipeline(path).transformer.to(network.device, network.dtype)
+        return load_pipeline(self.inputs.model(found)).transformer.to(network.device, network.dtype)
 
     def _generate(
         self, shared: GenerationSettings, batch: list[GenerationSettings], on_step: OnStep | None, preview_every: int
@@ -249,11 +256,11 @@ class ImageGenerator:
 
 def _check_weak(pipeline: LatentDiffusionPipeline, path: Path) -> None:
     """Refuse a pipeline whose denoiser is not another checkpoint of the same model, by its configs alone."""
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise UsageError(f"weak {path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
-    weak, config, ours = read_json(index), read_json(path / "transformer" / "config.json"), pipeline.config
-    theirs = (weak.get("diffusion") or {}) | (weak.get("trained_on") or {}) | config
+    kind = dict[str, Any]
+    weak, config = read_json(path / "model_index.json", kind), read_json(path / "transformer" / "config.json", kind)
+    ours, theirs = pipeline.config, {}
+    for part in (weak.get("diffusion"), weak.get("trained_on"), config):
+        theirs |= part if isinstance(part, dict) else {}
     needed = (ours["diffusion"] or {}) | (ours["trained_on"] or {}) | pipeline.transformer.config
     for name in ("path", "prediction", "autoencoder", "text_encoder", "latent_shape", "in_channels", "sample_size"):
         if name in theirs and name in needed and theirs[name] != needed[name]:

@@ -10,10 +10,11 @@ import io
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.sax.saxutils import escape
 
 import torch
@@ -21,12 +22,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.diffusion.scheduler import SAMPLERS, Scheduler, sampler_name
-from ldm.errors import UsageError
-from ldm.files import atomic_file, read_json, sha256_file, sha256_folder
+from ldm.errors import LdmError, UsageError
+from ldm.files import atomic_file, read_bytes, read_json, sha256_file, sha256_folder
+from ldm.images import MAX_IMAGE_BYTES, DecodeError, open_image
 from ldm.inference.settings import GenerationSettings
 from ldm.machine import cpu_name
 from ldm.pipeline import LatentDiffusionPipeline
 
+Settings = GenerationSettings | Sequence[GenerationSettings]
 CHUNK = "ldm"
 MAX_CHUNK = 1 << 20  # characters
 MAX_VALUE = 500  # characters of one entry of the provenance
@@ -144,7 +147,7 @@ def _model_hash(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def save_png(
-    image: Image.Image, path: str | os.PathLike, settings: GenerationSettings, provenance: Provenance, metadata: bool = True
+    image: Image.Image, path: str | os.PathLike, settings: Settings, provenance: Provenance, metadata: bool = True, **more: Any
 ) -> None:
     """Write an image, atomically, as :func:`encode_png` makes it.
 
@@ -154,25 +157,32 @@ def save_png(
     Raises:
         OSError: when it cannot be written.
     """
-    data = encode_png(image, settings, provenance, metadata)
+    data = encode_png(image, settings, provenance, metadata, **more)
     with atomic_file(path) as file:
         file.write(data)
 
 
-def encode_png(image: Image.Image, settings: GenerationSettings, provenance: Provenance, metadata: bool = True) -> bytes:
+def encode_png(image: Image.Image, settings: Settings, provenance: Provenance, metadata: bool = True, **more: Any) -> bytes:
     """An image as PNG, with its settings and provenance inside.
 
     Its chunks are ``parameters``, the text that A1111 writes and that it, ComfyUI and image sites read; ``ldm``, JSON with
     the settings and the provenance, which :func:`read_png` reads; and an XMP packet with IPTC's digital source type.
+
+    Args:
+        settings: those that generate the image; a sequence of those that it is made of, where it is more than one image (a
+            grid, a frame between two) or not generated from settings alone.
+        more: entries of the JSON beside the settings.
     """
+    first = settings if isinstance(settings, GenerationSettings) else settings[0]
     chunks = PngInfo()
     if metadata:
         provenance = dataclasses.replace(provenance, width=image.width, height=image.height)
         # in ASCII, so that any prompt is read back unchanged
-        content = json.dumps({"settings": settings.to_json(), "provenance": dataclasses.asdict(provenance)})
-        chunks.add_text("parameters", a1111_parameters(settings, provenance))
+        stored = first.to_json() if first is settings else [one.to_json() for one in cast(Sequence, settings)]
+        content = json.dumps({"settings": stored, "provenance": dataclasses.asdict(provenance)} | more)
+        chunks.add_text("parameters", a1111_parameters(first, provenance))
         chunks.add_text(CHUNK, content)
-        chunks.add_itxt("XML:com.adobe.xmp", _xmp(settings, provenance))
+        chunks.add_itxt("XML:com.adobe.xmp", xmp_packet(first, provenance))
     plain = image.copy()
     plain.info = {}  # Pillow writes some of what an image was read with
     buffer = io.BytesIO()
@@ -192,7 +202,12 @@ def read_png(path: str | os.PathLike) -> tuple[GenerationSettings, Provenance]:
         if len(text) > MAX_CHUNK:
             raise ValueError(f"{len(text)} characters")
         content = json.loads(text, parse_constant=_refuse, parse_int=_bounded)
-        if not isinstance(content, dict) or sorted(content) != ["provenance", "settings"]:
+        if isinstance(content, dict) and isinstance(content.get("settings"), list):
+            raise UsageError(
+                f"{path} is not an image of one prompt (a grid, a frame between two images, or another output); give an image "
+                "that ldm sample wrote"
+            )
+        if not isinstance(content, dict) or not {"provenance", "settings"} <= content.keys():
             raise ValueError("not settings and provenance")
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: its ldm chunk is broken ({error}); give the settings yourself") from None
@@ -235,7 +250,7 @@ def _quoted(value: str | int | float) -> str:
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\r\n]', text) else text
 
 
-def _xmp(settings: GenerationSettings, provenance: Provenance) -> str:
+def xmp_packet(settings: GenerationSettings, provenance: Provenance) -> str:
     """Marks generated media, or a composite where a mask kept a part of a given image."""
     source_type = "compositeWithTrainedAlgorithmicMedia" if settings.mask else "trainedAlgorithmicMedia"
     return XMP.format(tool=escape(f"ldm {provenance.ldm}"), source_type=SOURCE_TYPES + source_type)
@@ -243,18 +258,18 @@ def _xmp(settings: GenerationSettings, provenance: Provenance) -> str:
 
 def _chunk(path: str | os.PathLike) -> str | None:
     """Our chunk of a PNG that is whole; no pixel is decoded."""
+    if not os.path.lexists(path):
+        raise UsageError(f"{path} does not exist; give an image that ldm sample wrote")
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        data = read_bytes(path, MAX_IMAGE_BYTES, "give an image that ldm sample wrote")
+    except LdmError as error:
+        raise UsageError(str(error)) from None
+    try:
+        with open_image(data, formats=("PNG",)) as image:
             text = image.info.get(CHUNK)
             image.verify()
-    except Image.UnidentifiedImageError:
-        raise UsageError(f"{path} is not a whole PNG; give an image as ldm sample wrote it") from None
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist; give an image that ldm sample wrote") from None
-    # broken bytes raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and more from Pillow
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{path} cannot be read ({reason}); give a whole copy of the image") from None
+    except DecodeError as error:
+        raise UsageError(f"{path} is not a whole PNG ({error}); give an image as ldm sample wrote it") from None
     return text if isinstance(text, str) else None
 
 

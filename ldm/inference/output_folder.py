@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ldm.errors import LdmError, UsageError
-from ldm.files import atomic_file, read_json, require_new_folder, require_version, write_json
+from ldm.files import read_json, require_new_folder, require_version, write_json
+from ldm.images import open_image
 from ldm.inference.gallery import write_gallery
 from ldm.inference.generate import GenerationStep, ImageGenerator
 from ldm.inference.metadata import Provenance, save_png
@@ -21,6 +25,24 @@ FORMAT_VERSION = 1  # of run.json
 PREVIEW = "preview.png"
 GRID_IMAGES = 64
 CELL = 160  # pixels
+
+
+@dataclass
+class Request:
+    """``run.json``: the settings of each image by its file's name, and the model."""
+
+    images: dict[str, dict[str, Any]]
+    model: str
+    model_hash: str
+    dtype: str
+
+
+def require_images_folder(path: str | Path) -> bool:
+    """Whether the folder holds images of ``ldm sample``; a new or empty one does not. Raises UsageError for any other."""
+    if os.path.lexists(Path(path) / REQUEST):
+        return True
+    require_new_folder(path, "the images", in_place=True)
+    return False
 
 
 class OutputFolder:
@@ -42,24 +64,22 @@ class OutputFolder:
         self.names = {number: file_name(number, settings.prompt) for number, settings in planned.items()}
         images = {self.names[number]: settings.to_json() for number, settings in planned.items()}
         model = {"model": provenance.model, "model_hash": provenance.model_hash, "dtype": provenance.dtype}
-        if (self.path / REQUEST).is_file():
+        if require_images_folder(self.path):
             self._check(model, images)
-        else:
-            require_new_folder(self.path, "the images")
-            self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / REQUEST, {"format_version": FORMAT_VERSION} | model | {"images": images})
 
     def _check(self, model: dict[str, str], images: dict[str, dict]) -> None:
         request, fix = self.path / REQUEST, "give a new folder, or remove that one first"
-        before = read_json(request)
-        listed = before.get("images") if isinstance(before, dict) else None
-        if not isinstance(listed, dict) or not all(isinstance(settings, dict) for settings in listed.values()):
-            raise UsageError(f"{request} was not written by ldm sample; {fix}")
-        require_version(before.get("format_version"), FORMAT_VERSION, f"{request}: the list of images")
-        existing = {name: settings for name, settings in listed.items() if (self.path / name).is_file()}
+        require_version(
+            read_json(request, dict[str, Any]).get("format_version"), FORMAT_VERSION, f"{request}: the list of images"
+        )
+        before = read_json(request, Request)
+        names = {entry.name for entry in self.path.iterdir()}
+        existing = {name: settings for name, settings in before.images.items() if name in names}
         for name in ("model_hash", "dtype"):
-            if existing and before.get(name) != model[name]:
-                known = f"{before.get('model')} {before.get(name)}"[:80], f"{model['model']} {model[name]}"[:80]
+            if existing and getattr(before, name) != model[name]:
+                known = f"{before.model} {getattr(before, name)}"[:80], f"{model['model']} {model[name]}"[:80]
                 raise UsageError(f"{self.path} holds images of {known[0]}, not of {known[1]}; {fix}")
         for name, settings in existing.items():
             if name not in images:
@@ -77,25 +97,26 @@ class OutputFolder:
         """Write an image, atomically."""
         save_png(image, self.path / self.names[number], self.planned[number], provenance, metadata)
 
-    def preview(self, images: list[Image.Image], captions: Iterable[str]) -> None:
+    def preview(self, images: list[Image.Image], settings: Sequence[GenerationSettings], metadata: bool = True) -> None:
         """Overwrite ``preview.png``, atomically."""
-        grid = captioned_grid(images, list(captions)[: len(images)], columns=len(images), cell=CELL)
-        with atomic_file(self.path / PREVIEW) as file:
-            grid.save(file, "PNG")
+        settings = settings[: len(images)]
+        grid = captioned_grid(images, [one.prompt for one in settings], columns=len(images), cell=CELL)
+        save_png(grid, self.path / PREVIEW, settings, self.provenance, metadata)
 
-    def finish(self, columns: int | None = None) -> int:
-        """Write ``grid.png`` of the first images, and ``index.html``. Returns the number of images in the grid."""
-        (self.path / PREVIEW).unlink(missing_ok=True)
+    def finish(self, columns: int | None = None, metadata: bool = True) -> int:
+        """Write ``grid.png`` of the first images, and ``index.html``, and remove what a killed run has left unfinished. Returns
+        the number of images in the grid."""
+        for left in (self.path / PREVIEW, *self.path.glob(".*.png.*.tmp")):
+            left.unlink(missing_ok=True)
         numbers = list(self.planned)[:GRID_IMAGES]
         images = [self._thumbnail(number) for number in numbers]
         grid = captioned_grid(images, [self.planned[number].prompt for number in numbers], columns, CELL)
-        with atomic_file(self.path / "grid.png") as file:
-            grid.save(file, "PNG")
+        save_png(grid, self.path / "grid.png", [self.planned[number] for number in numbers], self.provenance, metadata)
         write_gallery(self.path)
         return len(numbers)
 
     def _thumbnail(self, number: int) -> Image.Image:
-        with Image.open(self.path / self.names[number]) as image:
+        with open_image(self.path / self.names[number], formats=("PNG",)) as image:
             image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
             return image.convert("RGB")
 
@@ -125,7 +146,7 @@ def generate_missing(
         def on_step(step: GenerationStep) -> None:
             progress.update(done, None, {"step": step.done, "of": step.total})
             if step.previews:
-                folder.preview(step.previews, [settings.prompt for settings in step.settings])
+                folder.preview(step.previews, step.settings, metadata)
 
         wanted = [folder.planned[number] for number in missing]
         try:

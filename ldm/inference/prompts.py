@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
+from ldm.files import parse_json, read_bytes
 from ldm.inference.settings import GenerationSettings
 from ldm.models.text_encoder import max_tokens
 
 Check = Callable[[GenerationSettings], None]
+MAX_FILE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the prompts of one run may ask for, so that a file from elsewhere cannot take hours or all memory.
+
+    Attributes:
+        images: of all prompts together.
+        steps: of one image.
+    """
+
+    images: int = 100_000
+    steps: int = 1_000
+
+    def require(self, images: int, steps: int) -> None:
+        """Raise UsageError for more than that; it names the limit."""
+        for name, asked in (("images", images), ("steps", steps)):
+            if asked > (limit := getattr(self, name)):
+                raise UsageError(f"{asked:,} {name} are more than the limit of {limit:,}; raise it by --max-{name}, if meant")
 
 
 class Fit(NamedTuple):
@@ -66,7 +89,12 @@ def _last_whole_word(tokenizer: PreTrainedTokenizerBase, prompt: str, length: in
 
 
 def repeated(
-    content: Mapping[str, Any], count: Any, where: str, check: Check = lambda settings: None
+    content: Mapping[str, Any],
+    count: Any,
+    where: str,
+    check: Check = lambda settings: None,
+    limits: Limits = Limits(),
+    before: int = 0,
 ) -> list[GenerationSettings]:
     """``count`` images of one prompt, each with the seed after the one before.
 
@@ -74,20 +102,23 @@ def repeated(
         content: settings as JSON, and ``size`` (``512x768``, or one number) in the place of width and height.
         where: whose content it is, for errors.
         check: called with the first image, for example :meth:`ldm.inference.generate.ImageGenerator.check`.
+        before: number of images before these in the run, which count to the limit, too.
 
     Raises:
         UsageError: naming ``where`` and the setting.
     """
     content = dict(content)
     if type(count) is not int or count < 1:
-        raise UsageError(f"{where}: count is {count!r}; give a whole number, 1 or more")
-    if "size" in content:
-        try:
+        raise UsageError(f"{where}: count is {reprlib.repr(count)}; give a whole number, 1 or more")
+    first = None
+    try:
+        if "size" in content:
             content["width"], content["height"] = parse_size(content.pop("size"))
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from None
-    first = GenerationSettings.from_json(content, where)
-    images = [GenerationSettings.from_json(first.to_json() | {"seed": first.seed + copy}, where) for copy in range(count)]
+        first = GenerationSettings.from_json(content, where)
+        limits.require(before + count, first.steps)
+        images = [dataclasses.replace(first, seed=first.seed + copy) for copy in range(count)]
+    except UsageError as error:
+        raise UsageError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
     check(first)
     return images
 
@@ -96,11 +127,13 @@ def parse_size(size: str | int) -> tuple[int, int]:
     """Width and height of ``512x768`` or of one number, in pixels. Raises UsageError for anything else."""
     found = re.fullmatch(r"(\d{1,6})(?:[xX×](\d{1,6}))?", str(size))
     if found is None:
-        raise UsageError(f"size is {size!r}; give WIDTHxHEIGHT or one number, in pixels: 512x768")
+        raise UsageError(f"size is {reprlib.repr(size)}; give WIDTHxHEIGHT or one number, in pixels: 512x768")
     return int(found[1]), int(found[2] or found[1])
 
 
-def plan_prompts(prompts: Sequence[str], defaults: Mapping[str, Any], count: int, check: Check) -> list[GenerationSettings]:
+def plan_prompts(
+    prompts: Sequence[str], defaults: Mapping[str, Any], count: int, check: Check, limits: Limits = Limits()
+) -> list[GenerationSettings]:
     """``count`` images of each prompt; the seed counts on from image to image. For a file see :func:`read_prompts`.
 
     Args:
@@ -113,12 +146,17 @@ def plan_prompts(prompts: Sequence[str], defaults: Mapping[str, Any], count: int
     planned: list[GenerationSettings] = []
     for prompt in prompts:
         seed = defaults.get("seed", 0) + len(planned)
-        planned += repeated(dict(defaults) | {"prompt": prompt, "seed": seed}, count, "the command line", check)
+        content = dict(defaults) | {"prompt": prompt, "seed": seed}
+        planned += repeated(content, count, "the command line", check, limits, len(planned))
     return planned
 
 
 def read_prompts(
-    path: str | Path, defaults: Mapping[str, Any], count: int = 1, check: Check = lambda settings: None
+    path: str | Path,
+    defaults: Mapping[str, Any],
+    count: int = 1,
+    check: Check = lambda settings: None,
+    limits: Limits = Limits(),
 ) -> list[GenerationSettings | UsageError]:
     """The images that a prompt file asks for; a broken line is returned as its error, in the place of one image.
 
@@ -138,9 +176,10 @@ def read_prompts(
     if path.suffix not in (".txt", ".jsonl"):
         raise UsageError(f"{path} is no prompt file by its name; give a .txt with a prompt a line, or a .jsonl")
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); give a .txt or .jsonl of prompts") from error
+        data = read_bytes(path, MAX_FILE_BYTES, "give a .txt or .jsonl of prompts")
+    except LdmError as error:
+        raise UsageError(str(error)) from None
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     found: list[GenerationSettings | UsageError] = []
     for number, raw in enumerate(lines, 1):
         comment = path.suffix == ".txt" and raw.lstrip().startswith(b"#")
@@ -151,7 +190,7 @@ def read_prompts(
             content = _line(raw, path.suffix, where)
             copies = content.pop("count", count)
             counted_on = {"seed": defaults.get("seed", 0) + len(found)}
-            images = repeated(dict(defaults) | counted_on | content, copies, where)
+            images = repeated(dict(defaults) | counted_on | content, copies, where, limits=limits, before=len(found))
             try:
                 check(images[0])
             except UsageError as error:
@@ -165,11 +204,13 @@ def read_prompts(
 
 
 def _line(raw: bytes, kind: str, where: str) -> dict[str, Any]:
+    skip = "fix it, or skip broken lines with --keep-going"
     try:
-        text = raw.decode().strip()
-        content = {"prompt": text} if kind == ".txt" else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: cannot be read ({error}); fix it, or skip broken lines with --keep-going") from None
+        content = {"prompt": raw.decode().strip()} if kind == ".txt" else parse_json(raw, f"{where}: the line")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: cannot be read ({error}); {skip}") from None
+    except LdmError as error:
+        raise UsageError(f"{error}, or skip broken lines with --keep-going") from None
     if not isinstance(content, dict):
-        raise UsageError(f'{where}: no JSON object, such as {{"prompt": "a red ring"}}; fix it')
+        raise UsageError(f'{where}: no JSON object, such as {{"prompt": "a red ring"}}; {skip}')
     return content

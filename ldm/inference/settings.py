@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ldm.diffusion.guidance import AdaptiveProjected, ClassifierFree, Guidance, Interval, Rescale, ZeroStar
 from ldm.diffusion.scheduler import SAMPLERS
 from ldm.errors import UsageError
+from ldm.images import MAX_PIXELS
 
 RULES: dict[str, Callable[[float], Guidance]] = {
     "classifier-free": ClassifierFree,
     "zero-star": ZeroStar,
     "apg": AdaptiveProjected,
 }
+INPUTS = ("image", "mask", "weak")  # fields that name files
+MAX_PROMPT = 20_000  # characters, so that settings fit into an image's metadata
+MAX_SIDE = 2**16
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", type(None): "null"}
 
 
@@ -41,10 +48,10 @@ class GenerationSettings:
         scheduler: a name of :data:`ldm.diffusion.scheduler.SAMPLERS`; the pipeline's own unless given.
         eta: of the scheduler ddim, from 0 (deterministic) to 1.
         width, height: in pixels; the size that the model was trained on unless given.
-        image: path of an image to start from.
+        image: path of an image to start from, or the hash of its file, ``sha256:…``, as :mod:`ldm.inference.inputs` gives it.
         strength: above 0 and up to 1, how far to leave that image.
-        mask: path of an image that is white where ``image`` is to be regenerated.
-        weak: directory of a weaker checkpoint's pipeline, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
+        mask: path or hash of an image that is white where ``image`` is to be regenerated.
+        weak: directory of a weaker checkpoint's pipeline, or its hash, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
     Raises:
         UsageError: for a value out of range; names the field.
@@ -77,13 +84,18 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; give 1 or more")
+        sides, longest = (self.width or 1, self.height or 1), max(len(self.prompt), len(self.negative))
         with_eta = [name for name, spec in SAMPLERS.items() if spec.takes_eta]
         named = " or ".join(with_eta)
         wrong = {
+            f"the prompt or negative prompt has more than {MAX_PROMPT} characters; shorten it": longest > MAX_PROMPT,
+            f"the size {self.width}x{self.height} is more than {MAX_SIDE} pixels a side or {MAX_PIXELS} in all; give a smaller "
+            "one": max(sides) > MAX_SIDE or math.prod(sides) > MAX_PIXELS,
             "the prompt is empty; say what to generate": not self.prompt.strip() and self.image is None,
             f"seed is {self.seed}; give a number from 0 to {2**63 - 1}": not 0 <= self.seed < 2**63,
             f"guidance is {self.guidance}; give a finite number": not math.isfinite(self.guidance),
-            f"guidance_rule is {self.guidance_rule!r}; choose one of: {', '.join(RULES)}": self.guidance_rule not in RULES,
+            f"guidance_rule is {reprlib.repr(self.guidance_rule)}; choose one of: {', '.join(RULES)}": self.guidance_rule
+            not in RULES,
             f"guidance_interval is {low:g} to {high:g}; give 0 <= low < high <= 1": not 0 <= low < high <= 1,
             f"eta is of the scheduler {named}; give scheduler {named}, too": self.eta is not None
             and self.scheduler not in with_eta,
@@ -103,8 +115,13 @@ class GenerationSettings:
         return rule if self.guidance_interval == (0.0, 1.0) else Interval(rule, *self.guidance_interval)
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, as JSON keeps it; :meth:`from_json` gives the same settings back."""
-        return dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)}
+        """Every field, as JSON keeps it; :meth:`from_json` gives the same settings back.
+
+        Of an absolute path only the last name is kept: the settings leave this machine inside images.
+        """
+        paths = {name: Path(value) for name in INPUTS if (value := getattr(self, name)) is not None}
+        names = {name: path.name for name, path in paths.items() if path.is_absolute()}
+        return dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)} | names
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> GenerationSettings:
@@ -121,7 +138,7 @@ class GenerationSettings:
         hints = typing.get_type_hints(cls)
         unknown = [key for key in content if key not in hints]
         if unknown:
-            raise UsageError(f"{where}: there is no setting {unknown[0]!r}; choose from: {', '.join(hints)}")
+            raise UsageError(f"{where}: there is no setting {reprlib.repr(unknown[0])}; choose from: {', '.join(hints)}")
         if "prompt" not in content:
             raise UsageError(f"{where}: prompt is missing; say what to generate")
         try:
@@ -130,17 +147,24 @@ class GenerationSettings:
             raise UsageError(f"{where}: {error}") from None
 
 
+def is_reference(value: str) -> bool:
+    """Whether a field of :data:`INPUTS` is a hash, not a path."""
+    return re.fullmatch("sha256:[0-9a-f]{64}", value) is not None
+
+
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """A JSON value as the field's type."""
     if typing.get_origin(hint) is tuple:
         if not (isinstance(value, list | tuple) and len(value) == 2):
-            raise UsageError(f"{key} is {value!r}; give two numbers, [low, high]")
+            raise UsageError(f"{key} is {reprlib.repr(value)}; give two numbers, [low, high]")
         return tuple(_checked(key, part, float) for part in value)
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if typing.get_origin(hint) is Literal:
         kinds = (str,)
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        return float(value) if abs(value) < 2**63 else math.inf  # which no field takes
+    if type(value) is int and abs(value) >= 2**64:
+        raise UsageError(f"{key} is a number of {value.bit_length()} bits; give a smaller one")
+    if type(value) is int and float in kinds:
+        return float(value)
     if type(value) not in kinds:
-        raise UsageError(f"{key} is {value!r}; give {' or '.join(TYPE_NAMES[kind] for kind in kinds)}")
+        raise UsageError(f"{key} is {reprlib.repr(value)}; give {' or '.join(TYPE_NAMES[kind] for kind in kinds)}")
     return value

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
+import io
 import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from PIL import Image, ImageOps
 
+from ldm.data.decode import decode_image
 from ldm.errors import UsageError
 from ldm.images import DecodeError, open_image
+from ldm.inference.inputs import reference
 from ldm.inference.settings import GenerationSettings
-from ldm.pipeline import transparent_image
 from ldm.serve import Limits
 
 # fields of GenerationSettings that are paths: a request must not name files of the server
@@ -80,12 +81,14 @@ def _parse(content: Any, limits: Limits, size: tuple[int, int]) -> GenerationReq
     if start is None:
         return GenerationRequest(settings)
     image = ImageOps.fit(read_image(start, limits), (width, height), Image.Resampling.LANCZOS)
-    name = f"start-{hashlib.sha256(image.tobytes()).hexdigest()[:12]}.png"
+    png = io.BytesIO()
+    image.save(png, "PNG")  # as the gallery gives it, for ldm sample --from-image
+    name = reference(png.getvalue())
     return GenerationRequest(dataclasses.replace(settings, image=name, width=width, height=height), image)
 
 
 def read_image(encoded: Any, limits: Limits) -> Image.Image:
-    """Decode an image from base64, as :func:`ldm.pipeline.transparent_image` does.
+    """Decode an image from base64, with its transparency, as :func:`ldm.data.decode.decode_image` does.
 
     Raises:
         UsageError: for anything but a PNG, JPEG or WebP within the limit.
@@ -101,7 +104,7 @@ def read_image(encoded: Any, limits: Limits) -> Image.Image:
             # only the header has been read
             if opened.width * opened.height > limits.upload_pixels:
                 raise UsageError(f"start has more pixels than the limit of this server, {limits.upload_pixels}")
-        return transparent_image(data)
+        return decode_image(data, background=None)
     except DecodeError as error:
         raise UsageError(f"start cannot be read as an image: {error}; send a PNG, JPEG or WebP") from None
 

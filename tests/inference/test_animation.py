@@ -1,3 +1,4 @@
+import json
 import math
 import weakref
 from dataclasses import replace
@@ -24,6 +25,7 @@ from ldm.inference.animation import (
     write_gif,
     write_mp4,
 )
+from ldm.inference.metadata import read_png
 from ldm.inference.settings import GenerationSettings
 
 SETTINGS = GenerationSettings("a red circle", steps=3)
@@ -246,13 +248,22 @@ def run(*arguments):
 
 
 def test_the_command_writes_frames_gif_and_mp4(pipeline, tmp_path, capsys):
-    pytest.importorskip("av")
+    av = pytest.importorskip("av")
     pipeline.save_pretrained(tmp_path / "pipeline")
     settings = ["--steps", "2", "--device", "cpu", "--frames", "3"]
     run("interpolate", tmp_path / "pipeline", *PROMPTS, "--out", tmp_path / "out", "--gif", "--mp4", *settings)
     assert "3 frames, interpolation.gif, interpolation.mp4" in capsys.readouterr().out
     names = ["0000.png", "0001.png", "0002.png", "interpolation.gif", "interpolation.mp4"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    packet = b"digitalsourcetype/trainedAlgorithmicMedia"
+    assert all(packet in (tmp_path / "out" / name).read_bytes() for name in names)
+    assert read_png(tmp_path / "out" / "0002.png")[0].prompt == PROMPTS[1]  # a key is one prompt's image
+    between = json.loads(Image.open(tmp_path / "out" / "0001.png").info["ldm"])
+    assert [one["prompt"] for one in between["settings"]] == PROMPTS and between["amount"] == 0.5
+    with Image.open(tmp_path / "out" / "interpolation.gif") as gif:
+        assert getattr(gif, "n_frames", 1) == 3 and gif.info["loop"] == 0
+    with av.open(str(tmp_path / "out" / "interpolation.mp4")) as film:
+        assert len([*film.decode(video=0)]) == 3
     drawn = generate_frames(pipeline, key_settings(replace(SETTINGS, steps=2), PROMPTS, [0]), 3)
     found = pixels(Image.open(tmp_path / "out" / name) for name in names[:3])
     assert np.abs(found - pixels(drawn)).max() <= 1
@@ -263,7 +274,9 @@ def test_the_command_writes_frames_gif_and_mp4(pipeline, tmp_path, capsys):
     [
         ([PROMPTS[0]], "nothing between one image and itself; give two prompts or two seeds"),
         ([*PROMPTS, "--frames", "1"], "1 frames cannot hold 2 key images; give 2 frames or more"),
+        ([*PROMPTS, "--frames", "1000000000"], "more than 100000"),
         ([*PROMPTS, "--fps", "0"], "fps is 0"),
+        ([*PROMPTS, "--fps", "nan"], "fps is nan"),
         ([*PROMPTS, "--gif", "--fps", "60"], "a GIF shows 50 frames per second at most"),
         ([*PROMPTS, "--seeds", "1", "2", "3"], "2 prompts and 3 seeds make no pairs"),
         ([*PROMPTS, "--batch-size", "0"], "--batch-size is 0"),

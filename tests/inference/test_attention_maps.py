@@ -156,6 +156,9 @@ def test_the_command_writes_image_grid_and_arrays(pipeline, tmp_path, capsys):
         assert [*arrays["words"]] == ["a", "red", "ring"] and arrays["maps"].shape == (3, 6, 4)
         assert len(arrays["tokens"]) == len(arrays["token_maps"]) == 5
     assert Image.open(tmp_path / "out" / "image.png").size == (16, 24)
+    for name in ("image.png", "attention.png"):
+        info = Image.open(tmp_path / "out" / name).info
+        assert "trainedAlgorithmicMedia" in info["XML:com.adobe.xmp"] and "a red ring" in info["ldm"]
     with pytest.raises(UsageError, match="--times is 1 to 0"):
         run("--out", tmp_path / "other", "--times", "1", "0.5")
     assert not (tmp_path / "other").exists()

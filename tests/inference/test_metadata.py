@@ -129,6 +129,29 @@ def test_an_image_is_whole_or_not_there(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == before
 
 
+def test_absolute_paths_are_not_stored(tmp_path):
+    given = GenerationSettings("a", image=str(tmp_path / "photo.png"), mask=str(tmp_path / "mask.png"))
+    path = saved(tmp_path, given)
+    assert (read_png(path)[0].image, read_png(path)[0].mask) == ("photo.png", "mask.png")
+    assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_an_image_made_of_several_is_marked_and_not_taken_for_one_prompts(tmp_path):
+    save_png(IMAGE, tmp_path / "grid.png", [SETTINGS, replace(SETTINGS, prompt="a star")], PROVENANCE, amount=0.5)
+    info = Image.open(tmp_path / "grid.png").info
+    content = json.loads(info["ldm"])
+    assert [one["prompt"] for one in content["settings"]] == [SETTINGS.prompt, "a star"] and content["amount"] == 0.5
+    assert "trainedAlgorithmicMedia" in info["XML:com.adobe.xmp"] and SETTINGS.prompt in info["parameters"]
+    assert "not an image of one prompt" in refused(tmp_path / "grid.png")
+
+
+def test_the_longest_prompts_are_read_back(tmp_path):
+    longest = replace(SETTINGS, prompt="🎨" * 20_000, negative="\ud800" * 20_000)
+    assert read_png(saved(tmp_path, longest))[0] == longest
+    with pytest.raises(UsageError, match="more than 20000 characters"):
+        replace(SETTINGS, negative="a" * 20_001)
+
+
 # ---- what others read
 
 
@@ -198,7 +221,7 @@ def test_the_mark_of_generated_media_is_xmp_that_parses(tmp_path, mask, kind):
 
 def test_what_is_no_image_of_ours_is_refused_in_one_line(tmp_path):
     assert "does not exist" in refused(tmp_path / "none.png")
-    assert "cannot be read" in refused(tmp_path)
+    assert "is a folder" in refused(tmp_path)
     (tmp_path / "text.png").write_text("a red ring")
     IMAGE.save(tmp_path / "x.jpg")
     for name in ("text.png", "x.jpg"):

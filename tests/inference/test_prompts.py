@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 
 from ldm.errors import UsageError
-from ldm.inference.prompts import fit_prompts, parse_size, read_prompts, repeated
+from ldm.inference.prompts import Limits, fit_prompts, parse_size, plan_prompts, read_prompts, repeated
 from ldm.inference.settings import GenerationSettings
 from ldm.models.text_encoder import max_tokens
 
@@ -142,7 +142,7 @@ def test_a_broken_line_stands_in_its_place_and_names_itself(tmp_path):
     assert found[1] == GenerationSettings("a star", seed=8) and len(found) == 10
     broken = {line: one for line, one in enumerate(found, 1) if isinstance(one, UsageError)}
     expected = {
-        1: "cannot be read",
+        1: "is not readable JSON",
         3: "prompt is missing",
         4: "no JSON object",
         5: "no sampler 'magic'",
@@ -150,11 +150,47 @@ def test_a_broken_line_stands_in_its_place_and_names_itself(tmp_path):
         7: "count is 0",
         8: "size is 'big'",
         9: "no setting 'bogus'",
-        10: "cannot be read",
+        10: "is not readable JSON",
     }
     assert list(broken) == list(expected)
     for line, error in broken.items():
         assert str(error).startswith(f"{file}, line {line}: ") and expected[line] in str(error) and "\n" not in str(error)
+
+
+def test_what_a_file_may_ask_for_has_limits(tmp_path):
+    lines = [{"prompt": "a", "count": 3}, {"prompt": "b", "count": 10**7}, {"prompt": "c", "steps": 10**6}, {"prompt": "d"}]
+    file = written(tmp_path / "prompts.jsonl", *lines)
+    found = read_prompts(file, {})
+    errors = {number: str(error) for number, error in enumerate(found) if isinstance(error, UsageError)}
+    assert len(found) == 6 and "line 2: 10,000,003 images are more than the limit of 100,000" in errors[3]
+    assert "line 3: 1,000,000 steps are more than the limit of 1,000; raise it by --max-steps" in errors[4]
+    assert not any(isinstance(one, UsageError) for one in read_prompts(written(file, lines[2]), {}, limits=Limits(9, 10**6)))
+    with pytest.raises(UsageError, match="3 images are more than the limit of 2"):
+        plan_prompts(["a", "b", "c"], {}, 1, lambda settings: None, Limits(images=2))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "' + "a" * 30_000 + '"}',
+        '{"prompt": "a", "width": 1' + "0" * 9 + "}",
+        '{"prompt": "a", "size": "60000x60000"}',
+        '{"prompt": "a", "seed": ' + "9" * 5_000 + "}",
+        '{"prompt": "a", "seed": ' + "9" * 4_000 + "}",
+        '{"prompt": "a", "guidance": NaN}',
+        '{"prompt": "a", "guidance": 1e999}',
+        '{"prompt": null}',
+        '{"prompt": "a", "count": true}',
+        '{"prompt": "a", "guidance_interval": [0, "1"]}',
+        '{"prompt": "a", "guidance_rule": "' + "x" * 9_000 + '"}',
+        '{"prompt": "a", "' + "x" * 9_000 + '": 1}',
+        '{"prompt": "a\\ud800"}',
+        "null",
+    ],
+)
+def test_a_hostile_line_is_one_short_line(tmp_path, line):
+    (error,) = read_prompts(written(tmp_path / "prompts.jsonl", line), {})
+    assert isinstance(error, UsageError) and len(str(error)) < 600 and "\n" not in str(error)
 
 
 def test_a_line_that_is_not_utf8_is_a_broken_one(tmp_path):

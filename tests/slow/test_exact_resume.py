@@ -12,8 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from tests.tiny import TinyRuns
-
+from .conftest import TinyRuns
 from .test_many_processes import metrics
 from .warm import DDP, run
 
