@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
+from ldm.cli import main
 from ldm.data.writer import write_images
 from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
@@ -24,6 +25,7 @@ from ldm.models.dit import DiT
 from ldm.models.text_encoder import TextEncoder, minilm_folder
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.shapes.scenes import generate
+from tests.tiny import SIZE, TinyRuns
 
 
 @pytest.fixture(scope="session")
@@ -135,3 +137,14 @@ def latents(image_shards, tiny_text_encoder, tmp_path_factory) -> tuple[Path, Pa
     AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
     export_latents(folder / "autoencoder", image_shards, folder / "latents", tiny_text_encoder)
     return folder / "autoencoder", folder / "latents"
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny_text_encoder: str) -> TinyRuns:
+    folder = tmp_path_factory.mktemp("tiny")
+    images = generate(24, SIZE, seed=0)
+    write_images(folder / "shards", "shapes", images, samples_per_shard=10, extra={"image_size": SIZE})
+    AutoencoderConfig([8, 16], 4, 1, 4, False, SIZE).build().save_pretrained(folder / "autoencoder")
+    export = ["latents", "export", "--autoencoder", f"{folder}/autoencoder", "--shards", f"{folder}/shards"]
+    main([*export, "--out", f"{folder}/latents", "--text-encoder", tiny_text_encoder])
+    return TinyRuns(folder)

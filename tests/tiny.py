@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
+
+ROOT = Path(__file__).parents[1]
+SIZE = 32  # of the images of TinyRuns
 
 
 class Do(Callback):
@@ -48,3 +53,42 @@ def write_config(file: Path, latents: tuple[Path, Path], trainer: dict[str, Any]
     }
     file.write_text(json.dumps(config))  # JSON is YAML
     return file
+
+
+@dataclass(frozen=True)
+class TinyRuns:
+    """Shards of 24 shapes of 32 px, an untrained f2 autoencoder and its latents of 16 x 16, in ``folder``."""
+
+    folder: Path
+
+    def command(self, stage: str, out: str | Path, *options: str, steps: int = 8, validate_every: int = 4) -> list[str]:
+        """``ldm STAGE fit`` of networks that take milliseconds a step; ``options`` override the rest."""
+        common = [
+            *("--out", str(out), "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
+            *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(validate_every)),
+            *("--trainer.log_every_n_steps", "1", "--data.batch_size", "4", "--data.validation_samples", "4"),
+        ]
+        if stage == "autoencoder":
+            own = [
+                *("--data.train", f"{self.folder}/shards", "--data.validation", f"{self.folder}/shards"),
+                *("--model.autoencoder.block_out_channels", "[8, 16]", "--model.autoencoder.sample_size", str(SIZE)),
+                *("--model.adversary.discriminator.init_args.width", "8"),
+                *("--model.adversary.discriminator.init_args.num_layers", "1"),
+                *("--model.adversary.start", "2", "--model.adversary.discriminator_warmup", "1"),
+                *("--model.adversary.generator_ramp", "2"),
+            ]
+        else:
+            own = [
+                *("--data.train", f"{self.folder}/latents", "--data.validation", f"{self.folder}/latents"),
+                *("--model.autoencoder", f"{self.folder}/autoencoder", "--model.preview_steps", "2"),
+                *("--model.denoiser.init_args.sample_size", str(SIZE // 2), "--model.denoiser.init_args.width", "16"),
+                *("--model.denoiser.init_args.num_layers", "2", "--model.denoiser.init_args.num_attention_heads", "2"),
+                *("--model.denoiser.init_args.caption_channels", "8", "--model.preview_prompts", "[a ring]"),
+            ]
+        recipe = ROOT / "configs" / "shapes" / f"{stage}.yaml"
+        return [sys.executable, "-m", "ldm", stage, "fit", "--config", str(recipe), *common, *own, *options]
+
+    def torchrun(self, command: Sequence[str], processes: int = 2) -> list[str]:
+        """The command under torchrun with DDP on ``processes`` processes."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return [*launcher, *command[1:], "--trainer.devices", str(processes), "--trainer.strategy", "ddp"]

@@ -19,6 +19,7 @@ def run(name: str, arguments: list[str]) -> None:
     """Run ``ldm NAME ARGUMENTS``; raises its errors."""
     from jsonargparse import ArgumentError
 
+    from ldm.runs.config import explain
     from ldm.runs.dry_run.command import DryRunCLI
     from ldm.runs.fit import FitCLI
     from ldm.training.autoencoder import AutoencoderTraining
@@ -39,7 +40,7 @@ def run(name: str, arguments: list[str]) -> None:
             raise KeyboardInterrupt from None
         raise
     except ArgumentError as error:
-        raise UsageError(f"ldm {name}: {' '.join(str(error).split())}; see ldm {name} fit --help") from error
+        raise UsageError(f"ldm {name}: {explain(error)}; see ldm {name} fit --help") from error
 
 
 def run_export(module_class: type[TrainingModule], arguments: list[str]) -> None:

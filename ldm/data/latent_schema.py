@@ -23,6 +23,7 @@ is needed to read it.
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -54,11 +55,12 @@ class TextInfo:
     """One text encoder of an export.
 
     Attributes:
-        name: the name or folder it was loaded by.
+        name: ``minilm``, a hub name, or the name of the folder that it was loaded from.
         hash: sha256 of its weights, config and tokenizer.
         width: features per token.
         max_tokens: limit of a caption's tokens.
         cut: how many captions were truncated to it.
+        folder: that it was loaded from, relative to the manifest's; None: it was no folder.
     """
 
     name: str
@@ -66,6 +68,7 @@ class TextInfo:
     width: int
     max_tokens: int
     cut: int
+    folder: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ class LatentInfo:
         precision: of the networks' computation.
         latents_mean, latents_std: per channel over the whole set, in expectation over the posterior; C numbers each.
         source: hash of the image shards' manifest.
-        source_shards: where those were.
+        source_shards: where those were: a URL, or a path relative to the manifest's folder.
         versions: of the libraries used.
     """
 
@@ -122,6 +125,18 @@ class LatentInfo:
     def latent_shape(self) -> tuple[int, int, int] | None:
         """(C, h, w), or None where there are several sizes."""
         return self.latent_shapes[0] if len(self.latent_shapes) == 1 else None
+
+
+def relative_path(place: str | Path, folder: str | Path) -> str:
+    """``place`` seen from ``folder``, for a manifest there: nothing that moves or is passed on names a machine's folders. A URL
+    stays as it is."""
+    return str(place) if "://" in str(place) else os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
+
+
+def path_of(source: ShardSource, place: str) -> str:
+    """Where the relative path in a source's manifest leads; another one, of older manifests, stays as it is."""
+    found = os.path.join(os.path.dirname(source.beside), place)
+    return found if "://" not in found and os.path.lexists(found) else place
 
 
 def text_name(encoder: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,12 +90,12 @@ class Summary:
         if found := record.get("moments"):
             self._add(Moments(found["count"], np.array(found["mean"]), np.array(found["squares"])))
 
-    def complete(self, info: LatentInfo) -> LatentInfo:
-        """``info`` with what was gathered: of one chunk at least."""
+    def complete(self, info: LatentInfo, out: Path) -> LatentInfo:
+        """``info`` with what was gathered, of one chunk at least, for the manifest in ``out``."""
         assert self.moments is not None
         return replace(
             info,
-            text_encoders=self.texts.info(self.cut.tolist()),
+            text_encoders=self.texts.info(self.cut.tolist(), out),
             latent_shapes=tuple(shape for shape, _ in self.shapes.most_common()),
             latents_mean=tuple(self.moments.mean.tolist()),
             latents_std=tuple(self.moments.std.tolist()),

@@ -19,14 +19,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from ldm.data.latent_schema import LatentInfo, write_null_text
+from ldm.data.latent_schema import LatentInfo, relative_path, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.parallel_map import parallel_map
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, write_json
+from ldm.files import read_json, require_output_file, write_json
 from ldm.latents import chunks
 from ldm.latents.chunks import LatentSample, Summary
 from ldm.latents.claims import POLL_SECONDS, Claims
@@ -34,7 +34,13 @@ from ldm.latents.compute import Dtype, Precision, Process, single_threaded, vers
 from ldm.latents.image_encoder import LatentEncoder
 from ldm.latents.images import CaptionedImages
 from ldm.latents.text_encoders import Embedded, TextEncoders
-from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder, pixels_to_images
+from ldm.models.autoencoder import (
+    autoencoder_folder,
+    autoencoder_hash,
+    downsampling_factor,
+    load_autoencoder,
+    pixels_to_images,
+)
 
 # batches prepared ahead per thread: little memory, and shards are claimed shortly before they are written
 AHEAD = 2
@@ -187,7 +193,7 @@ class Exporter:
                 raise LdmError(f"{out}: no sample could be used; {out / QUARANTINE_NAME} says why")
             Manifest(LATENT_SHARDS, entries).check_cheap(out)  # and no other tar
             write_null_text(out, self.texts.null())
-            extra = summary.complete(info).as_extra()
+            extra = summary.complete(info, out).as_extra()
             Manifest(LATENT_SHARDS, entries, extra | {"quarantined": len(quarantine), "request": request}).save(out)
 
 
@@ -241,6 +247,11 @@ def export_latents(
     for name, value in (("batch_size", batch_size), ("threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; give 1 or more")
+    config = autoencoder_folder(autoencoder_path) / "config.json"
+    if keep_statistics:
+        if config.parent != Path(autoencoder_path):
+            raise UsageError(f"keep_statistics would change the pipeline {autoencoder_path}, which was trained with its own")
+        require_output_file(config)
     process, out = Process.from_environment(), Path(out)
     device = process.device() if device is None else torch.device(device)
     source = open_source(shards, IMAGE_SHARDS)
@@ -253,7 +264,7 @@ def export_latents(
         dataset = CaptionedImages(source, image_size, downsampling_factor(autoencoder), captions)
         info = LatentInfo(
             autoencoder=autoencoder_hash(autoencoder),
-            text_encoders=texts.info([0] * len(texts.encoders)),
+            text_encoders=texts.info([0] * len(texts.encoders), out),
             resolution=image_size,
             posterior="mode" if mode else "gaussian",
             flips=flip,
@@ -261,12 +272,13 @@ def export_latents(
             dtype=dtype,
             precision=precision,
             source=source.manifest.hash,
-            source_shards=source.spec,
+            source_shards=relative_path(source.spec, out),
             versions=versions(),
         )
-        # every setting that changes the bytes; the shards may have moved by the next run
+        # every setting that changes the bytes; shards and text encoders may have moved by the next run
         measured = {"latent_shapes", "latents_mean", "latents_std", "source_shards"}
         request = {name: value for name, value in info.as_extra().items() if name not in measured}
+        request["text_encoders"] = [text.hash for text in info.text_encoders]
         request = json.loads(json.dumps(request | {"batch_size": batch_size, "device": device.type}))  # as it is read back
         # no limit in a row: a whole shard may be broken
         quarantine = Quarantine(len(dataset), max_bad_share, max_in_a_row=len(dataset))
@@ -290,6 +302,5 @@ def export_latents(
                 claims.release()
     manifest = Manifest.load(out, LATENT_SHARDS)
     if keep_statistics:
-        config = Path(autoencoder_path) / "config.json"
         write_json(config, read_json(config) | {name: manifest.extra[name] for name in ("latents_mean", "latents_std")})
     return manifest

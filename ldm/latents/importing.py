@@ -20,7 +20,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from ldm.data.decode import DecodeError
-from ldm.data.latent_schema import LatentInfo, write_null_text
+from ldm.data.latent_schema import LatentInfo, relative_path, write_null_text
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.writer import ShardWriter
@@ -191,8 +191,8 @@ class Importer:
             writer.write(f"{number:08d}", self.summary.chunk(group, embedded, str(self.source.src)).members())
         return self.summary.shapes.total() - before
 
-    def manifest_extra(self, autoencoder: str) -> dict[str, Any]:
-        """The manifest's entries; ``autoencoder`` is its hash."""
+    def manifest_extra(self, autoencoder: str, out: Path) -> dict[str, Any]:
+        """The entries of the manifest in ``out``; ``autoencoder`` is its hash."""
         sides = {side for shape in self.summary.shapes for side in shape[1:]}
         info = LatentInfo(
             autoencoder=autoencoder,
@@ -203,10 +203,10 @@ class Importer:
             dtype=self.dtype,
             precision=self.texts.precision,
             source=self.digest.hexdigest(),
-            source_shards=str(self.source.src),
+            source_shards=relative_path(self.source.src, out),
             versions=versions(),
         )
-        return self.summary.complete(info).as_extra() | {"quarantined": len(self.quarantine)}
+        return self.summary.complete(info, out).as_extra() | {"quarantined": len(self.quarantine)}
 
 
 def _by_size(samples: Iterable[LatentSample]) -> Iterator[list[LatentSample]]:
@@ -285,7 +285,7 @@ def import_latents(
             if bad := sorted(importer.quarantine.known):
                 lines = [json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in bad]
                 (folder / QUARANTINE_NAME).write_text("".join(lines), "utf-8")
-            extra = importer.manifest_extra(autoencoder_hash(autoencoder))
+            extra = importer.manifest_extra(autoencoder_hash(autoencoder), out)
             manifest = Manifest(LATENT_SHARDS, tuple(entries), extra)
             manifest.save(folder)
     except OSError as error:

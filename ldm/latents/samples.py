@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ldm.data.decode import DecodeError
-from ldm.data.latent_schema import LatentShard, latent_info
+from ldm.data.latent_schema import LatentShard, latent_info, path_of
 from ldm.data.manifest import IMAGE_SHARDS
 from ldm.data.shards import ShardReader
 from ldm.data.sources import ShardSource, open_source
@@ -95,7 +95,7 @@ class SourceImages:
         if shards is None and "://" in info.source_shards:
             return None
         try:
-            images = open_source(info.source_shards if shards is None else shards, IMAGE_SHARDS)
+            images = open_source(path_of(source, info.source_shards) if shards is None else shards, IMAGE_SHARDS)
         except UsageError:
             if shards is None:
                 return None

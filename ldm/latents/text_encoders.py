@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ldm.data.latent_schema import TextInfo
+from ldm.data.latent_schema import TextInfo, relative_path
 from ldm.errors import UsageError
 from ldm.latents.compute import Dtype, Precision, autocast, require_precision
 from ldm.models.text_encoder import TextEncoder, embed, max_tokens
@@ -101,9 +102,16 @@ class TextEncoders:
         """The encoded empty caption, (L, D) for each encoder."""
         return [known[""].text for known in self.lookup([""])]
 
-    def info(self, cut: Sequence[int]) -> tuple[TextInfo, ...]:
-        """Their entries in the manifest; ``cut``: how many captions each truncated."""
+    def info(self, cut: Sequence[int], out: Path) -> tuple[TextInfo, ...]:
+        """Their entries in the manifest of the folder ``out``; ``cut``: how many captions each truncated."""
         return tuple(
-            TextInfo(encoder.name, encoder.hash, encoder.width, max_tokens(encoder.tokenizer), number)
+            TextInfo(
+                encoder.name,
+                encoder.hash,
+                encoder.width,
+                max_tokens(encoder.tokenizer),
+                number,
+                None if encoder.folder is None else relative_path(encoder.folder, out),
+            )
             for encoder, number in zip(self.encoders, cut, strict=True)
         )

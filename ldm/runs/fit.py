@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 
 from ldm.data.sources import open_source
-from ldm.errors import LdmError, UsageError
+from ldm.errors import UsageError
 from ldm.files import require_new_folder
 from ldm.machine import bf16_is_faster
 from ldm.runs.callbacks import AverageSnapshots, ModelFlops, PreviewGrid, ProgressLine
 from ldm.runs.checkpoints.files import candidates, checkpoint_summary, latest_checkpoint, load_checkpoint, read_checkpoint
+from ldm.runs.config import require_values
 from ldm.runs.export import export_run, write_artifact
 from ldm.runs.faults import explained
 from ldm.runs.layout import is_checkpoint, step_of
@@ -37,6 +39,11 @@ class FitCLI(TrainingCLI):
     def artifact(self) -> Path:
         """The folder of the exported model."""
         return Path(self.options.export or Path(self.options.out) / self.module_class.artifact)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        require_values(self.options)
+        self.any_seed = isinstance(self.options.seed_everything, bool)  # Lightning replaces it by a random one
 
     def before_instantiate_classes(self) -> None:
         run_under_torchrun([self.module_class.command, *self.arguments], self.options.trainer)
@@ -74,13 +81,15 @@ class FitCLI(TrainingCLI):
             content = load_checkpoint(self.checkpoint, mmap=True)  # for a few values
             self.resumed_at = content["global_step"]
             self._require_same_optimiser(content)
+            self._require_same_seeds(content)
             print(f"resuming from {self.checkpoint}: {checkpoint_summary(content)}")
 
     def _exit_if_finished(self, checkpoint: Path) -> None:
         """Exit with 0 where nothing is left to train: a job that SLURM requeues must end once."""
         name = checkpoint.resolve()  # of last.ckpt
         step = step_of(name) if is_checkpoint(name) else read_checkpoint(checkpoint, mmap=True)["global_step"]
-        if step >= self.options.trainer.max_steps and self.artifact.is_dir():
+        steps = self.options.trainer.max_steps
+        if (steps < 0 or step >= steps) and self.artifact.is_dir():
             print(f"{self.options.out} is finished: {self.artifact}")
             raise SystemExit(0)
 
@@ -93,6 +102,18 @@ class FitCLI(TrainingCLI):
             raise UsageError(
                 f"{self.checkpoint} was trained {how} Muon: give --model.optimiser.muon_learning_rate {fix} to resume from it"
             )
+
+    def _require_same_seeds(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse other seeds: noise and order of a resumed run are those that it began with."""
+        loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        seeds = [("seed_everything", checkpoint["seed"]), *(("data.seed", state["seed"]) for state in loaders)]
+        for key, first in seeds:
+            if key == "seed_everything" and self.any_seed:
+                self.options[key] = first  # for the record
+            elif first is not None and self.options[key] != first:
+                raise UsageError(
+                    f"{key} is {self.options[key]}, but the run began with {first} and keeps it; give {key} {first}"
+                )
 
     def _check_folders(self) -> None:
         out, resume = Path(self.options.out), self.options.resume
@@ -115,19 +136,8 @@ class FitCLI(TrainingCLI):
                     raise UsageError(f"data.{split}: {error}") from None
 
     def _check_trainer(self) -> None:
-        """Refuse options of Lightning's trainer that do not fit an endless loader, and fill in defaults."""
+        """Fill in the trainer's defaults."""
         trainer = self.options.trainer
-        if not isinstance(trainer.val_check_interval, int | float | None):
-            raise UsageError(
-                f"trainer.val_check_interval {trainer.val_check_interval}: clocks of processes differ; give a number of batches"
-            )
-        if trainer.accumulate_grad_batches != 1:
-            raise UsageError(
-                f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: give the whole batch as "
-                "data.batch_size and split it with model.accumulate"
-            )
-        if trainer.max_epochs not in (None, -1):
-            raise UsageError("trainer.max_epochs: the loader never ends; give the number of steps as trainer.max_steps")
         if str(trainer.precision) in ("16", "16-mixed", "16-true") and not torch.cuda.is_available():
             # Lightning would train in bf16 with no more than a warning
             raise UsageError(f"trainer.precision {trainer.precision}: a CPU has no fp16; give bf16-mixed or 32-true")
@@ -147,7 +157,7 @@ class FitCLI(TrainingCLI):
         trainer = super().instantiate_trainer(
             logger=loggers(Path(self.options.out), settings.logger, self.resumed_at),
             callbacks=[
-                *(settings.callbacks or []),
+                *(given if isinstance(given := settings.callbacks or [], list) else [given]),
                 Preemption(),
                 model_flops,
                 ProgressLine(self.options.title or self.module_class.artifact, model_flops),
@@ -167,18 +177,20 @@ class FitCLI(TrainingCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """A run that is refused before its first step removes its new folder, so that the same command works afterwards."""
+        """A run that ends before its first step removes its new folder, so that the same command works afterwards."""
         command = ["ldm", self.module_class.command, *self.arguments]
         try:
             with recorded(self.trainer, self.model, command, self.resumed_at), explained(self.trainer):
                 super()._run_subcommand(subcommand)
-        except LdmError:
+        except BaseException:
             if self.made_folder and self.trainer.is_global_zero and self.trainer.global_step == 0:
                 shutil.rmtree(self.options.out, ignore_errors=True)
             raise
 
     def after_fit(self) -> None:
         """Export the model with the averaged weights."""
+        if self.trainer.global_step == 0:
+            raise UsageError("the run ended before its first step; raise trainer.max_time")
         if not self.trainer.is_global_zero:
             return
         if is_sharded(self.model.averaged()):

@@ -115,7 +115,7 @@ def export_average(module_class: type[TrainingModule], run: Path, out: Path, sig
     snapshots = [snapshot for snapshot in stored if snapshot.step <= module.average.step]
     weights, how = reconstruct(snapshots, sigma_rel, step)
     network = module.averaged().eval()
-    require_weights(network, weights, str(snapshots[0].file.parent))
+    require_weights(network, {name: weight.shape for name, weight in weights.items()}, str(snapshots[0].file.parent))
     network.load_state_dict(weights, strict=False)  # without buffers
     with atomic_folder(out) as folder:
         module.save(folder)

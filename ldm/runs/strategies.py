@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ldm.errors import UsageError
@@ -57,6 +58,8 @@ class FullySharded(ModelParallelStrategy):
     def _load_file(self, path: Path) -> dict[str, Any]:
         """A checkpoint of one process or DDP: each process takes its shards."""
         checkpoint = read_checkpoint(path, mmap=True)
+        shapes = {name: weight.shape for name, weight in checkpoint["state_dict"].items()}
+        self.training_module.require_same_network(checkpoint, shapes)
         own = self.training_module.state_dict()
         weights = {
             name: shard_like(weight, own[name]) if name in own else weight for name, weight in checkpoint["state_dict"].items()
@@ -79,6 +82,14 @@ class FullySharded(ModelParallelStrategy):
                 f"{path} keeps averages of sigma_rel {', '.join(saved) or 'none'}, model.power_averages asks for "
                 f"{', '.join(ours) or 'none'}; give the same ones to resume from a sharded checkpoint"
             )
+        saved_tensors = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        shapes = {
+            name.removeprefix("state_dict."): each.size
+            for name, each in saved_tensors.items()
+            if name.startswith("state_dict.") and isinstance(each, TensorStorageMetadata)
+        }
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(AVERAGES)}
+        self.training_module.require_same_network(checkpoint, shapes)
         assert self.model is not None
         # in place: into the tensors of the network and the averages
         frozen = self._frozen()

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.errors import LdmError
+from ldm.errors import UsageError
 from ldm.runs.checkpoints.callback import Checkpoints
+from ldm.runs.config import config_errors, limit_yaml, require_config_files
 from ldm.runs.layout import RunFolder
 from ldm.training.base import TrainingModule
 
@@ -34,6 +36,16 @@ EXPECTED_WARNINGS = (
 )
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves the config when training begins; one that a resumed run refuses must not replace the one that ran."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
 class TrainingCLI(LightningCLI):
     """Parses the options of ``fit`` and builds the module, the data and the trainer."""
 
@@ -52,6 +64,7 @@ class TrainingCLI(LightningCLI):
             ShardDataModule,
             args=list(arguments),
             seed_everything_default=0,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_kwargs={"prog": f"ldm {module_class.command}", "exit_on_error": False},
@@ -82,15 +95,18 @@ class TrainingCLI(LightningCLI):
     def folder(self) -> RunFolder:
         return RunFolder(Path(self.options.out))
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        limit_yaml()
+        require_config_files(self.arguments)
+        with config_errors("the options cannot be read"):
+            super().parse_arguments(parser, args)
+        for name in ("trainer", "data", "model", "checkpoints"):
+            if not isinstance(section := self.options[name], Namespace):
+                raise UsageError(f"{name} is {section!r}; give its options as a mapping")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would unpickle --ckpt_path here, unverified, for hyper-parameters that ldm does not keep there."""
+
     def instantiate_classes(self) -> None:
-        """Raise an error of a class as its own line; jsonargparse wraps it in many."""
-        try:
+        with config_errors("the config cannot be built"):
             super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, LdmError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            raise cause from None
-        self.datamodule.reads_captions = self.module_class.reads_captions

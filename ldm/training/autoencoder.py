@@ -53,14 +53,13 @@ from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import sample_generators, step_generator
 
 PREVIEW_IMAGES = 8
-# frozen networks, which are built from the config and not kept in checkpoints
-FROZEN = ("perceptual.", "fid.")
 
 
 class AutoencoderTraining(TrainingModule):
     """Reconstruction loss + LPIPS + KL, and an adversarial loss that starts late and rises slowly, under a guard."""
 
     command, artifact, find_unused_parameters = "autoencoder", "autoencoder", True
+    absent = ("perceptual.", "fid.")
     reads_captions = False
 
     def __init__(
@@ -269,7 +268,7 @@ class AutoencoderTraining(TrainingModule):
     def setup(self, stage: str) -> None:
         if self.channels_last and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UsageError("channels_last cannot be used with fsdp; set it to false, or train with ddp")
-        if not 0 <= self.adversary.start < self.trainer.max_steps:
+        if 0 <= self.trainer.max_steps <= self.adversary.start:
             raise UsageError(
                 f"the adversary's start {self.adversary.start} is not before max_steps {self.trainer.max_steps}: the "
                 "discriminator would never train; lower it or raise max_steps"
@@ -312,9 +311,13 @@ class AutoencoderTraining(TrainingModule):
         num_steps = self.trainer.max_steps
         pairs = [
             self.optimiser.build(self.trained(), num_steps, self._levels(), self.compute_dtype),
-            self.discriminator_optimiser.build(self.adversary.discriminator, num_steps - self.adversary.start),
+            self.discriminator_optimiser.build(
+                self.adversary.discriminator, num_steps if num_steps < 0 else num_steps - self.adversary.start
+            ),
         ]
-        return [optimiser for optimiser, _ in pairs], [schedule for _, schedule in pairs]
+        optimisers = [optimiser for optimiser, _ in pairs]
+        self.keep_settings(optimisers)
+        return optimisers, [schedule for _, schedule in pairs]
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -369,10 +372,10 @@ class AutoencoderTraining(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(FROZEN)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(self.absent)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if "state_dict" in checkpoint:  # from a sharded checkpoint the weights are loaded already
-            frozen = {k: v for k, v in self.state_dict().items() if k.startswith(FROZEN)}
+            frozen = {k: v for k, v in self.state_dict().items() if k.startswith(self.absent)}
             checkpoint["state_dict"] = frozen | checkpoint["state_dict"]

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
 from ldm.data.plan import PlannedSample
@@ -29,22 +29,34 @@ LISTED_WEIGHTS = 8
 T = TypeVar("T")
 
 
-def require_weights(network: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Raise :class:`UsageError`, listing the keys, unless ``what`` holds weights of the network's names and shapes."""
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-    parameters = [name for name, _ in network.named_parameters()]  # buffers need not be there
+# entries of a network's config that a resumed run may change: its weights mean the same
+FREE = frozenset({"sample_size", "dropout", "latents_mean", "latents_std", "scaling_factor", "shift_factor", "force_upcast"})
+
+
+def require_weights(network: nn.Module, shapes: Mapping[str, Sequence[int]], what: str, absent: tuple[str, ...] = ()) -> None:
+    """Raise :class:`UsageError`, listing the keys, unless ``what`` holds weights of the network's names and shapes.
+
+    Names that begin with one of ``absent`` need not be there.
+    """
+    found = {name: tuple(shape) for name, shape in shapes.items()}
+    own = ((name, weight) for name, weight in network.state_dict().items() if not name.startswith(absent or "\0"))
+    expected = {name: tuple(weight.shape) for name, weight in own}
+    parameters = [name for name, _ in network.named_parameters() if name in expected]  # buffers need not be there
     differing = [
-        f"{name}: {shapes.get(name, 'none')} there, {expected.get(name, 'none')} here"
-        for name in dict.fromkeys([*parameters, *shapes])
-        if shapes.get(name) != expected.get(name)
+        f"{name}: {found.get(name, 'none')} there, {expected.get(name, 'none')} here"
+        for name in dict.fromkeys([*parameters, *found])
+        if found.get(name) != expected.get(name)
     ]
+    _require_none(differing, f"{len(differing)} weights", what)
+
+
+def _require_none(differing: Sequence[str], differ: str, what: str) -> None:
     if differing:
         listed = "; ".join(differing[:LISTED_WEIGHTS])
         more = f"; and {len(differing) - LISTED_WEIGHTS} more" if len(differing) > LISTED_WEIGHTS else ""
         raise UsageError(
-            f"{what} is of another network than the config's, {len(differing)} weights differ ({listed}{more}); give the "
-            "config that it was trained with"
+            f"{what} is of another network than the config's, {differ} differ ({listed}{more}); give the config that it was "
+            "trained with"
         )
 
 
@@ -69,6 +81,8 @@ class TrainingModule(LightningModule):
     #: of the noise of every step (:mod:`ldm.training.randomness`); a resumed run keeps its first one
     seed: int | None = None
     _random_states: list[dict[str, Any]] | None = None
+    #: beginnings of the names of weights that are built from the config and not kept in checkpoints
+    absent: tuple[str, ...] = ()
 
     # -- the parts of a step -------------------------------------------------------------------------------------------
 
@@ -202,6 +216,29 @@ class TrainingModule(LightningModule):
         if self.trainer.world_size > 1:
             torch.manual_seed(self.seed + self.global_rank)
 
+    def on_train_start(self) -> None:
+        """Let a resumed run have the settings that are asked for; restored optimisers and schedules have those of the old run.
+
+        The schedule continues at its step, from the new base rate.
+        """
+        for number, settings in enumerate(self._optimiser_settings):
+            optimiser, schedule = self.optimiser_and_schedule(number, counted=False)
+            for group, asked in zip(optimiser.param_groups, settings, strict=True):
+                group.update(asked)
+            assert isinstance(schedule, LambdaLR)
+            schedule.base_lrs = [group["initial_lr"] for group in optimiser.param_groups]
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+            for group, rate in zip(optimiser.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
+
+    def keep_settings(self, optimisers: Sequence[Optimizer]) -> None:
+        """Note the settings that these optimisers were built with; called by :meth:`configure_optimizers`."""
+        self._optimiser_settings = [
+            [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimiser.param_groups]
+            for optimiser in optimisers
+        ]
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # not earlier: starting the loaders and their processes uses random numbers too
         if self._random_states is not None:
@@ -213,6 +250,7 @@ class TrainingModule(LightningModule):
         checkpoint["average"] = self.average.state_dict()
         checkpoint["skipped"] = self.skips.state_dict()
         checkpoint["seed"], checkpoint["random"] = self.seed, global_states()
+        checkpoint["network"] = self._network_config()
         # Lightning saves at the end of a validation, while the average is applied; a checkpoint needs the trained weights
         trained = self.average.trained()
         if trained is not None:
@@ -221,7 +259,34 @@ class TrainingModule(LightningModule):
             names = [f"{prefix}.{name}" for name, _ in network.named_parameters()]
             checkpoint["state_dict"] |= dict(zip(names, trained, strict=True))
 
+    def _network_config(self) -> dict[str, Any]:
+        """What the weights of :meth:`averaged` mean, in plain values."""
+        config = getattr(self.averaged(), "config", {})
+        return {name: value for name, value in config.items() if not name.startswith("_") and name not in FREE}
+
+    def require_same_network(self, checkpoint: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise :class:`UsageError`, listing the keys, unless a checkpoint with weights of these shapes fits the module."""
+        require_weights(self, shapes, "the checkpoint", self.absent)
+        own, saved = self._network_config(), checkpoint.get("network", {})  # of an older ldm
+        differing = [
+            f"{name}: {saved[name]} there, {own[name]} here"
+            for name in own
+            if name in saved and _plain(saved[name]) != _plain(own[name])
+        ]
+        _require_none(differing, "settings", "the checkpoint")
+        trained = sum(parameter.requires_grad for parameter in self.trained().parameters())
+        for state in checkpoint.get("optimizer_states", [])[:1]:
+            count = sum(len(group["params"]) for group in state["param_groups"])
+            if count != trained:
+                raise UsageError(
+                    f"the checkpoint's run trained {count} weights, and this one trains {trained}, because what is frozen "
+                    "differs; give the config that it was trained with"
+                )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" in checkpoint:  # a sharded one has been checked and loaded by the strategy
+            weights = checkpoint["state_dict"]
+            self.require_same_network(checkpoint, {name: weight.shape for name, weight in weights.items()})
         self.average.load_state_dict(checkpoint["average"])
         self.skips.load_state_dict(checkpoint["skipped"])
         self.seed, self._random_states = checkpoint["seed"], checkpoint["random"]
@@ -234,3 +299,8 @@ class TrainingModule(LightningModule):
     def on_validation_model_train(self) -> None:
         self._validating.__exit__(None, None, None)
         super().on_validation_model_train()
+
+
+def _plain(value: Any) -> Any:
+    """A value that compares with one that went through a file: a list for a tuple."""
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -31,7 +31,7 @@ from ldm.errors import UsageError
 from ldm.losses.auxiliary import AuxiliaryLoss, names_of
 from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.training.base import TrainingModule, require_weights
+from ldm.training.base import TrainingModule
 from ldm.training.ema import PowerAverages
 from ldm.training.encoders import FrozenEncoders, Statistics, encoders_of_images, encoders_of_latents
 from ldm.training.fsdp import full_tensor
@@ -86,7 +86,8 @@ class DenoiserTraining(TrainingModule):
             online: train on image shards, encoding images and captions at each step, in fp32. Latents are normalised by the
                 statistics in the autoencoder's directory; if it has none, they are measured on 2,048 training images before
                 the first step and kept in checkpoints and in the pipeline.
-            text_encoder: of captions, with ``online`` only (default: minilm); latent shards name their own.
+            text_encoder: of captions: minilm, a directory or a hub name. Default: that of the latent shards, where it was when
+                they were exported; with ``online``, minilm.
             gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
             compile: compile every block with ``torch.compile``, which takes minutes at the start.
             preview_prompts: images of these are generated before the first step and at every validation, from the same noise.
@@ -101,9 +102,7 @@ class DenoiserTraining(TrainingModule):
         self.objective = DenoisingObjective(path, prediction, timesteps, weighting)
         self.scheduler = matching_scheduler(path, prediction)
         self.optimiser = optimiser
-        if text_encoder is not None and not online:
-            raise UsageError("text_encoder is for online training; latent shards name theirs: remove text_encoder")
-        self.online, self.text_encoder = online, text_encoder or "minilm"
+        self.online, self.text_encoder = online, text_encoder
         self.statistics: Statistics | None = None  # of latents encoded online, from a checkpoint
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -169,6 +168,7 @@ class DenoiserTraining(TrainingModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
         optimiser, schedule = self.optimiser.build(self.trained(), self.trainer.max_steps, blocks, self.compute_dtype)
+        self.keep_settings([optimiser])
         return [optimiser], [schedule]
 
     # -- setup -------------------------------------------------------------------------------------------------------
@@ -209,9 +209,10 @@ class DenoiserTraining(TrainingModule):
         config = self.denoiser.config
         if self.online:
             device = self.trainer.strategy.root_device if self.statistics is None else torch.device("cpu")
-            self.encoders = encoders_of_images(data, self.autoencoder_path, self.text_encoder, config, self.statistics, device)
+            text_encoder = self.text_encoder or "minilm"
+            self.encoders = encoders_of_images(data, self.autoencoder_path, text_encoder, config, self.statistics, device)
         else:
-            self.encoders = encoders_of_latents(data, self.autoencoder_path, config)
+            self.encoders = encoders_of_latents(data, self.autoencoder_path, config, self.text_encoder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -220,11 +221,6 @@ class DenoiserTraining(TrainingModule):
             checkpoint["latent_statistics"] = [list(values) for values in self.encoders.statistics]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" in checkpoint:  # from a sharded checkpoint the weights are loaded already
-            prefix = "denoiser."
-            saved = checkpoint["state_dict"].items()
-            weights = {name.removeprefix(prefix): weight for name, weight in saved if name.startswith(prefix)}
-            require_weights(self.denoiser, weights, "the checkpoint")
         super().on_load_checkpoint(checkpoint)
         self.num_images_seen = checkpoint["num_images_seen"]
         if self.online:

@@ -155,7 +155,10 @@ class Average:
         return self.exponential.state_dict() | ({"power_function": power} if power else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a state. Raises :class:`UsageError` if it lacks an average: none can begin in mid-training."""
+        """Resume from a state, with this average's own ``decay``.
+
+        Raises :class:`UsageError` if it lacks an average: none can begin in mid-training.
+        """
         power = state.get("power_function", {})
         for sigma_rel, ema in self.power.items():
             if repr(sigma_rel) not in power:
@@ -164,4 +167,6 @@ class Average:
                     "can begin in mid-training; remove it, or reconstruct it afterwards: ldm denoiser ema"
                 )
             ema.load_state_dict(power[repr(sigma_rel)])
+        decay = self.exponential.decay
         self.exponential.load_state_dict({name: value for name, value in state.items() if name != "power_function"})
+        self.exponential.decay = decay

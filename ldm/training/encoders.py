@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.image_dataset import ImageDataset
-from ldm.data.latent_schema import common_info
+from ldm.data.latent_schema import common_info, path_of
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS
 from ldm.data.moments import Moments
 from ldm.data.quarantine import BadSample
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.latents.image_encoder import load_matching
 from ldm.models.autoencoder import (
     LatentNormalizer,
@@ -87,10 +87,18 @@ class FrozenEncoders:
         return {"mean": posterior.mean, "std": posterior.std, "text": text, "text_mask": mask}
 
 
-def encoders_of_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any]) -> FrozenEncoders:
-    """The encoders that made the latents. ``autoencoder`` is a directory, ``denoiser`` a config.
+def encoders_of_latents(
+    data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any], text_encoder: str | None = None
+) -> FrozenEncoders:
+    """The encoders that made the latents.
 
-    Raises :class:`UsageError` if the directory is another autoencoder's, or the denoiser does not fit the latents.
+    Args:
+        autoencoder: its directory.
+        denoiser: its config.
+        text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; None: where it was at the export.
+
+    Raises:
+        UsageError: these are other encoders, or the denoiser does not fit the latents.
     """
     require_format(data, LATENT_SHARDS, "stage two without online", "set online, or encode the images: ldm latents export")
     info = common_info(data.train_set.sources)
@@ -102,14 +110,23 @@ def encoders_of_latents(data: ShardDataModule, autoencoder: Path, denoiser: Mapp
         raise UsageError(f"{folder} holds latents of several sizes ({sizes}); export with --image-size to train on one")
     text = info.text_encoders[data.text_encoder]
     _require_sizes(denoiser, info.latent_shape, text.width, f"{folder} was exported with {text.name}")
-    text_encoder = TextEncoder.load(text.name)
-    if text_encoder.hash != text.hash:
+    where = text_encoder or (text.name if text.folder is None else path_of(data.train_set.sources[0], text.folder))
+    try:
+        encoder = TextEncoder.load(where)
+    except LdmError as error:
+        if text_encoder is not None:
+            raise
+        moved = (
+            f"{folder} was exported with text encoder {text.name} ({text.hash[:12]}); if it has moved, give it as text_encoder"
+        )
+        raise UsageError(f"{error}. {moved}") from None
+    if encoder.hash != text.hash:
         raise UsageError(
-            f"{folder} was exported with text encoder {text.hash[:12]}, but {text.name} is {text_encoder.hash[:12]} now; "
-            "put back the one it was exported with, or export again"
+            f"{folder} was exported with text encoder {text.hash[:12]}, but {where} is {encoder.hash[:12]}; "
+            "give the one it was exported with as text_encoder, or export again"
         )
     set_latent_statistics(network, info.latents_mean, info.latents_std)
-    return FrozenEncoders(network, text_encoder, info.latent_shape, info.autoencoder)
+    return FrozenEncoders(network, encoder, info.latent_shape, info.autoencoder)
 
 
 def encoders_of_images(

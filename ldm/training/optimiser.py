@@ -37,7 +37,8 @@ class OptimiserConfig:
         learning_rate: never scaled by batch size or number of processes.
         betas: of AdamW.
         weight_decay: decoupled.
-        schedule: of the learning rate after the warm-up, over the run's ``max_steps``.
+        schedule: of the learning rate after the warm-up, over the run's ``max_steps``; in a run without a number of steps it
+            is constant.
         warmup_steps: optimiser steps over which the learning rate rises from 0.
         max_grad_norm: gradients of a larger norm are scaled down to it.
         fused: AdamW's fused kernel, which CPUs and CUDA have.
@@ -59,6 +60,10 @@ class OptimiserConfig:
         return {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay, "fused": self.fused}
 
     def _with_schedule(self, optimiser: Optimizer, num_steps: int) -> tuple[Optimizer, LRScheduler]:
+        if num_steps < 0 and self.schedule != "constant_with_warmup":
+            raise UsageError(
+                f"the schedule {self.schedule} needs the number of steps; give max_steps, or the schedule constant_with_warmup"
+            )
         return optimiser, get_scheduler(
             self.schedule, optimiser, num_warmup_steps=self.warmup_steps, num_training_steps=num_steps
         )

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ldm.data.check import check_folder
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.latent_dataset import LatentDataset
-from ldm.data.latent_schema import TextInfo, latent_info, read_null_text
+from ldm.data.latent_schema import TextInfo, latent_info, path_of, read_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.data.sources import open_source
@@ -76,7 +77,9 @@ def test_the_manifest_says_what_made_it(autoencoder, image_shards, minilm, tmp_p
     info = latent_info(open_source(tmp_path / "out", LATENT_SHARDS))
     assert info.autoencoder == autoencoder_hash(load_autoencoder(autoencoder))
     assert info.text_encoders == (TextInfo("minilm", minilm.hash, 384, 512, 0),)
-    assert (info.source, info.source_shards) == (Manifest.load(image_shards).hash, str(image_shards))
+    assert info.source == Manifest.load(image_shards).hash
+    assert path_of(open_source(tmp_path / "out"), info.source_shards) == str(tmp_path / "out" / info.source_shards)
+    assert (tmp_path / "out" / info.source_shards).samefile(image_shards) and not Path(info.source_shards).is_absolute()
     assert info.latent_shapes == ((4, 16, 16),) and (info.dtype, info.precision, info.resolution) == ("float16", "fp32", None)
     assert info.versions["torch"] == version("torch")
     sample = LatentDataset(tmp_path / "out")[0]
@@ -360,6 +363,30 @@ def test_images_of_several_sizes_and_captions_keep_all_that_is_known_of_them(
     assert latent_info(open_source(tmp_path / "square", LATENT_SHARDS)).latent_shapes == ((4, 4, 4),)
     crops = np.concatenate([chunk["crop"] for chunk in LatentDataset(tmp_path / "square").chunked()])
     assert crops[:5].tolist() == [[0, 0, 16, 16], [0, 3, 17, 17], [4, 0, 8, 8], [0, 0, 16, 16], [3, 0, 17, 17]]
+
+
+def test_nothing_that_is_exported_names_an_absolute_path(export, autoencoder, image_shards, tmp_path):
+    export(autoencoder, image_shards, tmp_path / "out")
+    manifest = (tmp_path / "out" / "manifest.json").read_text()
+    assert str(tmp_path) not in manifest and str(image_shards) not in manifest and '"/' not in manifest
+
+
+def test_a_text_encoder_that_has_moved_resumes_the_same_export(autoencoder, image_shards, tiny_text_encoder, tmp_path):
+    shutil.copytree(tiny_text_encoder, tmp_path / "text")
+    export_latents(autoencoder, image_shards, tmp_path / "out", str(tmp_path / "text"))
+    before = contents(tmp_path / "out")
+    (tmp_path / "text").rename(tmp_path / "moved")
+    export_latents(autoencoder, image_shards, tmp_path / "out", str(tmp_path / "moved"))
+    assert contents(tmp_path / "out") == before
+
+
+def test_statistics_are_not_kept_in_the_autoencoder_of_a_pipeline(export, autoencoder, image_shards, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    autoencoder.rename(tmp_path / "pipeline" / "vae")
+    with pytest.raises(UsageError, match="keep_statistics would change the pipeline"):
+        export(tmp_path / "pipeline", image_shards, tmp_path / "out", keep_statistics=True)
+    assert not (tmp_path / "out").exists()
+    assert export(tmp_path / "pipeline", image_shards, tmp_path / "out").samples == 10
 
 
 def test_several_text_encoders_stand_beside_each_other(autoencoder, image_shards, minilm, tmp_path):

@@ -1,4 +1,7 @@
+import copy
+import json
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -7,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.models.autoencoder import (
     AutoencoderConfig,
     LatentNormalizer,
@@ -384,7 +387,7 @@ def test_a_directory_without_an_autoencoder_is_refused_by_name(tiny_autoencoder,
     tiny_autoencoder.save_pretrained(tmp_path / "broken")
     (tmp_path / "broken" / "config.json").write_text("not JSON")
     for name in ("empty", "cut", "broken"):
-        with pytest.raises(UsageError) as error:
+        with pytest.raises(LdmError) as error:
             load_autoencoder(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
@@ -405,3 +408,95 @@ def test_images_are_clamped_and_neither_turned_nor_mirrored():
     tall[0, :, 0, 1] = 9.0
     (image,) = images_to_pil(tall.bfloat16())
     assert image.size == (2, 4) and image.getpixel((1, 0)) == (255, 255, 255) and image.getpixel((0, 1)) == (0, 0, 0)
+
+
+@pytest.fixture
+def saved(tiny_autoencoder, tmp_path):
+    tiny_autoencoder.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_the_autoencoder_of_a_pipeline_is_used(saved, caplog):
+    assert autoencoder_hash(load_autoencoder(saved.parent)) == autoencoder_hash(load_autoencoder(saved))
+    assert f"{saved.parent} is a pipeline, its autoencoder {saved} is used" in caplog.text
+    assert AutoencoderConfig(init_from=str(saved.parent)).build().config["latent_channels"] == 4
+
+
+@pytest.mark.parametrize("of_pipeline", [False, True])
+def test_half_precision_weights_alone_are_used_in_full_precision(saved, tiny_autoencoder, of_pipeline, caplog):
+    (saved / "diffusion_pytorch_model.safetensors").unlink()
+    half = copy.deepcopy(tiny_autoencoder).half()
+    half.save_pretrained(saved, variant="fp16")
+    found = load_autoencoder(saved.parent if of_pipeline else saved)
+    assert found.dtype == torch.float32 and "variant fp16 alone" in caplog.text
+    for name, weight in half.float().state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight)
+
+
+def test_its_weights_are_its_own_whatever_becomes_of_the_file(saved):
+    """Mapped into memory, they would change with the file, and a shorter file would end the process."""
+    network = load_autoencoder(saved)
+    before = encode(network, torch.zeros(1, 3, 16, 16)).mean
+    os.truncate(saved / "diffusion_pytorch_model.safetensors", 10)
+    assert torch.equal(encode(network, torch.zeros(1, 3, 16, 16)).mean, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (b"{", "config.json is not readable JSON"),
+        (b"null", "config.json"),
+        (b"[" * 100_000, "config.json is not readable JSON"),
+        (b'{"latent_channels": ' + b"9" * 5000 + b"}", "config.json"),
+        ({"layers_per_block": 10**6}, "config.json: layers_per_block: .*less than or equal to 64"),
+        ({"block_out_channels": []}, "config.json: block_out_channels"),
+        ({"block_out_channels": [8, "16"]}, "config.json: block_out_channels.1"),
+        ({"block_out_channels": [8, 10**9]}, "config.json: block_out_channels.1"),
+        ({"down_block_types": []}, "config.json: down_block_types"),
+        ({"up_block_types": None}, "config.json: up_block_types"),
+        ({"scaling_factor": 0}, "config.json: scaling_factor"),
+        ({"scaling_factor": None}, "config.json: scaling_factor"),
+        ({"latents_std": [1.0, -1.0, 1.0, 1.0], "latents_mean": [0.0] * 4}, "config.json: latents_std.1"),
+        ({"latents_mean": "0"}, "config.json: latents_mean"),
+        ({"latents_std": [float("nan")] * 4}, "config.json is not readable JSON"),
+        ({"norm_num_groups": 0}, "config.json: norm_num_groups"),
+        ({"norm_num_groups": 3}, "cannot be loaded|not a multiple of norm_num_groups 3"),
+        ({"act_fn": "none"}, "cannot be loaded"),
+        ({"sample_size": [1, 2, 3]}, "config.json: sample_size"),
+    ],
+)
+def test_broken_configs_are_one_line(saved, change, expected):
+    config = saved / "config.json"
+    config.write_bytes(change if isinstance(change, bytes) else json.dumps(json.loads(config.read_text()) | change).encode())
+    for load in (load_autoencoder, lambda folder: AutoencoderConfig(init_from=str(folder)).build()):
+        with pytest.raises(LdmError, match=expected) as error:
+            load(saved)
+        assert "\n" not in str(error.value)
+
+
+def test_more_layers_than_anyone_means_are_refused():
+    with pytest.raises(UsageError, match="layers_per_block is 1000000; give at most 64"):
+        AutoencoderConfig(layers_per_block=10**6).build()
+
+
+def test_pipes_among_its_files_do_not_block(saved):
+    os.mkfifo(saved / "diffusion_pytorch_model.bin")
+    with pytest.raises(LdmError, match=r"diffusion_pytorch_model.bin is a named pipe; remove it"):
+        load_autoencoder(saved)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "expected"),
+    [
+        ([0.0] * 4, [1.0, 0.0, 1.0, 1.0], "channel 1 of the latents has a standard deviation of 0"),
+        ([0.0] * 4, [1.0, 1.0, 1.0, -1.0], "channel 3 of the latents has a standard deviation of -1"),
+        ([0.0] * 4, [1.0, float("inf"), 1.0, 1.0], "must be a finite mean"),
+        ([float("nan")] * 4, [1.0] * 4, "must be a finite mean"),
+        ([0.0] * 4, [1.0] * 3, "must be a finite mean"),
+        ([0.0] * 3, [1.0] * 3, "statistics of 3 channels, but 4 latent_channels"),
+    ],
+)
+def test_statistics_by_which_nothing_can_be_normalised_are_refused(tiny_autoencoder, mean, std, expected):
+    tiny_autoencoder.register_to_config(latents_mean=mean, latents_std=std)
+    with pytest.raises(LdmError, match=expected):
+        LatentNormalizer.of(tiny_autoencoder)

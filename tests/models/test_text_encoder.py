@@ -1,3 +1,5 @@
+import json
+import os
 import shutil
 from typing import Any
 
@@ -123,7 +125,11 @@ def test_encoders_of_several_families_load_from_their_folder(make, tmp_path):
     model = make(0).eval()
     save(tmp_path, model)
     encoder = TextEncoder.load(str(tmp_path))
-    assert type(encoder.model) is type(model) and encoder.width == 16 and encoder.name == str(tmp_path)
+    assert (
+        type(encoder.model) is type(model)
+        and encoder.width == 16
+        and (encoder.name, encoder.folder) == (tmp_path.name, tmp_path)
+    )
     embeddings, mask = encoder.encode(["a red ring", "a green ring on a black", "red"])
     assert embeddings.shape == (3, 8, 16) and mask.sum(1).tolist() == [5, 8, 3]
     ids = torch.tensor([[2, 4, 5, 7, 3]])  # [START] a red ring [END]
@@ -131,3 +137,89 @@ def test_encoders_of_several_families_load_from_their_folder(make, tmp_path):
         alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     torch.testing.assert_close(embeddings[:1, :5], alone, rtol=1e-4, atol=1e-5)
     assert not embeddings[0, 5:].any()
+
+
+@pytest.mark.parametrize("place", [".", "text_encoder"])
+def test_the_text_encoder_of_a_pipeline_is_used_with_its_tokenizer(tmp_path, place, caplog):
+    bert(0).save_pretrained(tmp_path / "text_encoder")
+    tokenizer(model_max_length=20).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "model_index.json").write_text("{}")
+    encoder = TextEncoder.load(str(tmp_path / place))
+    assert encoder.encode(["a red ring"])[0].shape == (1, 5, 16)
+    assert ("is a pipeline, its text encoder" in caplog.text) == (place == ".")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_half_precision_weights_alone_are_used_in_full_precision(tmp_path, sharded, caplog):
+    save(tmp_path, bert(0).half())
+    expected = TextEncoder.load(str(tmp_path)).model.float()
+    (tmp_path / "model.safetensors").unlink()
+    bert(0).half().save_pretrained(tmp_path, variant="fp16", max_shard_size="4KB" if sharded else "1GB")
+    assert not (tmp_path / "model.safetensors").exists()
+    model = TextEncoder.load(str(tmp_path)).model
+    assert model.dtype == torch.float32 and "variant fp16 alone" in caplog.text
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+
+
+def test_its_weights_are_its_own_whatever_becomes_of_the_file(tmp_path):
+    """Mapped into memory, they would change with the file, and a shorter file would end the process."""
+    save(tmp_path, bert(0))
+    encoder = TextEncoder.load(str(tmp_path))
+    before = encoder.encode(["a red ring"])[0]
+    os.truncate(tmp_path / "model.safetensors", 10)
+    assert torch.equal(encoder.encode(["a red ring"])[0], before)
+
+
+BROKEN = {
+    "no JSON": (b"{", "config.json is not readable JSON"),
+    "a list": (b"[]", "config.json"),
+    "no type": (b"{}", "cannot be loaded"),
+    "deep": (b"[" * 100_000, "config.json is not readable JSON"),
+    "layers without bound": ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, the limit is 1024"),
+    "positions without bound": ({"max_position_embeddings": 10**12}, "max_position_embeddings is 1000000000000, the limit"),
+    "width without bound": ({"hidden_size": 10**9}, "hidden_size is 1000000000, the limit"),
+    "no heads": ({"num_attention_heads": 0}, "cannot be loaded"),
+    "a text for a number": ({"hidden_size": "16"}, "cannot be loaded"),
+    "null": ({"intermediate_size": None}, "cannot be loaded"),
+    "a negative width": ({"hidden_size": -16}, "cannot be loaded"),
+    "a list for a name": ({"model_type": ["bert"]}, "cannot be loaded"),
+    "code of its own": ({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "cannot be loaded"),
+    "heads without bound": ({"num_attention_heads": 10**6}, "num_attention_heads is 1000000, the limit is 1024"),
+    "negative heads": ({"num_attention_heads": -1}, "cannot be loaded"),
+    "another vocabulary": ({"vocab_size": 5}, "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_configs_are_one_line(tmp_path, broken):
+    save(tmp_path, bert(0))
+    change, expected = BROKEN[broken]
+    config = tmp_path / "config.json"
+    config.write_bytes(change if isinstance(change, bytes) else json.dumps(json.loads(config.read_text()) | change).encode())
+    with pytest.raises(LdmError, match=expected) as error:
+        TextEncoder.load(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "model.safetensors", "generation_config.json"])
+def test_pipes_among_its_files_do_not_block(tmp_path, name):
+    save(tmp_path, bert(0))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(LdmError, match=f"{name} is a named pipe; remove it"):
+        TextEncoder.load(str(tmp_path))
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path):
+    save(tmp_path, BertModel(BertConfig(vocab_size=5, **SIZES)))
+    with pytest.raises(LdmError, match="the tokenizer gives token 7, but the text encoder has 5"):
+        TextEncoder.load(str(tmp_path)).encode(["a red ring"])
+
+
+def test_a_tokenizer_without_padding_is_refused(tmp_path):
+    save(tmp_path, bert(0))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": None}))
+    with pytest.raises(LdmError, match="cannot be loaded"):
+        TextEncoder.load(str(tmp_path))

@@ -12,8 +12,9 @@ import torch
 
 from ldm.runs.checkpoints.files import checkpoint_summary, latest_checkpoint, load_checkpoint
 from ldm.runs.layout import checkpoints_in, step_of
+from tests.tiny import TinyRuns
 
-from .conftest import TinyRuns, run
+from .conftest import run
 
 pytestmark = pytest.mark.slow
 KILLS = 30

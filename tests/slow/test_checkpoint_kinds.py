@@ -10,8 +10,8 @@ import pytest
 from ldm.runs.checkpoints.files import load_checkpoint
 from ldm.runs.checkpoints.sharded import read_sharded
 from ldm.runs.layout import RunFolder, checkpoint_name
+from tests.tiny import TinyRuns
 
-from .conftest import TinyRuns
 from .test_exact_resume import assert_equal, leaves
 from .test_many_processes import assert_close, assert_same_metrics, weights
 from .warm import DDP, run

@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from .conftest import TinyRuns
+from tests.tiny import TinyRuns
+
 from .test_many_processes import metrics
 from .warm import DDP, run
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import TinyRuns, run
+from tests.tiny import TinyRuns
+
+from .conftest import run
 from .test_preemption import AT, TWO, injected, last_checkpoint, signal_at
 
 LOST = f"ldm: a process of this run has gone or does not answer, as seen at step {AT} on rank 0: "

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.tiny import TinyRuns
+
 from . import conftest
-from .conftest import TinyRuns
 from .warm import DDP, run
 
 ARTIFACT = {"autoencoder": "autoencoder", "denoiser": "pipeline"}

@@ -12,8 +12,9 @@ import pytest
 
 from ldm.runs.checkpoints.files import latest_checkpoint, load_checkpoint
 from ldm.runs.layout import RunFolder
+from tests.tiny import TinyRuns
 
-from .conftest import TinyRuns, run
+from .conftest import run
 
 AT = 3  # the step after which signals are sent
 SECONDS = 30.0  # limit for a run that is asked to stop

@@ -384,8 +384,24 @@ def test_shards_of_the_other_kind_are_refused(latents: tuple[Path, Path], image_
         fit(make(latents[0]), image_shards, tmp_path, 1)
     with pytest.raises(UsageError, match="with online trains on ldm-image-shards; set online to false"):
         fit(make(latents[0], online=True), latents[1], tmp_path, 1)
-    with pytest.raises(UsageError, match="text_encoder is for online training"):
-        make(latents[0], text_encoder="minilm")
+
+
+def test_latents_and_their_text_encoder_may_move(
+    latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
+) -> None:
+    """Together they are found, apart they are given; another text encoder is refused."""
+    shutil.copytree(tiny_text_encoder, tmp_path / "a" / "text")
+    export_latents(latents[0], image_shards, tmp_path / "a" / "latents", str(tmp_path / "a" / "text"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    fit(make(latents[0]), tmp_path / "b" / "latents", tmp_path, 1)
+    (tmp_path / "b" / "text").rename(tmp_path / "text")
+    with pytest.raises(
+        UsageError, match=r"latents was exported with text encoder text \(\w{12}\); if it has moved, give it as"
+    ):
+        fit(make(latents[0]), tmp_path / "b" / "latents", tmp_path, 1)
+    fit(make(latents[0], text_encoder=str(tmp_path / "text")), tmp_path / "b" / "latents", tmp_path, 1)
+    with pytest.raises(UsageError, match=r"was exported with text encoder \w{12}, but minilm is \w{12}; give the one it was"):
+        fit(make(latents[0], text_encoder="minilm"), tmp_path / "b" / "latents", tmp_path, 1)
 
 
 @pytest.mark.parametrize(
