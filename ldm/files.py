@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
@@ -100,17 +102,39 @@ def require_output_file(path: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises ``SystemExit`` inside the block, so that temporary files are removed; exit code 143.
+
+    Only in the main thread, and where nothing else handles the signal.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; on success rename it to ``path``, which must be absent or empty.
 
-    On an exception inside the block the temporary folder is removed. If the rename fails, because something came to stand at
-    ``path`` meanwhile, the work is kept and the :class:`LdmError` says where.
+    On an exception inside the block, and on SIGTERM, the temporary folder is removed. If the rename fails, because something
+    came to stand at ``path`` meanwhile, the work is kept and the :class:`LdmError` says where.
     """
     path = require_new_folder(path, "the output")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        yield temporary
+        with exiting_on_sigterm():
+            yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -279,8 +303,8 @@ def require_version(found: object, known: int, what: str) -> None:
 
 
 def sha256_file(path: str | os.PathLike) -> str:
-    """Hex sha256 of a regular file. Raises :class:`LdmError` as :func:`open_regular` does."""
-    with open_regular(path) as file:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

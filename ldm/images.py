@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
 
 from PIL import Image
@@ -16,6 +17,8 @@ MAX_IMAGE_BYTES = 128 * 2**20
 # 8192 x 8192: a JPEG takes up to 0.4 GB, CMYK or RGBA 0.8, RGBA with a profile 1.1. Pillow says nothing at 89 megapixels.
 MAX_PIXELS = 2**26
 FORMATS = ("JPEG", "PNG", "WEBP")
+# How many bytes of a file :func:`kind_of` wants.
+KIND_BYTES = 64
 
 _NAMES = {"WEBP": "WebP"}
 _SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WEBP": b"RIFF"}
@@ -28,11 +31,31 @@ _OTHERS = (
     (b"PK\3\4", "a zip archive"),
     *((bytes((0x80, protocol)), "a pickle") for protocol in (2, 3, 4, 5)),
     (b"\x93NUMPY", "a NumPy array"),
-    (b"GIF8", "GIF"),
-    (b"BM", "BMP"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
 )
+# How files of images begin, of the formats that open_image knows and of others.
+_KINDS = {
+    kind: re.compile(start, re.DOTALL)
+    for kind, start in {
+        "JPEG": rb"\xff\xd8\xff",
+        "PNG": rb"\x89PNG\r\n\x1a\n",
+        "WebP": rb"RIFF....WEBP",
+        "GIF": rb"GIF8[79]a",
+        "BMP": rb"BM....\0\0\0\0",
+        "TIFF": rb"II[*+]\0|MM\0[*+]",
+        "AVIF": rb"....ftypavi[fs]",
+        "HEIC": rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)",
+        "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n",
+        "JPEG 2000": rb"\xffO\xffQ|\0\0\0\x0cjP  \r\n\x87\n",
+        "PNM": rb"P[1-6]\s+(?:#[^\n]*\n\s*)*\d+\s+\d+\s|P7\nWIDTH|P[Ff]\n",
+        "EPS": rb"%!PS-Adobe[^\n]*EPSF|\xc5\xd0\xd3\xc6",
+        "Photoshop": rb"8BPS\0",
+        "icon": rb"\0\0[\1\2]\0[^\0]\0",
+        "OpenEXR": rb"v/1\x01",
+        "QOI": rb"qoif",
+        "Radiance": rb"#\?RADIANCE|#\?RGBE",
+        "DDS": rb"DDS \x7c\0\0\0",
+    }.items()
+}
 
 
 class DecodeError(LdmError):
@@ -76,6 +99,11 @@ def open_image(source: str | os.PathLike | bytes, formats: tuple[str, ...] = FOR
         raise DecodeError(f"{named}cannot be decoded ({reason})") from None
 
 
+def kind_of(data: bytes) -> str | None:
+    """The format of an image file by its first ``KIND_BYTES`` bytes, such as ``JPEG`` or ``GIF``; None for all else."""
+    return next((kind for kind, start in _KINDS.items() if start.match(data)), None)
+
+
 def check_pixels(height: int, width: int, named: str = "") -> None:
     """Raise :class:`DecodeError` for more than ``MAX_PIXELS`` pixels; ``named`` precedes the reason."""
     if width * height > MAX_PIXELS:
@@ -89,5 +117,6 @@ def _describe(data: bytes, formats: tuple[str, ...]) -> str:
         if format in _SIGNATURES and data.startswith(_SIGNATURES[format]):
             return f"broken header of a {name} file"
     start = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
-    guess = next((f" (but {name})" for signature, name in _OTHERS if start.startswith(signature)), "")
+    kind = kind_of(data[:KIND_BYTES]) or next((name for signature, name in _OTHERS if start.startswith(signature)), None)
+    guess = f" (but {kind})" if kind else ""
     return f"not a {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))} image{guess}"

@@ -71,7 +71,7 @@ class Quickstart:
             if self.state.get("asked") != asked:
                 raise UsageError(f"{self.out} holds a quickstart of {self.state.get('asked')}; give a new --out for {asked}")
             return
-        require_new_folder(self.out, "the quickstart")
+        require_new_folder(self.out, "the quickstart", in_place=True)
         self.state = {"format_version": FORMAT_VERSION, "asked": asked, "seconds": {}, "commands": {}}
         self.save_state()
 

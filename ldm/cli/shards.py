@@ -35,16 +35,24 @@ def add(commands: Commands) -> None:
     shapes.add_argument("--shard-size", type=int, default=1000, help="samples per shard")
     shapes.add_argument("--held-out", action="store_true", help="only the colour-shape pairs that are excluded otherwise")
     pack = add_command(shards, "pack", run_pack, "pack captioned images", "ldm shards pack photos shards --size 256")
-    pack.add_argument("src", help="folder of images, each with a .txt of the same name, or a folder of datasets' save_to_disk")
+    what = "folder of images, each with a .txt, .caption or .json of the same name or a row in metadata.jsonl; a Parquet file "
+    pack.add_argument("src", help=what + "with images, or a folder of such; or a folder of datasets' save_to_disk")
     pack.add_argument("out")
-    pack.add_argument("--captions", metavar="FILE", help="CSV, JSONL or Parquet: which images of SRC to pack, with captions")
-    pack.add_argument("--image-column", metavar="NAME", help="of FILE (default: file) or the data set (default: image)")
+    pack.add_argument(
+        "--captions", metavar="FILE", help="CSV, TSV, JSONL or Parquet: which images of SRC to pack, with captions"
+    )
+    what = "of FILE (default: file, file_name), or of Parquet files or a data set (default: image)"
+    pack.add_argument("--image-column", metavar="NAME", help=what)
     pack.add_argument(
         "--caption-columns",
         metavar="A,B",
         default="",
-        help="of FILE or the data set (default: caption); a cell may hold a list of captions",
+        help="of the same (default: caption, captions, text or tags); a cell may hold a list of captions",
     )
+    what = "images alone, for an autoencoder: captions are neither read nor stored"
+    pack.add_argument("--no-captions", action="store_true", help=what)
+    what = "so many images (500) or such a share (2%%) go to OUT/validation; an image stays there when others are added"
+    pack.add_argument("--validation", metavar="N", help=what)
     source = "package.module.Class, a subclass of ldm.data.pack.sources.ImageSource that reads SRC"
     pack.add_argument("--source-class", metavar="CLASS", help=source)
     pack.add_argument("--size", type=int, help="side in pixels")
@@ -101,7 +109,7 @@ def run_shapes(options: argparse.Namespace) -> None:
 
 def run_pack(options: argparse.Namespace) -> None:
     from ldm.data.pack.journal import JOURNAL_NAME, QUARANTINE_NAME
-    from ldm.data.pack.packer import pack
+    from ldm.data.pack.packer import VALIDATION_NAME, pack
 
     try:
         with Progress("packing") as progress:
@@ -120,17 +128,22 @@ def run_pack(options: argparse.Namespace) -> None:
                 background=options.background,
                 image_column=options.image_column,
                 caption_columns=[column.strip() for column in options.caption_columns.split(",") if column.strip()],
+                with_captions=not options.no_captions,
+                validation=options.validation,
                 workers=options.workers,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
         if (Path(options.out) / JOURNAL_NAME).is_file():
-            print(f"{options.out} holds the shards packed so far; run the same command again to resume", file=sys.stderr)
+            say(f"{options.out} holds the shards packed so far; run the same command again to resume", sys.stderr)
         raise
-    print(f"{result.packed} of {result.found} images in {len(result.manifest.shards)} shards: {options.out}")
+    shards = len(result.manifest.shards) + (0 if result.validation is None else len(result.validation.shards))
+    say(f"{result.packed} of {result.found} images in {shards} shards: {options.out}")
+    if result.validation is not None:
+        say(f"{result.validation.samples} of them are for validation: {Path(options.out) / VALIDATION_NAME}")
     if result.quarantined:
-        print(f"{result.quarantined} could not be used; {Path(options.out) / QUARANTINE_NAME} says why")
+        say(f"{result.quarantined} could not be used; {Path(options.out) / QUARANTINE_NAME} says why")
     if result.enlarged:
-        print(f"{result.enlarged} were smaller and have been enlarged; --min-size {options.size} skips them")
+        say(f"{result.enlarged} were smaller and have been enlarged; --min-size {options.size} skips them")
 
 
 def _custom_source(class_path: str, src: str) -> ImageSource:

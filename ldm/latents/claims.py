@@ -48,10 +48,10 @@ class Claims:
         if self.is_done:  # by other processes before this one started, or by an earlier run
             before = self._finished_request()
             if before is None:
-                require_new_folder(self.out, "latent shards")  # raises, for the manifest of something else
+                require_new_folder(self.out, "latent shards", in_place=True)  # raises, for the manifest of something else
             return self._require_same("a finished", before or {}, request)
         try:
-            require_new_folder(self.out, "latent shards")
+            require_new_folder(self.out, "latent shards", in_place=True)
         except UsageError:
             if self.is_done:
                 return self._begin(request)

@@ -122,7 +122,7 @@ class FitCLI(TrainingCLI):
             return
         require_new_folder(self.artifact, "the exported model")
         if self.checkpoint is None and not (resume and self.folder.logs.is_dir()):
-            require_new_folder(out, "the run")
+            require_new_folder(out, "the run", in_place=True)
         elif self.checkpoint is not None and not self.folder.checkpoints_folder.is_dir():
             raise UsageError(f"{out} is not the folder of a run; give as --out the run that the checkpoint is of")
 

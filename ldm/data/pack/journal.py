@@ -2,14 +2,15 @@
 
 While a folder is being packed it holds complete shards, ``quarantine.jsonl`` so far, and the journal: one line with the request
 and the hash of the listing, then one line for each complete shard, synced after it. Work since the last such line is repeated.
-The manifest is written last; then the journal is removed.
+The manifest is written last; then the journal is removed. Shards of a validation set are in a folder inside, packed after the
+others.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +20,10 @@ from ldm.data.manifest import PACK_JOURNAL_NAME as JOURNAL_NAME
 from ldm.data.manifest import Manifest, ShardEntry
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.errors import LdmError, UsageError
-from ldm.files import fsync_folder, require_new_folder
+from ldm.files import LOCK_NAME, fsync_folder, require_new_folder
+from ldm.locks import hold_folder
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Journal:
@@ -30,16 +32,17 @@ class Journal:
     On an exception everything is kept for the next run; an OSError becomes an :class:`LdmError` that says so.
 
     Attributes:
-        entries: the complete shards; the writer shares the list.
-        consumed: items of the listing done, packed or quarantined; the caller increments it.
-        enlarged: images that were scaled up; the caller increments it.
+        entries: the complete shards of each folder ("" is ``out`` itself); the writers share the lists.
+        consumed: items done, packed or quarantined; the caller increments it.
+        enlarged: images in each folder that were scaled up; the caller increments it.
     """
 
     def __init__(self, out: Path, request: dict[str, Any], listing: str) -> None:
         """``request``: every option that changes the bytes, as JSON values; ``listing``: hash of the source's listing."""
         self.out = out
-        self.entries: list[ShardEntry] = []
-        self.consumed = self.enlarged = 0
+        self.entries: defaultdict[str, list[ShardEntry]] = defaultdict(list)
+        self.enlarged: defaultdict[str, int] = defaultdict(int)
+        self.consumed = 0
         self._header = {"version": _VERSION, "request": request, "listing": listing}
         self._quarantine_bytes = 0
 
@@ -49,12 +52,10 @@ class Journal:
             UsageError: ``out`` holds other work, an unfinished pack with other options, or one that is running.
             LdmError: its journal or its shards are damaged.
         """
-        require_claimable(self.out)
-        self._made = not self.out.exists()
-        self.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
+            stack.enter_context(hold_folder(self.out, f"packing into {self.out}"))
+            require_claimable(self.out)  # the process that held the lock may have finished meanwhile
             self._file = stack.enter_context(open(self.out / JOURNAL_NAME, "a+b"))
-            self._lock()
             try:
                 self._read()
             except (ValueError, KeyError, TypeError):
@@ -75,32 +76,24 @@ class Journal:
             fix = "fix that and run the same command again to resume"
             raise LdmError(f"{self.out} cannot be written ({error.strerror}); {fix}") from error
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another ldm is packing into {self.out}; wait for it, or give another folder") from None
-        # the process that held the lock may have finished meanwhile and removed its journal
-        if os.fstat(self._file.fileno()).st_nlink == 0:
-            require_new_folder(self.out, "image shards")
-            raise UsageError(f"another ldm has just packed into {self.out}; try again")
-
     def _read(self) -> None:
         self._file.seek(0)
         data = self._file.read()
         whole = data.rfind(b"\n") + 1
         self._file.truncate(whole)  # drop a line cut short by a kill
         if not whole:
-            if any(path.name != JOURNAL_NAME for path in self.out.iterdir()):
+            if any(path.name not in (JOURNAL_NAME, LOCK_NAME) for path in self.out.iterdir()):
                 (self.out / JOURNAL_NAME).unlink()
-                require_new_folder(self.out, "image shards")
+                require_claimable(self.out)
             self._append(self._header)
             return fsync_folder(self.out)
         header, *lines = map(json.loads, data[:whole].splitlines())
         self._require_same(header)
         for line in lines:
-            self.entries.append(ShardEntry(**line["shard"]))
-            self.consumed, self.enlarged, self._quarantine_bytes = line["consumed"], line["enlarged"], line["quarantine_bytes"]
+            folder = line["folder"]
+            self.entries[folder].append(ShardEntry(**line["shard"]))
+            self.enlarged[folder] = line["enlarged"]
+            self.consumed, self._quarantine_bytes = line["consumed"], line["quarantine_bytes"]
 
     def _require_same(self, header: dict[str, Any]) -> None:
         unfinished = f"{self.out} holds an unfinished pack"
@@ -115,33 +108,35 @@ class Journal:
             raise UsageError(f"{unfinished}, and the source has changed since; {fix}")
 
     def _check_files(self) -> None:
-        sizes = {entry.name: entry.bytes for entry in self.entries} | {QUARANTINE_NAME: self._quarantine_bytes}
+        sizes = {os.path.join(folder, entry.name): entry.bytes for folder in self.entries for entry in self.entries[folder]}
+        sizes[QUARANTINE_NAME] = self._quarantine_bytes
         for name, size in sizes.items():
             path = self.out / name
             there = path.stat().st_size if path.is_file() else 0
             # the quarantine may have grown after the last shard
             if there < size or (there != size and name != QUARANTINE_NAME):
                 raise LdmError(f"{path} is missing or was changed; restore it, or remove {self.out} and pack again")
-        for left in self.out.glob(".*.tmp"):  # left by a killed run
+        for left in self.out.rglob(".*.tmp"):  # left by a killed run
             left.unlink()
 
     def quarantine(self, file: str, reason: str) -> None:
         """Record an item that cannot be used."""
         self._quarantine.write(json.dumps({"file": file, "reason": reason}, ensure_ascii=False).encode() + b"\n")
 
-    def record(self, entry: ShardEntry) -> None:
+    def record(self, folder: str, entry: ShardEntry) -> None:
         """A shard is complete. It, those before it and the quarantine hold all items consumed so far."""
         _sync(self._quarantine)
-        counts = {"consumed": self.consumed, "enlarged": self.enlarged, "quarantine_bytes": self._quarantine.tell()}
-        self._append({"shard": asdict(entry)} | counts)
+        counts = {"consumed": self.consumed, "enlarged": self.enlarged[folder], "quarantine_bytes": self._quarantine.tell()}
+        self._append({"folder": folder, "shard": asdict(entry)} | counts)
 
     def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
         _sync(self._file)
 
-    def finish(self, manifest: Manifest) -> None:
-        """Write the manifest and remove the journal."""
-        manifest.save(self.out)
+    def finish(self, manifests: dict[str, Manifest]) -> None:
+        """Write the folders' manifests, that of ``out`` last, and remove the journal."""
+        for folder in sorted(manifests, reverse=True):
+            manifests[folder].save(self.out / folder)
         (self.out / JOURNAL_NAME).unlink()
         fsync_folder(self.out)
 
@@ -149,14 +144,14 @@ class Journal:
         """Nothing to pack: restore ``out`` as it was."""
         (self.out / QUARANTINE_NAME).unlink()
         (self.out / JOURNAL_NAME).unlink()
-        if self._made:
-            self.out.rmdir()
 
 
-def require_claimable(out: Path) -> None:
-    """Raise :class:`UsageError` where ``out`` holds other work than an unfinished pack."""
-    if not (out / JOURNAL_NAME).is_file():
-        require_new_folder(out, "image shards")
+def require_claimable(out: str | os.PathLike) -> Path:
+    """``out``, or what it links to. Raises :class:`UsageError` where it holds other work than an unfinished pack, or cannot be
+    made."""
+    if os.path.isfile(os.path.join(out, JOURNAL_NAME)):
+        return Path(out)
+    return require_new_folder(out, "image shards", in_place=True)
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -1,7 +1,7 @@
 """One image file and its captions => the members of a sample.
 
-A sample is ``jpg``, ``png`` or ``webp``, ``txt`` (the first caption) and ``json``: the source file's name, the original size,
-all captions where there are several, and what else the source says.
+A sample is ``jpg``, ``png`` or ``webp``, ``txt`` (the first caption; absent without captions) and ``json``: the source file's
+name, the original size, all captions where there are several, and what else the source says.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Preparation:
         format: ``jpg``, ``png``, ``webp``; ``auto``: PNG up to 128 pixels a side (lossless, and as small), else JPEG.
         quality: of JPEG (without chroma subsampling) and WebP, 1 to 100.
         background: colour behind transparent images: a name or ``#rrggbb``.
+        captions: False: images alone, for an autoencoder; none needs a caption, and none is stored.
     """
 
     size: int | None = None
@@ -60,6 +61,7 @@ class Preparation:
     format: str = "auto"
     quality: int = 95
     background: str = "white"
+    captions: bool = True
 
     def checked(self) -> Preparation:
         """The same, with the default ``resize`` filled in. Raises :class:`UsageError` for invalid values."""
@@ -89,8 +91,8 @@ class Preparation:
 
     def __call__(self, file: str, data: bytes, captions: Sequence[str], extras: Mapping[str, Any] = NO_EXTRAS) -> Prepared:
         """Prepare the image ``data`` called ``file``; ``extras`` are added to its json. Raises :class:`DecodeError`."""
-        texts = [text for text in map(_clean, captions) if text]
-        if not texts:
+        texts = [text for text in map(_clean, captions if self.captions else ()) if text]
+        if self.captions and not texts:
             raise DecodeError("empty caption")
         # Decided by the header. decode_pixels releases the GIL, and refuses broken JPEGs that Pillow accepts.
         plain = (self.keep_bytes or data.startswith(b"\xff\xd8")) and is_plain_rgb(data)
@@ -109,7 +111,7 @@ class Preparation:
         keep = self.keep_bytes and plain and resized.size == image.size and self.format in ("auto", kind)
         files = {kind: data} if keep else self._encoded(resized)
         enlarged = min(resized.size) > min(image.size)
-        return Prepared({**files, "txt": texts[0].encode(), "json": about}, enlarged)
+        return Prepared({**files, **({"txt": texts[0].encode()} if texts else {}), "json": about}, enlarged)
 
     def _resized(self, image: Image.Image) -> Image.Image:
         if self.resize == "none" or self.size is None:

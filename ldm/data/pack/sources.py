@@ -1,4 +1,5 @@
-"""Sources of images to pack: a folder, a table that names files, a Hugging Face data set on disk, or a class of your own.
+"""Sources of images to pack: a folder, a table that names files, Parquet files or a Hugging Face data set that hold images, or
+a class of your own.
 
 A source lists its items in a fixed order, lazily and as often as asked, and loads each by itself: :class:`ImageSource`. The
 listing is never held in memory, however long it is.
@@ -10,11 +11,13 @@ import hashlib
 import heapq
 import json
 import os
+import sqlite3
 import tempfile
+import unicodedata
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -29,22 +32,42 @@ from ldm.data.decode import (
     MAX_TEXT_BYTES,
     DecodeError,
     captions_of,
-    decode_text,
 )
 from ldm.data.manifest import tar_paths
 from ldm.data.pack.prepare import NO_EXTRAS
-from ldm.data.pack.tables import read_table, texts_of
-from ldm.errors import UsageError, first_line
-from ldm.files import require_folder
+from ldm.data.pack.tables import (
+    CAPTION_COLUMNS,
+    Columns,
+    MissingColumnError,
+    Row,
+    parquet_rows,
+    parquet_schema,
+    read_table,
+    texts_of,
+)
+from ldm.errors import LdmError, UsageError, first_line
+from ldm.files import open_regular, read_bytes, require_folder
+from ldm.images import KIND_BYTES, kind_of
+from ldm.terminal import printable
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt")
+# Of these the first that is there, in either case, holds the captions beside an image, with what its .json adds.
+TEXT_SUFFIXES = (".txt", ".caption", ".tags")
+# Tables of a folder's captions by file name, as the Hub's image folders have them; those in deeper folders come first.
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
-_ALLOWED = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
-# Images in unsupported formats are recorded in the quarantine.
-_OTHER_IMAGES = frozenset((".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg"))
-_IMAGES = _ALLOWED | _OTHER_IMAGES
+# Files of these names are images; others are where they begin as one. What cannot be decoded is recorded in the quarantine.
+_EXTENSIONS = (
+    "jpg jpeg jpe jfif jif pjpeg png apng webp gif bmp dib tif tiff heic heif hif avif avifs jxl jp2 j2k jpx jpf "
+    "ppm pgm pbm pnm pam pfm tga ico cur icns psd exr hdr dds qoi pcx sgi xbm xpm svg svgz eps "
+    "cr2 cr3 crw nef nrw arw srf sr2 dng orf raf rw2 pef srw x3f 3fr"
+)
+_IMAGES = frozenset(f".{extension}" for extension in _EXTENSIONS.split())
+_ALLOWED = frozenset(("JPEG", "PNG", "WebP"))
+_TEXTS = frozenset((*TEXT_SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"))
+_FORMS = ("NFC", "NFD")  # Unicode forms of one name: macOS and archives made on it have accents as characters of their own
 _ROWS_AT_ONCE = 1000
+_IMAGES_AT_ONCE = 32
 # Names of one folder that are sorted in memory; more are sorted through temporary files.
 _NAMES_AT_ONCE = 100_000
 
@@ -56,10 +79,19 @@ class Item:
     Attributes:
         key: unique name: a path relative to the source (with /), or ``split/row`` of a data set. Packing stores it.
         captions: those that the listing itself holds; None where :meth:`ImageSource.load` finds them.
+        problem: why it cannot be used, where the listing itself shows that; it is not loaded.
     """
 
     key: str
     captions: tuple[str, ...] | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _EmbeddedItem(Item):
+    """An item with its image, which is read with the listing."""
+
+    image: Any = None
 
 
 class LoadedImage(NamedTuple):
@@ -67,7 +99,7 @@ class LoadedImage(NamedTuple):
 
     Attributes:
         data: the encoded image file: JPEG, PNG or WebP.
-        captions: one or several.
+        captions: one or several; not used where images are packed without captions.
         extras: further JSON values, stored in the sample's ``.json``; ``file``, ``width``, ``height`` and ``captions`` are
             taken.
     """
@@ -86,10 +118,12 @@ class ImageSource(ABC):
 
     Attributes:
         src: where it reads, as the user named it; for messages.
+        read_captions: False where images are packed without captions: a source need not look for any.
         identity: changes when the content changes but neither keys, captions nor :meth:`state` do.
     """
 
     identity = ""
+    read_captions = True
 
     def __init__(self, src: str | os.PathLike) -> None:
         self.src = Path(src)
@@ -120,10 +154,18 @@ class ImageSource(ABC):
 
 
 class FolderSource(ImageSource):
-    """The images of a folder and its subfolders, each with a ``.txt`` or ``.json`` of the same name."""
+    """The images of a folder and its subfolders, each with its captions in files beside it or in a table of the folder.
+
+    The captions are those in the files of the same name (``.txt``, ``.caption`` or ``.tags``, and ``.json``), as
+    :func:`ldm.data.decode.captions_of` reads them; where these hold none, those in the image's row of a ``metadata.jsonl``,
+    ``.csv`` or ``.parquet`` of its folder or one above. A row that is malformed or names no image is an item, too.
+    """
 
     def items(self) -> Iterator[Item]:
-        return (Item(file) for file in sorted_files(self.src) if _suffix(file) in _IMAGES)
+        with closing(_Metadata(self.src, self.read_captions)) as rows:
+            for file in image_files(self.src):
+                yield Item(file, rows.captions(file))
+            yield from rows.problems()
 
     def checked_items(self) -> Iterator[Item]:
         item = None
@@ -136,51 +178,124 @@ class FolderSource(ImageSource):
 
     def state(self, item: Item) -> str:
         path = os.path.join(self.src, item.key)
-        beside = None if item.captions is not None else _caption_file(path)
-        return " ".join(_stat(path) for path in (path, beside) if path is not None)
+        beside = _caption_files(self.src, item.key) if self.read_captions else ()
+        return " ".join(_stat(path) for path in (path, *beside) if path is not None)
 
     def load(self, item: Item) -> LoadedImage:
         path = os.path.join(self.src, item.key)
-        if _suffix(path) not in _ALLOWED:
-            raise DecodeError("not an allowed format")
         data = _read(path, MAX_IMAGE_BYTES)
-        return LoadedImage(data, _captions_beside(path) if item.captions is None else item.captions)
+        kind = kind_of(data[:KIND_BYTES])
+        if kind not in _ALLOWED and (kind or _suffix(path)[1:] not in IMAGE_EXTENSIONS):
+            raise DecodeError("not an allowed format" + (f" ({kind}); convert it to JPEG, PNG or WebP" if kind else ""))
+        return LoadedImage(data, self.captions(item) if self.read_captions else ())
+
+    def captions(self, item: Item) -> Sequence[str]:
+        """The captions of an item. Raises :class:`DecodeError` where there are none."""
+        text, about = _caption_files(self.src, item.key)
+        if captions := _captions_in(text, about) or item.captions:
+            return captions
+        if text is not None or item.captions is not None:
+            raise DecodeError("empty caption")
+        if about is not None:
+            raise DecodeError('no caption: neither "caption" nor "captions" nor "tags" in the .json beside it')
+        raise DecodeError(f"no caption: no .json, {' or '.join(TEXT_SUFFIXES)} of the same name beside it")
+
+
+class _Metadata:
+    """The rows of a folder's metadata tables by file name, in a temporary file. None where ``read`` is False.
+
+    A table or row without columns of files and captions is another program's, and ignored.
+    """
+
+    def __init__(self, src: Path, read: bool) -> None:
+        self._src, self._problems, self._rows = src, list[Item](), sqlite3.connect("")
+        self._rows.execute(
+            "CREATE TABLE rows (file BLOB PRIMARY KEY, source INT, place TEXT, captions TEXT, used INT DEFAULT 0)"
+        )
+        tables = [file for file in sorted_files(src) if read and os.path.basename(file) in METADATA_NAMES]
+        self.empty = not tables
+        for number, table in enumerate(
+            sorted(tables, key=lambda file: (-file.count("/"), METADATA_NAMES.index(os.path.basename(file))))
+        ):
+            with suppress(MissingColumnError):
+                self._read(number, table)
+
+    def _read(self, source: int, table: str) -> None:
+        folder = os.path.dirname(table)
+        rows = read_table(self._src / table, Columns(), lambda name: is_image(self._src, os.path.join(folder, name)))
+        for row in rows:
+            where = os.path.join(folder, row.where)
+            if row.lacks_column:
+                continue
+            if problem := row.problem or _outside(row.file):
+                self._problems.append(Item(where, problem=problem))
+                continue
+            file = _name_bytes(os.path.normpath(os.path.join(folder, row.file)))
+            there = self._rows.execute("SELECT source, place FROM rows WHERE file = ?", (file,)).fetchone()
+            if there is None:
+                captions = json.dumps(row.captions)
+                self._rows.execute("INSERT INTO rows VALUES (?, ?, ?, ?, 0)", (file, source, where, captions))
+            elif there[0] == source:
+                self._problems.append(Item(where, problem=f"names {row.file} again, after {there[1]}"))
+
+    def captions(self, file: str) -> tuple[str, ...] | None:
+        """The captions in the row of an image; None where it has none."""
+        if self.empty:
+            return None
+        name = _name_bytes(file)
+        row = self._rows.execute("SELECT captions FROM rows WHERE file = ?", (name,)).fetchone()
+        if row is None:
+            return None
+        self._rows.execute("UPDATE rows SET used = 1 WHERE file = ?", (name,))
+        return tuple(json.loads(row[0]))
+
+    def problems(self) -> Iterator[Item]:
+        """An item for each row that is malformed, or names a file that has not been asked for."""
+        yield from self._problems
+        for file, place in self._rows.execute("SELECT file, place FROM rows WHERE NOT used ORDER BY source, rowid"):
+            yield Item(place, problem=f"names {os.fsdecode(file)}, which is no image in the folder")
+
+    def close(self) -> None:
+        self._rows.close()
 
 
 class TableSource(FolderSource):
-    """The images that a CSV, JSONL or Parquet file names (relative to the folder), in the order of its rows."""
+    """The images that a CSV, TSV, JSONL or Parquet file names (relative to the folder), in the order of its rows.
 
-    def __init__(self, src: Path, table: Path, file_column: str, caption_columns: Sequence[str]) -> None:
+    A malformed row is an item that cannot be used.
+    """
+
+    def __init__(self, src: Path, table: Path, file_column: str | None = None, caption_columns: Sequence[str] = ()) -> None:
         super().__init__(src)
         self.table, self.file_column, self.caption_columns = table, file_column, caption_columns
 
     def items(self) -> Iterator[Item]:
         return (item for _, item in self._rows())
 
-    def _rows(self) -> Iterator[tuple[int, Item]]:
-        for number, row in read_table(self.table, [self.file_column, *self.caption_columns]):
-            where = f"{self.table}, row {number}"
-            file = row[self.file_column]
-            if not isinstance(file, str) or not file.strip():
-                raise UsageError(f'{where}: "{self.file_column}" must be a path relative to {self.src}')
-            name = PurePosixPath(file.strip())
-            if name.is_absolute() or ".." in name.parts:
-                raise UsageError(f'{where}: "{self.file_column}" must be a path relative to {self.src}, not {file}')
-            yield number, Item(str(name), texts_of(row, self.caption_columns, where))
+    def _rows(self) -> Iterator[tuple[str, Item]]:
+        columns = Columns(self.file_column, self.caption_columns, self.read_captions)
+        for row in read_table(self.table, columns, lambda name: not _outside(name) and is_image(self.src, name)):
+            problem = row.problem or _outside(row.file)
+            name = str(PurePosixPath(row.file))
+            item = Item(row.where, problem=problem) if problem else Item(existing_name(self.src, name) or name, row.captions)
+            yield row.where, item
 
     def checked_items(self) -> Iterator[Item]:
         hashes = array("Q")  # 8 bytes a row: the names themselves would not fit
         missing, first_missing = 0, ""
         for item in self.items():
-            hashes.append(_hash(item.key))
-            if not os.path.isfile(os.path.join(self.src, item.key)):
-                first_missing = first_missing or item.key
-                missing += 1
+            if item.problem is None:
+                hashes.append(hash_of(item.key))
+                if not os.path.isfile(os.path.join(self.src, item.key)):
+                    first_missing = first_missing or item.key
+                    missing += 1
+            else:
+                hashes.append(hash_of(f"/{item.key}"))  # no name of a file
             yield item
         if missing:
             raise UsageError(
-                f"{self.table} names {first_missing}, which is not in {self.src} ({missing} such in all); "
-                f'correct the "{self.file_column}" column or bring the images back'
+                f"{self.table} names {printable(first_missing)}{_form(first_missing)}, which is not in {self.src} "
+                f"({missing} such in all); correct the column of files or bring the images back"
             )
         if not hashes:
             raise UsageError(f"caption file {self.table} holds no row; each image needs one, with file and caption")
@@ -189,18 +304,27 @@ class TableSource(FolderSource):
     def _refuse_duplicates(self, hashes: np.ndarray) -> None:
         doubtful = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         seen: set[str] = set()
-        for number, item in self._rows() if doubtful else ():
-            if item.key in seen:
-                raise UsageError(f"{self.table}, row {number}: {item.key} is named twice; give all its captions in one row")
-            if _hash(item.key) in doubtful:
+        for where, item in self._rows() if doubtful else ():
+            if item.problem is None and item.key in seen:
+                raise UsageError(
+                    f"{self.table.parent / where}: {printable(item.key)} is named twice; give all its captions in one row"
+                )
+            if hash_of(item.key) in doubtful:
                 seen.add(item.key)
+
+    def state(self, item: Item) -> str:
+        return _stat(os.path.join(self.src, item.key))
+
+    def captions(self, item: Item) -> Sequence[str]:
+        return item.captions or ()
 
 
 class DatasetSource(ImageSource):
     """What ``datasets.Dataset.save_to_disk``, or that of a ``DatasetDict``, wrote: split after split, row after row."""
 
-    def __init__(self, src: Path, image_column: str | None, caption_columns: Sequence[str]) -> None:
+    def __init__(self, src: Path, image_column: str | None, caption_columns: Sequence[str], read_captions: bool = True) -> None:
         super().__init__(src)
+        self.read_captions = read_captions
         try:
             import datasets
         except ImportError:
@@ -219,7 +343,7 @@ class DatasetSource(ImageSource):
             where = f"split {name} of {src}" if name else str(src)
             split = split.with_format(None)
             (image,) = _choose([image_column] if image_column else [], IMAGE_COLUMNS, split.column_names, where, "image")
-            captions = _choose(caption_columns, CAPTION_COLUMNS, split.column_names, where, "caption")
+            captions = _choose(caption_columns, CAPTION_COLUMNS, split.column_names, where, "caption") if read_captions else []
             self._captions[name] = captions, split.select_columns(captions)
             if isinstance(split.features[image], datasets.Image):
                 split = split.cast_column(image, datasets.Image(decode=False))  # the file's own bytes
@@ -230,12 +354,14 @@ class DatasetSource(ImageSource):
 
     def items(self) -> Iterator[Item]:
         for name, (columns, split) in self._captions.items():
+            prefix = f"{name}/" if name else ""
+            if not columns:
+                yield from (Item(f"{prefix}{number:09d}") for number in range(len(self._images[name][1])))
+                continue
             number = 0
             for batch in split.iter(_ROWS_AT_ONCE):
                 for cells in zip(*(batch[column] for column in columns), strict=True):
-                    file = f"{name}/{number:09d}" if name else f"{number:09d}"
-                    row = dict(zip(columns, cells, strict=True))
-                    yield Item(file, texts_of(row, columns, f"{self.src}, row {file}"))
+                    yield Item(f"{prefix}{number:09d}", *_texts(dict(zip(columns, cells, strict=True)), columns))
                     number += 1
 
     def checked_items(self) -> Iterator[Item]:
@@ -253,21 +379,152 @@ class DatasetSource(ImageSource):
         return LoadedImage(data, item.captions or ())
 
 
+class ParquetSource(ImageSource):
+    """Parquet tables that hold images themselves, as data sets on the Hub are kept: table after table, row after row.
+
+    The column of images holds bytes, or structs of ``bytes`` and ``path``; a path without bytes is a file in the folder.
+    """
+
+    def __init__(
+        self,
+        src: Path,
+        tables: Sequence[str],
+        image_column: str | None = None,
+        caption_columns: Sequence[str] = (),
+        read_captions: bool = True,
+    ) -> None:
+        """``tables``: paths in ``src``."""
+        super().__init__(src)
+        self.read_captions = read_captions
+        self._tables: dict[str, tuple[str, list[str]]] = {}
+        for table in tables:
+            schema, where = parquet_schema(src / table), f"{src / table}"
+            image = embedded_column(schema, image_column)
+            if image is None:
+                raise UsageError(
+                    f"{where} has no column of images in bytes (found: {', '.join(schema.names)}); name it as image_column"
+                )
+            captions = _choose(caption_columns, CAPTION_COLUMNS, schema.names, where, "caption") if read_captions else []
+            self._tables[table] = image, captions
+        self.identity = json.dumps([(table, _stat(os.path.join(src, table))) for table in tables])
+
+    def items(self) -> Iterator[Item]:
+        return self._items(True)
+
+    def checked_items(self) -> Iterator[Item]:
+        item = None
+        for item in self._items(False):
+            yield item
+        if item is None:
+            raise UsageError(f"{self.src} holds no row; give tables that do")
+
+    def _items(self, with_images: bool) -> Iterator[Item]:
+        for table, (image, captions) in self._tables.items():
+            name = os.path.splitext(os.path.basename(table) if os.path.isabs(table) else table)[0]
+            # a table may have no other column: then the images are read to count the rows
+            columns = [*captions, image] if with_images or not captions else captions
+            for number, row in parquet_rows(self.src / table, columns, _IMAGES_AT_ONCE if image in columns else _ROWS_AT_ONCE):
+                texts, problem = _texts(row, captions)
+                yield _EmbeddedItem(f"{name}/{number - 1:09d}", texts, problem, row[image] if with_images else None)
+
+    def load(self, item: Item) -> LoadedImage:
+        assert isinstance(item, _EmbeddedItem)
+        value = item.image if isinstance(item.image, dict) else {"bytes": item.image}
+        data, path = value.get("bytes"), value.get("path")
+        if data is None and isinstance(path, str) and not _outside(path):
+            data = _read(os.path.join(self.src, path), MAX_IMAGE_BYTES)
+        if not isinstance(data, bytes):
+            raise DecodeError("no bytes of an image")
+        return LoadedImage(data, item.captions or ())
+
+
+def embedded_column(schema: Any, asked: str | None = None) -> str | None:
+    """The column of a ``pyarrow.Schema`` that holds images: the one asked for, or the first; None where none does."""
+    from pyarrow import types
+
+    def is_bytes(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    for name in [asked] if asked else dict.fromkeys([*IMAGE_COLUMNS, *schema.names]):
+        if (index := schema.get_field_index(name)) >= 0:  # there, and once
+            kind = schema.field(index).type
+            inside = kind.get_field_index("bytes") if types.is_struct(kind) else -1
+            if is_bytes(kind.field(inside).type) if inside >= 0 else is_bytes(kind) and (asked or name in IMAGE_COLUMNS):
+                return name
+    return None
+
+
 def open_pack_source(
     src: str | os.PathLike,
     captions: str | os.PathLike | None = None,
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
+    read_captions: bool = True,
 ) -> ImageSource:
-    """The source for a folder or saved data set ``src``, and a table ``captions``. Raises :class:`UsageError` for neither."""
+    """The source for what a user names.
+
+    Args:
+        src: a folder of images, a saved data set, a Parquet file of images or a folder of such.
+        captions: a table that lists images of ``src``.
+        image_column, caption_columns: of ``captions``, the data set or the Parquet files.
+        read_captions: False: pack images alone.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    columns = image_column, caption_columns, read_captions
+    if _suffix(os.fspath(src)) == ".parquet" and os.path.isfile(src):
+        return ParquetSource(Path(src).parent, [Path(src).name], *columns)
     src = require_folder(src, "a folder of images to pack")
     if captions is not None:
-        return TableSource(src, Path(captions), image_column or "file", caption_columns or ("caption",))
-    if (src / "dataset_dict.json").is_file() or ((src / "state.json").is_file() and (src / "dataset_info.json").is_file()):
-        return DatasetSource(src, image_column, caption_columns)
-    if image_column or caption_columns:
+        table = Path(captions)
+        if (
+            table.suffix.lower() == ".parquet"
+            and os.path.isfile(table)
+            and embedded_column(parquet_schema(table), image_column)
+        ):
+            return ParquetSource(src, [str(table.absolute())], *columns)
+        source = TableSource(src, table, image_column, caption_columns)
+    elif (src / "dataset_dict.json").is_file() or ((src / "state.json").is_file() and (src / "dataset_info.json").is_file()):
+        return DatasetSource(src, *columns)
+    elif tables := _image_tables(src, image_column):
+        return ParquetSource(src, tables, *columns)
+    elif image_column or caption_columns:
         raise UsageError(f"columns are named, but {src} is a folder of images; give the table that has them as captions")
-    return FolderSource(src)
+    else:
+        source = FolderSource(src)
+    source.read_captions = read_captions
+    return source
+
+
+def _image_tables(src: Path, image_column: str | None) -> list[str]:
+    """The Parquet files in a folder that hold images. Raises :class:`UsageError` where it has files of images as well."""
+    tables = [file for file in sorted_files(src) if _suffix(file) == ".parquet"]
+    try:
+        tables = [table for table in tables if embedded_column(parquet_schema(src / table), image_column)]
+    except UsageError:
+        if next(image_files(src), None) is None:
+            raise
+        return []  # beside files of images it need not be readable
+    if tables and (file := next(image_files(src), None)) is not None:
+        kinds = f"images in {tables[0]} and as files ({printable(file)})"
+        raise UsageError(f"{src} holds {kinds}; pack one of them: give {src / tables[0]}, or move it away")
+    return tables
+
+
+def image_files(src: Path) -> Iterator[str]:
+    """The files of a folder and its subfolders that are images by their name or by how they begin, in order."""
+    return (file for file in sorted_files(src) if is_image(src, file))
+
+
+def is_image(src: Path, file: str) -> bool:
+    """Whether a file of a folder is an image, of whatever format, by its name or by how it begins."""
+    suffix = _suffix(file)
+    if suffix in _IMAGES or suffix in _TEXTS:
+        return suffix in _IMAGES and os.path.lexists(os.path.join(src, file))
+    with suppress(LdmError, OSError), open_regular(os.path.join(src, file)) as opened:
+        return kind_of(opened.read(KIND_BYTES)) is not None
+    return False
 
 
 def sorted_files(folder: str | os.PathLike, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
@@ -313,6 +570,10 @@ def _sorted(names: Iterator[str], stack: ExitStack) -> Iterator[str]:
     return heapq.merge(*runs)
 
 
+def _name_bytes(file: str) -> bytes:
+    return os.fsencode(unicodedata.normalize("NFC", file))
+
+
 def _choose(asked: Sequence[str], usual: Sequence[str], columns: Sequence[str], where: str, what: str) -> list[str]:
     """The columns asked for, or the first of the usual ones."""
     chosen = list(dict.fromkeys(asked)) or [column for column in usual if column in columns][:1]
@@ -325,8 +586,52 @@ def _choose(asked: Sequence[str], usual: Sequence[str], columns: Sequence[str], 
     return chosen
 
 
-def _hash(name: str) -> int:
+def hash_of(name: str) -> int:
+    """A hash of 64 bits of a key, equal in both Unicode forms."""
+    name = unicodedata.normalize("NFC", name)
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def existing_name(folder: str | os.PathLike, name: str) -> str | None:
+    """``name`` (a path in ``folder``, with /) as the folder has it, in whichever Unicode form; None where it has not."""
+    if os.path.exists(os.path.join(folder, name)):
+        return name
+    if name.isascii():
+        return None
+    found = ""
+    for part in name.split("/"):
+        forms = dict.fromkeys((part, *(unicodedata.normalize(form, part) for form in _FORMS)))
+        part = next((form for form in forms if os.path.exists(os.path.join(folder, found, form))), None)
+        if part is None:
+            return None
+        found = os.path.join(found, part)
+    return found
+
+
+def _form(name: str) -> str:
+    """Which Unicode form a name has, where the forms differ, for messages: on the screen they look the same."""
+    forms = [form for form in _FORMS if unicodedata.is_normalized(form, name)]
+    return (
+        ""
+        if len(forms) == len(_FORMS)
+        else f" (in Unicode form {' '.join(forms) or 'neither NFC nor NFD'}; no other form is there)"
+    )
+
+
+def _outside(name: str) -> str | None:
+    """What is wrong with a path that does not lie in the folder of the images; None where nothing is."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        return f"must be a path relative to the folder of the images, not {name[:200]}"
+    return None
+
+
+def _texts(row: Row, columns: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+    """Captions and problem of an item."""
+    try:
+        return texts_of(row, columns), None
+    except DecodeError as error:
+        return (), str(error)
 
 
 def _suffix(path: str) -> str:
@@ -341,32 +646,35 @@ def _stat(path: str) -> str:
     return f"{about.st_size} {about.st_mtime_ns}"
 
 
-def _caption_file(path: str) -> str | None:
-    stem = os.path.splitext(path)[0]
-    return next((stem + suffix for suffix in (".txt", ".TXT", ".json", ".JSON") if os.path.exists(stem + suffix)), None)
+def _caption_files(src: Path, file: str) -> tuple[str | None, str | None]:
+    """The text file and the .json with the captions of an image: of its name without the extension, or with it."""
+    names = (os.path.splitext(file)[0], file)
+    found = []
+    for suffixes in (TEXT_SUFFIXES, (".json",)):
+        candidates = (name + case for name in names for suffix in suffixes for case in (suffix, suffix.upper()))
+        there = next(filter(None, (existing_name(src, candidate) for candidate in candidates)), None)
+        found.append(None if there is None else os.path.join(src, there))
+    return found[0], found[1]
 
 
-def _captions_beside(path: str) -> Sequence[str]:
-    beside = _caption_file(path)
-    if beside is None:
-        raise DecodeError("no caption: no .txt or .json of the same name beside it")
-    if _suffix(beside) == ".txt":
-        return [decode_text(_read(beside, MAX_TEXT_BYTES))]
-    captions = captions_of(None, _read(beside, MAX_JSON_BYTES))
-    if not captions:
-        raise DecodeError('no caption: neither "caption" nor "captions" in the .json beside it')
-    return captions
+def _captions_in(text: str | None, about: str | None) -> Sequence[str]:
+    """The captions in the files beside an image. A text file needs no sound .json."""
+    data = None if text is None else _read(text, MAX_TEXT_BYTES)
+    if data is not None and _suffix(text or "") == ".tags":
+        data = b", ".join(data.split(b"\n"))
+    try:
+        return captions_of(data, None if about is None else _read(about, MAX_JSON_BYTES))
+    except DecodeError:
+        if data is None or about is None:
+            raise
+        return captions_of(data, None)
 
 
 def _read(path: str, limit: int) -> bytes:
-    # isfile before open: opening a named pipe would block
+    what = os.path.splitext(path)[1] or "it"
     if not os.path.isfile(path):
-        raise DecodeError(f"{os.path.splitext(path)[1]} is not a regular file")
+        raise DecodeError(f"{what} is not a regular file")
     try:
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise DecodeError(f"{os.path.splitext(path)[1]} cannot be read ({error.strerror})") from None
-    if len(data) > limit:
-        raise DecodeError(f"{os.path.splitext(path)[1]} file of more than {limit} bytes")
-    return data
+        return read_bytes(path, limit)
+    except LdmError as error:
+        raise DecodeError(f"{what} {str(error).removeprefix(printable(path)).strip().rpartition('; ')[0]}") from None

@@ -1,8 +1,9 @@
 import errno
-import fcntl
 import io
 import json
 import os
+import shutil
+import signal
 import tarfile
 import tempfile
 from itertools import pairwise
@@ -17,11 +18,14 @@ from PIL import Image
 
 from ldm.cli import main
 from ldm.data.decode import decode_image
+from ldm.data.image_dataset import ImageDataset
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.pack.journal import JOURNAL_NAME, Journal
 from ldm.data.pack.packer import pack
 from ldm.data.shards import ShardReader
 from ldm.errors import LdmError, UsageError
+from ldm.files import LOCK_NAME
+from ldm.locks import hold
 from ldm.progress import Progress
 
 
@@ -239,8 +243,8 @@ def test_what_a_kill_leaves_lying_about_is_cleared_away(many, tmp_path):
 
 
 def test_a_kill_between_manifest_and_end_changes_nothing(many, tmp_path, monkeypatch):
-    def dies(journal, manifest):
-        manifest.save(journal.out)
+    def dies(journal, manifests):
+        manifests[""].save(journal.out)
         raise Killed
 
     out = tmp_path / "out"
@@ -336,10 +340,8 @@ def test_a_full_disk_is_one_line_and_the_pack_goes_on(many, tmp_path, monkeypatc
 def test_two_at_once_do_not_share_a_folder(src, tmp_path):
     out = tmp_path / "out"
     pack_until(2, src, out, shard_size=1)
-    with open(out / JOURNAL_NAME) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another ldm is packing into"):
-            pack(src, out, shard_size=1)
+    with hold(out / LOCK_NAME, "packing"), pytest.raises(UsageError, match="another ldm is packing into"):
+        pack(src, out, shard_size=1)
     assert pack(src, out, shard_size=1).packed == 3
 
 
@@ -414,3 +416,100 @@ def test_the_command_line_passes_everything_on(src, tmp_path, capsys, monkeypatc
     with pytest.raises(SystemExit) as leave:
         main(["shards", "pack", str(src), str(tmp_path / "stopped"), "--keep-bytes", "--min-size", "8"])
     assert leave.value.code == 130 and "the same command again to resume" in capsys.readouterr().err
+
+
+def test_without_captions_none_are_read_and_the_manifest_says_so(src, tmp_path):
+    (src / "b.txt").write_bytes(b"caf\xe9")
+    (src / "a" / "z.txt").unlink()
+    result = pack(src, tmp_path / "out", with_captions=False, keep_bytes=True)
+    assert (result.packed, result.found, result.manifest.extra["captioned"]) == (3, 3, 0)
+    assert all("txt" not in sample.files and not sample.captions for sample in samples(tmp_path / "out"))
+    dataset = ImageDataset(tmp_path / "out")
+    assert [dataset[index]["caption"] for index in range(3)] == [""] * 3
+    (tmp_path / "c.csv").write_text("file\nb.png\n")
+    assert pack(src, tmp_path / "listed", captions=tmp_path / "c.csv", with_captions=False).packed == 1
+    assert main(["shards", "pack", str(src), str(tmp_path / "again"), "--no-captions", "--keep-bytes"]) is None
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def names(folder):
+    return {json.loads(sample.files["json"])["file"] for sample in samples(folder)}
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory):
+    src = tmp_path_factory.mktemp("hundred")
+    for number in range(100):
+        make_image(src / f"{number:02d}.png", (2, 2))
+    return src
+
+
+def test_a_share_for_validation_is_stable_when_images_are_added(hundred, tmp_path):
+    result = pack(hundred, tmp_path / "out", validation="20%")
+    out, held_out = tmp_path / "out", tmp_path / "out" / "validation"
+    assert result.packed == 100 == len(names(out)) + len(names(held_out)) and not names(out) & names(held_out)
+    assert 10 <= len(names(held_out)) <= 30 and result.validation == Manifest.load(held_out)
+    assert {key: result.manifest.extra[key] for key in ("found", "captioned")} == dict.fromkeys(
+        ("found", "captioned"), 100 - len(names(held_out))
+    )
+    assert main(["shards", "check", str(out), "--deep"]) is None and main(["shards", "check", str(held_out)]) is None
+    more = tmp_path / "more"
+    shutil.copytree(hundred, more)
+    for number in range(100):
+        make_image(more / f"new-{number}.png", (2, 2))
+    pack(more, tmp_path / "grown", validation="20%")
+    assert names(held_out) <= names(tmp_path / "grown" / "validation") and names(out) <= names(tmp_path / "grown")
+
+
+def test_a_number_for_validation(hundred, tmp_path, capsys):
+    main(["shards", "pack", str(hundred), str(tmp_path / "out"), "--validation", "7"])
+    said = capsys.readouterr().out
+    assert "100 of 100 images in 2 shards" in said and f"7 of them are for validation: {tmp_path}/out/validation" in said
+    seven = names(tmp_path / "out" / "validation")
+    pack(hundred, tmp_path / "less", validation=5)
+    assert len(seven) == 7 and names(tmp_path / "less" / "validation") < seven
+    for wrong in (0, 100, "0%", "100%", "-1", "half", "1e9", "0.1%"):
+        with pytest.raises(UsageError, match="validation"):
+            pack(hundred, tmp_path / "wrong", validation=wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_pack_with_validation_that_was_killed_goes_on_to_the_same_bytes(many, tmp_path):
+    pack(many, tmp_path / "whole", shard_size=2, validation=4)
+    for last in range(1, 14):
+        pack_until(last, many, tmp_path / str(last), shard_size=2, validation=4)
+        result = pack(many, tmp_path / str(last), shard_size=2, validation=4)
+        assert tree(tmp_path / str(last)) == tree(tmp_path / "whole") and (result.packed, result.found) == (9, 13)
+
+
+def test_sigterm_leaves_what_the_same_command_resumes(many, tmp_path):
+    pack(many, tmp_path / "whole", shard_size=1)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def on_progress(done, found):
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as leave:
+        pack(many, tmp_path / "out", shard_size=1, on_progress=on_progress)
+    assert leave.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
+    assert not [name for name in contents(tmp_path / "out") if name.endswith((".tmp", ".lock"))]
+    pack(many, tmp_path / "out", shard_size=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(src, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    outs = {tmp_path / "file" / "out": "cannot be made", tmp_path / ("x" * 300): "cannot be made", "a\0b": "cannot be made"}
+    for out, words in {**outs, "": "has no name", "/proc/out": "cannot be made"}.items():
+        with pytest.raises(UsageError, match=words):
+            pack(src, out, on_progress=lambda *_: pytest.fail("work was done"))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert pack(src, tmp_path / "link").packed == 3 and (tmp_path / "real" / "manifest.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert pack(src, ".").packed == 3

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import sys
+import unicodedata
 from base64 import b64encode
 
 import datasets
@@ -196,7 +197,7 @@ def test_images_in_a_table_that_cannot_be_used_are_quarantined(src, tmp_path):
 
 
 def test_names_that_only_share_a_hash_are_no_twins(src, tmp_path, monkeypatch):
-    monkeypatch.setattr(pack_sources, "_hash", lambda name: 7)
+    monkeypatch.setattr(pack_sources, "hash_of", lambda name: 7)
     names = ["b.png", "a/z.png", "c.final.png"]
     table = write_table(tmp_path / "c.csv", {"file": names, "caption": names})
     assert open_pack_source(src, table).survey()[0] == 3
@@ -208,21 +209,24 @@ def test_names_that_only_share_a_hash_are_no_twins(src, tmp_path, monkeypatch):
         ("c.csv", "path,caption\nb.png,x\n", "lacks the column file (found: path, caption)"),
         ("c.csv", "", "lacks the column file and caption (found: none)"),
         ("c.csv", "file,caption\n", "holds no row"),
-        ("c.csv", "file,caption\n,x\n", 'row 1: "file" must be a path relative to'),
+        ("c.csv", "file,caption\n,x\n", 'c.csv, line 2: "file" must be the path of an image'),
         ("c.csv", "file,caption\nb.png,x\nq.png,x\nr.png,y\n", "names q.png, which is not in"),
-        ("c.csv", "file,caption\nb.png,x\na/z.png,x\n./b.png,y\n", "row 3: b.png is named twice"),
+        ("c.csv", "file,caption\nb.png,x\na/z.png,x\n./b.png,y\n", "line 4: b.png is named twice"),
         ("c.csv", "file,caption\n../x.png,x\n", "must be a path relative to"),
         ("c.csv", "file,caption\n/etc/passwd,x\n", "must be a path relative to"),
         ("c.csv", b"file,caption\nb.png,caf\xe9\n", "cannot be read"),
-        ("c.jsonl", "{]\n", "row 1 is not JSON"),
-        ("c.jsonl", "[1]\n", "row 1 is not a JSON object"),
-        ("c.jsonl", "[" * 100_000, "row 1 is not JSON"),
-        ("c.jsonl", '{"file": "b.png"}\n', "row 1 lacks the column caption (found: file)"),
+        ("c.jsonl", "{]\n", "c.jsonl, line 1: is not JSON"),
+        ("c.jsonl", "[1]\n", "c.jsonl, line 1: is not a JSON object"),
+        ("c.jsonl", "[" * 100_000, "c.jsonl, line 1: is not JSON"),
+        ("c.jsonl", '{"n": ' + "9" * 5000 + "}", "c.jsonl, line 1: is not JSON"),
+        ("c.jsonl", '{"file": "b.png", "file": "a/z.png", "caption": "x"}', "line 1: is not JSON (a key comes twice)"),
+        ("c.jsonl", '{"file": "b.png"}\n', "c.jsonl, line 1: lacks the column caption (found: file)"),
+        ("c.csv", "file,caption,caption\nb.png,x,y\n", "has the column caption twice"),
         ("c.jsonl", '{"file": "b.png", "caption": 3}\n', '"caption" must be a text or a list of texts, not 3'),
         ("c.jsonl", '{"file": "b.png", "caption": ["x", null]}\n', '"caption" must be a text or a list of texts'),
         ("c.parquet", "no parquet", "arquet"),
-        ("c.xlsx", "", "must end in .csv, .jsonl or .parquet"),
-        ("none.csv", None, "does not exist"),
+        ("c.xlsx", "", "must end in .csv, .tsv, .jsonl or .parquet"),
+        ("none.csv", None, "No such file"),
     ],
 )
 def test_a_caption_file_that_cannot_be_followed_is_one_line_and_nothing_is_written(src, tmp_path, name, text, words):
@@ -395,3 +399,221 @@ def test_a_missing_package_is_named(src, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=f"pip install {package}"):
         pack(src, tmp_path / "out", captions=tmp_path / "c.parquet" if package == "pyarrow" else None)
+
+
+# strict tables
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "bad"),
+    [
+        ("b.png,a red ring, on a table\na/z.png,x\n", ["a/z.png"], {2: "has 3 cells, the header has 2"}),
+        ("b.png\na/z.png,x\n", ["a/z.png"], {2: "has 1 cells"}),
+        ('b.png,"a red ring\na/z.png,x\nc.final.png,y\n', ["a/z.png", "c.final.png"], {2: "unexpected end"}),
+        ('b.png,"a red ring\na/z.png,"x"\nc.final.png,"y"\n', ["a/z.png", "c.final.png"], {2: "check its quotes"}),
+        ('b.png,"a red ring\na/z.png,x"\nc.final.png,y\n', ["c.final.png"], {2: "before line 3", 3: "without its partner"}),
+        ('b.png,"a red ring\na/z.png,x, y"\nc.final.png,y\n', ["c.final.png"], {2: "before line 3", 3: "partner"}),
+        ('b.png,"a red ring" and more\na/z.png,x\n', ["a/z.png"], {2: "check its quotes"}),
+        ('b.png,"two\nlines"\na/z.png,5" wide\n', ["b.png", "a/z.png"], {}),
+        ("b.png,x\n\n../up.png,x\n/etc/x.png,x\na\0.png,x\n", ["b.png"], {4: "relative", 5: "relative", 6: "relative"}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_malformed_row_is_quarantined_by_its_line_and_no_other_row_is_lost(src, tmp_path, kind, text, good, bad):
+    text = "file,caption\n" + text
+    (tmp_path / f"c.{kind}").write_text(text if kind == "csv" else text.replace(",", "\t"))
+    result = pack(src, tmp_path / "out", captions=tmp_path / f"c.{kind}")
+    assert list(packed(tmp_path / "out")) == good
+    reasons = quarantine(tmp_path / "out")
+    assert reasons.keys() == {f"c.{kind}, line {line}" for line in bad}
+    assert all(words in reasons[f"c.{kind}, line {line}"] for line, words in bad.items())
+    assert result.packed + result.quarantined == result.found == len(good) + len(bad)
+
+
+def test_malformed_rows_of_other_tables_are_quarantined(src, tmp_path):
+    rows = [
+        '{"file": "b.png", "caption": "x"}',
+        "{",
+        "",
+        '{"file": 3, "caption": "x"}',
+        '{"file": "c.final.png", "caption": 3}',
+        '{"file": "\\ud800.png", "caption": "x"}',
+        '{"file": "a/z.png", "caption": NaN}',
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(rows))
+    assert pack(src, tmp_path / "jsonl", captions=tmp_path / "c.jsonl").found == 6
+    lines = [f"c.jsonl, line {line}" for line in (2, 4, 5, 6, 7)]
+    assert list(packed(tmp_path / "jsonl")) == ["b.png"] and list(quarantine(tmp_path / "jsonl")) == lines
+    table = write_table(tmp_path / "c.parquet", {"file": ["b.png", None, "a/z.png"], "caption": ["x", "x", None]})
+    pack(src, tmp_path / "parquet", captions=table)
+    assert quarantine(tmp_path / "parquet") == {
+        "c.parquet, row 2": '"file" must be the path of an image',
+        "a/z.png": "empty caption",
+    }
+
+
+def test_a_table_may_be_a_pipe_or_huge_without_a_line_and_is_refused(src, tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "long.jsonl").write_bytes(b"x" * (2**22 + 1))
+    for name, words in (("pipe.csv", "named pipe"), ("long.jsonl", "line 1, has more than"), ("x" * 300 + ".csv", "too long")):
+        with pytest.raises(UsageError, match=words):
+            pack(src, tmp_path / "out", captions=tmp_path / name)
+    assert not (tmp_path / "out").exists()
+
+
+# layouts that people have
+
+
+def test_names_match_in_either_unicode_form(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café/né.png") for form in ("NFC", "NFD"))
+    make_image(tmp_path / "src" / decomposed)
+    table = write_table(tmp_path / "c.csv", {"file": [composed], "caption": ["x"]})
+    pack(tmp_path / "src", tmp_path / "table", captions=table)
+    assert packed(tmp_path / "table") == {decomposed: ["x"]}
+    (tmp_path / "src" / decomposed).with_name(unicodedata.normalize("NFC", "né.txt")).write_text("beside")
+    pack(tmp_path / "src", tmp_path / "folder")
+    assert packed(tmp_path / "folder") == {decomposed: ["beside"]}
+    table = write_table(tmp_path / "d.csv", {"file": ["naïve.png", composed, decomposed], "caption": ["x", "x", "x"]})
+    with pytest.raises(UsageError, match=r"names naïve.png \(in Unicode form NFC; no other form is there\), which is not in"):
+        pack(tmp_path / "src", tmp_path / "missing", captions=table)
+    make_image(tmp_path / "src" / "naïve.png")
+    with pytest.raises(UsageError, match=r"line 4: .* is named twice"):
+        pack(tmp_path / "src", tmp_path / "twice", captions=table)
+
+
+def test_every_file_that_is_an_image_by_name_or_content_is_packed_or_quarantined(tmp_path):
+    src = tmp_path / "src"
+    for name in ("a.jfif", "b.JPE", "c.jpg", "d", "e.dat", "f.gif"):
+        make_image(src / "x.jpeg")
+        os.rename(src / "x.jpeg", src / name)
+    for name in ("g.ppm", "h.tga", "i.gif", "j.tif", "k.bmp"):
+        make_image(src / name)
+    os.rename(src / "i.gif", src / "i")
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(src / "m.apng", "PNG", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (4, 4)).save(src / "n.apng", "PNG")
+    (src / "o.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (src / "note").write_text("P1 is no image")
+    (src / "README.md").write_text("BM")
+    os.mkfifo(src / "pipe")
+    result = pack(src, tmp_path / "out", with_captions=False)
+    taken = ["a.jfif", "b.JPE", "c.jpg", "d", "e.dat", "f.gif", "n.apng"]
+    samples = list(ShardReader(tmp_path / "out" / "images-00000.tar"))
+    assert [json.loads(sample.files["json"])["file"] for sample in samples] == taken
+    reasons = quarantine(tmp_path / "out")
+    assert list(reasons) == ["g.ppm", "h.tga", "i", "j.tif", "k.bmp", "m.apng", "o.heic"] and result.found == 14
+    assert "(PNM); convert it" in reasons["g.ppm"] and "GIF" in reasons["i"] and "animated" in reasons["m.apng"]
+
+
+def test_the_order_of_precedence_of_captions(tmp_path):
+    src = tmp_path / "src"
+    beside = {
+        "a": {"txt": "text", "caption": "kohya", "tags": "one\ntwo", "json": '{"caption": "json"}'},
+        "b": {"caption": "kohya", "json": '{"caption": "json"}'},
+        "c": {"tags": "1girl\nred hair", "json": '{"caption": "json"}'},
+        "d": {"json": '{"tags": ["1girl", "red hair"]}'},
+        "e": {"txt": "text", "json": '{"captions": ["one", "two"]}'},
+        "f": {"txt": "text", "json": "[broken"},
+        "g": {"txt": " ", "json": '{"url": "x"}'},
+        "h": {"png.txt": "with the extension"},
+        "i": {},
+    }
+    for name, files in beside.items():
+        make_image(src / f"{name}.png")
+        for suffix, text in files.items():
+            (src / f"{name}.{suffix}").write_text(text)
+    rows = [{"file_name": f"{name}.png", "text": f"row {name}"} for name in "aghi"]
+    (src / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pack(src, tmp_path / "out")
+    assert packed(tmp_path / "out") == {
+        "a.png": ["text"],
+        "b.png": ["kohya"],
+        "c.png": ["1girl, red hair"],
+        "d.png": ["1girl, red hair"],
+        "e.png": ["one", "two"],
+        "f.png": ["text"],
+        "g.png": ["row g"],
+        "h.png": ["with the extension"],
+        "i.png": ["row i"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_metadata_of_an_image_folder(tmp_path, kind):
+    src = tmp_path / "src"
+    for name in ("a.png", "train/b.png", "train/deep/c.png", "train/d.png"):
+        make_image(src / name)
+    write_table(src / f"metadata.{kind}", {"file_name": ["a.png", "train/d.png"], "text": ["of a", "the lower one wins"]})
+    names = ["b.png", "deep/c.png", "d.png", "gone.png", "b.png", "../a.png"]
+    write_table(src / "train" / f"metadata.{kind}", {"file_name": names, "text": ["of b", "of c", "of d", "x", "x", "x"]})
+    result = pack(src, tmp_path / "out")
+    assert packed(tmp_path / "out") == {
+        "a.png": ["of a"],
+        "train/b.png": ["of b"],
+        "train/d.png": ["of d"],
+        "train/deep/c.png": ["of c"],
+    }
+    reasons = quarantine(tmp_path / "out")
+    assert len(reasons) == 3 and all(f"train/metadata.{kind}, " in file for file in reasons) and result.found == 7
+    for words in ("names b.png again", "names train/gone.png, which is no image", "relative"):
+        assert any(words in reason for reason in reasons.values())
+
+
+def test_a_metadata_table_of_something_else_is_ignored(tmp_path):
+    make_image(tmp_path / "src" / "a.png", caption="beside")
+    (tmp_path / "src" / "metadata.csv").write_text("id,artist\n1,someone\n")
+    (tmp_path / "src" / "metadata.jsonl").write_text('{"id": 1}\n')
+    assert pack(tmp_path / "src", tmp_path / "out").found == 1
+
+
+# Parquet files of images
+
+
+def hub_table(path, count, first=0, image="image", **columns):
+    files = images(first + count)[first:]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    captions = [f"image {first + number}" for number in range(count)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({image: pyarrow.array(files, kind), "text": captions} | columns), path)
+    return files
+
+
+@pytest.mark.parametrize("image", ["image", "photo"])
+def test_parquet_files_of_images(tmp_path, image):
+    files = hub_table(tmp_path / "src" / "data" / "train-00000-of-00002.parquet", 3, image=image)
+    files += hub_table(tmp_path / "src" / "data" / "train-00001-of-00002.parquet", 2, 3, image=image)
+    (tmp_path / "src" / "README.md").write_text("a data set")
+    result = pack(tmp_path / "src", tmp_path / "out", keep_bytes=True, shard_size=2, workers=3)
+    assert list(packed(tmp_path / "out").items()) == [
+        (f"data/train-{n // 3:05d}-of-00002/{n % 3:09d}", [f"image {n}"]) for n in range(5)
+    ]
+    kept = [s.files["png"] for e in result.manifest.shards for s in ShardReader(tmp_path / "out" / e.name)]
+    assert kept == [file["bytes"] for file in files]
+    pack(tmp_path / "src" / "data" / "train-00000-of-00002.parquet", tmp_path / "one", with_captions=False)
+    assert Manifest.load(tmp_path / "one").samples == 3
+    pack(tmp_path / "src", tmp_path / "named", captions=tmp_path / "src" / "data" / "train-00001-of-00002.parquet")
+    assert list(packed(tmp_path / "named")) == ["train-00001-of-00002/000000000", "train-00001-of-00002/000000001"]
+
+
+def test_what_a_row_of_parquet_may_hold(tmp_path):
+    src = tmp_path / "src"
+    good = images(1)[0]["bytes"]
+    make_image(tmp_path / "outside.png")
+    (src / "files").mkdir(parents=True)
+    (src / "files" / "beside").write_bytes(good)
+    cells = [{"bytes": good}, {"path": "files/beside"}, {"path": "../outside.png"}, None, {"bytes": b"GIF89a"}, {"bytes": good}]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    captions = [["one", "two"], ["x"], ["x"], ["x"], ["x"], None]
+    parquet.write_table(pyarrow.table({"image": pyarrow.array(cells, kind), "captions": captions}), src / "x.parquet")
+    with pytest.raises(UsageError, match=r"images in x.parquet and as files"):
+        pack(src, tmp_path / "out")
+    pack(src / "x.parquet", tmp_path / "out")
+    assert packed(tmp_path / "out") == {"x/000000000": ["one", "two"], "x/000000001": ["x"]}
+    reasons = quarantine(tmp_path / "out")
+    assert list(reasons) == [f"x/{row:09d}" for row in range(2, 6)] and reasons["x/000000005"] == "empty caption"
+    parquet.write_table(pyarrow.table({"image": [good], "caption": ["plain bytes"]}), src / "y.parquet")
+    pack(src / "y.parquet", tmp_path / "plain")
+    assert packed(tmp_path / "plain") == {"y/000000000": ["plain bytes"]}
+    (src / "z.parquet").write_bytes((src / "y.parquet").read_bytes()[:-9])
+    with pytest.raises(UsageError, match=r"z.parquet is not readable Parquet"):
+        pack(src / "z.parquet", tmp_path / "cut")
