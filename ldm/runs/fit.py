@@ -24,7 +24,7 @@ from ldm.runs.faults import explained
 from ldm.runs.layout import is_checkpoint, step_of
 from ldm.runs.lightning_private import is_rank_zero, set_ddp_options
 from ldm.runs.logging import loggers, recorded
-from ldm.runs.preemption import Preemption
+from ldm.runs.preemption import Preemption, ended_by_sigterm
 from ldm.runs.torchrun import run_under_torchrun
 from ldm.runs.training_cli import TrainingCLI
 from ldm.training.fsdp import is_sharded
@@ -180,7 +180,7 @@ class FitCLI(TrainingCLI):
         """A run that ends before its first step removes its new folder, so that the same command works afterwards."""
         command = ["ldm", self.module_class.command, *self.arguments]
         try:
-            with recorded(self.trainer, self.model, command, self.resumed_at), explained(self.trainer):
+            with recorded(self.trainer, self.model, command, self.resumed_at), explained(self.trainer), ended_by_sigterm():
                 super()._run_subcommand(subcommand)
         except BaseException:
             if self.made_folder and self.trainer.is_global_zero and self.trainer.global_step == 0:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -34,6 +36,23 @@ class Interrupted(Preempted):
     """:class:`Preempted` by Ctrl-C. Exit code 130."""
 
     exit_code = 128 + signal.SIGINT
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise :class:`Preempted` where no step is under way: before training, and while the model is exported."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Preempted("ended by SIGTERM; the same command with --resume latest goes on from the last checkpoint")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Preemption(Callback):
