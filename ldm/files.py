@@ -303,8 +303,8 @@ def require_version(found: object, known: int, what: str) -> None:
 
 
 def sha256_file(path: str | os.PathLike) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
+    """Hex sha256 of a regular file. Raises :class:`LdmError` as :func:`open_regular` does."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 from PIL import Image
 
 from ldm.cli import main
+from ldm.cli.parser import print_table
+from ldm.errors import UsageError
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str | Path) -> tuple[int, str, str]:
@@ -46,6 +49,8 @@ def test_help_and_packing_do_not_wait_for_torch(tmp_path: Path, photos: Path) ->
     program = """
 import sys
 from ldm.cli import main
+from ldm.cli.parser import print_table
+from ldm.errors import UsageError
 try:
     main(sys.argv[1:])
 finally:
@@ -60,6 +65,125 @@ finally:
 def test_invalid_usage_is_one_line_with_exit_code_2(capsys: pytest.CaptureFixture) -> None:
     code, _, said = run(capsys, "shards", "shapes")
     assert code == 2 and said.count("\n") == 0 and "out" in said and "--help" in said
+
+
+def command(*arguments: str | bytes, **environment: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``python -m ldm`` as a process."""
+    words = [sys.executable, "-m", "ldm", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+SAMPLE = ("sample", "nowhere", "a ring", "--out", "nowhere")
+
+
+@pytest.mark.parametrize(
+    "swallowed", ["except KeyboardInterrupt: pass", "except BaseException: raise ImportError('numpy')", "finally: pass"]
+)
+def test_ctrl_c_during_imports_ends_any_command_in_one_line(tmp_path: Path, swallowed: str) -> None:
+    """A module takes the KeyboardInterrupt of its import for another error, as numpy's C code does, or drops it."""
+    interrupted = f"""
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+{swallowed}
+"""
+    for name, arguments in (("torch", SAMPLE), ("torch", ("denoiser", "fit")), ("ldm.data.pack", ("shards", "pack", "a", "b"))):
+        (tmp_path / "sitecustomize.py").write_text(f"""
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import spec_from_loader
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            return spec_from_loader(name, SourceFileLoader(name, {str(tmp_path / "interrupted.py")!r}))
+sys.meta_path.insert(0, Finder())
+""")
+        (tmp_path / "interrupted.py").write_text(interrupted)
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        assert command(*arguments, PYTHONPATH=path) == (130, "", "ldm: interrupted\n")
+
+
+def test_a_background_job_keeps_ignoring_ctrl_c() -> None:
+    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from ldm.__main__ import main; main()"
+    program = f"import sys; sys.argv[1:] = ['--version']\ntry:\n    exec({program!r})\nfinally:\n    print(signal.getsignal(2))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "1"  # SIG_IGN
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (raised(RuntimeError("Failed to import"), KeyboardInterrupt()), 130, "interrupted"),
+        (MemoryError(), 1, "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 1, "not enough memory"),
+        (RuntimeError("can't start new thread"), 1, "not enough memory"),
+        (raised(RuntimeError("Failed to import"), MemoryError()), 1, "not enough memory"),
+        (
+            raised(RuntimeError("Failed to import"), ImportError("libtorch.so: failed to map")),
+            1,
+            "(libtorch.so: failed to map)",
+        ),
+        (ImportError("libtorch.so: failed to map"), 1, "a package cannot be imported (libtorch.so"),
+        (OSError(12, "Cannot allocate memory"), 1, "Cannot allocate memory"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), 1, "temporarily unavailable"),
+        (UsageError("give\n\x1b]0;another\x07"), 2, r"give \x1b]0;another\x07"),
+    ],
+)
+def test_errors_of_the_machine_are_one_line(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
+) -> None:
+    def fail(arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ldm.cli.dispatch", fail)
+    found, _, said = run(capsys, "report", "run")
+    assert found == code and line in said and said.startswith("ldm: ") and said.count("\n") == 0
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: object) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr("ldm.cli.dispatch", fail)
+    with pytest.raises(KeyError):
+        main(["report", "run"])
+
+
+def test_without_docstrings_no_network_is_loaded() -> None:
+    code, _, said = command(*SAMPLE, PYTHONOPTIMIZE="2")
+    assert code == 2 and said.startswith("ldm: python -OO") and said.count("\n") == 1
+    assert command("shards", "pack", "nowhere", "out", PYTHONOPTIMIZE="2")[2].startswith("ldm: nowhere")
+
+
+def test_arguments_that_are_no_text_are_refused(capsys: pytest.CaptureFixture) -> None:
+    for argument in ("\udcff.png", "a\0b"):
+        for arguments in (["shards", "pack", argument, "out"], ["denoiser", "fit", "--out", argument], ["report", argument]):
+            code, _, said = run(capsys, *arguments)
+            assert code == 2 and "is not UTF-8 text" in said and said.count("\n") == 0
+    code, _, said = command("report", b"\xff")
+    assert code == 2 and said.startswith(r"ldm: the argument '\udcff' is not UTF-8 text") and said.count("\n") == 1
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    words = [sys.executable, "-m", "ldm", "sample", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+def test_tables_show_foreign_text_as_it_is(capsys: pytest.CaptureFixture) -> None:
+    print_table({"[red]\x1b]0;title\x07": ["[/]"]}, "a\x1b[2Jb")
+    out = capsys.readouterr().out
+    assert all(text in out for text in (r"[red]\x1b]0;title\x07", "[/]", r"a\x1b[2Jb"))
 
 
 def test_shapes_pack_index_check(capsys: pytest.CaptureFixture, tmp_path: Path, photos: Path) -> None:

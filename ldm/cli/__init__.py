@@ -12,7 +12,7 @@ from ldm import __version__
 from ldm.cli import animation, doctor, evaluate, invert, latents, report, sample, serve, shards, training
 from ldm.cli.parser import Commands, Parser, add_command
 from ldm.errors import LdmError, UsageError, first_line, is_out_of_memory
-from ldm.terminal import say
+from ldm.terminal import escape_logs, say
 
 EXAMPLE = """example:
   ldm quickstart --out quickstart          train on built-in images for ten minutes, with a report
@@ -22,6 +22,7 @@ EXAMPLE = """example:
   ldm denoiser fit --config configs/emoji/denoiser.yaml --out runs/denoiser
   ldm sample runs/denoiser/pipeline "red heart" --out images
 """
+LONGEST_LINE = 1000  # of an error, in characters
 # these start quickly because they do not import torch; doctor checks whether torch can be imported at all
 WITHOUT_NETWORKS = ("shards", "report", "doctor")
 
@@ -90,6 +91,7 @@ def load_libraries() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point. Exit codes: 0, 1 (failed), 2 (invalid usage), 130 (interrupted)."""
+    escape_logs()
     try:
         dispatch(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
@@ -101,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line, code = explain(error)
         if line is None or (code != 130 and os.environ.get("LDM_DEBUG")):
             raise
+        if len(line) > LONGEST_LINE:  # it quotes what was given
+            line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
         say(f"ldm: {line}", sys.stderr)
         raise SystemExit(code) from None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ldm.cli.parser import Commands, add_command
 from ldm.errors import LdmError
+from ldm.terminal import printable
 
 
 def add(commands: Commands) -> None:
@@ -28,17 +29,20 @@ def run_doctor(options: argparse.Namespace) -> None:
     from rich.text import Text
 
     from ldm.doctor.examine import examine
-    from ldm.files import write_json
+    from ldm.files import require_output_file, write_json
 
+    if options.json is not None:
+        require_output_file(options.json)
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     with Console(stderr=True).status("checking") as status:
         findings = list(examine(options.out, options.quick, lambda name: status.update(f"checking {name}")))
     table = Table("", *(Column(name, overflow="fold") for name in ("check", "found", "fix")))
     for finding in findings:
         # Text, because rich would interpret [serve] as markup
-        table.add_row(Text(finding.state, colours[finding.state]), *map(Text, (finding.name, finding.found, finding.fix)))
+        cells = [Text(printable(cell)) for cell in (finding.name, finding.found, finding.fix)]
+        table.add_row(Text(finding.state, colours[finding.state]), *cells)
     Console().print(table)
-    if options.json:
+    if options.json is not None:
         write_json(options.json, {"findings": [{"state": finding.state} | vars(finding) for finding in findings]})
     failed = [finding.name for finding in findings if finding.failed]
     if failed:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from ldm.errors import UsageError
+from ldm.terminal import printable
 
 Commands = argparse._SubParsersAction
 
@@ -42,8 +43,11 @@ def print_table(rows: Mapping[str, Sequence[str]], *columns: str) -> None:
     """Print rows of values by metric name, under a header of column names."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("metric", *columns)
+    table = Table()
+    for name in ("metric", *columns):
+        table.add_column(Text(printable(name)))  # Text, because rich would interpret brackets as markup
     for name, values in rows.items():
-        table.add_row(name, *values)
+        table.add_row(*(Text(printable(cell)) for cell in (name, *values)))
     Console().print(table)
