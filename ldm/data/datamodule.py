@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,10 @@ from ldm.data.sources import ShardCache, ShardSource, open_source
 from ldm.errors import UsageError
 
 GIB = 2**30
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass
@@ -108,6 +112,8 @@ class ShardDataModule(LightningDataModule):
         self.cache = replace(ShardCache(), max_bytes=int(cache_gib * GIB), **({"folder": Path(cache)} if cache else {}))
         #: of the module that is trained; False: captions are neither read nor required
         self.reads_captions = True
+        #: called about once a second while a batch is awaited; its exception ends the wait
+        self.on_wait: Callable[[], None] = _nothing
         self.loader: ShardLoader | None = None
         self._counted = 0  # bad samples logged so far
 
@@ -198,6 +204,7 @@ class ShardDataModule(LightningDataModule):
             hashlib.sha256(repr((identity, plan.window)).encode()).hexdigest(),
             confirm=self.trainer is not None,
             max_wait=self.max_wait_seconds,
+            on_wait=lambda: self.on_wait(),
         )
         return self.loader
 
@@ -236,6 +243,7 @@ class ShardDataModule(LightningDataModule):
             self.validation_set,
             self.max_wait_seconds,
             self._rank,
+            lambda: self.on_wait(),
             # Every process validates on the same samples, so that no metric depends on the number of processes. Without
             # this, Lightning inserts its own distributed sampler, unless the trainer was told not to.
             sampler=DistributedSampler(few, 1, 0, shuffle=False),  # pyright: ignore[reportArgumentType]  anything with a length serves

@@ -83,6 +83,9 @@ class ImageDataset(ShardDataset[ShardReader]):
     def open_shard(self, path: Path, entry: ShardEntry, key_dot: KeyDot = "first") -> ShardReader:
         return ShardReader(path, key_dot=key_dot)
 
+    def sample_bytes(self) -> int:
+        return 3 * (self.image_size or 0) ** 2
+
     def key(self, shard: ShardReader, row: int) -> str:
         return shard.key(row) if row < len(shard) else f"#{row}"
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ldm.data.plan import Plan, PlannedSample, Position
 from ldm.data.quarantine import Quarantine
 from ldm.data.shard_dataset import ShardDataset
-from ldm.errors import LdmError
+from ldm.errors import LdmError, first_line
+from ldm.terminal import printable, say
+
+MIB = 2**20
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,10 @@ SLOTS = PREFETCH + 1
 END_CHECK_SECONDS = 5.0
 # shards named when the loader stalls
 NAMED_SHARDS = 3
+# interval at which a wait for a batch looks whether it is over
+TICK_SECONDS = 1.0
+# where workers put their batches, on Linux
+SHARED_MEMORY = "/dev/shm"
 # by Ctrl-C and by clusters, to every process of a run; macOS cannot tell who sent a SIGTERM, so there it ends a worker
 SENT_TO_ALL = {signal.SIGINT, signal.SIGUSR1} | ({signal.SIGTERM} if hasattr(signal, "sigtimedwait") else set())
 
@@ -51,9 +58,19 @@ class _Batches(Dataset):
 
     def __getitems__(self, draws: list[Any]) -> Any:
         try:
-            return self.dataset.batch(draws, torch.empty if get_worker_info() is None else self._share)
+            if get_worker_info() is None:
+                return self.dataset.batch(draws)
+            batch = self.dataset.batch(draws, self._share)
+            for value in batch.values():
+                if isinstance(value, Tensor):  # else the queue's thread would do it, which loses the batch if that fails
+                    value.share_memory_()
+            return batch
         except LdmError as error:
             return error
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            return LdmError(f"a loader worker found no room for a batch: {_shared_memory()}, or set workers to 0")
 
     def _share(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory shared with the training process, reused; called once per batch.
@@ -71,11 +88,12 @@ class _Batches(Dataset):
 class _PlainLoader(DataLoader):
     """Raises errors returned in a batch's place, and copies batches out of memory that a worker will reuse."""
 
-    def __init__(self, dataset: _Batches, max_wait: float, rank: int, **options: Any):
+    def __init__(self, dataset: _Batches, max_wait: float, rank: int, on_wait: Callable[[], None], **options: Any):
         in_workers = options.get("num_workers", 0) > 0
         # its own generator: otherwise each iteration would draw a worker seed, which nothing needs, from the global one
-        super().__init__(dataset, timeout=max_wait if in_workers else 0, generator=torch.Generator(), **options)
-        self.samples, self.max_wait, self.rank = dataset.dataset, max_wait, rank
+        tick = min(max_wait or TICK_SECONDS, TICK_SECONDS)
+        super().__init__(dataset, timeout=tick if in_workers else 0, generator=torch.Generator(), **options)
+        self.samples, self.max_wait, self.rank, self.on_wait = dataset.dataset, max_wait, rank, on_wait
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch names a private class
         for _, batch in self.with_draws():
@@ -85,18 +103,20 @@ class _PlainLoader(DataLoader):
         """Every batch with its draws."""
         # memory referenced here stays mapped, so that it is not mapped again when a worker reuses it
         mapped: deque[list[Tensor]] = deque(maxlen=SLOTS * self.num_workers)
-        with _signals_blocked():
-            batches = super().__iter__()
-        with _Watchdog(0 if self.num_workers else self.max_wait, self._stalled) as watchdog:
+        self._require_shared_memory()
+        try:
+            if self.num_workers:
+                multiprocessing.Lock()  # first: torch's iterator, half made, would print a traceback
+            with _signals_blocked():
+                batches = super().__iter__()
+        except OSError as error:
+            reason = f"{error.strerror or error}; {_shared_memory()}, or set workers to 0"
+            raise LdmError(f"{self.num_workers} loader workers cannot be started: {reason}") from None
+        with _Watchdog(0 if self.num_workers else self.max_wait, self._stalled, self.on_wait) as watchdog:
             assert self.batch_sampler is not None
             for draws in self.batch_sampler:
                 watchdog.awaited = draws
-                try:
-                    batch = next(batches)
-                except RuntimeError as error:
-                    if "DataLoader timed out" in str(error):
-                        raise LdmError(self._stalled(draws)) from error
-                    raise
+                batch = self._next(batches, draws)
                 watchdog.awaited = None
                 if isinstance(batch, LdmError):
                     try:
@@ -107,6 +127,33 @@ class _PlainLoader(DataLoader):
                 shared = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.is_shared()}
                 mapped.append([*shared.values()])
                 yield draws, batch | {name: value.clone() for name, value in shared.items()}
+
+    def _next(self, batches: Iterator[Any], draws: list[Any]) -> Any:
+        """The next batch. Waits in short intervals, so that a dead worker, a signal and the end of the time are all seen."""
+        waited = 0.0
+        while True:
+            try:
+                return next(batches)
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):
+                    fix = "a worker killed by the system was mostly short of memory: lower workers or batch_size"
+                    raise LdmError(f"a loader worker ended ({first_line(error)}); {fix}") from None
+                if "DataLoader timed out" not in str(error):
+                    raise
+            waited += self.timeout
+            self.on_wait()
+            if self.max_wait and waited >= self.max_wait:
+                raise LdmError(self._stalled(draws))
+
+    def _require_shared_memory(self) -> None:
+        """Raise :class:`LdmError` where the workers' batches cannot fit at a time: better now than at a later step."""
+        batch = self.samples.sample_bytes() * len(next(iter(self.batch_sampler or [[]]), []))
+        if (need := batch * SLOTS * self.num_workers) and need > (free := _free_shared_memory()):
+            fits = int(free / batch / SLOTS)
+            raise LdmError(
+                f"{self.num_workers} loader workers need {need / MIB:,.0f} MiB for their batches: {_shared_memory()}, or set "
+                f"workers to {fits} or less" + (" (0 needs none)" if fits else "")
+            )
 
     def _stalled(self, draws: list[Any]) -> str:
         shards = dict.fromkeys(
@@ -121,17 +168,15 @@ class _PlainLoader(DataLoader):
 
 
 class _Watchdog(threading.Thread):
-    """Ends the process with one line when it waits too long for a batch that it reads itself.
+    """Ends the process with one line when it waits too long for a batch that it reads itself, or was asked to stop meanwhile.
 
     Nothing else interrupts a system call that does not return. Time is counted in wake-ups of this thread, so that a process
     that was suspended for a while is not ended when it continues.
     """
 
-    TICKS = 20
-
-    def __init__(self, seconds: float, message: Callable[[list[Any]], str]):
+    def __init__(self, seconds: float, message: Callable[[list[Any]], str], on_wait: Callable[[], None]):
         super().__init__(name="ldm-loader-watchdog", daemon=True)
-        self.seconds, self.message = seconds, message
+        self.seconds, self.message, self.on_wait = seconds, message, on_wait
         self.awaited: list[Any] | None = None  # one assignment per batch
         self._over = threading.Event()
 
@@ -144,17 +189,29 @@ class _Watchdog(threading.Thread):
         self._over.set()
 
     def run(self) -> None:
-        before, ticks = None, 0
-        while not self._over.wait(self.seconds / self.TICKS):
+        tick = min(TICK_SECONDS, self.seconds / 20)
+        before, waited = None, 0.0
+        while not self._over.wait(tick):
             awaited = self.awaited
-            ticks = ticks + 1 if awaited is not None and awaited is before else 0
+            waited = waited + tick if awaited is not None and awaited is before else 0.0
             before = awaited
-            if awaited is not None and ticks > self.TICKS:
-                print(f"ldm: {self.message(awaited)}", file=sys.stderr, flush=True)
-                os._exit(LdmError.exit_code)
+            try:
+                if waited:
+                    self.on_wait()
+                if waited > self.seconds:
+                    raise LdmError(self.message(awaited or []))
+            except LdmError as error:
+                say(f"ldm: {printable(error)}", sys.stderr)
+                os._exit(error.exit_code)
 
 
-def batch_loader(dataset: ShardDataset, max_wait: float = 0, rank: int = 0, **options: Any) -> _PlainLoader:
+def _nothing() -> None:
+    pass
+
+
+def batch_loader(
+    dataset: ShardDataset, max_wait: float = 0, rank: int = 0, on_wait: Callable[[], None] = _nothing, **options: Any
+) -> _PlainLoader:
     """A loader whose workers' errors reach the caller unchanged, as one line.
 
     Raised in a worker, they would arrive as a traceback of many lines, and each worker would take five seconds to end.
@@ -164,12 +221,33 @@ def batch_loader(dataset: ShardDataset, max_wait: float = 0, rank: int = 0, **op
         max_wait: seconds to wait for a batch before the loader counts as stalled: :class:`LdmError` with workers; without,
             the same line and the end of the process. 0: no limit.
         rank: that the line names.
+        on_wait: called about once a second while a batch is awaited; its exception ends the wait, or, without workers, an
+            :class:`LdmError` of it ends the process.
         options: of ``torch.utils.data.DataLoader``.
     """
     ahead = {"prefetch_factor": PREFETCH} if options.get("num_workers") else {}
     return _PlainLoader(
-        _Batches(dataset), max_wait, rank, collate_fn=_unchanged, worker_init_fn=_ignore_signals, **ahead, **options
+        _Batches(dataset), max_wait, rank, on_wait, collate_fn=_unchanged, worker_init_fn=_ignore_signals, **ahead, **options
     )
+
+
+def _free_shared_memory() -> float:
+    """Free bytes where workers put their batches; infinite where that is not a file system (macOS)."""
+    try:
+        about = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return inf
+    return about.f_bavail * about.f_frsize
+
+
+def _shared_memory() -> str:
+    """What is known of shared memory, and the first fix."""
+    try:
+        about = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return "raise the system's limit of shared memory"
+    size, free = about.f_blocks * about.f_frsize / MIB, about.f_bavail * about.f_frsize / MIB
+    return f"{SHARED_MEMORY} has {size:,.0f} MiB, {free:,.0f} free; make it larger (docker run --shm-size=2g)"
 
 
 @contextmanager
@@ -244,6 +322,7 @@ class ShardLoader:
         data_hash: str = "",
         confirm: bool = False,
         max_wait: float = 0,
+        on_wait: Callable[[], None] = _nothing,
     ):
         """
         Args:
@@ -257,13 +336,13 @@ class ShardLoader:
             data_hash: identity of the data, kept in the state.
             confirm: batches count as consumed when :meth:`consumed` is called, for a trainer that prefetches; otherwise when
                 they are yielded.
-            max_wait: seconds to wait for a batch; see :func:`batch_loader`.
+            max_wait, on_wait: see :func:`batch_loader`.
         """
         plan.require(batch_size * world_size)
         self.dataset, self.plan, self.batch_size = dataset, plan, batch_size
         self.rank, self.world_size, self.workers, self.pin_memory = rank, world_size, workers, pin_memory
         self.quarantine = quarantine if quarantine is not None else Quarantine(len(dataset))
-        self.data_hash, self.confirm, self.max_wait = data_hash, confirm, max_wait
+        self.data_hash, self.confirm, self.max_wait, self.on_wait = data_hash, confirm, max_wait, on_wait
         self.position = Position()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -273,6 +352,7 @@ class ShardLoader:
             self.dataset,
             self.max_wait,
             self.rank,
+            self.on_wait,
             batch_sampler=sampler,
             num_workers=self.workers,  # they live as long as this iteration, which does not end with an epoch
             pin_memory=self.pin_memory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,10 @@ class ShardDataset(Dataset, Generic[AnyShard]):
     def batch(self, draws: Sequence[PlannedSample | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
         """The batch of these draws; large tensors are allocated by ``empty(shape, dtype=dtype)``."""
         return self.collate(self.__getitems__(draws))
+
+    def sample_bytes(self) -> int:
+        """Bytes of one sample in a batch, at least; 0 where that is not known without reading one."""
+        return 0
 
     def key(self, shard: AnyShard, row: int) -> str:
         """The key of a sample that cannot be used."""
@@ -205,5 +210,9 @@ class ShardDataset(Dataset, Generic[AnyShard]):
             opened.reopen(path)
         else:
             opened = self.open_shard(path, source.manifest.shards[number], source.manifest.key_dot)
+        entry = source.manifest.shards[number]
+        if (size := os.stat(path).st_size) != entry.bytes:  # it was right when the run began
+            opened.close()
+            raise LdmError(f"{source.name(number)} has {size} bytes now, its manifest says {entry.bytes}; restore it")
         self._opened[shard] = opened
         return opened

@@ -15,6 +15,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
+from ldm.data.datamodule import datamodule_of
 from ldm.errors import LdmError, first_line
 from ldm.runs.checkpoints.callback import checkpoints_of
 from ldm.runs.lightning_private import accumulates, ignore_after_training, log_step_metrics
@@ -22,6 +23,8 @@ from ldm.runs.lightning_private import accumulates, ignore_after_training, log_s
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # torchrun forwards Ctrl-C to processes that have received it already.
 SAME_KEYPRESS_SECONDS = 1.0
+# A batch that comes within them is trained on before the run stops.
+WAIT_SECONDS = 5.0
 # After it has asked a job to end, SLURM waits 30 s by default.
 REQUEUE_SECONDS = 15.0
 
@@ -74,6 +77,7 @@ class Preemption(Callback):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning restores the previous ones
                 signal.signal(number, self._record)
+            datamodule_of(trainer).on_wait = lambda: self._stop_waiting(trainer)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -92,6 +96,18 @@ class Preemption(Callback):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.state.fn == "fit":
             self._stop_if_asked(trainer)
+
+    def _stop_waiting(self, trainer: Trainer) -> None:
+        """While a batch does not come, nothing else would answer a signal: this process saves if it can, and ends."""
+        received = dict(self._received)
+        if not received or time.monotonic() - min(received.values()) < WAIT_SECONDS:
+            return
+        reason, step = Preempted if received.keys() - {signal.SIGINT} else Interrupted, trainer.global_step
+        saved = "the last checkpoint is kept"
+        alone = trainer.world_size == 1 and threading.current_thread() is threading.main_thread()
+        if alone and step and not trainer.validating and not accumulates(trainer):
+            saved = f"{checkpoints_of(trainer).save_now(trainer)} is saved"
+        raise reason(f"stopped at step {step} as asked, while it waited for data; {saved}: resume with --resume latest")
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         """Save and exit, all processes together, if any of them was asked to.

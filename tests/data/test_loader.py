@@ -5,10 +5,10 @@ import multiprocessing
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from itertools import chain, islice
@@ -20,7 +20,7 @@ from PIL import Image
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.image_dataset import ImageDataset
-from ldm.data.loader import ShardLoader, _ignore_signals, batch_loader
+from ldm.data.loader import ShardLoader, _Batches, _ignore_signals, batch_loader
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.plan import Plan, PlannedSample, Position
 from ldm.data.sources import ShardSource
@@ -164,11 +164,13 @@ def test_a_defect_is_raised_with_its_traceback(folder):
 
 
 class Stalling(ImageDataset):
-    """Stops for good at draw 6 of a run, as if its storage did not answer."""
+    """Stops at draw 6 of a run, as if its storage did not answer."""
+
+    seconds = 600
 
     def batch(self, draws, empty=torch.empty):
         if isinstance(draws[0], PlannedSample) and draws[0].number >= 6:
-            time.sleep(600)
+            time.sleep(self.seconds)
         return super().batch(draws, empty)
 
 
@@ -192,28 +194,96 @@ def test_a_worker_that_stalls_is_reported_with_the_shards_it_was_reading(folder,
 
 
 STALL = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.loader import ShardLoader
 from ldm.data.plan import Plan
 
-folder, sizes = Path(sys.argv[1]), (5, 1, 4, 7)
-dataset = ImageDataset(folder)
-for shard in folder.glob("*.tar"):  # as a storage that does not answer: to open one blocks for good
-    shard.unlink()
-    os.mkfifo(shard)
-next(iter(ShardLoader(dataset, Plan(sizes), 3, max_wait=1)))
+dataset = ImageDataset(Path(sys.argv[1]))
+os.pread = lambda *_: time.sleep(600)  # a storage that does not answer
+next(iter(ShardLoader(dataset, Plan((5, 1, 4, 7)), 3, max_wait=1)))
 """
 
 
-def test_a_training_process_that_stalls_while_reading_ends_with_the_same_line(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "shards")
-    command = [sys.executable, "-c", STALL, tmp_path / "shards"]
+def test_a_training_process_that_stalls_while_reading_ends_with_the_same_line(folder):
+    command = [sys.executable, "-c", STALL, folder]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=60)
     assert done.returncode == 1
     assert re.fullmatch(r"ldm: the loader of rank 0 has stalled: no batch for 1 s, to be read from .*\.tar.*\n", done.stderr)
+
+
+class Asked(LdmError):
+    """As a run's end on a signal."""
+
+    exit_code = 143
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wait_for_a_batch_ends_when_the_run_is_asked_to_stop(folder, workers, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    asked, exits = [], []
+    if not workers:
+        monkeypatch.setattr("os._exit", lambda code: exits.append(code) or sys.exit())
+
+    def on_wait():
+        asked.append(1)
+        if len(asked) == 2:
+            raise Asked("stopped")
+
+    dataset = Stalling(folder)
+    dataset.seconds = 600 if workers else 4
+    batches = iter(ShardLoader(dataset, Plan(SIZES), 3, 1, 2, workers=workers, max_wait=600, on_wait=on_wait))
+    next(batches)
+    if workers:
+        with pytest.raises(Asked, match="stopped"):
+            next(batches)
+    else:
+        next(batches)
+        assert exits == [143]
+
+
+def test_a_worker_that_is_killed_is_named_at_once(folder, monkeypatch):
+    batches = iter(ShardLoader(Stalling(folder), Plan(SIZES), 3, 1, 2, workers=1, max_wait=600))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    timer = threading.Timer(1, os.kill, (worker.pid, signal.SIGKILL))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(LdmError, match=r"a loader worker ended \(.*; a worker killed by the system .* lower workers"):
+        next(batches)
+    assert time.monotonic() - start < 30
+
+
+def test_too_little_shared_memory_is_refused_before_workers_start(folder, monkeypatch):
+    monkeypatch.setattr("ldm.data.loader._free_shared_memory", lambda: 2**20)
+    dataset = ImageDataset(folder, image_size=128)
+    plan = Plan(SIZES)
+    words = r"4 loader workers need 3 MiB for .*: /dev/shm has [\d,]+ MiB, .*--shm-size=2g\), or set workers to 1 or less \(0"
+    with pytest.raises(LdmError, match=words):
+        next(iter(ShardLoader(dataset, plan, 6, workers=4)))
+    assert not multiprocessing.active_children()
+    next(iter(ShardLoader(dataset, plan, 6)))
+
+
+class Full(ImageDataset):
+    """As where the last bytes of shared memory are gone: ``torch`` says so when it allocates them."""
+
+    def batch(self, draws, empty=torch.empty):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+
+def test_full_shared_memory_is_the_error_of_the_run(folder):
+    with pytest.raises(LdmError, match=r"found no room for a batch: /dev/shm has .*--shm-size=2g\), or set workers to 0"):
+        next(iter(ShardLoader(Full(folder), Plan(SIZES), 3, workers=1)))
+
+
+def test_a_batch_is_in_shared_memory_before_it_is_sent(folder, monkeypatch):
+    """The thread that sends it would lose it where there is no room."""
+    monkeypatch.setattr("ldm.data.loader.get_worker_info", lambda: True)
+    batch = _Batches(ImageDataset(folder)).__getitems__([0, 1, 2])
+    assert batch["image"].is_shared()
 
 
 def test_without_a_limit_or_in_time_nothing_is_said(folder):
