@@ -11,8 +11,9 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import LOCK_NAME
+from ldm.terminal import printable
 
 
 @contextlib.contextmanager
@@ -53,8 +54,11 @@ def hold(path: str | os.PathLike, doing: str) -> Iterator[None]:
 def hold_folder(folder: str | os.PathLike, doing: str) -> Iterator[None]:
     """:func:`hold` the lock of a folder, which is made if it is absent, and removed again if it stays empty."""
     folder = Path(folder)
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    made = not os.path.exists(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name, or half a surrogate pair
+        raise UsageError(f"{printable(folder)} cannot be made ({first_line(error)}); give another folder") from None
     try:
         with hold(folder / LOCK_NAME, doing):
             yield

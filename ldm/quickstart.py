@@ -6,33 +6,36 @@ that an interrupted quickstart resumes after its last finished stage.
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import yaml
 from PIL import Image
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from ldm.data.image_dataset import ImageDataset
 from ldm.errors import LdmError, UsageError
 from ldm.evaluation.prompts import generate_from_captions, shape_accuracy
 from ldm.evaluation.reconstruction import original_and_reconstruction, reconstruction_metrics
-from ldm.files import atomic_file, read_json, require_new_folder, require_version, write_json
+from ldm.files import atomic_file, check_type, read_json, require_new_folder, require_version, write_json
+from ldm.locks import hold_folder
 from ldm.losses.perceptual import PerceptualLoss
 from ldm.machine import machine_info
 from ldm.models.autoencoder import load_autoencoder
 from ldm.pipeline import load_pipeline
 from ldm.progress import Progress, duration
-from ldm.reporting.grids import captioned_grid, paired_grid
+from ldm.reporting.grids import captioned_grid, paired_grid, read_grid
 from ldm.reporting.metrics_csv import read_metrics
 from ldm.reporting.pages import Report
 from ldm.runs.layout import RunFolder
 from ldm.shapes.scenes import held_out_prompts, seen_prompts
+from ldm.terminal import printable, say
 
 RunCommand = Callable[[Sequence[str]], None]
 
@@ -42,6 +45,7 @@ SIZE = 40  # pixels: at 32 the arms of a small star are one pixel wide, at 64 ev
 # in ten minutes 10,000 images, about five for each of the 2,240 captions
 IMAGES_PER_MINUTE, MAX_IMAGES, MIN_IMAGES, VALIDATION_IMAGES = 1000, 20_000, 640, 256
 SHOWN_PROMPTS = 32
+MAX_MINUTES = 60 * 24 * 30
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 3.0}
 
 # fractions of the time budget; the rest goes to data, export, previews, sampling and start-up
@@ -49,6 +53,29 @@ TIME_SHARES = {"autoencoder": 0.24, "denoiser": 0.52}
 # a ten-minute run takes at least these steps, however slow the machine: with fewer the captions are not learnt
 MIN_STEPS = {"autoencoder": 800, "denoiser": 1050}
 CALIBRATION_STEPS = 12
+
+
+class Asked(TypedDict):
+    """Settings of a quickstart."""
+
+    minutes: float
+    seed: int
+
+
+class State(TypedDict):
+    """The record of a quickstart's finished stages."""
+
+    format_version: NotRequired[int]
+    asked: Asked
+    seconds: dict[str, float]
+    commands: dict[str, str]
+    steps: NotRequired[dict[str, Annotated[int, Field(ge=1, le=10**12)]]]
+
+
+class StepSeconds(TypedDict):
+    """What :class:`ldm.runs.callbacks.StepTimes` measures."""
+
+    seconds_per_step: Annotated[float, Field(gt=0)]
 
 
 @dataclass
@@ -59,20 +86,21 @@ class Quickstart:
     minutes: float
     seed: int
     run: RunCommand
-    state: dict[str, Any] = field(default_factory=dict)
+    state: State = field(init=False)
 
     def claim(self) -> None:
         """Begin in the empty folder ``out``, or resume the quickstart with these settings; UsageError for any other content."""
-        asked = {"minutes": self.minutes, "seed": self.seed}
+        asked = Asked(minutes=self.minutes, seed=self.seed)
         record = self.out / "state.json"
         if record.is_file():
-            self.state = read_json(record)
-            require_version(self.state.get("format_version"), FORMAT_VERSION, f"{record}: the quickstart")
-            if self.state.get("asked") != asked:
-                raise UsageError(f"{self.out} holds a quickstart of {self.state.get('asked')}; give a new --out for {asked}")
+            content = read_json(record, dict[str, Any])
+            require_version(content.get("format_version"), FORMAT_VERSION, f"{record}: the quickstart")
+            self.state = check_type(content, str(record), State)
+            if self.state["asked"] != asked:
+                raise UsageError(f"{self.out} holds a quickstart of {self.state['asked']}; give a new --out for {asked}")
             return
         require_new_folder(self.out, "the quickstart", in_place=True)
-        self.state = {"format_version": FORMAT_VERSION, "asked": asked, "seconds": {}, "commands": {}}
+        self.state = State(format_version=FORMAT_VERSION, asked=asked, seconds={}, commands={})
         self.save_state()
 
     def save_state(self) -> None:
@@ -112,12 +140,12 @@ class Quickstart:
         """Train a stage for as many steps as its time allows; ``changes`` gives those of the recipe for a number of steps."""
         if (self.out / artifact).exists():
             return
-        if stage not in self.state.setdefault("steps", {}):
+        if stage not in (counts := self.state.setdefault("steps", {})):
             start = time.monotonic()
-            self.state["steps"][stage] = self.steps_in_budget(stage, changes(0))
+            counts[stage] = self.steps_in_budget(stage, changes(0))
             self.state["seconds"][f"time the {stage} on this machine"] = round(time.monotonic() - start, 1)
             self.save_state()
-        steps = self.state["steps"][stage]
+        steps = counts[stage]
         settings = {
             "seed_everything": self.seed,
             "trainer.max_steps": steps,
@@ -143,7 +171,7 @@ class Quickstart:
             changes["model.preview_prompts"] = []
         title = f"timing the {stage} on this machine"
         self.run([stage, "fit", "--config", str(self.recipe(stage, changes)), "--out", str(trial), "--title", title])
-        seconds = read_json(trial / "seconds.json")["seconds_per_step"]
+        seconds = read_json(trial / "seconds.json", StepSeconds)["seconds_per_step"]
         shutil.rmtree(trial)
         least = round(MIN_STEPS[stage] * min(self.minutes / 10, 1))
         return max(round(self.minutes * 60 * TIME_SHARES[stage] / seconds), least, 20)
@@ -160,17 +188,19 @@ def quickstart(out: Path, minutes: float, seed: int, run: RunCommand) -> None:
     Raises:
         UsageError: when ``out`` holds other work.
     """
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise UsageError(f"--minutes is {minutes:g}; give a number above 0")
+    if not 0 < minutes <= MAX_MINUTES:
+        raise UsageError(f"--minutes is {minutes:g}; give a number above 0 and up to {MAX_MINUTES:,}")
     if not 0 <= seed < 2**32 - 1:
         raise UsageError(f"--seed is {seed}; give 0 to {2**32 - 2}")
     quick = Quickstart(out, minutes, seed, run)
-    quick.claim()
-    try:
-        run_stages(quick)
-    except KeyboardInterrupt:
-        raise LdmError(f"interrupted; run the same quickstart again to resume in {out} after its last finished stage") from None
-    score_and_report(quick)
+    with hold_folder(out, f"running the quickstart in {out}"):
+        quick.claim()
+        try:
+            run_stages(quick)
+        except KeyboardInterrupt:
+            again = f"run the same quickstart again to resume in {out} after its last finished stage"
+            raise LdmError(f"interrupted; {again}") from None
+        score_and_report(quick)
 
 
 def run_stages(quick: Quickstart) -> None:
@@ -242,7 +272,7 @@ def score_and_report(quick: Quickstart) -> None:
         "seen": accuracy["seen"],
         "reconstruction": metrics,
         "lpips": perceptual.description,
-        "steps": quick.state["steps"],
+        "steps": quick.state.get("steps", {}),
         "seconds": quick.state["seconds"],
         "seconds_total": round(total, 1),
         "asked": quick.state["asked"],
@@ -252,11 +282,11 @@ def score_and_report(quick: Quickstart) -> None:
     }
     write_json(out / "report.json", record)
     write_report(quick, record, samples, paired_grid([("original", originals), ("reconstruction", reconstructions)]))
-    print(
+    say(
         f"prompt accuracy {record['prompt_accuracy']:.3f} on {count} held-out prompts, "
         f"reconstruction PSNR {metrics['psnr']:.1f} dB, time {duration(total)}\n"
-        f"report: {out / 'report.html'}, samples: {out / 'samples.png'}; generate more: "
-        f'ldm sample {shlex.quote(str(out / "pipeline"))} "a large pink ring at the top on a gray background" --out images'
+        f"report: {printable(out / 'report.html')}, samples: {printable(out / 'samples.png')}; generate more: ldm sample "
+        f'{printable(shlex.quote(str(out / "pipeline")))} "a large pink ring at the top on a gray background" --out images'
     )
 
 
@@ -292,7 +322,7 @@ def write_report(quick: Quickstart, record: dict[str, Any], samples: Image.Image
         series = {name: logs[stage].get(name, ([], [])) for name in names}
         page.curve(title, series, "step", "", log_y=log_y, smooth=5)
     for step, path in RunFolder(out / "runs" / "denoiser").previews():
-        page.image(f"Stage two, step {step}", Image.open(path))
+        page.image(f"Stage two, step {step}", read_grid(path)[0])
     page.table("Time", ["stage", "m:ss"], [[name, duration(seconds)] for name, seconds in record["seconds"].items()])
     page.table("Machine and versions", ["", ""], [*record["machine"].items()])
     page.text(

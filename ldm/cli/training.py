@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.parser import Parser
 from ldm.errors import UsageError
+from ldm.terminal import say
 
 if TYPE_CHECKING:
     from ldm.training.base import TrainingModule
@@ -53,7 +54,7 @@ def run_export(module_class: type[TrainingModule], arguments: list[str]) -> None
         add_denoiser_options(parser)
     options = parser.parse_args(arguments)
     write = denoiser_writer(options) if module_class.command == "denoiser" else None
-    export_run(module_class, options.run, options.out, options.checkpoint, write)
+    export_run(module_class, options.run, options.out, options.checkpoint, write, options.trust)
 
 
 def add_denoiser_options(parser: Parser) -> None:
@@ -94,7 +95,7 @@ def write_pixart(model: DenoiserTraining, folder: Path) -> None:
     from ldm.runs.pixart import export_pixart
 
     for remark in export_pixart(model.pipeline(), folder):
-        print(remark)
+        say(remark)
 
 
 def run_ema(module_class: type[TrainingModule], arguments: list[str]) -> None:
@@ -106,7 +107,7 @@ def run_ema(module_class: type[TrainingModule], arguments: list[str]) -> None:
     parser.add_argument("--sigma-rel", type=float, required=True, help=length)
     parser.add_argument("--step", type=int, help="step where it ends (default: the last one stored)")
     options = parser.parse_args(arguments)
-    export_average(module_class, options.run, options.out, options.sigma_rel, options.step)
+    export_average(module_class, options.run, options.out, options.sigma_rel, options.step, options.trust)
 
 
 def _parser(module_class: type[TrainingModule], command: str, description: str, example: str) -> Parser:
@@ -118,4 +119,6 @@ def _parser(module_class: type[TrainingModule], command: str, description: str, 
     )
     parser.add_argument("run", type=Path, help="folder of the run: --out of fit")
     parser.add_argument("out", type=Path, help="new folder")
+    trust = "build any class that the config of RUN names, not only those of ldm, torch, diffusers and lightning: it runs code"
+    parser.add_argument("--trust", action="store_true", help=trust)
     return parser

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from jsonargparse._common import parsing_settings
 
-from ldm.errors import UsageError, first_line
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_folder, require_new_folder
-from ldm.runs.checkpoints.files import read_checkpoint, require_whole
+from ldm.runs.checkpoints.files import ANOTHER, read_checkpoint, require_whole
 from ldm.runs.checkpoints.sharded import read_sharded
 from ldm.runs.layout import RunFolder
 from ldm.runs.training_cli import TrainingCLI
+from ldm.terminal import printable, say
 from ldm.training.base import TrainingModule
+
+#: packages whose classes are built from a run's config without asking
+TRUSTED = ("ldm", "torch", "diffusers", "lightning")
 
 #: writes something else than a module's ``save`` into an empty folder
 Writer = Callable[[Any, Path], None]
@@ -26,20 +34,40 @@ def write_artifact(module: TrainingModule, out: Path, write: Writer | None = Non
     if torch.cuda.is_available():  # after training Lightning moves it to the CPU, where previews of a card take hours
         module.to("cuda")
     with atomic_folder(out) as folder, module.average_applied():
+        require_finite(module.averaged(), "the average")
         (write or type(module).save)(module, folder)
-    print(f"{module.artifact}: {out}")
+    say(f"{module.artifact}: {printable(out)}")
+
+
+def require_finite(network: torch.nn.Module, what: str) -> None:
+    """Raise :class:`LdmError` for a weight, made from ``what``, that is NaN or infinite: it makes black images."""
+    broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise LdmError(f"{what} has weights that are not finite ({', '.join(broken[:4])}); export an earlier checkpoint of it")
 
 
 class SavedRun(TrainingCLI):
     """The module and data of a run, built from its config; nothing is trained, and its folder stays as it is."""
 
-    def __init__(self, module_class: type[TrainingModule], run: Path, checkpoint: Path | None = None):
-        """``checkpoint``: of the run (default: the last one)."""
+    def __init__(self, module_class: type[TrainingModule], run: Path, checkpoint: Path | None = None, trust: bool = False):
+        """
+        Args:
+            checkpoint: of the run (default: the last one).
+            trust: build any class that the config names. Else those of :data:`TRUSTED` alone, because the config of a run from
+                elsewhere could name any class of this machine, with any arguments.
+        """
         self.checkpoint = checkpoint or RunFolder(run).last_checkpoint
         for needed in (RunFolder(run).config, self.checkpoint):
-            if not needed.exists():
+            if not os.path.exists(needed):
                 raise UsageError(f"{needed} does not exist; give the folder of a run: ldm {module_class.command} fit --out RUN")
-        super().__init__(module_class, ["fit", "--config", str(RunFolder(run).config)])
+        config = RunFolder(run).config
+        RunFolder(run).read_config()  # refuses what is none
+        with nullcontext() if trust else classes_of(TRUSTED, config):
+            super().__init__(module_class, ["fit", "--config", str(config)])
+
+    def before_instantiate_classes(self) -> None:
+        """The trainer is not built, so its parts are not either."""
+        self.options.trainer.update(Namespace(callbacks=None, logger=None, plugins=None, profiler=None, strategy=None))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
@@ -54,16 +82,46 @@ class SavedRun(TrainingCLI):
             checkpoint = (read_sharded if self.checkpoint.is_dir() else read_checkpoint)(self.checkpoint)
             self.model.on_load_checkpoint(checkpoint)
             self.model.load_state_dict(checkpoint["state_dict"])
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-            raise UsageError(f"{self.checkpoint} is not a whole checkpoint of this run: {first_line(error)}") from error
+        except LdmError:
+            raise
+        except Exception as error:  # of a checkpoint that is not of this run, anything may be wrong
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise UsageError(f"{self.checkpoint} is not a whole checkpoint of this run ({why}); {ANOTHER}") from error
         self.datamodule.setup("fit")
         self.model.prepare(self.datamodule)
         return self.model
 
 
+@contextmanager
+def classes_of(packages: Sequence[str], config: Path) -> Iterator[None]:
+    """Within this context jsonargparse imports nothing else for a config's values. Raises :class:`UsageError` naming it."""
+    before = dict(parsing_settings)  # jsonargparse can add to its settings, but not take away
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*packages])
+    try:
+        yield
+    except (ArgumentError, ValueError) as error:
+        named = re.search(r"Importing '([\w.]+)' is not allowed", str(error))
+        if named is None:
+            raise
+        raise UsageError(
+            f"{config} names {named[1]}, and only classes of {', '.join(packages)} are built from the config of a run, which "
+            "may be a stranger's; give --trust if you trust it"
+        ) from None
+    finally:
+        parsing_settings.update(before)
+
+
 def export_run(
-    module_class: type[TrainingModule], run: Path, out: Path, checkpoint: Path | None = None, write: Writer | None = None
+    module_class: type[TrainingModule],
+    run: Path,
+    out: Path,
+    checkpoint: Path | None = None,
+    write: Writer | None = None,
+    trust: bool = False,
 ) -> None:
-    """Export a checkpoint of a run (default: the last one) into a new folder, built from the run's own config."""
+    """Export a checkpoint of a run (default: the last one) into a new folder, built from the run's own config.
+
+    ``trust``: as of :class:`SavedRun`.
+    """
     require_new_folder(out, "what is exported")
-    write_artifact(SavedRun(module_class, run, checkpoint).load(), out, write)
+    write_artifact(SavedRun(module_class, run, checkpoint, trust).load(), out, write)

@@ -11,6 +11,7 @@ import torch
 from lightning import Trainer
 
 from ldm.errors import LdmError, UsageError, first_line, is_out_of_memory
+from ldm.runs.lightning_private import is_restoring
 
 # gloo raises RuntimeError with the path of its source file in the message
 GLOO = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
@@ -18,8 +19,13 @@ GLOO = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Socke
 
 def explain(error: BaseException, trainer: Trainer) -> LdmError | None:
     """The error of one line for a failure that the user can fix; None for any other, whose traceback is needed."""
-    if isinstance(error, LdmError):
+    if isinstance(error, LdmError) or not isinstance(error, Exception):
         return None
+    if is_restoring(error):
+        return UsageError(
+            f"{trainer.ckpt_path} does not fit this run ({type(error).__name__}: {first_line(error)}); give the config that it "
+            "was trained with, or another checkpoint"
+        )
     where = f"at step {trainer.global_step}" + (f" on rank {trainer.global_rank}" if trainer.world_size > 1 else "")
     if is_out_of_memory(error):
         return LdmError(f"out of memory {where}: {'; '.join(_memory_settings(trainer))}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,18 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from ldm.data.sources import open_source
 from ldm.errors import UsageError
-from ldm.files import require_new_folder
+from ldm.files import LOCK_NAME, require_new_folder
+from ldm.locks import hold_folder
 from ldm.machine import bf16_is_faster
 from ldm.runs.callbacks import AverageSnapshots, ModelFlops, PreviewGrid, ProgressLine
-from ldm.runs.checkpoints.files import candidates, checkpoint_summary, latest_checkpoint, load_checkpoint, read_checkpoint
+from ldm.runs.checkpoints.files import (
+    candidates,
+    checkpoint_summary,
+    latest_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    require_run,
+)
 from ldm.runs.config import require_values
 from ldm.runs.export import export_run, write_artifact
 from ldm.runs.faults import explained
@@ -27,6 +38,7 @@ from ldm.runs.logging import loggers, recorded
 from ldm.runs.preemption import Preemption, ended_by_sigterm
 from ldm.runs.torchrun import run_under_torchrun
 from ldm.runs.training_cli import TrainingCLI
+from ldm.training.base import TrainingModule
 from ldm.training.fsdp import is_sharded
 
 LATEST = "latest"
@@ -34,6 +46,10 @@ LATEST = "latest"
 
 class FitCLI(TrainingCLI):
     """Trains in the folder ``--out``, from nothing or from a checkpoint, and exports the model at the end."""
+
+    def __init__(self, module_class: type[TrainingModule], arguments: Sequence[str]):
+        with ExitStack() as self.held:  # the lock of the run's folder, up to the end of the export
+            super().__init__(module_class, arguments)
 
     @property
     def artifact(self) -> Path:
@@ -47,6 +63,8 @@ class FitCLI(TrainingCLI):
 
     def before_instantiate_classes(self) -> None:
         run_under_torchrun([self.module_class.command, *self.arguments], self.options.trainer)
+        if is_rank_zero():
+            self.held.enter_context(hold_folder(self.options.out, f"training in {self.options.out}"))
         self._find_checkpoint()
         self._check_folders()
         self._check_data()
@@ -65,7 +83,7 @@ class FitCLI(TrainingCLI):
             raise UsageError("--resume and --ckpt_path both say what to resume from; give one")
         if options.resume and options.resume != LATEST:
             self.checkpoint = Path(options.resume)
-            if not self.checkpoint.exists():
+            if not os.path.exists(self.checkpoint):
                 raise UsageError(f"--resume {self.checkpoint} does not exist; give latest, or one of {folder}")
         elif options.resume and (found := candidates(folder)):
             self.checkpoint = found[-1]
@@ -79,6 +97,7 @@ class FitCLI(TrainingCLI):
             if options.resume == LATEST:
                 self.checkpoint = latest_checkpoint(folder)
             content = load_checkpoint(self.checkpoint, mmap=True)  # for a few values
+            require_run(content, self.checkpoint)
             self.resumed_at = content["global_step"]
             self._require_same_optimiser(content)
             self._require_same_seeds(content)
@@ -117,7 +136,7 @@ class FitCLI(TrainingCLI):
 
     def _check_folders(self) -> None:
         out, resume = Path(self.options.out), self.options.resume
-        self.made_folder = not out.exists() or not any(out.iterdir())
+        self.made_folder = not out.exists() or all(path.name == LOCK_NAME for path in out.iterdir())
         if not is_rank_zero():  # by the time that another process looks, the first has written there
             return
         require_new_folder(self.artifact, "the exported model")
@@ -194,6 +213,6 @@ class FitCLI(TrainingCLI):
         if not self.trainer.is_global_zero:
             return
         if is_sharded(self.model.averaged()):
-            export_run(self.module_class, Path(self.options.out), self.artifact)
+            export_run(self.module_class, Path(self.options.out), self.artifact, trust=True)  # as it was trained
         else:
             write_artifact(self.model, self.artifact)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,20 @@ from lightning import Trainer
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities import rank_zero_only
 
 
 def is_rank_zero() -> bool:
     """Whether this is the first process, before there is a trainer: an attribute that Lightning sets on a function."""
     return rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def is_restoring(error: BaseException) -> bool:
+    """Whether an error comes from putting a checkpoint's content back, not from training: Lightning's functions tell."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_code.co_name for frame, _ in frames if frame.f_globals.get("__name__") == checkpoint_connector.__name__]
+    return any("restore" in name or name == "resume_start" for name in names)
 
 
 def accumulates(trainer: Trainer) -> bool:

@@ -15,12 +15,31 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import atomic_folder, require_new_folder
-from ldm.runs.export import SavedRun
+from ldm.files import atomic_folder, open_regular, parse_json, require_new_folder
+from ldm.runs.export import SavedRun, require_finite
+from ldm.terminal import printable, say
 from ldm.training.base import TrainingModule, require_weights
 from ldm.training.ema import SNAPSHOTS, gamma_of
+
+MAX_STEP = 10**12
+MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
+MOVE = "move it away: the others do without it"
+
+
+class SnapshotMetadata(TypedDict):
+    """Written by :meth:`ldm.training.ema.Average.write_snapshots`; numbers as text."""
+
+    step: str
+    sigma_rel: str
+
+
+class SnapshotHeader(TypedDict):
+    """What is read of the header of a safetensors file."""
+
+    __metadata__: SnapshotMetadata
 
 
 class Snapshot(NamedTuple):
@@ -35,12 +54,17 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
     """The snapshots of a run, the oldest first. Raises :class:`UsageError` if there are none."""
     found = []
     for file in sorted((Path(run) / SNAPSHOTS).glob("*.safetensors")):
+        with open_regular(file, MOVE) as content:  # safe_open would wait for a pipe
+            size = int.from_bytes(content.read(8), "little")
+            header = content.read(min(size, MAX_HEADER_BYTES))
+        metadata = parse_json(header, str(file), SnapshotHeader)["__metadata__"]
         try:
-            with safe_open(file, "pt", backend="pread") as tensors:
-                metadata = tensors.metadata()
             found.append(Snapshot(file, int(metadata["step"]), float(metadata["sigma_rel"])))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise LdmError(f"{file} is not a whole snapshot of an average ({first_line(error)}); remove it") from error
+            if not 1 <= found[-1].step <= MAX_STEP:
+                raise UsageError(f"step is {found[-1].step}")
+            gamma_of(found[-1].sigma_rel)
+        except (UsageError, ValueError) as error:
+            raise LdmError(f"{file} is not a whole snapshot of an average ({first_line(error)}); {MOVE}") from None
     if not found:
         raise UsageError(f"{Path(run) / SNAPSHOTS} holds no averages; train with model.power_averages, which stores them")
     return found
@@ -77,11 +101,14 @@ def sum_snapshots(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) 
     """Parameters of the weighted sum by name, float32; one snapshot is in memory at a time."""
     total: dict[str, Tensor] = {}
     for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
-        with safe_open(snapshot.file, "pt", backend="pread") as tensors:
-            weights = {name: tensors.get_tensor(name).float() for name in sorted(tensors.keys())}
+        try:
+            with safe_open(snapshot.file, "pt", backend="pread") as tensors:
+                weights = {name: tensors.get_tensor(name).float() for name in sorted(tensors.keys())}
+        except (OSError, SafetensorError) as error:
+            raise LdmError(f"{snapshot.file} is not a whole snapshot of an average ({first_line(error)}); {MOVE}") from None
         total = total or {name: torch.zeros_like(weight) for name, weight in weights.items()}
         if {name: weight.shape for name, weight in weights.items()} != {name: weight.shape for name, weight in total.items()}:
-            raise UsageError(f"{snapshot.file} is of another network than {snapshots[0].file}; remove the one that is wrong")
+            raise UsageError(f"{snapshot.file} is of another network than {snapshots[0].file}; move the wrong one away")
         for name, weight in weights.items():
             total[name].add_(weight, alpha=float(coefficient))
     return total
@@ -102,21 +129,25 @@ def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | Non
     return sum_snapshots(used, coefficients.tolist()), how
 
 
-def export_average(module_class: type[TrainingModule], run: Path, out: Path, sigma_rel: float, step: int | None = None) -> None:
+def export_average(
+    module_class: type[TrainingModule], run: Path, out: Path, sigma_rel: float, step: int | None = None, trust: bool = False
+) -> None:
     """Export a run's model with an average of any length, made of the averages that it stored.
 
+    ``trust``: as of :class:`ldm.runs.export.SavedRun`.
     ``sigma_rel`` is relative to the training up to ``step`` (default: the last one stored, up to the last checkpoint).
     """
     gamma_of(sigma_rel)
     stored = find_snapshots(run)
     require_new_folder(out, "what is exported")
-    module = SavedRun(module_class, run).load()
+    module = SavedRun(module_class, run, trust=trust).load()
     # later ones are of a training that was resumed from an earlier checkpoint
     snapshots = [snapshot for snapshot in stored if snapshot.step <= module.average.step]
     weights, how = reconstruct(snapshots, sigma_rel, step)
     network = module.averaged().eval()
     require_weights(network, {name: weight.shape for name, weight in weights.items()}, str(snapshots[0].file.parent))
     network.load_state_dict(weights, strict=False)  # without buffers
+    require_finite(network, str(snapshots[0].file.parent))
     with atomic_folder(out) as folder:
         module.save(folder)
-    print(f"{module.artifact}: {out}, the average of {how}")
+    say(f"{module.artifact}: {printable(out)}, the average of {how}")

@@ -170,3 +170,6 @@ class Average:
         decay = self.exponential.decay
         self.exponential.load_state_dict({name: value for name, value in state.items() if name != "power_function"})
         self.exponential.decay = decay
+        shapes = [parameter.shape for parameter in self._parameters()]
+        if any([shadow.shape for shadow in ema.shadow_params] != shapes for ema in self.all()):
+            raise UsageError("the checkpoint has averages of another network; give the config that it was trained with")

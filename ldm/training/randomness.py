@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ldm.data.plan import PlannedSample
+from ldm.errors import LdmError, first_line
 
 
 def sample_generators(seed: int, samples: Sequence[PlannedSample]) -> list[torch.Generator]:
@@ -51,11 +52,14 @@ def global_states() -> list[dict[str, Any]]:
 
 
 def set_global_state(state: dict[str, Any]) -> None:
-    """Set this process's global generators to one of :func:`global_states`."""
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    """Set this process's global generators to one of :func:`global_states`. Raises :class:`LdmError` if it is none."""
+    try:
+        torch.set_rng_state(state["torch"])
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise LdmError(f"the checkpoint's random states are broken ({first_line(error)}); resume from another one") from error

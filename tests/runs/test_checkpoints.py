@@ -36,6 +36,7 @@ from ldm.runs.checkpoints.files import (
 )
 from ldm.runs.checkpoints.io import VerifiedCheckpointIO
 from ldm.runs.checkpoints.sharded import sharded_checkpoint
+from ldm.runs.faults import explained
 from ldm.runs.layout import checkpoint_name, checkpoints_in, step_of
 from ldm.runs.lightning_private import skip_next_validation
 from tests.tiny import Do, make_trainer
@@ -193,7 +194,7 @@ def fill_disk(path: Path) -> None:
 
 
 def test_a_checkpoint_comes_back_and_sha256sum_agrees(tmp_path: Path) -> None:
-    checkpoint = {"weights": torch.randn(3, 5), "step": 7, "names": ["a"], "state": {"level": 0.5}}
+    checkpoint = {"weights": torch.randn(3, 5), "global_step": 7, "names": ["a"], "state": {"level": 0.5}}
     VerifiedCheckpointIO().save_checkpoint(checkpoint, tmp_path / "step=00000007.ckpt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=00000007.ckpt", "step=00000007.ckpt.sha256"]
     subprocess.run(["sha256sum", "--check", "--strict", "step=00000007.ckpt.sha256"], cwd=tmp_path, check=True)
@@ -209,6 +210,58 @@ def test_what_is_no_plain_value_is_not_loaded(tmp_path: Path) -> None:
     VerifiedCheckpointIO().save_checkpoint({"code": os.system}, path)
     with pytest.raises(UsageError, match="is not a checkpoint of a run") as said:
         load_checkpoint(path)
+    assert str(path) in str(said.value) and "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {},
+        {"global_step": "ten"},
+        {"global_step": -1},
+        {"global_step": 10**30},
+        {"global_step": 1, "lr_schedulers": []},
+        {"global_step": 1, "lr_schedulers": [{"base_lrs": [float("nan")], "_last_lr": [0.1]}]},
+        {"global_step": 1, "random": [None]},
+        {"global_step": 1, "skipped": {"total": None, "in_a_row": {}}},
+        {"global_step": 1, "latent_statistics": [[float("inf")], [1.0]]},
+        {"global_step": 1, "format_version": "1"},
+    ],
+)
+def test_a_checkpoint_of_wrong_values_is_named(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / checkpoint_name(1)
+    torch.save(content, path)
+    with pytest.raises(LdmError) as said:
+        load_checkpoint(path)
+    assert str(path) in str(said.value) and str(said.value).isprintable()
+
+
+def test_what_is_no_checkpoint_of_ours_is_never_to_be_removed(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"image")
+    (tmp_path / "cat.png").write_bytes(b"image")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / checkpoint_name(1)).write_bytes(b"image")
+    sidecar(tmp_path / checkpoint_name(1)).write_bytes(b"\xff\n\n")
+    (tmp_path / checkpoint_name(2)).write_bytes(b"image")
+    sidecar(tmp_path / checkpoint_name(2)).mkdir()
+    for name in ("photos", "cat.png", "pipe", "none", checkpoint_name(1), checkpoint_name(2), "nul\0"):
+        with pytest.raises(UsageError, match="--resume latest") as said:
+            load_checkpoint(tmp_path / name)
+        assert "remove" not in str(said.value) and "delete" not in str(said.value)
+
+
+@pytest.mark.parametrize("part", ["callbacks", "loops", "optimizer_states", "lr_schedulers", "state_dict"])
+def test_a_checkpoint_that_cannot_be_restored_is_one_line(part: str, tmp_path: Path) -> None:
+    fit(tmp_path, steps=2)
+    path = tmp_path / "checkpoints" / checkpoint_name(2)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {part: {} if part in ("state_dict", "loops") else 5}, path)
+    sidecar(path).unlink()
+    trainer = make_trainer(tmp_path, 4, callbacks=[Checkpoints()], enable_checkpointing=True)
+    with pytest.raises(LdmError) as said, explained(trainer):
+        trainer.fit(Tiny(), ckpt_path=path)
     assert str(path) in str(said.value) and "\n" not in str(said.value)
 
 
@@ -542,7 +595,7 @@ def test_a_description_has_the_step_rates_average_place_and_random_states() -> N
     place = {"seed": 0, "epoch": 3, "samples_consumed": 4096, "data": ""}
     checkpoint = {
         "global_step": 12345,
-        "lr_schedulers": [{"_last_lr": [1e-4]}, {"_last_lr": [2e-4]}],
+        "lr_schedulers": [{"base_lrs": [1e-3], "_last_lr": [1e-4]}, {"base_lrs": [1e-3], "_last_lr": [2e-4]}],
         "average": {"optimization_step": 12000},
         "loops": {"fit_loop": {"state_dict": {"combined_loader": [place]}}},
         "random": [{}, {}],

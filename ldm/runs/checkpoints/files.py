@@ -10,29 +10,31 @@ import errno
 import hashlib
 import logging
 import os
-import pickle
 import shutil
 import zipfile
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Annotated, Any, NotRequired, cast
 
 import torch
+from pydantic import Field, FiniteFloat
 from torch import distributed
+from typing_extensions import TypedDict
 
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import atomic_file, fsync_folder, require_version, sha256_file
-from ldm.runs.layout import LAST_CHECKPOINT, checkpoints_in, step_of
+from ldm.files import atomic_file, check_type, fsync_folder, read_bytes, require_version, sha256_file
+from ldm.runs.layout import LAST_CHECKPOINT, Count, checkpoints_in, step_of
 from ldm.runs.lightning_private import is_rank_zero
 
 log = logging.getLogger(__name__)
 
 SIDECAR = ".sha256"
+MAX_SIDECAR_BYTES = 64 * 2**20
 #: version of a checkpoint's content; a newer one is refused
 FORMAT_VERSION, VERSION_KEY = 1, "format_version"
 # files of a sharded checkpoint: what is not sharded (Lightning's name), and the index of the shards (torch's)
 UNSHARDED, INDEX = "meta.pt", ".metadata"
 
-REMOVE = "remove it and resume from the one before: --resume latest"
+ANOTHER = "take another one: --resume latest takes the newest that is whole"
 
 FIXES = {
     errno.ENOSPC: "make room there",
@@ -40,6 +42,72 @@ FIXES = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EIO: "check the disk",
 }
+
+
+class _Schedule(TypedDict):
+    """The state of a learning-rate schedule."""
+
+    base_lrs: Annotated[list[FiniteFloat], Field(min_length=1)]
+    _last_lr: Annotated[list[FiniteFloat], Field(min_length=1)]
+
+
+class _Skipped(TypedDict):
+    """Of :class:`ldm.training.nonfinite.SkippedSteps`."""
+
+    total: Count
+    in_a_row: dict[str, Count]
+
+
+class Content(TypedDict):
+    """What is read of a checkpoint before the run is restored from it, and numbers that would be believed."""
+
+    global_step: Count
+    lr_schedulers: NotRequired[Annotated[list[_Schedule], Field(min_length=1)]]
+    state_dict: NotRequired[dict[str, Any]]
+    random: NotRequired[list[dict[str, Any]] | None]
+    seed: NotRequired[Annotated[int, Field(ge=0, lt=2**64)] | None]
+    skipped: NotRequired[_Skipped]
+    num_images_seen: NotRequired[Count]
+    latent_statistics: NotRequired[list[list[FiniteFloat]] | None]
+
+
+class _Place(TypedDict):
+    """Of :class:`ldm.data.loader`'s state."""
+
+    seed: int
+    epoch: Count
+    samples_consumed: Count
+
+
+class _LoopState(TypedDict):
+    """Of Lightning's loop."""
+
+    combined_loader: NotRequired[list[_Place]]
+
+
+class _FitLoop(TypedDict):
+    """Of Lightning's loop."""
+
+    state_dict: _LoopState
+
+
+class _Loops(TypedDict):
+    """Of Lightning's loops."""
+
+    fit_loop: _FitLoop
+
+
+class _Average(TypedDict):
+    """Of :class:`ldm.training.ema.Average`."""
+
+    optimization_step: NotRequired[Count]
+
+
+class Summary(Content):
+    """What :func:`checkpoint_summary` says."""
+
+    loops: NotRequired[_Loops]
+    average: NotRequired[_Average]
 
 
 def sidecar(path: Path) -> Path:
@@ -124,16 +192,25 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
         file = path / UNSHARDED if path.is_dir() else path
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UsageError(f"{path} is not a checkpoint of a run ({first_line(error)}); {REMOVE}") from error
-    require_version(content.get(VERSION_KEY), FORMAT_VERSION, f"{path}: the checkpoint")
+    except Exception as error:  # bytes that are not torch's make its readers raise anything
+        raise UsageError(f"{path} is not a checkpoint of a run ({first_line(error)}); {ANOTHER}") from error
+    found = content.get(VERSION_KEY) if isinstance(content, dict) else None
+    require_version(found, FORMAT_VERSION, f"{path}: the checkpoint")
+    check_type(content, str(path), Content)
     return content
+
+
+def require_run(content: dict[str, Any], path: Path) -> None:
+    """Raise :class:`LdmError` unless a run can be resumed from this content, as far as its types say."""
+    check_type(content, str(path), Summary)
+    if missing := {"average", "loops", "lr_schedulers", "seed"} - content.keys():
+        raise UsageError(f"{path} is not a checkpoint of a run, it lacks {', '.join(sorted(missing))}; {ANOTHER}")
 
 
 def require_whole(path: Path) -> None:
     """Raise :class:`UsageError` for a broken checkpoint. One that this process has verified is not hashed again."""
     if what := _verify(path):
-        raise UsageError(f"{path} {what}; {REMOVE}")
+        raise UsageError(f"{path} {what}; {ANOTHER}")
 
 
 def require_whole_together(path: Path) -> Path:
@@ -147,7 +224,7 @@ def require_whole_together(path: Path) -> Path:
         distributed.broadcast_object_list(verdict, src=0)
     path, what = verdict[0]
     if what:
-        raise UsageError(f"{path} {what}; {REMOVE}")
+        raise UsageError(f"{path} {what}; {ANOTHER}")
     return path
 
 
@@ -157,6 +234,8 @@ _verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
 
 def _verify(path: Path) -> str | None:
     """:func:`what_is_broken`, once for each checkpoint as long as its files do not change."""
+    if what := _what_is_missing(path):
+        return what
     path = path.resolve()
     files = [file for file in (*files_of(path).values(), sidecar(path)) if file.exists()]
     seen = tuple((str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
@@ -170,19 +249,28 @@ def _verify(path: Path) -> str | None:
 
 def what_is_broken(path: Path) -> str | None:
     """What is wrong with a checkpoint's bytes, worded to follow its name; None if nothing."""
+    if what := _what_is_missing(path):
+        return what
     path = path.resolve()  # last.ckpt is a link
-    if not path.exists():
-        return "does not exist"
     try:
-        lines = sidecar(path).read_text().splitlines()
-    except FileNotFoundError:  # of an older ldm: only truncation can be detected
-        whole = all((path / name).is_file() for name in (UNSHARDED, INDEX)) if path.is_dir() else zipfile.is_zipfile(path)
-        return None if whole else "is cut off"
-    hashes = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if set(hashes) != set(files_of(path)):
-        return f"does not hold the files that {sidecar(path).name} lists"
-    wrong = [name for name, digest in hashes.items() if sha256_file(path.parent / name) != digest]
+        if not sidecar(path).exists():  # of an older ldm, where only truncation can be detected; or of nobody's
+            return None if path.is_dir() or zipfile.is_zipfile(path) else "is not a whole checkpoint of a run"
+        lines = read_bytes(sidecar(path), MAX_SIDECAR_BYTES).decode("utf-8", "replace").splitlines()
+        hashes = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        if set(hashes) != set(files_of(path)):
+            return f"does not hold the files that {sidecar(path).name} lists"
+        wrong = [name for name, digest in hashes.items() if sha256_file(path.parent / name) != digest]
+    except (LdmError, OSError) as error:
+        return f"cannot be verified ({first_line(error)})"
     return f"is broken: {', '.join(wrong)} is not of the sha256 in {sidecar(path).name}" if wrong else None
+
+
+def _what_is_missing(path: Path) -> str | None:
+    """Why a path is no checkpoint at all, by names alone: it may be the root of a disk, or a pipe."""
+    if not os.path.exists(path):
+        return "does not exist"
+    whole = all((path / name).is_file() for name in (UNSHARDED, INDEX)) if path.is_dir() else path.is_file()
+    return None if whole else "is not a whole checkpoint of a run"
 
 
 def files_of(path: Path) -> dict[str, Path]:
@@ -262,11 +350,12 @@ def raise_together(error: LdmError | None) -> None:
 
 def checkpoint_summary(checkpoint: dict[str, Any]) -> str:
     """What a checkpoint holds, in two lines."""
-    rates = [f"{schedule['_last_lr'][0]:.3g}" for schedule in checkpoint.get("lr_schedulers", [])]
-    updates = checkpoint.get("average", {}).get("optimization_step")
-    loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []) if "loops" in checkpoint else []
-    random = checkpoint.get("random")
-    whole = [f"step {checkpoint['global_step']:,}"]
+    content = check_type(checkpoint, "the checkpoint", Summary)
+    rates = [f"{schedule['_last_lr'][0]:.3g}" for schedule in content.get("lr_schedulers", [])]
+    updates = content.get("average", {}).get("optimization_step")
+    loaders = content["loops"]["fit_loop"]["state_dict"].get("combined_loader", []) if "loops" in content else []
+    random = content.get("random")
+    whole = [f"step {content['global_step']:,}"]
     if rates:
         whole.append(f"learning rate{'s' if len(rates) > 1 else ''} {' and '.join(rates)}")
     if updates is not None:
