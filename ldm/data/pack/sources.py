@@ -161,11 +161,21 @@ class FolderSource(ImageSource):
     ``.csv`` or ``.parquet`` of its folder or one above. A row that is malformed or names no image is an item, too.
     """
 
+    def __init__(self, src: str | os.PathLike, metadata: Sequence[str] | None = None) -> None:
+        """``metadata``: the tables of the folder, where they are known."""
+        super().__init__(src)
+        self._metadata = metadata
+
     def items(self) -> Iterator[Item]:
-        with closing(_Metadata(self.src, self.read_captions)) as rows:
-            for file in image_files(self.src):
-                yield Item(file, rows.captions(file))
-            yield from rows.problems()
+        if self._metadata is None:
+            self._metadata = [file for file in sorted_files(self.src) if os.path.basename(file) in METADATA_NAMES]
+        try:
+            with closing(_Metadata(self.src, self._metadata if self.read_captions else ())) as rows:
+                for file in image_files(self.src):
+                    yield Item(file, rows.captions(file))
+                yield from rows.problems()
+        except sqlite3.Error as error:
+            raise LdmError(f"the tables of {self.src} cannot be kept in a temporary file ({error}); set TMPDIR") from None
 
     def checked_items(self) -> Iterator[Item]:
         item = None
@@ -202,18 +212,17 @@ class FolderSource(ImageSource):
 
 
 class _Metadata:
-    """The rows of a folder's metadata tables by file name, in a temporary file. None where ``read`` is False.
+    """The rows of a folder's metadata ``tables`` by file name, in a temporary file.
 
     A table or row without columns of files and captions is another program's, and ignored.
     """
 
-    def __init__(self, src: Path, read: bool) -> None:
+    def __init__(self, src: Path, tables: Sequence[str]) -> None:
         self._src, self._problems, self._rows = src, list[Item](), sqlite3.connect("")
         self._rows.execute(
             "CREATE TABLE rows (file BLOB PRIMARY KEY, source INT, place TEXT, captions TEXT, used INT DEFAULT 0)"
         )
-        tables = [file for file in sorted_files(src) if read and os.path.basename(file) in METADATA_NAMES]
-        self.empty = not tables
+        self._empty = not tables
         for number, table in enumerate(
             sorted(tables, key=lambda file: (-file.count("/"), METADATA_NAMES.index(os.path.basename(file))))
         ):
@@ -240,7 +249,7 @@ class _Metadata:
 
     def captions(self, file: str) -> tuple[str, ...] | None:
         """The captions in the row of an image; None where it has none."""
-        if self.empty:
+        if self._empty:
             return None
         name = _name_bytes(file)
         row = self._rows.execute("SELECT captions FROM rows WHERE file = ?", (name,)).fetchone()
@@ -330,6 +339,8 @@ class DatasetSource(ImageSource):
         except ImportError:
             raise UsageError(f"reading {src} needs datasets; run `pip install datasets`") from None
         datasets.disable_progress_bars()
+        if other := next((file for file in sorted_files(src) if not os.path.isfile(os.path.join(src, file))), None):
+            raise UsageError(f"{src} cannot be loaded by datasets: {printable(other)} is not a regular file; remove it")
         try:
             loaded = datasets.load_from_disk(str(src))
         except Exception as error:  # from pyarrow, json, fsspec and others, depending on the damage
@@ -487,19 +498,24 @@ def open_pack_source(
         source = TableSource(src, table, image_column, caption_columns)
     elif (src / "dataset_dict.json").is_file() or ((src / "state.json").is_file() and (src / "dataset_info.json").is_file()):
         return DatasetSource(src, *columns)
-    elif tables := _image_tables(src, image_column):
+    elif tables := _with_images(src, found := _tables_in(src), image_column):
         return ParquetSource(src, tables, *columns)
     elif image_column or caption_columns:
         raise UsageError(f"columns are named, but {src} is a folder of images; give the table that has them as captions")
     else:
-        source = FolderSource(src)
+        source = FolderSource(src, [table for table in found if os.path.basename(table) in METADATA_NAMES])
     source.read_captions = read_captions
     return source
 
 
-def _image_tables(src: Path, image_column: str | None) -> list[str]:
-    """The Parquet files in a folder that hold images. Raises :class:`UsageError` where it has files of images as well."""
-    tables = [file for file in sorted_files(src) if _suffix(file) == ".parquet"]
+def _tables_in(src: Path) -> list[str]:
+    """The metadata tables and Parquet files of a folder."""
+    return [file for file in sorted_files(src) if _suffix(file) == ".parquet" or os.path.basename(file) in METADATA_NAMES]
+
+
+def _with_images(src: Path, tables: Sequence[str], image_column: str | None) -> list[str]:
+    """The Parquet files that hold images. Raises :class:`UsageError` where the folder has files of images as well."""
+    tables = [table for table in tables if _suffix(table) == ".parquet"]
     try:
         tables = [table for table in tables if embedded_column(parquet_schema(src / table), image_column)]
     except UsageError:
