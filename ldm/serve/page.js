@@ -8,14 +8,20 @@ const cards = new Map(); // of jobs and of images, by id
 const POLL = 300; // milliseconds between looks at the jobs
 let sending = 0; // requests whose job is not known yet
 
+// control characters and marks that reorder text, of prompts and names, as escapes
+function printable(text) {
+  const unsafe = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
+  return String(text).replace(unsafe, (found) => `\\u${found.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
+
 function announce(text) { $("status").textContent = text; }
 
 // ---------------------------------------------------------------------------------------------- the form
 
 async function setUp() {
   model = await get("/model");
-  $("model").textContent = `${model.name}, ${model.width}×${model.height} pixels`;
-  document.title = `${model.name} · ldm serve`;
+  $("model").textContent = `${printable(model.name)}, ${model.width}×${model.height} pixels`;
+  document.title = `${printable(model.name)} · ldm serve`;
   $("prompt").maxLength = $("negative").maxLength = model.limits.prompt;
   $("steps").max = model.limits.steps;
   for (const side of ["width", "height"]) {
@@ -109,7 +115,7 @@ async function blobAsBase64(blob) {
 
 function newCard(settings) {
   const card = $("card").content.firstElementChild.cloneNode(true);
-  card.querySelector(".prompt").textContent = settings.prompt;
+  card.querySelector(".prompt").textContent = printable(settings.prompt);
   const shown = {
     negative: settings.negative, seed: settings.seed, steps: settings.steps, guidance: settings.guidance,
     size: `${settings.width ?? model.width}×${settings.height ?? model.height}`, scheduler: settings.scheduler,
@@ -120,7 +126,7 @@ function newCard(settings) {
     const pair = document.createElement("div");
     pair.append(document.createElement("dt"), document.createElement("dd"));
     pair.firstChild.textContent = name;
-    pair.lastChild.textContent = value;
+    pair.lastChild.textContent = printable(value);
     card.querySelector(".settings").append(pair);
   }
   card.querySelector(".actions").hidden = true;

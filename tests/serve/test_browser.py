@@ -1,6 +1,7 @@
 """The page in Chromium, controlled through the DevTools protocol over a pipe."""
 
 import fcntl
+import io
 import json
 import os
 import select
@@ -157,15 +158,23 @@ def test_the_page_generates_and_repeats_images_without_requests_to_other_hosts(b
     wait_for_images(3)
     assert browser.evaluate(f"{PIXELS}(0)")[2] != first[2]
 
-    # cancelled halfway, after a preview; finished images are still there after a reload
+    # a job comes back after a reload, with its preview, and can be cancelled; then finished images alone come back
+    working = "document.querySelector('.card:has(.waiting:not([hidden])) img')?.src?.startsWith('data:image/jpeg')"
+    browser.type("#prompt", "right\u202eleft")
     for field, value in {"#steps": "2000", "#width": "256", "#height": "256"}.items():
         browser.type(field, value)
     browser.click("#generate")
-    browser.until("document.querySelector('.card img').src.startsWith('data:image/jpeg')")
-    browser.click(".cancel")
-    browser.until("document.querySelector('.card.failed .state')?.textContent == 'Cancelled.'")
+    browser.until(working)
     browser.call("Page.reload")
     wait_for_images(3)
+    browser.until(working)
+    assert browser.evaluate("document.querySelector('.card .prompt').textContent") == r"right\u202eleft"
+    browser.click(".cancel")
+    browser.until("document.querySelector('.card.failed .state')?.textContent == 'Cancelled.'")
+    browser.until("fetch('/jobs').then((answer) => answer.json()).then((jobs) => jobs.every((job) => job.state != 'working'))")
+    browser.call("Page.reload")
+    wait_for_images(3)
+    assert browser.evaluate("document.querySelectorAll('.card').length") == before + 3
 
     # start from an image
     Image.linear_gradient("L").save(tmp_path / "start.png")
@@ -181,6 +190,22 @@ def test_the_page_generates_and_repeats_images_without_requests_to_other_hosts(b
     wait_for_images(5)
     assert browser.evaluate(f"{PIXELS}(0)") == browser.evaluate(f"{PIXELS}(1)")
     assert "strength" in browser.evaluate("document.querySelector('.card').textContent")
+
+    # of a transparent one the hole alone is generated
+    start = Image.new("RGBA", (64, 64), "red")
+    start.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    start.save(tmp_path / "hole.png")
+    browser.call("DOM.setFileInputFiles", nodeId=file, files=[str(tmp_path / "hole.png")])
+    browser.until("!document.querySelector('#transparent').hidden && document.querySelector('#strength').value == '1'")
+    browser.click("#generate")
+    wait_for_images(6)
+    browser.click(".again")
+    wait_for_images(7)
+    first, second = browser.evaluate(f"{PIXELS}(0)"), browser.evaluate(f"{PIXELS}(1)")
+    assert first == second
+    kept = Image.open(io.BytesIO(bytes(map(int, first[2].split(",")))))
+    assert kept.size == (16, 16) and {kept.getpixel((x, y)) for x in range(12, 16) for y in range(16)} == {(255, 0, 0)}
+    assert kept.getpixel((2, 8)) != (255, 0, 0)
 
     # nothing overflows on a phone
     browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
