@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from ldm.terminal import printable, say
+
 LOG_EVERY_SECONDS = 20.0
 WINDOW_SECONDS = 30.0  # of :class:`Pace`
 
@@ -90,22 +92,22 @@ class Progress:
             total: number of steps, where known.
             quiet: print nothing (ranks other than 0).
         """
-        self.stage, self.total, self.quiet, self._logged = stage, total, quiet, time.monotonic()
+        self.stage, self.total, self.quiet, self._logged = printable(stage), total, quiet, time.monotonic()
         console = Console(stderr=True)
         self._bar = RichProgress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             # the only column that may be truncated
-            TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            TextColumn("{task.fields[metrics]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
             refresh_per_second=4,
             expand=True,
             disable=quiet or not console.is_terminal,
         )
-        self._task = self._bar.add_task(stage, total=total, left="", metrics="")
+        self._task = self._bar.add_task(self.stage, total=total, left="", metrics="")
         self._first: tuple[float, int] | None = None  # time and steps at the first update: a resumed task does not begin at 0
 
     def __enter__(self) -> Progress:
@@ -128,7 +130,7 @@ class Progress:
         if self._bar.disable and (now - self._logged >= LOG_EVERY_SECONDS or done == self.total):
             self._logged = now
             parts = (f"{self.stage}: {done}{f'/{self.total}' if self.total else ''}", shown, time_left)
-            print(" ".join(part for part in parts if part), file=sys.stderr, flush=True)
+            say(" ".join(part for part in parts if part), sys.stderr)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._bar.stop()
@@ -136,5 +138,6 @@ class Progress:
 
 def _format(metrics: Metrics | None) -> str:
     return " ".join(
-        f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}" for name, value in (metrics or {}).items()
+        f"{name} {printable(value)}" if isinstance(value, str) else f"{name} {value:.4g}"
+        for name, value in (metrics or {}).items()
     )

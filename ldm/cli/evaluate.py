@@ -8,6 +8,7 @@ from pathlib import Path
 from ldm.cli.parser import Commands, add_command, add_group, print_table
 from ldm.errors import UsageError
 from ldm.progress import Progress
+from ldm.terminal import say
 
 
 def add(commands: Commands) -> None:
@@ -97,7 +98,7 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
             ],
         }
         if options.json == "-":
-            print(json.dumps(record, indent=2, ensure_ascii=False))
+            say(json.dumps(record, indent=2))
             return
         write_json(options.json, record)
     labels |= {"psnr": "PSNR (dB)", "ssim": "SSIM", "latent_kl": "latent KL (nats per value)", "latent_dead": "dead channels"}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ldm.cli.parser import Commands, Parser, add_command, add_group, print_table
 from ldm.errors import LdmError, UsageError
 from ldm.progress import Progress
+from ldm.terminal import printable, say
 
 if TYPE_CHECKING:
     import torch
@@ -148,12 +149,13 @@ def run_export(options: argparse.Namespace) -> None:
 
 def print_counts(manifest: Manifest, out: str) -> None:
     """Latents written, images skipped, captions truncated."""
-    print(f"{manifest.samples} latents in {len(manifest.shards)} shards: {out}")
+    say(f"{manifest.samples} latents in {len(manifest.shards)} shards: {out}")
     if skipped := manifest.extra["quarantined"]:
-        print(f"{skipped} could not be used; {Path(out) / 'quarantine.jsonl'} says why")
+        say(f"{skipped} could not be used; {Path(out) / 'quarantine.jsonl'} says why")
     for encoder in manifest.extra["text_encoders"]:
         if encoder["cut"]:
-            print(f"{encoder['cut']} captions were truncated to the {encoder['max_tokens']} tokens of {encoder['name']}")
+            which = f"{encoder['max_tokens']} tokens of {printable(encoder['name'])}"
+            say(f"{encoder['cut']} captions were truncated to the {which}")
 
 
 def run_check(options: argparse.Namespace) -> None:
@@ -175,14 +177,14 @@ def run_check(options: argparse.Namespace) -> None:
             metrics = next(iter(views.values()))
             print_table({metric: [f"{view[metric]:.4g}" for view in views.values()] for metric in metrics}, *views)
         for problem in comparison.problems:
-            print(problem)
+            say(printable(problem))
         if comparison.note:
-            print(comparison.note)
+            say(printable(comparison.note))
         count = len(comparison.problems)
         found += f"; {comparison.decoded} decoded, {comparison.compared} of their images encoded again"
     if count:
         raise LdmError(f"{options.dir}: {count} problem(s)")
-    print(f"{options.dir} is complete: {found}")
+    say(f"{options.dir} is complete: {found}")
 
 
 def run_show(options: argparse.Namespace) -> None:
@@ -190,7 +192,7 @@ def run_show(options: argparse.Namespace) -> None:
 
     with Progress("sampling latents") as progress:
         show(options.dir, options.out, options.autoencoder, options.shards, options.samples, default_device(), progress.update)
-    print(f"the page: {options.out}")
+    say(f"the page: {options.out}")
 
 
 def run_import(options: argparse.Namespace) -> None:
@@ -224,7 +226,7 @@ def run_decode(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             on_progress=progress.update,
         )
-    print(f"{count} images and captions.jsonl: {options.out}")
+    say(f"{count} images and captions.jsonl: {options.out}")
 
 
 def default_device() -> torch.device:

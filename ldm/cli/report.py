@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldm.cli.parser import Commands, add_command
 from ldm.errors import UsageError
+from ldm.terminal import say
 
 
 def add(commands: Commands) -> None:
@@ -29,9 +30,9 @@ def run_report(options: argparse.Namespace) -> None:
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; give a file, for example {out / 'report.html'}")
     state = write_run_report(options.folder, out, options.every)
-    print(f"{state}; look at {out}", flush=True)
+    say(f"{state}; look at {out}")
     while options.every is not None and state == "training":
         time.sleep(options.every)
         state = write_run_report(options.folder, out, options.every)
     if options.every is not None:
-        print(state)
+        say(state)

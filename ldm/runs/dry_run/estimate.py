@@ -12,6 +12,7 @@ from lightning import Trainer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from ldm.data.datamodule import datamodule_of
@@ -21,6 +22,7 @@ from ldm.runs.dry_run.measure import Measured
 from ldm.runs.dry_run.memory import PeakMemory, module_memory, network_parameters
 from ldm.runs.layout import RunFolder
 from ldm.runs.lightning_private import log_interval
+from ldm.terminal import printable
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
 from ldm.training.fsdp import is_sharded
@@ -85,12 +87,12 @@ def show_costs(module: TrainingModule, trainer: Trainer, measured: Measured, tot
     )
     for rows in sections:
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         table.add_section()
     console = Console()
     console.print(table)
     for warning in warnings_of(trainer, measured, total, free, place):
-        console.print(f"[bold yellow]warning:[/] {warning}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble(("warning:", "bold yellow"), f" {printable(warning)}"), soft_wrap=True)
 
 
 def data_rows(trainer: Trainer) -> Iterable[Row]:

@@ -21,6 +21,7 @@ from ldm.runs.checkpoints.callback import checkpoints_of
 from ldm.runs.checkpoints.files import files_of
 from ldm.runs.dry_run.flops import StepFlops
 from ldm.runs.dry_run.memory import PeakMemory
+from ldm.terminal import say
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
 
@@ -182,7 +183,7 @@ class Measure(Callback):
 
 @rank_zero_only
 def _print(what: str) -> None:
-    print(f"dry run: {what}", file=sys.stderr, flush=True)
+    say(f"dry run: {what}", sys.stderr)
 
 
 def synchronise(trainer: Trainer) -> None:
