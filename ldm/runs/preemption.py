@@ -15,7 +15,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from ldm.data.datamodule import datamodule_of
+from ldm.data.datamodule import ShardDataModule, datamodule_of
 from ldm.errors import LdmError, first_line
 from ldm.runs.checkpoints.callback import checkpoints_of
 from ldm.runs.lightning_private import accumulates, ignore_after_training, log_step_metrics
@@ -77,7 +77,8 @@ class Preemption(Callback):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning restores the previous ones
                 signal.signal(number, self._record)
-            datamodule_of(trainer).on_wait = lambda: self._stop_waiting(trainer)
+            if isinstance(data := datamodule_of(trainer), ShardDataModule):
+                data.on_wait = lambda: self._stop_waiting(trainer)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
