@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
@@ -14,9 +17,10 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from safetensors import SafetensorError
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from ldm.data.decode import decode_image
 from ldm.diffusion.conditioning import Condition
@@ -24,7 +28,7 @@ from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.guidance import ClassifierFree, Conversion, Guidance, GuidedDenoiser
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import Diffusion, Scheduler, check_scheduler, diffusion_config, diffusion_from, diffusion_of
-from ldm.errors import LdmError, UsageError, first_line
+from ldm.errors import LdmError, UsageError
 from ldm.files import read_bytes, read_json, require_version
 from ldm.images import MAX_IMAGE_BYTES, DecodeError
 from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
@@ -33,8 +37,11 @@ from ldm.models.autoencoder import (
     autoencoder_hash,
     decode_latents,
     downsampling_factor,
+    enable_tiling,
     statistics_hash,
 )
+from ldm.models.configs import loading, read_config
+from ldm.models.fingerprint import HALF_PRECISION, is_half_precision
 from ldm.models.image_processor import Images, PreparedImages, to_output
 from ldm.models.text_encoder import embed, max_tokens, pad_tokens, text_encoder_hash
 
@@ -46,6 +53,45 @@ GIVE_AN_IMAGE = "give a JPEG, PNG or WebP image"
 STRENGTH = 0.6  # keeps what an image shows, and leaves colours and details to the prompt
 # names that the DiT's config once had; diffusers would ignore them and build a network of another size
 RENAMED = {"text_width": "caption_channels", "num_heads": "num_attention_heads"}
+PRECISIONS = (torch.float32, *HALF_PRECISION)
+MAX_SIDE = 2**15  # pixels
+_log = logging.getLogger(__name__)
+
+
+class TrainedOn(TypedDict, total=False):
+    """What a denoiser's latents were made with: sha256 of networks and statistics, and C, h, w."""
+
+    autoencoder: str
+    text_encoder: str
+    latent_statistics: str
+    latent_shape: Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=3, max_length=3)]
+
+
+class Fingerprints(TypedDict, total=False):
+    """The parts as they were saved: sha256 in float32, and rounded to float16 and to bfloat16."""
+
+    autoencoder: list[str]
+    text_encoder: list[str]
+    latent_statistics: list[str]
+    denoiser: dict[str, Any]  # its config
+
+
+Part = Annotated[list[str | None], Field(min_length=2, max_length=2)]  # library and class
+
+
+class ModelIndex(TypedDict, total=False):
+    """``model_index.json``, whatever wrote it."""
+
+    _class_name: str
+    vae: Part
+    text_encoder: Part
+    tokenizer: Part
+    transformer: Part
+    scheduler: Part
+    trained_on: TrainedOn | None
+    fingerprints: Fingerprints | None
+    diffusion: dict[str, dict[str, Any]] | None
+    format_version: Any
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -66,6 +112,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         trained_on: dict[str, Any] | None = None,
         diffusion: dict[str, Any] | None = None,
         format_version: int | None = None,
+        fingerprints: dict[str, Any] | None = None,
     ):
         """
         Args:
@@ -74,6 +121,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             diffusion: path and prediction of the denoiser, as :func:`ldm.diffusion.scheduler.diffusion_config` gives them;
                 kept in ``model_index.json``. Where it is not given, it is derived from ``scheduler``.
             format_version: of the ``model_index.json`` that it was loaded from; it is saved as the present one.
+            fingerprints: of the parts, as :meth:`save_pretrained` wrote them to ``model_index.json``.
 
         Raises:
             LdmError: for a newer format.
@@ -83,7 +131,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.register_modules(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler
         )
-        self.register_to_config(trained_on=trained_on, diffusion=diffusion, format_version=FORMAT_VERSION)
+        self.register_to_config(
+            trained_on=trained_on, diffusion=diffusion, format_version=FORMAT_VERSION, fingerprints=fingerprints
+        )
         if diffusion is None and scheduler is not None:
             self.register_to_config(diffusion=diffusion_config(*diffusion_of(cast(Scheduler, scheduler))))
         self.vae_scale_factor = downsampling_factor(vae) if vae is not None else 8
@@ -95,22 +145,58 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise UsageError("the pipeline was made without a scheduler and without diffusion; give one of them")
         return diffusion_from(self.config["diffusion"])
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> LatentDiffusionPipeline:
+        """A pipeline of another one's parts, as diffusers defines it; a denoiser of any class is taken over."""
+        # diffusers would take over one of the very class that __init__ names
+        return cast(Any, super()).from_pipe(pipeline, **{"transformer": pipeline.components["transformer"]} | kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does, with the parts' fingerprints in ``model_index.json``: :func:`load_pipeline` compares them, also of
+        a copy in half precision."""
+        known, trained_on = dict(self.config["fingerprints"] or {}), self.config["trained_on"] or {}
+        for what, (_, _, fingerprint) in self._fingerprinted().items():
+            hashes = [fingerprint(dtype) for dtype in PRECISIONS]
+            # a part in half precision keeps the record of the one that it is a copy of
+            if not {*hashes} & {*known.get(what, ())} and trained_on.get(what) in (None, fingerprint(None), *hashes):
+                known[what] = [*dict.fromkeys(hashes)]
+        known["denoiser"] = self._denoiser_config()
+        self.register_to_config(fingerprints=known)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _fingerprinted(self) -> dict[str, tuple[str, torch.nn.Module | None, Callable[[torch.dtype | None], str]]]:
+        """Of each thing that has a fingerprint: its place for messages, its network, and the function of its hash."""
+        found: dict[str, Any] = {}
+        if self.vae is not None:
+            found["autoencoder"] = ("vae/ of the pipeline is autoencoder", self.vae, partial(autoencoder_hash, self.vae))
+            place = "vae/config.json of the pipeline has latent statistics"
+            found["latent_statistics"] = (place, None, lambda dtype: statistics_hash(self.vae))
+        if self.text_encoder is not None:
+            place = "text_encoder/ of the pipeline is text encoder"
+            found["text_encoder"] = (place, self.text_encoder, partial(text_encoder_hash, self.tokenizer, self.text_encoder))
+        return found
+
+    def _denoiser_config(self) -> dict[str, Any]:
+        config = {} if self.transformer is None else self.transformer.config
+        return {name: value for name, value in json.loads(json.dumps(config, default=str)).items() if not name.startswith("_")}
+
     def check_parts(self) -> None:
-        """Raise UsageError for parts that do not fit the denoiser's training, as they are after loading in their own
-        precision."""
-        before = self.config["trained_on"] or {}
-        now = {
-            "autoencoder": ("vae/ of the pipeline is autoencoder", autoencoder_hash(self.vae)),
-            "text_encoder": (
-                "text_encoder/ of the pipeline is text encoder",
-                text_encoder_hash(self.tokenizer, self.text_encoder),
-            ),
-            "latent_statistics": ("vae/config.json of the pipeline has latent statistics", statistics_hash(self.vae)),
-        }
-        for what, (place, found) in now.items():
-            if before.get(what, found) != found:
+        """Raise UsageError for parts that do not fit the denoiser's training, as they are after loading in float32; a part in
+        half precision that fits is said in the log."""
+        before, known = self.config["trained_on"] or {}, self.config["fingerprints"] or {}
+        for what, (place, network, fingerprint) in self._fingerprinted().items():
+            recorded = [value for value in (before.get(what), *known.get(what, ())) if value is not None]
+            found, halves = fingerprint(None), {fingerprint(dtype) for dtype in HALF_PRECISION}
+            # the first is of training, which may have been with a network in half precision
+            if not recorded or found in recorded or recorded[0] in halves:
+                continue
+            if halves & {*recorded}:
+                _log.warning("%s %s, a copy in half precision; images differ slightly", place, found[:12])
+            elif network is not None and what not in known and is_half_precision(network):
+                _log.warning("%s %s in half precision; of which network it is a copy was not recorded", place, found[:12])
+            else:
                 raise UsageError(
-                    f"{place} {found[:12]}, but its denoiser was trained with {before[what][:12]}; put that one back"
+                    f"{place} {found[:12]}, but its denoiser was trained with {recorded[0][:12]}; put that one back"
                 )
         check_scheduler(self.scheduler, *self.diffusion)
         config = self.transformer.config
@@ -121,6 +207,35 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 f"transformer/ of the pipeline is made for latents of {shape[0]} channels and side {shape[1]}, but was trained "
                 f"on {trained[0]} and {max(trained[1:])}; put its own config.json back"
             )
+        found = self._denoiser_config()
+        for name, value in known.get("denoiser", {}).items():
+            if found.get(name) != value:
+                raise UsageError(
+                    f"{name} in transformer/config.json of the pipeline is {found.get(name)!r}, but it was saved with "
+                    f"{value!r}; put that back"
+                )
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that it was trained on."""
+        side = self.transformer.config.sample_size
+        height, width = ((self.config["trained_on"] or {}).get("latent_shape") or [0, side, side])[1:]
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def enable_vae_tiling(self) -> None:
+        """Decode and encode images larger than the autoencoder was trained on in tiles; see
+        :func:`ldm.models.autoencoder.enable_tiling`."""
+        enable_tiling(self.vae)
+
+    def disable_vae_tiling(self) -> None:
+        self.vae.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Decode and encode the images of a batch one by one, which saves memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vae.disable_slicing()
 
     def check_prompt(self, prompt: str) -> None:
         """Raise UsageError, naming the prompt, where it is empty or longer than the text encoder takes."""
@@ -128,8 +243,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.tokenize([prompt])
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special ones included, for :meth:`embed`. Raises UsageError for a text that is longer than
-        the text encoder takes."""
+        """Token ids of each text, special ones included, for :meth:`embed`. Raises UsageError for what is no text,
+        or longer than the text encoder takes."""
+        for text in texts:
+            require_text(text)
         tokens, limit = self.tokenizer([*texts])["input_ids"], max_tokens(self.tokenizer)
         for text, ids in zip(texts, tokens, strict=True):
             if len(ids) > limit:
@@ -164,15 +281,19 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] = "",
-        negative_prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 3.0,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -182,7 +303,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         image: Images | PreparedImages | None = None,
         strength: float | None = None,
         mask_image: Images | None = None,
-        encoded_prompts: tuple[Condition, Condition] | None = None,
         sampler: Sampler | None = None,
     ) -> Any:  # untyped, as in diffusers: ``images`` are of the type that ``output_type`` says
         """Generate images from prompts, from images, or both.
@@ -192,13 +312,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         Args:
             prompt: one or several, B; it may be empty where there are an ``image``, for variations of it, or ``latents``.
-            negative_prompt: what guidance leads away from; one for all, or one per prompt.
+            negative_prompt: what guidance leads away from; one for all, or one per prompt. None is the empty text.
             num_inference_steps: steps of the scheduler, each one function evaluation (``heun``: two).
             guidance_scale: w of ``null + w·(cond − null)``; 1 is no guidance.
             num_images_per_prompt: N, images per prompt.
             height, width: in pixels; those of ``image``, or the size trained on, unless given.
             generator: one, or one per image (then an image does not depend on the batch it is generated in).
-            latents: noise (B·N, C, h, w) of unit variance, instead of random noise.
+            latents: noise (B·N, C, h, w) of unit variance, instead of random noise; its size is the image's.
+            prompt_embeds, prompt_attention_mask: (B, L, D) and (B, L) in the place of ``prompt``, and those of the negative
+                prompts in the place of theirs; :meth:`encode_prompt` gives all four.
             output_type: ``pil``; ``np`` for (B·N, H, W, 3) and ``pt`` for (B·N, 3, H, W), float32 in [0, 1]; ``latent`` for
                 normalised latents (B·N, C, h, w), before the pixels of ``image`` are put back.
             return_dict: false gives ``(images,)``.
@@ -217,8 +339,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             mask_image: of the image's size, white where it is to be regenerated; transparent parts of it count as black.
                 Outside, and farther from it than one latent (``vae_scale_factor`` pixels), where the two are blended, the
                 image's pixels stay identical.
-            encoded_prompts: conditions of B prompts and of their negative prompts, as :meth:`embed` gives them, in the place
-                of these.
             sampler: as :meth:`make_sampler` gives it, in the place of ``num_inference_steps`` and ``strength``: it serves many
                 calls.
 
@@ -229,44 +349,55 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        for name in callback_on_step_end_tensor_inputs:
+        for name in callback_on_step_end_tensor_inputs or ():
             if name not in self._callback_tensor_inputs:
                 raise UsageError(f"no tensor {name!r} for a callback; choose from: {', '.join(self._callback_tensor_inputs)}")
         if output_type not in OUTPUT_TYPES:
             raise UsageError(f"output_type is {output_type!r}; choose from: {', '.join(OUTPUT_TYPES)}")
+        if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
+            raise UsageError(f"num_images_per_prompt is {num_images_per_prompt!r}; give 1 or more")
         if image is None and not (strength is None and mask_image is None):
             raise UsageError("strength and mask_image are of an image; give image, too")
+        guidance = guidance or ClassifierFree(guidance_scale)
         prepared = None if image is None else self.prepare_images(image, mask_image, height, width)
-        if encoded_prompts is None:
-            may_be_empty = prepared is not None or latents is not None
-            encoded_prompts = self._encode(prompt, negative_prompt, prepared, may_be_empty)
-        condition, null = (encoded.repeat(num_images_per_prompt) for encoded in encoded_prompts)
+        if prepared is not None:
+            height, width = (side + -side % self._unit for side in (prepared.height, prepared.width))
+        embeds = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
+        condition, null = self._conditions(prompt, negative_prompt, embeds, prepared, latents)
+        condition, null = condition.repeat(num_images_per_prompt), null.repeat(num_images_per_prompt)
         device, count = self._execution_device, len(condition.mask)
+        generators = _generators(generator, count, device)
+        if latents is not None:
+            self._check_latents(latents, count, height, width)
+        shape = self.latent_shape(count, height, width)
         if sampler is None:
             sampler = self.make_sampler(num_inference_steps, strength, prepared)
         if prepared is not None:
             prepared = prepared.to(device, count)
-            height, width = prepared.images.shape[-2:]
         if latents is None:
-            shape = self.latent_shape(count, height, width)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
         latents, x0, known = latents.to(device, torch.float32), None, None
         if prepared is not None:
             x0 = self._latents(prepared.images)
             if prepared.mask is not None:
                 known = KnownPart(x0, latents, latent_mask(prepared.mask, self.vae_scale_factor))
-        guided = self._guided(condition, null, guidance or ClassifierFree(guidance_scale), weak_transformer)
+        guided = self._guided(condition, null, guidance, weak_transformer)
         self._interrupt, self._num_timesteps = False, len(sampler)
         with self._progress(len(sampler)) as progress:
-            for step in sampler.steps(guided, latents, generator, x0):
+            for step in sampler.steps(guided, latents, generators, x0):
                 if known is not None:
                     known.put_back(sampler, step)
                 progress.update()
                 if callback_on_step_end is not None:
                     tensors = {"latents": step.latents, "pred_original_sample": step.x0}
-                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs or ()}
                     changed = callback_on_step_end(self, step.number, step.timestep, given) or {}
-                    step.latents = changed.get("latents", step.latents)
+                    replaced = changed.get("latents", step.latents)
+                    if replaced.shape != step.latents.shape:
+                        raise UsageError(
+                            f"the callback returned latents {tuple(replaced.shape)}; give {tuple(step.latents.shape)}"
+                        )
+                    step.latents = replaced
                 latents = step.latents
                 if self.interrupt:
                     break
@@ -282,7 +413,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def invert(
         self,
         image: Images,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         height: int | None = None,
@@ -303,7 +434,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             Noise (B, C, h, w), float32, for ``latents``.
         """
         prepared = self.prepare_images(image, None, height, width)
-        condition, null = self._encode(prompt, "", prepared, may_be_empty=True)
+        condition, null = self._conditions(prompt, None, (None, None, None, None), prepared, None)
         prepared = prepared.to(self._execution_device, len(condition.mask))
         sampler = self.make_sampler(num_inference_steps)
         x0 = self._latents(prepared.images)
@@ -335,38 +466,73 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Raises UsageError for what is no image, a mask that does not fit, or a size that the model cannot take."""
         if isinstance(image, PreparedImages):
             return image
-        if height or width:
-            self.latent_shape(1, height, width)
-        config = self.transformer.config
-        prepared = PreparedImages.of(image, mask, height, width, self.vae_scale_factor * config.patch_size)
-        trained = config.sample_size * self.vae_scale_factor
-        if not (height and width) and max(prepared.height, prepared.width) > 4 * trained:
+        self.latent_shape(1, height, width)
+        prepared = PreparedImages.of(image, mask, height, width, self._unit)
+        trained = self.default_size
+        if not (height and width) and max(prepared.height, prepared.width) > 4 * max(trained):
             raise UsageError(
-                f"image is {prepared.width}x{prepared.height}, but the model was trained on {trained}x{trained}; give height "
-                "and width to generate it at"
+                f"image is {prepared.width}x{prepared.height}, but the model was trained on {trained[1]}x{trained[0]}; give "
+                "height and width to generate it at"
             )
         return prepared
 
-    def _encode(
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``prompt_embeds`` (B, L, D), ``prompt_attention_mask`` (B, L), ``negative_prompt_embeds`` and
+        ``negative_prompt_attention_mask``, as :meth:`__call__` takes them."""
+        prompts = _texts(prompt, "prompt")
+        condition, null = self._embed_all(prompts), self._embed_all(_per_prompt(negative_prompt, len(prompts)))
+        return condition.embeddings, condition.mask, null.embeddings, null.mask
+
+    def _embed_all(self, texts: Sequence[str]) -> Condition:
+        return self.embed(self.tokenize(texts))
+
+    def _conditions(
         self,
-        prompt: str | Sequence[str],
-        negative: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
+        negative: str | Sequence[str] | None,
+        embeds: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
         image: PreparedImages | None,
-        may_be_empty: bool,
+        latents: Tensor | None,
     ) -> tuple[Condition, Condition]:
-        """Conditions of prompts and negative prompts, a row per image but for repeats; the tokenizer is called once."""
-        prompts, images = [prompt] if isinstance(prompt, str) else [*prompt], 1 if image is None else len(image.images)
-        if not may_be_empty:
+        """Conditions of prompts and negative prompts, a row per image but for repeats."""
+        images = 1 if image is None else len(image.images)
+        condition = self._given("prompt", prompt, *embeds[:2])
+        null = self._given("negative_prompt", negative, *embeds[2:])
+        prompts = _texts(prompt, "prompt") if condition is None else [""] * len(condition.mask)
+        if condition is None and image is None and latents is None:
             for text in prompts:
                 require_prompt(text)
-        prompts = prompts * images if len(prompts) == 1 else prompts
-        if images not in (1, len(prompts)):
+        count = max(images, len(prompts)) if len(prompts) == 1 else len(prompts)
+        if images not in (1, count):
             raise UsageError(f"{images} images for {len(prompts)} prompts; give one, or one per prompt")
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else [*negative]
-        if len(negatives) != len(prompts):
-            raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one per prompt")
-        tokens = self.tokenize(prompts + negatives)
-        return self.embed(tokens[: len(prompts)]), self.embed(tokens[len(prompts) :])
+        if condition is None:
+            condition = self._embed_all(prompts)
+        if len(prompts) < count:
+            condition = condition.repeat(count)
+        if null is None:
+            null = self._embed_all(_per_prompt(negative, count))
+        if len(null.mask) not in (1, count):
+            raise UsageError(f"{len(null.mask)} negative_prompt_embeds for {count} prompts; give one, or one per prompt")
+        return condition, null if len(null.mask) == count else null.repeat(count)
+
+    def _given(self, name: str, text: object, embeds: Tensor | None, mask: Tensor | None) -> Condition | None:
+        """The condition of embeddings that are given in the place of texts; None where they are not."""
+        if embeds is None and mask is None:
+            return None
+        if text is not None:
+            raise UsageError(f"{name} and {name}_embeds are both given; give one of them")
+        if not (isinstance(embeds, Tensor) and isinstance(mask, Tensor)):
+            raise UsageError(f"{name}_embeds need their attention mask; give both, as encode_prompt does")
+        if embeds.ndim != 3 or not embeds.is_floating_point() or mask.shape != embeds.shape[:2] or not len(mask):
+            raise UsageError(
+                f"{name}_embeds are {tuple(embeds.shape)} and their attention mask {tuple(mask.shape)}; give floats (B, L, D) "
+                "and (B, L)"
+            )
+        device = self._execution_device
+        return Condition(embeds.to(device, self.transformer.dtype), mask.to(device))
 
     def _progress(self, total: int) -> Any:
         return cast(Any, self.progress_bar)(total=total)  # torch's decorator hides the signature
@@ -382,20 +548,83 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         null = null if weak is None else condition
         return GuidedDenoiser(self.transformer, condition, null, guidance, Conversion(*self.diffusion), weak)
 
+    @property
+    def _unit(self) -> int:
+        """Pixels that heights and widths are multiples of."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
     def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """(B, C, h, w) of images of ``height`` and ``width`` pixels, the size trained on unless given. Raises UsageError for a
         size that the patches do not divide."""
-        config, factor = self.transformer.config, self.vae_scale_factor
-        trained: int = config.sample_size * factor
-        height, width = height or trained, width or trained
-        unit = factor * config.patch_size
-        if height % unit or width % unit:
-            raise UsageError(f"an image of {width}x{height} cannot be generated: give multiples of {unit} pixels")
-        return batch, config.in_channels, height // factor, width // factor
+        height, width = (self.default_size[0] if height is None else height), (self.default_size[1] if width is None else width)
+        shown, unit = f"{width}x{height}", self._unit
+        if not all(type(side) is int and side > 0 and side % unit == 0 for side in (height, width)):
+            raise UsageError(f"an image of {shown} cannot be generated: give multiples of {unit} pixels")
+        if max(height, width) > MAX_SIDE:
+            raise UsageError(f"an image of {shown} cannot be generated: no side may be above {MAX_SIDE} pixels")
+        factor: int = self.vae_scale_factor
+        return batch, self.transformer.config.in_channels, height // factor, width // factor
+
+    def _check_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> None:
+        """Raise UsageError for latents that do not fit the denoiser, the prompts, or the size asked for."""
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
+            found = f"a tensor {tuple(latents.shape)}" if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
+            raise UsageError(f"latents is {found}; give a float tensor (B, C, h, w)")
+        factor = self.vae_scale_factor
+        height = latents.shape[2] * factor if height is None else height
+        wanted = self.latent_shape(count, height, latents.shape[3] * factor if width is None else width)
+        if tuple(latents.shape) != wanted:
+            raise UsageError(f"latents are {tuple(latents.shape)}, but {wanted} are needed for these prompts and this size")
+        if not latents.isfinite().all():
+            raise UsageError("latents hold values that are not finite; give noise of unit variance")
+
+
+def _texts(prompt: str | Sequence[str] | None, name: str) -> list[str]:
+    """One text or several as a list. Raises UsageError for none."""
+    texts = [prompt or ""] if prompt is None or isinstance(prompt, str) else prompt
+    if not isinstance(texts, (list, tuple)) or not texts:
+        raise UsageError(f"{name} is {prompt!r}; give a text, or a list of one or more")
+    return [*texts]
+
+
+def _per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
+    """A negative prompt for each of ``count`` prompts."""
+    negatives = _texts(negative, "negative_prompt")
+    if negative is None or isinstance(negative, str):
+        return negatives * count
+    if len(negatives) != count:
+        raise UsageError(f"{len(negatives)} negative prompts for {count} prompts; give one, or one per prompt")
+    return negatives
+
+
+def _generators(generator: object, count: int, device: torch.device) -> Any:
+    """A generator, or a list of one per image, as diffusers takes them. Raises UsageError for any others."""
+    several = [*generator] if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    for each in several:
+        if not isinstance(each, torch.Generator):
+            raise UsageError(f"generator is a {type(each).__name__}; give a torch.Generator, or a list of one per image")
+        if each.device.type not in ("cpu", device.type):
+            raise UsageError(f"generator is of {each.device.type}, the pipeline of {device.type}; give one of the cpu")
+    if not isinstance(generator, (list, tuple)):
+        return generator
+    if len(several) != count:
+        raise UsageError(f"{len(several)} generators for {count} images; give one, or one per image")
+    return several
+
+
+def require_text(text: object) -> None:
+    """Raise UsageError for a prompt that is no text, or one that holds half a surrogate pair."""
+    if not isinstance(text, str):
+        raise UsageError(f"a prompt is {text!r}; give a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the prompt {text[:40]!a} holds half a surrogate pair, which is no character; fix it") from None
 
 
 def require_prompt(prompt: str) -> None:
     """Raise UsageError for an empty prompt."""
+    require_text(prompt)
     if not prompt.strip():
         raise UsageError("the prompt is empty; say what to generate")
 
@@ -423,26 +652,46 @@ def image_of(data: bytes, name: str | os.PathLike, background: tuple[int, int, i
 
 
 def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
-    """The pipeline of a directory, on the GPU where there is one. Raises UsageError when ``path`` is anything else."""
+    """The pipeline of a directory, in float32, on the GPU where there is one. Raises LdmError, naming the file, when ``path``
+    is anything else or broken."""
     index = Path(path) / "model_index.json"
     if not index.is_file():
         raise UsageError(f"{path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
-    content, network = read_json(index), Path(path) / "transformer" / "config.json"
-    kind = content.get("_class_name") if isinstance(content, dict) else None
+    content = read_json(index, ModelIndex)
+    kind = content.get("_class_name")
     if kind != LatentDiffusionPipeline.__name__:
         raise UsageError(
             f"{index} is of a {kind}; give the directory of a LatentDiffusionPipeline, as ldm denoiser fit makes it"
         )
     require_version(content.get("format_version"), FORMAT_VERSION, f"{index}: the pipeline")
-    config = read_json(network) if network.is_file() else {}
-    for old in RENAMED.keys() & config.keys():
-        raise UsageError(f"{network} calls {RENAMED[old]} by its former name {old}; rename it in that file")
-    try:
-        pipeline = LatentDiffusionPipeline.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UsageError(f"{path} cannot be opened ({first_line(error)}); restore it or train it again") from error
-    try:
-        pipeline.check_parts()
-    except LdmError as error:
-        raise UsageError(f"{path}: {error}") from None
+    special = next((file for file in Path(path).rglob("*") if not (file.is_file() or file.is_dir())), None)
+    if special is not None:
+        raise UsageError(f"{special} is no regular file, or a broken link; restore it or train the model again")
+    for config in sorted(Path(path).glob("*/*config.json")):
+        names = read_config(config).keys()
+        for old in RENAMED.keys() & names if config.parent.name == "transformer" else ():
+            raise UsageError(f"{config} calls {RENAMED[old]} by its former name {old}; rename it in that file")
+    fix, variant = "restore it or train it again", _variant(Path(path))
+    with loading(f"{path} cannot be opened", fix):
+        try:
+            pipeline = LatentDiffusionPipeline.from_pretrained(
+                path, local_files_only=True, dtype=torch.float32, variant=variant
+            )
+        except LdmError as error:  # of the denoiser's own checks
+            raise UsageError(f"{path} cannot be opened ({error})") from None
+    with loading(f"{path}: its parts do not fit", fix):
+        try:
+            pipeline.check_parts()
+        except LdmError as error:
+            raise UsageError(f"{path}: {error}") from None
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _variant(path: Path) -> str | None:
+    """The variant, such as ``fp16``, whose weights are the only ones of a part."""
+    for part in ("transformer", "vae", "text_encoder"):
+        names = [file.name for file in (path / part).glob("*.safetensors")]
+        variants = [found[1] for name in names if (found := re.fullmatch(r"\w+\.(\w+)(?:-\d+-of-\d+)?\.safetensors", name))]
+        if variants and len(variants) == len(names):
+            return variants[0]
+    return None

@@ -13,6 +13,7 @@ taking t, need their state set from outside at every step, and act on the raw pr
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,11 +67,22 @@ class Guidance(ABC):
         """The function that applies the rule in one sampling run, where :meth:`guides` is true; it may keep state."""
 
 
+def require_finite(owner: Guidance, *names: str) -> None:
+    """Raise UsageError for an attribute of a rule that is not a finite number."""
+    for name in names:
+        value = getattr(owner, name)
+        if not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise UsageError(f"{type(owner).__name__}: {name} is {value!r}; give a finite number")
+
+
 @dataclass(frozen=True)
 class ClassifierFree(Guidance):
     """``null + scale·(conditional − null)`` (Ho & Salimans 2022, arXiv 2207.12598); the same on x0, eps, v or velocity."""
 
     scale: float
+
+    def __post_init__(self) -> None:
+        require_finite(self, "scale")
 
     def guides(self, t: Tensor) -> bool:
         return self.scale != 1
@@ -92,6 +104,9 @@ class ZeroStar(Guidance):
 
     scale: float
     zero_init_steps: int = 0
+
+    def __post_init__(self) -> None:
+        require_finite(self, "scale", "zero_init_steps")
 
     def guides(self, t: Tensor) -> bool:
         return self.scale != 1
@@ -131,6 +146,7 @@ class AdaptiveProjected(Guidance):
     momentum: float = -0.5
 
     def __post_init__(self) -> None:
+        require_finite(self, "scale", "parallel", "norm_threshold", "momentum")
         if not -1 < self.momentum < 1:
             raise UsageError(f"AdaptiveProjected: momentum is {self.momentum:g}; give a number between -1 and 1")
 
@@ -174,6 +190,7 @@ class Rescale(Guidance):
     amount: float = 0.7
 
     def __post_init__(self) -> None:
+        require_finite(self, "amount")
         if not 0 <= self.amount <= 1:
             raise UsageError(f"Rescale: amount is {self.amount:g}; give a number from 0 to 1")
 
@@ -210,6 +227,7 @@ class Interval(Guidance):
     high: float
 
     def __post_init__(self) -> None:
+        require_finite(self, "low", "high")
         if not 0 <= self.low < self.high <= 1:
             raise UsageError(f"Interval: low is {self.low:g} and high {self.high:g}; give 0 <= low < high <= 1")
 

@@ -231,8 +231,12 @@ class ImageGenerator:
                 on_step(GenerationStep(batch, number + 1, len(sampler), previews))
 
         try:
+            prompt, negative = self._encoded(tuple(one.prompt for one in batch), tuple(one.negative for one in batch))
             (images,) = pipeline(
-                encoded_prompts=self._encoded(tuple(one.prompt for one in batch), tuple(one.negative for one in batch)),
+                prompt_embeds=prompt.embeddings,
+                prompt_attention_mask=prompt.mask,
+                negative_prompt_embeds=negative.embeddings,
+                negative_prompt_attention_mask=negative.mask,
                 sampler=sampler,
                 guidance=shared.rule(),
                 width=shared.width,

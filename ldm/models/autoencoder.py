@@ -267,10 +267,11 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Au
     return autoencoder.eval().requires_grad_(False)
 
 
-def autoencoder_hash(autoencoder: AutoencoderKL) -> str:
-    """Hex sha256 of weights and architecture, without the latent statistics, which are measured after training."""
+def autoencoder_hash(autoencoder: AutoencoderKL, dtype: torch.dtype | None = None) -> str:
+    """Hex sha256 of weights, rounded to ``dtype`` if given, and architecture, without the latent statistics, which are measured
+    after training."""
     architecture = {k: v for k, v in autoencoder.config.items() if not k.startswith(("_", "latents_"))}
-    return network_hash(autoencoder, architecture)
+    return network_hash(autoencoder, architecture, dtype)
 
 
 def statistics_hash(autoencoder: AutoencoderKL) -> str:
@@ -371,6 +372,12 @@ class LatentNormalizer(nn.Module):
 
 
 def decode_latents(autoencoder: AutoencoderKL, normalised: Tensor) -> Tensor:
-    """Normalised latents (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]."""
+    """Normalised latents (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]. Raises LdmError for values that are not finite."""
     z = LatentNormalizer.of(autoencoder).denormalize(normalised).to(autoencoder.dtype)
-    return decode(autoencoder, z).float().clamp(-1, 1)
+    images = decode(autoencoder, z).float()
+    if not images.isfinite().all():
+        raise LdmError(
+            f"the autoencoder decodes values that are not finite in {str(autoencoder.dtype).removeprefix('torch.')}; decode in "
+            "float32, or put back the autoencoder that the latents were made with"
+        )
+    return images.clamp(-1, 1)

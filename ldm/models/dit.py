@@ -5,9 +5,10 @@ It is called like diffusers' ``PixArtTransformer2DModel``, so that either can re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UsageError
+from ldm.models.configs import LIMITS
 from ldm.models.layers import (
     Activation,
     Attention,
@@ -32,6 +34,16 @@ from ldm.models.layers import (
     position_embedding,
     rotary_embedding,
 )
+
+AdaLN = Literal["single", "zero"]
+Positions = Literal["sincos", "rope", "sincos_rope"]
+CHOICES = {
+    "adaln": get_args(AdaLN),
+    "norm": get_args(Norm),
+    "activation": get_args(Activation),
+    "positions": get_args(Positions),
+}
+MAX_LAYERS = LIMITS["layers"]
 
 
 class DiTBlock(nn.Module):
@@ -95,6 +107,19 @@ class DiTOutput(Transformer2DModelOutput):
     activations: dict[int, Tensor] = field(default_factory=dict)
 
 
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        limit = MAX_LAYERS if name == "num_layers" else math.inf
+        if type(value) is not int or not 1 <= value <= limit:
+            raise UsageError(f"DiT: {name} is {value!r}; give a whole number from 1" + f" to {limit}" * (limit < math.inf))
+
+
+def _check_choices(**choices: str) -> None:
+    for name, value in choices.items():
+        if value not in CHOICES[name]:
+            raise UsageError(f"DiT: {name} is {value!r}; choose from: {', '.join(CHOICES[name])}")
+
+
 class DiT(ModelMixin, ConfigMixin):
     """Noisy latents, a time and a caption -> the prediction, in the shape of the latents.
 
@@ -119,11 +144,11 @@ class DiT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         caption_channels: int = 384,
         pooled_text: bool = True,
-        adaln: Literal["single", "zero"] = "single",
+        adaln: AdaLN = "single",
         norm: Norm = "layer_norm",
         activation: Activation = "gelu",
         qk_norm: bool = True,
-        positions: Literal["sincos", "rope", "sincos_rope"] = "sincos",
+        positions: Positions = "sincos",
     ):
         """
         Args:
@@ -146,6 +171,21 @@ class DiT(ModelMixin, ConfigMixin):
                 position, ``sincos_rope`` does both (LightningDiT, Yao et al. 2025, arXiv 2501.01423).
         """
         super().__init__()
+        _check_sizes(
+            in_channels=in_channels,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            width=width,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            caption_channels=caption_channels,
+        )
+        _check_choices(adaln=adaln, norm=norm, activation=activation, positions=positions)
+        if not (isinstance(mlp_ratio, (int, float)) and 0 < mlp_ratio < math.inf):
+            raise UsageError(f"DiT: mlp_ratio is {mlp_ratio!r}; give a number greater than 0")
+        for name, divisor in (("num_attention_heads ", num_attention_heads), ("", 4)):
+            if width % divisor:
+                raise UsageError(f"DiT: width {width} is not a multiple of {name}{divisor}")
         if sample_size % patch_size:
             raise UsageError(f"DiT: sample_size {sample_size} is not a multiple of patch_size {patch_size}")
         if "rope" in positions and width % (4 * num_attention_heads):

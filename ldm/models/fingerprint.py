@@ -10,11 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
-def network_hash(network: nn.Module, config: Mapping[str, Any]) -> str:
-    """Hex sha256 of ``config`` and all weights in the order of their names, independent of file format and device."""
+
+def network_hash(network: nn.Module, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> str:
+    """Hex sha256 of ``config`` and all weights in the order of their names, independent of file format and device.
+
+    ``dtype`` rounds the weights first: the hash of a network's half-precision copy, computed from either of the two.
+    """
     digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=str).encode())
     for name, tensor in sorted(network.state_dict().items()):
+        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_half_precision(network: nn.Module) -> bool:
+    """Whether all weights are numbers of float16, or all of bfloat16, whatever type holds them."""
+    weights = [weight for weight in network.state_dict().values() if weight.is_floating_point()]
+    return any(all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights) for dtype in HALF_PRECISION)

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.errors import UsageError
 from ldm.models.autoencoder import images_to_pil, pixels_to_images
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
-Images = Image.Image | Tensor | Sequence[Image.Image | Tensor]
+Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class PreparedImages:
     def of(cls, image: Images, mask: Images | None, height: int | None, width: int | None, unit: int) -> PreparedImages:
         """
         Args:
-            image: PIL images, or tensors (3, H, W) or (B, 3, H, W) in [0, 1]. What is less than half opaque in a PIL image is
+            image: PIL images, turned upright by their EXIF data, or tensors (3, H, W) or (B, 3, H, W) or arrays (H, W, 3) or
+                (B, H, W, 3) in [0, 1]. What is less than half opaque in a PIL image is
                 regenerated; elsewhere transparency shows white.
-            mask: of the same size, white where to regenerate: PIL images, or tensors (H, W), (1, H, W) or (B, 1, H, W). What
-                is transparent in a PIL mask is not painted, and counts as black.
+            mask: of the same size, white where to regenerate: PIL images, or tensors or arrays (H, W), (1, H, W) or
+                (B, 1, H, W). What is transparent in a PIL mask is not painted, and counts as black.
             height, width: the images are scaled to fill this size and cropped at the centre; default: their own size.
             unit: the last row and column are repeated up to the next multiple of it.
 
@@ -145,7 +146,7 @@ def to_output(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarra
     return images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else images
 
 
-def _as_list(images: Images) -> Sequence[Image.Image | Tensor]:
+def _as_list(images: Images) -> Sequence[Image.Image | np.ndarray | Tensor]:
     return images if isinstance(images, Sequence) else [images]
 
 
@@ -159,7 +160,7 @@ def _images(image: Images) -> tuple[Tensor, Tensor]:
     return both[:, :3], both[:, 3:]
 
 
-def _image(image: Image.Image | Tensor) -> Tensor:
+def _image(image: Image.Image | np.ndarray | Tensor) -> Tensor:
     """(B, 4, H, W): colours in [−1, 1], and 1 where transparent."""
     if isinstance(image, Image.Image):
         rgba = _rgba(image, "image")
@@ -167,21 +168,31 @@ def _image(image: Image.Image | Tensor) -> Tensor:
         transparent = torch.from_numpy(np.array(rgba.getchannel("A"))) < 128
         pixels = torch.from_numpy(np.array(colours)).permute(2, 0, 1)
         return torch.cat([pixels_to_images(pixels), transparent[None].float()])[None]
+    if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating) and image.ndim > 2:
+        image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
     if not isinstance(image, Tensor):
-        raise UsageError(f"image is a {type(image).__name__}; give PIL images, or tensors (3, H, W) or (B, 3, H, W) in [0, 1]")
+        raise UsageError(
+            f"image is a {type(image).__name__}; give PIL images, or tensors (3, H, W) or (B, 3, H, W) or arrays of floats "
+            "(H, W, 3) or (B, H, W, 3) in [0, 1]"
+        )
     images = image.detach().float().cpu()
     images = images[None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] != 3 or not image.is_floating_point():
         raise UsageError(
             f"image is a tensor {tuple(image.shape)} of {image.dtype}; give floats (3, H, W) or (B, 3, H, W) in [0, 1]"
         )
+    if not images.numel():
+        raise UsageError(f"image is a tensor {tuple(image.shape)}, without any pixels; give floats (3, H, W) or (B, 3, H, W)")
     if not (images.min() >= 0 and images.max() <= 1):  # so written, NaN is refused too
         raise UsageError(f"image has values from {images.min():.3g} to {images.max():.3g}; give them in [0, 1]")
     return torch.cat([images * 2 - 1, torch.zeros_like(images[:, :1])], 1)
 
 
 def _rgba(image: Image.Image, name: str) -> Image.Image:
-    """An image as RGBA of 8 bits; 16 bits are scaled, which Pillow would clip."""
+    """An image as RGBA of 8 bits, upright; 16 bits are scaled, which Pillow would clip."""
+    image = ImageOps.exif_transpose(image)
+    if not (image.width and image.height):
+        raise UsageError(f"{name} is a PIL image of {image.width}x{image.height}, without any pixels; give another")
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         eight = ((grey * 255 + 32767) // 65535).astype(np.uint8)
@@ -200,6 +211,8 @@ def _mask(mask: Images, height: int, width: int) -> Tensor:
             rgba = _rgba(part, "mask_image")
             painted = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("L")
             part = torch.from_numpy(np.array(painted)) / 255
+        if isinstance(part, np.ndarray) and np.issubdtype(part.dtype, np.floating):
+            part = torch.from_numpy(np.ascontiguousarray(part))
         if not isinstance(part, Tensor):
             raise UsageError(f"mask_image is a {type(part).__name__}; give a PIL image, or a tensor (H, W) in [0, 1]")
         if part.shape[-2:] != (height, width) or part.ndim not in (2, 3, 4) or (part.ndim > 2 and part.shape[-3] != 1):

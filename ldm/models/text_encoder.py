@@ -101,11 +101,12 @@ def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
     return (hidden * mask[..., None]).clone(), mask
 
 
-def text_encoder_hash(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str:
-    """Hex sha256 of a text encoder's weights, architecture and tokenizer: of all that determines an embedding."""
+def text_encoder_hash(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """Hex sha256 of a text encoder's weights, rounded to ``dtype`` if given, architecture and tokenizer: of all that determines
+    an embedding."""
     architecture = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_ARCHITECTURE}
     tokens = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map, "length": max_tokens(tokenizer)}
-    return network_hash(model, architecture | tokens)
+    return network_hash(model, architecture | tokens, dtype)
 
 
 def _folders_of(name_or_path: str) -> tuple[Path, Path] | None:

@@ -59,12 +59,14 @@ class Worker:
         pipeline.set_progress_bar_config(disable=True)
         # requests are checked while an image is generated, and a tokenizer is not safe in two threads
         parts = pipeline.components | {"tokenizer": deepcopy(pipeline.tokenizer)}
-        self._checker = ImageGenerator(LatentDiffusionPipeline(**parts, diffusion=pipeline.config["diffusion"]))
+        diffusion, trained_on = pipeline.config["diffusion"], pipeline.config["trained_on"]
+        self._checker = ImageGenerator(LatentDiffusionPipeline(**parts, diffusion=diffusion, trained_on=trained_on))
 
     @property
     def size(self) -> tuple[int, int]:
         """Default width and height."""
-        return (self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor,) * 2
+        height, width = self.pipeline.default_size
+        return width, height
 
     @property
     def unit(self) -> int:
