@@ -16,6 +16,15 @@ from ldm.files import LOCK_NAME
 from ldm.terminal import printable
 
 
+def new_lock(path: str | os.PathLike, timeout: float = -1) -> FileLock:
+    """A lock file, not acquired yet; ``timeout`` in seconds, negative: none. The kernel frees it if the process dies.
+
+    Where the file system has no locks, the file's existence is the lock.
+    """
+    warnings.filterwarnings("ignore", "flock not supported")
+    return FileLock(path, timeout=timeout)
+
+
 @contextlib.contextmanager
 def hold(path: str | os.PathLike, doing: str) -> Iterator[None]:
     """Hold the lock file ``path`` while the block runs. It is removed afterwards, and the kernel frees it if the process dies.
@@ -30,16 +39,14 @@ def hold(path: str | os.PathLike, doing: str) -> Iterator[None]:
         LdmError: the lock cannot be made.
     """
     path = Path(path)
-    lock = FileLock(path, timeout=0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "flock not supported")
-        try:
-            lock.acquire()
-        except Timeout:
-            wait = f"wait for it, or give another folder (it holds {path})"
-            raise UsageError(f"another ldm is {doing}{_holder(path)}; {wait}") from None
-        except OSError as error:
-            raise LdmError(f"{path} cannot be made, so nothing keeps others out of {path.parent} ({error.strerror})") from None
+    lock = new_lock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        wait = f"wait for it, or give another folder (it holds {path})"
+        raise UsageError(f"another ldm is {doing}{_holder(path)}; {wait}") from None
+    except OSError as error:
+        raise LdmError(f"{path} cannot be made, so nothing keeps others out of {path.parent} ({error.strerror})") from None
     try:
         if not isinstance(lock, SoftFileLock):  # which writes the same two lines by itself
             path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")

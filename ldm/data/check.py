@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, decode_pixels
-from ldm.data.latent_schema import NULL_TEXT_NAME, LatentInfo, LatentShard, StoredTensor, latent_info, text_name
+from ldm.data.latent_schema import NULL_TEXT_NAME, LatentInfo, LatentShard, StoredTensor, latent_info, read_null_text, text_name
 from ldm.data.manifest import (
     IMAGE_SHARDS,
     LATENT_SHARDS,
@@ -29,10 +27,10 @@ from ldm.data.manifest import (
     require_finished_pack,
     tar_paths,
 )
-from ldm.data.remote import MissingError, fetch
+from ldm.data.remote import fetch
 from ldm.data.shards import EXTENSIONS, KeyDot, ShardReader, Unread, unread_images
 from ldm.data.sources import ShardSource, open_source, remote_files
-from ldm.errors import LdmError, UsageError, first_line
+from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_folder, require_new_folder, require_output_file, sha256_file
 from ldm.terminal import printable
 
@@ -330,25 +328,13 @@ def _not_finite(tensors: dict[str, StoredTensor]) -> list[int]:
 
 def _null_text_problems(source: ShardSource, info: LatentInfo) -> Iterator[Problem]:
     """Problems of the encoded empty caption, the null condition, which every text encoder needs."""
-    again = "restore it, or export the latents again"
-    if not info.text_encoders:
-        return
-    try:
-        texts = load(source.read(NULL_TEXT_NAME))
-    except MissingError:
-        yield Problem(NULL_TEXT_NAME, "is missing", again)
-        return
-    except (LdmError, SafetensorError) as error:
-        yield Problem(NULL_TEXT_NAME, f"cannot be read ({first_line(error)})", again)
-        return
-    for number, encoder in enumerate(info.text_encoders):
-        name = text_name(number)
-        if name not in texts:
-            yield Problem(NULL_TEXT_NAME, f"is without {name}, which the manifest promises", again)
-        elif (shape := texts[name].shape)[1:] != (encoder.width,):
-            yield Problem(NULL_TEXT_NAME, f"has {name} of {_by(shape)}, the manifest says {encoder.width} a token", again)
-        elif not np.isfinite(texts[name]).all():
-            yield Problem(NULL_TEXT_NAME, f"has values in {name} that are not finite", again)
+    for number in range(len(info.text_encoders)):
+        try:
+            read_null_text(source, number)
+        except LdmError as error:
+            what, _, fix = str(error).removeprefix(f"{NULL_TEXT_NAME} of {source.spec} ").rpartition("; ")
+            yield Problem(NULL_TEXT_NAME, what, fix)
+            return
 
 
 def _by(shape: Iterable[int]) -> str:

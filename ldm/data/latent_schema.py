@@ -22,6 +22,7 @@ is needed to read it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -32,22 +33,28 @@ from math import prod
 from pathlib import Path
 from struct import error as StructError
 from struct import unpack
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from typing_extensions import TypedDict
 
 from ldm.data.decode import DecodeError
-from ldm.data.manifest import Manifest
 from ldm.data.moments import Moments
 from ldm.data.shards import MAX_MEMBER_BYTES, ShardReader
 from ldm.data.sources import ShardSource
-from ldm.errors import LdmError, UsageError
-from ldm.files import atomic_file
+from ldm.errors import LdmError, UsageError, first_line
+from ldm.files import atomic_file, parse_json
 
 NULL_TEXT_NAME = "null_text.safetensors"
+RESTORE = "restore it, or export the latents again"
 DTYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 MAX_HEADER_BYTES = 2**20  # of a chunk's safetensors, which holds a dozen tensors
+
+
+_Side = Annotated[int, Field(ge=1, le=2**24)]
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,8 @@ class TextInfo:
 
     name: str
     hash: str
-    width: int
-    max_tokens: int
+    width: _Side
+    max_tokens: _Side
     cut: int
     folder: str | None = None
 
@@ -90,36 +97,43 @@ class LatentInfo:
         source: hash of the image shards' manifest.
         source_shards: where those were: a URL, or a path relative to the manifest's folder.
         versions: of the libraries used.
+        null_text: sha256 of the file of the encoded empty caption; None in older manifests.
     """
 
     autoencoder: str
     text_encoders: tuple[TextInfo, ...] = ()
-    latent_shapes: tuple[tuple[int, int, int], ...] = ()
-    resolution: int | None
-    posterior: str
+    latent_shapes: tuple[tuple[_Side, _Side, _Side], ...] = ()
+    resolution: _Side | None
+    posterior: Literal["gaussian", "mode"]
     flips: bool
-    captions: str
-    dtype: str
+    captions: Literal["first", "all"]
+    dtype: Literal["float16", "float32"]
     precision: str
     latents_mean: tuple[float, ...] = ()
-    latents_std: tuple[float, ...] = ()
+    latents_std: tuple[Annotated[float, Field(ge=0)], ...] = ()
     source: str
     source_shards: str
     versions: dict[str, str]
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> LatentInfo:
-        """From a manifest. Raises KeyError for a missing entry."""
-        found = {name: manifest.extra[name] for name in cls.__dataclass_fields__}
-        for name in ("latents_mean", "latents_std"):
-            found[name] = tuple(found[name])
-        found["latent_shapes"] = tuple(tuple(shape) for shape in found["latent_shapes"])
-        found["text_encoders"] = tuple(TextInfo(**encoder) for encoder in found["text_encoders"])
-        return cls(**found)
+    null_text: str | None = None
 
     def as_extra(self) -> dict[str, Any]:
-        """The manifest's entries."""
-        return asdict(self)
+        """The manifest's entries, and a fingerprint of those that training computes with."""
+        return asdict(self) | {"fingerprint": self.fingerprint}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of all that a training takes from the manifest: whoever changes one of these numbers is found out."""
+        texts = [text.hash for text in self.text_encoders]
+        taken = [
+            self.autoencoder,
+            texts,
+            self.latent_shapes,
+            self.posterior,
+            self.latents_mean,
+            self.latents_std,
+            self.null_text,
+        ]
+        return hashlib.sha256(json.dumps(taken).encode()).hexdigest()
 
     @property
     def latent_shape(self) -> tuple[int, int, int] | None:
@@ -136,7 +150,7 @@ def relative_path(place: str | Path, folder: str | Path) -> str:
 def path_of(source: ShardSource, place: str) -> str:
     """Where the relative path in a source's manifest leads; another one, of older manifests, stays as it is."""
     found = os.path.join(os.path.dirname(source.beside), place)
-    return found if "://" not in found and os.path.lexists(found) else place
+    return os.path.realpath(found) if "://" not in found and os.path.lexists(found) else place
 
 
 def text_name(encoder: int) -> str:
@@ -144,15 +158,34 @@ def text_name(encoder: int) -> str:
     return "text" if encoder == 0 else f"text_{encoder + 1}"
 
 
-def write_null_text(folder: str | Path, texts: Sequence[np.ndarray]) -> None:
-    """Write the encoded empty caption, (L, D) for each text encoder, beside the manifest."""
+def write_null_text(folder: str | Path, texts: Sequence[np.ndarray]) -> str:
+    """Write the encoded empty caption, (L, D) for each text encoder, beside the manifest; returns its hex sha256."""
+    data = save({text_name(encoder): np.ascontiguousarray(text) for encoder, text in enumerate(texts)})
     with atomic_file(Path(folder) / NULL_TEXT_NAME) as file:
-        file.write(save({text_name(encoder): np.ascontiguousarray(text) for encoder, text in enumerate(texts)}))
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_null_text(source: ShardSource, encoder: int = 0) -> np.ndarray:
-    """The empty caption encoded by text encoder number ``encoder``, (L, D) float32."""
-    return load(source.read(NULL_TEXT_NAME))[text_name(encoder)].astype(np.float32)
+    """The empty caption encoded by text encoder number ``encoder``, (L, D) float32. Raises LdmError where it is broken."""
+    info, name = latent_info(source), text_name(encoder)
+    try:
+        data = source.read(NULL_TEXT_NAME)
+        if info.null_text not in (None, hashlib.sha256(data).hexdigest()):
+            raise DecodeError("has other bytes than the manifest's sha256")
+        texts = load(data)
+        if name not in texts:
+            raise DecodeError(f"is without {name}, which the manifest promises")
+        text, width = texts[name].astype(np.float32), info.text_encoders[encoder].width
+        if text.ndim != 2 or not len(text) or text.shape[1] != width:
+            raise DecodeError(f"has {name} of {' x '.join(map(str, text.shape))}, the manifest says {width} a token")
+        if not np.isfinite(text).all():
+            raise DecodeError(f"has values in {name} that are not finite")
+    except DecodeError as error:
+        raise LdmError(f"{NULL_TEXT_NAME} of {source.spec} {error}; {RESTORE}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise LdmError(f"{NULL_TEXT_NAME} of {source.spec} cannot be read ({first_line(error)}); {RESTORE}") from None
+    return text
 
 
 @dataclass
@@ -263,6 +296,13 @@ def _are_starts(starts: np.ndarray, parts: int | None, end: int) -> bool:
     return right and starts[0] == 0 and starts[-1] == end and bool((np.diff(starts) >= 0).all())
 
 
+class Metadata(TypedDict):
+    """The ``.json`` of a chunk."""
+
+    keys: list[str]
+    captions: list[list[str]]
+
+
 class LatentShard:
     """The chunks of one latent shard, read when they are used.
 
@@ -338,20 +378,19 @@ class LatentShard:
             self._tensors[chunk] = tensors
         return self._tensors[chunk]
 
-    def metadata(self, chunk: int) -> dict[str, list[Any]]:
+    def metadata(self, chunk: int) -> Metadata:
         """``keys`` and ``captions`` of a chunk. Raises :class:`DecodeError` where they are broken."""
         self._require_unchanged()
         offset, size = self._span(chunk, "json")
         if size > MAX_MEMBER_BYTES:
             raise DecodeError(f"is in a chunk with keys and captions of {size} bytes, the limit is {MAX_MEMBER_BYTES}")
         try:
-            metadata = json.loads(self.reader.read(offset, size))
-            counts = [len(captions) for captions in metadata["captions"]]
-            whole = len(metadata["keys"]) == len(counts) and counts == np.diff(self._open(chunk)["caption_start"]).tolist()
-        except (ValueError, KeyError, TypeError, RecursionError):
-            metadata, whole = {}, False
-        if not whole:
-            raise DecodeError("is in a chunk without its keys and captions")
+            metadata = parse_json(self.reader.read(offset, size), "", Metadata)
+        except LdmError as error:
+            raise DecodeError(f"is in a chunk without its keys and captions ({str(error).removeprefix(': ')})") from None
+        counts = [len(captions) for captions in metadata["captions"]]
+        if len(metadata["keys"]) != len(counts) or counts != np.diff(self._open(chunk)["caption_start"]).tolist():
+            raise DecodeError("is in a chunk without its keys and captions: their numbers disagree")
         return metadata
 
     def _span(self, chunk: int, extension: str) -> tuple[int, int]:
@@ -367,15 +406,16 @@ class LatentShard:
 
 
 def latent_info(source: ShardSource) -> LatentInfo:
-    """The latent entries of a source's manifest."""
-    try:
-        return LatentInfo.of(source.manifest)
-    except KeyError as error:
-        raise UsageError(f"the manifest of {source.spec} lacks {error}; export again: ldm latents export") from None
-    except TypeError as error:  # unknown fields
-        raise UsageError(
-            f"the manifest of {source.spec} is not one of latents ({error}); export again: ldm latents export"
-        ) from None
+    """The latent entries of a source's manifest. Raises LdmError for values that no export writes, or changed since."""
+    extra, manifest = source.manifest.extra, f"the manifest of {source.spec}"
+    if lacking := [name for name in LatentInfo.__dataclass_fields__ if name not in extra and name != "null_text"]:
+        raise UsageError(f"{manifest} lacks {lacking[0]!r}; export again: ldm latents export")
+    info = parse_json(json.dumps(extra).encode(), manifest, LatentInfo)
+    if {len(info.latents_mean), len(info.latents_std), *(shape[0] for shape in info.latent_shapes)} != {len(info.latents_mean)}:
+        raise LdmError(f"{manifest} has statistics of another number of channels than the latents; {RESTORE}")
+    if extra.get("fingerprint") not in (None, info.fingerprint):  # manifests had none at first
+        raise LdmError(f"{manifest} was changed after the export: its statistics or hashes are others; {RESTORE}")
+    return info
 
 
 def common_info(sources: Sequence[ShardSource]) -> LatentInfo:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from ldm.data.latent_schema import Chunk, LatentInfo
 from ldm.data.moments import Moments
@@ -26,6 +27,22 @@ class LatentSample(NamedTuple):
     latents: dict[str, np.ndarray]
     original_size: Sequence[int]
     crop: Sequence[int]
+
+
+class MomentsRecord(TypedDict):
+    """:class:`Moments` as JSON values."""
+
+    count: int
+    mean: list[float]
+    squares: list[float]
+
+
+class Record(TypedDict):
+    """A :class:`Summary` as JSON values; ``shapes``: (C, h, w, images)."""
+
+    cut: list[int]
+    shapes: list[tuple[int, int, int, int]]
+    moments: MomentsRecord | None
 
 
 class Summary:
@@ -73,21 +90,23 @@ class Summary:
     def _add(self, moments: Moments) -> None:
         self.moments = moments if self.moments is None else Moments.merge((self.moments, moments))
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> Record:
         """JSON values for :meth:`add_record`."""
         moments = self.moments
         return {
             "cut": self.cut.tolist(),
-            "shapes": [[*shape, count] for shape, count in self.shapes.items()],
-            "moments": moments and {"count": moments.count, "mean": moments.mean.tolist(), "squares": moments.squares.tolist()},
+            "shapes": [(*shape, count) for shape, count in self.shapes.items()],
+            "moments": None
+            if moments is None
+            else {"count": moments.count, "mean": moments.mean.tolist(), "squares": moments.squares.tolist()},
         }
 
-    def add_record(self, record: dict[str, Any]) -> None:
+    def add_record(self, record: Record) -> None:
         """Add another summary, as :meth:`as_record` gives it."""
         self.cut += record["cut"]
         for channels, height, width, count in record["shapes"]:
             self.shapes[channels, height, width] += count
-        if found := record.get("moments"):
+        if found := record["moments"]:
             self._add(Moments(found["count"], np.array(found["mean"]), np.array(found["squares"])))
 
     def complete(self, info: LatentInfo, out: Path) -> LatentInfo:

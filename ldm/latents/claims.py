@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from ldm.data.manifest import MANIFEST_NAME
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, require_new_folder, write_json
+from ldm.locks import new_lock
 
 # the records and locks of an unfinished export; removed once the manifest is written
 WORK_NAME = ".export"
@@ -58,24 +59,25 @@ class Claims:
             if not self.work.is_dir():  # if it exists, another process may have started this moment
                 raise
         asked = self.work / "request.json"
-        with FileLock(self.work / "claim.lock"):
+        self.work.mkdir(parents=True, exist_ok=True)
+        with new_lock(self.work / "claim.lock"):
             if not asked.is_file() and not self.is_done:
                 write_json(asked, request)
         try:
-            before = read_json(asked)
-        except LdmError:
+            before = read_json(asked, dict[str, Any])
+        except LdmError as error:
             if not self.is_done:
-                raise
+                raise LdmError(f"{error}, or remove {self.out} to start over") from None
             return self._begin(request)
         return self._require_same("an unfinished", before, request)
 
     def _finished_request(self) -> dict[str, Any] | None:
         """The request of the finished export in the folder; None where the manifest is of something else."""
         try:
-            manifest = read_json(self.out / MANIFEST_NAME)
+            request = read_json(self.out / MANIFEST_NAME, dict[str, Any]).get("request")
         except LdmError:
             return None
-        return manifest.get("request") if isinstance(manifest, dict) else None
+        return request if isinstance(request, dict) else None
 
     def _require_same(self, which: str, before: dict[str, Any], request: dict[str, Any]) -> None:
         for name, value in request.items():
@@ -103,7 +105,7 @@ class Claims:
         for number in self.missing():
             if number in self._locks:
                 continue
-            lock = FileLock(self.work / f"{number:05d}.lock", timeout=0)
+            lock = new_lock(self.work / f"{number:05d}.lock", timeout=0)
             try:
                 lock.acquire()
             except Timeout:
@@ -125,14 +127,17 @@ class Claims:
         """Shard ``number`` was lost: it counts as unfinished again."""
         self._record(number).unlink(missing_ok=True)
 
-    def records(self) -> list[dict[str, Any]]:
-        """The records of the finished shards, in order."""
+    def records(self, schema: Any = Any) -> list[Any]:
+        """The records of the finished shards, in order; ``schema`` as :func:`ldm.files.read_json` takes it."""
         numbers = set(range(self.shards)) - set(self.missing())
-        return [read_json(self._record(number)) for number in sorted(numbers)]
+        try:
+            return [read_json(self._record(number), schema) for number in sorted(numbers)]
+        except LdmError as error:
+            raise LdmError(f"{error}, or remove that file and run the same command again") from None
 
     def exclusive(self) -> FileLock:
         """A lock for what only one process may do at a time."""
-        return FileLock(self.work / "finish.lock")
+        return new_lock(self.work / "finish.lock")
 
     def release(self) -> None:
         """Release all claims; once the export is finished, remove the work folder too."""

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 
 from ldm.data.latent_schema import LatentInfo, relative_path, write_null_text
-from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
+from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, MANIFEST_NAME, Manifest, ShardEntry
 from ldm.data.parallel_map import parallel_map
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, require_output_file, write_json
+from ldm.files import read_json, require_new_folder, require_output_file, write_json
 from ldm.latents import chunks
-from ldm.latents.chunks import LatentSample, Summary
-from ldm.latents.claims import POLL_SECONDS, Claims
+from ldm.latents.chunks import LatentSample, Record, Summary
+from ldm.latents.claims import POLL_SECONDS, WORK_NAME, Claims
 from ldm.latents.compute import Dtype, Precision, Process, single_threaded, versions
 from ldm.latents.image_encoder import LatentEncoder
 from ldm.latents.images import CaptionedImages
@@ -44,6 +44,13 @@ from ldm.models.autoencoder import (
 
 # batches prepared ahead per thread: little memory, and shards are claimed shortly before they are written
 AHEAD = 2
+
+
+class ShardRecord(Record):
+    """What the manifest needs of a finished shard: its entry, if it holds a latent, and the images that could not be used."""
+
+    entry: ShardEntry | None
+    bad: list[BadSample]
 
 
 class Job(NamedTuple):
@@ -170,9 +177,9 @@ class Exporter:
         with claims.exclusive():
             if claims.is_done:
                 return
-            records = claims.records()
+            records: list[ShardRecord] = claims.records(ShardRecord)
             # a shard that was lost since is written again
-            entries = [ShardEntry(**record["entry"]) if record["entry"] else None for record in records]
+            entries = [record["entry"] for record in records]
             for number, entry in enumerate(entries):
                 if entry and not ((path := out / entry.name).is_file() and path.stat().st_size == entry.bytes):
                     claims.forget(number)
@@ -186,14 +193,14 @@ class Exporter:
             quarantine = Quarantine(limits.samples, limits.max_share, limits.samples, out / QUARANTINE_NAME, quiet=True)
             summary = Summary(self.texts)
             for record in records:
-                quarantine.add([BadSample(*bad)] for bad in record["bad"])
+                quarantine.add([bad] for bad in record["bad"])
                 summary.add_record(record)
             entries = tuple(filter(None, entries))
             if not entries:
                 raise LdmError(f"{out}: no sample could be used; {out / QUARANTINE_NAME} says why")
             Manifest(LATENT_SHARDS, entries).check_cheap(out)  # and no other tar
-            write_null_text(out, self.texts.null())
-            extra = summary.complete(info, out).as_extra()
+            null_text = write_null_text(out, self.texts.null())
+            extra = replace(summary.complete(info, out), null_text=null_text).as_extra()
             Manifest(LATENT_SHARDS, entries, extra | {"quarantined": len(quarantine), "request": request}).save(out)
 
 
@@ -254,6 +261,8 @@ def export_latents(
         require_output_file(config)
     process, out = Process.from_environment(), Path(out)
     device = process.device() if device is None else torch.device(device)
+    if not any((out / name).exists() for name in (MANIFEST_NAME, WORK_NAME)):
+        require_new_folder(out, "latent shards", in_place=True)
     source = open_source(shards, IMAGE_SHARDS)
     if source.manifest.captioned is False:
         raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
@@ -276,7 +285,7 @@ def export_latents(
             versions=versions(),
         )
         # every setting that changes the bytes; shards and text encoders may have moved by the next run
-        measured = {"latent_shapes", "latents_mean", "latents_std", "source_shards"}
+        measured = {"latent_shapes", "latents_mean", "latents_std", "source_shards", "null_text", "fingerprint"}
         request = {name: value for name, value in info.as_extra().items() if name not in measured}
         request["text_encoders"] = [text.hash for text in info.text_encoders]
         request = json.loads(json.dumps(request | {"batch_size": batch_size, "device": device.type}))  # as it is read back

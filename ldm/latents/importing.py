@@ -142,7 +142,8 @@ class Importer:
         factor: int,
     ):
         """``factor``: image side over latent side; the others as in :meth:`Layout.read`."""
-        self.source, self.layout, self.texts, self.dtype, self.undo, self.factor = source, layout, texts, dtype, undo, factor
+        self.source, self.layout, self.texts, self.undo, self.factor = source, layout, texts, undo, factor
+        self.dtype: Dtype = dtype
         # its limits are checked here, with a message of their own
         self.quarantine = Quarantine(source.found, max_share=1.0, max_in_a_row=source.found)
         self.summary = Summary(texts)
@@ -191,8 +192,8 @@ class Importer:
             writer.write(f"{number:08d}", self.summary.chunk(group, embedded, str(self.source.src)).members())
         return self.summary.shapes.total() - before
 
-    def manifest_extra(self, autoencoder: str, out: Path) -> dict[str, Any]:
-        """The entries of the manifest in ``out``; ``autoencoder`` is its hash."""
+    def manifest_extra(self, autoencoder: str, out: Path, null_text: str) -> dict[str, Any]:
+        """The entries of the manifest in ``out``; ``autoencoder`` and ``null_text`` are hashes."""
         sides = {side for shape in self.summary.shapes for side in shape[1:]}
         info = LatentInfo(
             autoencoder=autoencoder,
@@ -205,6 +206,7 @@ class Importer:
             source=self.digest.hexdigest(),
             source_shards=relative_path(self.source.src, out),
             versions=versions(),
+            null_text=null_text,
         )
         return self.summary.complete(info, out).as_extra() | {"quarantined": len(self.quarantine)}
 
@@ -281,11 +283,11 @@ def import_latents(
                 with ShardWriter(folder, "latents", samples_per_shard=None, first_index=len(entries)) as writer:
                     count = importer.write(writer, (sample for _, sample in of_shard))
                 entries.append(replace(writer.entries[0], samples=count))
-            write_null_text(folder, texts.null())
+            null_text = write_null_text(folder, texts.null())
             if bad := sorted(importer.quarantine.known):
                 lines = [json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in bad]
                 (folder / QUARANTINE_NAME).write_text("".join(lines), "utf-8")
-            extra = importer.manifest_extra(autoencoder_hash(autoencoder), out)
+            extra = importer.manifest_extra(autoencoder_hash(autoencoder), out, null_text)
             manifest = Manifest(LATENT_SHARDS, tuple(entries), extra)
             manifest.save(folder)
     except OSError as error:

@@ -18,6 +18,7 @@ from ldm.data.latent_schema import LatentInfo, latent_info, text_name
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
+from ldm.files import require_output_file
 from ldm.latents.image_encoder import load_matching
 from ldm.latents.samples import SourceImages, StoredLatent, decode_mean, sample_latents
 from ldm.models.autoencoder import images_to_pil
@@ -65,6 +66,7 @@ def show(
         raise UsageError(f"samples is {samples}; give 1 or more")
     if Path(out).is_dir():
         raise UsageError(f"{out} is a folder; give a file, for example {Path(out) / 'report.html'}")
+    require_output_file(out)
     source = open_source(folder, LATENT_SHARDS)
     info = latent_info(source)
     counts = Counts.of(source, info)

@@ -200,7 +200,10 @@ def test_a_broken_chunk_of_latents_is_found(tmp_path, members, words):
 
 def test_keys_that_are_not_as_many_as_the_captions_cost_the_chunk(tmp_path):
     folder = latents(tmp_path / "x", members={"json": b'{"keys": ["a", "b", "c"], "captions": [["one"], [], []]}'})
-    assert found(folder) == ([("latents-00000.tar: #3", "is in a chunk without its keys and captions")], [3])
+    assert found(folder) == (
+        [("latents-00000.tar: #3", "is in a chunk without its keys and captions: their numbers disagree")],
+        [3],
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +251,8 @@ def test_the_null_text_is_there_for_each_text_encoder(tmp_path):
     ((where, what),), _ = found(folder)
     assert where == "null_text.safetensors" and what.startswith("cannot be read")
     (folder / "null_text.safetensors").unlink()
-    assert found(folder) == ([("null_text.safetensors", "is missing")], [6])
+    path = folder / "null_text.safetensors"
+    assert found(folder) == ([("null_text.safetensors", f"{path} does not exist")], [6])
     without = latents(tmp_path / "none", replace(INFO, text_encoders=()))
     (without / "null_text.safetensors").unlink()
     assert all(where != "null_text.safetensors" for where, _ in found(without)[0])

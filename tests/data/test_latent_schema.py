@@ -13,7 +13,6 @@ import safetensors.numpy
 from ldm.data.decode import DecodeError
 from ldm.data.latent_schema import (
     Chunk,
-    LatentInfo,
     LatentShard,
     TextInfo,
     common_info,
@@ -237,10 +236,49 @@ def test_an_incomplete_manifest_names_what_it_lacks(folder):
     Manifest(LATENT_SHARDS, manifest.shards, {k: v for k, v in manifest.extra.items() if k != "flips"}).save(folder)
     with pytest.raises(UsageError, match=rf"manifest of {folder} lacks 'flips'; export again"):
         latent_info(open_source(folder, LATENT_SHARDS))
-    strange = manifest.extra | {"text_encoders": [{"name": "minilm", "mood": "good"}]}
-    Manifest(LATENT_SHARDS, manifest.shards, strange).save(folder)
-    with pytest.raises(UsageError, match=rf"manifest of {folder} .*mood.*; export again"):
-        latent_info(open_source(folder, LATENT_SHARDS))
+
+
+BROKEN = {
+    "text_encoders": [{"name": "minilm", "mood": "good"}],
+    "latent_shapes": [[4, 2]],
+    "latents_mean": [0.1, "0.2", 0.3, 0.4],
+    "latents_std": [1.0, 1.1, 1.2, -1.3],
+    "posterior": "other",
+    "flips": 1,
+    "dtype": "int8",
+    "resolution": 10**12,
+    "versions": [],
+}
+
+
+@pytest.mark.parametrize("entry", BROKEN)
+def test_a_manifest_of_wrong_types_is_one_line_with_the_entry(folder, entry):
+    manifest = Manifest.load(folder)
+    for value in (BROKEN[entry], {"a": [None]}, *([None] if entry != "resolution" else [])):
+        Manifest(LATENT_SHARDS, manifest.shards, manifest.extra | {entry: value}).save(folder)
+        with pytest.raises(LdmError, match=rf"^the manifest of {folder}: {entry}[.:].*; write it again or restore it$"):
+            latent_info(open_source(folder, LATENT_SHARDS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"latents_std": (1.0, 1.1, 1.2, 13.0)}, "was changed after the export"),
+        ({"latents_mean": (1.0, 0.2, 0.3, 0.4)}, "was changed after the export"),
+        ({"autoencoder": "b" * 64}, "was changed after the export"),
+        ({"latent_shapes": ((4, 2, 3),)}, "was changed after the export"),
+        ({"null_text": "c" * 64}, "was changed after the export"),
+        ({"latents_std": (1.0, 1.1, 1.2)}, "has statistics of another number of channels"),
+    ],
+)
+def test_numbers_that_were_changed_after_the_export_are_not_believed(folder, changes, what):
+    manifest = Manifest.load(folder)
+    Manifest(LATENT_SHARDS, manifest.shards, manifest.extra | changes).save(folder)
+    with pytest.raises(LdmError, match=f"manifest of {folder} {what}"):
+        latent_info(open_source(folder))
+    older = {name: value for name, value in manifest.extra.items() if name not in ("fingerprint", "null_text")}
+    Manifest(LATENT_SHARDS, manifest.shards, older).save(folder)
+    assert latent_info(open_source(folder)) == INFO
 
 
 def test_a_shard_that_holds_other_than_its_manifest_says_is_refused(folder):
@@ -312,6 +350,10 @@ def test_tensors_that_do_not_go_together_are_told_before_a_sample_is_cut_out_of_
         b'{"keys": ["0000", "0001"]}',
         b'{"keys": ["0000", "0001"], "captions": [["a"], ["b"]]}',  # the second has two
         b'{"keys": ["0000", "0001"], "captions": [1, 2]}',
+        b'{"keys": ["0000", 1], "captions": [["a"], ["b", "c"]]}',
+        b'{"keys": ["0000", "0001"], "captions": [["a"], ["b", null]]}',
+        b"[" * 60,
+        b"\xff\xfe",
     ],
 )
 def test_broken_keys_and_captions_are_told(tmp_path, words):
@@ -344,7 +386,7 @@ def test_several_folders_have_the_statistics_of_all_their_samples(tmp_path):
     info, every = common_info(sources), np.concatenate(sets)
     np.testing.assert_allclose(info.latents_mean, every.mean(0), rtol=1e-12)
     np.testing.assert_allclose(info.latents_std, every.std(0), rtol=1e-12)
-    assert common_info(sources[:1]) == LatentInfo.of(sources[0].manifest)
+    assert common_info(sources[:1]) == latent_info(sources[0])
 
 
 @pytest.mark.parametrize(
@@ -372,4 +414,35 @@ def test_the_null_text_of_each_encoder_comes_back_as_float32(folder):
         assert found.dtype == np.float32 and np.array_equal(found, text.astype(np.float32))
     (folder / "null_text.safetensors").unlink()
     with pytest.raises(LdmError, match=r"null_text.safetensors does not exist; restore it"):
+        read_null_text(open_source(folder))
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"none", "cannot be read"),
+        (b"", "cannot be read"),
+        (b"\xff" * 64, "cannot be read"),
+        ({"text_2": np.ones((2, 3), np.float32)}, "is without text, which"),
+        ({"text": np.ones((2, 5), np.float32)}, "has text of 2 x 5, the manifest says 6 a token"),
+        ({"text": np.ones((0, 6), np.float32)}, "has text of 0 x 6"),
+        ({"text": np.ones(6, np.float32)}, "has text of 6,"),
+        ({"text": np.full((2, 6), np.nan, np.float32)}, "has values in text that are not finite"),
+        ({"text": np.full((2, 6), np.inf, np.float16)}, "has values in text that are not finite"),
+    ],
+)
+def test_a_broken_null_text_is_told(folder, data, what):
+    data = data if isinstance(data, bytes) else safetensors.numpy.save(data)
+    (folder / "null_text.safetensors").write_bytes(data)
+    with pytest.raises(LdmError, match=f"^null_text.safetensors of {folder} {what}.*; restore it"):
+        read_null_text(open_source(folder))
+
+
+def test_the_null_text_is_that_of_the_export(folder):
+    manifest = Manifest.load(folder)
+    info = replace(INFO, null_text=write_null_text(folder, NULL))
+    Manifest(LATENT_SHARDS, manifest.shards, info.as_extra()).save(folder)
+    read_null_text(open_source(folder))
+    write_null_text(folder, [text + 1 for text in NULL])
+    with pytest.raises(LdmError, match="has other bytes than the manifest's sha256"):
         read_null_text(open_source(folder))

@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 
+from ldm.data.latent_schema import relative_path
+from ldm.data.manifest import Manifest
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
 from tests.samples import INFO
@@ -43,9 +45,12 @@ def exported_once(autoencoder_once, tiny_text_encoder, image_shards, tmp_path_fa
 
 
 @pytest.fixture
-def exported(exported_once, tmp_path):
+def exported(exported_once, image_shards, tmp_path):
     """Ten latents of images and of their mirror images in three shards."""
-    return shutil.copytree(exported_once, tmp_path / "latents")
+    folder = shutil.copytree(exported_once, tmp_path / "latents")
+    manifest = Manifest.load(folder)
+    replace(manifest, extra=manifest.extra | {"source_shards": relative_path(image_shards, folder)}).save(folder)
+    return folder
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Processes that share out the shards of an export: none twice, none left, whoever dies."""
 
+import errno
+import fcntl
 import multiprocessing
 import signal
 from itertools import chain, cycle
@@ -7,7 +9,7 @@ from itertools import chain, cycle
 import pytest
 
 from ldm.data.manifest import MANIFEST_NAME
-from ldm.errors import UsageError
+from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.latents import claims as claims_module
 from ldm.latents.claims import WORK_NAME, Claims
@@ -200,3 +202,31 @@ def test_a_finished_folder_that_was_not_tidied_up_is_tidied_and_done(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [MANIFEST_NAME]
     with pytest.raises(UsageError, match="holds a finished export with other settings"):
         Claims(tmp_path / "out", REQUEST | {next(iter(REQUEST)): "other"}, 3)
+
+
+def test_without_locks_of_the_file_system_the_files_are_the_locks(tmp_path, monkeypatch, recwarn):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    first, second = (Claims(tmp_path / "out", REQUEST, 2) for _ in range(2))
+    assert {first.take(), second.take()} == {0, 1} and first.take() is None
+    assert not [warning for warning in recwarn if "flock" in str(warning.message)]
+
+
+def test_an_empty_folder_may_be_a_mount_point(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path == tmp_path / "out")
+    assert Claims(tmp_path / "out", REQUEST, 1).take() == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"[" * 10**5])
+def test_broken_requests_and_records_say_what_to_remove(tmp_path, content):
+    claims = Claims(tmp_path / "out", REQUEST, 1)
+    finish_next(claims)
+    (tmp_path / "out" / WORK_NAME / "00000.json").write_bytes(content)
+    with pytest.raises(LdmError, match=r"00000.json.*or remove that file and run the same command again"):
+        claims.records(dict[str, int])
+    (tmp_path / "out" / WORK_NAME / "request.json").write_bytes(content)
+    with pytest.raises(LdmError, match=r"request.json.*or remove .*out to start over"):
+        Claims(tmp_path / "out", REQUEST, 1)

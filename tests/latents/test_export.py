@@ -78,8 +78,8 @@ def test_the_manifest_says_what_made_it(autoencoder, image_shards, minilm, tmp_p
     assert info.autoencoder == autoencoder_hash(load_autoencoder(autoencoder))
     assert info.text_encoders == (TextInfo("minilm", minilm.hash, 384, 512, 0),)
     assert info.source == Manifest.load(image_shards).hash
-    assert path_of(open_source(tmp_path / "out"), info.source_shards) == str(tmp_path / "out" / info.source_shards)
-    assert (tmp_path / "out" / info.source_shards).samefile(image_shards) and not Path(info.source_shards).is_absolute()
+    assert path_of(open_source(tmp_path / "out"), info.source_shards) == os.path.realpath(image_shards)
+    assert not Path(info.source_shards).is_absolute()
     assert info.latent_shapes == ((4, 16, 16),) and (info.dtype, info.precision, info.resolution) == ("float16", "fp32", None)
     assert info.versions["torch"] == version("torch")
     sample = LatentDataset(tmp_path / "out")[0]

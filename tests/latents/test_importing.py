@@ -428,7 +428,7 @@ def test_a_file_of_many_latents_that_is_cut_meanwhile_is_named(classes, tmp_path
     images = source.images()
     next(images)
     os.truncate(path, size)
-    with pytest.raises(LdmError, match=f"^{path} changed while it was read .*; import it again"):
+    with pytest.raises(LdmError, match=f"^{path} changed while it was read .*; restore it"):
         list(images)
 
 

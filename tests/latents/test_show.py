@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 from dataclasses import replace
 
@@ -192,13 +193,16 @@ def test_what_does_not_belong_together_is_refused(exported, autoencoder, tmp_pat
     with pytest.raises(UsageError, match="holds latents of image shards"):
         page(exported, autoencoder_path=autoencoder, shards=tmp_path / "others")
     manifest = Manifest.load(exported)
-    replace(manifest, extra=manifest.extra | {"autoencoder": "a" * 64}).save(exported)
+    replace(manifest, extra=manifest.extra | {"autoencoder": "a" * 64, "fingerprint": None}).save(exported)
     with pytest.raises(UsageError, match="holds latents of autoencoder aaaaaaaaaaaa, but"):
         page(exported, autoencoder_path=autoencoder)
     with pytest.raises(UsageError, match=r"^samples is 0; give 1 or more"):
         page(exported, samples=0)
     with pytest.raises(UsageError, match=r" is a folder; give a file, for example .*report.html"):
         show(exported, tmp_path)
+    os.mkfifo(tmp_path / "pipe.html")
+    with pytest.raises(UsageError, match=r"pipe.html is a named pipe, which is not overwritten"):
+        show(exported, tmp_path / "pipe.html")
 
 
 def test_progress_counts_latents(make_info, tmp_path):
