@@ -328,7 +328,8 @@ def require_new_folder(path: str | os.PathLike, what: str, in_place: bool = Fals
         if not path.is_dir() or any(entry.name != LOCK_NAME for entry in os.scandir(path)):
             raise UsageError(f"{path} already holds other work; give a new folder for {what}, or remove that one first")
         if in_place:
-            _require_possible(path / "new")
+            if not os.access(path, os.W_OK | os.X_OK):  # a trial would look like work to another process that begins now
+                raise UsageError(f"{path} cannot be written; give another folder for {what}")
             return path
         if path.is_mount() or path.samefile("."):
             place = "a mount point" if path.is_mount() else "the current folder"

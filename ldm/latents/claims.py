@@ -24,6 +24,15 @@ WORK_NAME = ".export"
 POLL_SECONDS = 0.5
 
 
+def require_place(out: Path) -> None:
+    """Raise :class:`UsageError` where no export can begin, and none has begun."""
+    try:
+        require_new_folder(out, "latent shards", in_place=True)
+    except UsageError:
+        if not any((out / name).exists() for name in (MANIFEST_NAME, WORK_NAME)):
+            raise
+
+
 class Claims:
     """The shards of one export, by number, and those that this process has claimed."""
 
@@ -51,13 +60,9 @@ class Claims:
             if before is None:
                 require_new_folder(self.out, "latent shards", in_place=True)  # raises, for the manifest of something else
             return self._require_same("a finished", before or {}, request)
-        try:
-            require_new_folder(self.out, "latent shards", in_place=True)
-        except UsageError:
-            if self.is_done:
-                return self._begin(request)
-            if not self.work.is_dir():  # if it exists, another process may have started this moment
-                raise
+        require_place(self.out)  # another process may have started this moment
+        if self.is_done:
+            return self._begin(request)
         asked = self.work / "request.json"
         self.work.mkdir(parents=True, exist_ok=True)
         with new_lock(self.work / "claim.lock"):

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 
 from ldm.data.latent_schema import LatentInfo, relative_path, write_null_text
-from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, MANIFEST_NAME, Manifest, ShardEntry
+from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.parallel_map import parallel_map
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, require_new_folder, require_output_file, write_json
+from ldm.files import read_json, require_output_file, write_json
 from ldm.latents import chunks
 from ldm.latents.chunks import LatentSample, Record, Summary
-from ldm.latents.claims import POLL_SECONDS, WORK_NAME, Claims
+from ldm.latents.claims import POLL_SECONDS, Claims, require_place
 from ldm.latents.compute import Dtype, Precision, Process, single_threaded, versions
 from ldm.latents.image_encoder import LatentEncoder
 from ldm.latents.images import CaptionedImages
@@ -261,8 +261,7 @@ def export_latents(
         require_output_file(config)
     process, out = Process.from_environment(), Path(out)
     device = process.device() if device is None else torch.device(device)
-    if not any((out / name).exists() for name in (MANIFEST_NAME, WORK_NAME)):
-        require_new_folder(out, "latent shards", in_place=True)
+    require_place(out)
     source = open_source(shards, IMAGE_SHARDS)
     if source.manifest.captioned is False:
         raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")

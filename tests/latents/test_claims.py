@@ -170,7 +170,7 @@ def test_a_record_that_is_being_written_is_none(tmp_path):
 def test_two_that_begin_at_once_both_work_on_it(tmp_path, monkeypatch):
     """The other one claims the folder just when this one has seen that it is new."""
 
-    def require_new_folder(path, what):
+    def require_new_folder(path, what, in_place):
         monkeypatch.undo()
         Claims(tmp_path / "out", REQUEST, 3)
         return claims_module.require_new_folder(path, what)
