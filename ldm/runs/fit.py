@@ -69,7 +69,7 @@ class FitCLI(TrainingCLI):
         self._check_folders()
         self._check_data()
         self._check_trainer()
-        torch.set_float32_matmul_precision(self.options.matmul_precision)
+        torch.set_float32_matmul_precision(self.options.matmul_precision or "highest")
 
     def _find_checkpoint(self) -> None:
         """Set ``checkpoint``, what ``--resume`` or ``--ckpt_path`` resumes from, and ``resumed_at``, its step; None for none.
