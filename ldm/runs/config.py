@@ -6,6 +6,7 @@ A config names classes and their arguments, so it is code: read those of strange
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,9 +76,15 @@ def limit_yaml() -> None:
 
 
 def require_config_files(arguments: Sequence[str]) -> None:
-    """Refuse what cannot be read as a config: jsonargparse would wait for a pipe, and read a device for ever."""
+    """Refuse what cannot be read as a config: jsonargparse would wait for a pipe, and read a device for ever.
+
+    ``--config`` is not the only option that takes a file: ``--model``, ``--data`` and every class do.
+    """
     for number, word in enumerate(arguments):
         name, equals, value = word.partition("=")
+        path = value if equals else word
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UsageError(f"{printable(path)} is a pipe, a socket or a device; give a regular file or a folder")
         if name == "--config" and (equals or number + 1 < len(arguments)):
             path = value if equals else arguments[number + 1]
             try:

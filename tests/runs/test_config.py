@@ -73,12 +73,15 @@ def fit(latents: tuple[Path, Path], tmp_path: Path) -> list[str]:
         (["--trainer.profiler", "guess"], "profiler"),
         (["--trainer", "5"], "trainer"),
         (["--checkpoints", "[1]"], "checkpoints"),
+        (["--model.denoiser.init_args.width", "0"], "width is 0; give 1 to "),
+        (["--model.denoiser.init_args.num_layers", "100000000"], "num_layers is 100000000; give 1 to 1000"),
         (["--model.denoiser", "subprocess.Popen"], "model.denoiser"),
         (["--model.denoiser", "no.such.Thing"], "no.such.Thing"),
         (["--model.direction_weight", "1"], "direction_weight is now auxiliary_losses with ldm.losses.auxiliary.DirectionLoss"),
         (["--model.power_averages", "{product: 0.1}"], "product is now selected"),
         (["--model.denoiser.init_args.num_heads", "2"], "num_heads is now num_attention_heads"),
         (["--config", "/dev/zero"], "/dev/zero is a device; give --config a YAML file"),
+        (["--model=/dev/zero"], "/dev/zero is a pipe, a socket or a device; give a regular file"),
         (["--config", "."], ". is a folder; give --config a YAML file"),
     ],
 )
@@ -172,7 +175,8 @@ def test_a_config_of_another_encoding_is_named(
 
 def test_a_config_is_never_a_pipe(capsys: pytest.CaptureFixture, fit: list[str], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "is a named pipe; give --config a YAML file" in refused(capsys, *fit, "--config", str(tmp_path / "pipe"))
+    for option in ("--config", "--model", "--data", "--model.denoiser"):
+        assert " pipe" in refused(capsys, *fit, option, str(tmp_path / "pipe"))
 
 
 def test_texts_inside_a_config_are_limited_too() -> None:
