@@ -67,7 +67,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 def _kind(mode: int) -> str:
     """What a path is that is no regular file: ``a folder``."""
-    kinds = {"d": "a folder", "p": "a named pipe", "s": "a socket", "c": "a device", "b": "a device", "l": "a link"}
+    kinds = {"-": "a file", "d": "a folder", "p": "a named pipe", "s": "a socket", "c": "a device", "b": "a device", "l": "a link"}
     return kinds.get(stat.filemode(mode)[0], "not a regular file")
 
 
@@ -325,7 +325,9 @@ def require_new_folder(path: str | os.PathLike, what: str, in_place: bool = Fals
     """
     path = _followed(path)
     if os.path.exists(path):  # unlike Path.exists it never raises
-        if not path.is_dir() or any(entry.name != LOCK_NAME for entry in os.scandir(path)):
+        if not path.is_dir():
+            raise UsageError(f"{path} is {_kind(path.stat().st_mode)}; give a new folder for {what}")
+        if any(entry.name != LOCK_NAME for entry in os.scandir(path)):
             raise UsageError(f"{path} already holds other work; give a new folder for {what}, or remove that one first")
         if in_place:
             if not os.access(path, os.W_OK | os.X_OK):  # a trial would look like work to another process that begins now
