@@ -66,8 +66,9 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _kind(mode: int) -> str:
-    """What a path is that is no regular file: ``a folder``."""
-    kinds = {"-": "a file", "d": "a folder", "p": "a named pipe", "s": "a socket", "c": "a device", "b": "a device", "l": "a link"}
+    """What a path is, of those that were not expected there: ``a folder``."""
+    kinds = {"-": "a file", "d": "a folder", "l": "a link", "p": "a named pipe", "s": "a socket"}
+    kinds |= dict.fromkeys("cb", "a device")
     return kinds.get(stat.filemode(mode)[0], "not a regular file")
 
 
