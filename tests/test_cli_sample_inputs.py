@@ -225,6 +225,16 @@ def test_a_run_json_of_anything_is_one_line(sample, tmp_path, content):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
 
 
+@pytest.mark.parametrize("name", ["0001-a-red-ring.png", "grid.png", "index.html"])
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_generated(sample, tmp_path, name):
+    assert sample("a red ring") == (0, "")
+    (tmp_path / "out" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "out" / name)
+    code, said = sample("a red ring", "--count", 2)
+    assert code == 2 and f"{name} is a named pipe" in said and "\n" not in said
+    assert len([*(tmp_path / "out").glob("0*.png")]) == 1 + name.startswith("0")
+
+
 def test_every_png_is_marked_as_generated(sample, tmp_path):
     assert sample("a red ring", "a star", "--preview-every", 1) == (0, "")
     images = [*(tmp_path / "out").glob("*.png")]

@@ -57,6 +57,8 @@ class Inputs:
     def named(self, settings: GenerationSettings) -> GenerationSettings:
         """The settings with references in the place of paths. Raises UsageError as :meth:`add` does."""
         given = {name: value for name in INPUTS if (value := getattr(settings, name)) is not None}
+        if not given:
+            return settings
         return dataclasses.replace(settings, **{name: self.add(name, path) for name, path in given.items()})
 
     def read(self, found: str) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, require_new_folder, require_version, write_json
+from ldm.files import read_json, require_new_folder, require_output_file, require_version, write_json
 from ldm.images import open_image
 from ldm.inference.gallery import write_gallery
 from ldm.inference.generate import GenerationStep, ImageGenerator
@@ -67,6 +67,9 @@ class OutputFolder:
         if require_images_folder(self.path):
             self._check(model, images)
         self.path.mkdir(parents=True, exist_ok=True)
+        for name in (*self.names.values(), "grid.png", "index.html", PREVIEW):
+            if os.path.lexists(self.path / name) and not (self.path / name).is_file():
+                require_output_file(self.path / name)
         write_json(self.path / REQUEST, {"format_version": FORMAT_VERSION} | model | {"images": images})
 
     def _check(self, model: dict[str, str], images: dict[str, dict]) -> None:
