@@ -149,6 +149,20 @@ def test_the_tree_of_the_readme_shows_every_room():
     assert [room for room in rooms if room not in readme[readme.index("ldm/\n") :]] == []
 
 
+# what only one file may call, because that file makes it safe for foreign files and foreign text
+GUARDED = {"Image.open": "ldm.images", "print": "ldm.terminal", "np.memmap": "", "mmap.mmap": "", "torch.from_file": ""}
+
+
+def test_images_are_opened_and_text_is_printed_in_one_file_and_nothing_is_mapped():
+    calls = {
+        (name, ast.unparse(node.func))
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    }
+    assert {(name, called) for name, called in calls if GUARDED.get(called, name) != name} == set()
+
+
 def test_private_parts_of_lightning_are_used_in_one_file():
     import lightning
     import lightning.pytorch as package

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.benchmark import Timer
 
 from ldm.doctor import Finding
+from ldm.images import open_image
 from ldm.machine import bf16_is_faster
 
 
@@ -48,10 +49,12 @@ def check_jpeg() -> Iterator[Finding]:
     file = io.BytesIO()
     smooth.save(file, "JPEG", quality=90)
     data = file.getvalue()
-    decoders = (
-        lambda: simplejpeg.decode_jpeg(data, "RGB"),
-        lambda: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
-    )
+
+    def decode_with_pillow() -> np.ndarray:
+        with open_image(data) as image:
+            return np.asarray(image.convert("RGB"))
+
+    decoders = (lambda: simplejpeg.decode_jpeg(data, "RGB"), decode_with_pillow)
     timers = [Timer("decode()", globals={"decode": decode}) for decode in decoders]
     ours, pillow = (1 / timer.blocked_autorange(min_run_time=0.5).mean for timer in timers)
     fix = "pip install --force-reinstall simplejpeg: its wheel includes the fast decoder" if ours < pillow else ""

@@ -38,6 +38,7 @@ from ldm.runs.logging import loggers, recorded
 from ldm.runs.preemption import Preemption, ended_by_sigterm
 from ldm.runs.torchrun import run_under_torchrun
 from ldm.runs.training_cli import TrainingCLI
+from ldm.terminal import say
 from ldm.training.base import TrainingModule
 from ldm.training.fsdp import is_sharded
 
@@ -88,7 +89,7 @@ class FitCLI(TrainingCLI):
         elif options.resume and (found := candidates(folder)):
             self.checkpoint = found[-1]
         elif options.resume and is_rank_zero():
-            print(f"{options.out}: no checkpoint to resume from yet; the run starts anew")
+            say(f"{options.out}: no checkpoint to resume from yet; the run starts anew")
         if not self.checkpoint:
             return
         if options.resume:
@@ -101,7 +102,7 @@ class FitCLI(TrainingCLI):
             self.resumed_at = content["global_step"]
             self._require_same_optimiser(content)
             self._require_same_seeds(content)
-            print(f"resuming from {self.checkpoint}: {checkpoint_summary(content)}")
+            say(f"resuming from {self.checkpoint}: {checkpoint_summary(content)}")
 
     def _exit_if_finished(self, checkpoint: Path) -> None:
         """Exit with 0 where nothing is left to train: a job that SLURM requeues must end once."""
@@ -109,7 +110,7 @@ class FitCLI(TrainingCLI):
         step = step_of(name) if is_checkpoint(name) else read_checkpoint(checkpoint, mmap=True)["global_step"]
         steps = self.options.trainer.max_steps
         if (steps < 0 or step >= steps) and self.artifact.is_dir():
-            print(f"{self.options.out} is finished: {self.artifact}")
+            say(f"{self.options.out} is finished: {self.artifact}")
             raise SystemExit(0)
 
     def _require_same_optimiser(self, checkpoint: dict[str, Any]) -> None:
