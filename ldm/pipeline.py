@@ -43,7 +43,7 @@ from ldm.models.autoencoder import (
 from ldm.models.configs import loading, read_config
 from ldm.models.fingerprint import HALF_PRECISION, is_half_precision
 from ldm.models.image_processor import Images, PreparedImages, to_output
-from ldm.models.text_encoder import embed, max_tokens, pad_tokens, text_encoder_hash
+from ldm.models.text_encoder import embed, max_tokens, pad_tokens, text_encoder_hash, unknown_words
 
 FORMAT_VERSION = 1  # of model_index.json
 # (pipeline, step, timestep, tensors) -> those of them that are replaced
@@ -136,6 +136,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         )
         if diffusion is None and scheduler is not None:
             self.register_to_config(diffusion=diffusion_config(*diffusion_of(cast(Scheduler, scheduler))))
+        self._unknown: set[str] = set()  # words that were named already
         self.vae_scale_factor = downsampling_factor(vae) if vae is not None else 8
 
     @cached_property
@@ -244,13 +245,16 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special ones included, for :meth:`embed`. Raises UsageError for what is no text,
-        or longer than the text encoder takes."""
+        or longer than the text encoder takes; words that it does not know are named in the log."""
         for text in texts:
             require_text(text)
         tokens, limit = self.tokenizer([*texts])["input_ids"], max_tokens(self.tokenizer)
         for text, ids in zip(texts, tokens, strict=True):
             if len(ids) > limit:
                 raise UsageError(f"the prompt {text[:40]!r}… has {len(ids)} tokens, the text encoder takes {limit}; shorten it")
+        if unknown := {*unknown_words(self.tokenizer, texts)} - self._unknown:
+            self._unknown |= unknown
+            _log.warning("the text encoder does not know these words: %s", ", ".join(map(repr, sorted(unknown))))
         return tokens
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> Condition:

@@ -11,8 +11,10 @@ from diffusers.callbacks import PipelineCallback
 from PIL import Image
 
 from ldm.errors import LdmError, UsageError
+from ldm.inference.generate import ImageGenerator
+from ldm.inference.settings import GenerationSettings
 from ldm.models.autoencoder import autoencoder_hash
-from ldm.models.text_encoder import text_encoder_hash
+from ldm.models.text_encoder import text_encoder_hash, unknown_words
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
 
 PROMPT = "a red circle"
@@ -194,6 +196,22 @@ def test_diffusers_own_callbacks_work_and_latents_of_another_shape_are_refused(p
         pipeline, PROMPT, callback_on_step_end=lambda *given: calls.append(given[3]), callback_on_step_end_tensor_inputs=None
     )
     assert calls == [{}, {}]
+
+
+def test_words_that_the_tokenizer_does_not_know_are_named_once(pipeline, caplog):
+    assert torch.equal(latents(pipeline, "a 🔴 ring"), latents(pipeline, "a 🦊 ring"))  # the same image
+    latents(pipeline, "a 🔴 ring \u200b")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the text encoder does not know these words: {word!r}" for word in ("🔴", "🦊", "\u200b")
+    ]
+    assert unknown_words(pipeline.tokenizer, ["a red ring", ""]) == []
+    warnings = []
+    generator = ImageGenerator(pipeline, warn=warnings.append)
+    for _ in range(2):
+        generator.check(GenerationSettings("a 🔴 ring"))
+    assert warnings == ["the text encoder does not know these words of the prompt 'a 🔴 ring': '🔴'; change them"]
+    with pytest.raises(UsageError, match="does not know these words of the prompt 'a 🔴 ring': '🔴'"):
+        ImageGenerator(pipeline, strict=True).check(GenerationSettings("a 🔴 ring"))
 
 
 # -- what is saved and loaded ----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def add(commands: Commands) -> None:
     sample.add_argument("--out", required=True, help="folder for the images, their grid and index.html")
     sample.add_argument("--copy-inputs", action="store_true", help="copy --image and --mask to OUT/inputs, for --from-image")
     sample.add_argument("--keep-going", action="store_true", help="generate the rest of a prompt file with broken lines")
-    sample.add_argument("--strict", action="store_true", help="refuse long prompts and another model's image, not only warn")
+    sample.add_argument("--strict", action="store_true", help="refuse long prompts, unknown words and another model's image")
 
     image = sample.add_argument_group("images")
     image.add_argument("--count", type=int, default=1, help="images per prompt")

@@ -25,6 +25,7 @@ from ldm.inference.prompts import Fit, fit_prompts
 from ldm.inference.settings import GenerationSettings
 from ldm.models.autoencoder import enable_tiling
 from ldm.models.image_processor import PreparedImages
+from ldm.models.text_encoder import unknown_words
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -132,7 +133,8 @@ class ImageGenerator:
     ) -> None:
         """
         Args:
-            strict: :meth:`check` refuses a prompt that is too long for the text encoder, instead of warning.
+            strict: :meth:`check` refuses a prompt that the text encoder does not take whole, instead of warning: one that is
+                too long, or holds words that it does not know.
             warn: receives such a warning, once for each prompt, with the words that the text encoder does not see.
             inputs: the files that settings name by their hashes; a path in settings is added to them.
         """
@@ -147,12 +149,19 @@ class ImageGenerator:
     def check(self, settings: GenerationSettings) -> None:
         """Raise UsageError, before anything is generated, for settings that the pipeline cannot use."""
         for text, fit in self.fit((settings.prompt, settings.negative)).items():
-            if fit.cut and text not in self._warned:
-                message = f"the prompt {text[:40]!r}… is too long for the text encoder, which does not see: {fit.cut!r}"
+            if text in self._warned:
+                continue
+            messages = []
+            if fit.cut:
+                messages.append(f"the prompt {text[:40]!r}… is too long for the text encoder, which does not see: {fit.cut!r}")
+            if unknown := unknown_words(self.pipeline.tokenizer, [fit.kept]):
+                words = ", ".join(map(repr, unknown))
+                messages.append(f"the text encoder does not know these words of the prompt {text[:40]!r}: {words}; change them")
+            for message in messages:
                 if self.strict:
                     raise UsageError(message)
                 self.warn(message)
-                self._warned.add(text)
+            self._warned.add(text)
         self.prepare(batch_key(self.inputs.named(settings)))
 
     def generate(

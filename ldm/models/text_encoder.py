@@ -76,6 +76,14 @@ def max_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return min(tokenizer.model_max_length, 512) if tokenizer.model_max_length < 10_000 else MAX_TOKENS
 
 
+def unknown_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """The words of texts that a tokenizer does not know, or has no token for: which they are makes no difference to the
+    embedding."""
+    words = [*dict.fromkeys(word for text in texts for word in text.split())]
+    tokens = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    return [word for word, ids in zip(words, tokens, strict=True) if not ids or tokenizer.unk_token_id in ids]
+
+
 def pad_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, L), int64, of the token ids of B captions, padded as the tokenizer itself pads."""
     ids = [torch.tensor(caption) for caption in tokens]
