@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ldm.cli.parser import Commands, add_command, add_group, print_table
 from ldm.errors import UsageError
 from ldm.progress import Progress
 from ldm.terminal import say
+
+MAX_COUNT = 10**7
 
 
 def add(commands: Commands) -> None:
@@ -48,6 +49,11 @@ def add(commands: Commands) -> None:
     pipeline.add_argument("--seed", type=int, default=0)
 
 
+def require_count(name: str, number: int) -> None:
+    if not 1 <= number <= MAX_COUNT:
+        raise UsageError(f"--{name} is {number}; give 1 to {MAX_COUNT:,}")
+
+
 def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
     import json
 
@@ -56,15 +62,15 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
     from ldm.data.image_dataset import ImageDataset
     from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
     from ldm.evaluation.reconstruction import metric_texts, reconstruction_metrics
-    from ldm.files import write_json
+    from ldm.files import require_output_file, write_json
     from ldm.losses.perceptual import PerceptualLoss
     from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
 
     for name, number in (("samples", options.samples), ("image-size", options.image_size)):
-        if number is not None and number < 1:
-            raise UsageError(f"--{name} is {number}; give 1 or more")
-    if options.json is not None and Path(options.json).is_dir():
-        raise UsageError(f"--json {options.json} is a folder; give a file, or - for stdout")
+        if number is not None:
+            require_count(name, number)
+    if options.json not in (None, "-"):
+        require_output_file(options.json)
     dataset = ImageDataset(options.shards, options.image_size, read_captions=False)
     autoencoders = [load_autoencoder(path) for path in options.models]
     perceptual = PerceptualLoss(options.lpips_trunk, options.lpips)
@@ -112,6 +118,9 @@ def run_evaluate_pipeline(options: argparse.Namespace) -> None:
     from ldm.pipeline import load_pipeline
     from ldm.shapes.scenes import held_out_prompts, seen_prompts
 
+    require_count("prompts", options.prompts)
+    if not 0 <= options.seed < 2**32:
+        raise UsageError(f"--seed is {options.seed}; give 0 to {2**32 - 1}")
     pipeline = load_pipeline(options.model)
     prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset, options.prompts, options.seed)
     with Progress("generating", len(prompts)) as progress:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from ldm.cli.parser import Commands, add_command
 from ldm.errors import UsageError
-from ldm.terminal import say
+from ldm.files import require_output_file
+from ldm.terminal import printable, say
+
+MAX_SECONDS = 24 * 60 * 60
 
 
 def add(commands: Commands) -> None:
@@ -25,14 +28,13 @@ def run_report(options: argparse.Namespace) -> None:
     from ldm.runs.report import write_run_report
 
     out = options.out or options.folder / "report.html"
-    if options.every is not None and options.every < 1:
-        raise UsageError(f"--every is {options.every}; give 1 or more seconds")
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; give a file, for example {out / 'report.html'}")
+    if options.every is not None and not 1 <= options.every <= MAX_SECONDS:
+        raise UsageError(f"--every is {options.every}; give 1 to {MAX_SECONDS:,} seconds")
+    require_output_file(out)
     state = write_run_report(options.folder, out, options.every)
-    say(f"{state}; look at {out}")
+    say(f"{printable(state)}; look at {printable(out)}")
     while options.every is not None and state == "training":
         time.sleep(options.every)
         state = write_run_report(options.folder, out, options.every)
     if options.every is not None:
-        say(state)
+        say(printable(state))

@@ -20,6 +20,9 @@ from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
 from ldm.losses.perceptual import PerceptualLoss
 from ldm.models.autoencoder import decode, downsampling_factor, encode, images_to_pil, pixels_to_images, reconstruct
 
+#: the window of the structural similarity reaches so far, less one, over an edge
+SSIM_SIDE = 6
+
 
 @torch.no_grad()  # not inference_mode: what is moved and filled here may be used in training afterwards
 def reconstruction_metrics(
@@ -67,6 +70,10 @@ def reconstruction_metrics(
     total, measured = min(samples, len(dataset)), 0
     for pixels in _batches(dataset, total, batch_size):
         images = trim(pixels_to_images(pixels.to(device)), factor)
+        if min(images.shape[-2:]) < SSIM_SIDE:
+            raise UsageError(
+                f"SSIM needs images of {SSIM_SIDE} pixels a side, not {tuple(images.shape[-2:])}; take larger ones"
+            )
         posterior = encode(autoencoder, images)
         reconstruction = decode(autoencoder, posterior.mode()).float().clamp(-1, 1)
         similarity.update(reconstruction, images)

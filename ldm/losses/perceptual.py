@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -69,10 +69,10 @@ class PerceptualLoss(nn.Module):
 
 def _load_trunk(trunk: nn.Module, checkpoint: Path) -> None:
     """Load a torchvision classifier's convolutions; lpips splits them into slices but keeps their numbers."""
-    if not checkpoint.is_file():
+    if not os.path.isfile(checkpoint):
         raise UsageError(f"{checkpoint} does not exist; give PerceptualLoss the path of a torchvision checkpoint")
     try:
         weights = torch.load(checkpoint, weights_only=True, map_location="cpu")
         trunk.load_state_dict({name: weights["features." + name.split(".", 1)[1]] for name in trunk.state_dict()})
-    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # bytes that are not torch's make its readers raise anything
         raise UsageError(f"{checkpoint} is not a checkpoint of this LPIPS trunk; give torchvision's") from error

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -19,10 +19,12 @@ import yaml
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from ldm.diffusion.guidance import ClassifierFree
 from ldm.errors import UsageError
-from ldm.files import read_json
+from ldm.files import read_json, read_yaml
 from ldm.machine import machine_info
 from ldm.models.autoencoder import downsampling_factor
 from ldm.reporting.grids import captioned_grid
@@ -39,6 +41,12 @@ OF_THE_RUN_ALONE = ("out", "export", "title", "ckpt_path", "weights_only", "resu
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
+class QuickstartReport(TypedDict):
+    """What is read of the ``report.json`` of the quickstart."""
+
+    prompt_accuracy: Annotated[float, Field(ge=0, le=1)]
+
+
 @dataclass(frozen=True)
 class CardFields:
     """What the author of a model states about it.
@@ -49,7 +57,8 @@ class CardFields:
         report: ``report.json`` of the quickstart that measured the model's prompt accuracy.
 
     Raises:
-        UsageError: for a license that is no such name, or a report without prompt accuracy.
+        UsageError: for a license that is no such name.
+        LdmError: for a report without prompt accuracy.
     """
 
     license: str = "unknown"
@@ -61,14 +70,12 @@ class CardFields:
             raise UsageError(
                 f"--license {self.license!r} is not a name of a license on the hub; give one such as apache-2.0 or cc-by-4.0"
             )
-        if self.report is not None and not isinstance(self.prompt_accuracy, float):
-            raise UsageError(f"{self.report} has no prompt_accuracy; give the report.json that ldm quickstart wrote")
+        _ = self.prompt_accuracy  # raises for a broken report before the work
 
     @property
     def prompt_accuracy(self) -> float | None:
         """Share of prompts whose image shows all that they name; None if it was not measured."""
-        content = None if self.report is None else read_json(self.report)
-        return content.get("prompt_accuracy") if isinstance(content, dict) else None
+        return None if self.report is None else read_json(self.report, QuickstartReport)["prompt_accuracy"]
 
 
 def write_model_card(folder: Path, name: str, module: DenoiserTraining, run: Path, fields: CardFields) -> None:
@@ -80,7 +87,8 @@ def write_model_card(folder: Path, name: str, module: DenoiserTraining, run: Pat
         module: as its run trained it.
         run: that run's folder, with ``logs/config.yaml`` and, if it is still there, ``logs/metrics.csv``.
     """
-    config = yaml.safe_load(RunFolder(run).config.read_text())
+    RunFolder(run).read_config()  # refuses what is none
+    config = read_yaml(RunFolder(run).config, dict[str, Any])
     config = without_paths({key: value for key, value in config.items() if key not in OF_THE_RUN_ALONE})
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     settings = sampling_settings(pipeline, module)
@@ -116,7 +124,10 @@ def without_paths(value: Any, name: str = "") -> Any:
 def base_name(path: str) -> str:
     """The last part of a path or a URL."""
     if "://" in path:
-        url = urlsplit(path)
+        try:
+            url = urlsplit(path)
+        except ValueError:  # a host in half a pair of brackets
+            return ""
         path = url.path.strip("/") or url.hostname or ""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
@@ -227,8 +238,7 @@ def _millions(network: torch.nn.Module) -> str:
 def _metadata(
     name: str, pipeline: DiffusionPipeline, config: dict[str, Any], validation: dict[str, float], fields: CardFields
 ) -> ModelCardData:
-    shown = config["data"]["validation"]
-    held_out = shown if isinstance(shown, str) else ", ".join(source["path"] for source in shown)
+    held_out = config["data"]["validation"]
     measured = []
     if validation:
         measured.append(_result(held_out, "loss", "validation loss", validation["val/loss"]))

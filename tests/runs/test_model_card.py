@@ -172,7 +172,7 @@ def test_a_stock_pipeline_has_a_card_that_opens_it(
         (["--license", "mit"], "--license is for the model card; give --model-card, too"),
         (["--dataset", "a/b"], "--dataset is for the model card; give --model-card, too"),
         (["--model-card", "--license", "My Licence"], "'My Licence' is not a name of a license on the hub"),
-        (["--model-card", "--report", "{run}/logs/report.json"], "report.json has no prompt_accuracy"),
+        (["--model-card", "--report", "{run}/logs/report.json"], "report.json: prompt_accuracy: field required"),
         (["--model-card", "--report", "{run}/nowhere.json"], "nowhere.json does not exist"),
         (["--model-card", "--as", "pixart"], "the denoiser is a DiT, but PixArtAlphaPipeline runs a PixArt"),
     ],
