@@ -82,14 +82,16 @@ async function setStart(blob) {
   $("start").hidden = !start;
 }
 
+function pixelsOf(bitmap) {
+  const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
+  context.drawImage(bitmap, 0, 0);
+  return context.getImageData(0, 0, bitmap.width, bitmap.height).data;
+}
+
+// what is less than half opaque is generated
 function hasTransparency(bitmap) {
-  const canvas = document.createElement("canvas");
-  const scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
-  [canvas.width, canvas.height] = [Math.ceil(bitmap.width * scale), Math.ceil(bitmap.height * scale)];
-  const context = canvas.getContext("2d");
-  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
-  for (let alpha = 3; alpha < pixels.length; alpha += 4) if (pixels[alpha] < 128) return true;
+  const pixels = pixelsOf(bitmap);
+  for (let at = 3; at < pixels.length; at += 4) if (pixels[at] < 128) return true;
   return false;
 }
 
@@ -99,10 +101,30 @@ function startAsBase64(width, height) {
   [canvas.width, canvas.height] = [width, height];
   const scale = Math.max(width / start.width, height / start.height);
   const [w, h] = [start.width * scale, start.height * scale];
+  const [left, top] = [(width - w) / 2, (height - h) / 2];
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.drawImage(start, (width - w) / 2, (height - h) / 2, w, h);
+  context.drawImage(start, left, top, w, h);
+  if (!$("transparent").hidden) makeTransparent(context, scale, left, top);
   return canvas.toDataURL("image/png").split(",")[1];
+}
+
+// a pixel is transparent where any part of it was, so that thin lines stay
+function makeTransparent(context, scale, left, top) {
+  const { width, height } = context.canvas;
+  const scaled = context.getImageData(0, 0, width, height);
+  const pixels = pixelsOf(start);
+  let any = false;
+  for (let at = 3, pixel = 0; at < pixels.length; at += 4, pixel += 1) {
+    if (pixels[at] >= 128) continue;
+    const x = Math.floor(((pixel % start.width) + 0.5) * scale + left);
+    const y = Math.floor((Math.floor(pixel / start.width) + 0.5) * scale + top);
+    if (x < 0 || x >= width || y < 0 || y >= height) continue;
+    scaled.data[(y * width + x) * 4 + 3] = 0;
+    any = true;
+  }
+  if (!any) throw new Error("The transparent part is cropped off at this size; choose another one.");
+  context.putImageData(scaled, 0, 0);
 }
 
 async function blobAsBase64(blob) {
@@ -151,6 +173,9 @@ function finish(card, image) {
   const download = card.querySelector(".download");
   download.href = address;
   download.download = `${image.settings.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-${image.settings.seed}.png`;
+  const from = card.querySelector(".from");
+  from.hidden = !image.started;
+  from.href = `/images/${image.id}/start.png`;
   show(card, address);
 }
 
@@ -268,7 +293,9 @@ $("form").addEventListener("submit", (event) => {
     $("error").textContent = `Width times height is at most ${model.limits.pixels} here.`;
     return;
   }
-  generate(settings, start ? startAsBase64(settings.width, settings.height) : null);
+  try {
+    generate(settings, start ? startAsBase64(settings.width, settings.height) : null);
+  } catch (error) { $("error").textContent = error.message; }
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); $("form").requestSubmit(); }

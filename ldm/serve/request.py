@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from ldm.data.decode import decode_image
@@ -16,6 +18,7 @@ from ldm.errors import UsageError
 from ldm.images import DecodeError, open_image
 from ldm.inference.inputs import reference
 from ldm.inference.settings import GenerationSettings
+from ldm.models.image_processor import fit_mask
 from ldm.serve import Limits
 
 # fields of GenerationSettings that are paths: a request must not name files of the server
@@ -80,7 +83,7 @@ def _parse(content: Any, limits: Limits, size: tuple[int, int]) -> GenerationReq
         raise UsageError(f"an image of {width}x{height} has more pixels than the limit of this server, {limits.pixels}")
     if start is None:
         return GenerationRequest(settings)
-    image = ImageOps.fit(read_image(start, limits), (width, height), Image.Resampling.LANCZOS)
+    image = fitted(read_image(start, limits), width, height)
     png = io.BytesIO()
     image.save(png, "PNG")  # as the gallery gives it, for ldm sample --from-image
     name = reference(png.getvalue())
@@ -107,6 +110,22 @@ def read_image(encoded: Any, limits: Limits) -> Image.Image:
         return decode_image(data, background=None)
     except DecodeError as error:
         raise UsageError(f"start cannot be read as an image: {error}; send a PNG, JPEG or WebP") from None
+
+
+def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    """An image that is scaled and cropped to a size; a pixel is transparent where any part of it was, so that thin lines stay.
+
+    Raises:
+        UsageError: when all that is transparent is cropped off.
+    """
+    found = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    if image.mode == "RGBA":
+        hole = torch.from_numpy(np.asarray(image.getchannel("A")) < 128)[None, None].float()
+        kept = fit_mask(hole, height, width)
+        if hole.any() and not kept.any():
+            raise UsageError(f"the transparent part of start is cropped off at {width}x{height}; choose another size")
+        found.putalpha(Image.fromarray(np.where(kept[0, 0] > 0, 0, np.asarray(found.getchannel("A"))).astype(np.uint8)))
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:

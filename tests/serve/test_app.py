@@ -154,6 +154,23 @@ def test_of_a_transparent_start_the_hole_alone_is_generated(client, noise):
     assert kept.mode == "RGBA" and np.array_equal(np.asarray(kept.getchannel("A")), np.asarray(start.getchannel("A")))
 
 
+def test_thin_transparent_lines_stay_and_a_hole_that_is_cropped_off_is_refused():
+    def start(hole, width):
+        image = Image.new("RGBA", (400, 100), "red")
+        image.paste((0, 0, 0, 0), hole)
+        body = {"settings": {"prompt": "x", "width": width, "height": 16}, "start": encoded(image)}
+        found = parse_request(json.dumps(body).encode(), Limits(), (16, 16)).start
+        assert found is not None
+        again = {"settings": body["settings"], "start": encoded(found)}
+        assert parse_request(json.dumps(again).encode(), Limits(), (16, 16)).start == found
+        return np.asarray(found.getchannel("A"))
+
+    alpha = start((200, 0, 201, 100), 16)
+    assert (alpha == 0).any(axis=1).all() and (alpha == 0).sum() <= 2 * 16
+    with pytest.raises(UsageError, match="cropped off at 16x16"):
+        start((0, 0, 10, 100), 16)
+
+
 KINDS = {"PNG": ["RGB", "L", "P", "RGBA", "1", "I;16"], "JPEG": ["RGB", "L", "CMYK"], "WEBP": ["RGB", "RGBA"]}
 
 
