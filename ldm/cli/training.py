@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from ldm.training.base import TrainingModule
     from ldm.training.denoiser import DenoiserTraining
 
+# entries of a run's config that name a place, which may be another one when the run is exported
+MOVABLE = {
+    "model.autoencoder": "directory of the autoencoder",
+    "model.text_encoder": "directory of the text encoder",
+    "data.train": "folder of the training data",
+    "data.validation": "folder of the validation data",
+}
+
 
 def run(name: str, arguments: list[str]) -> None:
     """Run ``ldm NAME ARGUMENTS``; raises its errors."""
@@ -54,7 +62,7 @@ def run_export(module_class: type[TrainingModule], arguments: list[str]) -> None
         add_denoiser_options(parser)
     options = parser.parse_args(arguments)
     write = denoiser_writer(options) if module_class.command == "denoiser" else None
-    export_run(module_class, options.run, options.out, options.checkpoint, write, options.trust)
+    export_run(module_class, options.run, options.out, options.checkpoint, write, options.trust, moved(options))
 
 
 def add_denoiser_options(parser: Parser) -> None:
@@ -107,7 +115,7 @@ def run_ema(module_class: type[TrainingModule], arguments: list[str]) -> None:
     parser.add_argument("--sigma-rel", type=float, required=True, help=length)
     parser.add_argument("--step", type=int, help="step where it ends (default: the last one stored)")
     options = parser.parse_args(arguments)
-    export_average(module_class, options.run, options.out, options.sigma_rel, options.step, options.trust)
+    export_average(module_class, options.run, options.out, options.sigma_rel, options.step, options.trust, moved(options))
 
 
 def _parser(module_class: type[TrainingModule], command: str, description: str, example: str) -> Parser:
@@ -121,4 +129,13 @@ def _parser(module_class: type[TrainingModule], command: str, description: str, 
     parser.add_argument("out", type=Path, help="new folder")
     trust = "build any class that the config of RUN names, not only those of ldm, torch, diffusers and lightning: it runs code"
     parser.add_argument("--trust", action="store_true", help=trust)
+    for name, what in MOVABLE.items():
+        if module_class.command == "denoiser" or name.startswith("data."):
+            since = f"{what}, if it has moved since the training: the one that it was trained with"
+            parser.add_argument(f"--{name.partition('.')[2].replace('_', '-')}", dest=name, metavar="DIR", help=since)
     return parser
+
+
+def moved(options: argparse.Namespace) -> dict[str, str]:
+    """The entries of the run's config that the options say the present place of."""
+    return {name: value for name, value in vars(options).items() if name in MOVABLE and value is not None}

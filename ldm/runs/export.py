@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,18 @@ def require_finite(network: torch.nn.Module, what: str) -> None:
 class SavedRun(TrainingCLI):
     """The module and data of a run, built from its config; nothing is trained, and its folder stays as it is."""
 
-    def __init__(self, module_class: type[TrainingModule], run: Path, checkpoint: Path | None = None, trust: bool = False):
+    def __init__(
+        self,
+        module_class: type[TrainingModule],
+        run: Path,
+        checkpoint: Path | None = None,
+        trust: bool = False,
+        moved: Mapping[str, str] | None = None,
+    ):
         """
         Args:
             checkpoint: of the run (default: the last one).
+            moved: entries of its config, such as ``model.autoencoder``, and where that is now.
             trust: build any class that the config names. Else those of :data:`TRUSTED` alone, because the config of a run from
                 elsewhere could name any class of this machine, with any arguments.
         """
@@ -63,7 +71,9 @@ class SavedRun(TrainingCLI):
         config = RunFolder(run).config
         RunFolder(run).read_config()  # refuses what is none
         with nullcontext() if trust else classes_of(TRUSTED, config):
-            super().__init__(module_class, ["fit", "--config", str(config)])
+            super().__init__(
+                module_class, ["fit", "--config", str(config), *(f"--{name}={value}" for name, value in (moved or {}).items())]
+            )
 
     def before_instantiate_classes(self) -> None:
         """The trainer is not built, so its parts are not either."""
@@ -118,10 +128,11 @@ def export_run(
     checkpoint: Path | None = None,
     write: Writer | None = None,
     trust: bool = False,
+    moved: Mapping[str, str] | None = None,
 ) -> None:
     """Export a checkpoint of a run (default: the last one) into a new folder, built from the run's own config.
 
-    ``trust``: as of :class:`SavedRun`.
+    ``trust``, ``moved``: as of :class:`SavedRun`.
     """
     require_new_folder(out, "what is exported")
-    write_artifact(SavedRun(module_class, run, checkpoint, trust).load(), out, write)
+    write_artifact(SavedRun(module_class, run, checkpoint, trust, moved).load(), out, write)

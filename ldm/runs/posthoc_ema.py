@@ -7,7 +7,7 @@ with the same coefficients. Unlike in the paper the coefficients sum to one, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,17 +130,23 @@ def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | Non
 
 
 def export_average(
-    module_class: type[TrainingModule], run: Path, out: Path, sigma_rel: float, step: int | None = None, trust: bool = False
+    module_class: type[TrainingModule],
+    run: Path,
+    out: Path,
+    sigma_rel: float,
+    step: int | None = None,
+    trust: bool = False,
+    moved: Mapping[str, str] | None = None,
 ) -> None:
     """Export a run's model with an average of any length, made of the averages that it stored.
 
-    ``trust``: as of :class:`ldm.runs.export.SavedRun`.
+    ``trust``, ``moved``: as of :class:`ldm.runs.export.SavedRun`.
     ``sigma_rel`` is relative to the training up to ``step`` (default: the last one stored, up to the last checkpoint).
     """
     gamma_of(sigma_rel)
     stored = find_snapshots(run)
     require_new_folder(out, "what is exported")
-    module = SavedRun(module_class, run, trust=trust).load()
+    module = SavedRun(module_class, run, trust=trust, moved=moved).load()
     # later ones are of a training that was resumed from an earlier checkpoint
     snapshots = [snapshot for snapshot in stored if snapshot.step <= module.average.step]
     weights, how = reconstruct(snapshots, sigma_rel, step)

@@ -13,7 +13,9 @@ import yaml
 
 from ldm.cli import dispatch
 from ldm.errors import LdmError, UsageError
+from ldm.latents.export import export_latents
 from ldm.locks import hold_folder
+from ldm.pipeline import load_pipeline
 from ldm.runs.checkpoints.files import sidecar
 from ldm.runs.layout import RunFolder
 from tests.tiny import write_config
@@ -154,3 +156,23 @@ def test_a_second_fit_in_one_folder_is_refused(run: Path, tmp_path: Path, latent
         with hold_folder(out, f"training in {out}"), pytest.raises(UsageError, match=said):
             dispatch(["denoiser", "fit", "--config", str(config), "--out", str(out), *options])
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before and not (tmp_path / "new").exists()
+
+
+def test_a_run_is_exported_although_all_that_it_used_has_moved(
+    latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
+) -> None:
+    shutil.copytree(latents[0], tmp_path / "a" / "autoencoder")
+    shutil.copytree(tiny_text_encoder, tmp_path / "a" / "text")
+    export_latents(latents[0], image_shards, tmp_path / "a" / "latents", str(tmp_path / "a" / "text"))
+    used = tmp_path / "a" / "autoencoder", tmp_path / "a" / "latents"
+    config = write_config(tmp_path / "config.yaml", used, {"max_steps": 1, "limit_val_batches": 0})
+    dispatch(["denoiser", "fit", "--config", str(config), "--out", str(tmp_path / "run")])
+    for name in ("autoencoder", "text", "latents"):
+        (tmp_path / "a" / name).rename(tmp_path / name)
+    export = ["denoiser", "export", str(tmp_path / "run"), str(tmp_path / "pipeline")]
+    with pytest.raises(UsageError):
+        dispatch(export)
+    now = {"autoencoder": "autoencoder", "text-encoder": "text", "train": "latents", "validation": "latents"}
+    dispatch([*export, *(f"--{option}={tmp_path / place}" for option, place in now.items())])
+    trained = tmp_path / "run" / "pipeline"
+    assert load_pipeline(tmp_path / "pipeline").config["trained_on"] == load_pipeline(trained).config["trained_on"]
