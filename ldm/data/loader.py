@@ -152,7 +152,7 @@ class _PlainLoader(DataLoader):
             fits = int(free / batch / SLOTS)
             raise LdmError(
                 f"{self.num_workers} loader workers need {need / MIB:,.0f} MiB for their batches: {_shared_memory()}, or set "
-                f"workers to {fits} or less" + (" (0 needs none)" if fits else "")
+                f"workers to {f'{fits} or less' if fits else '0, which needs none'}"
             )
 
     def _stalled(self, draws: list[Any]) -> str:

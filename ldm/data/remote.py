@@ -6,6 +6,7 @@ retried and how long a silent server is waited for, verifies what arrived, and k
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import logging
@@ -14,6 +15,7 @@ import random
 import re
 import string
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -26,6 +28,10 @@ from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import fsync_folder
 
 TRANSPORTS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
+
+# where flock is not implemented (ENOSYS), filelock uses the existence of the file; these it raises
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+warnings.filterwarnings("ignore", "flock not supported")
 
 _CHUNK = 2**20
 _CACHED = re.compile(r"[0-9a-f]{64}\.(tar|part)")
@@ -88,6 +94,11 @@ class ShardCache:
                     self._download(entry, url, path, transfer)
             return path
         except OSError as error:
+            if error.errno in _NO_LOCKS:
+                raise LdmError(
+                    f"{self.folder} is on a file system without file locks ({error.strerror}); set LDM_CACHE to a folder on a "
+                    "local disk"
+                ) from None
             raise LdmError(
                 f"{self.folder}: {error.strerror or first_line(error)}, while {entry.name} ({entry.bytes:,} bytes) was to be "
                 "cached there; free some space or set LDM_CACHE to another folder"
@@ -116,7 +127,7 @@ class ShardCache:
                 files = [file for file in self.folder.iterdir() if _CACHED.fullmatch(file.name)]
                 held = {file: stat for file in files if (stat := _stat(file)) is not None}
                 total = sum(stat.st_size for stat in held.values())
-                for file in sorted(held, key=lambda file: held[file].st_mtime_ns):
+                for file in sorted(held, key=lambda file: held[file].st_atime_ns):
                     if file.suffix == ".tar" and total + size > self.max_bytes:
                         file.unlink(missing_ok=True)
                         total -= held[file].st_size
@@ -292,12 +303,12 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _use(path: Path, size: int) -> bool:
-    """Whether a shard is completely cached; if so it counts as used now."""
+    """Whether a shard is completely cached; if so it counts as used now, by its time of access: it has not been written."""
     stat = _stat(path)
     if stat is None or stat.st_size != size:
         return False
     try:
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
     except FileNotFoundError:  # evicted this moment
         return False
     return True

@@ -24,7 +24,7 @@ from ldm.errors import LdmError
 from ldm.files import open_regular
 
 # Whatever else a tar holds (pickles, arrays, archives) is never read.
-EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "safetensors")
+EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "caption", "json", "safetensors")
 MAX_MEMBER_BYTES = 2**28
 
 KeyDot = Literal["first", "last"]
@@ -56,7 +56,7 @@ class ShardSample:
     @property
     def captions(self) -> list[str]:
         """All its captions; none where it has none. Raises :class:`DecodeError` for a broken one, see :func:`captions_of`."""
-        return captions_of(self.files.get("txt"), self.files.get("json"))
+        return captions_of(self.files.get("txt", self.files.get("caption")), self.files.get("json"))
 
 
 class ShardReader:
@@ -142,7 +142,7 @@ class ShardReader:
     def text(self, index: int) -> ShardSample:
         """Sample ``index`` with its captions alone: its text and json. Raises as indexing does."""
         self._require_unchanged()
-        spans = {name: span for name, span in self.spans(index).items() if name in ("txt", "json")}
+        spans = {name: span for name, span in self.spans(index).items() if name in ("txt", "caption", "json")}
         return ShardSample(self.key(index), {extension: self._read(*span) for extension, span in spans.items()})
 
     def __iter__(self) -> Iterator[ShardSample]:

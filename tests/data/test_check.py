@@ -304,11 +304,11 @@ def test_tars_at_a_url_get_a_manifest_that_can_be_trained_on(tmp_path):
 def test_captions_in_json_alone_are_counted_checked_and_trained_on(tmp_path):
     fields = [b'{"caption": "one"}', b'{"captions": "two"}', b'{"captions": ["three", "drei"]}', b'{"caption": ""}', b"{"]
     members = [member for n, json in enumerate(fields) for member in ((f"{n}.png", PNG), (f"{n}.json", json))]
-    write_tar(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "a.tar", [*members, ("5.png", PNG), ("5.caption", b"five")])
     manifest, _ = index_here(tmp_path)
-    assert manifest.extra["captioned"] == 3 and manifest.captioned
+    assert manifest.extra["captioned"] == 4 and manifest.captioned
     dataset = ImageDataset(tmp_path)
-    assert [dataset[index]["caption"] for index in range(3)] == ["one", "two", "three"]
+    assert [dataset[index]["caption"] for index in (0, 1, 2, 5)] == ["one", "two", "three", "five"]
     assert [where for where, _ in found(tmp_path, deep=True)[0]] == ["a.tar: 3", "a.tar: 4"]
 
 

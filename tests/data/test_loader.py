@@ -260,7 +260,7 @@ def test_too_little_shared_memory_is_refused_before_workers_start(folder, monkey
     monkeypatch.setattr("ldm.data.loader._free_shared_memory", lambda: 2**20)
     dataset = ImageDataset(folder, image_size=128)
     plan = Plan(SIZES)
-    words = r"4 loader workers need 3 MiB for .*: /dev/shm has [\d,]+ MiB, .*--shm-size=2g\), or set workers to 1 or less \(0"
+    words = r"4 loader workers need 3 MiB for .*: /dev/shm has [\d,]+ MiB, .*--shm-size=2g\), or set workers to 1 or less$"
     with pytest.raises(LdmError, match=words):
         next(iter(ShardLoader(dataset, plan, 6, workers=4)))
     assert not multiprocessing.active_children()

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -247,6 +248,24 @@ def test_no_server_is_a_clear_stop(server, tmp_path):
     server.stop()
     with pytest.raises(LdmError, match="could not be fetched in 4 attempts"):
         open_source(server.url, transfer=QUICK)
+
+
+def test_without_file_locks_the_cache_works_or_names_its_file_system(source, monkeypatch):
+    def refuse(error):
+        def flock(*_):
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+
+    refuse(errno.ENOSYS)
+    with warnings.catch_warnings(record=True) as warned:
+        assert is_whole(source, 0)
+    assert not warned and source.cache is not None and not cached(source.cache, ".part")
+    refuse(errno.ENOLCK)
+    with pytest.raises(
+        LdmError, match=r"cache is on a file system without file locks \(No locks .*; set LDM_CACHE"
+    ):
+        source.path(1)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999/train", "http://[::1/train"])
