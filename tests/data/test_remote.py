@@ -262,9 +262,7 @@ def test_without_file_locks_the_cache_works_or_names_its_file_system(source, mon
         assert is_whole(source, 0)
     assert not warned and source.cache is not None and not cached(source.cache, ".part")
     refuse(errno.ENOLCK)
-    with pytest.raises(
-        LdmError, match=r"cache is on a file system without file locks \(No locks .*; set LDM_CACHE"
-    ):
+    with pytest.raises(LdmError, match=r"cache is on a file system without file locks \(No locks .*; set LDM_CACHE"):
         source.path(1)
 
 
