@@ -87,7 +87,7 @@ class Sampler:
         scheduler = copy.deepcopy(scheduler)
         try:
             set_timesteps(scheduler, num_inference_steps, device)
-        except ValueError as error:
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # its config may hold anything
             raise UsageError(
                 f"{type(scheduler).__name__} cannot take {num_inference_steps} steps: {first_line(error)}"
             ) from error
