@@ -88,7 +88,8 @@ class ProgressLine(Callback):
         self._pace, self._figures = Pace(), {}
         self._ended: float | None = None  # the last batch, by time.perf_counter
         self._step, self._waited, self._interrupted = trainer.global_step, 0.0, False
-        self.progress = Progress(self.stage, trainer.max_steps, quiet=not trainer.is_global_zero)
+        self._steps = trainer.max_steps if trainer.max_steps > 0 else None  # none where a time ends the run
+        self.progress = Progress(self.stage, self._steps, quiet=not trainer.is_global_zero)
         self.progress.__enter__()
 
     def _measure_waiting(self, batches: Iterator[Any]) -> Stopwatch:
@@ -115,7 +116,8 @@ class ProgressLine(Callback):
         if step != self._step and (every := log_interval(trainer)) and step % every == 0:
             self._log(trainer, pl_module)
         self._step = step
-        self.progress.update(step, metrics=self._figures, left=self._pace.left(trainer.max_steps - step))
+        left = self._pace.left(self._steps - step) if self._steps else None
+        self.progress.update(step, metrics=self._figures, left=left)
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
         """Log the metrics of time, and show them with the latest losses on the line."""

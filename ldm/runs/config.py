@@ -22,6 +22,8 @@ from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import read_bytes
 from ldm.terminal import printable
 
+# the run folder's readers take no more
+MAX_STEPS = 10**15
 # of a YAML document with its aliases written out; the largest config of ours has 100 values
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 10_000, 50
 MAX_PROCESSES = 256  # on the CPU
@@ -195,8 +197,8 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
 
 def _require_an_end(options: Namespace) -> None:
     steps, trainer = options.trainer.max_steps, options.trainer
-    if steps < 1 and steps != -1:
-        raise UsageError(f"trainer.max_steps is {steps}; give 1 or more, or -1 with trainer.max_time")
+    if steps != -1 and not 1 <= steps <= MAX_STEPS:
+        raise UsageError(f"trainer.max_steps is {steps}; give 1 to {MAX_STEPS}, or -1 with trainer.max_time")
     if steps == -1 and trainer.max_time is None and not trainer.callbacks:
         raise UsageError("trainer.max_steps is -1, so the run would never end; give trainer.max_time, or a number of steps")
 

@@ -106,10 +106,10 @@ class RunRecord:
     def state(self, now: float) -> str:
         """``training``, ``finished``, or ``stopped`` with why, at ``now`` in seconds since 1970."""
         ended = self.starts[-1].get("ended") if self.starts else None
-        if self.step >= self.max_steps and (ended is not None or os.path.exists(self.artifact)):
+        if 0 <= self.max_steps <= self.step and (ended is not None or os.path.exists(self.artifact)):
             return "finished"
         if ended is not None:
-            return f"stopped: {ended['why']}" if "why" in ended else "stopped"
+            return f"stopped: {ended['why']}" if "why" in ended else "stopped" if self.max_steps >= 0 else "finished"
         every = self.config["trainer"].get("log_every_n_steps") or 1
         patience = max(SILENT_SECONDS, SILENT_ROWS * every * (self.latest("time/step_seconds") or 0))
         silent = now - self.last_written
@@ -168,7 +168,7 @@ def _clock(seconds: float) -> str:
 def _progress(page: Report, run: RunRecord, state: str) -> None:
     elapsed, left, wait = run.latest("time/elapsed_seconds"), run.seconds_left(), run.latest("time/data_wait_share")
     shown: dict[str, str | float | None] = {
-        f"of {run.max_steps:,} steps": run.step,
+        f"of {run.max_steps:,} steps" if run.max_steps >= 0 else "steps": run.step,
         "elapsed": duration(elapsed) if elapsed is not None else None,
         "time left": duration(left) if left is not None and run.step < run.max_steps else None,
         "images per second": run.latest("time/images_per_second"),

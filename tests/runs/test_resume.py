@@ -140,6 +140,15 @@ def test_any_seed_is_the_first_one(trained: dict[str, Path], tmp_path: Path) -> 
     assert checkpoint(run)["seed"] == yaml.safe_load(run.config.read_text())["seed_everything"] == 0
 
 
+def test_the_best_value_of_another_metric_does_not_count(trained: dict[str, Path], tmp_path: Path) -> None:
+    """An LPIPS of 0.1 is no bound for a PSNR: the first value of another metric is its best."""
+    run = resume("autoencoder", trained, tmp_path / "run", "--checkpoints.best", "val/lpips", "--trainer.max_steps", "4")
+    shutil.rmtree(tmp_path / "run/autoencoder")
+    metric = ["--checkpoints.best", "val/psnr", "--checkpoints.best_mode", "max", "--trainer.max_steps", "6"]
+    run = resume("autoencoder", trained, tmp_path / "run", *metric)
+    assert run.best_checkpoint.resolve() == run.last_checkpoint.resolve()
+
+
 def test_a_run_without_a_number_of_steps_has_no_decaying_schedule(
     capsys: pytest.CaptureFixture, trained: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -210,13 +210,19 @@ class Checkpoints(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         return {
             "best_value": self._best_value,
+            "best": [self.best, self.best_mode],
             "kept": list(self._kept),
             "seconds_since_kept": self._seconds_since_kept(),
             "owes_validation": self._owes_validation,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best_value, self._kept = state_dict["best_value"], list(state_dict["kept"])
+        self._kept = list(state_dict["kept"])
+        if state_dict.get("best", [self.best, self.best_mode]) == [
+            self.best,
+            self.best_mode,
+        ]:  # values of others do not compare
+            self._best_value = state_dict["best_value"]
         self._seconds, self._owes_validation = state_dict["seconds_since_kept"], state_dict["owes_validation"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
