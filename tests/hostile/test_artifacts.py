@@ -81,7 +81,7 @@ def test_json_of_any_shape(
     parts: tuple[str, ...], file: str, arguments: list[str], here: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = here(*parts)
-    damages = json_damage(folder / file, 12, seed_of(file, arguments))
+    damages = json_damage(folder / file, 10, seed_of(file, arguments))
     check(folder / file, damages, arguments, capsys, lambda: here(*parts), outcome(folder, arguments))
 
 
@@ -90,7 +90,7 @@ def test_bytes_cut_and_changed(
     parts: tuple[str, ...], file: str, arguments: list[str], here: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = here(*parts)
-    damages = bytes_damage(folder / file, 8, seed_of(file, arguments))
+    damages = bytes_damage(folder / file, 6, seed_of(file, arguments))
     check(folder / file, damages, arguments, capsys, lambda: here(*parts), outcome(folder, arguments))
 
 
@@ -101,4 +101,4 @@ def test_things_that_are_no_files(
     parts: tuple[str, ...], file: str, arguments: list[str], here: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = here(*parts)
-    check(folder / file, special_damage(), arguments, capsys, lambda: here(*parts), outcome(folder, arguments))
+    check(folder / file, special_damage(folder / file), arguments, capsys, lambda: here(*parts), outcome(folder, arguments))
