@@ -54,7 +54,7 @@ def bytes_damage(path: Path, count: int, seed: int) -> list[Damage]:
 
 
 def special_damage(path: Path) -> list[Damage]:
-    """Things that are no regular files, and names without a file; for what is never hashed or scanned, a sparse terabyte too."""
+    """Things that are no regular files, and names without a file; a sparse terabyte for what is never hashed."""
     return [
         *([] if path.suffix in (".tar", ".ckpt") else [("a sparse terabyte", _sparse)]),
         ("a named pipe", os.mkfifo),

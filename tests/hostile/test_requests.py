@@ -185,13 +185,13 @@ def test_configs(stage: str, name: str, here: Callable[..., Path], capsys: pytes
 
 
 TABLES = {
-    "cells.csv": "image,caption\n0.png,a red ring, on a table\n1.png,fine\n",
-    "quote.csv": 'image,caption\n0.png,"open\n1.png,swallowed\n',
-    "paths.csv": "image,caption\n../../../etc/passwd,a\n/dev/zero,b\n0.png,fine\n",
-    "escape.csv": "image,caption\n\x1b]0;title\x07.png,a\n0.png,fine\n",
-    "nul.csv": "image,caption\n0.png,a\0b\n1.png,fine\n",
-    "types.jsonl": '{"image": 1, "caption": []}\n{"image": "0.png", "caption": {"a": 1}}\nnull\n[1]\n',
-    "digits.jsonl": '{"image": "0.png", "caption": ' + "9" * 5000 + "}\n",
+    "cells.csv": "file,caption\n0.png,a red ring, on a table\n1.png,fine\n",
+    "quote.csv": 'file,caption\n0.png,"open\n1.png,swallowed\n',
+    "paths.csv": "file,caption\n../../../etc/passwd,a\n/dev/zero,b\n0.png,fine\n",
+    "escape.csv": "file,caption\n\x1b]0;title\x07.png,a\n0.png,fine\n",
+    "nul.csv": "file,caption\n0.png,a\0b\n1.png,fine\n",
+    "types.jsonl": '{"file": 1, "caption": []}\n{"file": "0.png", "caption": {"a": 1}}\nnull\n[1]\n',
+    "digits.jsonl": '{"file": "0.png", "caption": ' + "9" * 5000 + "}\n",
     "deep.jsonl": "[" * 100_000 + "\n",
     "empty.csv": "",
     "noise.parquet": "PAR1 and nothing else PAR1",
@@ -203,7 +203,7 @@ def test_tables(name: str, here: Callable[..., Path], capsys: pytest.CaptureFixt
     folder = here()
     photos(folder)
     (folder / "photos" / name).write_text(TABLES[name])
-    assert faults_of(["shards", "pack", f"photos/{name}", "new", "--size", "32"], capsys) == []
+    assert faults_of(["shards", "pack", "photos", "new", "--size", "32", "--captions", f"photos/{name}"], capsys) == []
 
 
 def test_files_in_a_folder_that_is_packed(here: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
