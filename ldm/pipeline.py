@@ -41,6 +41,7 @@ from ldm.models.autoencoder import (
     statistics_hash,
 )
 from ldm.models.configs import loading, read_config
+from ldm.models.directories import in_memory
 from ldm.models.fingerprint import HALF_PRECISION, is_half_precision
 from ldm.models.image_processor import Images, PreparedImages, to_output
 from ldm.models.text_encoder import embed, max_tokens, pad_tokens, text_encoder_hash, unknown_words
@@ -679,8 +680,9 @@ def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
     with loading(f"{path} cannot be opened", fix):
         try:
             pipeline = LatentDiffusionPipeline.from_pretrained(
-                path, local_files_only=True, dtype=torch.float32, variant=variant
+                path, local_files_only=True, dtype=torch.float32, variant=variant, disable_mmap=True
             )
+            in_memory(pipeline.text_encoder)
         except LdmError as error:  # of the denoiser's own checks
             raise UsageError(f"{path} cannot be opened ({error})") from None
     with loading(f"{path}: its parts do not fit", fix):

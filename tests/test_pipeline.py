@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -283,3 +284,13 @@ def test_progress_counts_the_calls_of_the_denoiser(pipeline, monkeypatch):
     pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
     draw(pipeline)
     assert totals == [len(calls)] == [7]
+
+
+def test_its_weights_are_its_own_whatever_becomes_of_the_files(pipeline, tmp_path):
+    """Mapped into memory, they would change with the files, and a shorter file would end the process."""
+    pipeline.save_pretrained(tmp_path)
+    opened = load_pipeline(tmp_path).to("cpu")
+    for file in tmp_path.rglob("*.safetensors"):
+        os.truncate(file, 10)
+    opened.set_progress_bar_config(disable=True)
+    assert opened("a ring", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)

@@ -23,7 +23,8 @@ from typing_extensions import TypedDict
 
 from ldm.errors import LdmError, UsageError
 from ldm.files import check_type, read_json
-from ldm.models.directories import loading, require_regular_files, variant_of
+from ldm.models.configs import loading
+from ldm.models.directories import require_regular_files, variant_of
 from ldm.models.fingerprint import network_hash
 
 MAX_LAYERS = 64  # residual blocks per level
@@ -248,7 +249,7 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Au
     folder = autoencoder_folder(path)
     read_autoencoder_config(folder)
     require_regular_files(folder)
-    with loading(f"{folder}, as an AutoencoderKL,", "give the directory of one"):
+    with loading(f"{folder} cannot be loaded as an AutoencoderKL", "give the directory of one"):
         loaded: Any = AutoencoderKL.from_pretrained(
             folder,
             local_files_only=True,

