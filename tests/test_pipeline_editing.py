@@ -348,7 +348,7 @@ def test_networks_in_bf16_draw_nearly_the_same_and_the_state_stays_float32(pipel
         pipeline(PROMPT, **QUICK | changes).images,
         pipeline(PROMPT, generator=seeds(0), output_type="pt", **QUICK).images,
     )
-    half = LatentDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = LatentDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     parts = {name: getattr(half, name).dtype for name in ("vae", "transformer", "text_encoder")}
     assert set(parts.values()) == {torch.bfloat16}

@@ -107,7 +107,7 @@ def test_networks_in_bf16_generate_nearly_the_same(tiny_autoencoder, minilm, tmp
     set_latent_statistics(tiny_autoencoder, [0.1, -0.3, 0.0, 0.2], [0.5, 0.6, 0.7, 0.8])
     ours = make_pipeline(tiny_autoencoder, minilm)
     ours.save_pretrained(tmp_path)
-    half: Any = LatentDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half: Any = LatentDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.transformer.dtype == torch.bfloat16
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     rounded, exact = (made(PROMPTS, latents=noise, output_type="pt", **QUICK).images for made in (half, ours))
