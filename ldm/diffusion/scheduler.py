@@ -235,7 +235,7 @@ def diffusion_from(description: dict[str, dict[str, Any]]) -> Diffusion:
     UsageError for anything else."""
     try:
         return Diffusion(_make(description["path"], ProbabilityPath), _make(description["prediction"], Prediction))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
         raise UsageError(
             f"diffusion of model_index.json cannot be read ({type(error).__name__}: {error}); restore it"
         ) from error

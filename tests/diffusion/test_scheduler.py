@@ -210,6 +210,9 @@ def test_the_words_are_those_of_the_yaml():
         {"class_path": "ldm.diffusion.prediction.V", "init_args": {}},
         {"class_path": "ldm.diffusion.path.RectifiedFlow", "init_args": {"speed": 1}},
         {"class_path": "ldm.diffusion.path.RectifiedFlow"},
+        {"class_path": "ldm.diffusion.path.VariancePreserving", "init_args": {"schedule": "steep"}},
+        {"class_path": "ldm.diffusion.path.VarianceExploding", "init_args": {"sigma_max": "much"}},
+        {"class_path": "ldm.diffusion.path.ProbabilityPath", "init_args": {}},
         None,
     ],
 )
