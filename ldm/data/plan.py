@@ -24,6 +24,8 @@ from ldm.errors import UsageError
 
 #: samples permuted together: enough to mix well, few enough that a window's shards can stay open or cached
 WINDOW = 2**20
+#: draws of a sample per epoch
+MAX_WEIGHT = 10**6
 
 # purpose of a random stream: part of its seed, so that no two purposes share one
 _SHARD_ORDER, _WITHIN_WINDOW, _WITHIN_SHARD = range(3)
@@ -68,8 +70,10 @@ class Plan:
     window: int = WINDOW
 
     def __post_init__(self) -> None:
-        if self.weights is not None and (len(self.weights) != len(self.shard_samples) or min(self.weights) < 0):
-            raise ValueError("a plan needs one weight of 0 or more for each shard")
+        if self.weights is not None and len(self.weights) != len(self.shard_samples):
+            raise ValueError("a plan needs one weight for each shard")
+        if wrong := [weight for weight in self.weights or () if not 0 <= weight <= MAX_WEIGHT]:  # NaN too
+            raise UsageError(f"a weight of the training data is {wrong[0]}; give 0 to {MAX_WEIGHT:,}")
         if not any(size * weight > 0 for size, weight in zip(self.shard_samples, self.weights or repeat(1), strict=False)):
             raise UsageError("there is no sample to train on; add samples, or weights above 0")
 

@@ -166,3 +166,9 @@ def test_a_batch_may_span_epochs():
     batch = list(islice(Plan((3,), seed=1).batches(2), 3))
     samples = [draw.sample for draws in batch for draw in draws]
     assert sorted(samples[:3]) == sorted(samples[3:]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), 1e300])
+def test_weights_that_mean_nothing_are_refused(weight):
+    with pytest.raises(UsageError, match=r"a weight of the training data is .*; give 0 to 1,000,000"):
+        Plan((3, 4), (1.0, weight))
