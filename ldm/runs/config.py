@@ -176,6 +176,8 @@ def require_values(options: Namespace) -> None:
         if trainer[name] not in allowed:
             raise UsageError(f"trainer.{name} {trainer[name]}: {fix}")
     _require_an_end(options)
+    if re.search("_(spawn|fork|notebook)", str(trainer.strategy)):
+        raise UsageError(f"trainer.strategy {trainer.strategy} starts processes that cannot take the run over; give ddp")
     _require_devices(trainer)
 
 
@@ -211,11 +213,11 @@ def _require_devices(trainer: Namespace) -> None:
     text = "".join(str(devices).split()).strip("[]")
     if text not in ("auto", "-1") and not re.fullmatch(r"\d+(,\d+)*,?", text):
         raise UsageError(f"trainer.devices is {devices}; give a number, a list such as [0, 2], or auto")
-    if "," in text or isinstance(devices, list) or text in ("auto", "-1"):
-        return
     on_gpus = torch.cuda.is_available() and accelerator != "cpu"
+    if text == "auto" or (on_gpus and ("," in text or isinstance(devices, list) or text == "-1")):
+        return
     most = torch.cuda.device_count() if on_gpus else MAX_PROCESSES
-    if not 1 <= int(text[:9]) <= most:
+    if not text.isdigit() or isinstance(devices, list) or not 1 <= int(text[:9]) <= most:
         raise UsageError(f"trainer.devices is {devices}; give 1 to {most}{', the GPUs of this machine' if on_gpus else ''}")
 
 

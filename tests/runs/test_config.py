@@ -66,6 +66,8 @@ def fit(latents: tuple[Path, Path], tmp_path: Path) -> list[str]:
         (["--trainer.gradient_clip_val", "1"], "give model.optimiser.max_grad_norm"),
         (["--trainer.limit_train_batches", "0.5"], "trainer.max_steps"),
         (["--trainer.devices", "0"], "trainer.devices is 0; give 1 to "),
+        (["--trainer.accelerator", "cpu", "--trainer.devices", "1,1"], "trainer.devices is 1,1; give 1 to "),
+        (["--trainer.strategy", "ddp_spawn"], "trainer.strategy ddp_spawn starts processes"),
         (["--trainer.devices", "all"], "trainer.devices is all; give a number"),
         (["--trainer.devices", "100000"], "trainer.devices is 100000; give 1 to "),
         (["--trainer.accelerator", "abacus"], "the config cannot be built: You selected an invalid accelerator name"),
