@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,3 +198,16 @@ def test_yaml_is_checked_against_a_type(tmp_path: Path) -> None:
     assert read_yaml(tmp_path / "config.yaml", dict[str, Any]) == {"steps": 4, "more": [4, 4]}
     with pytest.raises(LdmError, match=r"config\.yaml: more: should be a valid integer"):
         read_yaml(tmp_path / "config.yaml", dict[str, int])
+
+
+def test_sigterm_removes_the_temporary_folder(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as leave, atomic_folder(tmp_path / "out") as folder:
+        (folder / "half").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert leave.value.code == 143 and os.listdir(tmp_path) == []
+
+
+def test_something_else_than_a_folder_is_never_to_be_removed() -> None:
+    with pytest.raises(UsageError) as error:
+        require_new_folder(os.devnull, "the work")
+    assert "is a device" in str(error.value) and "remove" not in str(error.value)
