@@ -12,18 +12,40 @@ import json
 import os
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from ldm.data.manifest import PACK_JOURNAL_NAME as JOURNAL_NAME
 from ldm.data.manifest import Manifest, ShardEntry
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.errors import LdmError, UsageError
-from ldm.files import LOCK_NAME, fsync_folder, require_new_folder
+from ldm.files import LOCK_NAME, fsync_folder, parse_json, require_new_folder
 from ldm.locks import hold_folder
 
 _VERSION = 2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The first line of the journal: what is packed, and how."""
+
+    version: int
+    request: dict[str, Any]
+    listing: str
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A line for a complete shard, and the counts so far."""
+
+    folder: str
+    shard: ShardEntry
+    consumed: int
+    enlarged: int
+    quarantine_bytes: int
 
 
 class Journal:
@@ -56,12 +78,9 @@ class Journal:
             stack.enter_context(hold_folder(self.out, f"packing into {self.out}"))
             require_claimable(self.out)  # the process that held the lock may have finished meanwhile
             self._file = stack.enter_context(open(self.out / JOURNAL_NAME, "a+b"))
-            try:
-                self._read()
-            except (ValueError, KeyError, TypeError):
-                raise LdmError(f"{self.out / JOURNAL_NAME} is damaged; remove {self.out} and pack again") from None
-            self._quarantine = stack.enter_context(open(self.out / QUARANTINE_NAME, "ab"))
+            self._read()
             self._check_files()
+            self._quarantine = stack.enter_context(open(self.out / QUARANTINE_NAME, "ab"))
             self._quarantine.truncate(self._quarantine_bytes)
             self._quarantine.seek(0, os.SEEK_END)
             self._open = stack.pop_all()
@@ -87,24 +106,30 @@ class Journal:
                 require_claimable(self.out)
             self._append(self._header)
             return fsync_folder(self.out)
-        header, *lines = map(json.loads, data[:whole].splitlines())
-        self._require_same(header)
+        header, *lines = data[:whole].splitlines()
+        self._require_same(self._parsed(header, _Header))
         for line in lines:
-            folder = line["folder"]
-            self.entries[folder].append(ShardEntry(**line["shard"]))
-            self.enlarged[folder] = line["enlarged"]
-            self.consumed, self._quarantine_bytes = line["consumed"], line["quarantine_bytes"]
+            done = self._parsed(line, _Done)
+            self.entries[done.folder].append(done.shard)
+            self.enlarged[done.folder] = done.enlarged
+            self.consumed, self._quarantine_bytes = done.consumed, done.quarantine_bytes
 
-    def _require_same(self, header: dict[str, Any]) -> None:
+    def _parsed(self, line: bytes, kind: type[T]) -> T:
+        try:
+            return parse_json(line, JOURNAL_NAME, kind)
+        except LdmError:
+            raise LdmError(f"{self.out / JOURNAL_NAME} is damaged; remove {self.out} and pack again") from None
+
+    def _require_same(self, header: _Header) -> None:
         unfinished = f"{self.out} holds an unfinished pack"
         fix = f"give another folder, or remove {self.out} to start over"
-        if header["version"] != _VERSION:
+        if header.version != _VERSION:
             raise UsageError(f"{unfinished} of another version of ldm; {fix}")
         for name, asked in self._header["request"].items():
-            before = header["request"].get(name)
+            before = header.request.get(name)
             if before != asked:
                 raise UsageError(f"{unfinished} with {name} {before}, not {asked}; use the same to resume, {fix}")
-        if header["listing"] != self._header["listing"]:
+        if header.listing != self._header["listing"]:
             raise UsageError(f"{unfinished}, and the source has changed since; {fix}")
 
     def _check_files(self) -> None:
@@ -114,7 +139,8 @@ class Journal:
             path = self.out / name
             there = path.stat().st_size if path.is_file() else 0
             # the quarantine may have grown after the last shard
-            if there < size or (there != size and name != QUARANTINE_NAME):
+            other = os.path.lexists(path) and not path.is_file()
+            if other or there < size or (there != size and name != QUARANTINE_NAME):
                 raise LdmError(f"{path} is missing or was changed; restore it, or remove {self.out} and pack again")
         for left in self.out.rglob(".*.tmp"):  # left by a killed run
             left.unlink()

@@ -305,6 +305,13 @@ def test_a_damaged_unfinished_pack_is_refused(src, tmp_path):
     pack_until(3, src, out, shard_size=1)
     whole = contents(out)
 
+    os.unlink(out / "quarantine.jsonl")
+    os.mkfifo(out / "quarantine.jsonl")
+    with pytest.raises(LdmError, match=r"quarantine.jsonl is missing or was changed"):
+        pack(src, out, shard_size=1)
+    os.unlink(out / "quarantine.jsonl")
+    (out / "quarantine.jsonl").write_bytes(whole["quarantine.jsonl"])
+
     def refused(name, data, words):
         (out / name).unlink() if data is None else (out / name).write_bytes(data)
         with pytest.raises(LdmError, match=words) as error:
@@ -315,7 +322,12 @@ def test_a_damaged_unfinished_pack_is_refused(src, tmp_path):
     refused("images-00000.tar", None, "is missing or was changed")
     refused("images-00000.tar", b"", "is missing or was changed")
     refused(JOURNAL_NAME, whole[JOURNAL_NAME] + b"{}\n", "is damaged")
-    refused(JOURNAL_NAME, b"[\n", "is damaged")
+    header, done = whole[JOURNAL_NAME].splitlines()[:2]
+    for line in (b"[", b"[" * 100_000, b"null", b'{"version": 2, "request": "x", "listing": "x"}', b"\xff", b"9" * 5000):
+        refused(JOURNAL_NAME, line + b"\n", "is damaged")
+    for wrong in (done.replace(b'"images-00000.tar"', b"null"), done.replace(b'"consumed": 1', b'"consumed": "1"')):
+        refused(JOURNAL_NAME, header + b"\n" + wrong + b"\n", "is damaged")
+    refused(JOURNAL_NAME, header.replace(b'"version": 2', b'"version": 1') + b"\n", "of another version")
     assert pack(src, out, shard_size=1).packed == 3
 
 
