@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
+from typing import IO, TYPE_CHECKING, Any, TypeVar, overload
 
 from ldm.errors import LdmError, UsageError
 from ldm.terminal import printable
@@ -32,7 +33,7 @@ RESTORE = "write it again or restore it"
 
 
 @contextlib.contextmanager
-def open_regular(path: str | os.PathLike, fix: str = "give a regular file") -> Iterator[BinaryIO]:
+def open_regular(path: str | os.PathLike, fix: str = "give a regular file") -> Iterator[io.BufferedReader]:
     """Open a file to read its bytes, without ever waiting for a pipe or a device.
 
     Raises:
