@@ -330,7 +330,7 @@ def require_new_folder(path: str | os.PathLike, what: str, in_place: bool = Fals
         if not path.is_dir():
             raise UsageError(f"{path} is {_kind(path.stat().st_mode)}; give a new folder for {what}")
         if any(entry.name != LOCK_NAME for entry in os.scandir(path)):
-            raise UsageError(f"{path} already holds other work; give a new folder for {what}, or remove that one first")
+            raise UsageError(f"{path} already holds other work; give a new folder for {what}")
         if in_place:
             if not os.access(path, os.W_OK | os.X_OK):  # a trial would look like work to another process that begins now
                 raise UsageError(f"{path} cannot be written; give another folder for {what}")

@@ -73,7 +73,7 @@ class OutputFolder:
         write_json(self.path / REQUEST, {"format_version": FORMAT_VERSION} | model | {"images": images})
 
     def _check(self, model: dict[str, str], images: dict[str, dict]) -> None:
-        request, fix = self.path / REQUEST, "give a new folder, or remove that one first"
+        request, fix = self.path / REQUEST, "give a new folder"
         require_version(
             read_json(request, dict[str, Any]).get("format_version"), FORMAT_VERSION, f"{request}: the list of images"
         )
