@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 LOCK_NAME = ".lock"  # in a folder that a process works on; see ldm.locks
 MAX_JSON_BYTES = 256 * 2**20
-MAX_YAML_BYTES, MAX_YAML_VALUES, MAX_YAML_DEPTH = 16 * 2**20, 100_000, 100
+# the largest config of ours has 100 values
+MAX_YAML_BYTES, MAX_YAML_VALUES, MAX_YAML_DEPTH = 4 * 2**20, 20_000, 50
 
 RESTORE = "write it again or restore it"
 
@@ -239,48 +240,44 @@ def read_yaml(path: str | os.PathLike) -> Any: ...
 @overload
 def read_yaml(path: str | os.PathLike, schema: type[T]) -> T: ...
 def read_yaml(path: str | os.PathLike, schema: Any = Any) -> Any:
-    """Read a YAML file of plain values. Raises :class:`LdmError` as :func:`read_json` does, and as :func:`check_yaml` does."""
+    """Read a YAML file of plain values. Raises :class:`LdmError` as :func:`read_json` does."""
     import yaml
 
     data = read_bytes(path, MAX_YAML_BYTES, RESTORE)
-    check_yaml(data, os.fspath(path))
     try:
+        check_yaml(data)
         value = yaml.safe_load(data)
-    except Exception as error:  # a date or a number that Python cannot represent raises what it likes
+    except Exception as error:  # a date or a number that Python cannot represent raises anything
         raise LdmError(printable(f"{path} is not readable YAML ({' '.join(str(error).split())}); {RESTORE}")) from None
     return check_type(value, os.fspath(path), schema)
 
 
-def check_yaml(data: bytes | str, source: str) -> None:
-    """Raise :class:`LdmError` unless this is YAML that can be loaded: not nested too deeply, its aliases not too many values.
+def check_yaml(text: bytes | str) -> None:
+    """Raise :class:`yaml.YAMLError` for YAML with more values, its aliases written out, or more levels than the limits.
 
-    Aliases of aliases can stand for more values than fit into memory, in a few lines.
+    Aliases of aliases can stand for more values than fit into memory, in a few lines. Nothing is built here.
     """
     import yaml
 
-    sizes: dict[str | None, int] = {}  # of anchored values
-    values, anchors = [0], [None]  # in each collection that is open
-    try:
-        for event in yaml.parse(data, yaml.SafeLoader):
-            if isinstance(event, yaml.CollectionStartEvent):
-                values.append(1)
-                anchors.append(event.anchor)
-            elif isinstance(event, yaml.CollectionEndEvent):
-                sizes[anchors.pop()] = size = values.pop()
-                values[-1] += size
-            elif isinstance(event, yaml.ScalarEvent):
-                sizes[event.anchor] = 1
-                values[-1] += 1
-            elif isinstance(event, yaml.AliasEvent):
-                values[-1] += sizes.get(event.anchor, MAX_YAML_VALUES)  # of itself, or of nothing
-            if values[-1] > MAX_YAML_VALUES or len(values) > MAX_YAML_DEPTH:
-                place = f"line {event.start_mark.line + 1}" if event.start_mark else "it"
-                raise LdmError(
-                    f"{printable(source)}: {place} has more than {MAX_YAML_VALUES:,} values or {MAX_YAML_DEPTH} levels, "
-                    "counting what its aliases stand for; write them out, or remove them"
-                )
-    except (yaml.YAMLError, ValueError) as error:
-        raise LdmError(printable(f"{source} is not readable YAML ({' '.join(str(error).split())}); {RESTORE}")) from None
+    sizes: dict[str, int] = {}  # of what each anchor names
+    stack: list[tuple[str | None, int]] = [(None, 0)]  # anchor and size of the open collections
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
+        size = 0
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise yaml.YAMLError(f"*{event.anchor} stands before the end of &{event.anchor}")
+            size = sizes[event.anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            stack.append((event.anchor, 1))
+        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionEndEvent):
+            anchor, size = (event.anchor, 1) if isinstance(event, yaml.ScalarEvent) else stack.pop()
+            if anchor is not None:
+                sizes[anchor] = size
+        stack[-1] = stack[-1][0], stack[-1][1] + size
+        if stack[-1][1] > MAX_YAML_VALUES or len(stack) > MAX_YAML_DEPTH:
+            raise yaml.YAMLError(
+                f"more than {MAX_YAML_VALUES:,} values, aliases written out, or {MAX_YAML_DEPTH} levels of nesting"
+            )
 
 
 def require_version(found: object, known: int, what: str) -> None:
@@ -297,7 +294,7 @@ def require_version(found: object, known: int, what: str) -> None:
     if found is None:
         return
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise LdmError(f"{what} has format version {found!r}, which is not a whole number; write it again or restore it")
+        raise LdmError(f"{what} has format version {found!r}, which is not a whole number; {RESTORE}")
     if found > known:
         raise LdmError(
             f"{what} has format version {found}, and this ldm reads up to {known}; install the newer ldm that wrote it"

@@ -31,7 +31,7 @@ from ldm.models.autoencoder import load_autoencoder
 from ldm.pipeline import load_pipeline
 from ldm.progress import Progress, duration
 from ldm.reporting.grids import captioned_grid, paired_grid, read_grid
-from ldm.reporting.metrics_csv import read_metrics
+from ldm.reporting.metrics_csv import MAX_STEPS, read_metrics
 from ldm.reporting.pages import Report
 from ldm.runs.layout import RunFolder
 from ldm.shapes.scenes import held_out_prompts, seen_prompts
@@ -69,7 +69,7 @@ class State(TypedDict):
     asked: Asked
     seconds: dict[str, float]
     commands: dict[str, str]
-    steps: NotRequired[dict[str, Annotated[int, Field(ge=1, le=10**12)]]]
+    steps: NotRequired[dict[str, Annotated[int, Field(ge=1, le=MAX_STEPS)]]]
 
 
 class StepSeconds(TypedDict):

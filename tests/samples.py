@@ -75,3 +75,9 @@ def same(a, b):
     """Whether two batches are equal."""
     assert a.keys() == b.keys()
     return all(torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name] for name in a)
+
+
+def yaml_bomb(levels: int, ways: int) -> str:
+    """Aliases of aliases: ``ways`` to the power of ``levels`` values."""
+    lines = ["a0: &a0 [x, x]"]
+    return "\n".join(lines + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * ways)}]" for n in range(1, levels)])

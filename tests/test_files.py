@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import yaml
 from pydantic import Field
 
 from ldm import files
 from ldm.errors import LdmError, UsageError
 from ldm.files import (
+    MAX_YAML_VALUES,
     atomic_file,
     atomic_folder,
+    check_yaml,
     parse_json,
     read_bytes,
     read_json,
@@ -25,6 +28,7 @@ from ldm.files import (
     require_version,
     write_json,
 )
+from tests.samples import yaml_bomb
 
 
 def test_an_older_format_and_one_without_a_version_are_read() -> None:
@@ -180,11 +184,34 @@ def test_a_folder_is_made_through_a_link_or_over_an_empty_one(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+def yaml_of(size: int) -> str:
+    return f"[{', '.join(['0'] * (size - 1))}]"
 
 
 @pytest.mark.parametrize(
-    "text", [BOMB, "a: &a {b: *a}", "[" * 5000, "a: 2020-99-99", "1" * 5000, "a: [", "!!python/name:os.system", "a: *b", "\0"]
+    ("text", "said"),
+    [
+        (yaml_bomb(9, 9), "more than"),
+        (yaml_bomb(60, 2), "more than"),
+        ("a: &a {b: *a}", r"\*a stands before the end of &a"),
+        ("a: *b", r"\*b stands before the end of &b"),
+        ("[" * 100_000, "more than"),
+        ("{a: " * 3000 + "1" + "}" * 3000, "more than"),
+        (yaml_of(MAX_YAML_VALUES + 1), "more than"),
+    ],
+)
+def test_yaml_that_grows_beyond_memory_is_refused_before_it_is_built(text: str, said: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=said):
+        check_yaml(text)
+
+
+def test_yaml_with_a_few_aliases_is_read() -> None:
+    check_yaml("a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}")
+    check_yaml(yaml_of(MAX_YAML_VALUES))
+
+
+@pytest.mark.parametrize(
+    "text", [yaml_bomb(9, 9), "a: 2020-99-99", "1" * 5000, "a: [", "!!python/name:os.system", "a: *b", "\0"]
 )
 def test_yaml_that_cannot_be_loaded_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)

@@ -13,7 +13,7 @@ from ldm.terminal import printable
 Curves = dict[str, tuple[list[float], list[float]]]
 
 MAX_BYTES = 2**30
-MAX_STEP = 10**12
+MAX_STEPS = 10**15
 FIX = "correct it, or move the file away: a report and a resumed run do without it"
 
 
@@ -35,7 +35,7 @@ def read_rows(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{sum(map(len, row.pop(None, []))) or 'too few'} values for {len(names)} columns")
-            if not 0 <= int(row["step"]) <= MAX_STEP:
+            if not 0 <= int(row["step"]) <= MAX_STEPS:
                 raise ValueError(f"step {row['step']}")
             for value in row.values():
                 float(value or 0)

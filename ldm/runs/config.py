@@ -19,13 +19,10 @@ from jsonargparse import ArgumentError, Namespace
 
 import ldm
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import read_bytes
+from ldm.files import MAX_YAML_BYTES, check_yaml, read_bytes
+from ldm.runs.layout import MAX_STEPS
 from ldm.terminal import printable
 
-# the run folder's readers take no more
-MAX_STEPS = 10**15
-# of a YAML document with its aliases written out; the largest config of ours has 100 values
-MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 10_000, 50
 MAX_PROCESSES = 256  # on the CPU
 # characters of a message that quotes a config
 MAX_MESSAGE = 500
@@ -33,32 +30,8 @@ MAX_MESSAGE = 500
 # -- YAML ----------------------------------------------------------------------------------------------------------------
 
 
-def require_small(text: str) -> None:
-    """Raise :class:`yaml.YAMLError` for YAML that would grow beyond memory: by aliases of aliases, or by nesting.
-
-    Only the events of the parser are counted; nothing is built.
-    """
-    sizes: dict[str, int] = {}  # of what each anchor names
-    stack: list[tuple[str | None, int]] = [(None, 0)]  # anchor and size of the open collections
-    for event in yaml.parse(text, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
-        size = 0
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise yaml.YAMLError(f"*{event.anchor} stands before the end of &{event.anchor}")
-            size = sizes[event.anchor]
-        elif isinstance(event, yaml.CollectionStartEvent):
-            stack.append((event.anchor, 1))
-        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionEndEvent):
-            anchor, size = (event.anchor, 1) if isinstance(event, yaml.ScalarEvent) else stack.pop()
-            if anchor is not None:
-                sizes[anchor] = size
-        stack[-1] = stack[-1][0], stack[-1][1] + size
-        if stack[-1][1] > MAX_VALUES or len(stack) > MAX_DEPTH:
-            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values, aliases written out, or {MAX_DEPTH} levels of nesting")
-
-
 def limit_yaml() -> None:
-    """Make jsonargparse refuse what :func:`require_small` refuses, in config files and in values."""
+    """Make jsonargparse refuse what :func:`ldm.files.check_yaml` refuses, in config files and in values."""
     from jsonargparse import _loaders_dumpers, set_loader
 
     if getattr(_loaders_dumpers.yaml_load, "limited", False):
@@ -66,7 +39,7 @@ def limit_yaml() -> None:
     load = _loaders_dumpers.yaml_load
 
     def load_limited(stream: str) -> Any:
-        require_small(stream)
+        check_yaml(stream)
         try:
             return load(stream)
         except (ValueError, TypeError) as error:  # a number of thousands of digits, a list as a key
@@ -90,7 +63,7 @@ def require_config_files(arguments: Sequence[str]) -> None:
         if name == "--config" and (equals or number + 1 < len(arguments)):
             path = value if equals else arguments[number + 1]
             try:
-                read_bytes(path, MAX_BYTES, "give --config a YAML file").decode()
+                read_bytes(path, MAX_YAML_BYTES, "give --config a YAML file").decode()
             except UnicodeDecodeError as error:
                 raise UsageError(f"{printable(path)} is not UTF-8 ({error.reason}); save it as UTF-8") from None
             except LdmError as error:

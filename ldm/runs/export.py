@@ -60,20 +60,19 @@ class SavedRun(TrainingCLI):
         """
         Args:
             checkpoint: of the run (default: the last one).
-            moved: entries of its config, such as ``model.autoencoder``, and where that is now.
             trust: build any class that the config names. Else those of :data:`TRUSTED` alone, because the config of a run from
                 elsewhere could name any class of this machine, with any arguments.
+            moved: entries of its config, such as ``model.autoencoder``, and where that is now.
         """
-        self.checkpoint = checkpoint or RunFolder(run).last_checkpoint
-        for needed in (RunFolder(run).config, self.checkpoint):
+        folder = RunFolder(run)
+        self.checkpoint = checkpoint or folder.last_checkpoint
+        for needed in (folder.config, self.checkpoint):
             if not os.path.exists(needed):
                 raise UsageError(f"{needed} does not exist; give the folder of a run: ldm {module_class.command} fit --out RUN")
-        config = RunFolder(run).config
-        RunFolder(run).read_config()  # refuses what is none
-        with nullcontext() if trust else classes_of(TRUSTED, config):
-            super().__init__(
-                module_class, ["fit", "--config", str(config), *(f"--{name}={value}" for name, value in (moved or {}).items())]
-            )
+        folder.read_config()  # refuses what is none
+        places = [f"--{name}={value}" for name, value in (moved or {}).items()]
+        with nullcontext() if trust else classes_of(TRUSTED, folder.config):
+            super().__init__(module_class, ["fit", "--config", str(folder.config), *places])
 
     def before_instantiate_classes(self) -> None:
         """The trainer is not built, so its parts are not either."""

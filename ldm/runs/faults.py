@@ -49,7 +49,7 @@ def explain(error: BaseException, trainer: Trainer) -> LdmError | None:
 def _is_of_lightning(error: BaseException) -> bool:
     """Whether Lightning itself raised it, as it does for settings of its own and of its callbacks that do not fit."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return isinstance(error, Exception) and bool(frames) and frames[-1].f_globals["__name__"].startswith("lightning.")
+    return bool(frames) and frames[-1].f_globals["__name__"].startswith("lightning.")
 
 
 def _memory_settings(trainer: Trainer) -> Iterator[str]:

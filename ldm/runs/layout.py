@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.errors import UsageError
 from ldm.files import read_json, read_yaml
+from ldm.reporting.metrics_csv import MAX_STEPS
 
 #: a name of its own: Lightning's loggers take it separately
 LOGS = "logs"
@@ -27,14 +28,14 @@ _CHECKPOINT = re.compile(r"step=(\d+)\.ckpt")
 _PREVIEW = re.compile(r"step-(\d+)\.png")
 
 
-#: steps, samples, parameters; a larger number is none of a run
-Count = Annotated[int, Field(ge=0, le=10**15)]
+#: steps, samples, parameters of a run; a larger number is an error
+Count = Annotated[int, Field(ge=0, le=MAX_STEPS)]
 
 
 class TrainerConfig(TypedDict):
     """What is read of the ``trainer`` section of a config."""
 
-    max_steps: Annotated[int, Field(ge=-1, le=10**15)]
+    max_steps: Annotated[int, Field(ge=-1, le=MAX_STEPS)]
     log_every_n_steps: NotRequired[Count | None]
 
 
@@ -48,7 +49,7 @@ class DataConfig(TypedDict):
     """What is read of the ``data`` section."""
 
     train: NotRequired[str | list[SourceConfig]]
-    validation: NotRequired[str | list[SourceConfig]]
+    validation: NotRequired[str]
 
 
 class RunConfig(TypedDict):

@@ -15,31 +15,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import atomic_folder, open_regular, parse_json, require_new_folder
+from ldm.files import atomic_folder, open_regular, require_new_folder
+from ldm.reporting.metrics_csv import MAX_STEPS
 from ldm.runs.export import SavedRun, require_finite
 from ldm.terminal import printable, say
 from ldm.training.base import TrainingModule, require_weights
 from ldm.training.ema import SNAPSHOTS, gamma_of
 
-MAX_STEP = 10**12
-MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 MOVE = "move it away: the others do without it"
-
-
-class SnapshotMetadata(TypedDict):
-    """Written by :meth:`ldm.training.ema.Average.write_snapshots`; numbers as text."""
-
-    step: str
-    sigma_rel: str
-
-
-class SnapshotHeader(TypedDict):
-    """What is read of the header of a safetensors file."""
-
-    __metadata__: SnapshotMetadata
 
 
 class Snapshot(NamedTuple):
@@ -54,17 +39,18 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
     """The snapshots of a run, the oldest first. Raises :class:`UsageError` if there are none."""
     found = []
     for file in sorted((Path(run) / SNAPSHOTS).glob("*.safetensors")):
-        with open_regular(file, MOVE) as content:  # safe_open would wait for a pipe
-            size = int.from_bytes(content.read(8), "little")
-            header = content.read(min(size, MAX_HEADER_BYTES))
-        metadata = parse_json(header, str(file), SnapshotHeader)["__metadata__"]
+        with open_regular(file, MOVE):  # safe_open would wait for a pipe
+            pass
         try:
-            found.append(Snapshot(file, int(metadata["step"]), float(metadata["sigma_rel"])))
-            if not 1 <= found[-1].step <= MAX_STEP:
-                raise UsageError(f"step is {found[-1].step}")
-            gamma_of(found[-1].sigma_rel)
-        except (UsageError, ValueError) as error:
+            with safe_open(file, "pt", backend="pread") as tensors:
+                metadata = tensors.metadata()
+            step, sigma_rel = int(metadata["step"]), float(metadata["sigma_rel"])
+            if not 1 <= step <= MAX_STEPS:
+                raise ValueError(f"its step is {step}")
+            gamma_of(sigma_rel)  # checks its range
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, UsageError) as error:
             raise LdmError(f"{file} is not a whole snapshot of an average ({first_line(error)}); {MOVE}") from None
+        found.append(Snapshot(file, step, sigma_rel))
     if not found:
         raise UsageError(f"{Path(run) / SNAPSHOTS} holds no averages; train with model.power_averages, which stores them")
     return found

@@ -49,7 +49,7 @@ def ended_by_sigterm() -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise Preempted("ended by SIGTERM; the same command with --resume latest goes on from the last checkpoint")
+        raise Preempted("ended by SIGTERM; the same command with --resume latest resumes from the last checkpoint")
 
     before = signal.signal(signal.SIGTERM, end)
     try:

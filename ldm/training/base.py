@@ -39,7 +39,7 @@ def require_weights(network: nn.Module, shapes: Mapping[str, Sequence[int]], wha
     Names that begin with one of ``absent`` need not be there.
     """
     found = {name: tuple(shape) for name, shape in shapes.items()}
-    own = ((name, weight) for name, weight in network.state_dict().items() if not name.startswith(absent or "\0"))
+    own = ((name, weight) for name, weight in network.state_dict().items() if not name.startswith(absent))
     expected = {name: tuple(weight.shape) for name, weight in own}
     parameters = [name for name, _ in network.named_parameters() if name in expected]  # buffers need not be there
     differing = [

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from lightning import Trainer
 
 from ldm.cli import main
 from ldm.data.datamodule import ShardDataModule
-from ldm.runs.config import MAX_VALUES, RANGES, TRAINER_OPTIONS, limit_yaml, require_small
+from ldm.runs.config import RANGES, TRAINER_OPTIONS, limit_yaml
 from ldm.runs.report import RunRecord
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.denoiser import DenoiserTraining
+from tests.samples import yaml_bomb
 from tests.tiny import write_config
 
 STEPS = {"max_steps": 2, "val_check_interval": 2}
@@ -110,43 +110,10 @@ def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture, fit: li
 # -- YAML ----------------------------------------------------------------------------------------------------------------
 
 
-def bomb(levels: int, ways: int) -> str:
-    """Aliases of aliases: ``ways`` to the power of ``levels`` values."""
-    lines = ["a0: &a0 [x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * ways)}]" for n in range(1, levels)]
-    return "\n".join(lines)
-
-
-def yaml_of(size: int) -> str:
-    return f"[{', '.join(['0'] * (size - 1))}]"
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (bomb(9, 9), "more than"),
-        (bomb(40, 2), "more than"),
-        ("a: &a {b: *a}", r"\*a stands before the end of &a"),
-        ("a: *b", r"\*b stands before the end of &b"),
-        ("[" * 100_000, "more than"),
-        ("{a: " * 3000 + "1" + "}" * 3000, "more than"),
-        (yaml_of(MAX_VALUES + 1), "more than"),
-    ],
-)
-def test_yaml_that_grows_beyond_memory_is_refused_before_it_is_built(text: str, said: str) -> None:
-    with pytest.raises(yaml.YAMLError, match=said):
-        require_small(text)
-
-
-def test_yaml_with_a_few_aliases_is_read() -> None:
-    require_small("a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}")
-    require_small(yaml_of(MAX_VALUES))
-
-
 @pytest.mark.parametrize(
     "text",
     [
-        bomb(9, 9),
+        yaml_bomb(9, 9),
         "model: &m {denoiser: *m}",
         "a" * 10 + ": " + "9" * 5000,
         "model: {a: 1",
@@ -189,7 +156,7 @@ def test_texts_inside_a_config_are_limited_too() -> None:
     parser.add_argument("--number", type=int)
     began = time.monotonic()
     with pytest.raises(Exception, match="number"):
-        parser.parse_object({"number": "{" + bomb(12, 9).replace("\n", ", ") + "}"})
+        parser.parse_object({"number": "{" + yaml_bomb(12, 9).replace("\n", ", ") + "}"})
     assert time.monotonic() - began < 5
 
 

@@ -218,10 +218,8 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._kept = list(state_dict["kept"])
-        if state_dict.get("best", [self.best, self.best_mode]) == [
-            self.best,
-            self.best_mode,
-        ]:  # values of others do not compare
+        ours = [self.best, self.best_mode]
+        if state_dict.get("best", ours) == ours:  # the values of another metric do not compare
             self._best_value = state_dict["best_value"]
         self._seconds, self._owes_validation = state_dict["seconds_since_kept"], state_dict["owes_validation"]
 

@@ -34,7 +34,7 @@ FORMAT_VERSION, VERSION_KEY = 1, "format_version"
 # files of a sharded checkpoint: what is not sharded (Lightning's name), and the index of the shards (torch's)
 UNSHARDED, INDEX = "meta.pt", ".metadata"
 
-ANOTHER = "take another one: --resume latest takes the newest that is whole"
+ANOTHER = "give another one: --resume latest takes the newest that is whole, and export takes --checkpoint"
 
 FIXES = {
     errno.ENOSPC: "make room there",
