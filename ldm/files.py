@@ -13,7 +13,7 @@ import signal
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, overload
 
@@ -95,11 +95,18 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
-def require_output_file(path: str | os.PathLike) -> Path:
-    """``path``, or what it links to, if a file can be written there, else raise :class:`UsageError`."""
+def require_output_file(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | None] = ()) -> Path:
+    """``path``, or what it links to, if a file can be written there, else raise :class:`UsageError`.
+
+    Args:
+        inputs: files and folders that are read. What stands in them is not overwritten, but for an HTML page: none is read.
+    """
     path = _followed(path)
-    if os.path.exists(path) and not path.is_file():
+    if (exists := os.path.exists(path)) and not path.is_file():
         raise UsageError(f"{path} is {_kind(path.stat().st_mode)}, which is not overwritten; give the name of a file")
+    for read in inputs:
+        if exists and read is not None and path.suffix != ".html" and path.resolve().is_relative_to(os.path.realpath(read)):
+            raise UsageError(f"{path} is a file of {read}, which is read; give another name")
     _require_possible(path)
     return path
 

@@ -25,6 +25,7 @@ from ldm.files import (
     read_json,
     read_yaml,
     require_new_folder,
+    require_output_file,
     require_version,
     write_json,
 )
@@ -135,6 +136,19 @@ def test_a_file_over_the_limit_is_refused_and_one_at_the_limit_read(tmp_path: Pa
         file.truncate(2**40)
     with pytest.raises(LdmError, match="larger than the limit"):
         read_bytes(tmp_path / "sparse", 2**30)
+
+
+def test_output_never_replaces_a_file_of_the_input(tmp_path: Path) -> None:
+    for name in ("manifest.json", "page.html"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "manifest.json")
+    for inputs in ([tmp_path], [None, tmp_path / "manifest.json"]):
+        for name in ("manifest.json", "link"):
+            with pytest.raises(UsageError, match=r"manifest\.json is a file of .*, which is read"):
+                require_output_file(tmp_path / name, inputs)
+    require_output_file(tmp_path / "page.html", [tmp_path])
+    require_output_file(tmp_path / "metrics.json", [tmp_path])
+    require_output_file(tmp_path / "manifest.json", [tmp_path / "other"])
 
 
 def test_output_replaces_regular_files_only_and_follows_links(tmp_path: Path) -> None:

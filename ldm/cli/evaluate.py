@@ -70,7 +70,7 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
         if number is not None:
             require_count(name, number)
     if options.json not in (None, "-"):
-        require_output_file(options.json)
+        require_output_file(options.json, [options.shards, *options.models])
     dataset = ImageDataset(options.shards, options.image_size, read_captions=False)
     autoencoders = [load_autoencoder(path) for path in options.models]
     perceptual = PerceptualLoss(options.lpips_trunk, options.lpips)

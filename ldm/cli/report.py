@@ -30,7 +30,7 @@ def run_report(options: argparse.Namespace) -> None:
     out = options.out or options.folder / "report.html"
     if options.every is not None and not 1 <= options.every <= MAX_SECONDS:
         raise UsageError(f"--every is {options.every}; give 1 to {MAX_SECONDS:,} seconds")
-    require_output_file(out)
+    require_output_file(out, [options.folder])
     state = write_run_report(options.folder, out, options.every)
     say(f"{printable(state)}; look at {printable(out)}")
     while options.every is not None and state == "training":

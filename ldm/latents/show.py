@@ -66,7 +66,7 @@ def show(
         raise UsageError(f"samples is {samples}; give 1 or more")
     if Path(out).is_dir():
         raise UsageError(f"{out} is a folder; give a file, for example {Path(out) / 'report.html'}")
-    require_output_file(out)
+    require_output_file(out, [folder, autoencoder_path, shards])
     source = open_source(folder, LATENT_SHARDS)
     info = latent_info(source)
     counts = Counts.of(source, info)

@@ -19,6 +19,7 @@ from ldm.cli.parser import Parser
 from ldm.errors import LdmError, UsageError
 from ldm.reporting.grids import captioned_grid, paired_grid, read_grid, save_grid
 from ldm.reporting.metrics_csv import read_metrics
+from ldm.runs.layout import RunFolder
 from ldm.runs.report import SILENT_SECONDS, RunRecord, write_run_report
 
 HEADER = "epoch,step,time/elapsed_seconds,time/images_per_second,train/loss,val/loss\r\n"
@@ -283,9 +284,12 @@ def test_the_command_writes_into_the_run_or_elsewhere(tmp_path: Path, capsys: py
     run_command(run, "--out", tmp_path / "elsewhere" / "page.html")
     assert (run / "report.html").is_file() and (tmp_path / "elsewhere" / "page.html").is_file()
     assert capsys.readouterr().out.startswith("training; look at ")
-    for wrong in (["--every", "0"], ["--out", tmp_path]):
+    config = RunFolder(run).config
+    before = config.read_bytes()
+    for wrong in (["--every", "0"], ["--out", tmp_path], ["--out", config]):
         with pytest.raises(UsageError):
             run_command(run, *wrong)
+    assert config.read_bytes() == before
 
 
 def test_the_command_follows_a_run_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
