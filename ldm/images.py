@@ -32,6 +32,13 @@ _OTHERS = (
     *((bytes((0x80, protocol)), "a pickle") for protocol in (2, 3, 4, 5)),
     (b"\x93NUMPY", "a NumPy array"),
 )
+# Files of these names are images, of formats that are read or not: those are counted and named, never passed over.
+_EXTENSIONS = (
+    "jpg jpeg jpe jfif jif pjpeg png apng webp gif bmp dib tif tiff heic heics heif heifs hif avif avifs jxl jp2 j2k j2c jpc "
+    "jpx jpf mpo ppm pgm pbm pnm pam pfm tga ico cur icns psd exr hdr dds qoi pcx sgi xbm xpm svg svgz eps "
+    "cr2 cr3 crw nef nrw arw srf sr2 dng orf raf raw rw2 pef srw x3f 3fr"
+)
+_SUFFIXES = frozenset(f".{extension}" for extension in _EXTENSIONS.split())
 # How files of images begin, of the formats that open_image knows and of others.
 _KINDS = {
     kind: re.compile(start, re.DOTALL)
@@ -102,6 +109,11 @@ def open_image(source: str | os.PathLike | bytes, formats: tuple[str, ...] = FOR
 def kind_of(data: bytes) -> str | None:
     """The format of an image file by its first ``KIND_BYTES`` bytes, such as ``JPEG`` or ``GIF``; None for all else."""
     return next((kind for kind, start in _KINDS.items() if start.match(data)), None)
+
+
+def is_image(name: str, start: bytes = b"") -> bool:
+    """Whether a file is an image, of whatever format: by the extension of its name, or its first ``KIND_BYTES`` bytes."""
+    return os.path.splitext(name)[1].lower() in _SUFFIXES or kind_of(start) is not None
 
 
 def check_pixels(height: int, width: int, named: str = "") -> None:

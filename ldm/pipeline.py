@@ -40,8 +40,7 @@ from ldm.models.autoencoder import (
     enable_tiling,
     statistics_hash,
 )
-from ldm.models.configs import loading, read_config
-from ldm.models.directories import in_memory
+from ldm.models.directories import in_memory, loading, read_config
 from ldm.models.fingerprint import HALF_PRECISION, is_half_precision
 from ldm.models.image_processor import Images, PreparedImages, to_output
 from ldm.models.text_encoder import embed, max_tokens, pad_tokens, text_encoder_hash, unknown_words

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, decode_pixels
-from ldm.data.latent_schema import NULL_TEXT_NAME, LatentInfo, LatentShard, StoredTensor, latent_info, read_null_text, text_name
+from ldm.data.latent_schema import (
+    NULL_TEXT_NAME,
+    LatentInfo,
+    LatentShard,
+    Metadata,
+    StoredTensor,
+    latent_info,
+    read_null_text,
+    text_name,
+)
 from ldm.data.manifest import (
     IMAGE_SHARDS,
     LATENT_SHARDS,
@@ -31,7 +39,7 @@ from ldm.data.remote import fetch
 from ldm.data.shards import EXTENSIONS, KeyDot, ShardReader, Unread, unread_images
 from ldm.data.sources import ShardSource, open_source, remote_files
 from ldm.errors import LdmError, UsageError
-from ldm.files import atomic_folder, require_folder, require_new_folder, require_output_file, sha256_file
+from ldm.files import atomic_folder, parse_json, require_folder, require_new_folder, require_output_file, sha256_file
 from ldm.terminal import printable
 
 
@@ -250,8 +258,9 @@ def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInf
             yield Problem(entry.name, reader.damage, "restore it", 0 if info is None else entry.samples)
         try:
             # a latent shard's tar samples are chunks, each with a list of the keys in it
-            held = len(reader) if info is None else sum(len(json.loads(chunk.files["json"])["keys"]) for chunk in reader)
-        except (KeyError, TypeError, ValueError, DecodeError):
+            words = () if info is None else (parse_json(chunk.files["json"], "", Metadata) for chunk in reader)
+            held = len(reader) if info is None else sum(len(chunk["keys"]) for chunk in words)
+        except (KeyError, LdmError):
             yield Problem(entry.name, "has a chunk without its list of keys", "restore it", entry.samples)
             return
         if held != entry.samples:

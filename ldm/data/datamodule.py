@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ldm.data.image_dataset import Augmentation, ImageDataset
 from ldm.data.latent_dataset import LatentDataset
 from ldm.data.latent_schema import common_info, latent_info, read_null_text
-from ldm.data.loader import ShardLoader, batch_loader
+from ldm.data.loader import ShardLoader, batch_loader, nothing
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.plan import WINDOW, Plan
 from ldm.data.quarantine import QUARANTINE_NAME, Quarantine
@@ -22,10 +22,6 @@ from ldm.data.sources import ShardCache, ShardSource, open_source
 from ldm.errors import UsageError
 
 GIB = 2**30
-
-
-def _nothing() -> None:
-    pass
 
 
 @dataclass
@@ -113,7 +109,7 @@ class ShardDataModule(LightningDataModule):
         #: of the module that is trained; False: captions are neither read nor required
         self.reads_captions = True
         #: called about once a second while a batch is awaited; its exception ends the wait
-        self.on_wait: Callable[[], None] = _nothing
+        self.on_wait: Callable[[], None] = nothing
         self.loader: ShardLoader | None = None
         self._counted = 0  # bad samples logged so far
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
-import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,16 +19,6 @@ from ldm.data.jpeg import can_hold, decode_plain, has_too_many_scans, plain_size
 from ldm.images import MAX_IMAGE_BYTES, MAX_PIXELS, DecodeError, check_pixels, open_image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
-# images of formats that are not read: they are counted and named, not passed over
-_OTHER_IMAGES = re.compile(
-    "apng|arw|avifs?|bmp|cr[23]|dds|dib|dng|exr|gif|hdr|hei[cf]s?|hif|icns|ico|j2[ck]|jp[2cfx]|jxl|mpo|nef|orf|pcx|p[abgnp]m|psd"
-    "|qoi|raf|rw2|sgi|svgz?|tga|tiff?|xbm|xpm"
-)
-_IMAGE_STARTS = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|II\*\0|MM\0\*|....ftyp(avif|heic|heix|mif1)"
-    rb"|\0\0\0\x0c(jP  |JXL )\r\n\x87\n",
-    re.DOTALL,
-)
 MAX_TEXT_BYTES = 64 * 2**10
 MAX_JSON_BYTES = 2**20
 # EXIF orientation => the transpose to upright; 1 is upright
@@ -46,19 +34,12 @@ _TURNS = {
 _SWAPS_SIDES = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 
-def is_image(name: str, start: bytes = b"") -> bool:
-    """Whether a file is an image, of a format that is read or not: by the extension of its name, or its first bytes (16)."""
-    extension = os.path.splitext(name)[1][1:].lower()
-    return extension in IMAGE_EXTENSIONS or bool(_OTHER_IMAGES.fullmatch(extension) or _IMAGE_STARTS.match(start))
-
-
 def decode_image(data: bytes, background: tuple[int, int, int] | None = (255, 255, 255)) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to an 8-bit RGB image in sRGB, (H, W, 3) as an array, values 0..255.
 
     The EXIF orientation is applied, colours are converted as an embedded ICC profile says, transparency (alpha, or the
     transparent colour of a PNG) is composited on ``background``, or kept as RGBA where that is None, 16-bit grey is scaled to
-    8 bits. Raises
-    :class:`DecodeError` for other formats, broken files, animations and more than ``MAX_PIXELS`` pixels.
+    8 bits. Raises :class:`DecodeError` for other formats, broken files, animations and more than ``MAX_PIXELS`` pixels.
     """
     with _opened(data) as image:
         image.load()

@@ -205,12 +205,12 @@ class _Watchdog(threading.Thread):
                 os._exit(error.exit_code)
 
 
-def _nothing() -> None:
+def nothing() -> None:
     pass
 
 
 def batch_loader(
-    dataset: ShardDataset, max_wait: float = 0, rank: int = 0, on_wait: Callable[[], None] = _nothing, **options: Any
+    dataset: ShardDataset, max_wait: float = 0, rank: int = 0, on_wait: Callable[[], None] = nothing, **options: Any
 ) -> _PlainLoader:
     """A loader whose workers' errors reach the caller unchanged, as one line.
 
@@ -322,7 +322,7 @@ class ShardLoader:
         data_hash: str = "",
         confirm: bool = False,
         max_wait: float = 0,
-        on_wait: Callable[[], None] = _nothing,
+        on_wait: Callable[[], None] = nothing,
     ):
         """
         Args:

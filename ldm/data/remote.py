@@ -15,7 +15,6 @@ import random
 import re
 import string
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -26,12 +25,12 @@ from urllib.parse import quote
 from ldm.data.manifest import ShardEntry
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import fsync_folder
+from ldm.locks import new_lock
 
 TRANSPORTS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 
 # where flock is not implemented (ENOSYS), filelock uses the existence of the file; these it raises
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-warnings.filterwarnings("ignore", "flock not supported")
 
 _CHUNK = 2**20
 _CACHED = re.compile(r"[0-9a-f]{64}\.(tar|part)")
@@ -82,14 +81,12 @@ class ShardCache:
 
         Raises :class:`LdmError` where it cannot be fetched completely or stored.
         """
-        from filelock import FileLock
-
         path = self.folder / f"{entry.sha256}.tar"
         try:
             if _use(path, entry.bytes):
                 return path
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
+            with new_lock(path.with_suffix(".lock")):
                 if not _use(path, entry.bytes):  # another process may have fetched it meanwhile
                     self._download(entry, url, path, transfer)
             return path
@@ -118,10 +115,8 @@ class ShardCache:
 
     def _reserve(self, part: Path, size: int) -> None:
         """Evict the least recently used shards until ``size`` bytes fit, and reserve them by a sparse file of that length."""
-        from filelock import FileLock
-
         while True:
-            with FileLock(self.folder / "cache.lock"):
+            with new_lock(self.folder / "cache.lock"):
                 self._remove_abandoned()
                 # Only files named by a hash belong to the cache.
                 files = [file for file in self.folder.iterdir() if _CACHED.fullmatch(file.name)]
@@ -139,11 +134,11 @@ class ShardCache:
 
     def _remove_abandoned(self) -> None:
         """Remove parts whose process is gone: nobody holds their lock."""
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
         for part in self.folder.glob("*.part"):
             try:
-                with FileLock(part.with_suffix(".lock"), timeout=0):
+                with new_lock(part.with_suffix(".lock"), timeout=0):
                     part.unlink(missing_ok=True)
             except Timeout:
                 continue

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of, is_image
+from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of
 from ldm.data.tar import TarIndex, index_tar
 from ldm.errors import LdmError
 from ldm.files import open_regular
+from ldm.images import KIND_BYTES, is_image
 
 # Whatever else a tar holds (pickles, arrays, archives) is never read.
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "caption", "json", "safetensors")
@@ -261,7 +262,7 @@ def unread_images(path: Path, key_dot: KeyDot) -> list[Unread]:
             # macOS writes a file ._NAME beside each file
             if extension in EXTENSIONS or base.startswith("._") or _META.match(name):
                 continue
-            if is_image(name, os.pread(file.fileno(), 16, offset)):
+            if is_image(name, os.pread(file.fileno(), KIND_BYTES, offset)):
                 reason = _why_unread(base, bool(key), key_dot)
                 found.setdefault(reason, []).append(name)
     for name in tar.others:

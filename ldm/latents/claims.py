@@ -29,7 +29,7 @@ def require_place(out: Path) -> None:
     try:
         require_new_folder(out, "latent shards", in_place=True)
     except UsageError:
-        if not any((out / name).exists() for name in (MANIFEST_NAME, WORK_NAME)):
+        if not any(os.path.exists(out / name) for name in (MANIFEST_NAME, WORK_NAME)):
             raise
 
 
@@ -56,10 +56,9 @@ class Claims:
 
     def _begin(self, request: dict[str, Any]) -> None:
         if self.is_done:  # by other processes before this one started, or by an earlier run
-            before = self._finished_request()
-            if before is None:
-                require_new_folder(self.out, "latent shards", in_place=True)  # raises, for the manifest of something else
-            return self._require_same("a finished", before or {}, request)
+            if (before := self._finished_request()) is None:  # the manifest is of something else
+                raise UsageError(f"{self.out} already holds other work; give a new folder for latent shards")
+            return self._require_same("a finished", before, request)
         require_place(self.out)  # another process may have started this moment
         if self.is_done:
             return self._begin(request)

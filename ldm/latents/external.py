@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.data.decode import MAX_TEXT_BYTES, DecodeError, decode_text
-from ldm.data.pack.packer import printable
+from ldm.data.pack.packer import stored_name
 from ldm.data.pack.sources import Item, TableSource, sorted_files
 from ldm.data.parallel_map import parallel_map
 from ldm.data.quarantine import BadSample
@@ -105,7 +105,7 @@ class LightningDiTFolder(ExternalSource):
                 labels = file.get_tensor("labels")
                 flip = file.get_slice("latents_flip").get_shape() if "latents_flip" in names else shape
         except (SafetensorError, OSError) as error:
-            raise LdmError(f"{path} cannot be read ({first_line(error)}); restore it, or remove it") from None
+            raise LdmError(f"{path} cannot be read ({first_line(error)}); restore it, or move it away") from None
         if len(shape) != 4 or flip != shape or labels.shape != (shape[0],) or labels.is_floating_point():
             raise UsageError(
                 f"{path}: latents {shape}, latents_flip {flip} and labels {list(labels.shape)} ({labels.dtype}) do not match; "
@@ -166,8 +166,10 @@ class FilePerImageFolder(ExternalSource):
         return (image for _, image in parallel_map(self._load, items, _READERS))
 
     def _load(self, item: Item) -> ExternalLatent | BadSample:
-        file = printable(item.key)
+        file = stored_name(item.key)
         try:
+            if item.problem is not None:
+                raise DecodeError(item.problem)
             path = self.src / item.key
             captions = _caption_beside(path) if item.captions is None else item.captions
             captions = [caption for caption in map(str.strip, captions) if caption]

@@ -17,14 +17,13 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from ldm.errors import LdmError, UsageError
-from ldm.files import check_type, read_json
-from ldm.models.configs import loading
-from ldm.models.directories import require_regular_files, variant_of
+from ldm.files import check_type
+from ldm.models.directories import loading, read_config, require_regular_files, variant_of
 from ldm.models.fingerprint import network_hash
 
 MAX_LAYERS = 64  # residual blocks per level
@@ -209,10 +208,10 @@ class _Config(TypedDict, total=False):
     use_quant_conv: bool
     use_post_quant_conv: bool
     force_upcast: bool | float
-    scaling_factor: Annotated[float, Field(gt=0)]
-    shift_factor: float | None
-    latents_mean: list[float] | None
-    latents_std: list[Annotated[float, Field(gt=0)]] | None
+    scaling_factor: Annotated[FiniteFloat, Field(gt=0)]
+    shift_factor: FiniteFloat | None
+    latents_mean: list[FiniteFloat] | None
+    latents_std: list[Annotated[FiniteFloat, Field(gt=0)]] | None
 
 
 def autoencoder_folder(path: str | Path) -> Path:
@@ -229,7 +228,7 @@ def read_autoencoder_config(folder: Path) -> dict[str, Any]:
     """The config in an autoencoder's directory, with diffusers' defaults for missing keys. Raises :class:`LdmError`, naming the
     key, for values that no autoencoder has."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(AutoencoderKL).parameters.items()}
-    config = read_json(folder / "config.json", dict[str, Any])
+    config = read_config(folder / "config.json")
     check_type(config, str(folder / "config.json"), _Config)
     config = defaults | config
     levels = len(config["block_out_channels"])

@@ -1,16 +1,59 @@
-"""Directories of networks as diffusers and transformers save them: which of their files are read, and how."""
+"""Directories of networks that others may have saved, as diffusers and transformers lay them out: their files and configs are
+checked before a library reads them or builds anything from them."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from ldm.files import open_regular
+from ldm.errors import LdmError, UsageError, first_line
+from ldm.files import MAX_JSON_BYTES, RESTORE, open_regular, read_bytes
+from ldm.terminal import printable
+
+MAX_LAYERS = 1000
+# Parts of a setting's name, and the most that it may be: a network of a million layers is built for hours before it fails.
+_LIMITS = (("layer|heads", MAX_LAYERS), ("num_train_timesteps", 100_000), ("size|dim|position|width", 2**24))
 
 log = logging.getLogger(__name__)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The config of a network, tokenizer or scheduler.
+
+    Raises :class:`LdmError`, naming file and setting, for no JSON object, and for so many layers, timesteps or features that
+    building the network would take hours or all memory.
+    """
+    try:
+        config = json.loads(read_bytes(path, MAX_JSON_BYTES, RESTORE))  # of any Python program, which may write NaN
+    except (ValueError, RecursionError) as error:
+        raise LdmError(f"{path} is not readable JSON ({first_line(error)}); {RESTORE}") from None
+    if not isinstance(config, dict):
+        raise LdmError(f"{path} is no JSON object; {RESTORE}")
+    inner = [item for value in config.values() if isinstance(value, dict) for item in value.items()]  # such as text_config
+    for name, value in [*config.items(), *inner]:
+        limit = next((limit for part, limit in _LIMITS if re.search(part, name)), None)
+        for number in value if isinstance(value, list) else [value]:
+            if limit is not None and isinstance(number, int | float) and number > limit:
+                raise LdmError(f"{path}: {printable(name)} is {number}, above the limit of {limit:,}; {RESTORE}")
+    return config
+
+
+@contextlib.contextmanager
+def loading(what: str, fix: str) -> Iterator[None]:
+    """Make a :class:`UsageError` of whatever a library raises on files that it did not expect: ``what`` (reason); ``fix``."""
+    try:
+        yield
+    except (LdmError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers' panics are no Exception
+        raise UsageError(f"{what} ({first_line(error)}); {fix}") from error
 
 
 def variant_of(folder: Path, stem: str) -> str | None:
@@ -35,7 +78,7 @@ def require_regular_files(folder: Path) -> None:
     wait for it, or read it without end."""
     for path in folder.iterdir():
         if not path.is_dir():
-            with open_regular(path, "remove it, or restore the directory"):
+            with open_regular(path, "restore the directory, or move that away"):
                 pass
 
 

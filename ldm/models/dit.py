@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UsageError
-from ldm.models.configs import LIMITS
+from ldm.models.directories import MAX_LAYERS
 from ldm.models.layers import (
     Activation,
     Attention,
@@ -43,7 +43,6 @@ CHOICES = {
     "activation": get_args(Activation),
     "positions": get_args(Positions),
 }
-MAX_LAYERS = LIMITS["layers"]
 
 
 class DiTBlock(nn.Module):

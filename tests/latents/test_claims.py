@@ -12,7 +12,7 @@ from ldm.data.manifest import MANIFEST_NAME
 from ldm.errors import LdmError, UsageError
 from ldm.files import write_json
 from ldm.latents import claims as claims_module
-from ldm.latents.claims import WORK_NAME, Claims
+from ldm.latents.claims import WORK_NAME, Claims, require_place
 from tests.samples import contents
 
 
@@ -149,8 +149,14 @@ def test_other_work_is_refused_and_left_as_it_is(tmp_path, holds):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "out").touch()
-    with pytest.raises(UsageError, match="already holds other work"):
+    with pytest.raises(UsageError, match="is a file; give a new folder"):
         Claims(tmp_path / "out", REQUEST, 3)
+
+
+def test_a_name_that_cannot_be_made_is_one_line(tmp_path):
+    for name in ("a" * 300, "a\0b", "\ud800"):
+        with pytest.raises(UsageError, match="cannot be made"):
+            require_place(tmp_path / name)
 
 
 def test_a_process_killed_before_its_request_stood_leaves_a_folder_to_begin_in(tmp_path):

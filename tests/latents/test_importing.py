@@ -259,6 +259,16 @@ def test_several_sizes_are_a_chunk_each(imported, tmp_path):
     assert info.latent_shapes == ((4, 2, 6), (4, 4, 2)) and info.resolution is None
 
 
+def test_malformed_rows_of_a_table_are_named_with_their_reason(tmp_path):
+    write_files(tmp_path, drawn(3), captions=False)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.npy"))
+    (tmp_path / "t.csv").write_text(f'file,caption\n{names[0]},"red\n{names[1]},blue"\n{names[2]},one,two\n')
+    found = [str(image) for image in FilePerImageFolder(tmp_path, CHANNELS, tmp_path / "t.csv").images()]
+    assert f"line 2 has a quote that is not closed before line 3, the row of {names[1]}" in found[0]
+    assert "line 3 has a quote without its partner" in found[1]
+    assert "line 4 has 3 cells" in found[2]
+
+
 def test_captions_from_a_table(imported, tmp_path):
     write_files(tmp_path / "src", drawn(3), captions=False)
     rows = [{"file": f"{key(2)}.npy", "caption": ["two", "zwei"]}, {"file": f"{key(0)}.npy", "caption": "zero"}]

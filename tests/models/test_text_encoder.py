@@ -176,16 +176,19 @@ BROKEN = {
     "a list": (b"[]", "config.json"),
     "no type": (b"{}", "cannot be loaded"),
     "deep": (b"[" * 100_000, "config.json is not readable JSON"),
-    "layers without bound": ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, the limit is 1024"),
-    "positions without bound": ({"max_position_embeddings": 10**12}, "max_position_embeddings is 1000000000000, the limit"),
-    "width without bound": ({"hidden_size": 10**9}, "hidden_size is 1000000000, the limit"),
+    "layers without bound": ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, above the limit of 1,000"),
+    "positions without bound": (
+        {"max_position_embeddings": 10**12},
+        "max_position_embeddings is 1000000000000, above",
+    ),
+    "width without bound": ({"hidden_size": 10**9}, "hidden_size is 1000000000, above the limit"),
     "no heads": ({"num_attention_heads": 0}, "cannot be loaded"),
     "a text for a number": ({"hidden_size": "16"}, "cannot be loaded"),
     "null": ({"intermediate_size": None}, "cannot be loaded"),
     "a negative width": ({"hidden_size": -16}, "cannot be loaded"),
     "a list for a name": ({"model_type": ["bert"]}, "cannot be loaded"),
     "code of its own": ({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "cannot be loaded"),
-    "heads without bound": ({"num_attention_heads": 10**6}, "num_attention_heads is 1000000, the limit is 1024"),
+    "heads without bound": ({"num_attention_heads": 10**6}, "num_attention_heads is 1000000, above the limit of 1,000"),
     "negative heads": ({"num_attention_heads": -1}, "cannot be loaded"),
     "another vocabulary": ({"vocab_size": 5}, "cannot be loaded"),
 }
@@ -207,7 +210,7 @@ def test_pipes_among_its_files_do_not_block(tmp_path, name):
     save(tmp_path, bert(0))
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    with pytest.raises(LdmError, match=f"{name} is a named pipe; remove it"):
+    with pytest.raises(LdmError, match=f"{name} is a named pipe; restore the directory"):
         TextEncoder.load(str(tmp_path))
 
 

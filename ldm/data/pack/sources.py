@@ -47,7 +47,7 @@ from ldm.data.pack.tables import (
 )
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import open_regular, read_bytes, require_folder
-from ldm.images import KIND_BYTES, kind_of
+from ldm.images import KIND_BYTES, is_image, kind_of
 from ldm.terminal import printable
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
@@ -56,13 +56,6 @@ TEXT_SUFFIXES = (".txt", ".caption", ".tags")
 # Tables of a folder's captions by file name, as the Hub's image folders have them; those in deeper folders come first.
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
-# Files of these names are images; others are where they begin as one. What cannot be decoded is recorded in the quarantine.
-_EXTENSIONS = (
-    "jpg jpeg jpe jfif jif pjpeg png apng webp gif bmp dib tif tiff heic heif hif avif avifs jxl jp2 j2k jpx jpf "
-    "ppm pgm pbm pnm pam pfm tga ico cur icns psd exr hdr dds qoi pcx sgi xbm xpm svg svgz eps "
-    "cr2 cr3 crw nef nrw arw srf sr2 dng orf raf rw2 pef srw x3f 3fr"
-)
-_IMAGES = frozenset(f".{extension}" for extension in _EXTENSIONS.split())
 _ALLOWED = frozenset(("JPEG", "PNG", "WebP"))
 _TEXTS = frozenset((*TEXT_SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"))
 _FORMS = ("NFC", "NFD")  # Unicode forms of one name: macOS and archives made on it have accents as characters of their own
@@ -231,7 +224,7 @@ class _Metadata:
 
     def _read(self, source: int, table: str) -> None:
         folder = os.path.dirname(table)
-        rows = read_table(self._src / table, Columns(), lambda name: is_image(self._src, os.path.join(folder, name)))
+        rows = read_table(self._src / table, Columns(), lambda name: _names_image(self._src, os.path.join(folder, name)))
         for row in rows:
             where = os.path.join(folder, row.where)
             if row.lacks_column:
@@ -283,7 +276,7 @@ class TableSource(FolderSource):
 
     def _rows(self) -> Iterator[tuple[str, Item]]:
         columns = Columns(self.file_column, self.caption_columns, self.read_captions)
-        for row in read_table(self.table, columns, lambda name: not _outside(name) and is_image(self.src, name)):
+        for row in read_table(self.table, columns, lambda name: os.path.isfile(os.path.join(self.src, name))):
             problem = row.problem or _outside(row.file)
             name = str(PurePosixPath(row.file))
             item = Item(row.where, problem=problem) if problem else Item(existing_name(self.src, name) or name, row.captions)
@@ -340,7 +333,7 @@ class DatasetSource(ImageSource):
             raise UsageError(f"reading {src} needs datasets; run `pip install datasets`") from None
         datasets.disable_progress_bars()
         if other := next((file for file in sorted_files(src) if not os.path.isfile(os.path.join(src, file))), None):
-            raise UsageError(f"{src} cannot be loaded by datasets: {printable(other)} is not a regular file; remove it")
+            raise UsageError(f"{src} cannot be loaded by datasets: {printable(other)} is not a regular file; move it away")
         try:
             loaded = datasets.load_from_disk(str(src))
         except Exception as error:  # from pyarrow, json, fsspec and others, depending on the damage
@@ -530,15 +523,17 @@ def _with_images(src: Path, tables: Sequence[str], image_column: str | None) -> 
 
 def image_files(src: Path) -> Iterator[str]:
     """The files of a folder and its subfolders that are images by their name or by how they begin, in order."""
-    return (file for file in sorted_files(src) if is_image(src, file))
+    return (file for file in sorted_files(src) if _names_image(src, file))
 
 
-def is_image(src: Path, file: str) -> bool:
-    """Whether a file of a folder is an image, of whatever format, by its name or by how it begins."""
-    suffix = _suffix(file)
-    if suffix in _IMAGES or suffix in _TEXTS:
-        return suffix in _IMAGES and os.path.lexists(os.path.join(src, file))
-    with suppress(LdmError, OSError), open_regular(os.path.join(src, file)) as opened:
+def _names_image(src: Path, file: str) -> bool:
+    """Whether a file of a folder is there and an image, of whatever format."""
+    if _suffix(file) in _TEXTS:
+        return False
+    path = os.path.join(src, file)
+    if is_image(file):
+        return os.path.lexists(path)
+    with suppress(LdmError, OSError), open_regular(path) as opened:
         return kind_of(opened.read(KIND_BYTES)) is not None
     return False
 

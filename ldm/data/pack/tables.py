@@ -292,7 +292,9 @@ def _parquet(path: Path) -> Iterator[Any]:
     except ImportError:
         raise UsageError(f"reading {printable(path)} needs pyarrow; run `pip install pyarrow`, or give a CSV file") from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with open_regular(path), pyarrow.parquet.ParquetFile(path) as file:  # which would wait for the writer of a named pipe
             yield file
+    except LdmError as error:
+        raise UsageError(str(error)) from None
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UsageError(f"{printable(path)} is not readable Parquet ({printable(first_line(error))})") from None

@@ -617,3 +617,9 @@ def test_what_a_row_of_parquet_may_hold(tmp_path):
     (src / "z.parquet").write_bytes((src / "y.parquet").read_bytes()[:-9])
     with pytest.raises(UsageError, match=r"z.parquet is not readable Parquet"):
         pack(src / "z.parquet", tmp_path / "cut")
+
+
+def test_a_pipe_named_as_a_table_does_not_block(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    os.mkfifo(tmp_path / "x.parquet")
+    assert [item.key for item in open_pack_source(tmp_path).items()] == ["0.png"]
