@@ -21,7 +21,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 KIND_BYTES = 64
 
 _NAMES = {"WEBP": "WebP"}
-_SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WEBP": b"RIFF"}
 # Other contents common in files named like images, for messages.
 _OTHERS = (
     (b"<", "an HTML or XML page"),
@@ -125,10 +124,10 @@ def check_pixels(height: int, width: int, named: str = "") -> None:
 def _describe(data: bytes, formats: tuple[str, ...]) -> str:
     """What these bytes are, if not an image of these formats."""
     names = [_NAMES.get(format, format) for format in formats]
-    for format, name in zip(formats, names, strict=True):
-        if format in _SIGNATURES and data.startswith(_SIGNATURES[format]):
-            return f"broken header of a {name} file"
+    kind = kind_of(data[:KIND_BYTES])
+    if kind in names:
+        return f"broken header of a {kind} file"
     start = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
-    kind = kind_of(data[:KIND_BYTES]) or next((name for signature, name in _OTHERS if start.startswith(signature)), None)
+    kind = kind or next((name for signature, name in _OTHERS if start.startswith(signature)), None)
     guess = f" (but {kind})" if kind else ""
     return f"not a {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))} image{guess}"

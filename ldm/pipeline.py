@@ -365,7 +365,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         guidance = guidance or ClassifierFree(guidance_scale)
         prepared = None if image is None else self.prepare_images(image, mask_image, height, width)
         if prepared is not None:
-            height, width = (side + -side % self._unit for side in (prepared.height, prepared.width))
+            height, width = (side + -side % self.size_unit for side in (prepared.height, prepared.width))
         embeds = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
         condition, null = self._conditions(prompt, negative_prompt, embeds, prepared, latents)
         condition, null = condition.repeat(num_images_per_prompt), null.repeat(num_images_per_prompt)
@@ -471,7 +471,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if isinstance(image, PreparedImages):
             return image
         self.latent_shape(1, height, width)
-        prepared = PreparedImages.of(image, mask, height, width, self._unit)
+        prepared = PreparedImages.of(image, mask, height, width, self.size_unit)
         trained = self.default_size
         if not (height and width) and max(prepared.height, prepared.width) > 4 * max(trained):
             raise UsageError(
@@ -553,7 +553,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return GuidedDenoiser(self.transformer, condition, null, guidance, Conversion(*self.diffusion), weak)
 
     @property
-    def _unit(self) -> int:
+    def size_unit(self) -> int:
         """Pixels that heights and widths are multiples of."""
         return self.vae_scale_factor * self.transformer.config.patch_size
 
@@ -561,7 +561,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """(B, C, h, w) of images of ``height`` and ``width`` pixels, the size trained on unless given. Raises UsageError for a
         size that the patches do not divide."""
         height, width = (self.default_size[0] if height is None else height), (self.default_size[1] if width is None else width)
-        shown, unit = f"{width}x{height}", self._unit
+        shown, unit = f"{width}x{height}", self.size_unit
         if not all(type(side) is int and side > 0 and side % unit == 0 for side in (height, width)):
             raise UsageError(f"an image of {shown} cannot be generated: give multiples of {unit} pixels")
         if max(height, width) > MAX_SIDE:
@@ -639,10 +639,11 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     return image_of(read_input(path), path)
 
 
-def read_input(path: str | os.PathLike) -> bytes:
-    """The bytes of an image file that a user gives. Raises UsageError, naming it, where it cannot be read or is too large."""
+def read_input(path: str | os.PathLike, fix: str = GIVE_AN_IMAGE, limit: int = MAX_IMAGE_BYTES) -> bytes:
+    """The bytes of a file that a user gives, an image unless ``fix`` says otherwise. Raises UsageError, naming it, where it
+    cannot be read or is too large."""
     try:
-        return read_bytes(path, MAX_IMAGE_BYTES, GIVE_AN_IMAGE)
+        return read_bytes(path, limit, fix)
     except LdmError as error:
         raise UsageError(str(error)) from None
 
@@ -671,10 +672,10 @@ def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
     special = next((file for file in Path(path).rglob("*") if not (file.is_file() or file.is_dir())), None)
     if special is not None:
         raise UsageError(f"{special} is no regular file, or a broken link; restore it or train the model again")
-    for config in sorted(Path(path).glob("*/*config.json")):
-        names = read_config(config).keys()
-        for old in RENAMED.keys() & names if config.parent.name == "transformer" else ():
-            raise UsageError(f"{config} calls {RENAMED[old]} by its former name {old}; rename it in that file")
+    configs = {file: read_config(file) for file in sorted(Path(path).glob("*/*config.json"))}
+    denoiser = Path(path) / "transformer" / "config.json"
+    for old in RENAMED.keys() & configs.get(denoiser, {}).keys():
+        raise UsageError(f"{denoiser} calls {RENAMED[old]} by its former name {old}; rename it in that file")
     fix, variant = "restore it or train it again", _variant(Path(path))
     with loading(f"{path} cannot be opened", fix):
         try:

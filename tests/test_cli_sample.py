@@ -246,7 +246,7 @@ def test_previews_are_written_while_an_image_is_drawn(sample, tmp_path, monkeypa
         (("a ring", "--strength", "0.5"), "give image, too"),
         (("a ring", "--weak", "gone"), "gone is not a pipeline directory"),
         (("--prompts", "gone.txt"), "gone.txt cannot be read"),
-        (("--from-image", "gone.png"), "gone.png does not exist"),
+        (("--from-image", "gone.png"), "gone.png cannot be read (No such file or directory); give an image"),
     ],
 )
 def test_bad_usage_is_one_line_and_leaves_nothing(sample, tmp_path, arguments, why):

@@ -63,6 +63,16 @@ def texts_of(folder):
             yield path.read_bytes().decode("latin-1")
 
 
+def test_an_image_whose_opaque_part_was_kept_is_marked_as_a_composite(sample, photos, tmp_path):
+    hole = Image.open(photos / "photo.png").convert("RGBA")
+    hole.paste((0, 0, 0, 0), (0, 0, 8, 8))
+    hole.save(photos / "hole.png")
+    for name, mark in (("hole", "/compositeWithTrainedAlgorithmicMedia"), ("photo", "/trainedAlgorithmicMedia")):
+        assert sample("a red ring", "--image", photos / f"{name}.png", out=name) == (0, "")
+        made = tmp_path / name / "0000-a-red-ring.png"
+        assert mark in Image.open(made).info["XML:com.adobe.xmp"] and read_png(made)[1].composite == (name == "hole")
+
+
 def test_an_inpainted_image_is_repeated_from_the_hashes_of_its_files(sample, photos, tmp_path):
     given = ("--image", photos / "photo.png", "--mask", photos / "mask.png")
     assert sample("a red ring", *given) == (0, "")
@@ -73,6 +83,7 @@ def test_an_inpainted_image_is_repeated_from_the_hashes_of_its_files(sample, pho
     assert not any(str(tmp_path) in text or "photo.png" in text for text in texts_of(tmp_path / "out"))
     page = (tmp_path / "out" / "index.html").read_text()
     assert "--image IMAGE --mask MASK --out again" in page and settings.image in page
+    assert "compositeWithTrainedAlgorithmicMedia" in Image.open(made).info["XML:com.adobe.xmp"]
 
     code, said = sample("--from-image", made, out="without")
     assert (
@@ -144,8 +155,8 @@ def test_no_path_and_no_huge_number_in_an_image_is_followed(sample, photos, host
     for changes, why in (
         ({"steps": 10**6}, "1,000,000 steps are more than the limit of 1,000; raise it by --max-steps"),
         ({"steps": 10**15}, "steps are more than"),
-        ({"width": 10**6}, "more than 65536 pixels a side"),
-        ({"width": 40_000, "height": 40_000}, "67108864 in all"),
+        ({"width": 10**6}, "no side may be above 32768 pixels"),
+        ({"width": 40_000, "height": 40_000}, "more than 67108864 pixels"),
     ):
         code, said = sample("--from-image", hostile(made, **changes), out="again", steps=())
         assert code == 2 and why in said and "\n" not in said

@@ -156,8 +156,7 @@ def generate_with_attention(
     rounding = 1e-5 * max(abs(low), abs(high))
     with record_attention(pipeline.transformer, 1, len(tokens), (low - rounding, high + rounding)) as attention:
         image = next(ImageGenerator(pipeline).generate([settings])).image
-    token_side = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-    grid = image.height // token_side, image.width // token_side
+    grid = image.height // pipeline.size_unit, image.width // pipeline.size_unit
     token_maps = attention.mean()[0].T.unflatten(1, grid).numpy()  # (L, h, w)
     words = [prompt[start:end] for start, end in positions]
     maps = np.array([token_maps[numbers].sum(0) for numbers in positions.values()], dtype=np.float32).reshape(-1, *grid)

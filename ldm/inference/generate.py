@@ -49,12 +49,12 @@ class GenerationStep(NamedTuple):
 
 
 class GeneratedImage(NamedTuple):
-    """An image, its number among the settings given, its settings, and the scheduler that sampled it."""
+    """An image, its number among the settings given, its settings, and what its batch shared."""
 
     number: int
     settings: GenerationSettings
     image: Image.Image
-    scheduler: Scheduler
+    prepared: Prepared
 
 
 OnStep = Callable[[GenerationStep], None]
@@ -115,6 +115,11 @@ class Prepared(NamedTuple):
 
     sampler: Sampler
     image: PreparedImages | None
+
+    @property
+    def composite(self) -> bool:
+        """Whether a part of the image is kept."""
+        return self.image is not None and self.image.mask is not None
 
 
 class ImageGenerator:
@@ -189,13 +194,13 @@ class ImageGenerator:
         for number, one in enumerate(settings):
             alike.setdefault(batch_key(self.inputs.named(one)), []).append(number)
         for shared, numbers in alike.items():
-            sampler = self.prepare(shared).sampler
+            prepared = self.prepare(shared)
             for start in range(0, len(numbers), batch_size):
                 chosen = numbers[start : start + batch_size]
                 batch = [settings[number] for number in chosen]
                 images = self._generate(shared, batch, on_step, preview_every)
                 for number, one, image in zip(chosen, batch, images, strict=True):
-                    yield GeneratedImage(number, one, image, sampler.scheduler)
+                    yield GeneratedImage(number, one, image, prepared)
 
     def fit(self, texts: Iterable[str]) -> dict[str, Fit]:
         """Texts as the text encoder takes them; new ones are tokenised together."""

@@ -154,7 +154,8 @@ def generate_missing(
         wanted = [folder.planned[number] for number in missing]
         try:
             for made in generator.generate(wanted, batch_size, on_step, preview_every):
-                folder.save(missing[made.number], made.image, folder.provenance.of_scheduler(made.scheduler), metadata)
+                provenance = folder.provenance.of_scheduler(made.prepared.sampler.scheduler, made.prepared.composite)
+                folder.save(missing[made.number], made.image, provenance, metadata)
                 done += 1
                 progress.update(done)
         except OSError as error:

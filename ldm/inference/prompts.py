@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ldm.errors import LdmError, UsageError
-from ldm.files import parse_json, read_bytes
+from ldm.files import parse_json
 from ldm.inference.settings import GenerationSettings
 from ldm.models.text_encoder import max_tokens
+from ldm.pipeline import read_input, require_text
 
 Check = Callable[[GenerationSettings], None]
 MAX_FILE_BYTES = 256 * 2**20
@@ -52,10 +53,7 @@ def fit_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> d
     """Prompts, each cut behind the last whole word that fits :func:`ldm.models.text_encoder.max_tokens`. Raises UsageError
     where not even one word fits, the tokenizer cannot say which tokens are which words, or a prompt is no text."""
     for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UsageError(f"the prompt {prompt[:40]!a} holds half a surrogate pair, which is no character; fix it") from None
+        require_text(prompt)
     tokens = tokenizer([*prompts])["input_ids"] if prompts else []
     limit, fits = max_tokens(tokenizer), {}
     for prompt, ids in zip(prompts, tokens, strict=True):
@@ -175,11 +173,7 @@ def read_prompts(
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise UsageError(f"{path} is no prompt file by its name; give a .txt with a prompt a line, or a .jsonl")
-    try:
-        data = read_bytes(path, MAX_FILE_BYTES, "give a .txt or .jsonl of prompts")
-    except LdmError as error:
-        raise UsageError(str(error)) from None
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = read_input(path, "give a .txt or .jsonl of prompts", MAX_FILE_BYTES).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     found: list[GenerationSettings | UsageError] = []
     for number, raw in enumerate(lines, 1):
         comment = path.suffix == ".txt" and raw.lstrip().startswith(b"#")

@@ -25,7 +25,6 @@ RULES: dict[str, Callable[[float], Guidance]] = {
 }
 INPUTS = ("image", "mask", "weak")  # fields that name files
 MAX_PROMPT = 20_000  # characters, so that settings fit into an image's metadata
-MAX_SIDE = 2**16
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", type(None): "null"}
 
 
@@ -84,13 +83,12 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; give 1 or more")
-        sides, longest = (self.width or 1, self.height or 1), max(len(self.prompt), len(self.negative))
+        pixels, longest = (self.width or 1) * (self.height or 1), max(len(self.prompt), len(self.negative))
         with_eta = [name for name, spec in SAMPLERS.items() if spec.takes_eta]
         named = " or ".join(with_eta)
         wrong = {
             f"the prompt or negative prompt has more than {MAX_PROMPT} characters; shorten it": longest > MAX_PROMPT,
-            f"the size {self.width}x{self.height} is more than {MAX_SIDE} pixels a side or {MAX_PIXELS} in all; give a smaller "
-            "one": max(sides) > MAX_SIDE or math.prod(sides) > MAX_PIXELS,
+            f"the size {self.width}x{self.height} has more than {MAX_PIXELS} pixels; give a smaller one": pixels > MAX_PIXELS,
             "the prompt is empty; say what to generate": not self.prompt.strip() and self.image is None,
             f"seed is {self.seed}; give a number from 0 to {2**63 - 1}": not 0 <= self.seed < 2**63,
             f"guidance is {self.guidance}; give a finite number": not math.isfinite(self.guidance),

@@ -38,8 +38,8 @@ class PreparedImages:
         """
         Args:
             image: PIL images, turned upright by their EXIF data, or tensors (3, H, W) or (B, 3, H, W) or arrays (H, W, 3) or
-                (B, H, W, 3) in [0, 1]. What is less than half opaque in a PIL image is
-                regenerated; elsewhere transparency shows white.
+                (B, H, W, 3) in [0, 1]. What is less than half opaque in a PIL image is regenerated; elsewhere transparency
+                shows white.
             mask: of the same size, white where to regenerate: PIL images, or tensors or arrays (H, W), (1, H, W) or
                 (B, 1, H, W). What is transparent in a PIL mask is not painted, and counts as black.
             height, width: the images are scaled to fill this size and cropped at the centre; default: their own size.

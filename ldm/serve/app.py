@@ -266,10 +266,10 @@ class Access:
     def is_ours(self, name: str) -> bool:
         """Whether a name is this server's. IP addresses are accepted: DNS rebinding needs a host name."""
         try:
-            address = ipaddress.IPv6Address(name[1:-1]) if name.startswith("[") else ipaddress.ip_address(name)
+            (ipaddress.IPv6Address if name.startswith("[") else ipaddress.ip_address)(name.strip("[]"))
         except ValueError:
             return name in self.names
-        return bool(address)
+        return True
 
     def is_foreign(self, host: str, headers: Headers) -> bool:
         """Whether a page of another site has sent a request."""

@@ -71,7 +71,7 @@ class Worker:
     @property
     def unit(self) -> int:
         """Pixels that widths and heights are multiples of."""
-        return self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size
+        return self.pipeline.size_unit
 
     @property
     def schedulers(self) -> list[str]:
@@ -102,6 +102,7 @@ class Worker:
 
         try:
             prepared = request.start and self.pipeline.prepare_images(request.start, None, settings.height, settings.width)
+            composite = prepared is not None and prepared.mask is not None
             scheduler = scheduler_for(self.pipeline, settings)
             image = self.pipeline(
                 settings.prompt,
@@ -116,7 +117,7 @@ class Worker:
                 callback_on_step_end_tensor_inputs=["pred_original_sample"],
                 return_dict=False,
             )[0][0]
-            png = encode_png(image, settings, self._provenance.of_scheduler(scheduler))
+            png = encode_png(image, settings, self._provenance.of_scheduler(scheduler, composite))
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise LdmError("not enough memory for an image of this size; make it smaller") from error

@@ -220,7 +220,7 @@ def test_the_mark_of_generated_media_is_xmp_that_parses(tmp_path, mask, kind):
 
 
 def test_what_is_no_image_of_ours_is_refused_in_one_line(tmp_path):
-    assert "does not exist" in refused(tmp_path / "none.png")
+    assert "No such file" in refused(tmp_path / "none.png")
     assert "is a folder" in refused(tmp_path)
     (tmp_path / "text.png").write_text("a red ring")
     IMAGE.save(tmp_path / "x.jpg")

@@ -196,7 +196,7 @@ TOO_MUCH = {
     "no sampler 'ddim'": {"scheduler": "ddim"},
     "no sampler 'nonsense'": {"scheduler": "nonsense"},
     "guidance is 'much'": {"guidance": "much"},
-    "a number of 400 digits is too long": {"guidance": 10**399},
+    "guidance is a number of 1326 bits": {"guidance": 10**399},
     "the prompt is empty": {"prompt": " "},
     "prompt is None": {"prompt": None},
     "there is no setting 'colour'": {"colour": "red"},
@@ -204,7 +204,7 @@ TOO_MUCH = {
     "image would name a file of the server": {"image": "/etc/passwd"},
     "mask would name a file of the server": {"mask": "../../etc/passwd"},
     "weak would name a file of the server": {"weak": "/"},
-    "not Unicode": {"prompt": "\ud800"},
+    "half a surrogate pair": {"prompt": "\ud800"},
 }
 
 
