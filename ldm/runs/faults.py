@@ -29,27 +29,28 @@ def explain(error: BaseException, trainer: Trainer) -> LdmError | None:
     where = f"at step {trainer.global_step}" + (f" on rank {trainer.global_rank}" if trainer.world_size > 1 else "")
     if is_out_of_memory(error):
         return LdmError(f"out of memory {where}: {'; '.join(_memory_settings(trainer))}")
-    if _is_of_lightning(error):
-        return UsageError(f"{first_line(error)} ({type(error).__name__}, {where})")
-    if not isinstance(error, RuntimeError):
-        return None
-    if isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in GLOO):
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    if isinstance(error, torch.distributed.DistError) or any(sign in said for sign in GLOO):
         return LdmError(
             f"a process of this run has gone or does not answer, as seen {where}: see its last message, and resume with "
             f"--resume latest ({first_line(error)})"
         )
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker" in said:
         return LdmError(
             f"a loader process was lost {where}: {first_line(error)} If memory ran out, lower data.workers or "
             "data.batch_size; resume with --resume latest"
         )
+    if module := _module_of_lightning(error):
+        return UsageError(f"{first_line(error)} ({type(error).__name__} in {module}, {where})")
     return None
 
 
-def _is_of_lightning(error: BaseException) -> bool:
-    """Whether Lightning itself raised it, as it does for settings of its own and of its callbacks that do not fit."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].f_globals["__name__"].startswith("lightning.")
+def _module_of_lightning(error: BaseException) -> str | None:
+    """The module of Lightning that raised it, or of a callback that did, for settings that do not fit; else None."""
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if modules and modules[-1].startswith("lightning."):
+        return modules[-1]
+    return next((name for name in modules if name.startswith("lightning.pytorch.callbacks.")), None)
 
 
 def _memory_settings(trainer: Trainer) -> Iterator[str]:

@@ -95,3 +95,14 @@ def test_it_replaces_the_error_of_torch() -> None:
         with pytest.raises(type(error)) as raised, explained(trainer()):
             raise error
         assert raised.value is error
+
+
+def test_a_callback_of_lightning_that_does_not_fit_is_one_line() -> None:
+    """As BatchSizeFinder, which calls the training's own code, and BackboneFinetuning, which fails in torch's."""
+    module: dict[str, Any] = {"__name__": "lightning.pytorch.callbacks.finetuning", "fail": lambda: getattr(1, "backbone")}  # noqa: B009
+    exec("def setup():\n    fail()", module)
+    with pytest.raises(AttributeError) as failure:
+        module["setup"]()
+    refusal = explain(failure.value, trainer(WithoutCheckpointing()))
+    assert isinstance(refusal, UsageError)
+    assert "no attribute 'backbone' (AttributeError in lightning.pytorch.callbacks.finetuning, at step 0)" in str(refusal)
