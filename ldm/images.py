@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 
+import numpy as np
 from PIL import Image
 
 from ldm.errors import LdmError
@@ -113,6 +114,12 @@ def kind_of(data: bytes) -> str | None:
 def is_image(name: str, start: bytes = b"") -> bool:
     """Whether a file is an image, of whatever format: by the extension of its name, or its first ``KIND_BYTES`` bytes."""
     return os.path.splitext(name)[1].lower() in _SUFFIXES or kind_of(start) is not None
+
+
+def grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8; Pillow's own conversion clips at 255."""
+    grey = np.asarray(image).astype(np.int64).clip(0, 65535)  # (H, W)
+    return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def check_pixels(height: int, width: int, named: str = "") -> None:

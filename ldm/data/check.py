@@ -15,6 +15,7 @@ import numpy as np
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, decode_pixels
 from ldm.data.latent_schema import (
+    EXPORT_AGAIN,
     NULL_TEXT_NAME,
     LatentInfo,
     LatentShard,
@@ -278,24 +279,23 @@ def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInf
 
 def _latent_problems(path: Path, samples: int, info: LatentInfo, deep: bool) -> Iterator[Problem]:
     """Problems of the chunks of a complete shard, which has so many samples by its lists of keys."""
-    again = "restore it, or export the latents again"
     try:
         shard = LatentShard(path, samples)
     except DecodeError as error:
-        yield Problem(f"{path.name}: a sample", str(error), again, samples)
+        yield Problem(f"{path.name}: a sample", str(error), EXPORT_AGAIN, samples)
         return
     except LdmError as error:
-        yield Problem(path.name, f"cannot be read ({error})", again, samples)
+        yield Problem(path.name, f"cannot be read ({error})", EXPORT_AGAIN, samples)
         return
     for chunk, (start, end) in enumerate(pairwise(shard.starts)):
         try:
             keys, tensors = shard.metadata(chunk)["keys"], shard.tensors(chunk)
             _check_chunk(tensors, info)
         except DecodeError as error:
-            yield Problem(f"{path.name}: #{start}", str(error), again, end - start)
+            yield Problem(f"{path.name}: #{start}", str(error), EXPORT_AGAIN, end - start)
             continue
         for row in _not_finite(tensors) if deep else ():
-            yield Problem(f"{path.name}: {keys[row]}", "has values that are not finite", again, 1)
+            yield Problem(f"{path.name}: {keys[row]}", "has values that are not finite", EXPORT_AGAIN, 1)
     shard.close()
 
 

@@ -16,11 +16,11 @@ from PIL import ExifTags, Image
 
 from ldm.data.colour import as_mode, is_srgb, to_srgb
 from ldm.data.jpeg import can_hold, decode_plain, has_too_many_scans, plain_size
-from ldm.images import MAX_IMAGE_BYTES, MAX_PIXELS, DecodeError, check_pixels, open_image
+from ldm.images import MAX_IMAGE_BYTES, MAX_PIXELS, DecodeError, check_pixels, grey_to_8_bits, open_image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 MAX_TEXT_BYTES = 64 * 2**10
-MAX_JSON_BYTES = 2**20
+MAX_SAMPLE_JSON_BYTES = 2**20
 # EXIF orientation => the transpose to upright; 1 is upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -129,9 +129,9 @@ def decode_text(data: bytes) -> str:
 
 
 def decode_json(data: bytes) -> dict[str, Any]:
-    """Decode a sample's ``.json`` member: one object in strict UTF-8, of at most ``MAX_JSON_BYTES`` bytes."""
-    if len(data) > MAX_JSON_BYTES:
-        raise DecodeError(f"json of {len(data)} bytes, the limit is {MAX_JSON_BYTES}")
+    """Decode a sample's ``.json`` member: one object in strict UTF-8, of at most ``MAX_SAMPLE_JSON_BYTES`` bytes."""
+    if len(data) > MAX_SAMPLE_JSON_BYTES:
+        raise DecodeError(f"json of {len(data)} bytes, the limit is {MAX_SAMPLE_JSON_BYTES}")
     try:
         value = jsonlib.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -228,9 +228,7 @@ def _alpha_of_colour(image: Image.Image, data: bytes) -> Image.Image | None:
 def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None, alpha: Image.Image | None = None) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255.
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)  # (H, W)
-        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+        image = grey_to_8_bits(image)
     colours = image.mode if image.mode in ("RGB", "CMYK") else "L" if image.mode in ("1", "L", "LA") else "RGB"
     if alpha is not None:
         rgba = to_srgb(as_mode(image, colours), profile)

@@ -49,7 +49,7 @@ from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_file, parse_json
 
 NULL_TEXT_NAME = "null_text.safetensors"
-RESTORE = "restore it, or export the latents again"
+EXPORT_AGAIN = "restore it, or export the latents again"
 DTYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 MAX_HEADER_BYTES = 2**20  # of a chunk's safetensors, which holds a dozen tensors
 
@@ -182,9 +182,9 @@ def read_null_text(source: ShardSource, encoder: int = 0) -> np.ndarray:
         if not np.isfinite(text).all():
             raise DecodeError(f"has values in {name} that are not finite")
     except DecodeError as error:
-        raise LdmError(f"{NULL_TEXT_NAME} of {source.spec} {error}; {RESTORE}") from None
+        raise LdmError(f"{NULL_TEXT_NAME} of {source.spec} {error}; {EXPORT_AGAIN}") from None
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise LdmError(f"{NULL_TEXT_NAME} of {source.spec} cannot be read ({first_line(error)}); {RESTORE}") from None
+        raise LdmError(f"{NULL_TEXT_NAME} of {source.spec} cannot be read ({first_line(error)}); {EXPORT_AGAIN}") from None
     return text
 
 
@@ -412,9 +412,9 @@ def latent_info(source: ShardSource) -> LatentInfo:
         raise UsageError(f"{manifest} lacks {lacking[0]!r}; export again: ldm latents export")
     info = parse_json(json.dumps(extra).encode(), manifest, LatentInfo)
     if {len(info.latents_mean), len(info.latents_std), *(shape[0] for shape in info.latent_shapes)} != {len(info.latents_mean)}:
-        raise LdmError(f"{manifest} has statistics of another number of channels than the latents; {RESTORE}")
+        raise LdmError(f"{manifest} has statistics of another number of channels than the latents; {EXPORT_AGAIN}")
     if extra.get("fingerprint") not in (None, info.fingerprint):  # manifests had none at first
-        raise LdmError(f"{manifest} was changed after the export: its statistics or hashes are others; {RESTORE}")
+        raise LdmError(f"{manifest} was changed after the export: its statistics or hashes are others; {EXPORT_AGAIN}")
     return info
 
 

@@ -177,7 +177,7 @@ class Manifest:
                 yield Problem(shard.name, f"has {size} bytes, the manifest says {shard.bytes}", f"restore it, or {fix}")
         stray = {path.name for path in tar_paths(folder)} - {shard.name for shard in self.shards} if unlisted else ()
         for name in sorted(stray):
-            yield Problem(name, "is not listed in the manifest", f"remove it, or {fix}")
+            yield Problem(name, "is not listed in the manifest", f"move it away, or {fix}")
 
     def check_cheap(self, folder: str | os.PathLike, unlisted: bool = True) -> None:
         """Raise :class:`LdmError` unless every shard exists with the stated size, and (if asked for) no other tar does."""

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.errors import UsageError
+from ldm.images import grey_to_8_bits
 from ldm.models.autoencoder import images_to_pil, pixels_to_images
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
@@ -194,10 +195,10 @@ def _rgba(image: Image.Image, name: str) -> Image.Image:
     if not (image.width and image.height):
         raise UsageError(f"{name} is a PIL image of {image.width}x{image.height}, without any pixels; give another")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        eight = ((grey * 255 + 32767) // 65535).astype(np.uint8)
-        opaque = np.where(grey == image.info.get("transparency", -1), 0, 255).astype(np.uint8)
-        return Image.fromarray(np.stack([eight, eight, eight, opaque], -1))
+        rgba = grey_to_8_bits(image).convert("RGBA")
+        clear = np.asarray(image) == image.info.get("transparency", -1)
+        rgba.putalpha(Image.fromarray(np.where(clear, np.uint8(0), np.uint8(255))))
+        return rgba
     if image.mode not in MODES:
         raise UsageError(f"{name} is a PIL image of mode {image.mode}; give it in L, RGB or RGBA")
     return image.convert("RGBA")

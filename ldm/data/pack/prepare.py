@@ -17,7 +17,15 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageColor, ImageOps
 
-from ldm.data.decode import MAX_JSON_BYTES, MAX_PIXELS, DecodeError, decode_image, decode_pixels, decode_text, is_plain_rgb
+from ldm.data.decode import (
+    MAX_PIXELS,
+    MAX_SAMPLE_JSON_BYTES,
+    DecodeError,
+    decode_image,
+    decode_pixels,
+    decode_text,
+    is_plain_rgb,
+)
 from ldm.data.writer import encode_png
 from ldm.errors import UsageError
 
@@ -105,8 +113,8 @@ class Preparation:
             raise DecodeError(f"extras called {', '.join(sorted(taken))}, which packing writes itself")
         fields = {**origin, **({"captions": texts} if len(texts) > 1 else {}), **extras}
         about = json.dumps(fields, ensure_ascii=False).encode()
-        if len(about) > MAX_JSON_BYTES:
-            raise DecodeError(f"captions of {len(about)} bytes, the limit is {MAX_JSON_BYTES}")
+        if len(about) > MAX_SAMPLE_JSON_BYTES:
+            raise DecodeError(f"captions of {len(about)} bytes, the limit is {MAX_SAMPLE_JSON_BYTES}")
         kind = _SIGNATURES.get(data[:2], "")
         keep = self.keep_bytes and plain and resized.size == image.size and self.format in ("auto", kind)
         files = {kind: data} if keep else self._encoded(resized)

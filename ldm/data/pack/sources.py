@@ -28,7 +28,7 @@ import numpy as np
 from ldm.data.decode import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
-    MAX_JSON_BYTES,
+    MAX_SAMPLE_JSON_BYTES,
     MAX_TEXT_BYTES,
     DecodeError,
     captions_of,
@@ -622,11 +622,9 @@ def existing_name(folder: str | os.PathLike, name: str) -> str | None:
 def _form(name: str) -> str:
     """Which Unicode form a name has, where the forms differ, for messages: on the screen they look the same."""
     forms = [form for form in _FORMS if unicodedata.is_normalized(form, name)]
-    return (
-        ""
-        if len(forms) == len(_FORMS)
-        else f" (in Unicode form {' '.join(forms) or 'neither NFC nor NFD'}; no other form is there)"
-    )
+    if len(forms) == len(_FORMS):
+        return ""
+    return f" (in Unicode form {' '.join(forms) or 'neither NFC nor NFD'}; no other form is there)"
 
 
 def _outside(name: str) -> str | None:
@@ -674,7 +672,7 @@ def _captions_in(text: str | None, about: str | None) -> Sequence[str]:
     if data is not None and _suffix(text or "") == ".tags":
         data = b", ".join(data.split(b"\n"))
     try:
-        return captions_of(data, None if about is None else _read(about, MAX_JSON_BYTES))
+        return captions_of(data, None if about is None else _read(about, MAX_SAMPLE_JSON_BYTES))
     except DecodeError:
         if data is None or about is None:
             raise
