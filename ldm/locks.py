@@ -27,9 +27,7 @@ def new_lock(path: str | os.PathLike, timeout: float = -1) -> FileLock:
 
 @contextlib.contextmanager
 def hold(path: str | os.PathLike, doing: str) -> Iterator[None]:
-    """Hold the lock file ``path`` while the block runs. It is removed afterwards, and the kernel frees it if the process dies.
-
-    Where the file system has no locks, the file's existence is the lock. A process killed on another machine leaves it behind.
+    """Hold the lock file ``path``, see :func:`new_lock`, while the block runs, and remove it afterwards.
 
     Args:
         doing: what the block does, for the message to another process, such as ``"training into runs/dit"``.
@@ -43,8 +41,9 @@ def hold(path: str | os.PathLike, doing: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        wait = f"wait for it, or give another folder (it holds {path})"
-        raise UsageError(f"another ldm is {doing}{_holder(path)}; {wait}") from None
+        # a process that was killed on another machine leaves its soft lock behind
+        gone = f", or, if that process is gone, remove {printable(path)}" if isinstance(lock, SoftFileLock) else ""
+        raise UsageError(f"another ldm is {doing}{_holder(path)}; wait for it, or give another folder{gone}") from None
     except OSError as error:
         raise LdmError(f"{path} cannot be made, so nothing keeps others out of {path.parent} ({error.strerror})") from None
     try:
