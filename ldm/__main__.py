@@ -28,9 +28,9 @@ def main() -> None:
     # a background job of a shell ignores Ctrl-C, which should stay so
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
-    from ldm.cli import main
+    from ldm import cli
 
-    main()
+    cli.main()
 
 
 if __name__ == "__main__":
