@@ -90,8 +90,9 @@ def index_here(
     folder: str | os.PathLike, on_progress: Callable[[int, int], None] | None = None, key_dot: KeyDot = "first"
 ) -> tuple[Manifest, Path]:
     """Make the manifest of a folder of tars (:func:`index_folder`) and save it there; whether it can be is checked before."""
+    folder = require_folder(folder, "a folder of .tar shards")
     try:
-        require_output_file(require_folder(folder, "a folder of .tar shards") / MANIFEST_NAME)
+        require_output_file(folder / MANIFEST_NAME)
     except UsageError as error:
         raise UsageError(f"{error}; or give a folder for the manifest: ldm shards index {folder} --out DIR") from None
     manifest = index_folder(folder, on_progress, key_dot)
