@@ -58,9 +58,9 @@ def hold(path: str | os.PathLike, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_folder(folder: str | os.PathLike, doing: str) -> Iterator[None]:
-    """:func:`hold` the lock of a folder, which is made if it is absent, and removed again if it stays empty."""
+    """:func:`hold` the lock of a folder. It and its parents are made if they are absent, and removed again if they stay empty."""
     folder = Path(folder)
-    made = not os.path.exists(folder)
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: NUL in the name, or half a surrogate pair
@@ -69,9 +69,9 @@ def hold_folder(folder: str | os.PathLike, doing: str) -> Iterator[None]:
         with hold(folder / LOCK_NAME, doing):
             yield
     finally:
-        if made:
-            with contextlib.suppress(OSError):  # it holds the work
-                folder.rmdir()
+        for place in made:
+            with contextlib.suppress(OSError):  # it holds the work, or was removed with it
+                place.rmdir()
 
 
 def _holder(path: Path) -> str:

@@ -26,15 +26,15 @@ with hold_folder(sys.argv[1], "training"):
 
 
 def test_another_process_is_kept_out_and_told_who_holds_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "new" / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
         said = rf"another ldm is training \(process {other.pid} on {socket.gethostname()}\)"
         for _ in range(2):  # a refused process leaves the lock and what it says
-            with pytest.raises(UsageError, match=said), hold_folder(tmp_path / "run", "training"):
+            with pytest.raises(UsageError, match=said), hold_folder(tmp_path / "new" / "run", "training"):
                 pass
         other.stdin.write("\n")
-    assert other.returncode == 0 and not (tmp_path / "run").exists()
+    assert other.returncode == 0 and not (tmp_path / "new").exists()
     with hold_folder(tmp_path / "run", "training"):
         (tmp_path / "run" / "work").touch()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["work"]

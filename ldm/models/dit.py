@@ -182,13 +182,13 @@ class DiT(ModelMixin, ConfigMixin):
         _check_choices(adaln=adaln, norm=norm, activation=activation, positions=positions)
         if not (isinstance(mlp_ratio, (int, float)) and 0 < mlp_ratio < math.inf):
             raise UsageError(f"DiT: mlp_ratio is {mlp_ratio!r}; give a number greater than 0")
+        if "rope" in positions and width % (4 * num_attention_heads):
+            raise UsageError(f"DiT: positions {positions} needs a width that is a multiple of 4 x {num_attention_heads} heads")
         for name, divisor in (("num_attention_heads ", num_attention_heads), ("", 4)):
             if width % divisor:
                 raise UsageError(f"DiT: width {width} is not a multiple of {name}{divisor}")
         if sample_size % patch_size:
             raise UsageError(f"DiT: sample_size {sample_size} is not a multiple of patch_size {patch_size}")
-        if "rope" in positions and width % (4 * num_attention_heads):
-            raise UsageError(f"DiT: positions {positions} needs a width that is a multiple of 4 x {num_attention_heads} heads")
         self.gradient_checkpointing = False
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)

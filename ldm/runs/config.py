@@ -140,7 +140,8 @@ def require_values(options: Namespace) -> None:
             "number of batches"
         )
     for key, value in _numbers(options):
-        if not (-(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)):
+        no_limit = value == math.inf and key.endswith(".max_grad_norm")
+        if not (no_limit or (-(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value))):
             raise UsageError(f"{key} is {printable(value)[:40]}; give a finite number, a whole one of at most 64 bits")
         for words, fits, keys in RANGES:
             if key in keys and not fits(value):

@@ -221,7 +221,6 @@ def test_what_is_no_plain_value_is_not_loaded(tmp_path: Path) -> None:
         {"global_step": "ten"},
         {"global_step": -1},
         {"global_step": 10**30},
-        {"global_step": 1, "lr_schedulers": []},
         {"global_step": 1, "lr_schedulers": [{"base_lrs": [float("nan")], "_last_lr": [0.1]}]},
         {"global_step": 1, "random": [None]},
         {"global_step": 1, "skipped": {"total": None, "in_a_row": {}}},

@@ -62,7 +62,7 @@ class Content(TypedDict):
     """What is read of a checkpoint before the run is restored from it, and numbers that would be believed."""
 
     global_step: Count
-    lr_schedulers: NotRequired[Annotated[list[_Schedule], Field(min_length=1)]]
+    lr_schedulers: NotRequired[list[_Schedule]]
     state_dict: NotRequired[dict[str, Any]]
     random: NotRequired[list[dict[str, Any]] | None]
     seed: NotRequired[Annotated[int, Field(ge=0, lt=2**64)] | None]
@@ -203,7 +203,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 def require_run(content: dict[str, Any], path: Path) -> None:
     """Raise :class:`LdmError` unless a run can be resumed from this content, as far as its types say."""
     check_type(content, str(path), Summary)
-    if missing := {"average", "loops", "lr_schedulers", "seed"} - content.keys():
+    if missing := {"average", "loops", "lr_schedulers", "seed"} - {key for key in content if content[key] != []}:
         raise UsageError(f"{path} is not a checkpoint of a run, it lacks {', '.join(sorted(missing))}; {ANOTHER}")
 
 
