@@ -58,7 +58,7 @@ def hold(path: str | os.PathLike, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_folder(folder: str | os.PathLike, doing: str) -> Iterator[None]:
-    """:func:`hold` the lock of a folder. It and its parents are made if they are absent, and removed again if they stay empty."""
+    """:func:`hold` the lock of a folder. It and its parents are made where absent, and removed again if they stay empty."""
     folder = Path(folder)
     made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:

@@ -20,19 +20,10 @@ from ldm.runs.dry_run.find_batch import FindBatch, show_batches
 from ldm.runs.dry_run.measure import Measure, step_kinds
 from ldm.runs.fit import FitCLI
 from ldm.runs.lightning_private import is_rank_zero
-from ldm.training.base import TrainingModule
 
 
 class DryRunCLI(FitCLI):
     """``fit --dry-run`` and ``fit --find-batch``."""
-
-    def __init__(self, module_class: type[TrainingModule], arguments: list[str]):
-        self.trial: Path | None = None
-        try:
-            super().__init__(module_class, arguments)
-        finally:
-            if self.trial is not None and is_rank_zero():
-                shutil.rmtree(self.trial, ignore_errors=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -48,10 +39,11 @@ class DryRunCLI(FitCLI):
             raise UsageError(f"trainer.max_steps is {options.trainer.max_steps}; give the steps of the whole run")
         out = Path(options.out).absolute()
         self.place = next(parent for parent in out.parents if parent.is_dir())
-        self.trial = self.place / f".{out.name}.dry-run"
+        trial = self.place / f".{out.name}.dry-run"
         if is_rank_zero():
-            shutil.rmtree(self.trial, ignore_errors=True)
-        options.out = options.trainer.default_root_dir = str(self.trial)
+            shutil.rmtree(trial, ignore_errors=True)
+            self.held.callback(shutil.rmtree, trial, ignore_errors=True)  # before the folders that the lock made
+        options.out = options.trainer.default_root_dir = str(trial)
         options.export = None
         options.trainer.logger = False  # no W&B run
         if options.find_batch:
