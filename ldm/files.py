@@ -75,13 +75,16 @@ def _kind(mode: int) -> str:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+def atomic_file(path: str | os.PathLike, mode: str = "wb", replaces_folder: bool = False) -> Iterator[IO]:
     """Open a temporary file in the target's own folder; on success fsync it and rename it to ``path``.
 
     A link is followed: the file that it points to is replaced. On an exception the temporary file is removed and ``path`` keeps
     its previous content. Raises :class:`UsageError` where something else than a regular file stands at ``path``.
+    ``replaces_folder``: the block itself removes a folder that stands there.
     """
-    path = require_output_file(path)
+    path = _followed(path)
+    if not (replaces_folder and path.is_dir()):
+        _require_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -102,10 +105,14 @@ def require_output_file(path: str | os.PathLike, inputs: Iterable[str | os.PathL
         inputs: files and folders that are read. What stands in them is not overwritten, but for an HTML page: none is read.
     """
     path = _followed(path)
-    if (exists := os.path.exists(path)) and not path.is_file():
-        raise UsageError(f"{path} is {_kind(path.stat().st_mode)}, which is not overwritten; give the name of a file")
+    _require_replaceable(path)
     for read in inputs:
-        if exists and read is not None and path.suffix != ".html" and path.resolve().is_relative_to(os.path.realpath(read)):
+        if (
+            os.path.exists(path)
+            and read is not None
+            and path.suffix != ".html"
+            and path.resolve().is_relative_to(os.path.realpath(read))
+        ):
             raise UsageError(f"{path} is a file of {read}, which is read; give another name")
     _require_possible(path)
     return path
@@ -344,6 +351,11 @@ def require_new_folder(path: str | os.PathLike, what: str, in_place: bool = Fals
             raise UsageError(f"{path} is {place}, which cannot be replaced; give a new folder inside it for {what}")
     _require_possible(path)
     return path
+
+
+def _require_replaceable(path: Path) -> None:
+    if os.path.exists(path) and not path.is_file():
+        raise UsageError(f"{path} is {_kind(path.stat().st_mode)}, which is not overwritten; give the name of a file")
 
 
 def _followed(path: str | os.PathLike) -> Path:

@@ -30,6 +30,7 @@ def main(
         file_size: limit of the size of files, in bytes.
     """
     import torch
+    from lightning.pytorch.utilities import rank_zero_only
 
     from ldm.cli import main
 
@@ -37,6 +38,7 @@ def main(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
+    setattr(rank_zero_only, "rank", int(environment.get("RANK", 0)))  # noqa: B010  Lightning reads the variables at import
     multiprocessing.set_start_method("fork", force=True)  # for loader processes, as in a run that is not forked
     if "MASTER_PORT" in environment:
         torch.set_num_threads(1)  # as torchrun does by a variable, which is too late for OpenMP here

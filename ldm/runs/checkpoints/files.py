@@ -147,7 +147,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """
     size = None
     try:
-        with atomic_file(path) as file:
+        with atomic_file(path, replaces_folder=True) as file:
             writer = _HashingWriter(file)
             torch.save(checkpoint, cast(IO[bytes], writer))  # of a file it calls no more than write and flush
             size = writer.size
