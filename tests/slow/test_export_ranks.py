@@ -5,6 +5,7 @@ torchrun itself runs once; the other tests give its environment to forks that st
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.manifest import IMAGE_SHARDS, MANIFEST_NAME, Manifest
 from ldm.data.writer import ShardWriter, encode_png
 from ldm.latents.claims import WORK_NAME
 from ldm.models.autoencoder import AutoencoderConfig
@@ -41,7 +42,7 @@ class Files(NamedTuple):
     folder: Path
     text_encoder: str
     shards: dict[int, Path]
-    whole: dict[int, dict[str, bytes]]
+    whole: dict[int, dict[str, Any]]
 
     def arguments(self, count: int, out: Path) -> list[str]:
         # batches of one, so that a process does not claim all shards ahead
@@ -82,7 +83,7 @@ def files(tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> F
     for count in sizes:
         out = folder / f"whole{count}"
         succeed(files.start(count, out))
-        files.whole[count] = contents(out)
+        files.whole[count] = bytes_and_places(out)
         assert len(files.whole[count]) == count + 3  # with the manifest, the null text and the quarantine
     return files
 
@@ -100,8 +101,17 @@ def succeed(*ranks: Fork) -> None:
         assert code == 0, said
 
 
+def bytes_and_places(out: Path) -> dict[str, Any]:
+    """Every file's bytes; the manifest with the places that it names, which are relative to its folder, resolved."""
+    manifest = json.loads((out / MANIFEST_NAME).read_bytes())
+    for named in (manifest, *manifest["text_encoders"]):
+        for key in {"source_shards", "folder"} & named.keys():
+            named[key] = str((out / named[key]).resolve())
+    return contents(out) | {MANIFEST_NAME: manifest}
+
+
 def is_same(files: Files, count: int, out: Path) -> bool:
-    return contents(out) == files.whole[count] and not (out / WORK_NAME).exists()
+    return bytes_and_places(out) == files.whole[count] and not (out / WORK_NAME).exists()
 
 
 @pytest.mark.slow
