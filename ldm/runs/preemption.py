@@ -55,7 +55,8 @@ def ended_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is end:  # not where Preemption.on_exception had it ignored up to the end
+            signal.signal(signal.SIGTERM, before)
 
 
 class Preemption(Callback):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ldm.runs import preemption
 from ldm.runs.checkpoints.callback import Checkpoints
 from ldm.runs.checkpoints.files import load_checkpoint
-from ldm.runs.preemption import Interrupted, Preempted, Preemption, requeue
+from ldm.runs.preemption import Interrupted, Preempted, Preemption, ended_by_sigterm, requeue
 from tests.tiny import make_trainer
 
 
@@ -113,6 +113,12 @@ def test_it_saves_at_that_step_and_stops_with_143(tmp_path: Path, number: int) -
     signal.raise_signal(signal.SIGTERM)  # a launcher's, once another process has left
     checkpoint = saved(tmp_path)
     assert checkpoint["global_step"] == 2 and checkpoint["state_dict"]["weight"] == 2
+
+
+def test_the_launchers_signal_is_ignored_up_to_the_end_of_the_process(tmp_path: Path) -> None:
+    with pytest.raises(Preempted), ended_by_sigterm():
+        fit(tmp_path, At(send(signal.SIGTERM), batch=2))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
 def test_the_metrics_of_that_step_are_logged(tmp_path: Path) -> None:
