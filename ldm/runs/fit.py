@@ -191,9 +191,7 @@ class FitCLI(TrainingCLI):
         )
         if isinstance(trainer.strategy, DDPStrategy):
             # buffers need no synchronisation: every process computes the same ones
-            set_ddp_options(
-                trainer.strategy, find_unused_parameters=self.module_class.find_unused_parameters, forward_sync_buffers=False
-            )
+            set_ddp_options(trainer.strategy, find_unused_parameters=False, forward_sync_buffers=False)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

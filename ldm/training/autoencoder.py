@@ -8,6 +8,7 @@ discriminator's optimiser is not wrapped by Lightning.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +48,7 @@ from ldm.models.autoencoder import (
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.base import TrainingModule
 from ldm.training.encoders import image_size, measure_statistics, require_format
-from ldm.training.fsdp import full_tensor, is_sharded
+from ldm.training.fsdp import full_tensor
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import sample_generators, step_generator
@@ -58,7 +59,7 @@ PREVIEW_IMAGES = 8
 class AutoencoderTraining(TrainingModule):
     """Reconstruction loss + LPIPS + KL, and an adversarial loss that starts late and rises slowly, under a guard."""
 
-    command, artifact, find_unused_parameters = "autoencoder", "autoencoder", True
+    command, artifact = "autoencoder", "autoencoder"
     absent = ("perceptual.", "fid.")
     reads_captions = False
 
@@ -236,18 +237,23 @@ class AutoencoderTraining(TrainingModule):
         totals = torch.zeros(2, device=self.device)  # loss and accuracy
         for (target, reconstruction), fraction in self.micro_batches(pairs, [len(target) for target, _ in pairs]):
             loss, accuracy = self.adversary.discriminator_loss(target, reconstruction, step)
-            self.manual_backward(fraction * loss)
+            (fraction * loss).backward()  # not manual_backward, with which DDP would expect the autoencoder's gradients
             totals += fraction * torch.stack([loss.detach(), accuracy])
-        discriminator = self.adversary.discriminator
-        if is_sharded(self.autoencoder):  # the discriminator is not, so FSDP does not reduce its gradients
-            for parameter in discriminator.parameters():
-                parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
-        norm = nn.utils.clip_grad_norm_(discriminator.parameters(), self.discriminator_optimiser.max_grad_norm)
+        if self.trainer.world_size > 1:
+            self._average_gradients(self._discriminator_parameters)
+        norm = nn.utils.clip_grad_norm_(self._discriminator_parameters, self.discriminator_optimiser.max_grad_norm)
         mean = self.log_step({"train/d": totals[0], "train/d_accuracy": totals[1]})
         for average in self.adversary.lecam.buffers():  # linear in each process's own logits
             average.copy_(self.trainer.strategy.reduce(average, reduce_op="mean"))
         if self.step_or_skip(optimiser, schedule, norm + mean["train/d"], "discriminator", samples):
             self.adversary.guard.watch_discriminator(mean["train/d_accuracy"])
+
+    def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace gradients by their means over all processes, in one exchange."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = self.trainer.strategy.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduce_op="mean")
+        means = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [mean.view_as(gradient) for mean, gradient in zip(means, gradients, strict=True)])
 
     # -- setup -------------------------------------------------------------------------------------------------------
 
@@ -274,6 +280,10 @@ class AutoencoderTraining(TrainingModule):
                 "discriminator would never train; lower it or raise max_steps"
             )
         super().setup(stage)
+        # DDP, which is built next, exchanges gradients of parameters that are trained by then, in every backward pass
+        discriminator = self.adversary.discriminator
+        self._discriminator_parameters = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+        discriminator.requires_grad_(False)
 
     def prepare(self, data: ShardDataModule) -> None:
         require_format(data, IMAGE_SHARDS, "stage one", "pack images: ldm shards pack")
@@ -309,6 +319,8 @@ class AutoencoderTraining(TrainingModule):
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         num_steps = self.trainer.max_steps
+        for parameter in self._discriminator_parameters:
+            parameter.requires_grad_()
         pairs = [
             self.optimiser.build(self.trained(), num_steps, self._levels(), self.compute_dtype),
             self.discriminator_optimiser.build(

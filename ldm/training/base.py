@@ -71,8 +71,6 @@ class TrainingModule(LightningModule):
     command, artifact = "stage", "model"
     #: whether it is trained on captions; where not, the data need none and their captions are not read
     reads_captions = True
-    #: for DDP: whether some backward passes leave trained parameters without a gradient
-    find_unused_parameters = False
     #: micro-batches that a batch is split into
     accumulate: int
     #: losses whose parameters, if any, are trained with those of :meth:`averaged`

@@ -11,9 +11,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from lightning import Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
@@ -333,6 +334,25 @@ def test_settings_that_cannot_be_trained_with_are_refused_before_the_first_step(
     with pytest.raises(UsageError, match=message) as error:
         fit(make(**changes), image_shards, tmp_path, 4, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_ddp_exchanges_the_autoencoder_s_gradients_alone(image_shards: Path, tmp_path: Path) -> None:
+    """Of one process; the discriminator's are exchanged once, where it trains: tests/slow/test_many_processes.py."""
+    module, sizes = make(adversary=adversary(0, 0, 1), learn_variance=True), []
+
+    def measure(*_: object) -> None:
+        strategy = module.trainer.strategy
+        assert isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel)
+        sizes.append(strategy.model._get_ddp_logging_data()["total_parameter_size_bytes"])
+
+    module.on_train_batch_end = measure
+    try:
+        fit(module, image_shards, tmp_path, 2, strategy=DDPStrategy(find_unused_parameters=False))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert module.variance is not None
+    assert sizes == [4 * (len(weights(module.autoencoder)) + 1)] * 2
+    assert all(parameter.requires_grad for parameter in module.adversary.discriminator.parameters())
 
 
 def test_losses_with_parameters_are_refused_under_fsdp(
