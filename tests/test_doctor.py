@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm.cli import dispatch
 from ldm.doctor import Finding, installed, machine, measured
@@ -95,6 +96,41 @@ def test_two_processes_connect_and_a_wrong_interface_is_reported(monkeypatch: py
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchinterface")
     (found,) = measured.check_two_processes()
     assert found.failed and "GLOO_SOCKET_IFNAME" in found.fix
+
+
+@pytest.mark.slow
+def test_an_all_reduce_is_checked_and_timed() -> None:
+    found = measured.all_reduce("gloo", 2, size=2**20, timeout=20)
+    assert not found.error and 0 < found.seconds < found.connected
+    found = measured.all_reduce("gloo", 2, size=0, timeout=20)  # nothing to look at afterwards
+    assert "IndexError" in found.error
+
+
+def test_the_gpus_of_a_machine_exchange_256_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+
+    def answer(*given: object) -> measured.AllReduce:
+        asked.append(given)
+        return measured.AllReduce(connected=3.0, seconds=1e-3)
+
+    monkeypatch.setattr(measured, "all_reduce", answer)
+    for gpus in (0, 1):  # with nobody to exchange with
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert not list(measured.check_gpus_exchange())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    (found,) = measured.check_gpus_exchange()
+    assert asked == [("nccl", 8, 256_000_000, measured.NCCL_TIMEOUT)]
+    assert found.state == "ok" and "448.0 GB/s" in found.found  # 2 * 7/8 of 256 MB in a millisecond
+
+
+def test_a_slow_connection_of_gpus_is_a_warning_and_a_broken_one_fails() -> None:
+    seconds = 256e6 / measured.SLOW_BANDWIDTH  # of two GPUs, which send as much as they have
+    assert measured.describe_exchange(measured.AllReduce(1.0, seconds), 2, 256_000_000).state == "ok"
+    slow = measured.describe_exchange(measured.AllReduce(1.0, 1.01 * seconds), 2, 256_000_000)
+    assert slow.state == "warn" and "nvidia-smi topo" in slow.fix
+    broken = measured.describe_exchange(measured.AllReduce(error="did not connect within 120 s"), 2, 256_000_000)
+    assert broken.failed and "NCCL_DEBUG" in broken.fix
 
 
 def test_the_command_prints_and_writes_every_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

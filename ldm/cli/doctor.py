@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
         "ldm doctor --out runs",
     )
     doctor.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="output folder of future runs (default: here)")
-    doctor.add_argument("--quick", action="store_true", help="skip the measurements, which take about half a minute")
+    doctor.add_argument("--quick", action="store_true", help="skip the measurements, which take half a minute, more on GPUs")
     doctor.add_argument("--json", metavar="FILE", help="write the findings there, too")
 
 

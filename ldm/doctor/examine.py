@@ -16,7 +16,7 @@ from ldm.doctor.installed import (
     requirements,
 )
 from ldm.doctor.machine import check_devices, check_disk, check_limits, check_machine
-from ldm.doctor.measured import check_bf16, check_compile, check_jpeg, check_two_processes
+from ldm.doctor.measured import check_bf16, check_compile, check_gpus_exchange, check_jpeg, check_two_processes
 from ldm.errors import first_line
 
 
@@ -41,6 +41,7 @@ def examine(out: Path, quick: bool = False, on_check: Callable[[str], None] | No
             "bf16": check_bf16,
             "JPEG": check_jpeg,
             "two processes": check_two_processes,
+            "NCCL": check_gpus_exchange,
             "torch.compile": check_compile,
         }
     for name, check in checks.items():

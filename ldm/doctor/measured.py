@@ -1,4 +1,4 @@
-"""Checks that measure, a few seconds each: bf16, JPEG decoding, two processes, torch.compile."""
+"""Checks that measure: bf16, JPEG decoding, exchange between processes and between GPUs, torch.compile."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from rich.filesize import decimal
 from torch.utils.benchmark import Timer
 
 from ldm.doctor import Finding
@@ -61,7 +64,8 @@ def check_jpeg() -> Iterator[Finding]:
     yield Finding("JPEG", f"{ours:,.0f} images of 256 px per second and core, {ours / pillow:.1f}x Pillow", fix)
 
 
-COMPILE_SECONDS = 15
+# a first compilation for a GPU also builds Triton's launcher, and on a network drive it takes longer still
+COMPILE_SECONDS = 120
 COMPILED = """
 import time, torch
 start = time.perf_counter()
@@ -95,49 +99,113 @@ def check_compile() -> Iterator[Finding]:
         yield Finding("torch.compile", f"a small function in {done.stdout.strip()} s, with {compilers[0]}")
 
 
-SLOW_SECONDS, TIMEOUT_SECONDS = 10, 40
-ALL_REDUCE = """
-import time, torch, torch.distributed as dist
+ALL_REDUCES = 5
+ALL_REDUCE = f"""
+import os, sys, time, torch, torch.distributed as dist
 from datetime import timedelta
+backend, size, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+if device.type == "cuda":
+    torch.cuda.set_device(device)
 start = time.perf_counter()
-dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-number = torch.ones(1)
-dist.all_reduce(number)
-assert number == 2
-print(f"{time.perf_counter() - start:.2f}")
+dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+numbers = torch.ones(size // 4, device=device)
+dist.all_reduce(numbers)
+assert (numbers == processes).all(), "the sum over the processes is wrong"
+connected = time.perf_counter() - start
+seconds = []
+for _ in range({ALL_REDUCES}):
+    dist.barrier()
+    start = time.perf_counter()
+    dist.all_reduce(numbers)
+    numbers[0].item()  # waits for a GPU
+    seconds.append(time.perf_counter() - start)
+print(connected, min(seconds))
 dist.destroy_process_group()
 """
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """What :func:`all_reduce` measured: seconds to connect, of the slowest process, and of one all-reduce; or why it failed."""
+
+    connected: float = 0.0
+    seconds: float = 0.0
+    error: str = ""
+
+
+def all_reduce(backend: Literal["gloo", "nccl"], processes: int, size: int, timeout: float) -> AllReduce:
+    """All-reduces of ``size`` bytes between processes of this machine, each with a GPU of its own under NCCL.
+
+    ``timeout``: seconds to connect, and for each exchange.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALL_REDUCE, backend, str(size), str(timeout)],
+            env=os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=2 * timeout) for process in started]
+    except subprocess.TimeoutExpired:
+        return AllReduce(error=f"did not connect within {2 * timeout:.0f} s")
+    finally:
+        for process in started:
+            process.kill()
+    if any(process.returncode for process in started):
+        lines = next(error for process, (_, error) in zip(started, outputs, strict=True) if process.returncode).splitlines()
+        return AllReduce(error=lines[-1] if lines else "ended without a message")
+    connected, seconds = zip(*(map(float, output.split()) for output, _ in outputs), strict=True)
+    return AllReduce(max(connected), max(seconds))
+
+
+SLOW_SECONDS, GLOO_TIMEOUT = 10, 20
 
 
 def check_two_processes() -> Iterator[Finding]:
     """An all-reduce between two processes of this machine."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ALL_REDUCE],
-            env=os.environ | address | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    found = all_reduce("gloo", 2, size=4, timeout=GLOO_TIMEOUT)
     fix = "export GLOO_SOCKET_IFNAME=lo on one machine; with several, the interface that connects them"
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT_SECONDS) for process in processes]
-    except subprocess.TimeoutExpired:
-        yield Finding("two processes", f"did not connect within {TIMEOUT_SECONDS} s", fix, failed=True)
+    if found.error:
+        yield Finding("two processes", found.error, fix, failed=True)
         return
-    finally:
-        for process in processes:
-            process.kill()
-    if any(process.returncode for process in processes):
-        lines = next(error for process, (_, error) in zip(processes, outputs, strict=True) if process.returncode).splitlines()
-        yield Finding("two processes", lines[-1] if lines else "ended without a message", fix, failed=True)
+    slow = found.connected > SLOW_SECONDS
+    yield Finding("two processes", f"connected over gloo in {found.connected:.1f} s", fix if slow else "")
+
+
+# of fp32 gradients; with fewer bytes the time is latency
+NCCL_BYTES, NCCL_TIMEOUT = 256 * 10**6, 60
+# what PCI Express 3 with 16 lanes gives; less is a copy through the host's memory, or a link of fewer lanes
+SLOW_BANDWIDTH = 10e9
+
+
+def check_gpus_exchange() -> Iterator[Finding]:
+    """An all-reduce of 256 MB over all GPUs of this machine, as DDP sends gradients in every step."""
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
         return
-    seconds = max(float(output) for output, _ in outputs)
-    yield Finding("two processes", f"connected over gloo in {seconds:.1f} s", fix if seconds > SLOW_SECONDS else "")
+    yield describe_exchange(all_reduce("nccl", gpus, NCCL_BYTES, NCCL_TIMEOUT), gpus, NCCL_BYTES)
+
+
+def describe_exchange(found: AllReduce, gpus: int, size: int) -> Finding:
+    """What an all-reduce of ``size`` bytes says about the connection of the GPUs."""
+    if found.error:
+        fix = "export NCCL_DEBUG=INFO and run ldm doctor again: it says where; NCCL_P2P_DISABLE=1 avoids links that are broken"
+        return Finding("NCCL", found.error, fix, failed=True)
+    bandwidth = 2 * (gpus - 1) / gpus * size / found.seconds  # bytes that a process sends in a ring, a second
+    fix = "nvidia-smi topo -m shows how the GPUs are connected; with a slow link a larger data.batch_size helps"
+    found_text = (
+        f"all-reduce of {decimal(size)} over {gpus} GPUs in {1000 * found.seconds:.3g} ms, {decimal(int(bandwidth))}/s; "
+        f"connected in {found.connected:.1f} s"
+    )
+    return Finding("NCCL", found_text, fix if bandwidth < SLOW_BANDWIDTH else "")

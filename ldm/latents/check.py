@@ -135,7 +135,7 @@ class _Errors:
             if f"mean{end}" not in stored.latents:
                 continue
             shown = image.flip(-1) if end else image
-            again = {name: values[0] for name, values in self.encoder(shown).items()}
+            again = {name: values[0].cpu().numpy() for name, values in self.encoder.encode(shown).items()}
             mean = stored.latents[f"mean{end}"]
             if again["mean"].shape != mean.shape:
                 shapes = (" x ".join(map(str, latent.shape)) for latent in (mean, again["mean"]))

@@ -39,7 +39,6 @@ from ldm.models.autoencoder import (
     autoencoder_hash,
     downsampling_factor,
     load_autoencoder,
-    pixels_to_images,
 )
 
 # batches prepared ahead per thread: little memory, and shards are claimed shortly before they are written
@@ -130,10 +129,7 @@ class Exporter:
         good = [sample for sample in attempts if not isinstance(sample, BadSample)]
         if not good:
             return Encoded([], tried)
-        images = pixels_to_images(torch.from_numpy(np.stack([sample["image"] for sample in good])))
-        latents = self.encoder(images)
-        if self.flip:
-            latents |= {f"{name}_flip": values for name, values in self.encoder(images.flip(-1)).items()}
+        latents = self.encoder([sample["image"] for sample in good], self.flip)
         for values in latents.values():
             finite = np.isfinite(values).all((1, 2, 3))
             if not finite.all():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Semaphore
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from ldm.data.latent_schema import latent_info
 from ldm.data.sources import ShardSource
 from ldm.errors import UsageError
 from ldm.latents.compute import Dtype, Precision, autocast, require_precision
-from ldm.models.autoencoder import autoencoder_hash, encode, load_autoencoder
+from ldm.models.autoencoder import autoencoder_hash, encode, load_autoencoder, pixels_to_images
 
-# Batches on a GPU at a time: one is computed while another is copied.
-BATCHES_ON_GPU = 2
+# batches on a GPU at a time, each on a stream of its own: one is copied while another is encoded
+STREAMS = 2
 
 
 def load_matching(path: str | Path, source: ShardSource, device: torch.device | str = "cpu") -> AutoencoderKL:
@@ -50,19 +51,48 @@ class LatentEncoder:
         self.autoencoder = autoencoder
         self.precision: Precision = precision
         self.dtype, self.mode = getattr(torch, dtype), mode
-        on_gpu = autoencoder.device.type == "cuda"
-        self._slots = Semaphore(BATCHES_ON_GPU) if on_gpu else nullcontext()
+        # the same ones for every batch: the allocator keeps the memory of each stream apart
+        self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+        if autoencoder.device.type == "cuda":
+            for _ in range(STREAMS):
+                stream = torch.cuda.Stream(autoencoder.device)
+                stream.wait_stream(torch.cuda.current_stream(autoencoder.device))  # which still lays out the weights
+                self._streams.put(stream)
 
-    def __call__(self, images: Tensor) -> dict[str, np.ndarray]:
-        """Images (B, 3, H, W) in [−1, 1] -> ``mean`` and ``std``, (B, C, h, w)."""
+    def __call__(self, images: Sequence[np.ndarray], flip: bool = False) -> dict[str, np.ndarray]:
+        """Images of one size, uint8 (3, H, W) each -> ``mean`` and ``std``, (B, C, h, w); with ``flip`` also ``mean_flip`` and
+        ``std_flip``, of the mirrored images."""
         device = self.autoencoder.device
-        with self._slots, torch.inference_mode(), autocast(device, self.precision), _own_stream(device):
-            images = images.to(device, memory_format=torch.channels_last)
+        # bytes are a quarter of the floats, and are copied to a GPU from pinned memory without a wait
+        pixels = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        np.stack(images, out=pixels.numpy())
+        with self._stream():
+            pixels = pixels.to(device, non_blocking=True)
+            found = self.encode(pixels_to_images(pixels))
+            if flip:
+                mirrored = self.encode(pixels_to_images(pixels.flip(-1)))
+                found |= {f"{name}_flip": values for name, values in mirrored.items()}
+            together = torch.stack([*found.values()]).cpu().numpy()  # one wait
+        return dict(zip(found, together, strict=True))
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) in [−1, 1], on the device -> ``mean`` and ``std``, (B, C, h, w), there too."""
+        with autocast(self.autoencoder.device, self.precision):
+            images = images.to(memory_format=torch.channels_last)
             posterior = DiagonalGaussianDistribution(encode(self.autoencoder, images).parameters.float())
             found = {"mean": posterior.mean} | ({} if self.mode else {"std": posterior.std})
-            return {name: values.to(self.dtype).cpu().numpy() for name, values in found.items()}
+            return {name: values.to(self.dtype) for name, values in found.items()}
 
-
-def _own_stream(device: torch.device) -> torch.cuda.StreamContext | nullcontext:
-    """A CUDA stream per call, so that one thread's copies overlap another's computation."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """On a GPU one of the streams, for this call alone."""
+        if self.autoencoder.device.type != "cuda":
+            yield
+            return
+        stream = self._streams.get()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self._streams.put(stream)

@@ -17,6 +17,8 @@ from ldm.models.text_encoder import TextEncoder, embed, max_tokens
 
 # captions in a forward pass, and the multiple that their lengths are padded to
 BATCH_CAPTIONS, TOKENS_STEP = 16, 8
+# of a GPU, which so few tokens would leave idle: the tokens in a pass, unless the captions are fewer than on a CPU
+GPU_TOKENS, GPU_TOKENS_STEP = 2048, 16
 # embeddings cached for captions that occur again
 CACHED_BYTES = 2**28
 
@@ -26,6 +28,17 @@ class Embedded(NamedTuple):
 
     text: np.ndarray
     cut: bool
+
+
+def call_shape(tokens: int, limit: int, device: torch.device) -> tuple[int, int]:
+    """Captions and tokens of the forward pass that a caption is encoded in.
+
+    They follow from the caption's own ``tokens``, at most ``limit``, and the device: the kernels, and so the last bits of the
+    embedding, depend on them.
+    """
+    step = TOKENS_STEP if device.type == "cpu" else GPU_TOKENS_STEP
+    length = min(-(-tokens // step) * step, limit)
+    return BATCH_CAPTIONS if device.type == "cpu" else max(GPU_TOKENS // length, BATCH_CAPTIONS), length
 
 
 class TextEncoders:
@@ -70,20 +83,21 @@ class TextEncoders:
             cut = [len(tokens) > limit for tokens in ids]
             if any(cut):
                 ids = encoder.tokenizer(captions, truncation=True, max_length=limit).input_ids
-        by_length: dict[int, list[int]] = {}
+        device = encoder.model.device
+        by_shape: dict[tuple[int, int], list[int]] = {}
         for number, tokens in enumerate(ids):
-            by_length.setdefault(min(-(-len(tokens) // TOKENS_STEP) * TOKENS_STEP, limit), []).append(number)
+            by_shape.setdefault(call_shape(len(tokens), limit, device), []).append(number)
         found = {}
-        for length, numbers in by_length.items():
-            for start in range(0, len(numbers), BATCH_CAPTIONS):
-                few = numbers[start : start + BATCH_CAPTIONS]
-                padded = torch.full((BATCH_CAPTIONS, length), pad if isinstance(pad, int) else 0)
-                mask = torch.zeros((BATCH_CAPTIONS, length), dtype=torch.int64)
+        for (batch, length), numbers in by_shape.items():
+            for start in range(0, len(numbers), batch):
+                few = numbers[start : start + batch]
+                padded = torch.full((batch, length), pad if isinstance(pad, int) else 0)
+                mask = torch.zeros((batch, length), dtype=torch.int64)
                 mask[:, 0] = 1  # padding rows too: softmax over an empty set is NaN
                 for row, number in enumerate(few):
                     padded[row, : len(ids[number])] = torch.tensor(ids[number])
                     mask[row, : len(ids[number])] = 1
-                with autocast(encoder.model.device, self.precision):
+                with autocast(device, self.precision):
                     embeddings, _ = embed(encoder.model, padded, mask)
                 embeddings = embeddings.to(self.dtype).cpu().numpy()
                 for row, number in enumerate(few):

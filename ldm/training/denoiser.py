@@ -108,6 +108,7 @@ class DenoiserTraining(TrainingModule):
             denoiser.enable_gradient_checkpointing()
         self.compiles = compile
         self.preview_prompts = preview_prompts or []
+        self._embeds: dict[str, Any] = {}  # of the preview prompts
         self.preview_steps = preview_steps
         self.preview_guidance = preview_guidance if isinstance(preview_guidance, Guidance) else ClassifierFree(preview_guidance)
         self.start_average(ema_decay, power_averages)
@@ -262,16 +263,24 @@ class DenoiserTraining(TrainingModule):
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
         if not self.preview_prompts:
             return []
-        pipeline = self.pipeline().to(self.device)
-        pipeline.set_progress_bar_config(disable=True)
+        embeds, pipeline = self._preview_embeds(), self.pipeline()
+        pipeline.text_encoder = None  # a T5-XXL would take 19 GB of the device
+        pipeline.to(self.device).set_progress_bar_config(disable=True)
         images = pipeline(
-            self.preview_prompts,
+            **embeds,
             num_inference_steps=self.preview_steps,
             guidance=self.preview_guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in range(len(self.preview_prompts))],
             return_dict=False,
         )[0]
         return [(prompt, [image]) for prompt, image in zip(self.preview_prompts, images, strict=True)]
+
+    def _preview_embeds(self) -> dict[str, Any]:
+        """What the pipeline takes in the place of ``preview_prompts``; encoded once, where the text encoder is."""
+        if not self._embeds:
+            names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+            self._embeds = dict(zip(names, self.pipeline().encode_prompt(self.preview_prompts), strict=True))
+        return self._embeds
 
     def save(self, folder: Path) -> None:
         self.pipeline().save_pretrained(folder)

@@ -24,7 +24,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.latents.claims import WORK_NAME
 from ldm.latents.compute import Process, single_threaded
 from ldm.latents.export import export_latents
-from ldm.latents.text_encoders import TextEncoders
+from ldm.latents.text_encoders import TextEncoders, call_shape
 from ldm.models.autoencoder import (
     LatentNormalizer,
     autoencoder_hash,
@@ -425,6 +425,15 @@ def test_a_captions_embedding_is_the_same_to_the_last_bit_in_any_company(minilm,
             for start in range(0, len(order), size := int(rng.integers(3, 20))):
                 for caption, embedded in encoders.lookup(order[start : start + size])[0].items():
                     assert np.array_equal(seen.setdefault(caption, embedded.text), embedded.text)
+
+
+def test_a_captions_call_follows_from_its_own_tokens_and_on_a_gpu_is_larger():
+    for tokens in range(1, 200):
+        assert call_shape(tokens, 100, torch.device("cpu")) == (16, min(-(-tokens // 8) * 8, 100))
+        batch, length = call_shape(tokens, 100, torch.device("cuda"))
+        assert length == min(-(-tokens // 16) * 16, 100)
+        assert batch * length <= 2048 < (batch + 1) * length  # full, unless captions are long
+    assert call_shape(512, 512, torch.device("cuda")) == (16, 512)
 
 
 def test_the_number_of_threads_changes_no_byte(export, autoencoder, several_of_everything, tmp_path):

@@ -101,6 +101,23 @@ def test_the_preview_is_what_the_saved_pipeline_generates(latents: tuple[Path, P
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
+def test_previews_encode_their_prompts_once_and_leave_the_text_encoder_where_it_is(
+    latents: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(latents[0])
+    fit(module, latents[1], tmp_path, 2)
+    text_encoder, encoded = module.encoders.text_encoder.model, []
+    monkeypatch.setattr(text_encoder, "to", lambda *_, **__: pytest.fail("the text encoder is moved"))
+    text_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    previews = [[images[0] for _, images in module.preview()] for _ in range(2)]
+    assert len(encoded) == 2  # the prompts, and the empty ones of guidance
+    pipeline: Any = module.pipeline()
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    images = pipeline(module.preview_prompts, num_inference_steps=3, guidance_scale=3.0, generator=generators).images
+    for several in zip(images, *previews, strict=True):
+        assert all(np.array_equal(several[0], other) for other in several)
+
+
 def test_another_autoencoder_is_refused_and_both_are_named(latents: tuple[Path, Path], tmp_path: Path) -> None:
     other = new_autoencoder(tmp_path / "other", 1)
     with pytest.raises(UsageError) as refused:
