@@ -74,7 +74,8 @@ def contents(folder):
 def same(a, b):
     """Whether two batches are equal."""
     assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name] for name in a)
+    arrays = (torch.Tensor, np.ndarray)
+    return all(np.array_equal(a[name], b[name]) if isinstance(a[name], arrays) else a[name] == b[name] for name in a)
 
 
 def yaml_bomb(levels: int, ways: int) -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ldm.data.image_dataset import Augmentation, ImageDataset
 from ldm.data.latent_dataset import LatentDataset
 from ldm.data.latent_schema import common_info, latent_info, read_null_text
-from ldm.data.loader import ShardLoader, batch_loader, nothing
+from ldm.data.loader import BatchNoise, ShardLoader, batch_loader, nothing
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.plan import WINDOW, Plan
 from ldm.data.quarantine import QUARANTINE_NAME, Quarantine
@@ -82,7 +82,8 @@ class ShardDataModule(LightningDataModule):
             text_encoder: which text encoder's embeddings to train on, by its position in the export, from 0.
             require_captions: skip images without a caption, in folders where others have one. A module whose
                 ``reads_captions`` is False (stage one) needs none, and reads none.
-            workers: loader processes; 0 reads in the training process.
+            workers: loader processes, which read the samples and draw the noise of training; 0 does both in the training
+                process, while a GPU waits.
             max_wait_seconds: limit for one batch; then the loader counts as stalled and the run ends with the names of the
                 shards it was reading. 0: no limit.
             seed: of the order, and of crops, flips and captions.
@@ -201,8 +202,14 @@ class ShardDataModule(LightningDataModule):
             confirm=self.trainer is not None,
             max_wait=self.max_wait_seconds,
             on_wait=lambda: self.on_wait(),
+            noise=self._noise(),
         )
         return self.loader
+
+    def _noise(self) -> BatchNoise | None:
+        """That of the module that is trained; asked for when its seed is known: after a checkpoint is read."""
+        make = getattr(self.trainer.lightning_module if self.trainer else None, "batch_noise", None)
+        return make() if make else None
 
     def _window(self, sources: Sequence[ShardSource]) -> int:
         """The shuffle window; two windows of remote shards must fit the cache, or shards are fetched repeatedly."""

@@ -24,6 +24,14 @@ from ldm.data.shards import KeyDot
 from ldm.data.sources import ShardSource
 from ldm.errors import LdmError
 
+#: captions are padded to a multiple of this: on a GPU each new length costs a plan or a compilation of the attention
+TOKENS_MULTIPLE = 16
+
+
+def padded_length(tokens: int) -> int:
+    """The length that captions of up to this number of tokens are padded to."""
+    return -(-tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+
 
 class LatentDataset(ShardDataset[LatentShard]):
     """Latents and embeddings by sample number, in the order of the manifest."""
@@ -126,25 +134,25 @@ class LatentDataset(ShardDataset[LatentShard]):
     def collate(samples: list[dict[str, Any]], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
         """``mean``, ``std`` (B, C, h, w), ``text`` (B, L, D) padded with zeros, ``text_mask`` (B, L) int64.
 
-        In the stored dtype, which halves the bytes to move; the training step converts to float32. And ``bad`` where present.
-        The tensors are allocated by ``empty``.
+        L is a multiple of 16. All are in the stored dtype, which halves the bytes to move; the training step converts to
+        float32. And ``bad`` where present. The tensors are allocated by ``empty``.
         """
         texts, lengths = [sample["text"] for sample in samples], [len(sample["text"]) for sample in samples]
         arrays = {name: [sample[name] for sample in samples] for name in ("mean", "std") if name in samples[0]}
         if len(sizes := {array.shape for array in arrays["mean"]}) > 1:
             found = ", ".join(f"{width} x {height}" for _, height, width in sorted(sizes))
             raise LdmError(f"one batch holds latents of several sizes ({found}); export them with one image_size")
-        tokens = len(samples), max(lengths)
+        tokens = len(samples), padded_length(max(lengths))
         shapes = {name: ((len(samples), *array[0].shape), _dtype(array)) for name, array in arrays.items()}
         shapes |= {"text": ((*tokens, texts[0].shape[1]), _dtype(texts)), "text_mask": (tokens, torch.int64)}
-        batch: dict[str, Any] = _allocate(shapes, empty)
+        batch: dict[str, Any] = allocate(shapes, empty)
         for name in arrays:
             for place, array in zip(batch[name].numpy(), arrays[name], strict=True):
                 place[...] = array
         batch["text"].zero_()
         for place, text, length in zip(batch["text"].numpy(), texts, lengths, strict=True):
             place[:length] = text
-        batch["text_mask"].numpy()[...] = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        batch["text_mask"].numpy()[...] = np.arange(tokens[1]) < np.array(lengths)[:, None]
         return batch | {name: [sample[name] for sample in samples] for name in ("bad",) if name in samples[0]}
 
 
@@ -153,7 +161,7 @@ def _dtype(arrays: Sequence[np.ndarray]) -> torch.dtype:
     return torch.float16 if all(array.dtype == np.float16 for array in arrays) else torch.float32
 
 
-def _allocate(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
+def allocate(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
     """Tensors of these shapes and dtypes in one block of memory: each block that a loader worker sends costs a third of a
     millisecond, whatever its size."""
     largest_first = sorted(shapes.items(), key=lambda item: -item[1][1].itemsize)  # so that all are aligned

@@ -9,12 +9,13 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import inf, prod
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -45,13 +46,41 @@ SHARED_MEMORY = "/dev/shm"
 SENT_TO_ALL = {signal.SIGINT, signal.SIGUSR1} | ({signal.SIGTERM} if hasattr(signal, "sigtimedwait") else set())
 
 
+class BatchNoise(Protocol):
+    """Draws what is random about the samples of a training batch, where the batch is made. It is sent to the workers."""
+
+    def __call__(
+        self, batch: Mapping[str, Any], draws: Sequence[PlannedSample], empty: Callable[..., Tensor] = torch.empty
+    ) -> dict[str, Tensor]:
+        """Tensors to add to the batch of these draws, allocated by one call of ``empty(shape, dtype=dtype)``."""
+        ...
+
+
+class _SharedMemory:
+    """Allocates memory shared with the training process, and reuses it; called once per batch.
+
+    New shared memory costs a page fault per 4 KiB on both sides: half as much time as decoding into it.
+    """
+
+    def __init__(self):
+        self._slots: dict[int, Tensor] = {}  # bytes
+        self._turn = 0
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        slot, self._turn = self._turn % SLOTS, self._turn + 1
+        size = prod(shape) * dtype.itemsize
+        memory = self._slots.get(slot)
+        if memory is None or len(memory) < size:
+            memory = self._slots[slot] = torch.empty(size, dtype=torch.uint8).share_memory_()
+        return memory[:size].view(dtype).view(shape)
+
+
 class _Batches(Dataset):
     """Whole batches by their samples' numbers, or in their place an error that the user can fix."""
 
-    def __init__(self, dataset: ShardDataset):
-        self.dataset = dataset
-        self._shared: dict[int, Tensor] = {}  # bytes, by slot
-        self._turn = 0
+    def __init__(self, dataset: ShardDataset, noise: BatchNoise | None = None):
+        self.dataset, self.noise = dataset, noise
+        self._memory, self._memory_of_noise = _SharedMemory(), _SharedMemory()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -59,8 +88,8 @@ class _Batches(Dataset):
     def __getitems__(self, draws: list[Any]) -> Any:
         try:
             if get_worker_info() is None:
-                return self.dataset.batch(draws)
-            batch = self.dataset.batch(draws, self._share)
+                return self._batch(draws, torch.empty, torch.empty)
+            batch = self._batch(draws, self._memory, self._memory_of_noise)
             for value in batch.values():
                 if isinstance(value, Tensor):  # else the queue's thread would do it, which loses the batch if that fails
                     value.share_memory_()
@@ -72,17 +101,9 @@ class _Batches(Dataset):
                 raise
             return LdmError(f"a loader worker found no room for a batch: {_shared_memory()}, or set workers to 0")
 
-    def _share(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory shared with the training process, reused; called once per batch.
-
-        New shared memory costs a page fault per 4 KiB on both sides: half as much time as decoding into it.
-        """
-        slot, self._turn = self._turn % SLOTS, self._turn + 1
-        size = prod(shape) * dtype.itemsize
-        memory = self._shared.get(slot)
-        if memory is None or len(memory) < size:
-            memory = self._shared[slot] = torch.empty(size, dtype=torch.uint8).share_memory_()
-        return memory[:size].view(dtype).view(shape)
+    def _batch(self, draws: list[Any], empty: Callable[..., Tensor], empty_for_noise: Callable[..., Tensor]) -> dict[str, Any]:
+        batch = self.dataset.batch(draws, empty)
+        return batch if self.noise is None else batch | self.noise(batch, draws, empty_for_noise)
 
 
 class _PlainLoader(DataLoader):
@@ -210,7 +231,12 @@ def nothing() -> None:
 
 
 def batch_loader(
-    dataset: ShardDataset, max_wait: float = 0, rank: int = 0, on_wait: Callable[[], None] = nothing, **options: Any
+    dataset: ShardDataset,
+    max_wait: float = 0,
+    rank: int = 0,
+    on_wait: Callable[[], None] = nothing,
+    noise: BatchNoise | None = None,
+    **options: Any,
 ) -> _PlainLoader:
     """A loader whose workers' errors reach the caller unchanged, as one line.
 
@@ -223,11 +249,19 @@ def batch_loader(
         rank: that the line names.
         on_wait: called about once a second while a batch is awaited; its exception ends the wait, or, without workers, an
             :class:`LdmError` of it ends the process.
+        noise: adds to each batch what is random about its samples.
         options: of ``torch.utils.data.DataLoader``.
     """
     ahead = {"prefetch_factor": PREFETCH} if options.get("num_workers") else {}
     return _PlainLoader(
-        _Batches(dataset), max_wait, rank, on_wait, collate_fn=_unchanged, worker_init_fn=_ignore_signals, **ahead, **options
+        _Batches(dataset, noise),
+        max_wait,
+        rank,
+        on_wait,
+        collate_fn=_unchanged,
+        worker_init_fn=_ignore_signals,
+        **ahead,
+        **options,
     )
 
 
@@ -301,8 +335,8 @@ class PlannedBatches:
 class ShardLoader:
     """Batches of a plan for one rank, without end.
 
-    Each batch carries its ``draws``, a :class:`ldm.data.plan.PlannedSample` per sample, and ``position``, the progress of
-    training after it.
+    Each batch carries its ``draws``, the :class:`ldm.data.plan.PlannedSample` of each sample as a row of an int64 array
+    (B, 2), and ``position``, the progress of training after it. Both stay on the host: an array is not moved to the device.
 
     A new iteration continues at the current position. The state (seed, epoch, samples consumed, hash of the data) is the same
     on every rank, so one rank's copy serves all, and a run may resume with other ranks, workers or another batch size: the rest
@@ -323,6 +357,7 @@ class ShardLoader:
         confirm: bool = False,
         max_wait: float = 0,
         on_wait: Callable[[], None] = nothing,
+        noise: BatchNoise | None = None,
     ):
         """
         Args:
@@ -336,13 +371,14 @@ class ShardLoader:
             data_hash: identity of the data, kept in the state.
             confirm: batches count as consumed when :meth:`consumed` is called, for a trainer that prefetches; otherwise when
                 they are yielded.
-            max_wait, on_wait: see :func:`batch_loader`.
+            max_wait, on_wait, noise: see :func:`batch_loader`.
         """
         plan.require(batch_size * world_size)
         self.dataset, self.plan, self.batch_size = dataset, plan, batch_size
         self.rank, self.world_size, self.workers, self.pin_memory = rank, world_size, workers, pin_memory
         self.quarantine = quarantine if quarantine is not None else Quarantine(len(dataset))
         self.data_hash, self.confirm, self.max_wait, self.on_wait = data_hash, confirm, max_wait, on_wait
+        self.noise = noise
         self.position = Position()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -353,6 +389,7 @@ class ShardLoader:
             self.max_wait,
             self.rank,
             self.on_wait,
+            self.noise,
             batch_sampler=sampler,
             num_workers=self.workers,  # they live as long as this iteration, which does not end with an epoch
             pin_memory=self.pin_memory,
@@ -362,7 +399,7 @@ class ShardLoader:
             position = self.plan.advance(position, self.batch_size * self.world_size)
             if not self.confirm:
                 self.position = position
-            yield batch | {"draws": draws, "position": position}
+            yield batch | {"draws": np.array(draws, np.int64), "position": position}
 
     def consumed(self, position: Position) -> None:
         """The batch that carried this ``position`` reached the training step."""

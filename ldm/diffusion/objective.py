@@ -52,7 +52,7 @@ class DenoisingObjective:
         condition: Condition,
         t: Tensor | None = None,
         eps: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | None = None,
         blocks: Sequence[int] = (),
     ) -> DenoisingLoss:
         """
@@ -61,11 +61,11 @@ class DenoisingObjective:
             x0: normalised latents (B, C, H, W), float32.
             t: times (B,); sampled if not given.
             eps: noise like ``x0``; sampled if not given.
-            generator: of times and noise; or one per sample, on the CPU, which makes a sample independent of its batch.
+            generator: of times and noise.
             blocks: numbers of the denoiser's blocks whose activations to return.
         """
         path = self.path
-        t = self._sample_times(x0, generator) if t is None else t
+        t = self.timesteps(x0, path, generator) if t is None else t
         eps = randn_tensor(x0.shape, generator, x0.device) if eps is None else eps
         x_t = path.sample(x0, eps, t)
         target = self.prediction.target(path, x0, eps, t)
@@ -75,9 +75,3 @@ class DenoisingObjective:
         unweighted = (prediction - target).square().flatten(1).mean(1)
         loss = unweighted if self.weighting is None else self.weighting(path, self.prediction, t) * unweighted
         return DenoisingLoss(loss, unweighted, t, prediction, target, activations)
-
-    def _sample_times(self, x0: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-        if not isinstance(generator, list):
-            return self.timesteps(x0, self.path, generator)
-        one = torch.empty(1, *x0.shape[1:])
-        return torch.cat([self.timesteps(one, self.path, own) for own in generator]).to(x0.device)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler
@@ -29,6 +30,11 @@ def require_positive(owner: object, **values: float) -> None:
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
             raise UsageError(f"{type(owner).__name__}: {name} is {value:g}; give a number greater than 0")
+
+
+def as_float64(values: Tensor) -> Tensor:
+    """In float64, on the CPU where the values' device has none (MPS)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 class ProbabilityPath(ABC):
@@ -84,6 +90,19 @@ class RectifiedFlow(ProbabilityPath):
         return t * NUM_TRAIN_TIMESTEPS  # as in FlowMatchEulerDiscreteScheduler
 
 
+@cache
+@torch.inference_mode(False)
+def _angles(device: torch.device, **scheduler_config: Any) -> Tensor:
+    """φ at the ends of the steps of diffusers' ``DDPMScheduler``, (1001,) float64 from φ(0) = 0 on.
+
+    Kept on each device, as every copy there would make the host wait for it.
+    """
+    if device.type != "cpu":
+        return _angles(torch.device("cpu"), **scheduler_config).to(device)
+    alpha_bar = DDPMScheduler(**scheduler_config).alphas_cumprod.double()
+    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())])
+
+
 class VariancePreserving(ProbabilityPath):
     """alpha = √ᾱ, sigma = √(1 − ᾱ) (Ho et al. 2020, arXiv 2006.11239), with the ᾱ of diffusers' ``DDPMScheduler``.
 
@@ -111,35 +130,33 @@ class VariancePreserving(ProbabilityPath):
             "rescale_betas_zero_snr": zero_terminal_snr,
             **betas,
         }
-        alpha_bar = DDPMScheduler(**self.scheduler_config).alphas_cumprod.double()
-        angles = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
-        self._angles = torch.cat([torch.zeros(1, dtype=torch.float64), angles])  # (1001,)
 
     def _angle(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """φ(t) and its derivative, both (B,) float64."""
-        angles = self._angles.to(t.device)
-        position = t.double().clamp(0, 1) * NUM_TRAIN_TIMESTEPS
+        position = as_float64(t).clamp(0, 1) * NUM_TRAIN_TIMESTEPS
+        angles = _angles(position.device, **self.scheduler_config)
         lower = position.floor().long().clamp(max=NUM_TRAIN_TIMESTEPS - 1)
         before, after = angles[lower], angles[lower + 1]
         return torch.lerp(before, after, position - lower), (after - before) * NUM_TRAIN_TIMESTEPS
 
     def alpha(self, t: Tensor) -> Tensor:
         # the sine of π/2 − φ rather than the cosine of φ: exactly 0 at φ = π/2
-        return (math.pi / 2 - self._angle(t)[0]).sin().to(t.dtype)
+        return (math.pi / 2 - self._angle(t)[0]).sin().to(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._angle(t)[0].sin().to(t.dtype)
+        return self._angle(t)[0].sin().to(t)
 
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle, rate = self._angle(t)
-        return (-rate * angle.sin()).to(t.dtype), (rate * (math.pi / 2 - angle).sin()).to(t.dtype)
+        return (-rate * angle.sin()).to(t), (rate * (math.pi / 2 - angle).sin()).to(t)
 
     def time(self, log_noise_to_signal: Tensor) -> Tensor:
-        angles, angle = self._angles.to(log_noise_to_signal.device), log_noise_to_signal.double().exp().atan()
+        angle = as_float64(log_noise_to_signal).exp().atan()
+        angles = _angles(angle.device, **self.scheduler_config)
         upper = torch.searchsorted(angles, angle).clamp(1, NUM_TRAIN_TIMESTEPS)
         before, after = angles[upper - 1], angles[upper]
         t = (upper - 1 + (angle - before) / (after - before)) / NUM_TRAIN_TIMESTEPS
-        return t.clamp(0, 1).to(log_noise_to_signal.dtype)
+        return t.clamp(0, 1).to(log_noise_to_signal)
 
     def network_time(self, t: Tensor) -> Tensor:
         return t * NUM_TRAIN_TIMESTEPS - 1

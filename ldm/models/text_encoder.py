@@ -100,8 +100,9 @@ def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
         raise LdmError(
             f"the tokenizer gives token {int(ids.max())}, but the text encoder has {known}; put its own tokenizer back"
         )
+    ids, mask = (tokens.to(model.device, non_blocking=True) for tokens in (ids, mask))  # the driver copies what is not pinned
     with torch.inference_mode():
-        hidden = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state.float()
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     mask = mask.to(hidden.device)  # with offloading, not the model's device
     # clone: autograd refuses tensors made under inference_mode
     return (hidden * mask[..., None]).clone(), mask

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,7 +27,6 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.manifest import IMAGE_SHARDS
-from ldm.data.plan import PlannedSample
 from ldm.data.quarantine import BadSample
 from ldm.errors import UsageError, first_line
 from ldm.evaluation.metrics import LatentHealth, ReconstructionFID, health_scalars
@@ -51,7 +51,7 @@ from ldm.training.encoders import image_size, measure_statistics, require_format
 from ldm.training.fsdp import full_tensor
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
-from ldm.training.randomness import sample_generators, step_generator
+from ldm.training.randomness import PosteriorNoise, step_generator
 
 PREVIEW_IMAGES = 8
 
@@ -145,44 +145,45 @@ class AutoencoderTraining(TrainingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One step of the autoencoder on one batch, and from ``adversary.start`` on one of the discriminator."""
         step, images = self.global_step, pixels_to_images(batch["image"])  # the first step is 0
-        pairs = self._train_autoencoder(images, batch["draws"], step)
+        pairs = self._train_autoencoder(images, batch["posterior_noise"], batch["draws"], step)
         if pairs is not None and self.adversary.trains(step):
             self._train_discriminator(pairs, batch["draws"], step)
 
-    def _train_autoencoder(self, images: Tensor, samples: list[PlannedSample], step: int) -> list[tuple[Tensor, Tensor]] | None:
+    def _train_autoencoder(
+        self, images: Tensor, noise: Tensor, draws: np.ndarray, step: int
+    ) -> list[tuple[Tensor, Tensor]] | None:
         """One step of the autoencoder. Returns (target, reconstruction) of each micro-batch, or None if it was skipped."""
         optimiser, schedule = self.optimiser_and_schedule(0)
         optimiser.zero_grad()
         assert self.seed is not None
-        generators, shared_generator = sample_generators(self.seed, samples), step_generator(self.seed, step)
+        shared_generator = step_generator(self.seed, step)
         pairs, metrics = [], []
-        parts = images.chunk(self.accumulate)
-        for part, fraction in self.micro_batches(parts, [len(part) for part in parts]):
-            own, generators = generators[: len(part)], generators[len(part) :]
-            target, reconstruction, logged = self._autoencoder_backward(part, fraction, step, own, shared_generator)
+        parts = [*zip(images.chunk(self.accumulate), noise.chunk(self.accumulate), strict=True)]
+        for (part, own_noise), fraction in self.micro_batches(parts, [len(part) for part, _ in parts]):
+            target, reconstruction, logged = self._autoencoder_backward(part, own_noise, fraction, step, shared_generator)
             pairs.append((target, reconstruction))
             metrics.append({name: fraction * value.detach() for name, value in logged.items()})
         norm = full_tensor(nn.utils.clip_grad_norm_(self.trained().parameters(), self.optimiser.max_grad_norm))
         mean = self.log_step({f"train/{name}": torch.stack([part[name] for part in metrics]).sum(0) for name in metrics[0]})
         self.log_dict({"train/grad_norm": norm, "train/lr": schedule.get_last_lr()[0]})
-        if not self.step_or_skip(optimiser, schedule, norm + mean["train/loss"], "autoencoder", samples):
+        if not self.step_or_skip(optimiser, schedule, norm + mean["train/loss"], "autoencoder", draws):
             return None
         self.average.update()
         return pairs
 
     def _autoencoder_backward(
-        self, images: Tensor, fraction: float, step: int, generators: list[torch.Generator], shared_generator: torch.Generator
+        self, images: Tensor, noise: Tensor, fraction: float, step: int, shared_generator: torch.Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Gradients of one micro-batch, a ``fraction`` of the batch. Returns (target, reconstruction, metrics).
 
-        ``generators`` sample the latents; ``shared_generator`` chooses one transformation for the equivariance.
+        The latents are sampled with ``noise``; ``shared_generator`` chooses one transformation for the equivariance.
 
         The networks of the losses and the discriminator are differentiated once, with respect to the reconstruction. The
         sizes of the two gradients are compared at the decoder's last layer, and their weighted sum is propagated through the
         autoencoder.
         """
         posterior = encode(self.autoencoder, images)
-        latents = posterior.sample(generators)  # pyright: ignore[reportArgumentType]  a list is allowed, but not declared
+        latents = posterior.mean + posterior.std * noise
         target, latents = self.equivariance(images, latents, shared_generator)
         before_last: list[Tensor] = []  # the last layer's input (B, C, H, W)
         last_layer = self.autoencoder.decoder.conv_out
@@ -230,7 +231,7 @@ class AutoencoderTraining(TrainingModule):
         first, second = self.trainer.strategy.reduce(torch.stack(gradients), reduce_op="mean")
         return adaptive_weight(first, second, self.adversary.max_adaptive_weight)
 
-    def _train_discriminator(self, pairs: list[tuple[Tensor, Tensor]], samples: list[PlannedSample], step: int) -> None:
+    def _train_discriminator(self, pairs: list[tuple[Tensor, Tensor]], draws: np.ndarray, step: int) -> None:
         """One step of the discriminator on (target, reconstruction) of each micro-batch."""
         optimiser, schedule = self.optimiser_and_schedule(1, counted=False)  # so that max_steps counts batches
         optimiser.zero_grad()
@@ -245,7 +246,7 @@ class AutoencoderTraining(TrainingModule):
         mean = self.log_step({"train/d": totals[0], "train/d_accuracy": totals[1]})
         for average in self.adversary.lecam.buffers():  # linear in each process's own logits
             average.copy_(self.trainer.strategy.reduce(average, reduce_op="mean"))
-        if self.step_or_skip(optimiser, schedule, norm + mean["train/d"], "discriminator", samples):
+        if self.step_or_skip(optimiser, schedule, norm + mean["train/d"], "discriminator", draws):
             self.adversary.guard.watch_discriminator(mean["train/d_accuracy"])
 
     def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -256,6 +257,10 @@ class AutoencoderTraining(TrainingModule):
         torch._foreach_copy_(gradients, [mean.view_as(gradient) for mean, gradient in zip(means, gradients, strict=True)])
 
     # -- setup -------------------------------------------------------------------------------------------------------
+
+    def batch_noise(self) -> PosteriorNoise:
+        assert self.seed is not None
+        return PosteriorNoise(self.seed, self.autoencoder.config["latent_channels"], self.factor, self.compute_dtype)
 
     def averaged(self) -> nn.Module:
         return self.autoencoder

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
-from ldm.data.plan import PlannedSample
+from ldm.data.loader import BatchNoise
 from ldm.errors import UsageError
 from ldm.training.ema import Average, PowerAverages
 from ldm.training.fsdp import is_sharded, shard
@@ -103,7 +104,7 @@ class TrainingModule(LightningModule):
                 yield part, size / sum(sizes)
 
     def step_or_skip(
-        self, optimiser: Optimizer, schedule: LRScheduler, checked: Tensor, network: str, samples: Sequence[PlannedSample]
+        self, optimiser: Optimizer, schedule: LRScheduler, checked: Tensor, network: str, draws: np.ndarray
     ) -> bool:
         """Step the optimiser and its schedule; returns whether weights were updated.
 
@@ -114,7 +115,7 @@ class TrainingModule(LightningModule):
             self.skips.count_taken(network)
         else:
             optimiser.zero_grad()  # without a gradient, the optimiser changes neither a parameter nor its moments
-            self.skips.count_skipped(network, self.trainer, samples)
+            self.skips.count_skipped(network, self.trainer, draws)
             self.log("train/skipped", float(self.skips.total))
         optimiser.step()
         schedule.step()
@@ -132,6 +133,10 @@ class TrainingModule(LightningModule):
 
     def prepare(self, data: ShardDataModule) -> None:
         """Load what the data need, and refuse data that do not fit. Called before training and before an export."""
+        raise NotImplementedError
+
+    def batch_noise(self) -> BatchNoise:
+        """What draws the noise of training batches, in the loader's workers; asked for once :attr:`seed` is known."""
         raise NotImplementedError
 
     def averaged(self) -> nn.Module:

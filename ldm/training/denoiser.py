@@ -10,9 +10,9 @@ import inspect
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -37,7 +37,7 @@ from ldm.training.encoders import FrozenEncoders, Statistics, encoders_of_images
 from ldm.training.fsdp import full_tensor
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig
-from ldm.training.randomness import sample_generators
+from ldm.training.randomness import DenoisingNoise
 
 # intervals of t for which the validation loss is logged
 NUM_BINS = 10
@@ -143,27 +143,25 @@ class DenoiserTraining(TrainingModule):
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss of a micro-batch as ``train/loss``, and its auxiliary terms by name."""
-        assert self.seed is not None
-        generators = sample_generators(self.seed, batch["draws"])
-        x0, condition = self.encode(batch, generators)
-        output = self.objective(self.denoiser, x0, condition, generator=generators, blocks=self._blocks_with_activations)
+        x0, condition = self.encode(batch)
+        output = self.objective(self.denoiser, x0, condition, batch["t"], batch["eps"], blocks=self._blocks_with_activations)
         loss, terms = output.loss.mean(), {}
         for name, auxiliary in zip(names_of(self.auxiliary_losses), self.auxiliary_losses, strict=True):
             terms[f"train/{name}"] = term = auxiliary(output.activations, batch, output)
             loss = loss + auxiliary.weight * term
         return {"train/loss": loss} | terms
 
-    def encode(self, batch: dict[str, Any], generators: list[torch.Generator] | None = None) -> tuple[Tensor, Condition]:
+    def encode(self, batch: dict[str, Any]) -> tuple[Tensor, Condition]:
         """Normalised latents (B, C, h, w) and the captions' condition.
 
-        Latents are sampled from their posteriors, each with its generator; without generators they are the modes. The loader
+        Latents are sampled from their posteriors with the batch's noise; without noise they are the modes. The loader
         replaces a dropped caption by the empty one: by its embedding in latent shards, by "" in image shards.
         """
         if self.online:
-            batch = self.encoders.encode(batch)
+            batch = batch | self.encoders.encode(batch)
         z = batch["mean"].float()
-        if generators is not None and "std" in batch:  # an export of modes has none
-            z = z + batch["std"].float() * randn_tensor(z.shape, generators, z.device)
+        if "posterior_noise" in batch:
+            z = z + batch["std"].float() * batch["posterior_noise"]
         return self.encoders.normalizer.normalize(z), Condition(batch["text"].float(), batch["text_mask"])
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
@@ -173,6 +171,10 @@ class DenoiserTraining(TrainingModule):
         return [optimiser], [schedule]
 
     # -- setup -------------------------------------------------------------------------------------------------------
+
+    def batch_noise(self) -> DenoisingNoise:
+        assert self.seed is not None
+        return DenoisingNoise(self.seed, self.encoders.latent_shape, self.objective.path, self.objective.timesteps)
 
     def averaged(self) -> nn.Module:
         return self.denoiser
@@ -287,12 +289,12 @@ class DenoiserTraining(TrainingModule):
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """A batch of tensors and lists, split into at most ``parts`` micro-batches."""
-    total = len(batch["draws"])
+    """A batch of tensors, arrays and lists, split into at most ``parts`` micro-batches."""
+    total, divisible = len(batch["draws"]), (Tensor, np.ndarray, list)
     size = -(-total // parts)
     return [
         {
-            name: value[start : start + size] if isinstance(value, (Tensor, list)) and len(value) == total else value
+            name: value[start : start + size] if isinstance(value, divisible) and len(value) == total else value
             for name, value in batch.items()
         }
         for start in range(0, total, size)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.image_dataset import ImageDataset
+from ldm.data.latent_dataset import padded_length
 from ldm.data.latent_schema import common_info, path_of
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS
 from ldm.data.moments import Moments
 from ldm.data.quarantine import BadSample
+from ldm.diffusion.conditioning import Condition
 from ldm.errors import LdmError, UsageError
 from ldm.latents.image_encoder import load_matching
 from ldm.models.autoencoder import (
@@ -83,7 +85,8 @@ class FrozenEncoders:
         images = pixels_to_images(batch["image"])
         with torch.autocast(images.device.type, enabled=False):
             posterior = encode(self.autoencoder, images)
-            text, mask = self.text_encoder.encode(batch["caption"])
+            text = Condition(*self.text_encoder.encode(batch["caption"]))
+        text, mask = text.pad(padded_length(text.mask.shape[1]))
         return {"mean": posterior.mean, "std": posterior.std, "text": text, "text_mask": mask}
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning import Trainer
 
 from ldm.data.datamodule import datamodule_of
-from ldm.data.plan import PlannedSample
 from ldm.errors import LdmError
 
 log = logging.getLogger(__name__)
@@ -35,14 +34,14 @@ class SkippedSteps:
         """Count a step that updated this network."""
         self.in_a_row[network] = 0
 
-    def count_skipped(self, network: str, trainer: Trainer, samples: Sequence[PlannedSample]) -> None:
-        """Count and record a step that did not. Raises :class:`LdmError` if it is one too many."""
+    def count_skipped(self, network: str, trainer: Trainer, draws: np.ndarray) -> None:
+        """Count and record a step on these draws (B, 2) that did not. Raises :class:`LdmError` if it is one too many."""
         self.total += 1
         self.in_a_row[network] = in_a_row = self.in_a_row.get(network, 0) + 1
         rank, step = trainer.global_rank, trainer.global_step
         file = Path(trainer.default_root_dir, SKIPPED_NAME if rank == 0 else f"{rank}-{SKIPPED_NAME}")
         dataset = datamodule_of(trainer).train_set
-        names = [dict(zip(("shard", "key"), dataset.name_of(planned.sample), strict=True)) for planned in samples]
+        names = [dict(zip(("shard", "key"), dataset.name_of(sample), strict=True)) for sample, _ in draws.tolist()]
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "network": network, "samples": names}) + "\n")

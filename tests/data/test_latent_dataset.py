@@ -101,11 +101,11 @@ def test_a_batch_keeps_order_and_dtype_and_pads_with_zeros_that_it_masks(tmp_pat
     assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items() if name != "bad"} == {
         "mean": (stored, (4, 4, 2, 3)),
         "std": (stored, (4, 4, 2, 3)),
-        "text": (stored, (4, 5, 6)),
-        "text_mask": (torch.int64, (4, 5)),
+        "text": (stored, (4, 16, 6)),
+        "text_mask": (torch.int64, (4, 16)),
     }
     assert batch["bad"] == [[]] * 4
-    assert batch["text_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["text_mask"].tolist() == [[1] * tokens + [0] * (16 - tokens) for tokens in (5, 1, 3, 5)]
     assert not batch["text"][~batch["text_mask"].bool()].any()
     for row, (index, text) in enumerate(zip((4, 0, 7, 4), texts_of(batch), strict=True)):
         assert np.array_equal(text, made[index]["texts"][0][0])

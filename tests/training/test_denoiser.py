@@ -34,7 +34,6 @@ from ldm.runs.posthoc_ema import export_average, find_snapshots, reconstruct
 from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
 from ldm.training.optimiser import MuonConfig
-from ldm.training.randomness import sample_generators
 from tests.tiny import make_trainer, write_config
 
 
@@ -69,6 +68,13 @@ def fit(
     trainer = make_trainer(folder, steps, val_check_interval=steps, **changes)
     trainer.fit(module, ShardDataModule(str(latents), str(latents), **{"batch_size": 8, **(data or {})}))
     return trainer
+
+
+def noisy_batch(module: DenoiserTraining, data: ShardDataModule, *numbers: int) -> dict[str, Any]:
+    """The training batch of these samples, each drawn as the draw of its number."""
+    draws = [PlannedSample(number, number) for number in numbers]
+    batch = data.train_set.batch(draws)
+    return batch | module.batch_noise()(batch, draws)
 
 
 @pytest.mark.parametrize("diffusion", [(RectifiedFlow(), Velocity(), LogitNormal()), (VariancePreserving(), V(), Uniform())])
@@ -354,10 +360,10 @@ def test_online_gives_the_loss_of_exported_latents(
         module.prepare(data)
         statistics.append(module.encoders.statistics)
         randomised(module.denoiser)
-        samples = [PlannedSample(number, number) for number in (3, 1, 4, 9)]
-        generators = sample_generators(2, samples)
-        x0, condition = module.encode(data.train_set.batch(samples), generators)
-        losses.append(module.objective(module.denoiser, x0, condition, generator=generators).loss)
+        module.seed = 2
+        batch = noisy_batch(module, data, 3, 1, 4, 9)
+        x0, condition = module.encode(batch)
+        losses.append(module.objective(module.denoiser, x0, condition, batch["t"], batch["eps"]).loss)
         if dropout:  # every caption is the empty one
             torch.testing.assert_close(condition.embeddings, condition.embeddings[:1].expand_as(condition.embeddings))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
@@ -486,14 +492,14 @@ def test_a_sample_s_noise_does_not_depend_on_its_batch(latents: tuple[Path, Path
     data = ShardDataModule(str(latents[1]), str(latents[1]), batch_size=4)
     data.setup("fit")
     module = make(latents[0])
+    module.seed = 5
     module.prepare(data)
     randomised(module.denoiser)
 
     def losses(*numbers: int) -> torch.Tensor:
-        samples = [PlannedSample(number, number) for number in numbers]
-        generators = sample_generators(5, samples)
-        x0, condition = module.encode(data.train_set.batch(samples), generators)
-        return module.objective(module.denoiser, x0, condition, generator=generators).loss
+        batch = noisy_batch(module, data, *numbers)
+        x0, condition = module.encode(batch)
+        return module.objective(module.denoiser, x0, condition, batch["t"], batch["eps"]).loss
 
     whole = losses(3, 1, 4, 9)
     torch.testing.assert_close(torch.cat([losses(3, 1), losses(4, 9)]), whole, rtol=1e-5, atol=1e-6)

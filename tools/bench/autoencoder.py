@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import common
+import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from lightning import Callback, LightningModule, Trainer
@@ -52,6 +53,7 @@ from ldm.models.discriminator import PatchDiscriminator
 from ldm.shapes.scenes import generate
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.base import TrainingModule
 from ldm.training.ema import Average
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import sample_generators
@@ -87,14 +89,18 @@ class ReadyBatches(ShardDataModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        numbers = range(self.batch_size)
-        self.batch = {
-            "image": self.train_set.batch(numbers)["image"],
-            "draws": [PlannedSample(number, number) for number in numbers],
-        }
+        self.batch = {"image": self.train_set.batch(range(self.batch_size))["image"]}
 
     def train_dataloader(self) -> Iterator[dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]  not a loader
-        return repeat(self.batch)
+        assert self.trainer is not None
+        draws = planned(self.batch_size)
+        noise = cast(TrainingModule, self.trainer.lightning_module).batch_noise()(self.batch, draws)
+        return repeat(self.batch | noise | {"draws": np.array(draws)})
+
+
+def planned(number: int) -> list[PlannedSample]:
+    """The first samples, each drawn once, in their order."""
+    return [PlannedSample(sample, sample) for sample in range(number)]
 
 
 class Clock(Callback):
@@ -304,10 +310,9 @@ def assert_same_gradients(setting: Setting, pixels: Tensor) -> None:
     theirs = LatentDiffusion(ours, setting)
     ours.optimiser.max_grad_norm = ours.discriminator_optimiser.max_grad_norm = math.inf
     fit(ours, setting, 1)
-    draws = [PlannedSample(number, number) for number in range(setting.batch)]
     assert ours.seed is not None
     for name, network in zip(NETWORKS, (ours.autoencoder, ours.adversary.discriminator), strict=True):
-        theirs.backward(pixels_to_images(pixels), name, sample_generators(ours.seed, draws))
+        theirs.backward(pixels_to_images(pixels), name, sample_generators(ours.seed, planned(setting.batch)))
         mine, wanted = gradients(network), gradients(theirs.networks[name])
         # the gradient of a bias before a norm is rounding alone
         rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in wanted.values())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -84,7 +85,7 @@ def repeated(batch: dict[str, Any], size: int) -> dict[str, Any]:
     numbers = [number % given for number in range(size)]
     enlarged = dict(batch)
     for name, value in batch.items():
-        if isinstance(value, torch.Tensor) and len(value) == given:
+        if isinstance(value, torch.Tensor | np.ndarray) and len(value) == given:
             enlarged[name] = value[numbers]
         elif isinstance(value, list) and len(value) == given:
             enlarged[name] = [value[number] for number in numbers]

@@ -177,7 +177,8 @@ class ImageFlops:
         if module.online:
             samples["image"] = samples["image"].to(module.encoders.autoencoder.device)
             samples = module.encoders.encode(samples)
-        return self._denoiser(samples["mean"], samples["text"], samples["text_mask"])
+        length = 1 + int(samples["text_mask"].any(0).nonzero().max())  # computing padding is no useful work
+        return self._denoiser(samples["mean"], samples["text"][:, :length], samples["text_mask"][:, :length])
 
     def _denoiser(self, latents: Tensor, text: Tensor, mask: Tensor) -> float:
         """The first of the latents (B, C, h, w), text embeddings (B, L, D) and their mask (B, L)."""
