@@ -19,11 +19,31 @@ Norm = Literal["layer_norm", "rms_norm"]
 Activation = Literal["gelu", "swiglu"]
 
 
+def _as_precise(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """A norm's weight in the dtype of ``x`` where that is wider: FSDP gathers weights in bf16, and tokens are in fp32."""
+    return weight if weight is None else weight.to(torch.promote_types(weight.dtype, x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, which on CPUs refuses weights narrower than its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = _as_precise(self.weight, input), _as_precise(self.bias, input)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, _as_precise(self.weight, x), self.eps)
+
+
 def make_norm(kind: Norm, width: int, affine: bool = False, bias: bool = True) -> nn.Module:
     """LayerNorm, or RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), which has no bias."""
     if kind == "rms_norm":
-        return nn.RMSNorm(width, eps=1e-6, elementwise_affine=affine)
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine, bias=bias)
+        return RMSNorm(width, eps=1e-6, elementwise_affine=affine)
+    return LayerNorm(width, eps=1e-6, elementwise_affine=affine, bias=bias)
 
 
 class Modulation(NamedTuple):
@@ -75,9 +95,14 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether products of ``x`` are in another dtype than its own."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device has no autocast
+
+
 def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast as autocast would for each of several matrix products, once for all of them."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
+    if not is_autocast(x):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -166,7 +167,9 @@ class PreviewGrid(Callback):
     def _write(self, trainer: Trainer, module: TrainingModule) -> None:
         if not (trainer.is_global_zero or is_sharded(module.averaged())):
             return
-        rows = module.preview()
+        # FSDP gathers weights in the precision of the run, and leaves it to autocast to cast what they are multiplied with
+        with trainer.precision_plugin.forward_context() if is_sharded(module.averaged()) else nullcontext():
+            rows = module.preview()
         if not rows or not trainer.is_global_zero:
             return
         if all(len(images) == 1 for _, images in rows):

@@ -21,9 +21,10 @@ FORWARD_METHODS = ("encode", "decode", "encode_text", "text_keys_values")
 def shard(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shard a network over the processes of ``mesh``; each of ``blocks``, inner ones first, is gathered by itself.
 
-    Weights are gathered in ``dtype``; gradients are reduced in fp32.
+    Weights are gathered in ``dtype``, so that the network is called under autocast to it; gradients are reduced in fp32.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # inputs stay as they are, or times would be rounded and the residual stream be in bf16: autocast casts for products alone
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, network):
         # reshard the outermost too: full weights kept after a validation would be those of the average
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

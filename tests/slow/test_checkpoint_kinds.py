@@ -68,3 +68,15 @@ def test_ddp_then_fsdp_then_one_process(tiny_runs: TinyRuns, tmp_path: Path, sta
     mine, theirs = (weights(tmp_path / f"{name}-7-0", stage) for name in ("run", "whole"))
     assert_close(mine, theirs, 1e-4)
     assert_same_metrics(out, tmp_path / "whole", 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_fsdp_in_bf16_trains_as_ddp_in_bf16(tiny_runs: TinyRuns, tmp_path: Path, stage: str) -> None:
+    """Every metric but for what bf16 rounds, of validation too; and a preview, outside of Lightning's autocast, is made."""
+    for name, how in (("ddp", DDP), ("fsdp", FSDP)):
+        options = ["--trainer.precision", "bf16-mixed", "--data.batch_size", "2", *how]
+        status, said = run(tiny_runs.command(stage, tmp_path / name, *options), tmp_path, 2)
+        assert status == 0, said
+        assert [*(tmp_path / name / "previews").iterdir()]
+    assert_same_metrics(tmp_path / "fsdp", tmp_path / "ddp", 0.02)
