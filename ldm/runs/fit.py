@@ -190,8 +190,12 @@ class FitCLI(TrainingCLI):
             use_distributed_sampler=False,  # the data plan splits samples over the processes
         )
         if isinstance(trainer.strategy, DDPStrategy):
-            # buffers need no synchronisation: every process computes the same ones
-            set_ddp_options(trainer.strategy, find_unused_parameters=False, forward_sync_buffers=False)
+            set_ddp_options(
+                trainer.strategy,
+                find_unused_parameters=False,
+                forward_sync_buffers=False,  # every process computes the same ones
+                gradient_as_bucket_view=True,  # neither the memory of a second set of gradients nor the time to copy it
+            )
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -68,11 +69,27 @@ class PowerAverages:
             raise UsageError(f"snapshot_every is {self.snapshot_every}; give 1 or more")
 
 
-class PowerEMA(EMAModel):
-    """A power-function average, with the interface of diffusers' exponential one."""
+class InPlaceEMA(EMAModel):
+    """diffusers' average, updated in place by one operation, where diffusers' own takes a copy of all weights."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float = 0.9999):
+        super().__init__(parameters, decay=decay, foreach=True)
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Update with ``parameters``; those that are frozen stay."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        pairs = [pair for pair in zip(self.shadow_params, parameters, strict=True) if pair[1].requires_grad]
+        shadows, weights = [shadow for shadow, _ in pairs], [local_tensor(parameter) for _, parameter in pairs]
+        torch._foreach_lerp_(shadows, weights, 1 - self.cur_decay_value)
+
+
+class PowerEMA(InPlaceEMA):
+    """A power-function average, with the interface of the exponential one."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], sigma_rel: float):
-        super().__init__(parameters, foreach=True)
+        super().__init__(parameters)
         self.gamma = gamma_of(sigma_rel)
 
     def get_decay(self, optimization_step: int) -> float:
@@ -87,12 +104,12 @@ class Average:
 
     def __init__(self, network: nn.Module, decay: float, power: PowerAverages | None = None):
         self.network = network
-        self.exponential = EMAModel(self._parameters(), decay=decay, foreach=True)
+        self.exponential = InPlaceEMA(self._parameters(), decay)
         self.power = {length: PowerEMA(self._parameters(), length) for length in (power.sigma_rel if power else ())}
         self.snapshot_every = power.snapshot_every if power else None
         self.selected = self.power[power.selected] if power and power.selected is not None else self.exponential
 
-    def all(self) -> list[EMAModel]:
+    def all(self) -> list[InPlaceEMA]:
         """The exponential average, then the power-function averages."""
         return [self.exponential, *self.power.values()]
 
@@ -109,7 +126,7 @@ class Average:
     def update(self) -> None:
         """After each optimiser step."""
         for ema in self.all():
-            ema.step(self._parameters())
+            ema.step(self.network.parameters())
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -63,3 +64,25 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
         return tensor
     # src_data_rank=None: every process takes its own shard, and nothing is sent
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def rows_to_matrices(shards: Tensor, rows: int) -> Tensor:
+    """This process's rows of n matrices of ``rows`` rows -> n / processes whole ones, the same number on each process.
+
+    (n, r, C) -> (n / processes, rows, C), in one exchange in which each process sends no more than it has.
+    """
+    world = dist.get_world_size()
+    padded = nn.functional.pad(shards, (0, 0, 0, -(-rows // world) - shards.shape[1]))  # all have as many as the first
+    received = torch.empty_like(padded)
+    dist.all_to_all_single(received, padded)
+    return received.unflatten(0, (world, -1)).transpose(0, 1).flatten(1, 2)[:, :rows].contiguous()
+
+
+def matrices_to_rows(matrices: Tensor) -> Tensor:
+    """The inverse of :func:`rows_to_matrices`, up to padding: (n / processes, rows, C) -> (n, ceil(rows / processes), C)."""
+    world, rows = dist.get_world_size(), matrices.shape[1]
+    padded = nn.functional.pad(matrices, (0, 0, 0, -rows % world))
+    shards = padded.unflatten(1, (world, -1)).transpose(0, 1).flatten(0, 1).contiguous()  # (n, rows / processes, C)
+    received = torch.empty_like(shards)
+    dist.all_to_all_single(received, shards)
+    return received

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.errors import UsageError
-from ldm.training.fsdp import full_tensor, local_tensor, shard_like
+from ldm.training.fsdp import local_tensor, matrices_to_rows, rows_to_matrices
 
 MOMENTUM = 0.95
 # root mean square of AdamW's updates, to which Muon's are scaled (Liu et al. 2025, arXiv 2502.16982, section 2.2)
@@ -148,47 +148,83 @@ class Muon(AdamW):
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        of_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+        """One step of a group, in operations on all matrices of a shape: a GPU would wait for the host to start one for each.
+
+        As in AdamW's fused kernel, nothing changes where the attribute ``found_inf`` is 1, and the host need not know.
+        """
+        void = None if (found := getattr(self, "found_inf", None)) is None else found.bool()
+        decay = 1 - group["lr"] * group["weight_decay"]
+        if void is not None:
+            decay = torch.where(void, 1.0, decay)
+        of_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
-                rows, columns = parameter.shape[0], parameter.shape[1:].numel()
-                of_shape[min(rows, columns), max(rows, columns)].append(parameter)
-        for (short, long), parameters in of_shape.items():
-            scale = group["lr"] * ADAMW_RMS * math.sqrt(long)
-            for parameter, direction in zip(parameters, self._directions(parameters, short, long), strict=True):
-                weight = local_tensor(parameter)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(local_tensor(shard_like(direction, parameter)), alpha=scale)
+                of_shape[parameter.shape].append(parameter)
+        for shape, parameters in of_shape.items():
+            weights = [local_tensor(parameter) for parameter in parameters]
+            directions = self._directions(parameters, void)
+            if void is not None:
+                directions.masked_fill_(void, 0)
+            torch._foreach_mul_(weights, decay)
+            scale = group["lr"] * ADAMW_RMS * math.sqrt(max(shape[0], shape[1:].numel()))
+            for some, theirs in zip(_in_parts(weights), _in_parts(directions), strict=True):
+                steps = theirs.to(weights[0].dtype).view(len(some), *weights[0].shape)
+                torch._foreach_sub_(some, steps.unbind(), alpha=scale)
 
-    def _directions(self, parameters: list[nn.Parameter], short: int, long: int) -> list[Tensor]:
-        """The orthogonalised momentum of each parameter, all of it."""
+    def _directions(self, parameters: list[nn.Parameter], void: Tensor | None) -> Tensor:
+        """The orthogonalised momentum of each parameter (number, rows, columns); when sharded, this process's rows."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         each = math.ceil(len(parameters) / world)  # matrices a process
-        made = torch.zeros(each, short, long, dtype=self.dtype, device=local_tensor(parameters[0]).device)
-        for number, parameter in enumerate(parameters):
-            update = full_tensor(self._momentum(parameter)).flatten(1)
-            if number // each == rank:
-                made[number % each] = update if len(update) == short else update.mT
-        for chunk in made.split(max(MAX_NUMBERS // (short * long), 1)):
-            chunk.copy_(orthogonalise(chunk))
-        if world > 1:
-            gathered = made.new_empty(world * each, short, long)
-            dist.all_gather_into_tensor(gathered, made)
-            made = gathered
-        pairs = zip(parameters, made, strict=False)  # zeros pad the last process's matrices
-        return [(matrix if len(weight) == short else matrix.mT).reshape(weight.shape) for weight, matrix in pairs]
+        updates = self._updates(parameters, void, each * world)
+        rows, own_rows = len(parameters[0]), updates.shape[1]
+        sharded = local_tensor(parameters[0]) is not parameters[0]
+        own = rows_to_matrices(updates, rows) if sharded else updates.split(each)[rank]
+        for some in _in_parts(own):
+            if rows <= some.shape[2]:
+                some.copy_(orthogonalise(some))
+            else:
+                some.copy_(orthogonalise(some.mT.contiguous()).mT)
+        if sharded:
+            updates = matrices_to_rows(own)[:, :own_rows]
+        elif world > 1:
+            dist.all_gather_into_tensor(updates, own)
+        return updates[: len(parameters)]
 
-    def _momentum(self, parameter: nn.Parameter) -> Tensor:
-        """Nesterov's momentum after this step's gradient."""
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
+    def _updates(self, parameters: list[nn.Parameter], void: Tensor | None, number: int) -> Tensor:
+        """Nesterov's momentum after this step's gradient of each parameter, and zeros up to ``number`` (number, rows, columns).
+
+        When sharded, this process's rows.
+        """
+        states = [self._state(parameter) for parameter in parameters]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        if void is not None:
+            torch._foreach_sub_(steps, [void.to(steps[0])] * len(steps))
+        momenta = [local_tensor(state["momentum_buffer"]) for state in states]
+        gradients = [local_tensor(cast(Tensor, parameter.grad)) for parameter in parameters]
+        updates = torch.zeros(number, *momenta[0].shape, dtype=self.dtype, device=momenta[0].device)
+        for some, theirs, updates_of_some in zip(_in_parts(momenta), _in_parts(gradients), _in_parts(updates), strict=False):
+            before, gradient = torch.stack(some), torch.stack(theirs)
+            momentum = before.lerp(gradient, 1 - MOMENTUM)
+            if void is not None:
+                momentum = torch.where(void, before, momentum)
+            torch._foreach_copy_(some, momentum.unbind())
+            updates_of_some[: len(some)] = gradient.lerp_(momentum, MOMENTUM)
+        return updates.flatten(2)
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             # AdamW expects a step in every state that it loads
             step = torch.zeros((), device=local_tensor(parameter).device)
             state |= {"step": step, "momentum_buffer": torch.zeros_like(parameter)}
-        state["step"] += 1
-        momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-        return gradient.lerp(momentum, MOMENTUM)
+        return state
+
+
+def _in_parts(tensors: list[Tensor] | Tensor) -> Iterator[Any]:
+    """A list or stack of tensors of one shape in parts of at most ``MAX_NUMBERS`` numbers, which bounds memory."""
+    number = max(MAX_NUMBERS // max(tensors[0].numel(), 1), 1)
+    return (tensors[start : start + number] for start in range(0, len(tensors), number))
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

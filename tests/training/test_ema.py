@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from ldm.errors import UsageError
 from ldm.runs.posthoc_ema import combine, find_snapshots, inner_product, reconstruct
@@ -160,6 +162,36 @@ def test_the_selected_average_is_applied() -> None:
         (trained,) = average.trained() or []
         assert torch.equal(trained, values[-1])
     assert torch.equal(network.weight, values[-1])
+
+
+def test_averages_are_diffusers_own() -> None:
+    """To the bit once the rate is below one half, after eight steps; until then up to rounding."""
+    torch.manual_seed(0)
+    network = nn.Linear(30, 40)
+    network.bias.requires_grad_(False)
+    average, theirs = Average(network, 0.999), EMAModel(network.parameters(), decay=0.999, foreach=True)
+    for step in range(20):
+        with torch.no_grad():
+            network.weight.add_(torch.randn_like(network.weight))
+        if step == 9:
+            theirs.shadow_params = [shadow.clone() for shadow in average.exponential.shadow_params]
+        average.update()
+        theirs.step(network.parameters())
+        for mine, other in zip(average.exponential.shadow_params, theirs.shadow_params, strict=True):
+            torch.testing.assert_close(mine, other)
+            assert step < 9 or torch.equal(mine, other)
+
+
+def test_an_update_is_one_operation_of_each_average_and_copies_nothing() -> None:
+    network = nn.Sequential(*(nn.Linear(8, 8) for _ in range(10)))
+    average = Average(network, 0.999, PowerAverages([0.05, 0.1]))
+    before = [shadow.data_ptr() for each in average.all() for shadow in each.shadow_params]
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        average.update()
+    operations = [event.key for event in profiled.key_averages() for _ in range(event.count) if "_foreach" in event.key]
+    assert operations == ["aten::_foreach_lerp_"] * 3
+    assert not [event.key for event in profiled.key_averages() if "sub" in event.key or "empty" in event.key]
+    assert before == [shadow.data_ptr() for each in average.all() for shadow in each.shadow_params]
 
 
 def test_an_average_cannot_begin_in_the_middle() -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from itertools import chain
 
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.errors import UsageError
 from ldm.models.dit import DiT, transformer_blocks
 from ldm.training.optimiser import Muon, MuonConfig, orthogonalise
 
 
-def tiny_dit() -> DiT:
-    return DiT(sample_size=4, width=16, num_layers=2, num_attention_heads=2, caption_channels=8)
+def tiny_dit(num_layers: int = 2) -> DiT:
+    return DiT(sample_size=4, width=16, num_layers=num_layers, num_attention_heads=2, caption_channels=8)
 
 
 def tiny_pixart() -> PixArtTransformer2DModel:
@@ -133,3 +135,96 @@ def test_a_network_without_blocks_is_refused_with_the_fix() -> None:
 def test_a_rate_below_zero_is_refused() -> None:
     with pytest.raises(UsageError, match=r"muon_learning_rate is -0.1; give 0 or more"):
         MuonConfig(muon_learning_rate=-0.1).build(nn.Linear(2, 2), 10)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name, except for those that start nothing on a device."""
+
+    FREE = frozenset({"alias", "detach", "expand", "select", "slice", "split", "transpose", "unbind", "unsqueeze", "view"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if "record_function" not in name and name.removeprefix("_unsafe_") not in self.FREE:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def random_gradients(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+
+def set_found_inf(optimiser: Optimizer, value: float) -> None:
+    """As torch's GradScaler does it."""
+    optimiser.found_inf = torch.tensor(value)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("num_layers", [2, 28])
+def test_the_number_of_operations_does_not_grow_with_the_number_of_blocks(num_layers: int) -> None:
+    """Three shapes of matrices; none of the operations makes the host wait for a device."""
+    network = tiny_dit(num_layers)
+    optimiser, _ = MuonConfig(1e-3, weight_decay=0.1, muon_learning_rate=4e-3).build(network, 10, transformer_blocks(network))
+    random_gradients(network)
+    optimiser.step()  # makes its state
+    set_found_inf(optimiser, 0.0)
+    with Operations() as operations:
+        optimiser.step()
+    assert operations.counts.total() <= 107
+    assert not {"_local_scalar_dense", "nonzero", "equal"} & operations.counts.keys()
+
+
+@pytest.mark.parametrize("muon", [None, 4e-3])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_void_step_changes_nothing(muon: float | None, first: bool) -> None:
+    """The one that ``found_inf`` marks: neither weights nor moments nor counts, even if no gradient is finite."""
+    torch.manual_seed(0)
+    network = tiny_dit()
+    optimiser, _ = MuonConfig(1e-3, weight_decay=0.1, muon_learning_rate=muon).build(network, 10, transformer_blocks(network))
+    if not first:
+        random_gradients(network)
+        optimiser.step()
+    weights, state = copy.deepcopy(network.state_dict()), copy.deepcopy(optimiser.state_dict()["state"])
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    set_found_inf(optimiser, 1.0)
+    optimiser.step()
+    assert all(torch.equal(weight, weights[name]) for name, weight in network.state_dict().items())
+    for number, values in optimiser.state_dict()["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, torch.zeros_like(value) if first else state[number][name])
+
+
+def test_a_step_that_is_not_void_is_that_without_the_mark() -> None:
+    made = []
+    for marked in (False, True):
+        torch.manual_seed(0)
+        network = tiny_dit()
+        config = MuonConfig(1e-3, weight_decay=0.1, muon_learning_rate=4e-3)
+        optimiser, _ = config.build(network, 10, transformer_blocks(network))
+        for _ in range(3):
+            random_gradients(network)
+            if marked:
+                set_found_inf(optimiser, 0.0)
+            optimiser.step()
+        made.append([*network.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
+
+
+def test_matrices_beyond_the_limit_of_memory_are_updated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[Tensor]] = []
+    for limit in (2**26, 3 * 16 * 16, 1):  # all, three and one at once
+        monkeypatch.setattr("ldm.training.optimiser.MAX_NUMBERS", limit)
+        torch.manual_seed(0)
+        network = tiny_dit()
+        optimiser, _ = MuonConfig(1e-3, muon_learning_rate=4e-3).build(network, 10, transformer_blocks(network))
+        for _ in range(2):
+            random_gradients(network)
+            optimiser.step()
+        made.append([parameter.detach() for parameter in network.parameters()])
+    for others in made[1:]:
+        for parameter, other in zip(made[0], others, strict=True):
+            torch.testing.assert_close(parameter, other, rtol=0, atol=1e-7)
