@@ -340,7 +340,7 @@ def test_ddp_exchanges_the_autoencoder_s_gradients_alone(image_shards: Path, tmp
     """Of one process; the discriminator's are exchanged once, where it trains: tests/slow/test_many_processes.py."""
     module, sizes = make(adversary=adversary(0, 0, 1), learn_variance=True), []
 
-    def measure(*_: object) -> None:
+    def measure(outputs: object, batch: object, batch_idx: int) -> None:
         strategy = module.trainer.strategy
         assert isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel)
         sizes.append(strategy.model._get_ddp_logging_data()["total_parameter_size_bytes"])
