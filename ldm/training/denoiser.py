@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ class DenoiserTraining(TrainingModule):
         ema_decay: float = 0.9999,
         power_averages: PowerAverages | None = None,
         online: bool = False,
+        online_precision: Literal["fp32", "bf16"] = "fp32",
         text_encoder: str | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -83,9 +84,10 @@ class DenoiserTraining(TrainingModule):
             ema_decay: of the exponential average of the denoiser's weights, which is validated, previewed and exported unless
                 ``power_averages`` selects another.
             power_averages: further averages, from whose snapshots an average of any length can be reconstructed after training.
-            online: train on image shards, encoding images and captions at each step, in fp32. Latents are normalised by the
+            online: train on image shards, encoding images and captions at each step. Latents are normalised by the
                 statistics in the autoencoder's directory; if it has none, they are measured on 2,048 training images before
                 the first step and kept in checkpoints and in the pipeline.
+            online_precision: of the computation with ``online``, as in an export: bf16 is faster on GPUs, and less exact.
             text_encoder: of captions: minilm, a directory or a hub name. Default: that of the latent shards, where it was when
                 they were exported; with ``online``, minilm.
             gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
@@ -102,7 +104,10 @@ class DenoiserTraining(TrainingModule):
         self.objective = DenoisingObjective(path, prediction, timesteps, weighting)
         self.scheduler = matching_scheduler(path, prediction)
         self.optimiser = optimiser
+        if online_precision != "fp32" and not online:
+            raise UsageError(f"online_precision {online_precision}, but nothing is encoded; set online, or leave it out")
         self.online, self.text_encoder = online, text_encoder
+        self.online_precision: Literal["fp32", "bf16"] = online_precision
         self.statistics: Statistics | None = None  # of latents encoded online, from a checkpoint
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -158,7 +163,7 @@ class DenoiserTraining(TrainingModule):
         replaces a dropped caption by the empty one: by its embedding in latent shards, by "" in image shards.
         """
         if self.online:
-            batch = batch | self.encoders.encode(batch)
+            batch = batch | self.encoders.encode(batch, self.online_precision)
         z = batch["mean"].float()
         if "posterior_noise" in batch:
             z = z + batch["std"].float() * batch["posterior_noise"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
@@ -21,6 +22,7 @@ from ldm.data.moments import Moments
 from ldm.data.quarantine import BadSample
 from ldm.diffusion.conditioning import Condition
 from ldm.errors import LdmError, UsageError
+from ldm.latents.compute import PRECISIONS, Precision
 from ldm.latents.image_encoder import load_matching
 from ldm.models.autoencoder import (
     LatentNormalizer,
@@ -80,14 +82,15 @@ class FrozenEncoders:
             module.to(device)
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Latents and text of a batch of images and captions, as latent shards hold them; in fp32, the default of export."""
+    def encode(self, batch: dict[str, Any], precision: Precision = "fp32") -> dict[str, Tensor]:
+        """Latents and text of a batch of images and captions, as latent shards of an export in ``precision`` hold them."""
         images = pixels_to_images(batch["image"])
-        with torch.autocast(images.device.type, enabled=False):
-            posterior = encode(self.autoencoder, images)
+        # within the autocast of training, whatever that is
+        with torch.autocast(images.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+            posterior = DiagonalGaussianDistribution(encode(self.autoencoder, images).parameters.float())
             text = Condition(*self.text_encoder.encode(batch["caption"]))
         text, mask = text.pad(padded_length(text.mask.shape[1]))
-        return {"mean": posterior.mean, "std": posterior.std, "text": text, "text_mask": mask}
+        return {"mean": posterior.mean, "std": posterior.std, "text": text.float(), "text_mask": mask}
 
 
 def encoders_of_latents(

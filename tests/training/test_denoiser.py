@@ -369,6 +369,28 @@ def test_online_gives_the_loss_of_exported_latents(
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
 
 
+def test_online_encodes_in_the_precision_that_is_asked_for(
+    latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str
+) -> None:
+    """Whatever the autocast of training. The results are fp32, and those of bf16 have bf16's error."""
+    data = ShardDataModule(str(image_shards), str(image_shards), batch_size=4)
+    data.setup("fit")
+    module = make(latents[0], online=True, online_precision="bf16", text_encoder=tiny_text_encoder)
+    module.statistics = [0.0] * 4, [1.0] * 4
+    module.prepare(data)
+    batch = data.train_set.batch([PlannedSample(number, number) for number in (3, 1, 4, 9)])
+    with torch.autocast("cpu", torch.bfloat16):
+        exact, rounded = module.encoders.encode(batch), module.encoders.encode(batch, "bf16")
+        z, _ = module.encode(batch)
+    torch.testing.assert_close(module.encoders.encode(batch), exact, rtol=0, atol=0)
+    assert torch.equal(z, rounded["mean"])
+    assert {values.dtype for values in (*exact.values(), *rounded.values()) if values.is_floating_point()} == {torch.float32}
+    error = (rounded["mean"] - exact["mean"]).norm() / exact["mean"].norm()
+    assert 1e-4 < error < 2e-2 and not torch.equal(rounded["text"], exact["text"])
+    with pytest.raises(UsageError, match="online_precision bf16, but nothing is encoded; set online"):
+        make(latents[0], online_precision="bf16")
+
+
 def test_online_statistics_are_measured_kept_and_shipped(
     latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
 ) -> None:
