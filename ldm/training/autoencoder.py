@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -48,10 +47,10 @@ from ldm.models.autoencoder import (
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.base import TrainingModule
 from ldm.training.encoders import image_size, measure_statistics, require_format
-from ldm.training.fsdp import full_tensor
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import PosteriorNoise, step_generator
+from ldm.training.step import Update, mean_over_processes
 
 PREVIEW_IMAGES = 8
 
@@ -108,7 +107,6 @@ class AutoencoderTraining(TrainingModule):
             ema_decay: of the average of the autoencoder's weights.
         """
         super().__init__()
-        self.automatic_optimization = False
         self.factor = autoencoder.factor
         self.autoencoder = autoencoder.build()
         self.adversary = adversary
@@ -144,17 +142,29 @@ class AutoencoderTraining(TrainingModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One step of the autoencoder on one batch, and from ``adversary.start`` on one of the discriminator."""
-        step, images = self.global_step, pixels_to_images(batch["image"])  # the first step is 0
-        pairs = self._train_autoencoder(images, batch["posterior_noise"], batch["draws"], step)
-        if pairs is not None and self.adversary.trains(step):
-            self._train_discriminator(pairs, batch["draws"], step)
+        step, draws = self.global_step, batch["draws"]  # the first step is 0
+        pairs, metrics = self._autoencoder_gradients(pixels_to_images(batch["image"]), batch["posterior_noise"], step)
+        parameters, limit = self.trained().parameters(), self.optimiser.max_grad_norm
+        updates = [Update("autoencoder", *self.optimiser_and_schedule(0), parameters, limit, loss="train/loss")]
+        if not self.adversary.trains(step):
+            self.finish_step(metrics, updates, draws)
+            return
+        metrics |= self._discriminator_gradients(pairs, step)
+        parameters, limit = self._discriminator_parameters, self.discriminator_optimiser.max_grad_norm
+        # not counted, so that max_steps counts batches
+        updates.append(
+            Update("discriminator", *self.optimiser_and_schedule(1, counted=False), parameters, limit, loss="train/d")
+        )
+        # the averages of LeCam are linear in each process's own logits
+        means, voids = self.finish_step(metrics, updates, draws, shared=[*self.adversary.lecam.buffers()])
+        guard = self.adversary.guard
+        guard.watch_discriminator(torch.where(voids[1] > 0, guard.accuracy, means["train/d_accuracy"]))
 
-    def _train_autoencoder(
-        self, images: Tensor, noise: Tensor, draws: np.ndarray, step: int
-    ) -> list[tuple[Tensor, Tensor]] | None:
-        """One step of the autoencoder. Returns (target, reconstruction) of each micro-batch, or None if it was skipped."""
-        optimiser, schedule = self.optimiser_and_schedule(0)
-        optimiser.zero_grad()
+    def _autoencoder_gradients(
+        self, images: Tensor, noise: Tensor, step: int
+    ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """The autoencoder's gradients on one batch. Returns (target, reconstruction) of each micro-batch, and the metrics."""
+        self.optimiser_and_schedule(0)[0].zero_grad()
         assert self.seed is not None
         shared_generator = step_generator(self.seed, step)
         pairs, metrics = [], []
@@ -163,13 +173,7 @@ class AutoencoderTraining(TrainingModule):
             target, reconstruction, logged = self._autoencoder_backward(part, own_noise, fraction, step, shared_generator)
             pairs.append((target, reconstruction))
             metrics.append({name: fraction * value.detach() for name, value in logged.items()})
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.trained().parameters(), self.optimiser.max_grad_norm))
-        mean = self.log_step({f"train/{name}": torch.stack([part[name] for part in metrics]).sum(0) for name in metrics[0]})
-        self.log_dict({"train/grad_norm": norm, "train/lr": schedule.get_last_lr()[0]})
-        if not self.step_or_skip(optimiser, schedule, norm + mean["train/loss"], "autoencoder", draws):
-            return None
-        self.average.update()
-        return pairs
+        return pairs, {f"train/{name}": torch.stack([part[name] for part in metrics]).sum(0) for name in metrics[0]}
 
     def _autoencoder_backward(
         self, images: Tensor, noise: Tensor, fraction: float, step: int, shared_generator: torch.Generator
@@ -231,10 +235,9 @@ class AutoencoderTraining(TrainingModule):
         first, second = self.trainer.strategy.reduce(torch.stack(gradients), reduce_op="mean")
         return adaptive_weight(first, second, self.adversary.max_adaptive_weight)
 
-    def _train_discriminator(self, pairs: list[tuple[Tensor, Tensor]], draws: np.ndarray, step: int) -> None:
-        """One step of the discriminator on (target, reconstruction) of each micro-batch."""
-        optimiser, schedule = self.optimiser_and_schedule(1, counted=False)  # so that max_steps counts batches
-        optimiser.zero_grad()
+    def _discriminator_gradients(self, pairs: list[tuple[Tensor, Tensor]], step: int) -> dict[str, Tensor]:
+        """The discriminator's gradients on (target, reconstruction) of each micro-batch. Returns the metrics."""
+        self.optimiser_and_schedule(1, counted=False)[0].zero_grad()
         totals = torch.zeros(2, device=self.device)  # loss and accuracy
         for (target, reconstruction), fraction in self.micro_batches(pairs, [len(target) for target, _ in pairs]):
             loss, accuracy = self.adversary.discriminator_loss(target, reconstruction, step)
@@ -242,17 +245,12 @@ class AutoencoderTraining(TrainingModule):
             totals += fraction * torch.stack([loss.detach(), accuracy])
         if self.trainer.world_size > 1:
             self._average_gradients(self._discriminator_parameters)
-        norm = nn.utils.clip_grad_norm_(self._discriminator_parameters, self.discriminator_optimiser.max_grad_norm)
-        mean = self.log_step({"train/d": totals[0], "train/d_accuracy": totals[1]})
-        for average in self.adversary.lecam.buffers():  # linear in each process's own logits
-            average.copy_(self.trainer.strategy.reduce(average, reduce_op="mean"))
-        if self.step_or_skip(optimiser, schedule, norm + mean["train/d"], "discriminator", draws):
-            self.adversary.guard.watch_discriminator(mean["train/d_accuracy"])
+        return {"train/d": totals[0], "train/d_accuracy": totals[1]}
 
     def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace gradients by their means over all processes, in one exchange."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = self.trainer.strategy.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduce_op="mean")
+        flat = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
         means = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [mean.view_as(gradient) for mean, gradient in zip(means, gradients, strict=True)])
 

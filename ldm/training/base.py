@@ -23,6 +23,7 @@ from ldm.training.ema import Average, PowerAverages
 from ldm.training.fsdp import is_sharded, shard
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.randomness import global_states, set_global_state
+from ldm.training.step import Readback, Report, Request, Update, mean_over_processes, to_device
 
 # how many differing weights an error lists
 LISTED_WEIGHTS = 8
@@ -80,8 +81,17 @@ class TrainingModule(LightningModule):
     #: of the noise of every step (:mod:`ldm.training.randomness`); a resumed run keeps its first one
     seed: int | None = None
     _random_states: list[dict[str, Any]] | None = None
+    #: of the last step, until it is read
+    _report: Report | None = None
     #: beginnings of the names of weights that are built from the config and not kept in checkpoints
     absent: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self._logged: dict[str, Tensor] = {}  # of the last step that was read, on the CPU
+        self._asks: set[Request] = set()  # of this process, not sent yet
+        self._asked: set[Request] = set()  # of any process, not answered yet
 
     # -- the parts of a step -------------------------------------------------------------------------------------------
 
@@ -103,31 +113,100 @@ class TrainingModule(LightningModule):
             with exchange:
                 yield part, size / sum(sizes)
 
-    def step_or_skip(
-        self, optimiser: Optimizer, schedule: LRScheduler, checked: Tensor, network: str, draws: np.ndarray
-    ) -> bool:
-        """Step the optimiser and its schedule; returns whether weights were updated.
+    def finish_step(
+        self,
+        metrics: Mapping[str, Tensor],
+        updates: Sequence[Update],
+        draws: np.ndarray,
+        shared: Sequence[Tensor] = (),
+        **numbers: float,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The end of a training step: the processes exchange one vector, then each optimiser updates its network.
 
-        If ``checked`` is not finite, the step counts but no weight changes. It must be the same on all processes.
+        An update is void if its loss or gradients are not finite on any process, or if the one before it is void: the step
+        counts, but no weight changes. The host learns what became of the step in the next one (:meth:`settle`); at every
+        ``log_every_n_steps``-th, whose metrics are logged, it waits for it.
+
+        Args:
+            metrics: scalars of this process, logged as means over all.
+            updates: the first one is that of :meth:`averaged`, whose gradient norm and learning rate are logged.
+            draws: of the batch, (B, 2).
+            shared: scalars that are replaced by their means over all processes.
+            numbers: of the host, the same on all processes, to be logged too.
+
+        Returns:
+            The means of the metrics, and (updates,) 1 for each update that is void, else 0; on the device.
         """
-        taken = bool(torch.isfinite(checked))
-        if taken:
-            self.skips.count_taken(network)
-        else:
-            optimiser.zero_grad()  # without a gradient, the optimiser changes neither a parameter nor its moments
-            self.skips.count_skipped(network, self.trainer, draws)
-            self.log("train/skipped", float(self.skips.total))
-        optimiser.step()
-        schedule.step()
-        return taken
+        step, every = self.global_step, self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        values = [*metrics.values(), *(update.summand() for update in updates), *shared]
+        vector = torch.stack([value.detach().float().to(self.device) for value in values])
+        asks = [request in self._asks for request in Request] if self.trainer.world_size > 1 else []
+        if asks:
+            vector = mean_over_processes(torch.cat([vector, to_device(asks, self.device)]))
+            self._asks.clear()
+        means, summands, new_shared, asked = vector.split([len(metrics), len(updates), len(shared), len(asks)])
+        mean_of = dict(zip(metrics, means, strict=True))
+        norms = [update.norm(summand) for update, summand in zip(updates, summands, strict=True)]
+        checked = torch.stack([summand + mean_of[update.loss] for update, summand in zip(updates, summands, strict=True)])
+        voids = (~checked.cumsum(0).isfinite()).float()
+        for scalar, mean in zip(shared, new_shared, strict=True):
+            scalar.copy_(mean)
 
-    def log_step(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Log a step's metrics, each the mean over all processes, and return these means."""
-        stacked = torch.stack([value.detach().float().to(self.device) for value in metrics.values()])
-        stacked = self.trainer.strategy.reduce(stacked, reduce_op="mean")
-        means = dict(zip(metrics, stacked.unbind(), strict=True))
-        self.log_dict(means)
-        return means
+        self.settle()  # the step before: up to here the weights are those that it left
+        numbers["train/lr"] = float(updates[0].schedule.get_last_lr()[0])
+        networks = [update.network for update in updates]
+        values = Readback(torch.cat([means, norms[0][None], voids, asked]))
+        self._report = Report(step, draws, [*metrics, "train/grad_norm"], networks, numbers, values)
+        for update, norm, void in zip(updates, norms, voids, strict=True):
+            update.apply(norm, void)
+        if every and (step + 1) % every == 0:
+            self._log_step()
+        return mean_of, voids
+
+    def settle(self) -> None:
+        """Let the host learn what became of the last step: update the averages, or record that the step was skipped.
+
+        The device has mostly finished that step, where this is called in the next one. Elsewhere it is waited for: where the
+        averages are used or saved, and at the end of training.
+        """
+        if self._report is None:
+            return
+        report, self._report = self._report, None
+        logged, voids, asked = report.read()
+        self._logged = logged
+        self._asked |= asked
+        for number, (network, void) in enumerate(zip(report.networks, voids, strict=True)):
+            if void:  # and so are those after it
+                self.skips.count_skipped(network, self.trainer, report.step, report.draws)
+                break
+            self.skips.count_taken(network)
+            if number == 0:
+                self.average.update()
+        if self.skips.total:
+            self._logged["train/skipped"] = torch.tensor(float(self.skips.total))
+
+    def _log_step(self) -> None:
+        self.settle()
+        self.log_dict(self._logged)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.should_stop:  # Lightning logs the last step, whatever its number
+            self._log_step()
+
+    def on_train_epoch_end(self) -> None:
+        self.settle()  # before callbacks and the export use the averages
+
+    # -- what one process asks of all ----------------------------------------------------------------------------------
+
+    def ask(self, request: Request) -> None:
+        """Ask all processes; each of them learns it from the next step's vector, and a single process at once."""
+        (self._asks if self.trainer.world_size > 1 else self._asked).add(request)
+
+    def asked(self, request: Request) -> bool:
+        """Whether a process has asked for it since this was last called; the same on all processes."""
+        found = request in self._asked
+        self._asked.discard(request)
+        return found
 
     # -- what a stage defines ------------------------------------------------------------------------------------------
 
@@ -202,6 +281,7 @@ class TrainingModule(LightningModule):
     @contextmanager
     def average_applied(self) -> Iterator[None]:
         """Within this context the network is in evaluation mode with averaged weights: validation, previews, export."""
+        self.settle()
         network = self.averaged()
         was_training = network.training
         network.eval()
@@ -250,6 +330,7 @@ class TrainingModule(LightningModule):
             self._random_states = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.settle()
         checkpoint["average"] = self.average.state_dict()
         checkpoint["skipped"] = self.skips.state_dict()
         checkpoint["seed"], checkpoint["random"] = self.seed, global_states()

@@ -34,10 +34,10 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.base import TrainingModule
 from ldm.training.ema import PowerAverages
 from ldm.training.encoders import FrozenEncoders, Statistics, encoders_of_images, encoders_of_latents
-from ldm.training.fsdp import full_tensor
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig
 from ldm.training.randomness import DenoisingNoise
+from ldm.training.step import Update
 
 # intervals of t for which the validation loss is logged
 NUM_BINS = 10
@@ -98,7 +98,6 @@ class DenoiserTraining(TrainingModule):
             max_skipped: steps in a row with a loss or gradients that are not finite; each is skipped, one more stops the run.
         """
         super().__init__()
-        self.automatic_optimization = False
         self.denoiser = denoiser
         self.autoencoder_path = Path(autoencoder)
         self.objective = DenoisingObjective(path, prediction, timesteps, weighting)
@@ -137,14 +136,10 @@ class DenoiserTraining(TrainingModule):
             self.manual_backward(fraction * terms["train/loss"])
             for name, term in terms.items():
                 metrics[name] = metrics.get(name, 0.0) + fraction * term.detach()
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.trained().parameters(), self.optimiser.max_grad_norm))
-        means = self.log_step(metrics)
         self.num_images_seen += len(batch["draws"]) * self.trainer.world_size
-        self.log_dict({"num_images_seen": float(self.num_images_seen), "train/grad_norm": norm})
-        self.log("train/lr", schedule.get_last_lr()[0])
-        # both are reduced over all processes, which therefore decide alike
-        if self.step_or_skip(optimiser, schedule, norm + means["train/loss"], "denoiser", batch["draws"]):
-            self.average.update()
+        parameters, limit = self.trained().parameters(), self.optimiser.max_grad_norm
+        update = Update("denoiser", optimiser, schedule, parameters, limit, loss="train/loss")
+        self.finish_step(metrics, [update], batch["draws"], num_images_seen=float(self.num_images_seen))
 
     def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss of a micro-batch as ``train/loss``, and its auxiliary terms by name."""

@@ -34,11 +34,14 @@ class SkippedSteps:
         """Count a step that updated this network."""
         self.in_a_row[network] = 0
 
-    def count_skipped(self, network: str, trainer: Trainer, draws: np.ndarray) -> None:
-        """Count and record a step on these draws (B, 2) that did not. Raises :class:`LdmError` if it is one too many."""
+    def count_skipped(self, network: str, trainer: Trainer, step: int, draws: np.ndarray) -> None:
+        """Count and record a step that did not, by its number from 0 and its draws (B, 2).
+
+        Raises :class:`LdmError` if it is one too many.
+        """
         self.total += 1
         self.in_a_row[network] = in_a_row = self.in_a_row.get(network, 0) + 1
-        rank, step = trainer.global_rank, trainer.global_step
+        rank = trainer.global_rank
         file = Path(trainer.default_root_dir, SKIPPED_NAME if rank == 0 else f"{rank}-{SKIPPED_NAME}")
         dataset = datamodule_of(trainer).train_set
         names = [dict(zip(("shard", "key"), dataset.name_of(sample), strict=True)) for sample, _ in draws.tolist()]

@@ -209,7 +209,7 @@ def test_all_options_train_together(image_shards: Path, tmp_path: Path) -> None:
         channels_last=True,
     )  # fmt: skip
     untrained = weights(module.adversary.discriminator)
-    trainer = fit(module, image_shards, tmp_path, 4)
+    trainer = fit(module, image_shards, tmp_path, 4, log_every_n_steps=1)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     names = {"train/g_weight", "train/log_variance", "val/rfid_alex_random", "val/latent_std_03", "val/latent_dead"}
     assert names <= metrics.keys() and all(map(math.isfinite, metrics.values()))
@@ -248,7 +248,7 @@ class Faulty(ReconstructionLoss):
 def test_a_batch_with_nan_is_skipped_and_counted(image_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     loss = Faulty({1, 2})
     module = make(reconstruction=loss, adversary=adversary(0, 0, 1), max_skipped=2)
-    trainer = fit(module, image_shards, tmp_path, 4)
+    trainer = fit(module, image_shards, tmp_path, 4, log_every_n_steps=1)
     assert trainer.global_step == loss.calls == 4  # a skipped batch counts as a step
     assert torch.isfinite(weights(module.autoencoder)).all() and torch.isfinite(weights(module.adversary.discriminator)).all()
     assert trainer.callback_metrics["train/skipped"] == 2
