@@ -192,8 +192,11 @@ class AverageSnapshots(Callback):
         self._average, self._written = pl_module.average, pl_module.average.step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        every, step = self._average.snapshot_every, self._average.step
-        if every and step % every == 0 and step != self._written:
+        every = self._average.snapshot_every
+        if every and (self._average.step + 1) % every == 0:  # the next update may be that of this step
+            assert isinstance(pl_module, TrainingModule)
+            pl_module.settle()
+        if every and self._average.step % every == 0 and self._average.step != self._written:
             self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

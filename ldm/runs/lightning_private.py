@@ -89,6 +89,18 @@ def log_step_metrics(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
+def without_sigterm_exchange(trainer: Trainer) -> None:
+    """Spare every step the broadcast in which Lightning agrees on a SIGTERM, for which the host waits.
+
+    Its own handler, which alone sets what is broadcast, is not in force during training.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
 def ignore_after_training(trainer: Trainer, *signals: signal.Signals) -> None:
     """Ignore these signals once Lightning restores the handlers from before training.
 

@@ -17,8 +17,10 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
 from ldm.errors import LdmError, first_line
+from ldm.runs.agreement import agreed
 from ldm.runs.checkpoints.callback import checkpoints_of
-from ldm.runs.lightning_private import accumulates, ignore_after_training, log_step_metrics
+from ldm.runs.lightning_private import accumulates, ignore_after_training, log_step_metrics, without_sigterm_exchange
+from ldm.training.step import Request
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # torchrun forwards Ctrl-C to processes that have received it already.
@@ -62,6 +64,8 @@ def ended_by_sigterm() -> Iterator[None]:
 class Preemption(Callback):
     """Saves and stops all processes when one of them receives a signal, at the end of a step or within a validation.
 
+    Several processes agree on it by the vector that every step exchanges, and stop a step or two later.
+
     After SIGTERM or SIGUSR1 the first process raises :class:`Preempted` and the others exit silently; under SLURM the job is
     requeued. After Ctrl-C (SIGINT) it raises :class:`Interrupted`, without requeueing; a second one raises KeyboardInterrupt
     at once.
@@ -75,6 +79,7 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prints = trainer.is_global_zero
+        without_sigterm_exchange(trainer)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning restores the previous ones
                 signal.signal(number, self._record)
@@ -116,12 +121,14 @@ class Preemption(Callback):
 
         Not while gradients accumulate, which would be lost; nor after the last step, where the run finishes instead.
         """
-        agreed, received = trainer.strategy.reduce_boolean_decision, self._received.keys()
-        if accumulates(trainer) or 0 <= trainer.max_steps <= trainer.global_step or not agreed(bool(received), all=False):
+        received = self._received.keys()
+        if accumulates(trainer) or 0 <= trainer.max_steps <= trainer.global_step:
+            return
+        if not agreed(trainer, Request.STOP, bool(received)):
             return
         if trainer.validating:
             trainer.lightning_module.on_validation_model_train()  # back to the trained weights, which are to be saved
-        preempted = agreed(bool(received - {signal.SIGINT}), all=False)
+        preempted = trainer.strategy.reduce_boolean_decision(bool(received - {signal.SIGINT}), all=False)
         checkpoint = checkpoints_of(trainer).save_now(trainer)
         if not trainer.validating:
             log_step_metrics(trainer)

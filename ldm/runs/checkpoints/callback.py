@@ -12,6 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ldm.errors import LdmError, UsageError
+from ldm.runs.agreement import agreed
 from ldm.runs.checkpoints.files import (
     FORMAT_VERSION,
     VERSION_KEY,
@@ -24,6 +25,8 @@ from ldm.runs.checkpoints.files import (
 from ldm.runs.checkpoints.io import VerifiedCheckpointIO
 from ldm.runs.layout import BEST_CHECKPOINT, LAST_CHECKPOINT, RunFolder, checkpoint_name, checkpoints_in, step_of
 from ldm.runs.lightning_private import accumulates, current_hook, validate_first, validation_is_due, writes_shards
+from ldm.training.base import TrainingModule
+from ldm.training.step import Request
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,8 @@ class Checkpoints(Checkpoint):
         self._started = time.monotonic()
         self._saved_step = -1
         self._wanted = self._keep = self._better = False  # requested since the last one
+        self._asked = False  # this process has asked for one of every_minutes, or to raise this error
+        self._error: LdmError | None = None  # of the background
         self._ours: list[str] = []  # checkpoints that led to this step
         self._written: tuple[Path, bool] | None = None  # but not linked to yet; whether it is the best
 
@@ -117,7 +122,7 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish the write that is under way, without the other processes, which may not come here."""
-        error = self._finish()
+        error = self._take_error() or self._finish()
         if error is not None:
             log.error("%s", error)
 
@@ -125,12 +130,21 @@ class Checkpoints(Checkpoint):
         """Whether a checkpoint of ``every_minutes`` is due, by the first process's clock. Raises an error of the background."""
         if self.every_minutes is None and not self.background:
             return False
-        error = None if self._io.is_writing else self._finish()
+        if not self._io.is_writing:
+            self._error = self._error or self._finish()
         timed = self.every_minutes is not None and self._seconds_since_kept() >= 60 * self.every_minutes
-        if not trainer.strategy.reduce_boolean_decision(trainer.is_global_zero and (timed or error is not None), all=False):
+        asks = trainer.is_global_zero and (timed or self._error is not None) and not self._asked
+        self._asked |= asks
+        if not agreed(trainer, Request.CHECKPOINT, asks):
             return False
-        raise_together(error)
+        self._asked = False
+        raise_together(self._take_error())
         return True
+
+    def _take_error(self) -> LdmError | None:
+        """The error of a write in the background that is not raised yet."""
+        error, self._error = self._error, None
+        return error
 
     def _seconds_since_kept(self) -> float:
         return self._seconds + time.monotonic() - self._started
@@ -159,7 +173,9 @@ class Checkpoints(Checkpoint):
         return self._folder / checkpoint_name(trainer.global_step)
 
     def _save(self, trainer: Trainer) -> None:
-        raise_together(self._finish())  # one at a time
+        raise_together(self._take_error() or self._finish())  # one at a time
+        if isinstance(module := trainer.lightning_module, TrainingModule):
+            module.settle()  # an error of the last step is not one of writing
         step, error = trainer.global_step, None
         path = self._folder / checkpoint_name(step)
         if step != self._saved_step:
