@@ -15,6 +15,7 @@ from ldm.cli import dispatch
 from ldm.data.datamodule import datamodule_of
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.runs.fit import FitCLI
+from ldm.runs.preemption import Preemption
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
@@ -45,7 +46,10 @@ class Clock(Callback):
 
 
 class TimedFit(FitCLI):
-    """``fit`` with one callback instead of progress, previews and checkpoints; it exports nothing."""
+    """``fit`` with one callback instead of progress, previews and checkpoints; it exports nothing.
+
+    Preemption stays: what it takes is part of every step.
+    """
 
     def __init__(self, stage: str, options: Iterable[object], steps: int, watch: Callback):
         self.watch = watch
@@ -54,7 +58,8 @@ class TimedFit(FitCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks[:] = [self.watch]  # pyright: ignore[reportAttributeAccessIssue]  set by Lightning's connector
+        kept = [callback for callback in trainer.callbacks if isinstance(callback, Preemption)]  # pyright: ignore[reportAttributeAccessIssue]  set by Lightning's connector
+        trainer.callbacks[:] = [*kept, self.watch]  # pyright: ignore[reportAttributeAccessIssue]
         return trainer
 
     def after_fit(self) -> None:
