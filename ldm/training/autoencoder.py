@@ -101,7 +101,8 @@ class AutoencoderTraining(TrainingModule):
             max_skipped: steps in a row with a loss or gradients that are not finite; each is skipped, one more stops the run.
             fid_trunk: also measure the reconstructions' FID at validation: inception, alex-random, vgg-random or the path of
                 a checkpoint; see :class:`ldm.evaluation.metrics.ReconstructionFID`.
-            channels_last: memory order of the networks: faster on GPUs and for large networks on CPUs, slower for tiny ones.
+            channels_last: memory order of the networks: faster on GPUs and for large networks on CPUs, slower for tiny ones. On
+                GPUs with a torch before 2.15 it needs ``compile``: there GroupNorm copies its input and its output.
             gradient_checkpointing: recompute the autoencoder's activations in the backward pass, to save memory.
             compile: compile every block with ``torch.compile``, which takes minutes at the start.
             ema_decay: of the average of the autoencoder's weights.
