@@ -81,9 +81,12 @@ class LeCam(nn.Module):
         penalty = F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
         with torch.no_grad():
             for average, logits in ((self.real, real), (self.fake, fake)):
-                moved = average.lerp(logits.mean().to(average), 1 - self.decay)
-                average.copy_(torch.where(moved.isfinite(), moved, average))  # the step of such logits is skipped
+                average.lerp_(logits.mean().to(average), 1 - self.decay)
         return self.weight * penalty
+
+    def averages(self) -> list[Tensor]:
+        """The moving averages, linear in the logits; none where it is turned off."""
+        return [self.real, self.fake] if self.weight else []
 
 
 @final

@@ -175,3 +175,13 @@ class AdversarialTraining(nn.Module):
         with torch.no_grad():
             accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
         return loss, accuracy
+
+    def copy_buffers(self) -> list[Tensor]:
+        """Copies of what changes without an optimiser: estimates of spectral norms, averages of logits, the guard's state."""
+        return [buffer.clone() for buffer in self.buffers()]
+
+    def restore_buffers(self, copies: list[Tensor], void: Tensor) -> None:
+        """Restore them if ``void``, a scalar, is not 0: a step that is skipped leaves no trace."""
+        void = void > 0
+        for buffer, copy in zip(self.buffers(), copies, strict=True):
+            torch.where(void, copy, buffer, out=buffer)

@@ -8,7 +8,7 @@ discriminator's optimiser is not wrapped by Lightning.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -143,23 +143,27 @@ class AutoencoderTraining(TrainingModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One step of the autoencoder on one batch, and from ``adversary.start`` on one of the discriminator."""
-        step, draws = self.global_step, batch["draws"]  # the first step is 0
+        step, draws, adversary = self.global_step, batch["draws"], self.adversary  # the first step is 0
         pairs, metrics = self._autoencoder_gradients(pixels_to_images(batch["image"]), batch["posterior_noise"], step)
-        parameters, limit = self.trained().parameters(), self.optimiser.max_grad_norm
-        updates = [Update("autoencoder", *self.optimiser_and_schedule(0), parameters, limit, loss="train/loss")]
-        if not self.adversary.trains(step):
+        updates = [self._update("autoencoder", 0, self.trained().parameters(), self.optimiser, loss="train/loss")]
+        if not adversary.trains(step):
             self.finish_step(metrics, updates, draws)
             return
+        before = adversary.copy_buffers()
         metrics |= self._discriminator_gradients(pairs, step)
-        parameters, limit = self._discriminator_parameters, self.discriminator_optimiser.max_grad_norm
-        # not counted, so that max_steps counts batches
-        updates.append(
-            Update("discriminator", *self.optimiser_and_schedule(1, counted=False), parameters, limit, loss="train/d")
+        parameters, settings = self._discriminator_parameters, self.discriminator_optimiser
+        updates.append(self._update("discriminator", 1, parameters, settings, loss="train/d"))
+        means, voids = self.finish_step(metrics, updates, draws, shared=adversary.lecam.averages())
+        adversary.guard.watch_discriminator(means["train/d_accuracy"])
+        adversary.restore_buffers(before, void=voids[1])
+
+    def _update(
+        self, network: str, number: int, parameters: Iterable[nn.Parameter], settings: OptimiserConfig, loss: str
+    ) -> Update:
+        """The update by an optimiser, whose steps count towards ``max_steps`` if it is the autoencoder's, number 0."""
+        return Update(
+            network, *self.optimiser_and_schedule(number, counted=number == 0), parameters, settings.max_grad_norm, loss
         )
-        # the averages of LeCam are linear in each process's own logits
-        means, voids = self.finish_step(metrics, updates, draws, shared=[*self.adversary.lecam.buffers()])
-        guard = self.adversary.guard
-        guard.watch_discriminator(torch.where(voids[1] > 0, guard.accuracy, means["train/d_accuracy"]))
 
     def _autoencoder_gradients(
         self, images: Tensor, noise: Tensor, step: int
@@ -233,7 +237,7 @@ class AutoencoderTraining(TrainingModule):
         shape, padding = last_layer.weight.shape, cast(int, last_layer.padding)  # a tuple, which the function takes as well
         both = (gradient.to(features) for gradient in (by_reconstruction, by_generator))
         gradients = [conv2d_weight(features, shape, gradient, padding=padding).float() for gradient in both]
-        first, second = self.trainer.strategy.reduce(torch.stack(gradients), reduce_op="mean")
+        first, second = mean_over_processes(torch.stack(gradients))
         return adaptive_weight(first, second, self.adversary.max_adaptive_weight)
 
     def _discriminator_gradients(self, pairs: list[tuple[Tensor, Tensor]], step: int) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,21 +170,22 @@ def test_neither_network_s_step_gives_gradients_to_the_other(
     def gradients(network: nn.Module) -> list[torch.Tensor | None]:
         return [None if p.grad is None else p.grad.clone() for p in network.parameters()]
 
-    train_autoencoder, train_discriminator = module._train_autoencoder, module._train_discriminator
+    of_autoencoder, of_discriminator = module._autoencoder_gradients, module._discriminator_gradients
 
     def watch_autoencoder(*arguments: Any) -> Any:
         before = gradients(discriminator)
-        pairs = train_autoencoder(*arguments)
+        found = of_autoencoder(*arguments)
         seen.append((before, gradients(discriminator)))
-        return pairs
+        return found
 
-    def watch_discriminator(*arguments: Any) -> None:
+    def watch_discriminator(*arguments: Any) -> Any:
         before = gradients(module.autoencoder)
-        train_discriminator(*arguments)
+        found = of_discriminator(*arguments)
         seen.append((before, gradients(module.autoencoder)))
+        return found
 
-    monkeypatch.setattr(module, "_train_autoencoder", watch_autoencoder)
-    monkeypatch.setattr(module, "_train_discriminator", watch_discriminator)
+    monkeypatch.setattr(module, "_autoencoder_gradients", watch_autoencoder)
+    monkeypatch.setattr(module, "_discriminator_gradients", watch_discriminator)
     fit(module, image_shards, tmp_path, 3, precision=precision)
     assert len(seen) == 6
     for before, after in seen:
@@ -254,6 +256,21 @@ def test_a_batch_with_nan_is_skipped_and_counted(image_shards: Path, tmp_path: P
     assert trainer.callback_metrics["train/skipped"] == 2
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("ldm.")]
     assert [message.split(" (")[1] for message in messages] == ["1 in a row)", "2 in a row)"]
+
+
+def test_a_skipped_step_leaves_the_adversary_as_it_was(image_shards: Path, tmp_path: Path) -> None:
+    """Weights, estimates of spectral norms, averages of logits, the guard's accuracy; the next step changes them all."""
+    module, states = make(reconstruction=Faulty({2}), adversary=adversary(0, 100, lecam=LeCam(0.1))), []
+
+    def record(outputs: object, batch: object, batch_idx: int) -> None:
+        states.append({name: value.clone() for name, value in module.adversary.state_dict().items()})
+
+    module.on_train_batch_end = record
+    train(module, image_shards, tmp_path, 4)
+    changed = [{name for name in now if not torch.equal(now[name], before[name])} for before, now in pairwise(states)]
+    assert changed[1] == set() and changed[0] == changed[2]
+    assert {"lecam.real", "guard.accuracy", "discriminator.layers.0.weight"} <= changed[0]
+    assert any(name.endswith("._u") for name in changed[0])
 
 
 def test_the_guard_acts_at_validation_and_its_state_is_in_checkpoints(image_shards: Path, tmp_path: Path) -> None:
