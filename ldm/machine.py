@@ -1,9 +1,10 @@
-"""CPU, GPU and installed versions; whether bf16 is faster than fp32."""
+"""CPU, GPU and installed versions; whether bf16 is faster than fp32; whether fp32 is TF32 on GPUs."""
 
 from __future__ import annotations
 
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -34,6 +35,27 @@ def bf16_is_faster() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpu_info("flags").split())
+
+
+def set_fp32_precision(precision: str) -> None:
+    """Of products and convolutions of fp32 tensors on GPUs: ``highest`` is IEEE fp32, ``high`` and ``medium`` are TF32, with 10
+    bits of mantissa. torch's own setting leaves convolutions out, which are TF32 by default."""
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = (
+        precision != "highest"
+    )  # after its successor fp32_precision, Inductor could not read this one
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """IEEE fp32 within it: what is stored as fp32 is fp32, on any GPU. It holds for all threads of the process."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    set_fp32_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def machine_info() -> dict[str, str]:

@@ -21,6 +21,7 @@ from ldm.errors import UsageError
 from ldm.latents.compute import PRECISIONS
 from ldm.latents.image_encoder import LatentEncoder, load_matching
 from ldm.latents.samples import SourceImages, StoredLatent, decode_mean, sample_latents
+from ldm.machine import full_fp32
 
 # An encoder rounds in each of its layers, and these errors add up as a random walk does: 1 to 3 times the eps of bf16 were
 # measured. Eight leave room for deeper encoders, and are below every mistake that was tried (pixels in [0, 1] instead of
@@ -55,6 +56,7 @@ class Comparison:
 
 
 @torch.inference_mode()
+@full_fp32()
 def compare(
     folder: str | Path,
     autoencoder_path: str | Path,

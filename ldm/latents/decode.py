@@ -25,6 +25,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_new_folder
 from ldm.latents.compute import Process
 from ldm.latents.image_encoder import load_matching
+from ldm.machine import full_fp32
 from ldm.models.autoencoder import decode, images_to_pil
 
 CAPTIONS_NAME = "captions.jsonl"
@@ -44,6 +45,7 @@ class Decoded(NamedTuple):
     path: Path
 
 
+@full_fp32()
 def decode_latent_shards(
     latents: str | Path,
     out: str | Path,

@@ -34,6 +34,7 @@ from ldm.latents.compute import Dtype, Precision, Process, single_threaded, vers
 from ldm.latents.image_encoder import LatentEncoder
 from ldm.latents.images import CaptionedImages
 from ldm.latents.text_encoders import Embedded, TextEncoders
+from ldm.machine import full_fp32
 from ldm.models.autoencoder import (
     autoencoder_folder,
     autoencoder_hash,
@@ -262,7 +263,7 @@ def export_latents(
     if source.manifest.captioned is False:
         raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
     autoencoder = load_autoencoder(autoencoder_path, device)
-    with single_threaded():
+    with single_threaded(), full_fp32():
         encoder = LatentEncoder(autoencoder, precision, dtype, mode)
         texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, precision)
         dataset = CaptionedImages(source, image_size, downsampling_factor(autoencoder), captions)

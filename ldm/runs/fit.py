@@ -19,7 +19,7 @@ from ldm.data.sources import open_source
 from ldm.errors import UsageError
 from ldm.files import LOCK_NAME, require_new_folder
 from ldm.locks import hold_folder
-from ldm.machine import bf16_is_faster
+from ldm.machine import bf16_is_faster, set_fp32_precision
 from ldm.runs.callbacks import AverageSnapshots, ModelFlops, PreviewGrid, ProgressLine
 from ldm.runs.checkpoints.files import (
     candidates,
@@ -70,7 +70,7 @@ class FitCLI(TrainingCLI):
         self._check_folders()
         self._check_data()
         self._check_trainer()
-        torch.set_float32_matmul_precision(self.options.matmul_precision or "highest")
+        set_fp32_precision(self.options.matmul_precision or "highest")
 
     def _find_checkpoint(self) -> None:
         """Set ``checkpoint``, what ``--resume`` or ``--ckpt_path`` resumes from, and ``resumed_at``, its step; None for none.

@@ -82,7 +82,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--title", type=str, help="title of the progress line")
         what = "resume the run in OUT: latest (its newest whole checkpoint; without one the run starts anew) or a path"
         parser.add_argument("--resume", type=str, help=what)
-        what = "of fp32 matrix products on GPUs: high or medium use TF32, which is faster and less exact"
+        what = "of fp32 matrix products and convolutions on GPUs: high or medium use TF32, which is faster and less exact"
         parser.add_argument("--matmul_precision", type=Literal["highest", "high", "medium"], default="highest", help=what)
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
 

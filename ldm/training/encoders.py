@@ -24,6 +24,7 @@ from ldm.diffusion.conditioning import Condition
 from ldm.errors import LdmError, UsageError
 from ldm.latents.compute import PRECISIONS, Precision
 from ldm.latents.image_encoder import load_matching
+from ldm.machine import full_fp32
 from ldm.models.autoencoder import (
     LatentNormalizer,
     autoencoder_hash,
@@ -82,6 +83,7 @@ class FrozenEncoders:
             module.to(device)
 
     @torch.no_grad()
+    @full_fp32()
     def encode(self, batch: dict[str, Any], precision: Precision = "fp32") -> dict[str, Tensor]:
         """Latents and text of a batch of images and captions, as latent shards of an export in ``precision`` hold them."""
         images = pixels_to_images(batch["image"])
@@ -177,6 +179,7 @@ def encoders_of_images(
 
 
 @torch.no_grad()
+@full_fp32()
 def measure_statistics(autoencoder: AutoencoderKL, dataset: ImageDataset, batch_size: int) -> Statistics:
     """Mean and standard deviation of latents sampled from the posteriors of up to 2,048 images spread over the set.
 
