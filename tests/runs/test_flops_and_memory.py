@@ -11,6 +11,7 @@ from ldm.models.dit import DiT
 from ldm.models.layers import Attention
 from ldm.runs.dry_run.flops import StepFlops, peak_flops
 from ldm.runs.dry_run.memory import network_parameters, static_memory
+from ldm.runs.dry_run.peaks import PEAKS
 from ldm.training.optimiser import MuonConfig
 
 
@@ -142,3 +143,49 @@ def test_static_memory_is_what_a_step_leaves_behind(muon: float | None) -> None:
 
 def test_a_cpu_has_no_peak() -> None:
     assert peak_flops(torch.device("cpu"), "bf16-mixed") is None
+
+
+@pytest.mark.parametrize(
+    "name, bf16, fp32",
+    [
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+        ("NVIDIA GeForce RTX 3090", 71.2, 35.6),
+        ("NVIDIA GeForce RTX 5090", 209.6, 104.8),
+        ("NVIDIA RTX A6000", 154.8, 38.7),
+        ("NVIDIA RTX 6000 Ada Generation", 364.4, 91.1),
+        ("NVIDIA A40", 149.7, 37.4),
+        ("NVIDIA A10", 125, 31.2),
+        ("NVIDIA A10G", 70, 35),
+        ("NVIDIA L4", 121, 30.3),
+        ("NVIDIA L40", 181, 90.5),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A100 80GB PCIe", 312, 19.5),
+        ("NVIDIA H100 80GB HBM3", 989.5, 67),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA H100 NVL", 835.5, 60),
+        ("NVIDIA H200", 989.5, 67),
+        ("NVIDIA H200 NVL", 835.5, 60),
+        ("NVIDIA GH200 480GB", 989.5, 67),
+        ("NVIDIA B200", 2250, 75),
+        ("Tesla V100-SXM2-16GB", None, 15.7),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),  # slower chips under the same name
+        ("NVIDIA GeForce RTX 4090 D", None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(
+    monkeypatch: pytest.MonkeyPatch, name: str, bf16: float | None, fp32: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    for precision, expected in (("bf16-mixed", bf16), ("32-true", fp32)):
+        assert peak_flops(torch.device("cuda"), precision) == (expected and pytest.approx(expected * 1e12))
+
+
+def test_tf32_is_the_peak_of_fp32_products_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A40")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert peak_flops(torch.device("cuda"), "32-true") == pytest.approx(74.8e12)
+    for name, peaks in PEAKS.items():
+        assert peaks.fp32 <= peaks.tf32 <= (peaks.bf16 or peaks.tf32), name

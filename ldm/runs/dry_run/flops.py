@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ldm.data.datamodule import ShardDataModule
+from ldm.runs.dry_run.peaks import peaks_of
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.denoiser import DenoiserTraining
 
@@ -129,27 +129,16 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-# Dense FLOP/s of tensor cores from NVIDIA's data sheets of H200 and H100 NVL, which print twice as much, "with sparsity".
-# Lightning 2.6's table has the doubled values, and does not know an "NVIDIA H200".
-DENSE_PEAKS = {
-    "h200 nvl": {"bf16": 835.5e12, "tf32": 417.5e12, "fp32": 60e12},
-    "h200": {"bf16": 989.5e12, "tf32": 494.5e12, "fp32": 67e12},
-    "h100 nvl": {"bf16": 835.5e12, "tf32": 417.5e12, "fp32": 60e12},
-}
-
-
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """A GPU's peak FLOP/s of dense products in a trainer's ``precision``; None for CPUs and unknown GPUs."""
     if device.type != "cuda":
         return None
     tf32 = torch.get_float32_matmul_precision() != "highest"
-    kind = "bf16" if "16" in precision else "tf32" if tf32 else "fp32"
-    name = torch.cuda.get_device_name(device).lower()
-    for chip, peaks in DENSE_PEAKS.items():
-        if chip in name:
-            return peaks[kind]
-    dtype = torch.float32 if kind != "bf16" else torch.bfloat16 if "bf16" in precision else torch.float16
-    return get_available_flops(device, dtype)
+    peaks = peaks_of(torch.cuda.get_device_name(device))
+    if peaks is None:
+        return None
+    peak = peaks.bf16 if "16" in precision else peaks.tf32 if tf32 else peaks.fp32
+    return peak and peak * 1e12
 
 
 class ImageFlops:
