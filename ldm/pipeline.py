@@ -33,11 +33,11 @@ from ldm.files import read_bytes, read_json, require_version
 from ldm.images import MAX_IMAGE_BYTES, DecodeError
 from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
 from ldm.models.autoencoder import (
-    LatentNormalizer,
     autoencoder_hash,
     decode_latents,
     downsampling_factor,
     enable_tiling,
+    encode_latents,
     statistics_hash,
 )
 from ldm.models.directories import in_memory, loading, read_config
@@ -265,7 +265,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode_images(self, image: Images, height: int | None = None, width: int | None = None) -> Tensor:
         """Normalised latents (B, C, h, w) of images, scaled and cut as :meth:`__call__` does."""
-        return self._latents(self.prepare_images(image, None, height, width).images.to(self._execution_device))
+        return encode_latents(self.vae, self.prepare_images(image, None, height, width).images.to(self._execution_device))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
@@ -382,7 +382,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
         latents, x0, known = latents.to(device, torch.float32), None, None
         if prepared is not None:
-            x0 = self._latents(prepared.images)
+            x0 = encode_latents(self.vae, prepared.images)
             if prepared.mask is not None:
                 known = KnownPart(x0, latents, latent_mask(prepared.mask, self.vae_scale_factor))
         guided = self._guided(condition, null, guidance, weak_transformer)
@@ -441,7 +441,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         condition, null = self._conditions(prompt, None, (None, None, None, None), prepared, None)
         prepared = prepared.to(self._execution_device, len(condition.mask))
         sampler = self.make_sampler(num_inference_steps)
-        x0 = self._latents(prepared.images)
+        x0 = encode_latents(self.vae, prepared.images)
         guided = self._guided(condition, null, ClassifierFree(guidance_scale))
         with self._progress(num_inference_steps) as progress:
             noise = invert(sampler, guided, x0, on_step=progress.update)
@@ -540,11 +540,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def _progress(self, total: int) -> Any:
         return cast(Any, self.progress_bar)(total=total)  # torch's decorator hides the signature
-
-    def _latents(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> normalised latents: the posterior's mode, as its noise is small beside what sampling adds."""
-        posterior = self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0]
-        return LatentNormalizer.of(self.vae).normalize(posterior.mode().float())
 
     def _guided(
         self, condition: Condition, null: Condition, guidance: Guidance, weak: ModelMixin | None = None

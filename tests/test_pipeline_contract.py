@@ -358,5 +358,28 @@ def test_a_pipe_among_the_files_is_named_and_not_waited_for(saved, tmp_path):
 def test_an_image_that_is_not_finite_is_an_error_and_no_black_one(pipeline):
     with torch.no_grad():
         pipeline.vae.decoder.conv_out.bias.fill_(float("inf"))
-    with pytest.raises(LdmError, match="the autoencoder decodes values that are not finite in float32; decode in"):
+    with pytest.raises(LdmError, match="the autoencoder gives values that are not finite; put back"):
         pipeline(PROMPT, num_inference_steps=1)
+    with pytest.raises(LdmError, match="the autoencoder gives values that are not finite; put back"):
+        pipeline.to(torch.float16)(PROMPT, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_an_autoencoder_that_overflows_in_half_precision_is_used_in_float32_and_says_so(pipeline, caplog, direction):
+    """As SDXL's does in fp16: its activations are beyond 65,504, before a norm makes them small again."""
+    vae = pipeline.vae
+    with torch.no_grad():
+        for convolution in (vae.post_quant_conv, vae.encoder.conv_in):
+            convolution.weight.mul_(6e4 / convolution.weight.abs().max())
+            convolution.bias.zero_()
+    latents, image = torch.randn(1, 4, 8, 8, generator=seeds(0)[0]), Image.effect_noise((16, 16), 255).convert("RGB")
+
+    def compute():
+        return pipeline.decode(latents, "pt") if direction == "decode" else pipeline.encode_images(image)
+
+    expected = compute()
+    torch.nn.Module.to(vae, torch.float16)
+    for _ in range(2):
+        torch.testing.assert_close(compute(), expected, rtol=0.02, atol=0.02)
+    assert vae.dtype == torch.float32
+    assert caplog.messages == ["the autoencoder overflows in float16 and is used in float32 from now on"]

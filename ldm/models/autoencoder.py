@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -371,13 +371,28 @@ class LatentNormalizer(nn.Module):
         return self.mean.to(like)[:, None, None], self.std.to(like)[:, None, None]  # (C, 1, 1)
 
 
+def without_overflow(autoencoder: AutoencoderKL, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What an autoencoder computes of ``x`` in its own dtype.
+
+    What overflows in half precision, as in SDXL's autoencoder in fp16, is computed again in float32, in which the autoencoder
+    then stays. Raises LdmError for values that are not finite in float32 either.
+    """
+    while not (result := compute(x.to(autoencoder.dtype))).isfinite().all():
+        if autoencoder.dtype == torch.float32:
+            raise LdmError("the autoencoder gives values that are not finite; put back the one that the latents were made with")
+        log.warning("the autoencoder overflows in %s and is used in float32 from now on", str(autoencoder.dtype)[6:])
+        nn.Module.to(autoencoder, torch.float32)
+    return result.float()
+
+
 def decode_latents(autoencoder: AutoencoderKL, normalised: Tensor) -> Tensor:
-    """Normalised latents (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]. Raises LdmError for values that are not finite."""
-    z = LatentNormalizer.of(autoencoder).denormalize(normalised).to(autoencoder.dtype)
-    images = decode(autoencoder, z).float()
-    if not images.isfinite().all():
-        raise LdmError(
-            f"the autoencoder decodes values that are not finite in {str(autoencoder.dtype).removeprefix('torch.')}; decode in "
-            "float32, or put back the autoencoder that the latents were made with"
-        )
-    return images.clamp(-1, 1)
+    """Normalised latents (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]; see :func:`without_overflow`."""
+    z = LatentNormalizer.of(autoencoder).denormalize(normalised)
+    return without_overflow(autoencoder, lambda z: decode(autoencoder, z), z).clamp(-1, 1)
+
+
+def encode_latents(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [−1, 1] -> normalised latents (B, C, h, w), the posteriors' modes, whose noise
+    is small beside what sampling adds; see :func:`without_overflow`."""
+    z = without_overflow(autoencoder, lambda images: encode(autoencoder, images).mode(), images)
+    return LatentNormalizer.of(autoencoder).normalize(z)
