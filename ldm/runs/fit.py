@@ -122,6 +122,16 @@ class FitCLI(TrainingCLI):
             raise UsageError(
                 f"{self.checkpoint} was trained {how} Muon: give --model.optimiser.muon_learning_rate {fix} to resume from it"
             )
+        model, states = self.options.model, checkpoint.get("optimizer_states", [])  # which a sharded one has elsewhere
+        for number, name in enumerate(name for name in ("optimiser", "discriminator_optimiser") if name in model):
+            asked = model[name].eight_bit
+            groups = states[number]["param_groups"] if number < len(states) else []
+            if any(group.get("eight_bit", False) for group in groups) != asked:
+                how = "without" if asked else "with"
+                raise UsageError(
+                    f"{self.checkpoint} was trained {how} moments in 8 bits: give --model.{name}.eight_bit "
+                    f"{str(not asked).lower()} to resume from it"
+                )
 
     def _require_same_seeds(self, checkpoint: dict[str, Any]) -> None:
         """Refuse other seeds: noise and order of a resumed run are those that it began with."""

@@ -1,4 +1,4 @@
-"""AdamW, and Muon for the matrices and convolutions of a network's blocks; their learning-rate schedules."""
+"""AdamW, also with moments in 8 bits, and Muon for matrices and convolutions of a network's blocks; learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldm.errors import UsageError
+from ldm.errors import UsageError, first_line
 from ldm.training.fsdp import local_tensor, matrices_to_rows, rows_to_matrices
 
 MOMENTUM = 0.95
@@ -42,6 +42,8 @@ class OptimiserConfig:
         warmup_steps: optimiser steps over which the learning rate rises from 0.
         max_grad_norm: gradients of a larger norm are scaled down to it.
         fused: AdamW's fused kernel, which CPUs and CUDA have.
+        eight_bit: keep the moments of weights of 4,096 numbers or more in 8 bits, a quarter of the memory, by bitsandbytes'
+            AdamW (Dettmers et al. 2021, arXiv 2110.02861). It waits for the device at every weight. Not with FSDP.
     """
 
     learning_rate: float = 1e-4
@@ -51,10 +53,13 @@ class OptimiserConfig:
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
     fused: bool = True
+    eight_bit: bool = False
 
     def build(self, network: nn.Module, num_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The optimiser of the network's trained parameters and its schedule, stepped once a batch."""
-        return self._with_schedule(AdamW(_trained(network), **self._adamw_settings()), num_steps)
+        settings = self._adamw_settings()
+        optimiser = adamw_8bit(_trained(network), **settings) if self.eight_bit else AdamW(_trained(network), **settings)
+        return self._with_schedule(optimiser, num_steps)
 
     def _adamw_settings(self) -> dict[str, Any]:
         return {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay, "fused": self.fused}
@@ -86,6 +91,8 @@ class MuonConfig(OptimiserConfig):
         """See the base class. ``blocks``: parts of ``network`` whose weights Muon updates; ``dtype``: see :class:`Muon`."""
         if self.muon_learning_rate is None:
             return super().build(network, num_steps)
+        if self.eight_bit:
+            raise UsageError("eight_bit is of AdamW's moments, which Muon's weights do not have; give one or the other")
         if self.muon_learning_rate < 0:
             raise UsageError(f"muon_learning_rate is {self.muon_learning_rate:g}; give 0 or more")
         matrices = {id(layer.weight) for block in blocks for layer in block.modules() if isinstance(layer, MUON_LAYERS)}
@@ -97,6 +104,29 @@ class MuonConfig(OptimiserConfig):
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def adamw_8bit(parameters: list[nn.Parameter], fused: bool = True, **settings: Any) -> Optimizer:
+    """AdamW with moments in 8 bits; its group of parameters has the entry ``eight_bit``. ``fused`` has no meaning for it.
+
+    Raises :class:`UsageError` where bitsandbytes is missing, or cannot update these parameters on their device.
+    """
+    if any(local_tensor(parameter) is not parameter for parameter in parameters):
+        raise UsageError("eight_bit: bitsandbytes cannot update sharded weights; train with ddp, or set it to false")
+    if not all(parameter.is_contiguous() for parameter in parameters):
+        raise UsageError("eight_bit: bitsandbytes would undo the memory order channels_last; set one of the two to false")
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  not in dev
+    except ImportError as error:
+        raise UsageError(f"eight_bit needs bitsandbytes ({first_line(error)}): pip install 'ldm[eight-bit]'") from error
+    device = parameters[0].device
+    trial = nn.Parameter(torch.zeros(4096, device=device))
+    trial.grad = torch.zeros_like(trial)
+    try:
+        AdamW8bit([trial]).step()
+    except Exception as error:  # its library may lack this device, or this version of CUDA
+        raise UsageError(f"eight_bit: bitsandbytes cannot run on {device} ({first_line(error)}); set it to false") from error
+    return AdamW8bit([{"params": parameters, "eight_bit": True}], **settings)
 
 
 class Muon(AdamW):

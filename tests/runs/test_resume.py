@@ -120,9 +120,13 @@ SEEDS = [
     for stage in ARTIFACTS
     for key in ("seed_everything", "data.seed")
 ]
+MOMENTS = [
+    (stage, [f"--model.{name}.eight_bit", "true"], f"without moments in 8 bits: give --model.{name}.eight_bit false")
+    for stage, name in (("denoiser", "optimiser"), ("autoencoder", "discriminator_optimiser"))
+]
 
 
-@pytest.mark.parametrize(("stage", "options", "said"), [*NETWORKS, *SEEDS])
+@pytest.mark.parametrize(("stage", "options", "said"), [*NETWORKS, *SEEDS, *MOMENTS])
 def test_what_cannot_be_resumed_is_refused_by_name_and_nothing_changes(
     capsys: pytest.CaptureFixture, trained: dict[str, Path], tmp_path: Path, stage: str, options: list[str], said: str
 ) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.errors import UsageError
 from ldm.models.dit import DiT, transformer_blocks
-from ldm.training.optimiser import Muon, MuonConfig, orthogonalise
+from ldm.runs.dry_run.memory import static_memory
+from ldm.training.optimiser import Muon, MuonConfig, OptimiserConfig, orthogonalise
 
 
 def tiny_dit(num_layers: int = 2) -> DiT:
@@ -228,3 +231,80 @@ def test_matrices_beyond_the_limit_of_memory_are_updated_in_parts(monkeypatch: p
     for others in made[1:]:
         for parameter, other in zip(made[0], others, strict=True):
             torch.testing.assert_close(parameter, other, rtol=0, atol=1e-7)
+
+
+def wide_dit() -> DiT:
+    """Some of its weights have more than 4,096 numbers."""
+    torch.manual_seed(0)
+    return DiT(sample_size=4, width=64, num_layers=2, num_attention_heads=2, caption_channels=8)
+
+
+def trained(network: DiT, optimiser: Optimizer, steps: range) -> None:
+    """Steps on gradients with a direction of their own and noise."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in network.parameters():
+            parameter.grad = 0.1 + torch.randn(parameter.shape, generator=generator)
+        optimiser.step()
+
+
+def test_moments_in_eight_bits_train_like_those_of_32_in_a_quarter_of_the_memory() -> None:
+    pytest.importorskip("bitsandbytes")
+    networks, optimisers = [], []
+    for eight_bit in (False, True):
+        network = wide_dit()
+        optimiser, _ = OptimiserConfig(1e-3, weight_decay=0.1, eight_bit=eight_bit).build(network, 100)
+        trained(network, optimiser, range(20))
+        networks.append(nn.utils.parameters_to_vector(network.parameters()))
+        optimisers.append(optimiser)
+    start = nn.utils.parameters_to_vector(wide_dit().parameters())
+    assert (networks[1] - networks[0]).norm() < 0.03 * (networks[0] - start).norm()
+    shared = "qmap1", "qmap2"  # one table for all weights
+    held = sum(
+        value.nbytes
+        for state in optimisers[1].state.values()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name not in shared
+    )
+    sizes = [parameter.numel() for parameter in wide_dit().parameters()]
+    expected = static_memory(sum(sizes), eight_bit=sum(size for size in sizes if size >= 4096)).optimiser
+    assert held == expected < 0.35 * static_memory(sum(sizes)).optimiser
+
+
+def test_moments_in_eight_bits_resume_exactly_from_plain_tensors(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config, whole = OptimiserConfig(1e-3, eight_bit=True), wide_dit()
+    optimiser = config.build(whole, 100)[0]
+    trained(whole, optimiser, range(3))
+    torch.save({"weights": whole.state_dict(), "optimiser": optimiser.state_dict()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = wide_dit()
+    resumed.load_state_dict(saved["weights"])
+    second = config.build(resumed, 100)[0]
+    second.load_state_dict(saved["optimiser"])
+    trained(whole, optimiser, range(3, 6))
+    trained(resumed, second, range(3, 6))
+    assert all(torch.equal(*pair) for pair in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_eight_bits_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="Muon's weights do not have"):
+        MuonConfig(muon_learning_rate=1e-3, eight_bit=True).build(nn.Linear(2, 2), 10)
+    config = OptimiserConfig(eight_bit=True)
+    with pytest.raises(UsageError, match="would undo the memory order channels_last"):
+        config.build(nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last), 10)  # pyright: ignore[reportCallIssue]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+    with pytest.raises(UsageError, match=r"eight_bit needs bitsandbytes .*pip install 'ldm\[eight-bit\]'"):
+        config.build(nn.Linear(2, 2), 10)
+
+
+def test_eight_bits_are_refused_where_bitsandbytes_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It learns only in its first step that its library lacks a device, or this version of CUDA."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no kernel for this device\nand a long explanation")
+
+    monkeypatch.setattr(pytest.importorskip("bitsandbytes").optim.AdamW8bit, "step", fail)
+    with pytest.raises(UsageError, match=r"bitsandbytes cannot run on cpu \(no kernel for this device\); set it to false"):
+        OptimiserConfig(eight_bit=True).build(nn.Linear(2, 2), 10)

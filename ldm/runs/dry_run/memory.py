@@ -38,7 +38,13 @@ class StaticMemory:
 
 
 def static_memory(
-    trained: int, frozen: int = 0, averaged: int = 0, averages: int = 1, shards: int = 1, matrices: int = 0
+    trained: int,
+    frozen: int = 0,
+    averaged: int = 0,
+    averages: int = 1,
+    shards: int = 1,
+    matrices: int = 0,
+    eight_bit: int = 0,
 ) -> StaticMemory:
     """Weights, gradients, the moments of AdamW (two a parameter, Loshchilov & Hutter 2019, arXiv 1711.05101) and averages.
 
@@ -50,22 +56,27 @@ def static_memory(
         averages: how many averages.
         shards: processes that FSDP shards all of it over.
         matrices: trained parameters that Muon updates; it keeps one moment of each.
+        eight_bit: trained parameters whose moments have 8 bits, and an fp32 scale for each 256.
     """
-    numbers = (trained + frozen, trained, 2 * trained - matrices, averaged * averages)
+    moments = 2 * trained - matrices - 2 * eight_bit * (3 / 4 - 1 / 256)
+    numbers = (trained + frozen, trained, moments, averaged * averages)
     return StaticMemory(*(4 * number / shards for number in numbers))
 
 
 def module_memory(module: TrainingModule, shards: int = 1) -> StaticMemory:
     """:func:`static_memory` of a training module with its optimisers and averages."""
     trained, frozen = map(sum, zip(*network_parameters(module).values(), strict=True))
-    groups = (group for optimiser in module.trainer.optimizers for group in optimiser.param_groups if group.get("muon"))
+    groups = [group for optimiser in module.trainer.optimizers for group in optimiser.param_groups]
     return static_memory(
         trained,
         frozen,
         averaged=sum(parameter.numel() for parameter in module.averaged().parameters()),
         averages=1 + len(module.average.power),
         shards=shards,
-        matrices=sum(matrix.numel() for group in groups for matrix in group["params"]),
+        matrices=sum(matrix.numel() for group in groups if group.get("muon") for matrix in group["params"]),
+        eight_bit=sum(
+            weight.numel() for group in groups if group.get("eight_bit") for weight in group["params"] if weight.numel() >= 4096
+        ),
     )
 
 
