@@ -158,7 +158,6 @@ class Muon(AdamW):
         """
         super().__init__([{"params": parameters}, {"params": muon_parameters, "lr": muon_learning_rate, "muon": True}], **adamw)
         self.dtype = dtype
-        self._step_supports_amp_scaling = False  # the matrices are updated whatever found_inf says
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
