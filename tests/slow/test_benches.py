@@ -6,9 +6,15 @@ import math
 import runpy
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from tests.gpu.launch import needs_pretended_gpu, on_pretended_gpu
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if '__name__ == "__main__"' in path.read_text())
@@ -49,3 +55,40 @@ def test_the_model_of_exchanged_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exchanged(1e9, 2) == 1e9 and exchanged(1e9, 1000) == pytest.approx(2e9, rel=0.01)
     assert exchanged(1e9, 8, sharded=True) == 1.5 * exchanged(1e9, 8)
     assert efficiency(1.0, 1e9, 2, 1e9) == 0.5
+
+
+def test_a_wait_is_named_by_the_line_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    parts = runpy.run_path(str(BENCH / "timeline.py"))["StepParts"](steps=1)
+    parts._count_waits()
+    for _ in range(3):
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    warnings.warn("something else", stacklevel=1)
+    parts._counting.close()
+    (place,) = parts.waits
+    assert modes == ["warn", "default"] and place.startswith("tests/slow/test_benches.py:") and parts.waits[place] == 3
+
+
+def parts_of_steps(counts: Any) -> list[dict[str, float]]:
+    """Of both stages, on a pretended GPU."""
+    sys.path.insert(0, str(BENCH))
+    training = runpy.run_path(str(BENCH / "training.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = training["Bench"](Path(folder), tiny=True, steps=3, processes=1)
+        bench.make_data()
+        rows = [next(row for row in training["QUICK"] if row.kind == kind) for kind in ("denoiser", "autoencoder")]
+        return [bench.train(row).parts for row in rows]
+
+
+@pytest.mark.slow
+@needs_pretended_gpu
+def test_every_part_of_a_step_is_between_two_events() -> None:
+    """Between two events of a pretended GPU there is a millisecond."""
+    two, one = on_pretended_gpu(parts_of_steps)
+    assert {part: two[part] for part in ("data", "forward", "backward", "optimiser", "averages")} == pytest.approx(
+        {"data": 1e-3, "forward": 1e-3, "backward": 1e-3, "optimiser": 1e-3, "averages": 1e-3}
+    )
+    # at the reconstruction by both losses, through the autoencoder, through the discriminator
+    assert one["forward"] == one["backward"] == pytest.approx(4e-3) and one["optimiser"] == pytest.approx(2e-3)

@@ -72,20 +72,21 @@ class StepParts(Callback):
         """``steps``: timed ones; :data:`WARM_UP` come before, :data:`WAITING_STEPS` after them."""
         self.timed, self.total = steps, WARM_UP + steps + WAITING_STEPS
         self.waits: Counter[str] = Counter()
+        self._instruments, self._counting = ExitStack(), ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         self.images_per_step = datamodule_of(trainer).batch_size * trainer.world_size
         self._ends: list[int] = []  # numbers of the marks that end a step
         self._timeline, self._in_optimiser = Timeline(trainer.strategy.root_device), 0
-        self._instruments, self._counting = ExitStack(), ExitStack()
-        self._time(module, "manual_backward", before="forward", part="backward")
+        for differentiates in ("backward", "grad"):  # the first is what `Tensor.backward` calls
+            self._time(torch.autograd, differentiates, before="forward", part="backward")
         self._time(module.average, "update", before="other", part="averages")
         self._instruments.callback(register_optimizer_step_pre_hook(self._enter_optimiser).remove)
         self._instruments.callback(register_optimizer_step_post_hook(self._leave_optimiser).remove)
 
     def _time(self, owner: Any, name: str, before: str, part: str) -> None:
-        """Mark where each call of a method begins, which ends the part ``before``, and where it ends."""
+        """Mark where each call of a function begins, which ends the part ``before``, and where it ends."""
         called: Callable[..., Any] = getattr(owner, name)
 
         @wraps(called)
@@ -97,7 +98,7 @@ class StepParts(Callback):
                 self._timeline.mark(part)
 
         setattr(owner, name, timed)
-        self._instruments.callback(delattr, owner, name)  # the method itself is the class's
+        self._instruments.callback(setattr, owner, name, called)
 
     def _enter_optimiser(self, *_: Any) -> None:
         if not self._in_optimiser:  # Muon's step calls AdamW's
@@ -132,8 +133,8 @@ class StepParts(Callback):
 
     def _wait(self, message: Warning | str, *_: Any) -> None:
         if SYNCHRONISES in str(message):
-            frames = traceback.extract_stack()
-            frame = next((frame for frame in reversed(frames) if frame.filename.startswith(PACKAGE)), frames[-2])
+            frames = [each for each in traceback.extract_stack() if each.filename not in (__file__, warnings.__file__)]
+            frame = next((frame for frame in reversed(frames) if frame.filename.startswith(PACKAGE)), frames[-1])
             self.waits[f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}"] += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
