@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
@@ -24,6 +26,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     T5EncoderModel,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ldm.errors import LdmError, UsageError
 from ldm.files import sha256_file
@@ -51,6 +55,9 @@ _NOT_ARCHITECTURE = {
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 log = logging.getLogger(__name__)
+
+# the name of an attention implementation, registered with transformers
+ALWAYS_MASKED = "ldm_sdpa_always_masked"
 
 MAX_TOKENS = 256  # for tokenizers without a limit of their own, such as T5's
 
@@ -100,12 +107,29 @@ def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
         raise LdmError(
             f"the tokenizer gives token {int(ids.max())}, but the text encoder has {known}; put its own tokenizer back"
         )
-    ids, mask = (tokens.to(model.device, non_blocking=True) for tokens in (ids, mask))  # the driver copies what is not pinned
+    if model.device.type == "cuda":  # where a copy from page-locked memory makes nobody wait
+        ids, mask = ids.pin_memory(), mask.pin_memory()
+    ids, mask = ids.to(model.device, non_blocking=True), mask.to(model.device, non_blocking=True)
     with torch.inference_mode():
         hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     mask = mask.to(hidden.device)  # with offloading, not the model's device
     # clone: autograd refuses tensors made under inference_mode
     return (hidden * mask[..., None]).clone(), mask
+
+
+def always_mask(model: PreTrainedModel) -> None:
+    """Give the model's fused attention a mask at every call, so that an encoder on a GPU does not make the host wait for it.
+
+    By default transformers drops a mask that masks nothing, and to know that it reads the mask from the device.
+    """
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ALWAYS_MASKED, sdpa_attention_forward)
+        AttentionMaskInterface.register(ALWAYS_MASKED, _mask)
+        model.set_attn_implementation(ALWAYS_MASKED)
+
+
+def _mask(**options: Any) -> Tensor | None:
+    return sdpa_mask(**options | dict[str, Any](allow_is_causal_skip=False, allow_is_bidirectional_skip=False))
 
 
 def text_encoder_hash(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:

@@ -35,7 +35,7 @@ from ldm.models.autoencoder import (
     set_latent_statistics,
     statistics_hash,
 )
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import TextEncoder, always_mask
 
 # enough for a channel's mean and standard deviation to a percent or two
 STATISTICS_IMAGES = 2048
@@ -81,6 +81,8 @@ class FrozenEncoders:
         modules: list[nn.Module] = [self.normalizer, self.autoencoder, self.text_encoder.model]
         for module in modules if networks else modules[:1]:
             module.to(device)
+        if networks and device.type == "cuda":
+            always_mask(self.text_encoder.model)
 
     @torch.no_grad()
     @full_fp32()

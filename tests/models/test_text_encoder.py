@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, P
 
 from ldm.errors import LdmError, UsageError
 from ldm.models import text_encoder as text
-from ldm.models.text_encoder import MAX_TOKENS, TextEncoder, max_tokens, minilm_folder
+from ldm.models.text_encoder import MAX_TOKENS, TextEncoder, always_mask, embed, max_tokens, minilm_folder
 
 CAPTIONS = ["a red circle", "a tiny yellow star at the top left on a dark blue background", "", "cat"]
 WORDS = ["[PAD]", "[UNK]", "[START]", "[END]", "a", "red", "green", "ring", "on", "black"]
@@ -226,3 +227,30 @@ def test_a_tokenizer_without_padding_is_refused(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": None}))
     with pytest.raises(LdmError, match="cannot be loaded"):
         TextEncoder.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip", "t5"])
+def test_an_encoder_that_always_masks_computes_the_same_and_reads_nothing_from_the_device(kind):
+    torch.manual_seed(0)
+    model = {
+        "bert": lambda: BertModel(BertConfig(vocab_size=50, **SIZES)),
+        "clip": lambda: CLIPTextModel(CLIPTextConfig(vocab_size=50, eos_token_id=3, bos_token_id=1, pad_token_id=0, **SIZES)),
+        "t5": lambda: T5EncoderModel(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+    }[kind]().eval()
+    ids = torch.randint(4, 50, (3, 7))
+    masks = torch.ones_like(ids), (torch.arange(7) < torch.tensor([[7], [2], [5]])).long()
+
+    def call_on_meta():
+        """On the meta device, from which no value can be read."""
+        copy = deepcopy(model).to("meta")
+        copy(input_ids=ids.to("meta"), attention_mask=masks[1].to("meta"))
+
+    config, expected = model.config.to_dict(), [embed(model, ids, mask)[0] for mask in masks]
+    if kind == "bert":
+        with pytest.raises(RuntimeError, match="meta"):
+            call_on_meta()
+    always_mask(model)
+    call_on_meta()
+    assert model.config.to_dict() == config
+    for mask, embeddings in zip(masks, expected, strict=True):
+        torch.testing.assert_close(embed(model, ids, mask)[0], embeddings, rtol=1e-5, atol=1e-6)

@@ -83,7 +83,7 @@ class Recorder(Callback):
             for name in ("randn", "rand", "randn_like", "normal"):
                 self.alone.setattr(torch, name, None)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
         if self.alone is not None:
             self.alone.undo()
 
