@@ -16,7 +16,7 @@ from tests.tiny import TinyRuns
 pytestmark = needs_pretended_gpu
 
 # most waits of a plain step
-BUDGET = {"denoiser": 6, "variance preserving": 10, "online": 10, "autoencoder": 4, "all losses": 8}
+BUDGET = {"denoiser": 1, "variance preserving": 1, "online": 1, "autoencoder": 4, "all losses": 8}
 
 VARIANCE_PRESERVING = [
     "--model.path",
