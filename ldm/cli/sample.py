@@ -73,6 +73,7 @@ def add(commands: Commands) -> None:
     machine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: fp32)")
     machine.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU, where there is one)")
     machine.add_argument("--compile", action="store_true", help="compile the denoiser: minutes at first, then faster")
+    machine.add_argument("--cuda-graphs", action="store_true", help="compile and use CUDA graphs: for few images at a time")
     machine.add_argument("--tiled", action="store_true", help="decode images larger than the model's in tiles, to save memory")
     machine.add_argument("--preview-every", type=int, default=0, metavar="N", help="write preview.png every N steps")
     machine.add_argument(
@@ -115,7 +116,8 @@ def sample_into_folder(options: argparse.Namespace) -> None:
         given = stored.to_json() | given | inputs.restore(options.from_image, stored, given)
     dtype = options.dtype or {"bfloat16": "bf16", "float16": "fp16"}.get(made_by.dtype if made_by else "", "fp32")
     tiled = options.tiled or (made_by is not None and made_by.tiled)
-    pipeline = open_pipeline(options.model, options.device, dtype, options.compile, tiled)
+    compiled = "cuda_graphs" if options.cuda_graphs else options.compile
+    pipeline = open_pipeline(options.model, options.device, dtype, compiled, tiled)
     provenance = provenance_of(pipeline, options.model)
     if made_by is not None:
         mismatch = made_by.mismatch(options.from_image, options.model, provenance)

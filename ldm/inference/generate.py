@@ -24,6 +24,8 @@ from ldm.inference.inputs import Inputs
 from ldm.inference.prompts import Fit, fit_prompts
 from ldm.inference.settings import GenerationSettings
 from ldm.models.autoencoder import enable_tiling
+from ldm.models.compiling import Compile, compile_blocks
+from ldm.models.dit import transformer_blocks
 from ldm.models.image_processor import PreparedImages
 from ldm.models.text_encoder import unknown_words
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
@@ -61,14 +63,15 @@ OnStep = Callable[[GenerationStep], None]
 
 
 def open_pipeline(
-    path: str | Path, device: str | None = None, dtype: str = "fp32", compiled: bool = False, tiled: bool = False
+    path: str | Path, device: str | None = None, dtype: str = "fp32", compiled: Compile = False, tiled: bool = False
 ) -> LatentDiffusionPipeline:
     """The pipeline of a directory, on its device and in its precision.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``; the GPU unless given, where there is one.
         dtype: of its weights: ``fp32``, ``bf16`` or ``fp16``.
-        compiled: compile the denoiser's blocks with ``torch.compile``: minutes at first, faster from then on.
+        compiled: compile the denoiser's blocks with ``torch.compile``: minutes at first, faster from then on. ``cuda_graphs``
+            also replays each block as a CUDA graph: faster for one or a few images at a time.
         tiled: decode images larger than those that the autoencoder was trained on in tiles.
 
     Raises:
@@ -90,9 +93,7 @@ def open_pipeline(
         enable_tiling(pipeline.vae)
     if compiled:
         network = pipeline.transformer
-        if not network._repeated_blocks:
-            raise UsageError(f"{type(network).__name__} does not say which of its parts to compile; generate without compiling")
-        network.compile_repeated_blocks()
+        compile_blocks(network, transformer_blocks(network), compiled, network.device)
     return pipeline
 
 

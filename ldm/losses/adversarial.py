@@ -112,7 +112,8 @@ class GradientPenalty:
 
     def __call__(self, discriminator: nn.Module, real: Tensor) -> Tensor:
         """The penalty on real images (B, 3, H, W), in fp32, which the second derivatives need."""
-        with torch.autocast(real.device.type, enabled=False):
+        # torch.compile has no second derivatives
+        with torch.autocast(real.device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             real = real.float().detach().requires_grad_()
             logits = discriminator(real).flatten(1).mean(1).sum()
             (gradient,) = torch.autograd.grad(logits, real, create_graph=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UsageError
+from ldm.models.compiling import any_length
 from ldm.models.directories import MAX_LAYERS
 from ldm.models.layers import (
     Activation,
@@ -99,6 +100,14 @@ class EncodedText(NamedTuple):
     pooled: Tensor | None  # (B, D), added to the time embedding
     for_blocks: Sequence[Tensor | KeysValues]  # one per block: tokens (B, L, D), or their keys and values
     mask: Tensor | None  # (B, 1, 1, L), None if nothing is padding
+
+    def allow_any_length(self) -> None:
+        """Let compiled blocks take captions of all lengths L by one graph."""
+        for given in self.for_blocks:
+            for tensor in given if isinstance(given, KeysValues) else [given]:
+                any_length(tensor, tensor.ndim - 2)
+        if self.mask is not None:
+            any_length(self.mask, 3)
 
 
 @dataclass
@@ -279,6 +288,7 @@ class DiT(ModelMixin, ConfigMixin):
         modulation = self.modulation(time).to(dtype)
         modulations = modulation.unflatten(1, (-1, 6, config["width"])).unbind(1)  # 1 or num_layers of (B, 6, D)
         modulations *= len(self.blocks) // len(modulations)
+        text.allow_any_length()
         activations = {}
         for number, (block, modulation, tokens) in enumerate(zip(self.blocks, modulations, text.for_blocks, strict=True)):
             arguments = (x, modulation, tokens, text.mask, rotation)

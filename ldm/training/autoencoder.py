@@ -44,6 +44,7 @@ from ldm.models.autoencoder import (
     reconstruct,
     set_latent_statistics,
 )
+from ldm.models.compiling import compile_modules
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.base import TrainingModule
 from ldm.training.encoders import image_size, measure_statistics, require_format
@@ -104,7 +105,7 @@ class AutoencoderTraining(TrainingModule):
             channels_last: memory order of the networks: faster on GPUs and for large networks on CPUs, slower for tiny ones. On
                 GPUs with a torch before 2.15 it needs ``compile``: there GroupNorm copies its input and its output.
             gradient_checkpointing: recompute the autoencoder's activations in the backward pass, to save memory.
-            compile: compile every block with ``torch.compile``, which takes minutes at the start.
+            compile: compile every block, LPIPS and the discriminator with ``torch.compile``, which takes minutes at the start.
             ema_decay: of the average of the autoencoder's weights.
         """
         super().__init__()
@@ -134,9 +135,7 @@ class AutoencoderTraining(TrainingModule):
                 network.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
-        if compile:
-            for block in self._levels():
-                block.compile()
+        self.compiles = compile
         self.start_average(ema_decay)
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -273,6 +272,14 @@ class AutoencoderTraining(TrainingModule):
         encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
         return [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
 
+    def _compile(self) -> None:
+        """Compile what takes time: the networks' blocks, and at full resolution the norms before their last layers."""
+        encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
+        compile_modules([*encoder.down_blocks, encoder.mid_block, encoder.conv_norm_out])
+        behind_latents = [decoder.mid_block, *decoder.up_blocks, decoder.conv_norm_out]
+        losses = [self.perceptual.network, self.adversary.discriminator]
+        compile_modules([*behind_latents, *losses], any_size=self.equivariance.probability > 0)
+
     def blocks(self) -> list[nn.Module]:
         network = self.autoencoder
         # every weight is in one of these: the autoencoder itself returns a posterior, whose tensors FSDP does not find
@@ -288,6 +295,8 @@ class AutoencoderTraining(TrainingModule):
                 "discriminator would never train; lower it or raise max_steps"
             )
         super().setup(stage)
+        if self.compiles:
+            self._compile()
         # DDP, which is built next, exchanges gradients of parameters that are trained by then, in every backward pass
         discriminator = self.adversary.discriminator
         self._discriminator_parameters = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]

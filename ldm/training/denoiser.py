@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,6 +30,7 @@ from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
 from ldm.losses.auxiliary import AuxiliaryLoss, names_of
+from ldm.models.compiling import Compile, compile_blocks
 from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.base import TrainingModule
@@ -66,7 +68,7 @@ class DenoiserTraining(TrainingModule):
         online_precision: Literal["fp32", "bf16"] = "fp32",
         text_encoder: str | None = None,
         gradient_checkpointing: bool = False,
-        compile: bool = False,
+        compile: Compile = False,
         preview_prompts: list[str] | None = None,
         preview_steps: int = 30,
         preview_guidance: float | Guidance = 3.0,
@@ -91,7 +93,8 @@ class DenoiserTraining(TrainingModule):
             text_encoder: of captions: minilm, a directory or a hub name. Default: that of the latent shards, where it was when
                 they were exported; with ``online``, minilm.
             gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
-            compile: compile every block with ``torch.compile``, which takes minutes at the start.
+            compile: compile every block with ``torch.compile``, which takes minutes at the start. ``cuda_graphs`` also replays
+                each block as a CUDA graph, for batches so small that launching kernels takes longer than running them.
             preview_prompts: images of these are generated before the first step and at every validation, from the same noise.
             preview_steps: denoising steps of a preview.
             preview_guidance: guidance scale of a preview, or any rule of :mod:`ldm.diffusion.guidance`.
@@ -110,7 +113,7 @@ class DenoiserTraining(TrainingModule):
         self.statistics: Statistics | None = None  # of latents encoded online, from a checkpoint
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        self.compiles = compile
+        self.compile_choice: Compile = compile
         self.preview_prompts = preview_prompts or []
         self._embeds: dict[str, Any] = {}  # of the preview prompts
         self.preview_steps = preview_steps
@@ -183,9 +186,12 @@ class DenoiserTraining(TrainingModule):
         self._require_activations()
         super().setup(stage)
         self.encoders.to(self.trainer.strategy.root_device, networks=self.online)
-        if self.compiles:
-            for block in self.blocks():
-                block.compile()
+        if self.compile_choice:
+            if self.compile_choice == "cuda_graphs" and isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise UsageError(
+                    "compile cuda_graphs cannot be used with fsdp, which moves the weights at every step; give true"
+                )
+            compile_blocks(self.denoiser, self.blocks(), self.compile_choice, self.trainer.strategy.root_device)
 
     def _require_activations(self) -> None:
         """Refuse auxiliary losses that ask for activations which the denoiser does not return."""
