@@ -36,6 +36,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.training.base import TrainingModule
 from ldm.training.ema import PowerAverages
 from ldm.training.encoders import FrozenEncoders, Statistics, encoders_of_images, encoders_of_latents
+from ldm.training.fp8 import require_fp8, to_fp8
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig
 from ldm.training.randomness import DenoisingNoise
@@ -69,6 +70,7 @@ class DenoiserTraining(TrainingModule):
         text_encoder: str | None = None,
         gradient_checkpointing: bool = False,
         compile: Compile = False,
+        fp8: bool = False,
         preview_prompts: list[str] | None = None,
         preview_steps: int = 30,
         preview_guidance: float | Guidance = 3.0,
@@ -95,6 +97,8 @@ class DenoiserTraining(TrainingModule):
             gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
             compile: compile every block with ``torch.compile``, which takes minutes at the start. ``cuda_graphs`` also replays
                 each block as a CUDA graph, for batches so small that launching kernels takes longer than running them.
+            fp8: multiply the matrices of every block in 8-bit floating point, by torchao, on GPUs that can; weights stay in
+                fp32. It needs ``compile``, and pays for wide denoisers only.
             preview_prompts: images of these are generated before the first step and at every validation, from the same noise.
             preview_steps: denoising steps of a preview.
             preview_guidance: guidance scale of a preview, or any rule of :mod:`ldm.diffusion.guidance`.
@@ -114,6 +118,7 @@ class DenoiserTraining(TrainingModule):
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         self.compile_choice: Compile = compile
+        self.fp8 = fp8
         self.preview_prompts = preview_prompts or []
         self._embeds: dict[str, Any] = {}  # of the preview prompts
         self.preview_steps = preview_steps
@@ -184,8 +189,12 @@ class DenoiserTraining(TrainingModule):
 
     def setup(self, stage: str) -> None:
         self._require_activations()
+        if self.fp8:
+            require_fp8(self.trainer.strategy.root_device, self.compute_dtype, bool(self.compile_choice))
         super().setup(stage)
         self.encoders.to(self.trainer.strategy.root_device, networks=self.online)
+        if self.fp8:
+            to_fp8(self.blocks())
         if self.compile_choice:
             if self.compile_choice == "cuda_graphs" and isinstance(self.trainer.strategy, ModelParallelStrategy):
                 raise UsageError(

@@ -426,6 +426,11 @@ def test_online_takes_the_statistics_of_the_autoencoders_directory(
     assert [*map(list, module.encoders.statistics)] == [[0.5] * 4, [2.0] * 4]
 
 
+def test_fp8_is_refused_on_a_cpu(latents: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"fp8 needs a GPU of compute capability 8\.9 or more .*, and this is cpu"):
+        fit(make(latents[0], fp8=True, compile=True), latents[1], tmp_path, 1)
+
+
 def test_shards_of_the_other_kind_are_refused(latents: tuple[Path, Path], image_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"without online trains on ldm-latent-shards; .* ldm latents export"):
         fit(make(latents[0]), image_shards, tmp_path, 1)
