@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from ldm.data.datamodule import ShardDataModule
+from ldm.data.datamodule import ShardDataModule, datamodule_of
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.manifest import IMAGE_SHARDS
 from ldm.data.quarantine import BadSample
@@ -106,6 +106,8 @@ class AutoencoderTraining(TrainingModule):
                 GPUs with a torch before 2.15 it needs ``compile``: there GroupNorm copies its input and its output.
             gradient_checkpointing: recompute the autoencoder's activations in the backward pass, to save memory.
             compile: compile every block, LPIPS and the discriminator with ``torch.compile``, which takes minutes at the start.
+                Each size of a batch is compiled by itself, but with ``equivariance`` and whole images in validation all sizes
+                together, which is slower.
             ema_decay: of the average of the autoencoder's weights.
         """
         super().__init__()
@@ -272,13 +274,14 @@ class AutoencoderTraining(TrainingModule):
         encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
         return [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
 
-    def _compile(self) -> None:
+    def _compile(self, data: ShardDataModule) -> None:
         """Compile what takes time: the networks' blocks, and at full resolution the norms before their last layers."""
         encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
-        compile_modules([*encoder.down_blocks, encoder.mid_block, encoder.conv_norm_out])
+        whole, scaled = data.validation_whole, self.equivariance.probability > 0
+        compile_modules([*encoder.down_blocks, encoder.mid_block, encoder.conv_norm_out], any_size=whole)
         behind_latents = [decoder.mid_block, *decoder.up_blocks, decoder.conv_norm_out]
         losses = [self.perceptual.network, self.adversary.discriminator]
-        compile_modules([*behind_latents, *losses], any_size=self.equivariance.probability > 0)
+        compile_modules([*behind_latents, *losses], any_size=whole or scaled)
 
     def blocks(self) -> list[nn.Module]:
         network = self.autoencoder
@@ -296,7 +299,7 @@ class AutoencoderTraining(TrainingModule):
             )
         super().setup(stage)
         if self.compiles:
-            self._compile()
+            self._compile(datamodule_of(self.trainer))
         # DDP, which is built next, exchanges gradients of parameters that are trained by then, in every backward pass
         discriminator = self.adversary.discriminator
         self._discriminator_parameters = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]

@@ -290,6 +290,30 @@ def test_a_compiled_block_is_the_same_block(randomised):
     assert len(graphs) == 1
 
 
+def linear_layers(block):
+    """Of the compiled forward pass of a block."""
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module
+
+    torch.compiler.reset()
+    x, modulation, text = torch.randn(2, 16, 32), torch.randn(2, 6, 32), torch.randn(2, 5, 32)
+    torch.compile(block, backend=backend, fullgraph=True)(x, modulation, text, None)
+    (graph,) = graphs
+    return sum(node.target is F.linear for node in graph.graph.nodes)
+
+
+def test_compiled_queries_keys_and_values_are_one_product():
+    """Queries, keys and values; out; queries to the text; its keys and values; out; two of the feed-forward."""
+    (block, _) = make().blocks
+    assert linear_layers(block) == 7
+    # layers of another kind, as of an adapter, are called as they are
+    block.attention.to_v = type("Adapted", (torch.nn.Linear,), {})(32, 32)
+    assert linear_layers(block) == 9
+
+
 @pytest.mark.parametrize("width", [32, 384, 768, 1024, 1152])
 def test_swiglu_has_as_many_parameters_as_gelu(width):
     gelu, swiglu = (sum(p.numel() for p in FeedForward(width, 4.0, kind).parameters()) for kind in ("gelu", "swiglu"))

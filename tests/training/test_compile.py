@@ -17,6 +17,7 @@ from ldm.data.writer import write_images
 from ldm.errors import UsageError
 from ldm.losses.adversarial import GradientPenalty
 from ldm.losses.equivariance import Equivariance
+from ldm.models.compiling import compile_blocks
 from ldm.models.dit import AdaLN, DiT
 from ldm.shapes.scenes import generate
 from ldm.training.autoencoder import PREVIEW_IMAGES, AutoencoderTraining
@@ -116,3 +117,14 @@ def test_stage_one_of_ever_new_sizes(tmp_path: Path, graphs: Graphs) -> None:
 def test_cuda_graphs_need_a_gpu(latents: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="CUDA graphs do not run on the device cpu; compile without them"):
         stage_two.fit(stage_two.make(latents[0], compile="cuda_graphs"), latents[1], tmp_path, 1)
+
+
+def test_cuda_graphs_begin_anew_at_each_call_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next block reads what a block returns, and later calls overwrite it."""
+    begun, options = [], []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **given: options.append(given["mode"]))
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    compile_blocks(network, network, "cuda_graphs", torch.device("cuda"))
+    network(network(torch.zeros(1, 2)))
+    assert len(begun) == 2 and options == ["reduce-overhead"] * 2
