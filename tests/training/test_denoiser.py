@@ -541,6 +541,21 @@ def test_a_sample_s_noise_does_not_depend_on_its_batch(latents: tuple[Path, Path
     torch.testing.assert_close(losses(9, 4).flip(0), whole[2:], rtol=1e-5, atol=1e-6)
 
 
+def test_padding_of_captions_changes_no_bit_of_the_loss_on_a_cpu(latents: tuple[Path, Path], randomised: Callable) -> None:
+    data = ShardDataModule(str(latents[1]), str(latents[1]), batch_size=4)
+    data.setup("fit")
+    module = make(latents[0])
+    module.seed = 5
+    module.prepare(data)
+    randomised(module.denoiser)
+    batch = noisy_batch(module, data, 3, 1, 4, 9)
+    longest = int(batch["text_mask"].sum(1).max())
+    cut = {name: batch[name][:, :longest].clone() for name in ("text", "text_mask")}
+    assert batch["text"].shape[1] % 16 == 0 < batch["text"].shape[1] - longest
+    losses = [module.loss_terms(each)["train/loss"] for each in (batch, batch | cut)]
+    assert torch.equal(*losses)
+
+
 def test_latents_that_the_patch_does_not_divide_are_refused(latents: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(latents[1], tmp_path / "latents")
     edit_manifest(tmp_path / "latents", lambda manifest: manifest.update(latent_shapes=[[4, 14, 16]]))
