@@ -301,7 +301,7 @@ class DiT(ModelMixin, ConfigMixin):
         shift, scale = self.modulation_out(time).to(dtype)[:, None].chunk(2, dim=-1)  # each (B, 1, D)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, patch²·C)
         x = x.unflatten(1, (height, width)).unflatten(-1, (patch, patch, -1))  # (B, h, w, p, p, C)
-        sample = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+        sample = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *hidden_states.shape[-2:])  # (B, C, H, W)
         if return_dict:
             return DiTOutput(sample, activations)
         return (sample, activations) if return_activations else (sample,)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ldm.models.autoencoder import AutoencoderConfig, decode, encode
@@ -119,3 +121,17 @@ def test_a_step_in_bf16_has_the_gradients_of_one_without_fsdp(randomised: Any, m
     assert found.keys() == without.keys() == expected.keys()
     assert error(found, expected) < 2 * error(without, expected) < 0.05
     assert error(found, without) < 2 * error(without, expected)
+
+
+def test_a_compiled_block_is_one_graph(randomised: Any, mesh: DeviceMesh) -> None:
+    """Gathering its weights is outside of it, and in the backward pass too they are gathered before they are used."""
+    network = denoiser(randomised, "single")
+    without = gradients(network, predict(network))
+    network.zero_grad()
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    for block in network.blocks:
+        block.compile(backend=graphs, fullgraph=True, dynamic=False)
+    shard(network, transformer_blocks(network), mesh, torch.bfloat16)
+    assert error(gradients(network, predict(network)), without) < 0.05
+    assert graphs.frame_count == 1
