@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning import Trainer
+from lightning.pytorch.callbacks import Timer
 
 from ldm.training.base import TrainingModule
 from ldm.training.step import Request
@@ -20,3 +23,15 @@ def agreed(trainer: Trainer, request: Request, mine: bool) -> bool:
     if mine:
         module.ask(request)
     return module.asked(request)
+
+
+def agree_on_time(timer: Timer) -> None:
+    """Let the processes agree by :func:`agreed` that the time of a run is over. Lightning's timer broadcasts it in every step,
+    for which the host waits."""
+
+    def on_train_batch_end(trainer: Trainer, *_: Any, **__: Any) -> None:
+        left = timer.time_remaining()
+        if left is not None and agreed(trainer, Request.END_OF_TIME, left <= 0):
+            trainer.should_stop = True
+
+    timer.on_train_batch_end = on_train_batch_end

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -20,6 +21,7 @@ from ldm.errors import UsageError
 from ldm.files import LOCK_NAME, require_new_folder
 from ldm.locks import hold_folder
 from ldm.machine import bf16_is_faster, set_fp32_precision
+from ldm.runs.agreement import agree_on_time
 from ldm.runs.callbacks import AverageSnapshots, ModelFlops, PreviewGrid, ProgressLine
 from ldm.runs.checkpoints.files import (
     candidates,
@@ -199,6 +201,9 @@ class FitCLI(TrainingCLI):
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # the data plan splits samples over the processes
         )
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, Timer):
+                agree_on_time(callback)
         if isinstance(trainer.strategy, DDPStrategy):
             set_ddp_options(
                 trainer.strategy,

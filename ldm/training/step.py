@@ -28,6 +28,7 @@ class Request(StrEnum):
 
     STOP = "stop"
     CHECKPOINT = "checkpoint"
+    END_OF_TIME = "end of time"
 
 
 class Update:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loops import training_epoch_loop
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -100,6 +101,13 @@ def test_accumulation_due_validations_and_the_current_hook(tmp_path: Path) -> No
 
 def test_a_due_validation_can_be_skipped(tmp_path: Path) -> None:
     assert trained(Watch(skip=True), tmp_path).validated == 0
+
+
+def test_the_broadcast_for_sigterm_can_be_left_out(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, 1)
+    assert training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor.__code__.co_argcount == 1
+    private.without_sigterm_exchange(trainer)
+    assert trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor() is None  # else it would make a tensor on the device
 
 
 def test_the_handlers_that_lightning_restores_can_be_set() -> None:
