@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,10 @@ class SignalGroup(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step and mark(trainer):
-            # under torchrun every process leads a process group
-            os.killpg(os.getpgrp(), self.number)
+            # Under torchrun every process leads a process group. Another process sends it, as on a cluster: of a signal from
+            # the training process its loader processes end.
+            group = ["kill", "-s", str(self.number), "--", f"-{os.getpgrp()}"]
+            subprocess.run(group, check=True, start_new_session=True)
 
 
 class SignalInValidation(Callback):
