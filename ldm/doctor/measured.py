@@ -65,7 +65,8 @@ def check_jpeg() -> Iterator[Finding]:
 
 
 # a first compilation for a GPU also builds Triton's launcher, and on a network drive it takes longer still
-COMPILE_SECONDS = 120
+COMPILE_SECONDS, SLOW_COMPILE_SECONDS = 120, 30
+LONG_RUNS = "set model.compile only for long runs: it takes minutes to begin"
 COMPILED = """
 import time, torch
 start = time.perf_counter()
@@ -90,13 +91,16 @@ def check_compile() -> Iterator[Finding]:
             )
         except subprocess.TimeoutExpired:
             found = f"a small function takes more than {COMPILE_SECONDS} s"
-            yield Finding("torch.compile", found, "set model.compile only for long runs: it takes minutes to begin")
+            yield Finding("torch.compile", found, LONG_RUNS)
             return
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
         yield Finding("torch.compile", lines[-1], "leave model.compile false")
     else:
-        yield Finding("torch.compile", f"a small function in {done.stdout.strip()} s, with {compilers[0]}")
+        slow = float(done.stdout) > SLOW_COMPILE_SECONDS
+        yield Finding(
+            "torch.compile", f"a small function in {done.stdout.strip()} s, with {compilers[0]}", LONG_RUNS if slow else ""
+        )
 
 
 ALL_REDUCES = 5

@@ -19,7 +19,7 @@ from tests.gpu.launch import needs_pretended_gpu, on_pretended_gpu
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if '__name__ == "__main__"' in path.read_text())
 # the fastest ones; the others take minutes
-RUN = ["autoencoder.py", "convergence.py", "data.py", "latents.py"]
+RUN = ["autoencoder.py", "convergence.py", "data.py", "latents.py", "training.py"]
 
 
 def printed(script: str, option: str, folder: Path) -> str:
