@@ -84,6 +84,7 @@ class AutoencoderTraining(TrainingModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         ema_decay: float = 0.9999,
+        offload_average: bool = False,
     ):
         """
         Args:
@@ -109,6 +110,8 @@ class AutoencoderTraining(TrainingModule):
                 Each size of a batch is compiled by itself, but with ``equivariance`` and whole images in validation all sizes
                 together, which is slower.
             ema_decay: of the average of the autoencoder's weights.
+            offload_average: keep the average in the host's memory, which frees 4 bytes a weight on the GPU; each step copies it
+                there and back. Not with FSDP.
         """
         super().__init__()
         self.factor = autoencoder.factor
@@ -138,7 +141,7 @@ class AutoencoderTraining(TrainingModule):
         if gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
         self.compiles = compile
-        self.start_average(ema_decay)
+        self.start_average(ema_decay, offload=offload_average)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 

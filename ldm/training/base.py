@@ -273,10 +273,10 @@ class TrainingModule(LightningModule):
             shard(network, self.blocks(), self.device_mesh["data_parallel"], self.compute_dtype)
             self.start_average(*self._averaging)
 
-    def start_average(self, decay: float, power: PowerAverages | None = None) -> None:
-        """Begin the averages of :meth:`averaged`: an exponential one and those of ``power``."""
-        self._averaging = decay, power
-        self.average = Average(self.averaged(), decay, power)
+    def start_average(self, decay: float, power: PowerAverages | None = None, offload: bool = False) -> None:
+        """Begin the averages of :meth:`averaged`: an exponential one and those of ``power``; ``offload``: on the host."""
+        self._averaging = decay, power, offload
+        self.average = Average(self.averaged(), decay, power, offload)
 
     @contextmanager
     def average_applied(self) -> Iterator[None]:

@@ -65,6 +65,7 @@ class DenoiserTraining(TrainingModule):
         accumulate: int = 1,
         ema_decay: float = 0.9999,
         power_averages: PowerAverages | None = None,
+        offload_average: bool = False,
         online: bool = False,
         online_precision: Literal["fp32", "bf16"] = "fp32",
         text_encoder: str | None = None,
@@ -88,6 +89,8 @@ class DenoiserTraining(TrainingModule):
             ema_decay: of the exponential average of the denoiser's weights, which is validated, previewed and exported unless
                 ``power_averages`` selects another.
             power_averages: further averages, from whose snapshots an average of any length can be reconstructed after training.
+            offload_average: keep all averages in the host's memory, which frees 4 bytes a weight and average on the GPU; each
+                step copies them there and back. Not with FSDP.
             online: train on image shards, encoding images and captions at each step. Latents are normalised by the
                 statistics in the autoencoder's directory; if it has none, they are measured on 2,048 training images before
                 the first step and kept in checkpoints and in the pipeline.
@@ -123,7 +126,7 @@ class DenoiserTraining(TrainingModule):
         self._embeds: dict[str, Any] = {}  # of the preview prompts
         self.preview_steps = preview_steps
         self.preview_guidance = preview_guidance if isinstance(preview_guidance, Guidance) else ClassifierFree(preview_guidance)
-        self.start_average(ema_decay, power_averages)
+        self.start_average(ema_decay, power_averages, offload_average)
         self.accumulate, self.skips = accumulate, SkippedSteps(max_skipped)
         # the cast gives the members of an nn.ModuleList their type
         self.auxiliary_losses = cast("list[AuxiliaryLoss]", nn.ModuleList(auxiliary_losses or []))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UsageError
 from ldm.files import atomic_file
-from ldm.training.fsdp import from_local, full_tensor, local_tensor
+from ldm.training.fsdp import from_local, full_tensor, is_sharded, local_tensor
 
 # folder in a run folder for snapshots of the power-function averages
 SNAPSHOTS = "snapshots"
@@ -70,7 +70,11 @@ class PowerAverages:
 
 
 class InPlaceEMA(EMAModel):
-    """diffusers' average, updated in place by one operation, where diffusers' own takes a copy of all weights."""
+    """diffusers' average, updated in place by one operation, where diffusers' own takes a copy of all weights.
+
+    It may be in the host's memory: then the weights' device updates it weight by weight, and the host waits only where that
+    memory is not page-locked.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float = 0.9999):
         super().__init__(parameters, decay=decay, foreach=True)
@@ -82,7 +86,12 @@ class InPlaceEMA(EMAModel):
         self.cur_decay_value = self.get_decay(self.optimization_step)
         pairs = [pair for pair in zip(self.shadow_params, parameters, strict=True) if pair[1].requires_grad]
         shadows, weights = [shadow for shadow, _ in pairs], [local_tensor(parameter) for _, parameter in pairs]
-        torch._foreach_lerp_(shadows, weights, 1 - self.cur_decay_value)
+        if all(shadow.device == weight.device for shadow, weight in zip(shadows, weights, strict=True)):
+            torch._foreach_lerp_(shadows, weights, 1 - self.cur_decay_value)
+            return
+        for shadow, weight in zip(shadows, weights, strict=True):
+            on_device = shadow.to(weight.device, non_blocking=True)
+            shadow.copy_(on_device.lerp_(weight, 1 - self.cur_decay_value), non_blocking=True)
 
 
 class PowerEMA(InPlaceEMA):
@@ -102,8 +111,13 @@ class Average:
     The decay of the exponential average is min(``decay``, (1 + n) / (10 + n)) at step n, which forgets the first steps soon.
     """
 
-    def __init__(self, network: nn.Module, decay: float, power: PowerAverages | None = None):
-        self.network = network
+    def __init__(self, network: nn.Module, decay: float, power: PowerAverages | None = None, offload: bool = False):
+        """``offload``: keep the averages in the host's memory, whatever device the network is on."""
+        if offload and is_sharded(network):
+            raise UsageError(
+                "averages of sharded weights are sharded too, and cannot be offloaded; set offload_average to false"
+            )
+        self.network, self.offload = network, offload
         self.exponential = InPlaceEMA(self._parameters(), decay)
         self.power = {length: PowerEMA(self._parameters(), length) for length in (power.sigma_rel if power else ())}
         self.snapshot_every = power.snapshot_every if power else None
@@ -147,11 +161,18 @@ class Average:
         """This process's shards as tensors sharded like the network's parameters."""
         return [from_local(tensor, parameter) for tensor, parameter in zip(tensors, self.network.parameters(), strict=True)]
 
+    def _wait(self) -> None:
+        """Before the host reads offloaded averages: wait until the device has written them."""
+        device = next(self.network.parameters()).device
+        if self.offload and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
     def write_snapshots(self, folder: Path, write: bool = True) -> None:
         """Write each power-function average into ``folder``, parameters by name, with its step and sigma_rel as metadata.
 
         A collective operation; one process passes ``write``.
         """
+        self._wait()
         names = [name for name, _ in self.network.named_parameters()]
         for sigma_rel, ema in self.power.items():
             shadows = map(full_tensor, self._sharded(ema.shadow_params))
@@ -162,12 +183,16 @@ class Average:
             with atomic_file(folder / f"step-{self.step:08d}-sigma-{sigma_rel:g}.safetensors") as file:
                 file.write(save(tensors, metadata))
 
-    def to(self, device: object) -> None:
+    def to(self, device: torch.device) -> None:
+        """Move the averages to the network's ``device``, offloaded ones to memory that it can copy from by itself."""
         for ema in self.all():
-            ema.to(device=device)
+            ema.to(device="cpu" if self.offload else device)
+            if self.offload and device.type == "cuda":
+                ema.pin_memory()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the exponential average; those of the others are in its ``power_function``, by sigma_rel."""
+        self._wait()
         power = {repr(sigma_rel): ema.state_dict() for sigma_rel, ema in self.power.items()}
         return self.exponential.state_dict() | ({"power_function": power} if power else {})
 

@@ -215,6 +215,12 @@ def test_settings_that_do_not_serve_are_refused(settings: dict, named: str) -> N
         PowerAverages(**settings)
 
 
+def test_averages_of_sharded_weights_are_not_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.training.ema.is_sharded", lambda _: True)
+    with pytest.raises(UsageError, match="cannot be offloaded; set offload_average to false"):
+        Average(Vector(3), 0.9, offload=True)
+
+
 def test_a_run_without_averages_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no averages; train with model\.power_averages"):
         find_snapshots(tmp_path)

@@ -172,7 +172,7 @@ def anatomy(ours: AutoencoderTraining, setting: Setting, pixels: Tensor, repeats
     """Median seconds of the parts of our step, run outside of Lightning."""
     discriminator, pixels = ours.adversary.discriminator, pixels.to(setting.device)
     ours.to(setting.device).train()
-    ours.average.to(setting.device)
+    ours.average.to(torch.device(setting.device))
     optimiser, _ = ours.optimiser.build(ours.autoencoder, 1000)
     discriminator_optimiser, _ = ours.discriminator_optimiser.build(discriminator, 1000)
     spent: dict[str, list[float]] = {}

@@ -71,7 +71,7 @@ def module_memory(module: TrainingModule, shards: int = 1) -> StaticMemory:
         trained,
         frozen,
         averaged=sum(parameter.numel() for parameter in module.averaged().parameters()),
-        averages=1 + len(module.average.power),
+        averages=0 if module.average.offload else 1 + len(module.average.power),
         shards=shards,
         matrices=sum(matrix.numel() for group in groups if group.get("muon") for matrix in group["params"]),
         eight_bit=sum(
