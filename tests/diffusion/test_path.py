@@ -1,11 +1,20 @@
 import math
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, ScoreSdeVeScheduler
 
-from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, RectifiedFlow, VarianceExploding, VariancePreserving, expand
+from ldm.diffusion.path import (
+    NUM_TRAIN_TIMESTEPS,
+    RectifiedFlow,
+    VarianceExploding,
+    VariancePreserving,
+    _angles,
+    as_float64,
+    expand,
+)
 from ldm.errors import UsageError
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -156,3 +165,18 @@ def test_impossible_noise_levels_are_refused():
         VarianceExploding(sigma_min=90)
     with pytest.raises(UsageError, match="sigma_data is nan"):
         VarianceExploding(sigma_data=math.nan)
+
+
+def test_the_angles_reach_a_device_once_and_no_path_keeps_them():
+    """A copy at every call makes the host wait; a path with tensors could not be sent to the loader's workers."""
+    path, t = VariancePreserving(), torch.empty(3, device="meta")
+    before = _angles.cache_info().misses
+    for _ in range(3):
+        assert path.alpha(t).device.type == path.time(t).device.type == "meta"
+    assert _angles.cache_info().misses - before <= 1
+    assert not any(isinstance(value, torch.Tensor) for value in vars(path).values())
+
+
+def test_float64_stays_on_the_cpu_where_a_device_has_none():
+    values: Any = SimpleNamespace(device=torch.device("mps"), cpu=lambda: torch.ones(2))
+    assert torch.equal(as_float64(values), torch.ones(2, dtype=torch.float64))
