@@ -27,13 +27,24 @@ def cpu_name() -> str:
     return _cpu_info("model name") or platform.processor() or "CPU"
 
 
-def bf16_is_faster() -> bool:
-    """Whether bf16 is faster than fp32: a GPU with bf16, or a CPU with AMX or AVX512-BF16.
+def device_type(accelerator: str = "auto") -> str:
+    """``cuda``, ``mps`` or ``cpu``: the devices of this machine that Lightning's ``accelerator`` stands for.
+
+    ``auto`` and ``gpu`` are the GPUs if there are any. An accelerator that the machine lacks is ``cpu``.
+    """
+    for device, is_available in (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available)):
+        if accelerator in ("auto", "gpu", device) and is_available():
+            return device
+    return "cpu"
+
+
+def bf16_is_faster(device: str) -> bool:
+    """Whether bf16 is faster than fp32 on a type of device: a GPU with bf16, or a CPU with AMX or AVX512-BF16.
 
     Other CPUs emulate bf16, a hundred times slower.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_cpu_info("flags").split())
 
 
@@ -63,7 +74,7 @@ def machine_info() -> dict[str, str]:
     info = {
         "CPU": f"{cpu_name()}, {torch.get_num_threads()} threads",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-        "bf16": "yes" if bf16_is_faster() else "no (fp32)",
+        "bf16": "yes" if bf16_is_faster("cuda" if torch.cuda.is_available() else "cpu") else "no (fp32)",
         "Python": platform.python_version(),
     }
     for package in PACKAGES:

@@ -651,9 +651,9 @@ def image_of(data: bytes, name: str | os.PathLike, background: tuple[int, int, i
         raise UsageError(f"{name}: {error}; {GIVE_AN_IMAGE}") from None
 
 
-def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
-    """The pipeline of a directory, in float32, on the GPU where there is one. Raises LdmError, naming the file, when ``path``
-    is anything else or broken."""
+def load_pipeline(path: str | os.PathLike, device: torch.device | str | None = None) -> LatentDiffusionPipeline:
+    """The pipeline of a directory, in float32, on ``device`` (default: the GPU where there is one). Raises LdmError, naming the
+    file, when ``path`` is anything else or broken."""
     index = Path(path) / "model_index.json"
     if not index.is_file():
         raise UsageError(f"{path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
@@ -685,7 +685,7 @@ def load_pipeline(path: str | os.PathLike) -> LatentDiffusionPipeline:
             pipeline.check_parts()
         except LdmError as error:
             raise UsageError(f"{path}: {error}") from None
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _variant(path: Path) -> str | None:

@@ -37,8 +37,9 @@ def check_bf16() -> Iterator[Finding]:
     rates = " and ".join(
         f"{2 * side**3 / time / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}" for dtype, time in seconds.items()
     )
-    default, other = ("bf16-mixed", "32-true") if bf16_is_faster() else ("32-true", "bf16-mixed")
-    wrong = gain < 0.8 if bf16_is_faster() else gain > 1.5
+    faster = bf16_is_faster(device.type)
+    default, other = ("bf16-mixed", "32-true") if faster else ("32-true", "bf16-mixed")
+    wrong = gain < 0.8 if faster else gain > 1.5
     found = f"{rates}: {gain:.2g}x; the default precision of fit is {default}"
     yield Finding("bf16", found, f"set trainer.precision: {other}" if wrong else "")
 

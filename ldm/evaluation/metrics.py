@@ -6,6 +6,7 @@ Both are torchmetrics: they accumulate over batches and over processes. Images a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,9 +61,13 @@ class LatentHealth(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(8, channels, dtype=torch.float64), dist_reduce_fx="sum")
 
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> LatentHealth:
+        """Stay on the CPU: not every device has float64."""
+        return self
+
     def update(self, posterior: DiagonalGaussianDistribution) -> None:
         """Add the posteriors of one batch, (B, C, h, w)."""
-        mean, variance, log_variance = (x.double() for x in (posterior.mean, posterior.var, posterior.logvar))
+        mean, variance, log_variance = (x.cpu().double() for x in (posterior.mean, posterior.var, posterior.logvar))
         square = mean.square()
         kl = 0.5 * (square + variance - 1 - log_variance)
         # orthonormal: the power summed over frequencies is the squared deviation summed over pixels

@@ -87,7 +87,7 @@ def open_pipeline(
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise UsageError(f"{torch.cuda.get_device_name()} has no bf16; give dtype fp16 or fp32")
-    pipeline = load_pipeline(path).to(device, DTYPES[dtype])
+    pipeline = load_pipeline(path, "cpu").to(device, DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
     if tiled:
         enable_tiling(pipeline.vae)
@@ -232,7 +232,7 @@ class ImageGenerator:
 
     def _load_weak(self, found: str) -> ModelMixin:
         network = self.pipeline.transformer
-        return load_pipeline(self.inputs.model(found)).transformer.to(network.device, network.dtype)
+        return load_pipeline(self.inputs.model(found), "cpu").transformer.to(network.device, network.dtype)
 
     def _generate(
         self, shared: GenerationSettings, batch: list[GenerationSettings], on_step: OnStep | None, preview_every: int

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, Namespace
 import ldm
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import MAX_YAML_BYTES, check_yaml, read_bytes
+from ldm.machine import device_type
 from ldm.runs.layout import MAX_STEPS
 from ldm.terminal import printable
 
@@ -182,12 +183,13 @@ def _require_an_end(options: Namespace) -> None:
 def _require_devices(trainer: Namespace) -> None:
     """Refuse devices that this machine does not have, before a launcher starts a process for each."""
     accelerator, devices = str(trainer.accelerator), trainer.devices
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+    device = device_type(accelerator)
+    if accelerator in ("gpu", "cuda", "mps") and device == "cpu":
         raise UsageError(f"trainer.accelerator is {accelerator}, but torch finds no GPU here; give cpu or auto")
     text = "".join(str(devices).split()).strip("[]")
     if text not in ("auto", "-1") and not re.fullmatch(r"\d+(,\d+)*,?", text):
         raise UsageError(f"trainer.devices is {devices}; give a number, a list such as [0, 2], or auto")
-    on_gpus = torch.cuda.is_available() and accelerator != "cpu"
+    on_gpus = device == "cuda"
     if text == "auto" or (on_gpus and ("," in text or isinstance(devices, list) or text == "-1")):
         return
     most = torch.cuda.device_count() if on_gpus else MAX_PROCESSES

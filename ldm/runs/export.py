@@ -15,6 +15,7 @@ from jsonargparse._common import parsing_settings
 
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_folder, require_new_folder
+from ldm.machine import device_type
 from ldm.runs.checkpoints.files import ANOTHER, read_checkpoint, require_whole
 from ldm.runs.checkpoints.sharded import read_sharded
 from ldm.runs.layout import RunFolder
@@ -29,10 +30,9 @@ TRUSTED = ("ldm", "torch", "diffusers", "lightning")
 Writer = Callable[[Any, Path], None]
 
 
-def write_artifact(module: TrainingModule, out: Path, write: Writer | None = None) -> None:
-    """Write the directory that other programs open, with the averaged weights."""
-    if torch.cuda.is_available():  # after training Lightning moves it to the CPU, where previews of a card take hours
-        module.to("cuda")
+def write_artifact(module: TrainingModule, out: Path, device: torch.device | str, write: Writer | None = None) -> None:
+    """Write the directory that other programs open, with the averaged weights; what has to be computed is on ``device``."""
+    module.to(device)  # after training Lightning moves it to the CPU, where previews of a card take hours
     with atomic_folder(out) as folder, module.average_applied():
         require_finite(module.averaged(), "the average")
         (write or type(module).save)(module, folder)
@@ -131,7 +131,9 @@ def export_run(
 ) -> None:
     """Export a checkpoint of a run (default: the last one) into a new folder, built from the run's own config.
 
-    ``trust``, ``moved``: as of :class:`SavedRun`.
+    ``trust``, ``moved``: as of :class:`SavedRun`. What has to be computed is on the device of the run's accelerator, on the
+    CPU where this machine has none.
     """
     require_new_folder(out, "what is exported")
-    write_artifact(SavedRun(module_class, run, checkpoint, trust, moved).load(), out, write)
+    saved = SavedRun(module_class, run, checkpoint, trust, moved)
+    write_artifact(saved.load(), out, device_type(str(saved.options.trainer.accelerator)), write)

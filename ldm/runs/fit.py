@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -20,7 +19,7 @@ from ldm.data.sources import open_source
 from ldm.errors import UsageError
 from ldm.files import LOCK_NAME, require_new_folder
 from ldm.locks import hold_folder
-from ldm.machine import bf16_is_faster, set_fp32_precision
+from ldm.machine import bf16_is_faster, device_type, set_fp32_precision
 from ldm.runs.agreement import agree_on_time
 from ldm.runs.callbacks import AverageSnapshots, ModelFlops, PreviewGrid, ProgressLine
 from ldm.runs.checkpoints.files import (
@@ -170,11 +169,12 @@ class FitCLI(TrainingCLI):
     def _check_trainer(self) -> None:
         """Fill in the trainer's defaults."""
         trainer = self.options.trainer
-        if str(trainer.precision) in ("16", "16-mixed", "16-true") and not torch.cuda.is_available():
+        device = device_type(str(trainer.accelerator))
+        if str(trainer.precision) in ("16", "16-mixed", "16-true") and device == "cpu":
             # Lightning would train in bf16 with no more than a warning
             raise UsageError(f"trainer.precision {trainer.precision}: a CPU has no fp16; give bf16-mixed or 32-true")
         if trainer.precision is None:
-            trainer.precision = "bf16-mixed" if bf16_is_faster() else "32-true"
+            trainer.precision = "bf16-mixed" if bf16_is_faster(device) else "32-true"
         if trainer.strategy in ("fsdp", "fsdp2"):
             trainer.strategy = Namespace(class_path="ldm.runs.strategies.FullySharded", init_args=Namespace())
         trainer.default_root_dir = self.options.out
@@ -233,4 +233,4 @@ class FitCLI(TrainingCLI):
         if is_sharded(self.model.averaged()):
             export_run(self.module_class, Path(self.options.out), self.artifact, trust=True)  # as it was trained
         else:
-            write_artifact(self.model, self.artifact)
+            write_artifact(self.model, self.artifact, self.trainer.strategy.root_device)

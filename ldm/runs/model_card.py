@@ -95,7 +95,7 @@ def write_model_card(folder: Path, name: str, module: DenoiserTraining, run: Pat
     validation = last_validation(run, module.average.step)
     prompts = module.preview_prompts
     if prompts:
-        images = generate_samples(pipeline, prompts, settings)
+        images = generate_samples(pipeline.to(module.device), prompts, settings)
         cell = min(max(images[0].width, 160), 512)
         captioned_grid(images, prompts, cell=cell).save(folder / SAMPLES)
     text = render(
@@ -146,7 +146,7 @@ def sampling_settings(pipeline: DiffusionPipeline, module: DenoiserTraining) -> 
 
 def generate_samples(pipeline: Any, prompts: Sequence[str], settings: dict[str, Any]) -> list[Image.Image]:
     """One image per prompt, from seeds 0, 1 and so on, as in the training's previews."""
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     return pipeline(list(prompts), generator=generators, **settings).images
 

@@ -38,6 +38,9 @@ def channels(*values: float) -> Tensor:
 
 
 class TestLatentHealth:
+    def test_its_sums_stay_on_the_cpu_which_has_float64(self):
+        assert LatentHealth(4).to("meta").sums.device.type == "cpu"
+
     def test_gaussian_channels_have_their_closed_forms(self):
         torch.manual_seed(0)
         m, s, noise = channels(0, 3, -1), channels(1, 0.5, 2), channels(0.1, 1, 0.5)

@@ -66,7 +66,7 @@ def library() -> Path:
     return built
 
 
-def on_pretended_gpu(function: Callable[..., Any], *arguments: Any, seconds: float = 300) -> Any:
+def on_pretended_gpu(function: Callable[..., Any], *arguments: Any, seconds: float = 600) -> Any:
     """``function(counts, *arguments)`` in a process with a pretended GPU; arguments and result go through JSON."""
     built = library()
     with tempfile.TemporaryDirectory() as folder:

@@ -428,7 +428,7 @@ def main() -> None:
     options = parser.parse_args()
     common.quieten()
     gpu = torch.cuda.is_available()
-    bf16 = options.precision == "bf16" if options.precision else bf16_is_faster()
+    bf16 = options.precision == "bf16" if options.precision else bf16_is_faster("cuda" if gpu else "cpu")
     network = ((32, 64, 128, 128), 1, 32) if options.quick else ((64, 128, 256, 256), 2, 64)
     large = gpu and not options.quick
     size = options.size or (256 if large else 64)

@@ -239,7 +239,7 @@ def precisions_of(options: argparse.Namespace) -> list[str]:
     """Of ``--precision``, with the default that ``PRECISION`` states."""
     if options.precision:
         return [options.precision]
-    all_of_them = ["fp32"] + ["bf16"] * bf16_is_faster()
+    all_of_them = ["fp32"] + ["bf16"] * bf16_is_faster("cuda" if torch.cuda.is_available() else "cpu")
     return all_of_them[-1:] if options.quick and not torch.cuda.is_available() else all_of_them
 
 

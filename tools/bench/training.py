@@ -165,7 +165,7 @@ class Bench:
 
     @property
     def bf16(self) -> bool:
-        return self.device == "cuda" or bf16_is_faster()
+        return bf16_is_faster(self.device)
 
     def make_data(self) -> None:
         exporter = AutoencoderConfig([8, 8, 8, 8], 4, 1, 4, False, 64 if self.tiny else 256)
