@@ -84,7 +84,6 @@ class TextEncoders:
             if any(cut):
                 ids = encoder.tokenizer(captions, truncation=True, max_length=limit).input_ids
         device = encoder.model.device
-        pinned = device.type == "cuda"  # so that the copy to the GPU is not waited for
         by_shape: dict[tuple[int, int], list[int]] = {}
         for number, tokens in enumerate(ids):
             by_shape.setdefault(call_shape(len(tokens), limit, device), []).append(number)
@@ -92,8 +91,8 @@ class TextEncoders:
         for (batch, length), numbers in by_shape.items():
             for start in range(0, len(numbers), batch):
                 few = numbers[start : start + batch]
-                padded = torch.full((batch, length), pad if isinstance(pad, int) else 0, pin_memory=pinned)
-                mask = torch.zeros((batch, length), dtype=torch.int64, pin_memory=pinned)
+                padded = torch.full((batch, length), pad if isinstance(pad, int) else 0)
+                mask = torch.zeros((batch, length), dtype=torch.int64)
                 mask[:, 0] = 1  # padding rows too: softmax over an empty set is NaN
                 for row, number in enumerate(few):
                     padded[row, : len(ids[number])] = torch.tensor(ids[number])
