@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed
-from diffusers import PixArtTransformer2DModel
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -96,42 +96,52 @@ def pixart() -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel(**sizes, num_layers=2, cross_attention_dim=16, caption_channels=16, sample_size=8)
 
 
+def autoencoder() -> tuple[AutoencoderKL, list[nn.Module], list[nn.Module]]:
+    """With its levels and all parts that are gathered, as stage one names them."""
+    config = AutoencoderConfig(block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, sample_size=16)
+    network = config.build()
+    encoder, decoder = network.encoder, network.decoder
+    levels = [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
+    between = [layer for layer in (network.quant_conv, network.post_quant_conv) if layer is not None]
+    return network, levels, [*levels, encoder, decoder, *between]
+
+
 @pytest.mark.parametrize("name", [*DENOISERS, "pixart", "autoencoder"])
 def test_a_step_in_bf16_has_the_gradients_of_one_without_fsdp(randomised: Any, mesh: DeviceMesh, name: str) -> None:
-    compute = predict
+    compute: Any = predict
     if name == "autoencoder":
-        config = AutoencoderConfig(block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, sample_size=16)
-        network, compute = config.build(), reconstruct
-        assert network.quant_conv is not None and network.post_quant_conv is not None
-        blocks = [
-            *network.encoder.down_blocks,
-            network.encoder.mid_block,
-            network.decoder.mid_block,
-            *network.decoder.up_blocks,
-        ]
-        blocks += [network.encoder, network.decoder, network.quant_conv, network.post_quant_conv]
+        network, _, parts = autoencoder()
+        compute = reconstruct
     else:
         network = pixart() if name == "pixart" else denoiser(randomised, name)
-        blocks = transformer_blocks(network)
+        parts = transformer_blocks(network)
     whole, exact = copy.deepcopy(network), copy.deepcopy(network)
     expected = gradients(exact, compute(exact, bf16=False))
     without = gradients(whole, compute(whole))
-    shard(network, blocks, mesh, torch.bfloat16)
+    shard(network, parts, mesh, torch.bfloat16)
     found = gradients(network, compute(network))
     assert found.keys() == without.keys() == expected.keys()
     assert error(found, expected) < 2 * error(without, expected) < 0.05
     assert error(found, without) < 2 * error(without, expected)
 
 
-def test_a_compiled_block_is_one_graph(randomised: Any, mesh: DeviceMesh) -> None:
-    """Gathering its weights is outside of it, and in the backward pass too they are gathered before they are used."""
-    network = denoiser(randomised, "single")
-    without = gradients(network, predict(network))
+@pytest.mark.parametrize("stage, graphs", [("denoiser", 1), ("autoencoder", 6)])
+def test_compiled_blocks_under_fsdp_are_whole(randomised: Any, mesh: DeviceMesh, stage: str, graphs: int) -> None:
+    """One graph for the denoiser's blocks, which are alike, and one for each level. Gathering the weights is outside of it, and
+    in the backward pass too they are gathered before they are used."""
+    compute: Any = predict
+    if stage == "autoencoder":
+        network, compiled, parts = autoencoder()
+        compute = reconstruct
+    else:
+        network = denoiser(randomised, "single")
+        compiled = parts = transformer_blocks(network)
+    without = gradients(network, compute(network))
     network.zero_grad()
     torch._dynamo.reset()
-    graphs = CompileCounterWithBackend("aot_eager")
-    for block in network.blocks:
-        block.compile(backend=graphs, fullgraph=True, dynamic=False)
-    shard(network, transformer_blocks(network), mesh, torch.bfloat16)
-    assert error(gradients(network, predict(network)), without) < 0.05
-    assert graphs.frame_count == 1
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in compiled:
+        block.compile(backend=counter, fullgraph=True, dynamic=False)
+    shard(network, parts, mesh, torch.bfloat16)
+    assert error(gradients(network, compute(network)), without) < 0.05
+    assert counter.frame_count == graphs
