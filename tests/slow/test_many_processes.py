@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.runs.layout import checkpoints_in, step_of
 from tests.tiny import TinyRuns
 
 from . import conftest
@@ -79,3 +80,24 @@ def test_what_is_not_finite_on_one_process_is_skipped_on_both(tiny_runs: TinyRun
     status, said = run([*many, "--model.max_skipped", "2", *DDP], tmp_path, 2)
     assert status == 1 and said.count("not finite 3 times in a row, at step 4") == 2, said  # each names its own samples
     assert said.count("(3 in a row)") == 1
+
+
+@pytest.mark.slow
+def test_processes_agree_on_timed_checkpoints_and_on_the_end_of_the_time(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    """The vector of a step carries them, and is read in the next one.
+
+    A checkpoint is due at once: asked for at the end of step 1, sent in step 2, heard in step 3. After that it is due again.
+    """
+    options = ["--trainer.log_every_n_steps", "50", "--trainer.val_check_interval", "100"]
+    timed = tiny_runs.command("denoiser", tmp_path / "timed", *options, "--checkpoints.every_minutes", "1e-6", *DDP)
+    status, said = run(timed, tmp_path, 2)
+    assert status == 0, said
+    assert [step_of(path) for path in checkpoints_in(tmp_path / "timed" / "checkpoints")] == [3, 6, 8]
+
+    limited = tiny_runs.command("denoiser", tmp_path / "limited", *options, "--trainer.max_time", "00:00:00:02", *DDP)
+    status, said = run(
+        [*limited, "--trainer.max_steps", "-1", "--model.optimiser.schedule", "constant_with_warmup"], tmp_path, 2
+    )
+    assert status == 0 and (tmp_path / "limited" / "pipeline").is_dir(), said
+    (stopped,) = checkpoints_in(tmp_path / "limited" / "checkpoints")
+    assert step_of(stopped) >= 2
