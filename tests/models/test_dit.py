@@ -274,7 +274,7 @@ def test_attention_in_bf16_with_gradients_is_as_accurate_as_torch_s(masked):
 
 
 def test_a_compiled_block_is_the_same_block(randomised):
-    """Traced whole, without a break, once for all blocks and once more where text lengths begin to differ."""
+    """Traced whole, without a break, once for all blocks."""
     dit = randomised(make(**VARIANTS[1]))
     wanted = gradients(dit)
     graphs = []
@@ -307,7 +307,7 @@ def linear_layers(block):
 
 def test_compiled_queries_keys_and_values_are_one_product():
     """Queries, keys and values; out; queries to the text; its keys and values; out; two of the feed-forward."""
-    (block, _) = make().blocks
+    block: Any = make().blocks[0]
     assert linear_layers(block) == 7
     # layers of another kind, as of an adapter, are called as they are
     block.attention.to_v = type("Adapted", (torch.nn.Linear,), {})(32, 32)
