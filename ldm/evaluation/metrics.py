@@ -149,7 +149,13 @@ class ReconstructionFID(FrechetInceptionDistance):
             )
         # every process sees the same images and computes the whole metric
         super().__init__(feature=network.requires_grad_(False), normalize=True, sync_on_compute=False)
+        self.inception.register_forward_hook(lambda _, given, features: features.cpu())
         self.eval()
+
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> ReconstructionFID:
+        """Only the trunk moves: not every device has the float64 of the sums."""
+        self.inception._apply(fn, *args, **kwargs)
+        return self
 
     def train(self, mode: bool = True) -> ReconstructionFID:
         """The trunk is frozen: it stays in evaluation mode while a module trains."""

@@ -161,6 +161,11 @@ def distance(fid: ReconstructionFID, real: Tensor, other: Tensor) -> float:
 
 
 class TestReconstructionFID:
+    def test_its_sums_stay_on_the_cpu_which_has_float64(self):
+        metric = ReconstructionFID("alex-random").to("meta")
+        assert metric.real_features_cov_sum.device.type == "cpu"
+        assert all(parameter.device.type == "meta" for parameter in metric.inception.parameters())
+
     def test_it_is_the_frechet_distance_of_gaussians_in_the_trunk_s_features(self, fid):
         """|m₁ − m₂|² + tr S₁ + tr S₂ − 2 tr (S₁^½ S₂ S₁^½)^½"""
         a, b = make_images(0), make_images(1) + 0.2
