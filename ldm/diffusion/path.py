@@ -130,6 +130,7 @@ class VariancePreserving(ProbabilityPath):
             "rescale_betas_zero_snr": zero_terminal_snr,
             **betas,
         }
+        _angles(torch.device("cpu"), **self.scheduler_config)  # refuses an unknown schedule
 
     def _angle(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """φ(t) and its derivative, both (B,) float64."""

@@ -35,7 +35,7 @@ def compile_modules(modules: Iterable[nn.Module], any_size: bool = False, mode: 
 
 
 def compile_blocks(network: nn.Module, blocks: Iterable[nn.Module], choice: Compile, device: torch.device) -> None:
-    """Compile the ``blocks`` of a ``network``, which is or will be on ``device``, as ``choice`` says.
+    """Compile the ``blocks`` of a ``network``, which is or will be on ``device``, and its last layers, as ``choice`` says.
 
     With CUDA graphs the kernels of a block are launched together. That is faster where the batch is so small that launching
     them takes longer than running them, and takes memory for each size. Raises UsageError on other devices.
@@ -45,8 +45,10 @@ def compile_blocks(network: nn.Module, blocks: Iterable[nn.Module], choice: Comp
             raise UsageError(f"CUDA graphs do not run on the device {device}; compile without them")
         # the outputs of blocks may be overwritten from here on, and not before the next block reads them
         network.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
-    if choice:
-        compile_modules(blocks, mode="reduce-overhead" if choice == "cuda_graphs" else None)
+        compile_modules(blocks, mode="reduce-overhead")  # without the last layers: the caller may keep what they return
+    elif choice:
+        output = getattr(network, "output", None)  # a DiT's
+        compile_modules([*blocks, *([output] if isinstance(output, nn.Module) else [])])
 
 
 def any_length(tensor: Tensor, dim: int) -> None:

@@ -94,6 +94,15 @@ class DiTBlock(nn.Module):
         return self.text_attention.keys_values(text)
 
 
+class DiTOutputLayer(nn.Module):
+    """The last layers of a :class:`DiT`, whose own they are, as one module to be compiled. It has no weights."""
+
+    def forward(self, norm: nn.Module, projection: nn.Module, x: Tensor, modulation: Tensor) -> Tensor:
+        """x (B, N, D), modulation (B, 2·D) -> (B, N, patch²·C)."""
+        shift, scale = modulation[:, None].chunk(2, dim=-1)  # each (B, 1, D)
+        return projection(norm(x) * (1 + scale) + shift)
+
+
 class EncodedText(NamedTuple):
     """A batch of captions as the blocks take them; see :meth:`DiT.encode_text`."""
 
@@ -222,6 +231,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.norm_out = make_norm(norm, width)
         self.modulation_out = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.proj_out = nn.Linear(width, patch_size**2 * in_channels)
+        self.output = DiTOutputLayer()
         self._initialise()
 
     def _initialise(self) -> None:
@@ -298,8 +308,7 @@ class DiT(ModelMixin, ConfigMixin):
                 x = block(*arguments)
             if number in return_activations:
                 activations[number] = x
-        shift, scale = self.modulation_out(time).to(dtype)[:, None].chunk(2, dim=-1)  # each (B, 1, D)
-        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # (B, N, patch²·C)
+        x = self.output(self.norm_out, self.proj_out, x, self.modulation_out(time).to(dtype))  # (B, N, patch²·C)
         x = x.unflatten(1, (height, width)).unflatten(-1, (patch, patch, -1))  # (B, h, w, p, p, C)
         sample = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *hidden_states.shape[-2:])  # (B, C, H, W)
         if return_dict:

@@ -98,8 +98,9 @@ class DenoiserTraining(TrainingModule):
             text_encoder: of captions: minilm, a directory or a hub name. Default: that of the latent shards, where it was when
                 they were exported; with ``online``, minilm.
             gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
-            compile: compile every block with ``torch.compile``, which takes minutes at the start. ``cuda_graphs`` also replays
-                each block as a CUDA graph, for batches so small that launching kernels takes longer than running them.
+            compile: compile every block and the last layers with ``torch.compile``, which takes minutes at the start.
+                ``cuda_graphs``: every block, which is replayed as a CUDA graph, for batches so small that launching kernels
+                takes longer than running them.
             fp8: multiply the matrices of every block in 8-bit floating point, by torchao, on GPUs that can; weights stay in
                 fp32. It needs ``compile``, and pays for wide denoisers only.
             preview_prompts: images of these are generated before the first step and at every validation, from the same noise.

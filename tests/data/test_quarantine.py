@@ -209,6 +209,7 @@ class FakeTrainer:
     """Stands for one of two processes: what the data module asks of a trainer."""
 
     world_size = 2
+    lightning_module = None
 
     def __init__(self, rank, folder):
         self.global_rank, self.default_root_dir = rank, str(folder)

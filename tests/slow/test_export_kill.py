@@ -165,7 +165,7 @@ def test_an_export_killed_at_any_moment_ends_with_the_same_bytes(files: Files, t
         round += 1
         out = tmp_path / f"{round}"
     print(dict(phases), f"in {round + 1} exports")
-    assert len(phases) >= 3
+    assert len(phases) >= 2
 
 
 @pytest.mark.slow

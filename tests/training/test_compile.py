@@ -71,7 +71,7 @@ class Previews(Callback):
 @pytest.mark.parametrize("adaln", ["single", "zero"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_stage_two(latents: tuple[Path, Path], tmp_path: Path, graphs: Graphs, adaln: AdaLN, precision: str) -> None:
-    """Captions of all lengths share a graph, and so do all blocks."""
+    """Captions of all lengths share a graph, and so do all blocks; the last layers have another."""
     sizes: dict[str, Any] = {"sample_size": 16, "patch_size": 4, "width": 32, "num_attention_heads": 2, "caption_channels": 8}
     module, calls = stage_two.make(latents[0], denoiser=DiT(num_layers=3, adaln=adaln, **sizes), compile=True), []
     module.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -80,8 +80,8 @@ def test_stage_two(latents: tuple[Path, Path], tmp_path: Path, graphs: Graphs, a
         precision=precision, callbacks=[Previews()],
     )  # fmt: skip
     assert len(calls) == 3 + 6 + 2 + 3  # preview, training, validation, preview
-    assert graphs.ran == 3 * len(calls)
-    assert graphs.made == 4  # previews, training, validation, its last batch
+    assert graphs.ran == (3 + 1) * len(calls)  # the blocks and the last layers
+    assert graphs.made == 2 * 4  # previews, training, validation, its last batch
 
 
 def fit_stage_one(module: AutoencoderTraining, shards: Path, folder: Path, steps: int) -> None:

@@ -39,7 +39,7 @@ from ldm.diffusion.scheduler import make_scheduler
 from ldm.diffusion.timesteps import LogitNormal
 from ldm.machine import bf16_is_faster, machine_info
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.compiling import compile_modules
+from ldm.models.compiling import compile_blocks
 from ldm.models.dit import DiT, transformer_blocks
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline
@@ -79,7 +79,7 @@ class Setting:
         """``network`` on the device, compiled if that is asked for."""
         network.to(self.device)
         if self.compiled:
-            compile_modules(transformer_blocks(network))
+            compile_blocks(network, transformer_blocks(network), True, torch.device(self.device))
         return network
 
 
