@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -364,7 +366,8 @@ def test_ddp_exchanges_the_autoencoder_s_gradients_alone(image_shards: Path, tmp
 
     module.on_train_batch_end = measure
     try:
-        fit(module, image_shards, tmp_path, 2, strategy=DDPStrategy(find_unused_parameters=False))
+        with patch.dict(os.environ):  # in which Lightning sets a rank, that commands of later tests would take for theirs
+            fit(module, image_shards, tmp_path, 2, strategy=DDPStrategy(find_unused_parameters=False))
     finally:
         torch.distributed.destroy_process_group()
     assert module.variance is not None
