@@ -15,7 +15,7 @@ def agreed(trainer: Trainer, request: Request, mine: bool) -> bool:
     """Whether a process asks for this; every process calls it at the end of a batch, and all get the same answer.
 
     In training it costs nothing: the request travels with the vector that every step exchanges, so that processes learn it one
-    or two steps later. Asking again before the answer is heard twice.
+    or two steps later. Asking again before the answer gives a second one.
     """
     module = trainer.lightning_module
     if trainer.validating or not isinstance(module, TrainingModule):

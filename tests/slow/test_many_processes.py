@@ -86,7 +86,7 @@ def test_what_is_not_finite_on_one_process_is_skipped_on_both(tiny_runs: TinyRun
 def test_processes_agree_on_timed_checkpoints_and_on_the_end_of_the_time(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """The vector of a step carries them, and is read in the next one.
 
-    A checkpoint is due at once: asked for at the end of step 1, sent in step 2, heard in step 3. After that it is due again.
+    A checkpoint is due at once: asked for at the end of step 1, sent in step 2, read in step 3. After that it is due again.
     """
     options = ["--trainer.log_every_n_steps", "50", "--trainer.val_check_interval", "100"]
     timed = tiny_runs.command("denoiser", tmp_path / "timed", *options, "--checkpoints.every_minutes", "1e-6", *DDP)

@@ -522,14 +522,20 @@ def test_too_many_such_steps_in_a_row_stop_the_run(latents: tuple[Path, Path], t
     assert "\n" not in str(error.value)
 
 
-def test_a_sample_s_noise_does_not_depend_on_its_batch(latents: tuple[Path, Path], randomised: Callable) -> None:
-    """The losses of two halves are those of the whole batch, and of the same planned samples in another batch."""
+def prepared(latents: tuple[Path, Path], randomised: Callable) -> tuple[DenoiserTraining, ShardDataModule]:
+    """A module with random weights and a seed, as it is before the first step, and its data."""
     data = ShardDataModule(str(latents[1]), str(latents[1]), batch_size=4)
     data.setup("fit")
     module = make(latents[0])
     module.seed = 5
     module.prepare(data)
     randomised(module.denoiser)
+    return module, data
+
+
+def test_a_sample_s_noise_does_not_depend_on_its_batch(latents: tuple[Path, Path], randomised: Callable) -> None:
+    """The losses of two halves are those of the whole batch, and of the same planned samples in another batch."""
+    module, data = prepared(latents, randomised)
 
     def losses(*numbers: int) -> torch.Tensor:
         batch = noisy_batch(module, data, *numbers)
@@ -542,12 +548,7 @@ def test_a_sample_s_noise_does_not_depend_on_its_batch(latents: tuple[Path, Path
 
 
 def test_padding_of_captions_changes_no_bit_of_the_loss_on_a_cpu(latents: tuple[Path, Path], randomised: Callable) -> None:
-    data = ShardDataModule(str(latents[1]), str(latents[1]), batch_size=4)
-    data.setup("fit")
-    module = make(latents[0])
-    module.seed = 5
-    module.prepare(data)
-    randomised(module.denoiser)
+    module, data = prepared(latents, randomised)
     batch = noisy_batch(module, data, 3, 1, 4, 9)
     longest = int(batch["text_mask"].sum(1).max())
     cut = {name: batch[name][:, :longest].clone() for name in ("text", "text_mask")}

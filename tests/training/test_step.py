@@ -140,21 +140,21 @@ def test_one_process_answers_itself_at_once_and_several_by_the_vector(
     latents: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two processes, this one asks at the end of the first step; the other one's share of the mean is as large."""
-    heard: list[bool] = []
+    answers: list[bool] = []
 
     class Ask(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
             assert isinstance(pl_module, TrainingModule)
             if trainer.global_step == 1:
                 pl_module.ask(Request.STOP)
-            heard.append(pl_module.asked(Request.STOP))
+            answers.append(pl_module.asked(Request.STOP))
 
     for several, expected in ((False, [True, False, False, False]), (True, [False, False, True, False])):
-        heard.clear()
+        answers.clear()
         if several:
             monkeypatch.setattr(Trainer, "world_size", 2)
             monkeypatch.setattr(base, "mean_over_processes", lambda vector: vector)
         module = make(latents[0])
         trainer = make_trainer(tmp_path / str(several), 4, callbacks=[Ask()], limit_val_batches=0)
         trainer.fit(module, ShardDataModule(str(latents[1]), str(latents[1]), batch_size=2))
-        assert heard == expected
+        assert answers == expected
