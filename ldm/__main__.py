@@ -1,7 +1,10 @@
 """The command ``ldm``, also as ``python -m ldm``."""
 
+import atexit
 import os
 import signal
+import sys
+import threading
 from types import FrameType
 
 
@@ -30,7 +33,30 @@ def main() -> None:
         signal.signal(signal.SIGINT, interrupt)
     from ldm import cli
 
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as leave:
+        if isinstance(leave.code, int):
+            end_group_member(leave.code)
+        raise
+    end_group_member(0)
+
+
+def end_group_member(code: int) -> None:
+    """End the process here if it is one of several that train together: all of Python's own end but its finalisation.
+
+    A thread of gloo can hold the tensors of the last operation for a moment, and aborts a process that is being finalised
+    when it lets go of them (PyTorch issue 190489): a finished run would count as failed. To close the process group first
+    is no way out, since FSDP's state keeps it alive.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
