@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -18,6 +20,7 @@ from ldm.data.loader import BatchNoise, ShardLoader, batch_loader, nothing
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.plan import WINDOW, Plan
 from ldm.data.quarantine import QUARANTINE_NAME, Quarantine
+from ldm.data.shard_dataset import ShardDataset
 from ldm.data.sources import ShardCache, ShardSource, open_source
 from ldm.errors import UsageError
 
@@ -45,6 +48,7 @@ class ShardDataModule(LightningDataModule):
         train: str | list[WeightedSource],
         validation: str,
         batch_size: int = 16,
+        max_tokens: int | None = None,
         validation_samples: int = 256,
         validation_whole: bool = False,
         image_size: int | None = None,
@@ -68,8 +72,11 @@ class ShardDataModule(LightningDataModule):
             train: image shards (stage one) or latent shards (stage two): a folder, a pattern of tars, a URL of either, or a
                 list of these with weights.
             validation: the same kind.
-            batch_size: samples per step and process.
-            validation_samples: how many validation samples to use: the first ones.
+            batch_size: samples per step and process. Those of a step are of one size.
+            max_tokens: tokens per step and process, in the place of ``batch_size``: of each size as many samples as have no more
+                than that. A token is a patch of the denoiser; in stage one, a position of the latents.
+            validation_samples: how many validation samples to use: the first ones; of data of several sizes, some of the whole
+                set at equal distances.
             validation_whole: validate on whole images, each at its own size as a batch of one, whatever ``image_size`` and
                 ``crop`` are in training. Image shards only.
             image_size: resize images to this side in pixels; required where the shards hold several sizes.
@@ -99,7 +106,7 @@ class ShardDataModule(LightningDataModule):
         for name, value in (("flip", flip), ("caption_dropout", caption_dropout), ("max_bad_share", max_bad_share)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} is {value}; give 0 to 1")
-        self.batch_size, self.image_size = batch_size, image_size
+        self.batch_size, self.max_tokens, self.image_size = batch_size, max_tokens, image_size
         self.validation_samples, self.validation_whole = validation_samples, validation_whole
         self.augmentation = Augmentation(crop, flip, caption, caption_dropout, seed)
         self.text_encoder = text_encoder
@@ -109,6 +116,8 @@ class ShardDataModule(LightningDataModule):
         self.cache = replace(ShardCache(), max_bytes=int(cache_gib * GIB), **({"folder": Path(cache)} if cache else {}))
         #: of the module that is trained; False: captions are neither read nor required
         self.reads_captions = True
+        #: train on samples of the largest size alone, which need the most memory
+        self.only_largest = False
         #: called about once a second while a batch is awaited; its exception ends the wait
         self.on_wait: Callable[[], None] = nothing
         self.loader: ShardLoader | None = None
@@ -168,8 +177,7 @@ class ShardDataModule(LightningDataModule):
             self.reads_captions = getattr(self.trainer.lightning_module, "reads_captions", self.reads_captions)
         size, how = (None, Augmentation()) if self.validation_whole else (self.image_size, Augmentation(self.augmentation.crop))
         self.validation_set = self._dataset(self._open([str(self.validation)]), size, how)
-        few = min(self.validation_samples, len(self.validation_set))
-        self.validation_quarantine = Quarantine(few, self.max_bad_share, self.max_bad_in_a_row)
+        self.validation_quarantine = Quarantine(len(self._validated()), self.max_bad_share, self.max_bad_in_a_row)
         if stage == "fit":
             self.train_set = self._dataset(self.sources(), self.image_size, self.augmentation)
 
@@ -180,7 +188,8 @@ class ShardDataModule(LightningDataModule):
         weights = [source.weight for source in self.train]
         shards = [(s.samples, weight) for source, weight in zip(sources, weights, strict=True) for s in source.manifest.shards]
         sizes, by_shard = zip(*shards, strict=True)
-        plan = Plan(sizes, None if set(weights) == {1.0} else by_shard, self.seed, self._window(sources))
+        weighted = None if set(weights) == {1.0} else by_shard
+        plan = Plan(sizes, weighted, self.seed, self._window(sources), self._groups())
         folder = Path(self.trainer.default_root_dir) if self.trainer else None
         quarantine = Quarantine(
             len(self.train_set),  # over the epochs every process meets all of them
@@ -192,7 +201,7 @@ class ShardDataModule(LightningDataModule):
         self.loader = ShardLoader(
             self.train_set,
             plan,
-            self.batch_size,
+            self.batch_sizes(self.train_set),
             rank,
             world_size,
             self.workers,
@@ -205,6 +214,42 @@ class ShardDataModule(LightningDataModule):
             noise=self._noise(),
         )
         return self.loader
+
+    def batch_sizes(self, dataset: ShardDataset) -> list[int]:
+        """Samples per step and process, of each size of the data set.
+
+        Raises :class:`UsageError` where ``max_tokens`` is less than one sample has.
+        """
+        if self.max_tokens is None:
+            return [self.batch_size] * max(len(dataset.group_sizes), 1)
+        if not dataset.group_sizes:
+            raise UsageError("max_tokens needs the size of the images; set image_size, or leave it out")
+        side = getattr(self.trainer.lightning_module if self.trainer else None, "token_side", 1)
+        tokens = [(height // side) * (width // side) for height, width in dataset.group_sizes]
+        if (most := max(tokens)) > self.max_tokens:
+            raise UsageError(f"max_tokens is {self.max_tokens}, but a sample of the largest size has {most}; raise it")
+        return [self.max_tokens // number for number in tokens]
+
+    @property
+    def mean_batch_size(self) -> float:
+        """Samples of a training step and process, on average over all steps."""
+        sizes, groups = np.array(self.batch_sizes(self.train_set)), self.train_set.groups
+        counts = np.ones(1) if groups is None else np.bincount(groups[groups >= 0], minlength=len(sizes))
+        return float(counts.sum() / (counts / sizes).sum())
+
+    def _groups(self) -> np.ndarray | None:
+        """The group of each training sample; see :class:`ldm.data.plan.Plan`."""
+        groups, sizes = self.train_set.groups, self.train_set.group_sizes
+        if groups is None or not self.only_largest:
+            return groups
+        largest = max(np.unique(groups[groups >= 0]).tolist(), key=lambda group: prod(sizes[group]))
+        return np.where(groups == largest, groups, -1)
+
+    def _validated(self) -> np.ndarray:
+        """The numbers of the validation samples used."""
+        total = len(self.validation_set)
+        few = min(self.validation_samples, total)
+        return np.arange(few) if self.validation_set.groups is None else np.arange(few) * total // few
 
     def _noise(self) -> BatchNoise | None:
         """That of the module that is trained; asked for when its seed is known: after a checkpoint is read."""
@@ -241,20 +286,31 @@ class ShardDataModule(LightningDataModule):
         return batch
 
     def val_dataloader(self) -> DataLoader:
-        few = range(min(self.validation_samples, len(self.validation_set)))
+        size = 1 if self.validation_whole else self.batch_sizes(self.validation_set)
         return batch_loader(
             self.validation_set,
+            EveryProcess(self.validation_set.batches_of_one_size(self._validated(), size)),
             self.max_wait_seconds,
             self._rank,
             lambda: self.on_wait(),
-            # Every process validates on the same samples, so that no metric depends on the number of processes. Without
-            # this, Lightning inserts its own distributed sampler, unless the trainer was told not to.
-            sampler=DistributedSampler(few, 1, 0, shuffle=False),  # pyright: ignore[reportArgumentType]  anything with a length serves
-            batch_size=1 if self.validation_whole else self.batch_size,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self._on_gpu,
         )
+
+
+class EveryProcess(DistributedSampler):
+    """The same batches on every process, so that no validation metric depends on their number.
+
+    Lightning would otherwise distribute them by a sampler of its own, unless the trainer was told not to.
+    """
+
+    def __init__(self, batches: list[list[int]]):
+        super().__init__(batches, 1, 0, shuffle=False)  # pyright: ignore[reportArgumentType]  anything with a length serves
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
 
 
 def datamodule_of(trainer: Trainer) -> ShardDataModule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,10 @@ class ImageDataset(ShardDataset[ShardReader]):
 
     def sample_bytes(self) -> int:
         return 3 * (self.image_size or 0) ** 2
+
+    @cached_property
+    def group_sizes(self) -> Sequence[tuple[int, int]]:
+        return [(self.image_size, self.image_size)] if self.image_size else []
 
     def key(self, shard: ShardReader, row: int) -> str:
         return shard.key(row) if row < len(shard) else f"#{row}"

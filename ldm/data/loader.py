@@ -9,24 +9,29 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import inf, prod
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ldm.data.plan import Plan, PlannedSample, Position
+from ldm.data.plan import Plan, PlannedBatch, PlannedSample, Position
 from ldm.data.quarantine import Quarantine
 from ldm.data.shard_dataset import ShardDataset
 from ldm.errors import LdmError, first_line
+from ldm.files import check_type
 from ldm.terminal import printable, say
 
 MIB = 2**20
+
+_Number = Annotated[int, Field(ge=0, lt=2**63)]
+_Draw = Annotated[list[_Number], Field(min_length=2, max_length=2)]  # sample and number, in a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +90,7 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, draws: list[Any]) -> Any:
+    def __getitem__(self, draws: list[Any]) -> Any:
         try:
             if get_worker_info() is None:
                 return self._batch(draws, torch.empty, torch.empty)
@@ -134,8 +139,7 @@ class _PlainLoader(DataLoader):
             reason = f"{error.strerror or error}; {_shared_memory()}, or set workers to 0"
             raise LdmError(f"{self.num_workers} loader workers cannot be started: {reason}") from None
         with _Watchdog(0 if self.num_workers else self.max_wait, self._stalled, self.on_wait) as watchdog:
-            assert self.batch_sampler is not None
-            for draws in self.batch_sampler:
+            for draws in self.sampler:
                 watchdog.awaited = draws
                 batch = self._next(batches, draws)
                 watchdog.awaited = None
@@ -168,7 +172,7 @@ class _PlainLoader(DataLoader):
 
     def _require_shared_memory(self) -> None:
         """Raise :class:`LdmError` where the workers' batches cannot fit at a time: better now than at a later step."""
-        batch = self.samples.sample_bytes() * len(next(iter(self.batch_sampler or [[]]), []))
+        batch = self.samples.sample_bytes() * len(next(iter(self.sampler), []))
         if (need := batch * SLOTS * self.num_workers) and need > (free := _free_shared_memory()):
             fits = int(free / batch / SLOTS)
             raise LdmError(
@@ -232,6 +236,7 @@ def nothing() -> None:
 
 def batch_loader(
     dataset: ShardDataset,
+    batches: Iterable[list[Any]],
     max_wait: float = 0,
     rank: int = 0,
     on_wait: Callable[[], None] = nothing,
@@ -244,6 +249,7 @@ def batch_loader(
 
     Args:
         dataset: samples by number.
+        batches: the draws of each batch: a sampler of torch, but of whole batches.
         max_wait: seconds to wait for a batch before the loader counts as stalled: :class:`LdmError` with workers; without,
             the same line and the end of the process. 0: no limit.
         rank: that the line names.
@@ -258,6 +264,8 @@ def batch_loader(
         max_wait,
         rank,
         on_wait,
+        sampler=batches,
+        batch_size=None,
         collate_fn=_unchanged,
         worker_init_fn=_ignore_signals,
         **ahead,
@@ -322,13 +330,13 @@ def _unchanged(batch: Any) -> Any:
 
 
 class PlannedBatches:
-    """A batch sampler of a plan's batches for one rank, from a position on, without end."""
+    """The batches of a plan for one rank, from a position on, without end."""
 
-    def __init__(self, plan: Plan, batch_size: int, rank: int, world_size: int, position: Position):
+    def __init__(self, plan: Plan, batch_size: int | Sequence[int], rank: int, world_size: int, position: Position):
         self.arguments = (batch_size, rank, world_size, position)
         self.plan = plan
 
-    def __iter__(self) -> Iterator[list[PlannedSample]]:
+    def __iter__(self) -> Iterator[PlannedBatch]:
         return self.plan.batches(*self.arguments)
 
 
@@ -347,7 +355,7 @@ class ShardLoader:
         self,
         dataset: ShardDataset,
         plan: Plan,
-        batch_size: int,
+        batch_size: int | Sequence[int],
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -363,7 +371,7 @@ class ShardLoader:
         Args:
             dataset: samples by number.
             plan: their order.
-            batch_size: samples per batch of one rank.
+            batch_size: samples per batch of one rank, the same for all groups of the plan or one number for each.
             rank, world_size: of this process.
             workers: loader processes; 0 reads in this one.
             pin_memory: copy batches to page-locked memory, for the transfer to a GPU.
@@ -373,7 +381,7 @@ class ShardLoader:
                 they are yielded.
             max_wait, on_wait, noise: see :func:`batch_loader`.
         """
-        plan.require(batch_size * world_size)
+        plan.together(batch_size, world_size)  # or refuse them now
         self.dataset, self.plan, self.batch_size = dataset, plan, batch_size
         self.rank, self.world_size, self.workers, self.pin_memory = rank, world_size, workers, pin_memory
         self.quarantine = quarantine if quarantine is not None else Quarantine(len(dataset))
@@ -382,38 +390,49 @@ class ShardLoader:
         self.position = Position()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        position = self.position
-        sampler = PlannedBatches(self.plan, self.batch_size, self.rank, self.world_size, position)
         loader = batch_loader(
             self.dataset,
+            PlannedBatches(self.plan, self.batch_size, self.rank, self.world_size, self.position),
             self.max_wait,
             self.rank,
             self.on_wait,
             self.noise,
-            batch_sampler=sampler,
             num_workers=self.workers,  # they live as long as this iteration, which does not end with an epoch
             pin_memory=self.pin_memory,
         )
         for draws, batch in loader.with_draws():
             self.quarantine.add(batch.pop("bad"))
-            position = self.plan.advance(position, self.batch_size * self.world_size)
+            assert isinstance(draws, PlannedBatch)
             if not self.confirm:
-                self.position = position
-            yield batch | {"draws": np.array(draws, np.int64), "position": position}
+                self.position = draws.position
+            yield batch | {"draws": np.array(draws, np.int64), "position": draws.position}
 
     def consumed(self, position: Position) -> None:
         """The batch that carried this ``position`` reached the training step."""
         self.position = Position(*position)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed, epoch, samples consumed in it, and the identity of the data; the same on every rank."""
-        epoch, consumed = self.position
-        return {"seed": self.plan.seed, "epoch": epoch, "samples_consumed": consumed, "data": self.data_hash}
+        """Seed, epoch, samples consumed in it and those that wait, the identity of the data; the same on every rank."""
+        epoch, consumed, waiting = self.position
+        state = {"seed": self.plan.seed, "epoch": epoch, "samples_consumed": consumed, "data": self.data_hash}
+        return state if waiting is None else state | {"waiting": waiting.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a state. Where the data has changed, start at the next epoch and log it."""
+        """Resume from a state. Where the data has changed, start at the next epoch and log it.
+
+        Raises :class:`LdmError` where the state names samples that are not there.
+        """
         self.plan = replace(self.plan, seed=state["seed"])
-        self.position = Position(state["epoch"], state["samples_consumed"])
+        self.position = Position(state["epoch"], state["samples_consumed"], self._waiting(state))
         if state["data"] != self.data_hash:
             self.position = Position(state["epoch"] + 1, 0)
             log.warning("the training data changed since the checkpoint: resuming at the start of epoch %d", state["epoch"] + 1)
+
+    def _waiting(self, state: dict[str, Any]) -> np.ndarray | None:
+        """The draws that wait in a state of these data, (W, 2)."""
+        if not state.get("waiting") or state["data"] != self.data_hash:
+            return None
+        waiting = np.array(check_type(state["waiting"], "the checkpoint's samples that wait", list[_Draw]), np.int64)
+        if waiting[:, 0].max() >= len(self.dataset):
+            raise LdmError(f"the checkpoint names sample {waiting[:, 0].max()} of {len(self.dataset)}; resume from another one")
+        return waiting

@@ -5,6 +5,9 @@ are concatenated, so a batch may span two of them, nothing is dropped or padded,
 the sizes of the shards. A step of all ranks takes the next ``batch_size * world_size`` draws, rank r the r-th ``batch_size`` of
 them. Loader workers take whole batches in turn and deliver them in order, so their number changes nothing.
 
+Samples of several sizes are in groups, one a size, and a step takes draws of one group. Each draw waits until its group has
+enough of them for a step: groups come as often as their samples, at all times, and what waits is part of the position.
+
 Shuffling: every epoch permutes the shards, groups them into windows of at least ``window`` samples, and permutes each window. A
 set of up to ``window`` samples is thus permuted as a whole; of a larger one no more than a window's shards are open at a time.
 Draws before a position are skipped by arithmetic, not by reading.
@@ -12,8 +15,8 @@ Draws before a position are skipped by arithmetic, not by reading.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
 from typing import NamedTuple
@@ -44,13 +47,33 @@ class PlannedSample(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Progress of training: ``consumed`` draws of ``epoch``, over all ranks."""
+    """Progress of training: ``consumed`` draws of ``epoch``, over all ranks.
+
+    Attributes:
+        waiting: draws before it that no step has taken yet, (W, 2) sample and number, in their order; None: none.
+    """
 
     epoch: int = 0
     consumed: int = 0
+    waiting: np.ndarray | None = None
 
 
 START = Position()
+
+
+class PlannedBatch(list[PlannedSample]):
+    """The draws of one rank's batch.
+
+    Attributes:
+        position: progress of training after the step. A batch that is sent to a loader worker goes without.
+    """
+
+    def __init__(self, draws: Iterable[PlannedSample], position: Position):
+        super().__init__(draws)
+        self.position = position
+
+    def __reduce__(self) -> tuple[type[list], tuple[list[PlannedSample]]]:
+        return list, ([*self],)
 
 
 @dataclass(frozen=True)
@@ -62,12 +85,14 @@ class Plan:
         weights: how often each shard's samples are drawn per epoch (2: twice; 0.5: every other epoch); None: once.
         seed: of the order.
         window: samples permuted together.
+        groups: the number of each sample's group, (N,), from 0; -1: never trained on. None: all are of one group.
     """
 
     shard_samples: tuple[int, ...]
     weights: tuple[float, ...] | None = None
     seed: int = 0
     window: int = WINDOW
+    groups: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != len(self.shard_samples):
@@ -120,47 +145,90 @@ class Plan:
 
     def draws(self, position: Position = START) -> Iterator[tuple[Position, np.ndarray]]:
         """Sample numbers from ``position`` on, without end, each array with the position of its first draw."""
-        epoch, consumed = position
+        epoch, consumed, _ = position
         while True:
             for samples in self.order(epoch, consumed):
                 yield Position(epoch, consumed), samples
                 consumed += len(samples)
             epoch, consumed = epoch + 1, 0
 
-    def batches(
-        self, batch_size: int, rank: int = 0, world_size: int = 1, position: Position = START
-    ) -> Iterator[list[PlannedSample]]:
-        """The batches of ``rank`` from ``position`` on, without end."""
-        share = slice(rank * batch_size, (rank + 1) * batch_size)
-        together = batch_size * world_size
-        self.require(together)
-        samples = numbers = np.empty(0, np.int64)
-        for (epoch, consumed), more in self.draws(position):
+    def steps(
+        self, batch_size: int | Sequence[int], world_size: int = 1, position: Position = START
+    ) -> Iterator[tuple[np.ndarray, Position]]:
+        """The draws of each step of all ranks, (B * world_size, 2) sample and number, and the position after it; without end.
+
+        Args:
+            batch_size: samples of a rank, the same for all groups or one number for each.
+            world_size: number of ranks.
+            position: before the first step.
+        """
+        together = self.together(batch_size, world_size)
+        waiting = np.empty((0, 2), np.int64) if position.waiting is None else position.waiting
+        waiting = waiting[self._groups_of(waiting) >= 0]
+        for (epoch, consumed, _), samples in self.draws(position):
             first = self.draws_before(epoch) + consumed
-            samples = np.concatenate([samples, more])
-            numbers = np.concatenate([numbers, np.arange(first, first + len(more))])
-            whole = len(samples) // together * together
-            for start in range(0, whole, together):
-                mine = slice(start + share.start, start + share.stop)
-                yield [PlannedSample(*draw) for draw in zip(samples[mine].tolist(), numbers[mine].tolist(), strict=True)]
-            samples, numbers = samples[whole:], numbers[whole:]
+            draws, ends = np.stack([samples, np.arange(first, first + len(samples))], 1), np.arange(1, len(samples) + 1)
+            if self.groups is not None:
+                used = self.groups[samples] >= 0
+                draws, ends = draws[used], ends[used]
+            come = len(waiting)  # of the draws from here on
+            draws, ends = np.concatenate([waiting, draws]), np.concatenate([np.zeros(come, np.int64), ends])
+            groups = self._groups_of(draws)
+            # a step takes place at each draw that completes the number its group needs
+            for last in np.flatnonzero((_rank_within(groups) + 1) % together[groups] == 0).tolist():
+                waiting = np.concatenate([waiting, draws[come : last + 1]])
+                come = max(come, last + 1)
+                group = groups[last]
+                taken = np.flatnonzero(self._groups_of(waiting) == group)[: together[group]]
+                step, waiting = waiting[taken], np.delete(waiting, taken, 0)
+                after = self.advance(Position(epoch, consumed), int(ends[last]))
+                yield step, after._replace(waiting=waiting if len(waiting) else None)
+            waiting = np.concatenate([waiting, draws[come:]])
+
+    def batches(
+        self, batch_size: int | Sequence[int], rank: int = 0, world_size: int = 1, position: Position = START
+    ) -> Iterator[PlannedBatch]:
+        """The batches of ``rank`` from ``position`` on, without end; see :meth:`steps`."""
+        for draws, after in self.steps(batch_size, world_size, position):
+            share = len(draws) // world_size
+            yield PlannedBatch(map(PlannedSample._make, draws[rank * share : (rank + 1) * share].tolist()), after)
 
     def advance(self, position: Position, draws: int) -> Position:
-        """The position after so many more draws."""
+        """The position after so many more draws, of which none waits."""
         epoch, consumed = position.epoch, position.consumed + draws
         while consumed >= (size := self.epoch_samples(epoch)):
             epoch, consumed = epoch + 1, consumed - size
         return Position(epoch, consumed)
 
-    def require(self, batch: int) -> None:
-        """Raise :class:`UsageError` where an epoch does not fill one batch of all ranks together."""
-        if batch < 1:
-            raise UsageError(f"the batch of all processes together is {batch}; give a batch_size of 1 or more")
-        if self.samples < batch:
+    def together(self, batch_size: int | Sequence[int], world_size: int = 1) -> np.ndarray:
+        """Draws that a step of all ranks takes of each group, (G,).
+
+        Raises :class:`UsageError` where an epoch fills no step.
+        """
+        sizes = np.array([batch_size] * len(self._counts) if isinstance(batch_size, int) else batch_size) * world_size
+        if sizes.min() < 1:
+            raise UsageError(f"the batch of all processes together is {sizes.min()}; give a batch_size of 1 or more")
+        counts = np.pad(self._counts, (0, len(sizes) - len(self._counts)))
+        if (counts < sizes).all():
+            fullest = np.argmax(counts / sizes)
             raise UsageError(
-                f"{self.samples} samples do not fill one batch of {batch} (batch_size times processes); "
-                "lower batch_size or add samples"
+                f"{counts[fullest]} samples {'' if self.groups is None else 'of the most frequent size '}do not fill one batch "
+                f"of {sizes[fullest]} (batch_size times processes); lower batch_size or add samples"
             )
+        return sizes
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        """Samples of each group, (G,): those that are drawn at all."""
+        if self.groups is None:
+            return np.array([self.samples])
+        drawn = self.groups >= 0
+        if self.weights is not None:
+            drawn &= np.repeat(np.array(self.weights) > 0, self._sizes)
+        return np.bincount(self.groups[drawn], minlength=1)
+
+    def _groups_of(self, draws: np.ndarray) -> np.ndarray:
+        return np.zeros(len(draws), np.uint8) if self.groups is None else self.groups[draws[:, 0]]
 
     def _passes(self, epoch: int) -> np.ndarray:
         """Draws of each shard in all epochs before this one, (S,): whole ones, so that weights hold in the long run."""
@@ -183,3 +251,11 @@ class Plan:
 
     def _random(self, use: int, *what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, use, *map(int, what)])
+
+
+def _rank_within(groups: np.ndarray) -> np.ndarray:
+    """How many earlier entries are of the same group as each."""
+    order = np.argsort(groups, kind="stable")
+    in_order, ranks = groups[order], np.empty(len(groups), np.int64)
+    ranks[order] = np.arange(len(groups)) - np.searchsorted(in_order, in_order)
+    return ranks

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
@@ -100,6 +101,16 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         """Bytes of one sample in a batch, at least; 0 where that is not known without reading one."""
         return 0
 
+    @cached_property
+    def groups(self) -> np.ndarray | None:
+        """The number of each sample's group, (N,): those of a batch are of one; -1: never in a batch. None: all are of one."""
+        return None
+
+    @cached_property
+    def group_sizes(self) -> Sequence[tuple[int, int]]:
+        """(height, width) of each group: pixels of images, positions of latents; empty where that is not known."""
+        return ()
+
     def key(self, shard: AnyShard, row: int) -> str:
         """The key of a sample that cannot be used."""
         raise NotImplementedError
@@ -156,15 +167,34 @@ class ShardDataset(Dataset, Generic[AnyShard]):
 
     def _next_good(self, draw: PlannedSample | int, out: np.ndarray | None = None) -> dict[str, Any]:
         index, number = draw if isinstance(draw, PlannedSample) else (draw, None)
+        first = index
         bad: list[BadSample] = []
         while True:
             try:
                 return self._load(index, number, out) | {"bad": bad}
             except DecodeError as error:
                 bad.append(self.bad(index, error))
-            if len(bad) > min(self.max_in_a_row, len(self) - 1):
+            following = self._following(index)
+            if len(bad) > self.max_in_a_row or following == first:
                 raise too_many_in_a_row(len(bad), bad[-1])
-            index = (index + 1) % len(self)
+            index = following
+
+    def _following(self, index: int) -> int:
+        """The next sample of the same size; after the last one, the first."""
+        if self.groups is None:
+            return (index + 1) % len(self)
+        same = np.flatnonzero(self.groups == self.groups[index])
+        return int(same[np.searchsorted(same, index, "right") % len(same)])
+
+    def batches_of_one_size(self, samples: Sequence[int] | np.ndarray, batch_size: int | Sequence[int]) -> list[list[int]]:
+        """Split samples into batches, size by size and in their order; ``batch_size``: of all sizes, or of each."""
+        numbers = np.asarray(samples, np.int64)
+        groups = np.zeros(len(numbers), np.int64) if self.groups is None else self.groups[numbers].astype(np.int64)
+        batches = []
+        for group in np.unique(groups[groups >= 0]).tolist():
+            own, most = numbers[groups == group], batch_size if isinstance(batch_size, int) else batch_size[group]
+            batches += [own[start : start + most].tolist() for start in range(0, len(own), most)]
+        return batches
 
     def bad(self, index: int, error: DecodeError) -> BadSample:
         """The record of sample ``index``, which cannot be used."""

@@ -269,6 +269,10 @@ class AutoencoderTraining(TrainingModule):
         assert self.seed is not None
         return PosteriorNoise(self.seed, self.autoencoder.config["latent_channels"], self.factor, self.compute_dtype)
 
+    @property
+    def token_side(self) -> int:
+        return self.factor
+
     def averaged(self) -> nn.Module:
         return self.autoencoder
 

@@ -218,6 +218,12 @@ class TrainingModule(LightningModule):
         """What draws the noise of training batches, in the loader's workers; asked for once :attr:`seed` is known."""
         raise NotImplementedError
 
+    @property
+    def token_side(self) -> int:
+        """The side of a token (a patch of the denoiser, a position of the latents) in units of the data: positions of latents, or
+        pixels."""
+        raise NotImplementedError
+
     def averaged(self) -> nn.Module:
         """The network whose average is kept."""
         raise NotImplementedError
@@ -248,9 +254,9 @@ class TrainingModule(LightningModule):
             raise UsageError(f"{name} has parameters, which fsdp does not shard; remove this loss, or train with ddp")
         if self.accumulate < 1:
             raise UsageError(f"accumulate is {self.accumulate}; give 1 or more")
-        if self.accumulate > data.batch_size:
-            raise UsageError(f"accumulate {self.accumulate} is more than batch_size {data.batch_size}; lower it")
         self.prepare(data)
+        if self.accumulate > (least := min(data.batch_sizes(data.train_set))):
+            raise UsageError(f"accumulate {self.accumulate} is more than batch_size {least}; lower it")
 
     def _losses_with_parameters(self) -> list[nn.Module]:
         return [loss for loss in self.losses if any(True for _ in loss.parameters())]

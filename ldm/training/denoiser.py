@@ -30,6 +30,7 @@ from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
 from ldm.losses.auxiliary import AuxiliaryLoss, names_of
+from ldm.models.autoencoder import downsampling_factor
 from ldm.models.compiling import Compile, compile_blocks
 from ldm.models.dit import transformer_blocks
 from ldm.pipeline import LatentDiffusionPipeline
@@ -187,6 +188,11 @@ class DenoiserTraining(TrainingModule):
     def batch_noise(self) -> DenoisingNoise:
         assert self.seed is not None
         return DenoisingNoise(self.seed, self.encoders.latent_shape, self.objective.path, self.objective.timesteps)
+
+    @property
+    def token_side(self) -> int:
+        factor = downsampling_factor(self.encoders.autoencoder) if self.online else 1
+        return factor * self.denoiser.config["patch_size"]
 
     def averaged(self) -> nn.Module:
         return self.denoiser

@@ -83,7 +83,7 @@ def test_batches_of_other_sizes_may_follow_and_stay_as_they_were(tmp_path, worke
     sizes = [(8, 8)] * 6 + [(9, 5)] * 6 + [(8, 8)] * 10
     samples = [(f"{number:02d}", {"png": png(size, (number, 0, 9))}) for number, size in enumerate(sizes)]
     dataset = ImageDataset(write(tmp_path / "x", samples))
-    batches = list(batch_loader(dataset, batch_size=2, num_workers=workers))
+    batches = list(batch_loader(dataset, np.arange(len(sizes)).reshape(-1, 2).tolist(), num_workers=workers))
     images = [image for batch in batches for image in batch["image"]]
     assert len(images) == len(sizes)
     assert all(np.array_equal(image, dataset[index]["image"]) for index, image in enumerate(images))

@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -38,9 +39,9 @@ def folder(tmp_path_factory):
     return write_numbered(tmp_path_factory.mktemp("shards"), SIZES)
 
 
-def make(folder, batch_size=3, rank=0, world_size=1, seed=0, **settings):
+def make(folder, batch_size=3, rank=0, world_size=1, seed=0, groups=None, **settings):
     dataset = ImageDataset(folder)
-    plan = Plan(tuple(entry.samples for entry in dataset.sources[0].manifest.shards), seed=seed)
+    plan = Plan(tuple(entry.samples for entry in dataset.sources[0].manifest.shards), seed=seed, groups=groups)
     return ShardLoader(dataset, plan, batch_size, rank, world_size, **settings)
 
 
@@ -60,6 +61,28 @@ def test_stopped_anywhere_and_resumed_elsewhere_the_batches_are_those_of_an_unin
             seen += keys(loader, cut)
             state = loader.state_dict()
         assert seen == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_wait_for_their_groups_batch_are_in_the_state(folder, workers):
+    groups = np.arange(TOTAL) % 3 - np.where(np.arange(TOTAL) == 16, 2, 0)  # 6, 5, 5, and one that is left out
+    settings = {"batch_size": [3, 2, 4], "groups": groups}
+    whole = keys(make(folder, **settings), 20)
+    assert all(len({int(key) % 3 for key in batch}) == 1 and "16" not in batch for batch in whole)
+    seen, waiting = [], []
+    for cut in (2, 5, 13):
+        loader = make(folder, workers=workers, **settings)
+        if seen:
+            loader.load_state_dict(state)
+        seen += keys(loader, cut)
+        state = json.loads(json.dumps(loader.state_dict()))
+        waiting.append(len(state.get("waiting", [])))
+    assert seen == whole and any(waiting)
+    loader.load_state_dict(state | {"data": "others", "waiting": [[0, 0]]})
+    assert loader.position == Position(state["epoch"] + 1, 0)
+    for broken, words in (([[TOTAL, 3]], "names sample 17 of 17"), ([[0]], "at least 2"), ([[-1, 0]], "greater than or equal to 0")):
+        with pytest.raises(LdmError, match=words):
+            loader.load_state_dict(state | {"waiting": broken})
 
 
 def test_a_new_iteration_continues_at_the_current_position(folder):
@@ -121,9 +144,9 @@ def test_other_data_begin_an_epoch(folder, caplog):
     assert state == {"seed": 0, "epoch": 0, "samples_consumed": 12, "data": "a"}
     same, other = make(folder, data_hash="a"), make(folder, data_hash="b")
     same.load_state_dict(state)
-    assert same.position == (0, 12) and not caplog.text
+    assert same.position == Position(0, 12) and not caplog.text
     other.load_state_dict(state)
-    assert other.position == (1, 0) and "the training data changed since the checkpoint" in caplog.text
+    assert other.position == Position(1, 0) and "the training data changed since the checkpoint" in caplog.text
 
 
 def test_too_few_samples_for_all_ranks_are_refused(folder):
@@ -159,7 +182,7 @@ def test_a_defect_is_raised_with_its_traceback(folder):
     dataset = Broken(folder)
     dataset.error = ValueError("a defect")
     with pytest.raises(ValueError, match="a defect") as raised:
-        next(iter(batch_loader(dataset, batch_size=2)))
+        next(iter(batch_loader(dataset, [[0, 1]])))
     assert raised.traceback[-1].name == "batch"
 
 
@@ -282,7 +305,7 @@ def test_full_shared_memory_is_the_error_of_the_run(folder):
 def test_a_batch_is_in_shared_memory_before_it_is_sent(folder, monkeypatch):
     """The thread that sends it would lose it where there is no room."""
     monkeypatch.setattr("ldm.data.loader.get_worker_info", lambda: True)
-    batch = _Batches(ImageDataset(folder)).__getitems__([0, 1, 2])
+    batch = _Batches(ImageDataset(folder)).__getitem__([0, 1, 2])
     assert batch["image"].is_shared()
 
 

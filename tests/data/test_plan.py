@@ -1,12 +1,13 @@
 """The planner: every sample exactly once per epoch, whoever shares the work and wherever it was cut."""
 
 import runpy
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ldm.data.plan import START, Plan, Position
@@ -18,12 +19,13 @@ windows = st.sampled_from([1, 5, 17, 10_000])
 
 
 @st.composite
-def plans(draw, weighted=False):
+def plans(draw, weighted=False, groups=0):
     shards = tuple(draw(sizes))
     weights = None
     if weighted:
         weights = tuple(draw(st.lists(st.sampled_from([0.1, 0.5, 1, 1.3, 2, 3]), min_size=len(shards), max_size=len(shards))))
-    return Plan(shards, weights, draw(st.integers(0, 2**31)), draw(windows))
+    of = np.array(draw(st.lists(st.integers(-1, groups - 1), min_size=sum(shards), max_size=sum(shards)))) if groups else None
+    return Plan(shards, weights, draw(st.integers(0, 2**31)), draw(windows), of)
 
 
 @st.composite
@@ -172,3 +174,82 @@ def test_a_batch_may_span_epochs():
 def test_weights_that_mean_nothing_are_refused(weight):
     with pytest.raises(UsageError, match=r"a weight of the training data is .*; give 0 to 1,000,000"):
         Plan((3, 4), (1.0, weight))
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------
+
+
+def stream(plan, count):
+    """The first draws of a plan: their samples."""
+    return list(islice((sample for _, samples in plan.draws() for sample in samples.tolist()), count))
+
+
+@st.composite
+def group_batches(draw, plan):
+    """Batch sizes of each group, of which an epoch fills at least one, and a world size."""
+    counts = np.bincount(plan.groups[plan.groups >= 0], minlength=3)
+    assume(counts.any())
+    world_size = draw(st.sampled_from([n for n in (1, 2, 3) if n <= counts.max()]))
+    sizes = draw(st.lists(st.integers(1, 4), min_size=3, max_size=3))
+    sizes[counts.argmax()] = min(sizes[counts.argmax()], int(counts.max()) // world_size)
+    return sizes, world_size
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_step_is_of_one_group_and_each_draw_comes_once_or_waits_whatever_the_kills(data):
+    """Resumed with the same batches the steps are those of a run without a kill; with others, nothing is lost or repeated."""
+    plan = data.draw(plans(weighted=data.draw(st.booleans()), groups=3))
+    first, second = data.draw(group_batches(plan)), data.draw(group_batches(plan))
+    cut, steps = data.draw(st.integers(0, 12)), 12
+    before = list(islice(plan.steps(*first), cut))
+    position = before[-1][1] if cut else START
+    whole, resumed = islice(plan.steps(*first), cut + steps), islice(plan.steps(*first, position), steps)
+    for (ours, at), (theirs, there) in zip(chain(before, resumed), whole, strict=True):
+        assert np.array_equal(ours, theirs) and at[:2] == there[:2]
+        assert (at.waiting is None) == (there.waiting is None) and np.array_equal(at.waiting, there.waiting)
+    after = list(islice(plan.steps(*second, position), steps))
+    for taken, (sizes, world_size) in ((before, first), (after, second)):
+        for draws, _ in taken:
+            (group,) = set(plan.groups[draws[:, 0]].tolist())
+            assert len(draws) == sizes[group] * world_size
+    epoch, consumed, waiting = after[-1][1]
+    planned = [(sample, n) for n, sample in enumerate(stream(plan, plan.draws_before(epoch) + consumed)) if plan.groups[sample] >= 0]
+    delivered = [tuple(draw) for draws, _ in before + after for draw in draws.tolist()]
+    left = [] if waiting is None else [tuple(draw) for draw in waiting.tolist()]
+    assert sorted(delivered + left) == sorted(planned) and left == sorted(left, key=lambda draw: draw[1])
+    for group in range(3):  # in the order of the stream
+        numbers = [number for sample, number in delivered if plan.groups[sample] == group]
+        assert numbers == sorted(numbers)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_one_group_is_a_plan_without_groups(data):
+    plan = data.draw(plans(weighted=True))
+    batch_size, world_size = data.draw(shares(plan))
+    grouped = replace(plan, groups=np.zeros(plan.samples, np.int32))
+    for (ours, at), (theirs, there) in islice(
+        zip(plan.steps(batch_size, world_size), grouped.steps([batch_size], world_size), strict=True), 12
+    ):
+        assert np.array_equal(ours, theirs) and at == there and at.waiting is None
+
+
+def test_the_mix_of_groups_is_uniform_all_along():
+    shares, epoch, together = np.array([0.6, 0.3, 0.1]), 6000, np.array([32, 64, 128])
+    groups = np.repeat(np.arange(3), (shares * epoch).astype(int))  # sorted: the shards hold one group each
+    plan, taken = Plan((1000,) * 6, groups=groups), np.zeros(3)
+    # of the draws so far: the standard deviation of a sample without replacement, at its largest in the middle of an epoch
+    bound = together + 4 * np.sqrt(epoch * shares * (1 - shares)) / 2
+    for draws, (number, consumed, _) in islice(plan.steps((together // 4).tolist(), 4), 500):
+        taken[groups[draws[0, 0]]] += len(draws)
+        assert (abs(taken - shares * (number * epoch + consumed)) < bound).all()
+
+
+def test_batches_that_no_group_fills_are_refused():
+    plan = Plan((4, 6), groups=np.array([0] * 4 + [1] * 3 + [-1] * 3))
+    assert len(next(plan.batches([5, 3]))) == 3
+    with pytest.raises(UsageError, match=r"^4 samples of the most frequent size do not fill one batch of 8 .*lower batch_size"):
+        next(plan.batches(4, 0, 2))
+    with pytest.raises(UsageError, match="batch of all processes together is 0"):
+        next(plan.batches([0, 3]))

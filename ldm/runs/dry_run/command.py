@@ -29,7 +29,7 @@ class DryRunCLI(FitCLI):
         super().add_arguments_to_parser(parser)
         what = "run a few steps, a validation, a preview and a checkpoint; print the memory, time and disk of the whole run"
         parser.add_argument("--dry-run", action="store_true", help=what)
-        parser.add_argument("--find-batch", action="store_true", help="find the largest data.batch_size that fits")
+        parser.add_argument("--find-batch", action="store_true", help="find the largest data.batch_size that fits, of samples of the largest size")
 
     def before_instantiate_classes(self) -> None:
         """After the checks of ``fit``, turn the run to a temporary folder."""
@@ -47,6 +47,8 @@ class DryRunCLI(FitCLI):
         options.export = None
         options.trainer.logger = False  # no W&B run
         if options.find_batch:
+            if options.data.max_tokens is not None:
+                raise UsageError("--find-batch finds data.batch_size; leave out data.max_tokens")
             options.data.batch_size = options.model.accumulate
             options.trainer.limit_val_batches = 0
 
@@ -56,6 +58,7 @@ class DryRunCLI(FitCLI):
         kinds = step_kinds(self.model, trainer.max_steps)
         if self.options.find_batch:
             self.finder = FindBatch(kinds[-1])
+            self.datamodule.only_largest = True
             callbacks[:] = [self.finder]
         else:
             self.measure = Measure(kinds)

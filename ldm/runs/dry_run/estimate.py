@@ -125,7 +125,7 @@ def memory_rows(module: TrainingModule, trainer: Trainer, measured: Measured) ->
 
 def step_rows(trainer: Trainer, measured: Measured) -> Iterable[Row]:
     peak = peak_flops(trainer.strategy.root_device, str(trainer.precision))
-    images, batch = _images_per_step(trainer), datamodule_of(trainer).batch_size
+    images, batch = _images_per_step(trainer), datamodule_of(trainer).mean_batch_size
     for kind in measured.kinds:
         rate, flops = images / kind.seconds, kind.flops / batch
         on_device = flops * rate / trainer.world_size
@@ -173,7 +173,8 @@ def flops_text(flops: float) -> str:
 
 
 def _images_per_step(trainer: Trainer) -> int:
-    return datamodule_of(trainer).batch_size * trainer.world_size
+    """On average."""
+    return round(datamodule_of(trainer).mean_batch_size * trainer.world_size)
 
 
 def _encoders(module: TrainingModule) -> dict[str, nn.Module]:
