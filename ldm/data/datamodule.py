@@ -73,8 +73,8 @@ class ShardDataModule(LightningDataModule):
                 list of these with weights.
             validation: the same kind.
             batch_size: samples per step and process. Those of a step are of one size.
-            max_tokens: tokens per step and process, in the place of ``batch_size``: of each size as many samples as have no more
-                than that. A token is a patch of the denoiser; in stage one, a position of the latents.
+            max_tokens: tokens per step and process, in the place of ``batch_size``: of each size as many samples as
+                have no more. A token is a patch of the denoiser; in stage one, a position of the latents.
             validation_samples: how many validation samples to use: the first ones; of data of several sizes, some of the whole
                 set at equal distances.
             validation_whole: validate on whole images, each at its own size as a batch of one, whatever ``image_size`` and

@@ -92,7 +92,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], set[str]], ...] = (
         "1 or more",
         lambda value: value >= 1,
         {
-            *("data.batch_size", "data.shuffle_window", "model.accumulate"),
+            *("data.batch_size", "data.max_tokens", "data.shuffle_window", "model.accumulate"),
             *("trainer.val_check_interval", "trainer.num_nodes"),
         },
     ),

@@ -220,8 +220,7 @@ class TrainingModule(LightningModule):
 
     @property
     def token_side(self) -> int:
-        """The side of a token (a patch of the denoiser, a position of the latents) in units of the data: positions of latents, or
-        pixels."""
+        """The side of a token (a patch of the denoiser, a position of the latents) in what the data hold: latents or pixels."""
         raise NotImplementedError
 
     def averaged(self) -> nn.Module:

@@ -69,7 +69,7 @@ def test_samples_that_wait_for_their_groups_batch_are_in_the_state(folder, worke
     settings = {"batch_size": [3, 2, 4], "groups": groups}
     whole = keys(make(folder, **settings), 20)
     assert all(len({int(key) % 3 for key in batch}) == 1 and "16" not in batch for batch in whole)
-    seen, waiting = [], []
+    seen, waiting, state = [], [], {}
     for cut in (2, 5, 13):
         loader = make(folder, workers=workers, **settings)
         if seen:
@@ -80,7 +80,11 @@ def test_samples_that_wait_for_their_groups_batch_are_in_the_state(folder, worke
     assert seen == whole and any(waiting)
     loader.load_state_dict(state | {"data": "others", "waiting": [[0, 0]]})
     assert loader.position == Position(state["epoch"] + 1, 0)
-    for broken, words in (([[TOTAL, 3]], "names sample 17 of 17"), ([[0]], "at least 2"), ([[-1, 0]], "greater than or equal to 0")):
+    for broken, words in (
+        ([[TOTAL, 3]], "names sample 17 of 17"),
+        ([[0]], "at least 2"),
+        ([[-1, 0]], "greater than or equal to 0"),
+    ):
         with pytest.raises(LdmError, match=words):
             loader.load_state_dict(state | {"waiting": broken})
 

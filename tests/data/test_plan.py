@@ -214,7 +214,9 @@ def test_a_step_is_of_one_group_and_each_draw_comes_once_or_waits_whatever_the_k
             (group,) = set(plan.groups[draws[:, 0]].tolist())
             assert len(draws) == sizes[group] * world_size
     epoch, consumed, waiting = after[-1][1]
-    planned = [(sample, n) for n, sample in enumerate(stream(plan, plan.draws_before(epoch) + consumed)) if plan.groups[sample] >= 0]
+    planned = [
+        (sample, n) for n, sample in enumerate(stream(plan, plan.draws_before(epoch) + consumed)) if plan.groups[sample] >= 0
+    ]
     delivered = [tuple(draw) for draws, _ in before + after for draw in draws.tolist()]
     left = [] if waiting is None else [tuple(draw) for draw in waiting.tolist()]
     assert sorted(delivered + left) == sorted(planned) and left == sorted(left, key=lambda draw: draw[1])

@@ -29,7 +29,11 @@ class DryRunCLI(FitCLI):
         super().add_arguments_to_parser(parser)
         what = "run a few steps, a validation, a preview and a checkpoint; print the memory, time and disk of the whole run"
         parser.add_argument("--dry-run", action="store_true", help=what)
-        parser.add_argument("--find-batch", action="store_true", help="find the largest data.batch_size that fits, of samples of the largest size")
+        parser.add_argument(
+            "--find-batch",
+            action="store_true",
+            help="find the largest data.batch_size that fits, of samples of the largest size",
+        )
 
     def before_instantiate_classes(self) -> None:
         """After the checks of ``fit``, turn the run to a temporary folder."""
