@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, decode_pixels
+from ldm.data.image_sizes import image_sizes, sizes_of
 from ldm.data.latent_schema import (
     EXPORT_AGAIN,
     NULL_TEXT_NAME,
@@ -30,6 +31,7 @@ from ldm.data.manifest import (
     LATENT_SHARDS,
     MANIFEST_NAME,
     MAX_SHARD_BYTES,
+    SIZES_NAME,
     Manifest,
     Problem,
     ShardEntry,
@@ -55,9 +57,11 @@ class Checked:
 
 @dataclass(frozen=True)
 class Indexed:
-    """What one tar holds: its entry, how many samples have a caption, how many cannot be used, and images in no sample."""
+    """What one tar holds: its entry, the sizes of its images (N, 2), how many samples have a caption, how many cannot be used,
+    and images in no sample."""
 
     entry: ShardEntry
+    sizes: np.ndarray
     captioned: int
     unusable: int
     unread: tuple[Unread, ...]
@@ -92,7 +96,9 @@ def index_here(
     """Make the manifest of a folder of tars (:func:`index_folder`) and save it there; whether it can be is checked before."""
     folder = require_folder(folder, "a folder of .tar shards")
     try:
-        require_output_file(folder / MANIFEST_NAME)
+        manifest, sizes = (require_output_file(folder / name) for name in (MANIFEST_NAME, SIZES_NAME))
+        if sizes.exists() and not manifest.exists():  # somebody else wrote it
+            raise UsageError(f"{sizes} would be overwritten; move it away")
     except UsageError as error:
         raise UsageError(f"{error}; or give a folder for the manifest: ldm shards index {folder} --out DIR") from None
     manifest = index_folder(folder, on_progress, key_dot)
@@ -155,9 +161,10 @@ def _manifest_of(
     extra: dict[str, Any] | None = None,
 ) -> Manifest:
     """The manifest of so many shards."""
-    entries, captioned, unusable, unread, such_as = [], 0, 0, 0, []
+    entries, sizes, captioned, unusable, unread, such_as = [], [], 0, 0, 0, []
     for done, shard in enumerate(indexed, start=1):
         entries.append(shard.entry)
+        sizes.append(shard.sizes)
         captioned += shard.captioned
         unusable += shard.unusable
         for images in shard.unread:
@@ -168,7 +175,7 @@ def _manifest_of(
     counts: dict[str, Any] = {"captioned": captioned, "unusable": unusable}
     counts |= {"unread_images": unread, "unread_such_as": such_as} if unread else {}
     counts |= {"key_dot": key_dot} if key_dot != "first" else {}
-    return Manifest(IMAGE_SHARDS, tuple(entries), {"source": "index"} | (extra or {}) | counts)
+    return Manifest(IMAGE_SHARDS, tuple(entries), {"source": "index"} | (extra or {}) | counts, np.concatenate(sizes))
 
 
 def _store(path: Path, chunks: Iterator[bytes]) -> None:
@@ -196,7 +203,7 @@ def index_shard(path: Path, key_dot: KeyDot = "first") -> Indexed:
             told = f", and {unread[0]}; {unread[0].fix}" if unread else ""
             raise LdmError(f"{path} holds no image; each sample needs one of .{', .'.join(IMAGE_EXTENSIONS)}{told}")
         entry = ShardEntry(path.name, len(reader), path.stat().st_size, sha256_file(path))
-        return Indexed(entry, captioned, len(reader) - images, unread)
+        return Indexed(entry, sizes_of(reader), captioned, len(reader) - images, unread)
 
 
 def _has_caption(reader: ShardReader, index: int) -> bool:
@@ -220,16 +227,21 @@ def check_folder(
     source = open_source(folder)
     manifest = source.manifest
     info = latent_info(source) if manifest.format == LATENT_SHARDS else None
-    cheap = source.cheap_problems()
+    cheap, sizes = source.cheap_problems(), None
     if info is not None:
         cheap += _null_text_problems(source, info)
+    elif "sizes" in manifest.extra:
+        try:
+            sizes = image_sizes(source)
+        except LdmError as error:
+            cheap.append(_problem_of(SIZES_NAME, source, error))
     checked, done = [], 0
     for number, entry in enumerate(manifest.shards):
         problems = tuple(problem for problem in cheap if problem.where == entry.name)
         if problems:
             checked.append(Checked(entry, 0, problems))
         else:
-            problems = tuple(_problems_at(source, number, info, deep))
+            problems = tuple(_problems_at(source, number, info, deep, None if sizes is None else sizes[done:][: entry.samples]))
             bad = sum(problem.samples for problem in problems)
             checked.append(Checked(entry, max(entry.samples - bad, 0), problems))
         done += entry.samples
@@ -239,18 +251,23 @@ def check_folder(
     return [problem for problem in cheap if problem.where not in listed], checked
 
 
-def _problems_at(source: ShardSource, number: int, info: LatentInfo | None, deep: bool) -> Iterator[Problem]:
+def _problems_at(
+    source: ShardSource, number: int, info: LatentInfo | None, deep: bool, sizes: np.ndarray | None
+) -> Iterator[Problem]:
     """Problems of a shard that has the right size, or cannot be fetched or read."""
     entry = source.manifest.shards[number]
     try:
-        yield from _problems(source.path(number), entry, source.manifest, info, deep)
+        yield from _problems(source.path(number), entry, source.manifest, info, deep, sizes)
     except LdmError as error:
         yield Problem(entry.name, f"cannot be read ({error})", "restore it", entry.samples)
 
 
-def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInfo | None, deep: bool) -> Iterator[Problem]:
-    """Problems of a shard that exists and has the right size; ``info``: for latents."""
-    if sha256_file(path) != entry.sha256:
+def _problems(
+    path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInfo | None, deep: bool, sizes: np.ndarray | None
+) -> Iterator[Problem]:
+    """Problems of a shard that exists and has the right size; ``info``: for latents; ``sizes``: of its images, (N, 2)."""
+    intact = sha256_file(path) == entry.sha256
+    if not intact:
         yield Problem(entry.name, "has other bytes than the manifest's sha256", "restore it")
     for unread in unread_images(path, manifest.key_dot) if info is None else ():
         yield Problem(entry.name, str(unread), unread.fix)
@@ -268,6 +285,8 @@ def _problems(path: Path, entry: ShardEntry, manifest: Manifest, info: LatentInf
         if held != entry.samples:
             what = f"holds {held} samples, the manifest says {entry.samples}"
             yield Problem(entry.name, what, "restore it", max(entry.samples - held, 0))
+        if deep and intact and sizes is not None and not np.array_equal(sizes_of(reader), sizes):
+            yield Problem(entry.name, f"holds images of other sizes than {SIZES_NAME} says", "run `ldm shards index` again")
         again = "restore the shard, or remove the sample and run `ldm shards index` again"
         for index in range(min(held, entry.samples)) if info is None else ():
             try:
@@ -342,9 +361,14 @@ def _null_text_problems(source: ShardSource, info: LatentInfo) -> Iterator[Probl
         try:
             read_null_text(source, number)
         except LdmError as error:
-            what, _, fix = str(error).removeprefix(f"{NULL_TEXT_NAME} of {source.spec} ").rpartition("; ")
-            yield Problem(NULL_TEXT_NAME, what, fix)
+            yield _problem_of(NULL_TEXT_NAME, source, error)
             return
+
+
+def _problem_of(name: str, source: ShardSource, error: LdmError) -> Problem:
+    """What was wrong with a file beside the manifest."""
+    what, _, fix = str(error).removeprefix(f"{name} of {source.spec} ").rpartition("; ")
+    return Problem(name, what, fix)
 
 
 def _by(shape: Iterable[int]) -> str:

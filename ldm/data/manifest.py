@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -10,14 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
+import numpy as np
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from ldm.data.shards import KeyDot
 from ldm.errors import LdmError, UsageError
-from ldm.files import parse_json, read_bytes, require_folder, require_version, write_json
+from ldm.files import atomic_file, parse_json, read_bytes, require_folder, require_version, write_json
 
 MANIFEST_NAME = "manifest.json"
+SIZES_NAME = "sizes.npy"  # beside the manifest of image shards
 PACK_JOURNAL_NAME = ".pack.jsonl"  # there while a folder is being packed
 IMAGE_SHARDS = "ldm-image-shards"
 LATENT_SHARDS = "ldm-latent-shards"
@@ -59,6 +62,7 @@ class _Contents(TypedDict):
     location: NotRequired[str | None]
     captioned: NotRequired[Annotated[int, Field(ge=0)] | None]
     key_dot: NotRequired[KeyDot]
+    sizes: NotRequired[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,23 @@ class Problem:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of a shard folder. ``extra`` is whatever the writer adds (image size, autoencoder hash, ...)."""
+    """The contents of a shard folder.
+
+    Attributes:
+        extra: whatever the writer adds (image size, autoencoder hash, ...), and ``sizes``, the sha256 of their file.
+        sizes: (height, width) of every image, (N, 2), to save beside it; :func:`ldm.data.image_sizes.image_sizes` reads them.
+    """
 
     format: str
     shards: tuple[ShardEntry, ...]
     extra: dict[str, Any] = field(default_factory=dict)
+    sizes: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if taken := [key for key in _RESERVED if key in self.extra]:
             raise ValueError(f"extra must not hold the manifest's own keys: {', '.join(taken)}")
+        if self.sizes is not None:
+            object.__setattr__(self, "extra", self.extra | {"sizes": hashlib.sha256(_npy(self.sizes)).hexdigest()})
 
     @property
     def samples(self) -> int:
@@ -120,8 +132,11 @@ class Manifest:
         return hashlib.sha256(json.dumps(shards, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write ``folder/manifest.json`` atomically and return its path."""
+        """Write ``folder/manifest.json`` atomically, after the images' sizes where they are known; returns its path."""
         path = Path(folder) / MANIFEST_NAME
+        if self.sizes is not None:
+            with atomic_file(path.with_name(SIZES_NAME)) as file:
+                file.write(_npy(self.sizes))
         value = {"format": self.format, "version": VERSION, "shards": [vars(shard) for shard in self.shards]}
         write_json(path, value | {"samples": self.samples, "bytes": self.bytes} | self.extra)
         return path
@@ -194,6 +209,13 @@ def require_finished_pack(folder: Path) -> None:
 def tar_paths(folder: str | os.PathLike) -> list[Path]:
     """The folder's ``*.tar`` by name, whatever they are, except folders and hidden ones (temporary files, macOS ``._x``)."""
     return sorted(path for path in Path(folder).glob("*.tar") if not path.name.startswith(".") and not path.is_dir())
+
+
+def _npy(sizes: np.ndarray) -> bytes:
+    """The bytes of ``sizes.npy``."""
+    file = io.BytesIO()
+    np.save(file, sizes.astype("<i4"))
+    return file.getvalue()
 
 
 def _fix(format: str | None, folder: str | os.PathLike) -> str:

@@ -80,18 +80,19 @@ class ShardSource:
         """Where shard ``number`` is, for messages: its path, or its URL without credentials."""
         return redact(self.locations[number])
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a small file beside the manifest. Raises :class:`LdmError`, a :class:`MissingError` if it is missing."""
+    def read(self, name: str, limit: int = MAX_MANIFEST_BYTES) -> bytes:
+        """The bytes of a file of at most ``limit`` bytes beside the manifest. Raises :class:`LdmError`, a
+        :class:`MissingError` if it is missing."""
         file = name.join(self.beside.rsplit(MANIFEST_NAME, 1))
         again = "restore it, or write the shards again"
         try:
             if "://" in file:
-                return fetch(file, MAX_MANIFEST_BYTES, b"".join, self.transfer)
+                return fetch(file, limit, b"".join, self.transfer)
         except MissingError:
             raise MissingError(f"{redact(file)} does not exist; {again}") from None
         if not os.path.lexists(file):
             raise MissingError(f"{file} does not exist; {again}")
-        return read_bytes(file, MAX_MANIFEST_BYTES, again)
+        return read_bytes(file, limit, again)
 
     def cheap_problems(self) -> list[Problem]:
         """What names and sizes of local shards show; nothing of remote ones, which are verified when they are fetched."""

@@ -166,12 +166,14 @@ def write_images(
     """
     folder = require_new_folder(folder, "image shards")
     with atomic_folder(folder) as temporary:
+        sizes: list[tuple[int, int]] = []
         with ShardWriter(temporary, prefix, samples_per_shard) as writer:
-            for done, (key, image, caption) in enumerate(items, start=1):
-                png = encode_png(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
-                writer.write(key, {"png": png, "txt": caption.encode()})
+            for done, (key, pixels, caption) in enumerate(items, start=1):
+                image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+                writer.write(key, {"png": encode_png(image), "txt": caption.encode()})
+                sizes.append((image.height, image.width))
                 if on_progress is not None:
                     on_progress(done, total)
-        manifest = Manifest(IMAGE_SHARDS, tuple(writer.entries), dict(extra or {}))
+        manifest = Manifest(IMAGE_SHARDS, tuple(writer.entries), dict(extra or {}), np.array(sizes).reshape(-1, 2))
         manifest.save(temporary)
     return manifest

@@ -92,6 +92,7 @@ def test_counts_that_disagree_are_found_either_way(folder):
     count_anew(folder, n0=2, n1=5)
     assert found(folder) == (
         [
+            ("sizes.npy", "is no array of 8 pairs of int32"),
             ("x-00000.tar", "holds 3 samples, the manifest says 2"),
             ("x-00001.tar", "holds 3 samples, the manifest says 5"),
         ],
@@ -290,7 +291,7 @@ def test_tars_at_a_url_get_a_manifest_that_can_be_trained_on(tmp_path):
             open_source(url)
         manifest, path = index_elsewhere(f"{url}/x-{{00000..00002}}.tar", tmp_path / "index")
         assert [entry.samples for entry in manifest.shards] == [4, 4, 2] and manifest.extra["captioned"] == 10
-        assert sorted(file.name for file in path.parent.iterdir()) == ["manifest.json"]
+        assert sorted(file.name for file in path.parent.iterdir()) == ["manifest.json", "sizes.npy"]
         dataset = ImageDataset(open_source(path.parent, cache=ShardCache(tmp_path / "cache")))
         assert [dataset[index]["caption"] for index in range(10)] == [f"number {index}" for index in range(10)]
         with pytest.raises(LdmError, match=r"x-00003.tar cannot be fetched: 404"):

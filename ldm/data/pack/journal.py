@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import LOCK_NAME, fsync_folder, parse_json, require_new_folder
 from ldm.locks import hold_folder
 
-_VERSION = 2
+_VERSION = 3
 
 T = TypeVar("T")
 
@@ -39,10 +40,11 @@ class _Header:
 
 @dataclass(frozen=True)
 class _Done:
-    """A line for a complete shard, and the counts so far."""
+    """A line for a complete shard, with heights and widths of its images in turn, and the counts so far."""
 
     folder: str
     shard: ShardEntry
+    sizes: list[int]
     consumed: int
     enlarged: int
     quarantine_bytes: int
@@ -55,6 +57,7 @@ class Journal:
 
     Attributes:
         entries: the complete shards of each folder ("" is ``out`` itself); the writers share the lists.
+        sizes: heights and widths in turn of the images in each folder; the caller appends them.
         consumed: items done, packed or quarantined; the caller increments it.
         enlarged: images in each folder that were scaled up; the caller increments it.
     """
@@ -63,6 +66,7 @@ class Journal:
         """``request``: every option that changes the bytes, as JSON values; ``listing``: hash of the source's listing."""
         self.out = out
         self.entries: defaultdict[str, list[ShardEntry]] = defaultdict(list)
+        self.sizes: defaultdict[str, array[int]] = defaultdict(lambda: array("i"))  # 8 bytes an image
         self.enlarged: defaultdict[str, int] = defaultdict(int)
         self.consumed = 0
         self._header = {"version": _VERSION, "request": request, "listing": listing}
@@ -111,6 +115,7 @@ class Journal:
         for line in lines:
             done = self._parsed(line, _Done)
             self.entries[done.folder].append(done.shard)
+            self.sizes[done.folder].extend(done.sizes)
             self.enlarged[done.folder] = done.enlarged
             self.consumed, self._quarantine_bytes = done.consumed, done.quarantine_bytes
 
@@ -153,7 +158,8 @@ class Journal:
         """A shard is complete. It, those before it and the quarantine hold all items consumed so far."""
         _sync(self._quarantine)
         counts = {"consumed": self.consumed, "enlarged": self.enlarged[folder], "quarantine_bytes": self._quarantine.tell()}
-        self._append({"folder": folder, "shard": asdict(entry)} | counts)
+        sizes = self.sizes[folder][-2 * entry.samples :].tolist()
+        self._append({"folder": folder, "shard": asdict(entry), "sizes": sizes} | counts)
 
     def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")

@@ -150,6 +150,7 @@ def pack(
                     else:
                         writer.write(f"{packed:09d}", result.files)
                         packed += 1
+                        journal.sizes[folder].extend(result.size)
                         journal.enlarged[folder] += result.enlarged
                     count += 1
                     journal.consumed += 1
@@ -167,7 +168,8 @@ def pack(
             extra["enlarged"] = journal.enlarged[folder]
             if validation is not None:
                 extra["validation"] = str(validation)
-            manifests[folder] = Manifest(IMAGE_SHARDS, tuple(entries), extra)
+            sizes = np.array(journal.sizes[folder]).reshape(-1, 2)
+            manifests[folder] = Manifest(IMAGE_SHARDS, tuple(entries), extra, sizes)
         if journal.consumed != found:
             raise LdmError(
                 f"{src} changed while it was packed ({found} items, then {journal.consumed}); remove {out} and pack again"

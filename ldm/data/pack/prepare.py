@@ -40,9 +40,10 @@ _SIGNATURES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample's members, and whether its image had to be scaled up."""
+    """A sample's members, (height, width) of its image, and whether that had to be scaled up."""
 
     files: dict[str, bytes]
+    size: tuple[int, int]
     enlarged: bool
 
 
@@ -119,7 +120,8 @@ class Preparation:
         keep = self.keep_bytes and plain and resized.size == image.size and self.format in ("auto", kind)
         files = {kind: data} if keep else self._encoded(resized)
         enlarged = min(resized.size) > min(image.size)
-        return Prepared({**files, **({"txt": texts[0].encode()} if texts else {}), "json": about}, enlarged)
+        files |= {"txt": texts[0].encode()} if texts else {}
+        return Prepared(files | {"json": about}, (resized.height, resized.width), enlarged)
 
     def _resized(self, image: Image.Image) -> Image.Image:
         if self.resize == "none" or self.size is None:

@@ -102,7 +102,8 @@ def test_images_of_all_subfolders_are_packed_in_order(src, tmp_path):
     assert manifest == result.manifest and [entry.samples for entry in manifest.shards] == [2, 1]
     assert (manifest.extra["image_size"], manifest.extra["source"]) == (16, "pack")
     manifest.check_cheap(tmp_path / "out")
-    assert sorted(contents(tmp_path / "out")) == ["images-00000.tar", "images-00001.tar", "manifest.json", "quarantine.jsonl"]
+    names = ["images-00000.tar", "images-00001.tar", "manifest.json", "quarantine.jsonl", "sizes.npy"]
+    assert sorted(contents(tmp_path / "out")) == names
 
 
 def test_what_cannot_be_used_is_quarantined_with_its_reason_and_nothing_is_lost(src, tmp_path):
@@ -323,9 +324,9 @@ def test_a_damaged_unfinished_pack_is_refused(src, tmp_path):
     refused("images-00000.tar", b"", "is missing or was changed")
     refused(JOURNAL_NAME, whole[JOURNAL_NAME] + b"{}\n", "is damaged")
     header, done = whole[JOURNAL_NAME].splitlines()[:2]
-    for line in (b"[", b"[" * 100_000, b"null", b'{"version": 2, "request": "x", "listing": "x"}', b"\xff", b"9" * 5000):
+    for line in (b"[", b"[" * 100_000, b"null", b'{"version": 3, "request": "x", "listing": "x"}', b"\xff", b"9" * 5000):
         refused(JOURNAL_NAME, line + b"\n", "is damaged")
-    (out / JOURNAL_NAME).write_bytes(header.replace(b'"version": 2', b'"version": 1') + b"\n")
+    (out / JOURNAL_NAME).write_bytes(header.replace(b'"version": 3', b'"version": 1') + b"\n")
     with pytest.raises(UsageError, match="an unfinished pack of another version"):
         pack(src, out, shard_size=1)
     for wrong in (done.replace(b'"images-00000.tar"', b"null"), done.replace(b'"consumed": 1', b'"consumed": "1"')):
