@@ -14,6 +14,7 @@ from ldm.terminal import printable, say
 if TYPE_CHECKING:
     import torch
 
+    from ldm.data.buckets import Buckets
     from ldm.data.manifest import Manifest
 
 
@@ -32,6 +33,7 @@ def add(commands: Commands) -> None:
     export.add_argument("--out", required=True, help="a new folder, or that of an interrupted export with the same settings")
     add_text_encoder(export)
     export.add_argument("--image-size", type=int, help="crop and resize to this side in pixels (default: keep the size)")
+    add_buckets(export)
     export.add_argument("--mode", action="store_true", help="store the posterior's mode only, without the standard deviation")
     export.add_argument("--flip", action="store_true", help="also store the latents of mirrored images")
     export.add_argument("--captions", choices=["first", "all"], default="first", help="of each image (default: first)")
@@ -103,6 +105,34 @@ def add(commands: Commands) -> None:
     decode.add_argument("--batch-size", type=int, default=16, help="latents per forward pass (default: 16)")
 
 
+def add_buckets(parser: Parser) -> None:
+    what = "crop and resize each image to the nearest of several shapes with about the area of this square, in pixels; of the "
+    what += "largest of several sides (256,512) that the image fills"
+    parser.add_argument("--buckets", type=sides, metavar="N[,N]", help=what)
+    parser.add_argument("--bucket-step", type=int, metavar="N", help="their sides are multiples of this (default: 32)")
+    parser.add_argument("--max-aspect", type=float, metavar="X", help="longer over shorter side, at most (default: 2)")
+    what = "enlarge an image by this factor at most, and leave out those that are too small (default: 1)"
+    parser.add_argument("--max-upscale", type=float, metavar="X", help=what)
+
+
+def sides(text: str) -> tuple[int, ...]:
+    """``256,512`` => the numbers."""
+    return tuple(int(side) for side in text.split(","))
+
+
+def buckets_of(options: argparse.Namespace) -> Buckets | None:
+    """The buckets that the options name; None where they name none."""
+    from ldm.data.buckets import Buckets
+
+    given = {"step": options.bucket_step, "max_aspect": options.max_aspect, "max_upscale": options.max_upscale}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.buckets is not None:
+        return Buckets(options.buckets, **given)
+    if given:
+        raise UsageError("--bucket-step, --max-aspect and --max-upscale describe buckets; give --buckets too, for example 256")
+    return None
+
+
 def add_text_encoder(parser: Parser) -> None:
     what = "minilm, a directory or a hub name; with several, each encodes every caption (default: minilm)"
     parser.add_argument("--text-encoder", nargs="+", metavar="NAME", default=["minilm"], help=what)
@@ -142,6 +172,7 @@ def run_export(options: argparse.Namespace) -> None:
             max_bad_share=options.max_bad_share,
             keep_statistics=options.keep_statistics,
             threads=options.threads,
+            buckets=buckets_of(options),
         )
     if first:
         print_counts(manifest, options.out)
@@ -152,6 +183,10 @@ def print_counts(manifest: Manifest, out: str) -> None:
     say(f"{manifest.samples} latents in {len(manifest.shards)} shards: {out}")
     if skipped := manifest.extra["quarantined"]:
         say(f"{skipped} could not be used; {Path(out) / 'quarantine.jsonl'} says why")
+    if small := manifest.extra.get("too_small"):
+        say(f"{small} of these are too small for every bucket; --max-upscale allows to enlarge them")
+    if enlarged := manifest.extra.get("enlarged"):
+        say(f"{enlarged} were enlarged to fill their buckets")
     for encoder in manifest.extra["text_encoders"]:
         if encoder["cut"]:
             which = f"{encoder['max_tokens']} tokens of {printable(encoder['name'])}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, starmap
@@ -294,11 +294,14 @@ def _problems(
             except DecodeError as error:
                 yield Problem(f"{entry.name}: {reader.key(index)}", str(error), again, 1)
         if info is not None and not reader.damage:
-            yield from _latent_problems(path, held, info, deep)
+            yield from _latent_problems(path, held, info, deep, info.shard_shapes.get(entry.name))
 
 
-def _latent_problems(path: Path, samples: int, info: LatentInfo, deep: bool) -> Iterator[Problem]:
-    """Problems of the chunks of a complete shard, which has so many samples by its lists of keys."""
+def _latent_problems(
+    path: Path, samples: int, info: LatentInfo, deep: bool, runs: Sequence[tuple[int, int]] | None
+) -> Iterator[Problem]:
+    """Problems of the chunks of a complete shard, which has so many samples by its lists of keys, and by the manifest these
+    ``runs`` of shapes."""
     try:
         shard = LatentShard(path, samples)
     except DecodeError as error:
@@ -307,10 +310,14 @@ def _latent_problems(path: Path, samples: int, info: LatentInfo, deep: bool) -> 
     except LdmError as error:
         yield Problem(path.name, f"cannot be read ({error})", EXPORT_AGAIN, samples)
         return
+    told = None if runs is None else [place for place, count in runs for _ in range(count)]
     for chunk, (start, end) in enumerate(pairwise(shard.starts)):
         try:
             keys, tensors = shard.metadata(chunk)["keys"], shard.tensors(chunk)
             _check_chunk(tensors, info)
+            shape = info.latent_shapes.index(tensors["mean"].shape[1:])
+            if told is not None and set(told[start:end]) - {shape}:
+                raise DecodeError("is in a chunk of another size than the manifest says")
         except DecodeError as error:
             yield Problem(f"{path.name}: #{start}", str(error), EXPORT_AGAIN, end - start)
             continue

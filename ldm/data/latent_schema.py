@@ -14,6 +14,9 @@ A latent shard is an uncompressed tar of chunks. A chunk of n images of one size
                            text_2, text_2_start, ...    the same for further text encoders
     00000012.json          {"keys": [a key for each image], "captions": [a list of captions for each image]}
 
+The samples of a shard are in the order of the image shard, or, where images were assigned to buckets, ordered by size (as
+:attr:`ldm.data.buckets.Buckets.table` is) and then as there.
+
 Floats are float16 or float32. A caption's attention mask is all ones over its own tokens, hence not stored.
 ``manifest.json`` adds the entries named in :class:`LatentInfo`; ``null_text.safetensors`` beside it holds the encoded empty
 caption (``text``, ``text_2``, ...), the null condition of training and sampling. Nothing but ``tarfile`` and ``safetensors``
@@ -26,8 +29,8 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -41,6 +44,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from typing_extensions import TypedDict
 
+from ldm.data.buckets import Buckets
 from ldm.data.decode import DecodeError
 from ldm.data.moments import Moments
 from ldm.data.shards import MAX_MEMBER_BYTES, ShardReader
@@ -50,6 +54,8 @@ from ldm.files import atomic_file, parse_json
 
 NULL_TEXT_NAME = "null_text.safetensors"
 EXPORT_AGAIN = "restore it, or export the latents again"
+# entries of manifests of several sizes alone
+OF_BUCKETS = ("buckets", "shard_shapes")
 DTYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 MAX_HEADER_BYTES = 2**20  # of a chunk's safetensors, which holds a dozen tensors
 
@@ -86,8 +92,8 @@ class LatentInfo:
         autoencoder: sha256 of the weights and architecture of the autoencoder that made the latents.
         text_encoders: those that the captions went through, in the order of ``text``, ``text_2``, ...
         latent_shapes: (C, h, w) of every size that occurs, the most frequent first.
-        resolution: side in pixels that images were resized to; None: each at its own size, cropped to a multiple of the
-            autoencoder's downsampling factor.
+        resolution: side in pixels that images were resized to; None: to those of ``buckets``, or each at its own size,
+            cropped to a multiple of the autoencoder's downsampling factor.
         posterior: "gaussian" (mean and std) or "mode" (the mean alone).
         flips: whether the latents of mirrored images are stored too.
         captions: "first" or "all" of an image's captions.
@@ -98,6 +104,9 @@ class LatentInfo:
         source_shards: where those were: a URL, or a path relative to the manifest's folder.
         versions: of the libraries used.
         null_text: sha256 of the file of the encoded empty caption; None in older manifests.
+        buckets: that images were assigned to.
+        shard_shapes: the shapes of the samples of each shard in order, as runs (place in ``latent_shapes``, samples). Empty
+            where all samples have one shape, and in older manifests.
     """
 
     autoencoder: str
@@ -115,10 +124,13 @@ class LatentInfo:
     source_shards: str
     versions: dict[str, str]
     null_text: str | None = None
+    buckets: Buckets | None = None
+    shard_shapes: dict[str, tuple[tuple[Annotated[int, Field(ge=0)], _Side], ...]] = field(default_factory=dict)
 
     def as_extra(self) -> dict[str, Any]:
         """The manifest's entries, and a fingerprint of those that training computes with."""
-        return asdict(self) | {"fingerprint": self.fingerprint}
+        extra = {name: value for name, value in asdict(self).items() if value or name not in OF_BUCKETS}
+        return extra | {"fingerprint": self.fingerprint}
 
     @property
     def fingerprint(self) -> str:
@@ -132,7 +144,7 @@ class LatentInfo:
             self.latents_mean,
             self.latents_std,
             self.null_text,
-        ]
+        ] + ([self.shard_shapes] if self.shard_shapes else [])
         return hashlib.sha256(json.dumps(taken).encode()).hexdigest()
 
     @property
@@ -408,23 +420,29 @@ class LatentShard:
 def latent_info(source: ShardSource) -> LatentInfo:
     """The latent entries of a source's manifest. Raises LdmError for values that no export writes, or changed since."""
     extra, manifest = source.manifest.extra, f"the manifest of {source.spec}"
-    if lacking := [name for name in LatentInfo.__dataclass_fields__ if name not in extra and name != "null_text"]:
+    optional = ("null_text", *OF_BUCKETS)
+    if lacking := [name for name in LatentInfo.__dataclass_fields__ if name not in extra and name not in optional]:
         raise UsageError(f"{manifest} lacks {lacking[0]!r}; export again: ldm latents export")
     info = parse_json(json.dumps(extra).encode(), manifest, LatentInfo)
     if {len(info.latents_mean), len(info.latents_std), *(shape[0] for shape in info.latent_shapes)} != {len(info.latents_mean)}:
         raise LdmError(f"{manifest} has statistics of another number of channels than the latents; {EXPORT_AGAIN}")
     if extra.get("fingerprint") not in (None, info.fingerprint):  # manifests had none at first
         raise LdmError(f"{manifest} was changed after the export: its statistics or hashes are others; {EXPORT_AGAIN}")
+    for entry in source.manifest.shards if info.shard_shapes else ():
+        runs = info.shard_shapes.get(entry.name, ())
+        if sum(count for _, count in runs) != entry.samples or any(shape >= len(info.latent_shapes) for shape, _ in runs):
+            raise LdmError(f"{manifest} does not say which size each sample of {entry.name} has; {EXPORT_AGAIN}")
     return info
 
 
 def common_info(sources: Sequence[ShardSource]) -> LatentInfo:
-    """Several latent sources as one: the same autoencoder and size, statistics over all samples.
+    """Several latent sources as one: the same autoencoder, all their sizes, statistics over all samples.
 
-    Raises :class:`UsageError` naming both where two do not match.
+    Raises :class:`UsageError` naming both where two do not match; so do sets of one size each, but for those of buckets.
     """
     infos = [latent_info(source) for source in sources]
     first = infos[0]
+    vary = any(info.shard_shapes or info.buckets is not None for info in infos)
     for source, info in zip(sources, infos, strict=True):
         for what, theirs, ours in (
             ("autoencoder", info.autoencoder, first.autoencoder),
@@ -433,18 +451,49 @@ def common_info(sources: Sequence[ShardSource]) -> LatentInfo:
             ("resolution", info.resolution, first.resolution),
             ("posterior", info.posterior, first.posterior),
         ):
-            if theirs != ours:
+            if theirs != ours and not (vary and what in ("latent shape", "resolution")):
                 raise UsageError(
                     f"{source.spec} has another {what} than {sources[0].spec} ({_short(theirs)}, {_short(ours)}); "
                     "export both with the same"
                 )
     if len(sources) == 1:  # exact to the last bit
         return first
-    every = Moments.merge(
-        Moments.from_statistics(source.manifest.samples, info.latents_mean, info.latents_std)
+    shapes = tuple(dict.fromkeys(shape for info in infos for shape in info.latent_shapes))
+    counts = [  # as many values count alike
+        sum(prod(shape[1:]) * count for shape, count in _runs(source, info)) if vary else source.manifest.samples
         for source, info in zip(sources, infos, strict=True)
+    ]
+    every = Moments.merge(
+        Moments.from_statistics(count, info.latents_mean, info.latents_std) for count, info in zip(counts, infos, strict=True)
     )
-    return replace(first, latents_mean=tuple(every.mean.tolist()), latents_std=tuple(every.std.tolist()))
+    statistics = {"latents_mean": tuple(every.mean.tolist()), "latents_std": tuple(every.std.tolist())}
+    return replace(first, latent_shapes=shapes, shard_shapes={}, **statistics)
+
+
+def sample_shapes(sources: Sequence[ShardSource]) -> np.ndarray | None:
+    """The place of each sample's shape in the ``latent_shapes`` of :func:`common_info`, int32 (N,); None where all have one.
+
+    From the manifests alone: no shard is opened.
+
+    Raises :class:`UsageError` for a set of several shapes whose older manifest does not say which sample has which.
+    """
+    shapes = common_info(sources).latent_shapes
+    if len(shapes) == 1:
+        return None
+    runs = [run for source in sources for run in _runs(source, latent_info(source))]
+    return np.repeat(np.array([shapes.index(shape) for shape, _ in runs], np.int32), [count for _, count in runs])
+
+
+def _runs(source: ShardSource, info: LatentInfo) -> Iterator[tuple[tuple[int, int, int], int]]:
+    """The shapes of all samples in order, as (shape, samples)."""
+    if len(info.latent_shapes) > 1 and not info.shard_shapes:
+        raise UsageError(
+            f"{source.spec} holds latents of several sizes, and its older manifest does not say which are where; export again: "
+            "ldm latents export"
+        )
+    for entry in source.manifest.shards:
+        for place, count in info.shard_shapes.get(entry.name, ((0, entry.samples),)):
+            yield info.latent_shapes[place], count
 
 
 def _short(value: Any) -> str:

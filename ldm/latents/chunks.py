@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from ldm.errors import LdmError
 from ldm.latents.text_encoders import Embedded, TextEncoders
 
 CHUNK_SAMPLES = 256
+
+Run = tuple[int, int, int, int]  # (C, h, w, samples): consecutive samples of one shape
 
 
 class LatentSample(NamedTuple):
@@ -38,10 +41,10 @@ class MomentsRecord(TypedDict):
 
 
 class Record(TypedDict):
-    """A :class:`Summary` as JSON values; ``shapes``: (C, h, w, images)."""
+    """A :class:`Summary` as JSON values."""
 
     cut: list[int]
-    shapes: list[tuple[int, int, int, int]]
+    shapes: list[Run]
     moments: MomentsRecord | None
 
 
@@ -49,14 +52,14 @@ class Summary:
     """Makes chunks and gathers what the manifest says about them.
 
     Attributes:
-        shapes: images by latent shape (C, h, w).
+        shapes: of the latents, in the order of the chunks.
         cut: how many captions each text encoder truncated.
         moments: of all latents; None before the first chunk.
     """
 
     def __init__(self, texts: TextEncoders):
         self.texts = texts
-        self.shapes: Counter[tuple[int, int, int]] = Counter()
+        self.shapes: list[Run] = []
         self.cut = np.zeros(len(texts.encoders), np.int64)
         self.moments: Moments | None = None
 
@@ -82,7 +85,7 @@ class Summary:
             crop=np.array([sample.crop for sample in samples]),
         )
         channels, height, width = chunk.latents["mean"].shape[1:]
-        self.shapes[channels, height, width] += len(samples)
+        self.shapes.append((channels, height, width, len(samples)))
         self.cut += [sum(known[caption].cut for caption in captions) for known in embedded]
         self._add(chunk.moments())
         return chunk
@@ -95,27 +98,41 @@ class Summary:
         moments = self.moments
         return {
             "cut": self.cut.tolist(),
-            "shapes": [(*shape, count) for shape, count in self.shapes.items()],
+            "shapes": merged(self.shapes),
             "moments": None
             if moments is None
             else {"count": moments.count, "mean": moments.mean.tolist(), "squares": moments.squares.tolist()},
         }
 
     def add_record(self, record: Record) -> None:
-        """Add another summary, as :meth:`as_record` gives it."""
+        """Add another summary, as :meth:`as_record` gives it, but for its shapes."""
         self.cut += record["cut"]
-        for channels, height, width, count in record["shapes"]:
-            self.shapes[channels, height, width] += count
         if found := record["moments"]:
             self._add(Moments(found["count"], np.array(found["mean"]), np.array(found["squares"])))
 
-    def complete(self, info: LatentInfo, out: Path) -> LatentInfo:
-        """``info`` with what was gathered, of one chunk at least, for the manifest in ``out``."""
+    @property
+    def samples(self) -> int:
+        """How many there are in its chunks."""
+        return sum(run[3] for run in self.shapes)
+
+    def complete(self, info: LatentInfo, out: Path, shards: Mapping[str, Sequence[Run]]) -> LatentInfo:
+        """``info`` with what was gathered, of one chunk at least, for the manifest in ``out``, which has these ``shards``."""
         assert self.moments is not None
+        counts: Counter[tuple[int, int, int]] = Counter()
+        for run in chain.from_iterable(shards.values()):
+            counts[run[:3]] += run[3]
+        shapes = [shape for shape, _ in counts.most_common()]
+        places = {name: tuple((shapes.index(run[:3]), run[3]) for run in merged(runs)) for name, runs in shards.items()}
         return replace(
             info,
             text_encoders=self.texts.info(self.cut.tolist(), out),
-            latent_shapes=tuple(shape for shape, _ in self.shapes.most_common()),
+            latent_shapes=tuple(shapes),
+            shard_shapes=places if len(shapes) > 1 else {},
             latents_mean=tuple(self.moments.mean.tolist()),
             latents_std=tuple(self.moments.std.tolist()),
         )
+
+
+def merged(runs: Sequence[Run]) -> list[Run]:
+    """Adjacent runs of one shape made one."""
+    return [(*shape, sum(run[3] for run in of_shape)) for shape, of_shape in groupby(runs, key=lambda run: run[:3])]

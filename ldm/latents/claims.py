@@ -84,8 +84,8 @@ class Claims:
         return request if isinstance(request, dict) else None
 
     def _require_same(self, which: str, before: dict[str, Any], request: dict[str, Any]) -> None:
-        for name, value in request.items():
-            if before.get(name) != value:
+        for name in {**request, **before}:
+            if before.get(name) != (value := request.get(name)):
                 raise UsageError(
                     f"{self.out} holds {which} export with other settings ({name.replace('_', ' ')}: {before.get(name)}, not "
                     f"{value}); use the same settings to resume, give another folder, or remove {self.out} to start over"

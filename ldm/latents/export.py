@@ -14,11 +14,12 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import torch
 
+from ldm.data.buckets import TOO_SMALL, Buckets
 from ldm.data.latent_schema import LatentInfo, relative_path, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.parallel_map import parallel_map
@@ -47,10 +48,12 @@ AHEAD = 2
 
 
 class ShardRecord(Record):
-    """What the manifest needs of a finished shard: its entry, if it holds a latent, and the images that could not be used."""
+    """What the manifest needs of a finished shard: its entry, if it holds a latent, the images that could not be used, and how
+    many were enlarged."""
 
     entry: ShardEntry | None
     bad: list[BadSample]
+    enlarged: NotRequired[int]
 
 
 class Job(NamedTuple):
@@ -69,10 +72,12 @@ class Job(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The result of encoding images: the good samples, and a list for each image, with its :class:`BadSample` or empty."""
+    """The result of encoding images: the good samples, a list for each image, with its :class:`BadSample` or empty, and how
+    many were enlarged."""
 
     samples: list[LatentSample]
     tried: list[list[BadSample]]
+    enlarged: int = 0
 
 
 class Exporter:
@@ -109,10 +114,9 @@ class Exporter:
                 left.unlink()
             samples = range(int(self.dataset.starts[shard]), int(self.dataset.starts[shard + 1]))
             chunk = 0
-            for window, start in enumerate(range(0, max(len(samples), 1), chunks.CHUNK_SAMPLES)):
-                rows = samples[start : start + chunks.CHUNK_SAMPLES]
+            for window, (rows, groups) in enumerate(self.dataset.windows(samples, chunks.CHUNK_SAMPLES)):
                 yield Job(shard, window, None, rows)
-                for group in self.dataset.alike(rows):
+                for group in groups:
                     for first in range(0, len(group), self.batch_size):
                         yield Job(shard, window, chunk, group[first : first + self.batch_size])
                     chunk += 1
@@ -145,12 +149,13 @@ class Exporter:
             )
             for row, sample in enumerate(good)
         ]
-        return Encoded(samples, tried)
+        enlarged = sum(sample["image"].shape[1] > sample["crop"][2] for sample in good)
+        return Encoded(samples, tried, enlarged)
 
     def write_shard(self, number: int, results: Iterator[tuple[Job, Any]], on_samples: Callable[[int], None]) -> dict[str, Any]:
         """Write the latents of one shard; returns its record for the manifest."""
         bad: list[BadSample] = []
-        summary, tried = Summary(self.texts), 0
+        summary, tried, enlarged = Summary(self.texts), 0, 0
         with ShardWriter(self.out, "latents", samples_per_shard=None, first_index=number) as writer:
             for _, of_window in groupby(results, key=lambda pair: pair[0].window):
                 _, embedded = next(of_window)
@@ -160,13 +165,14 @@ class Exporter:
                         self.quarantine.add(encoded.tried)
                         bad += chain.from_iterable(encoded.tried)
                         tried += len(encoded.tried)
+                        enlarged += encoded.enlarged
                         on_samples(tried)
                         samples += encoded.samples
                     if samples:
                         made = summary.chunk(samples, embedded, self.dataset.sources[0].spec)
                         writer.write(f"{chunk:08d}", made.members())
-        entry = vars(replace(writer.entries[0], samples=summary.shapes.total())) if writer.entries else None
-        return {"entry": entry, "bad": bad} | summary.as_record()
+        entry = vars(replace(writer.entries[0], samples=summary.samples)) if writer.entries else None
+        return {"entry": entry, "bad": bad, "enlarged": enlarged} | summary.as_record()
 
     def finish(self, claims: Claims, info: LatentInfo, request: dict[str, Any]) -> None:
         """Write the manifest from the records of all shards; one process does so."""
@@ -197,7 +203,11 @@ class Exporter:
                 raise LdmError(f"{out}: no sample could be used; {out / QUARANTINE_NAME} says why")
             Manifest(LATENT_SHARDS, entries).check_cheap(out)  # and no other tar
             null_text = write_null_text(out, self.texts.null())
-            extra = replace(summary.complete(info, out), null_text=null_text).as_extra()
+            shapes = {record["entry"].name: record["shapes"] for record in records if record["entry"]}
+            extra = replace(summary.complete(info, out, shapes), null_text=null_text).as_extra()
+            if info.buckets is not None:
+                extra["enlarged"] = sum(record.get("enlarged", 0) for record in records)
+                extra["too_small"] = sum(TOO_SMALL in bad.reason for record in records for bad in record["bad"])
             Manifest(LATENT_SHARDS, entries, extra | {"quarantined": len(quarantine), "request": request}).save(out)
 
 
@@ -219,6 +229,7 @@ def export_latents(
     max_bad_share: float = 0.01,
     keep_statistics: bool = False,
     threads: int | None = None,
+    buckets: Buckets | None = None,
 ) -> Manifest:
     """Encode every image and caption once. Called again after an interruption, it resumes after the last complete shard.
 
@@ -243,6 +254,8 @@ def export_latents(
         max_bad_share: unusable samples tolerated, as a share of all.
         keep_statistics: also write mean and standard deviation into the config of the autoencoder's directory.
         threads: None: as many as this process has CPU cores.
+        buckets: crop and resize each image to the size of its bucket; those that are too small for all are left out, and count
+            as unusable.
 
     Raises:
         UsageError: for invalid folders or settings.
@@ -251,6 +264,8 @@ def export_latents(
     for name, value in (("batch_size", batch_size), ("threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; give 1 or more")
+    if image_size is not None and buckets is not None:
+        raise UsageError("image_size and buckets are two ways to fit images; give one")
     config = autoencoder_folder(autoencoder_path) / "config.json"
     if keep_statistics:
         if config.parent != Path(autoencoder_path):
@@ -266,11 +281,15 @@ def export_latents(
     with single_threaded(), full_fp32():
         encoder = LatentEncoder(autoencoder, precision, dtype, mode)
         texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, precision)
-        dataset = CaptionedImages(source, image_size, downsampling_factor(autoencoder), captions)
+        factor = downsampling_factor(autoencoder)
+        if buckets is not None:
+            buckets.require_multiples(factor, "the autoencoder's factor")
+        dataset = CaptionedImages(source, image_size, factor, captions, buckets)
         info = LatentInfo(
             autoencoder=autoencoder_hash(autoencoder),
             text_encoders=texts.info([0] * len(texts.encoders), out),
             resolution=image_size,
+            buckets=buckets,
             posterior="mode" if mode else "gaussian",
             flips=flip,
             captions=captions,
@@ -281,7 +300,7 @@ def export_latents(
             versions=versions(),
         )
         # every setting that changes the bytes; shards and text encoders may have moved by the next run
-        measured = {"latent_shapes", "latents_mean", "latents_std", "source_shards", "null_text", "fingerprint"}
+        measured = {"latent_shapes", "shard_shapes", "latents_mean", "latents_std", "source_shards", "null_text", "fingerprint"}
         request = {name: value for name, value in info.as_extra().items() if name not in measured}
         request["text_encoders"] = [text.hash for text in info.text_encoders]
         request = json.loads(json.dumps(request | {"batch_size": batch_size, "device": device.type}))  # as it is read back

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from ldm.data.buckets import Buckets, Size, crop_box
 from ldm.data.decode import DecodeError, decode_json, image_size_of
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.shards import ShardSample
@@ -16,15 +17,24 @@ from ldm.data.sources import ShardSource
 class CaptionedImages(ImageDataset):
     """Image shards with all captions, original sizes and crops, preprocessed for the autoencoder."""
 
-    def __init__(self, source: ShardSource, resolution: int | None, factor: int, captions: Literal["first", "all"]):
+    def __init__(
+        self,
+        source: ShardSource,
+        resolution: int | None,
+        factor: int,
+        captions: Literal["first", "all"],
+        buckets: Buckets | None = None,
+    ):
         """
         Args:
             source: of image shards with captions.
-            resolution: side in pixels to crop and resize to; None: keep each image's size, cropped to a multiple of ``factor``.
+            resolution: side in pixels to crop and resize to; None: to the size of the image's bucket, or without ``buckets``
+                keep each image's size, cropped to a multiple of ``factor``.
             factor: image side over latent side.
             captions: which of an image's captions.
+            buckets: sizes to crop and resize to.
         """
-        super().__init__(source, resolution)
+        super().__init__(source, resolution, buckets=buckets)
         self.factor, self.captions = factor, captions
 
     def decode(self, raw: tuple[ShardSample, bool], draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
@@ -34,17 +44,16 @@ class CaptionedImages(ImageDataset):
         captions = self._captions(sample)
         if not captions:
             raise DecodeError("has no caption")
-        if self.image_size is None:
-            height, width = decoded["image"].shape[1:]
+        height, width = decoded["image"].shape[1:]
+        if self.image_size is None and self.buckets is None:
             crop_height, crop_width = self._cropped(height, width)
             crop = (0, 0, crop_height, crop_width)
             if not crop_height or not crop_width:
                 raise DecodeError(f"{width} x {height} pixels, smaller than the autoencoder's factor {self.factor}")
             decoded["image"] = decoded["image"][:, :crop_height, :crop_width]
         else:
-            height, width = image_size_of(sample.image or b"")  # it may have been decoded smaller
-            side = min(height, width)
-            crop = ((height - side) // 2, (width - side) // 2, side, side)
+            size, (height, width) = (height, width), image_size_of(sample.image or b"")  # it may have been decoded smaller
+            crop = crop_box(height, width, size)
         return {
             "image": decoded["image"],
             "key": decoded["key"],
@@ -64,18 +73,33 @@ class CaptionedImages(ImageDataset):
         captions = sample.captions
         return captions if self.captions == "all" else captions[:1]
 
-    def alike(self, rows: Sequence[int]) -> list[Sequence[int]]:
-        """Sample numbers grouped by cropped size, read from the headers: groups that can be encoded together."""
+    def windows(self, rows: Sequence[int], length: int) -> Iterator[tuple[Sequence[int], list[Sequence[int]]]]:
+        """The samples of a shard in the order in which their latents are stored: parts of up to ``length``, one at least, each
+        with its groups of samples of one size, which can be encoded together.
+
+        With buckets the samples are ordered by size, in the order of the table. Sizes are read from the headers.
+        """
+        sizes: dict[int, Size | None] = {}
+        if self.buckets is not None:
+            sizes = {row: self._size_of(row) for row in rows}
+            order: dict[Size | None, int] = {size: place for place, size in enumerate(self.buckets.table)}
+            rows = sorted(rows, key=lambda row: order.get(sizes[row], len(order)))
+        for start in range(0, max(len(rows), 1), length):
+            part = rows[start : start + length]
+            groups: dict[Size | None, list[int]] = {}
+            for row in part:
+                groups.setdefault(sizes[row] if row in sizes else self._size_of(row), []).append(row)
+            yield part, [*groups.values()]
+
+    def _size_of(self, row: int) -> Size | None:
+        """The size at which a sample is encoded; None where it cannot be told: decoding the sample gives the reason."""
         if self.image_size is not None:
-            return [rows] if rows else []
-        groups: dict[tuple[int, int] | None, list[int]] = {}
-        for row in rows:
-            try:
-                size = self._cropped(*image_size_of(self._sample(row).image or b""))
-            except DecodeError:
-                size = None
-            groups.setdefault(size, []).append(row)
-        return [*groups.values()]
+            return self.image_size, self.image_size
+        try:
+            size = image_size_of(self._sample(row).image or b"")
+            return self._cropped(*size) if self.buckets is None else self.buckets.size_for(*size)
+        except DecodeError:
+            return None
 
     def _cropped(self, height: int, width: int) -> tuple[int, int]:
         return height - height % self.factor, width - width % self.factor

@@ -26,7 +26,7 @@ from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError
 from ldm.files import atomic_folder, require_folder, require_new_folder
-from ldm.latents.chunks import CHUNK_SAMPLES, LatentSample, Summary
+from ldm.latents.chunks import CHUNK_SAMPLES, LatentSample, Run, Summary
 from ldm.latents.compute import Dtype, Process, versions
 from ldm.latents.external import ExternalLatent, ExternalSource, FilePerImageFolder, LightningDiTFolder
 from ldm.latents.text_encoders import TextEncoders
@@ -184,17 +184,18 @@ class Importer:
         size = [side * self.factor for side in latents["mean"].shape[1:]]
         return LatentSample(image.key, image.captions, latents, size, [0, 0, *size])
 
-    def write(self, writer: ShardWriter, samples: Iterable[LatentSample]) -> int:
-        """Write one shard; returns how many images it has."""
-        before = self.summary.shapes.total()
+    def write(self, writer: ShardWriter, samples: Iterable[LatentSample]) -> list[Run]:
+        """Write one shard; returns the shapes of its latents."""
+        before = len(self.summary.shapes)
         for number, group in enumerate(_by_size(samples)):
             embedded = self.texts.lookup(caption for sample in group for caption in sample.captions)
             writer.write(f"{number:08d}", self.summary.chunk(group, embedded, str(self.source.src)).members())
-        return self.summary.shapes.total() - before
+        return self.summary.shapes[before:]
 
-    def manifest_extra(self, autoencoder: str, out: Path, null_text: str) -> dict[str, Any]:
-        """The entries of the manifest in ``out``; ``autoencoder`` and ``null_text`` are hashes."""
-        sides = {side for shape in self.summary.shapes for side in shape[1:]}
+    def manifest_extra(self, autoencoder: str, out: Path, null_text: str, shards: dict[str, list[Run]]) -> dict[str, Any]:
+        """The entries of the manifest in ``out``; ``autoencoder`` and ``null_text`` are hashes, ``shards`` what :meth:`write`
+        returned."""
+        sides = {side for run in self.summary.shapes for side in run[1:3]}
         info = LatentInfo(
             autoencoder=autoencoder,
             resolution=sides.pop() * self.factor if len(sides) == 1 else None,
@@ -208,7 +209,7 @@ class Importer:
             versions=versions(),
             null_text=null_text,
         )
-        return self.summary.complete(info, out).as_extra() | {"quarantined": len(self.quarantine)}
+        return self.summary.complete(info, out, shards).as_extra() | {"quarantined": len(self.quarantine)}
 
 
 def _by_size(samples: Iterable[LatentSample]) -> Iterator[list[LatentSample]]:
@@ -276,18 +277,19 @@ def import_latents(
     texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, "fp32")
     importer = Importer(source, layout, texts, dtype, (mean, std) if scaled else None, downsampling_factor(autoencoder))
     samples = importer.samples(on_progress or (lambda done, total: None))
-    entries = []
+    entries, shapes = [], {}
     try:
         with atomic_folder(out) as folder:
             for _, of_shard in groupby(enumerate(samples), key=lambda pair: pair[0] // samples_per_shard):
                 with ShardWriter(folder, "latents", samples_per_shard=None, first_index=len(entries)) as writer:
-                    count = importer.write(writer, (sample for _, sample in of_shard))
-                entries.append(replace(writer.entries[0], samples=count))
+                    runs = importer.write(writer, (sample for _, sample in of_shard))
+                entries.append(replace(writer.entries[0], samples=sum(run[3] for run in runs)))
+                shapes[entries[-1].name] = runs
             null_text = write_null_text(folder, texts.null())
             if bad := sorted(importer.quarantine.known):
                 lines = [json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in bad]
                 (folder / QUARANTINE_NAME).write_text("".join(lines), "utf-8")
-            extra = importer.manifest_extra(autoencoder_hash(autoencoder), out, null_text)
+            extra = importer.manifest_extra(autoencoder_hash(autoencoder), out, null_text, shapes)
             manifest = Manifest(LATENT_SHARDS, tuple(entries), extra)
             manifest.save(folder)
     except OSError as error:

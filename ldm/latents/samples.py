@@ -9,12 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import Tensor
 
-from ldm.data.decode import DecodeError
+from ldm.data.buckets import Buckets
+from ldm.data.decode import DecodeError, decode_image
 from ldm.data.latent_schema import LatentShard, latent_info, path_of
 from ldm.data.manifest import IMAGE_SHARDS
-from ldm.data.shards import ShardReader
+from ldm.data.shards import ShardReader, ShardSample
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.latents.images import CaptionedImages
@@ -72,10 +74,10 @@ def decode_mean(autoencoder: AutoencoderKL, mean: np.ndarray) -> Tensor:
 class SourceImages:
     """The images that latents were encoded from, found by shard and key and preprocessed as the export did."""
 
-    def __init__(self, source: ShardSource, resolution: int | None, factor: int):
+    def __init__(self, source: ShardSource, resolution: int | None, factor: int, buckets: Buckets | None):
         """``source`` is of image shards; the other arguments are those of :class:`CaptionedImages`."""
         self.source = source
-        self.dataset = CaptionedImages(source, resolution, factor, "first")
+        self.dataset = CaptionedImages(source, resolution, factor, "first", buckets)
         self._number: int | None = None
 
     @classmethod
@@ -106,22 +108,30 @@ class SourceImages:
                 "shards that they were exported from, or export again: ldm latents export"
             )
         images.check_cheap()
-        return cls(images, info.resolution, downsampling_factor(autoencoder))
+        return cls(images, info.resolution, downsampling_factor(autoencoder), info.buckets)
 
     def image(self, stored: StoredLatent, device: torch.device | str = "cpu") -> Tensor | None:
         """The image (1, 3, H, W) in [−1, 1] of a latent; None where its shard has no such key.
 
         Raises :class:`DecodeError` where it cannot be used.
         """
+        if (sample := self._sample(stored.shard, stored.key)) is None:
+            return None
+        pixels = self.dataset.decode((sample, False), None)["image"]
+        return pixels_to_images(torch.from_numpy(np.ascontiguousarray(pixels))[None].to(device))
+
+    def whole(self, shard: str, key: str) -> Image.Image | None:
+        """The whole image of which a latent shard holds a part under ``key``; None and errors as for :meth:`image`."""
+        sample = self._sample(shard, key)
+        return None if sample is None else decode_image(sample.image or b"")
+
+    def _sample(self, shard: str, key: str) -> ShardSample | None:
         # latents-00012.tar was made from image shard 12
-        digits = stored.shard.removesuffix(".tar").rpartition("-")[2]
+        digits = shard.removesuffix(".tar").rpartition("-")[2]
         number = int(digits) if digits.isdecimal() else -1
         if not 0 <= number < len(self.source.manifest.shards):
             return None
         if number != self._number:  # latents come shard by shard
             self._reader, self._number = ShardReader(self.source.path(number), key_dot=self.source.manifest.key_dot), number
             self._rows = {key: row for row, key in enumerate(self._reader.keys)}
-        if stored.key not in self._rows:
-            return None
-        pixels = self.dataset.decode((self._reader[self._rows[stored.key]], False), None)["image"]
-        return pixels_to_images(torch.from_numpy(np.ascontiguousarray(pixels))[None].to(device))
+        return self._reader[self._rows[key]] if key in self._rows else None

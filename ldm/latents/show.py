@@ -24,6 +24,7 @@ from ldm.latents.samples import SourceImages, StoredLatent, decode_mean, sample_
 from ldm.models.autoencoder import images_to_pil
 from ldm.reporting.grids import captioned_grid, paired_grid
 from ldm.reporting.pages import Report
+from ldm.reporting.sizes import add_buckets, add_sizes, marked_crop, worst
 
 # images in a row, which with its label is as wide as the page; their side in pixels; images in all
 COLUMNS, CELL = 7, 96
@@ -32,6 +33,8 @@ SHOWN = 2 * COLUMNS
 FEW_CHANNELS = 16
 # vectors sampled from each latent: enough for statistics, and memory does not grow with the size of the images
 VECTORS_PER_LATENT = 1024
+# counted by an export with buckets
+COUNTED = {"of these too small for every bucket": "too_small", "images enlarged": "enlarged"}
 BINS, REACH = 48, 4.0  # of histograms, from -REACH to REACH standard deviations
 TOKEN_BINS = 60
 
@@ -85,6 +88,7 @@ def show(
     space = Space.of(vectors)
     report = Report("Latents", source.spec)
     _overview(report, source, info, counts)
+    _sizes(report, source, info, counts, images)
     _images(report, info, space, shown, autoencoder, images)
     _channels(report, space, shown)
     _statistics(report, info, space)
@@ -99,26 +103,46 @@ class Counts:
     Attributes:
         shapes: images by (C, h, w), the most frequent first.
         lengths: for each text encoder, captions by number of tokens.
+        which: the place in ``shapes`` of each image's, (N,).
+        original_sizes, crops: as in the schema of latents, (N, 2) and (N, 4).
     """
 
     shapes: dict[tuple[int, ...], int]
     lengths: list[np.ndarray]
+    which: np.ndarray
+    original_sizes: np.ndarray
+    crops: np.ndarray
 
     @classmethod
     def of(cls, source: ShardSource, info: LatentInfo) -> Counts:
         shapes: Counter[tuple[int, ...]] = Counter()
         lengths: list[Counter[int]] = [Counter() for _ in info.text_encoders]
+        of_chunks, sizes, crops = [], [], []
         try:
             for tensors in LatentDataset(source).chunked():
-                shapes[tensors["mean"].shape[1:]] += len(tensors["mean"])
+                of_chunks.append((tensors["mean"].shape[1:], len(tensors["mean"])))
+                shapes[of_chunks[-1][0]] += of_chunks[-1][1]
+                sizes.append(tensors["original_size"][:])
+                crops.append(tensors["crop"][:])
                 for number, counter in enumerate(lengths):
                     counter.update(np.diff(tensors[f"{text_name(number)}_start"]).tolist())
         except (DecodeError, KeyError) as error:
             raise LdmError(f"{source.spec}: a sample {error}; `ldm latents check {source.spec}` names it") from None
+        places = {shape: place for place, (shape, _) in enumerate(shapes.most_common())}
         return cls(
             dict(shapes.most_common()),
             [np.array([counter[length] for length in range(max(counter, default=0) + 1)]) for counter in lengths],
+            np.repeat([places[shape] for shape, _ in of_chunks], [count for _, count in of_chunks]),
+            np.concatenate(sizes),
+            np.concatenate(crops),
         )
+
+    @property
+    def cropped(self) -> np.ndarray:
+        """The share of each image's area that was cropped off, (N,): crops are in the centre, but for those by less than the
+        autoencoder's factor."""
+        top, left, height, width = self.crops.astype(np.float64).T
+        return 1 - height * width / ((2 * top + height) * (2 * left + width))
 
 
 class Vectors:
@@ -227,7 +251,8 @@ def _overview(report: Report, source: ShardSource, info: LatentInfo, counts: Cou
         ("autoencoder", info.autoencoder[:12]),
         ("image shards", f"{info.source[:12]}, exported from {info.source_shards or 'an unknown folder'}"),
         ("images skipped", str(manifest.extra.get("quarantined", "unknown"))),
-        ("resolution", f"{info.resolution} pixels" if info.resolution else "that of each image"),
+        *((name, str(manifest.extra[entry])) for name, entry in COUNTED.items() if entry in manifest.extra),
+        ("resolution", _resolution(info, counts)),
         ("posterior", "mean and standard deviation" if info.posterior == "gaussian" else "mode only"),
         ("mirrored images", "encoded too" if info.flips else "not encoded"),
         ("captions", "all of each image" if info.captions == "all" else "the first of each image"),
@@ -236,12 +261,48 @@ def _overview(report: Report, source: ShardSource, info: LatentInfo, counts: Cou
         ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
     ]
     report.table("Manifest", ("entry", "value"), rows)
-    if len(counts.shapes) > 1:
-        shares = [(_by(shape), number, round(100 * number / manifest.samples, 1)) for shape, number in counts.shapes.items()]
-        report.table("Sizes", ("channels × height × width", "images", "%"), shares)
     if info.text_encoders:
         rows = [(text.name, text.hash[:12], text.width, text.max_tokens, text.cut) for text in info.text_encoders]
         report.table("Text encoders", ("name", "hash", "width", "token limit", "captions truncated"), rows)
+
+
+def _resolution(info: LatentInfo, counts: Counts) -> str:
+    if info.buckets is None:
+        return f"{info.resolution} pixels" if info.resolution else "that of each image"
+    how, bases = info.buckets, " and ".join(map(str, info.buckets.bases))
+    return (
+        f"{len(counts.shapes)} of {len(how.table)} buckets of {bases} pixels, in steps of {how.step}, to {how.max_aspect:g}:1, "
+        f"enlarged up to {how.max_upscale:g} times"
+    )
+
+
+def _sizes(report: Report, source: ShardSource, info: LatentInfo, counts: Counts, images: SourceImages | None) -> None:
+    """The sizes of the images, what was cropped off, and the images that lost most."""
+    cropped = counts.cropped
+    add_sizes(report, counts.original_sizes)
+    if len(counts.shapes) > 1 or cropped.any():
+        add_buckets(
+            report,
+            "Sizes" if info.buckets is None else "Buckets",
+            [_by(shape) for shape in counts.shapes],
+            counts.which,
+            cropped,
+        )
+    if images is None or not (rows := worst(cropped, SHOWN)):
+        return
+    dataset, marked, names = LatentDataset(source), [], []
+    for row in rows:
+        shard, key = dataset.name_of(row)
+        try:
+            image = images.whole(Path(shard).name, key)
+        except DecodeError:
+            continue
+        if image is not None:
+            marked.append(marked_crop(image, counts.crops[row].tolist()))
+            names.append(f"{key}: {cropped[row]:.0%}")
+    if marked:
+        note = "The images of which most was cropped off; the frame is what was encoded."
+        report.image("Largest crops", captioned_grid(marked, names, columns=COLUMNS, cell=CELL), note)
 
 
 def _images(

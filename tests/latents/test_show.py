@@ -46,7 +46,7 @@ def write(make_info, folder, channels, sizes, mode=False, encoders=1, flips=Fals
                 latents={name: rng.uniform(0.1, 2, (count, channels, height, width)).astype(np.float16) for name in names},
                 texts=[[np.ones((length, 6), np.float16) for length in lengths] for _ in range(encoders)],
                 original_size=np.ones((count, 2)),
-                crop=np.ones((count, 4)),
+                crop=np.array([[0, 0, 1, 1]] * count),
             )
             writer.write(f"{number:08d}", chunk.members())
             moments.append(chunk.moments())
