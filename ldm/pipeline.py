@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from ldm.data.decode import decode_image
-from ldm.diffusion.conditioning import Condition
+from ldm.diffusion.conditioning import Condition, takes_sizes
 from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.guidance import ClassifierFree, Conversion, Guidance, GuidedDenoiser
 from ldm.diffusion.sampler import Sampler
@@ -55,16 +55,24 @@ STRENGTH = 0.6  # keeps what an image shows, and leaves colours and details to t
 RENAMED = {"text_width": "caption_channels", "num_heads": "num_attention_heads"}
 PRECISIONS = (torch.float32, *HALF_PRECISION)
 MAX_SIDE = 2**15  # pixels
+MAX_ORIGINAL = 2**20  # pixels
+FAR = 1.5  # ratio of a side to the nearest size trained on, above which a size is warned of
 _log = logging.getLogger(__name__)
+# C, h, w
+LatentShape = Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=3, max_length=3)]
 
 
 class TrainedOn(TypedDict, total=False):
-    """What a denoiser's latents were made with: sha256 of networks and statistics, and C, h, w."""
+    """What a denoiser's latents were made with: sha256 of networks and statistics, and C, h, w of the default size.
+
+    ``latent_shapes``: of every size trained on, where there are several.
+    """
 
     autoencoder: str
     text_encoder: str
     latent_statistics: str
-    latent_shape: Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=3, max_length=3)]
+    latent_shape: LatentShape
+    latent_shapes: Annotated[list[LatentShape], Field(min_length=1)]
 
 
 class Fingerprints(TypedDict, total=False):
@@ -117,7 +125,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         Args:
             trained_on: what the denoiser's latents were made with: sha256 of ``autoencoder``, ``text_encoder`` and
-                ``latent_statistics``, and ``latent_shape``; kept in ``model_index.json``, see :meth:`check_parts`.
+                ``latent_statistics``, ``latent_shape`` of the default size, and ``latent_shapes`` where it was trained on
+                several; kept in ``model_index.json``, see :meth:`check_parts`.
             diffusion: path and prediction of the denoiser, as :func:`ldm.diffusion.scheduler.diffusion_config` gives them;
                 kept in ``model_index.json``. Where it is not given, it is derived from ``scheduler``.
             format_version: of the ``model_index.json`` that it was loaded from; it is saved as the present one.
@@ -137,6 +146,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if diffusion is None and scheduler is not None:
             self.register_to_config(diffusion=diffusion_config(*diffusion_of(cast(Scheduler, scheduler))))
         self._unknown: set[str] = set()  # words that were named already
+        self._far: set[tuple[int, int]] = set()  # sizes that were named already
         self.vae_scale_factor = downsampling_factor(vae) if vae is not None else 8
 
     @cached_property
@@ -201,12 +211,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 )
         check_scheduler(self.scheduler, *self.diffusion)
         config = self.transformer.config
-        shape = [config.in_channels, config.sample_size]
-        trained = before.get("latent_shape") or [*shape, config.sample_size]
-        if shape != [trained[0], max(trained[1:])]:
+        channels, *sides = before.get("latent_shape") or (config.in_channels, config.sample_size)
+        # older pipelines have no record of the config, but their sample_size is the longer side
+        if config.in_channels != channels or ("denoiser" not in known and config.sample_size != max(sides)):
             raise UsageError(
-                f"transformer/ of the pipeline is made for latents of {shape[0]} channels and side {shape[1]}, but was trained "
-                f"on {trained[0]} and {max(trained[1:])}; put its own config.json back"
+                f"transformer/ of the pipeline is made for latents of {config.in_channels} channels and side "
+                f"{config.sample_size}, but was trained on {channels} and {max(sides)}; put its own config.json back"
             )
         found = self._denoiser_config()
         for name, value in known.get("denoiser", {}).items():
@@ -218,10 +228,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that it was trained on."""
-        side = self.transformer.config.sample_size
-        height, width = ((self.config["trained_on"] or {}).get("latent_shape") or [0, side, side])[1:]
-        return height * self.vae_scale_factor, width * self.vae_scale_factor
+        """Height and width in pixels of the images that it was trained on, of most of them where there are several sizes."""
+        return self.trained_sizes[0]
+
+    @property
+    def trained_sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of all images that it was trained on, the default size first."""
+        before, side = self.config["trained_on"] or {}, self.transformer.config.sample_size
+        shapes = before.get("latent_shapes") or [before.get("latent_shape") or (0, side, side)]
+        return [(height * self.vae_scale_factor, width * self.vae_scale_factor) for _, height, width in shapes]
 
     def enable_vae_tiling(self) -> None:
         """Decode and encode images larger than the autoencoder was trained on in tiles; see
@@ -261,6 +276,29 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """The condition of texts by their token ids, as :meth:`tokenize` gives them."""
         embeddings, mask = embed(self.text_encoder, *pad_tokens(self.tokenizer, tokens))
         return Condition(embeddings.to(self.transformer.dtype), mask)
+
+    def with_sizes(
+        self,
+        condition: Condition,
+        size: Sequence[int],
+        original_size: Sequence[int] | None = None,
+        crops_coords_top_left: Sequence[int] = (0, 0),
+    ) -> Condition:
+        """A condition that also holds the sizes which a denoiser with micro-conditioning takes; for another denoiser the
+        condition as it is. Arguments as in :meth:`__call__`, all (height, width). Raises UsageError for sizes that are none, or
+        that the denoiser does not take."""
+        if not takes_sizes(self.transformer):
+            if original_size is not None or tuple(crops_coords_top_left) != (0, 0):
+                raise UsageError("the denoiser was made without micro-conditioning; leave out original_size and the crop")
+            return condition
+        numbers = (*(size if original_size is None else original_size), *crops_coords_top_left, *size)
+        if len(numbers) != 6 or not all(type(number) is int and 0 <= number <= MAX_ORIGINAL for number in numbers):
+            raise UsageError(
+                f"original_size is {original_size!r} and crops_coords_top_left {crops_coords_top_left!r}; give two whole "
+                "numbers, in pixels"
+            )
+        sizes = torch.tensor(numbers, dtype=torch.float32, device=condition.mask.device)
+        return condition._replace(sizes=sizes.expand(len(condition.mask), -1))
 
     @torch.no_grad()
     def encode_images(self, image: Images, height: int | None = None, width: int | None = None) -> Tensor:
@@ -308,6 +346,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         strength: float | None = None,
         mask_image: Images | None = None,
         sampler: Sampler | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
     ) -> Any:  # untyped, as in diffusers: ``images`` are of the type that ``output_type`` says
         """Generate images from prompts, from images, or both.
 
@@ -345,6 +385,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 image's pixels stay identical.
             sampler: as :meth:`make_sampler` gives it, in the place of ``num_inference_steps`` and ``strength``: it serves many
                 calls.
+            original_size, crops_coords_top_left: of a denoiser with micro-conditioning, as diffusers' SDXL pipelines take them:
+                height and width of the image that this would have been made from, and where it would have been cropped. The
+                size itself and no crop unless given.
 
         Raises:
             UsageError: for a prompt, an image or a size that the model cannot take, or a scheduler that does not fit the
@@ -385,6 +428,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             x0 = encode_latents(self.vae, prepared.images)
             if prepared.mask is not None:
                 known = KnownPart(x0, latents, latent_mask(prepared.mask, self.vae_scale_factor))
+        size = tuple(side * self.vae_scale_factor for side in latents.shape[2:])
+        condition, null = (self.with_sizes(each, size, original_size, crops_coords_top_left) for each in (condition, null))
         guided = self._guided(condition, null, guidance, weak_transformer)
         self._interrupt, self._num_timesteps = False, len(sampler)
         with self._progress(len(sampler)) as progress:
@@ -442,6 +487,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         prepared = prepared.to(self._execution_device, len(condition.mask))
         sampler = self.make_sampler(num_inference_steps)
         x0 = encode_latents(self.vae, prepared.images)
+        size = prepared.images.shape[2:]
+        condition, null = (self.with_sizes(each, size) for each in (condition, null))
         guided = self._guided(condition, null, ClassifierFree(guidance_scale))
         with self._progress(num_inference_steps) as progress:
             noise = invert(sampler, guided, x0, on_step=progress.update)
@@ -554,15 +601,29 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """(B, C, h, w) of images of ``height`` and ``width`` pixels, the size trained on unless given. Raises UsageError for a
-        size that the patches do not divide."""
+        size that the patches do not divide; one far from all sizes trained on is named in the log, once."""
         height, width = (self.default_size[0] if height is None else height), (self.default_size[1] if width is None else width)
         shown, unit = f"{width}x{height}", self.size_unit
         if not all(type(side) is int and side > 0 and side % unit == 0 for side in (height, width)):
             raise UsageError(f"an image of {shown} cannot be generated: give multiples of {unit} pixels")
         if max(height, width) > MAX_SIDE:
             raise UsageError(f"an image of {shown} cannot be generated: no side may be above {MAX_SIDE} pixels")
+        self._warn_of_size(height, width)
         factor: int = self.vae_scale_factor
         return batch, self.transformer.config.in_channels, height // factor, width // factor
+
+    def _warn_of_size(self, height: int, width: int) -> None:
+        def distance(size: tuple[int, int]) -> float:
+            """The larger ratio of the sides."""
+            return max(height / size[0], size[0] / height, width / size[1], size[1] / width)
+
+        nearest = min(self.trained_sizes, key=distance)
+        if distance(nearest) > FAR and (height, width) not in self._far:
+            self._far.add((height, width))
+            _log.warning(
+                "%dx%d is far from the sizes that the model was trained on, the nearest is %dx%d; objects may repeat or be cut",
+                *(width, height, *reversed(nearest)),
+            )
 
     def _check_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> None:
         """Raise UsageError for latents that do not fit the denoiser, the prompts, or the size asked for."""

@@ -237,6 +237,26 @@ def test_the_default_size_is_the_one_trained_on(saved):
     assert loaded(PROMPT, num_inference_steps=1, height=16).images[0].size == (16, 16)
 
 
+def test_all_sizes_trained_on_are_known_and_one_far_from_them_is_warned_of_once(saved, tmp_path, caplog):
+    """Of several the first is the default; a pipeline of before knows one."""
+    several = [[4, 4, 8], [4, 8, 4], [4, 6, 6]]
+    index = json.loads((saved / INDEX).read_text())
+    folder = edited(saved, tmp_path / "several", INDEX, {"trained_on": index["trained_on"] | {"latent_shapes": several}})
+    loaded, before = load_pipeline(folder).to("cpu"), load_pipeline(saved).to("cpu")
+    assert loaded.trained_sizes == [(8, 16), (16, 8), (12, 12)] and before.trained_sizes == [(8, 16)] == [before.default_size]
+    assert loaded.default_size == (8, 16)
+    for height, width in ((8, 16), (12, 12), (12, 16), (16, 8), (16, 12)):
+        loaded.latent_shape(1, height, width)
+    assert not caplog.records
+    for pipeline, sizes in ((loaded, ((24, 24), (24, 24), (4, 16))), (before, ((16, 8),))):
+        for height, width in sizes:
+            pipeline.latent_shape(1, height, width)
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
+        f"{size} is far from the sizes that the model was trained on, the nearest is {nearest}"
+        for size, nearest in (("24x24", "12x12"), ("16x4", "16x8"), ("8x16", "16x8"))
+    ]
+
+
 @pytest.mark.parametrize("variant", [None, "fp16", "half"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_copy_in_half_precision_is_known_as_the_same_network(saved, tmp_path, caplog, dtype, variant):
@@ -333,6 +353,7 @@ SCHEDULER, TEXT, TOKENIZER = "scheduler/scheduler_config.json", "text_encoder/co
         (INDEX, {"trained_on": []}, "model_index.json: trained_on: "),
         (INDEX, {"trained_on": {"latent_shape": [4, 0, 8]}}, r"model_index.json: trained_on.latent_shape.1: "),
         (INDEX, {"trained_on": {"latent_shape": [4, 8]}}, r"model_index.json: trained_on.latent_shape: "),
+        (INDEX, {"trained_on": {"latent_shapes": [[4, 8]]}}, r"model_index.json: trained_on.latent_shapes.0: "),
         (INDEX, {"trained_on": {"autoencoder": 5}}, r"model_index.json: trained_on.autoencoder: "),
         (INDEX, {"fingerprints": {"autoencoder": "x"}}, r"model_index.json: fingerprints.autoencoder: "),
         (INDEX, {"diffusion": {"path": 3}}, "model_index.json: diffusion.path: "),

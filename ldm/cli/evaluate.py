@@ -44,6 +44,7 @@ def add(commands: Commands) -> None:
     pipeline.add_argument("--preset", choices=["one", "two"], default="one")
     pipeline.add_argument("--prompts", type=int, default=256, help="how many")
     pipeline.add_argument("--seen", action="store_true", help="prompts of the kind trained on, instead of held-out ones")
+    pipeline.add_argument("--size", metavar="WxH", help="in pixels, or one number (default: what the model was trained on)")
     pipeline.add_argument("--steps", type=int, default=30)
     pipeline.add_argument("--guidance", type=float, default=3.0)
     pipeline.add_argument("--seed", type=int, default=0)
@@ -115,12 +116,14 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
 
 def run_evaluate_pipeline(options: argparse.Namespace) -> None:
     from ldm.evaluation.prompts import generate_from_captions, shape_accuracy
+    from ldm.inference.prompts import parse_size
     from ldm.pipeline import load_pipeline
     from ldm.shapes.scenes import held_out_prompts, seen_prompts
 
     require_count("prompts", options.prompts)
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed is {options.seed}; give 0 to {2**32 - 1}")
+    width, height = (None, None) if options.size is None else parse_size(options.size)
     pipeline = load_pipeline(options.model)
     prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset, options.prompts, options.seed)
     with Progress("generating", len(prompts)) as progress:
@@ -131,6 +134,8 @@ def run_evaluate_pipeline(options: argparse.Namespace) -> None:
             batch_size=64,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
+            width=width,
+            height=height,
             on_progress=progress.update,
         )
     print_table({name: [f"{value:.4f}"] for name, value in shape_accuracy(images, prompts).items()}, "value")

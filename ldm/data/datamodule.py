@@ -118,6 +118,8 @@ class ShardDataModule(LightningDataModule):
         self.reads_captions = True
         #: train on samples of the largest size alone, which need the most memory
         self.only_largest = False
+        #: of the module that is trained; True: the original sizes and crops of latents are read, too
+        self.reads_sizes = False
         #: called about once a second while a batch is awaited; its exception ends the wait
         self.on_wait: Callable[[], None] = nothing
         self.loader: ShardLoader | None = None
@@ -142,7 +144,7 @@ class ShardDataModule(LightningDataModule):
         else:
             self._check_latents(sources, augmentation)
             null_text = read_null_text(sources[0], self.text_encoder)
-            dataset = LatentDataset(sources, augmentation, null_text, self.text_encoder)
+            dataset = LatentDataset(sources, augmentation, null_text, self.text_encoder, self.reads_sizes)
         dataset.max_in_a_row = self.max_bad_in_a_row
         return dataset
 
@@ -175,6 +177,7 @@ class ShardDataModule(LightningDataModule):
         """Open the data sets, and refuse folders whose files disagree with their manifests."""
         if self.trainer is not None:
             self.reads_captions = getattr(self.trainer.lightning_module, "reads_captions", self.reads_captions)
+            self.reads_sizes = getattr(self.trainer.lightning_module, "reads_sizes", self.reads_sizes)
         size, how = (None, Augmentation()) if self.validation_whole else (self.image_size, Augmentation(self.augmentation.crop))
         self.validation_set = self._dataset(self._open([str(self.validation)]), size, how)
         self.validation_quarantine = Quarantine(len(self._validated()), self.max_bad_share, self.max_bad_in_a_row)

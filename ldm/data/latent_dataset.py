@@ -46,6 +46,7 @@ class LatentDataset(ShardDataset[LatentShard]):
         augmentation: Augmentation = NOTHING_RANDOM,
         null_text: np.ndarray | None = None,
         text_encoder: int = 0,
+        read_sizes: bool = False,
     ):
         """
         Args:
@@ -54,10 +55,12 @@ class LatentDataset(ShardDataset[LatentShard]):
                 export has fixed the others.
             null_text: the encoded empty caption, (L, D), which replaces a dropped caption.
             text_encoder: whose embeddings are read, by its position in the export, from 0.
+            read_sizes: also read ``original_size`` and ``crop``; of a mirrored image, those of the image as it is.
         """
         super().__init__(sources)
         self.augmentation, self.null_text, self.text = augmentation, null_text, text_name(text_encoder)
         self._text_start = f"{self.text}_start"
+        self._sizes = ("original_size", "crop") if read_sizes else ()
         self._names = ("mean",) if self.sources[0].manifest.extra.get("posterior") == "mode" else ("mean", "std")
 
     def open_shard(self, path: Path, entry: ShardEntry, key_dot: KeyDot = "first") -> LatentShard:
@@ -75,7 +78,8 @@ class LatentDataset(ShardDataset[LatentShard]):
     def decode(
         self, raw: tuple[dict[str, StoredTensor], int], draw: int | None, out: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """``mean``, ``std`` (C, h, w) and ``text`` (L, D); the draw's random numbers choose flip, caption and dropout.
+        """``mean``, ``std`` (C, h, w), ``text`` (L, D); ``original_size`` (2,) and ``crop`` (4,) where read. The draw's random
+        numbers choose flip, caption and dropout.
 
         Nothing is written to ``out``. ``std`` is absent where modes were exported.
         """
@@ -95,7 +99,7 @@ class LatentDataset(ShardDataset[LatentShard]):
             assert self.null_text is not None  # given wherever captions are dropped
             text = self.null_text.astype(text.dtype, copy=False)
         sample["text"] = text
-        return sample
+        return sample | {name: tensors[name][row] for name in self._sizes}
 
     def _choose(self, draw: int | None) -> tuple[bool, int, bool]:
         """Whether a draw is mirrored, its caption as a fraction of 2^64, and whether the caption is dropped.
@@ -139,16 +143,21 @@ class LatentDataset(ShardDataset[LatentShard]):
         """
         texts, lengths = [sample["text"] for sample in samples], [len(sample["text"]) for sample in samples]
         arrays = {name: [sample[name] for sample in samples] for name in ("mean", "std") if name in samples[0]}
-        if len(sizes := {array.shape for array in arrays["mean"]}) > 1:
-            found = ", ".join(f"{width} x {height}" for _, height, width in sorted(sizes))
+        if len(differing := {array.shape for array in arrays["mean"]}) > 1:
+            found = ", ".join(f"{width} x {height}" for _, height, width in sorted(differing))
             raise LdmError(f"one batch holds latents of several sizes ({found}); export them with one image_size")
         tokens = len(samples), padded_length(max(lengths))
         shapes = {name: ((len(samples), *array[0].shape), _dtype(array)) for name, array in arrays.items()}
+        read = [name for name in ("original_size", "crop") if name in samples[0]]
+        sizes = {name: np.stack([sample[name] for sample in samples]) for name in read}
+        shapes |= {name: (array.shape, torch.int32) for name, array in sizes.items()}
         shapes |= {"text": ((*tokens, texts[0].shape[1]), _dtype(texts)), "text_mask": (tokens, torch.int64)}
         batch: dict[str, Any] = allocate(shapes, empty)
         for name in arrays:
             for place, array in zip(batch[name].numpy(), arrays[name], strict=True):
                 place[...] = array
+        for name, array in sizes.items():
+            batch[name].numpy()[...] = array
         batch["text"].zero_()
         for place, text, length in zip(batch["text"].numpy(), texts, lengths, strict=True):
             place[:length] = text

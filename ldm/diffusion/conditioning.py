@@ -16,27 +16,58 @@ if TYPE_CHECKING:
 class Condition(NamedTuple):
     """Encoded captions: ``embeddings`` (B, L, D) and ``mask`` (B, L), 1 for tokens and 0 for padding.
 
-    The null condition is that of the empty caption.
+    The null condition is that of the empty caption. ``sizes`` (B, 6) are the :func:`micro_conditions`, for denoisers that take
+    them (:func:`takes_sizes`).
     """
 
     embeddings: Tensor
     mask: Tensor
+    sizes: Tensor | None = None
 
     def pad(self, length: int) -> Condition:
         """Pad to ``length`` tokens."""
         missing = length - self.mask.shape[1]
-        return Condition(F.pad(self.embeddings, (0, 0, 0, missing)), F.pad(self.mask, (0, missing)))
+        padded = F.pad(self.embeddings, (0, 0, 0, missing)), F.pad(self.mask, (0, missing))
+        return Condition(*padded, self.sizes)
 
     def repeat(self, count: int) -> Condition:
         """Repeat each row ``count`` times in succession: (B·count, L, D)."""
-        return Condition(self.embeddings.repeat_interleave(count, 0), self.mask.repeat_interleave(count, 0))
+        sizes = None if self.sizes is None else self.sizes.repeat_interleave(count, 0)
+        return Condition(self.embeddings.repeat_interleave(count, 0), self.mask.repeat_interleave(count, 0), sizes)
+
+    def rows(self, index: Tensor) -> Condition:
+        """The rows of these numbers."""
+        return Condition(self.embeddings[index], self.mask[index], None if self.sizes is None else self.sizes[index])
 
 
 def concatenate(first: Condition, second: Condition) -> Condition:
     """Stack two conditions along the batch, padded to the longer one."""
     length = max(first.mask.shape[1], second.mask.shape[1])
     first, second = first.pad(length), second.pad(length)
-    return Condition(torch.cat([first.embeddings, second.embeddings]), torch.cat([first.mask, second.mask]))
+    sizes = None if first.sizes is None or second.sizes is None else torch.cat([first.sizes, second.sizes])
+    return Condition(torch.cat([first.embeddings, second.embeddings]), torch.cat([first.mask, second.mask]), sizes)
+
+
+def takes_sizes(denoiser: nn.Module) -> bool:
+    """Whether a denoiser is conditioned on the sizes of images: a DiT or diffusers' PixArt that was made so."""
+    config = getattr(denoiser, "config", {})
+    return bool(config.get("micro_conditioning") or getattr(denoiser, "use_additional_conditions", False))
+
+
+def micro_conditions(original_size: Tensor, crop: Tensor, target_size: tuple[int, int]) -> Tensor:
+    """The six numbers by which SDXL knows how an image was made (Podell et al. 2023, arXiv 2307.01952, section 2.2).
+
+    Args:
+        original_size: (B, 2), height and width in pixels before all resizing.
+        crop: (B, 4), top, left, height and width of the part that was cropped out and resized to the target.
+        target_size: height and width in pixels.
+
+    Returns:
+        (B, 6), float32: height and width of the original; top and left of the crop, in pixels of the target; height and width
+        of the target.
+    """
+    target = torch.tensor(target_size, dtype=torch.float32, device=crop.device).expand(len(crop), 2)
+    return torch.cat([original_size.float(), crop[:, :2] * target / crop[:, 2:], target], 1)
 
 
 def encode_condition(denoiser: nn.Module, condition: Condition) -> Condition | EncodedText:
@@ -45,7 +76,7 @@ def encode_condition(denoiser: nn.Module, condition: Condition) -> Condition | E
     For networks without ``encode_text``, such as diffusers' PixArt, it is the condition itself.
     """
     encode_text = getattr(denoiser, "encode_text", None)
-    return condition if encode_text is None else encode_text(condition.embeddings, condition.mask)
+    return condition if encode_text is None else encode_text(*(part for part in condition if part is not None))
 
 
 def denoise(denoiser: nn.Module, x_t: Tensor, timestep: Tensor, condition: Condition | EncodedText) -> Tensor:
@@ -65,7 +96,7 @@ def denoise_with_activations(
 
     Only a :class:`ldm.models.dit.DiT` returns activations.
     """
-    text, mask = condition if isinstance(condition, Condition) else (condition, None)
+    text, mask, sizes = condition if isinstance(condition, Condition) else (condition, None, None)
     output = denoiser(
         hidden_states=x_t.to(getattr(denoiser, "dtype", x_t.dtype)),  # PixArt does not cast its inputs
         encoder_hidden_states=text,
@@ -73,5 +104,14 @@ def denoise_with_activations(
         encoder_attention_mask=mask,
         return_dict=False,
         **({"return_activations": blocks} if blocks else {}),
+        **({} if sizes is None else {"added_cond_kwargs": _added_conditions(denoiser, sizes)}),
     )
     return output[0], output[1] if blocks else {}
+
+
+def _added_conditions(denoiser: nn.Module, sizes: Tensor) -> dict[str, Tensor]:
+    """:func:`micro_conditions` as diffusers passes them: to PixArt the original size and the ratio of the target's sides, else
+    all six, as to SDXL."""
+    if hasattr(denoiser, "use_additional_conditions"):
+        return {"resolution": sizes[:, :2], "aspect_ratio": sizes[:, 4:5] / sizes[:, 5:]}
+    return {"time_ids": sizes}

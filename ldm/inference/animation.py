@@ -114,8 +114,7 @@ class BlendedDenoiser(GuidedDenoiser):
         """
         self.images, texts = weights.nonzero(as_tuple=True)
         self.weights = weights[self.images, texts][:, None, None, None]
-        chosen = Condition(condition.embeddings[texts], condition.mask[texts])
-        super().__init__(denoiser, chosen, null.repeat(len(weights)), guidance, conversion)
+        super().__init__(denoiser, condition.rows(texts), null.repeat(len(weights)), guidance, conversion)
 
     def __call__(self, x_t: Tensor, timestep: Tensor, t: Tensor) -> Tensor:
         inputs, times = x_t[self.images], timestep[self.images]
@@ -182,7 +181,8 @@ def generate_frames(
         return randn_tensor(shape, generator=torch.Generator().manual_seed(seed), device=device, dtype=torch.float32)
 
     def generated() -> Iterator[Image.Image]:
-        condition, null = pipeline.embed(tokens[:-1]), pipeline.embed(tokens[-1:])
+        size = tuple(side * pipeline.vae_scale_factor for side in shape[2:])
+        condition, null = (pipeline.with_sizes(pipeline.embed(few), size) for few in (tokens[:-1], tokens[-1:]))
         for start in range(0, count, batch_size):
             batch = frames[start : start + batch_size]
             weights, noises = torch.zeros((len(batch), len(texts)), device=device), []

@@ -14,8 +14,9 @@ from ldm.errors import UsageError
 #: not, or part by part; ``cuda_graphs``: and each part is replayed as a CUDA graph, see :func:`compile_blocks`
 Compile = bool | Literal["cuda_graphs"]
 # torch counts the graphs of all modules together, because they share the code of nn.Module's call, and compiles no more beyond
-# a limit, 8 by default; a stage one of four levels needs 14 for each of training, validation, its last batch and previews
-MAX_GRAPHS = 128
+# a limit, 8 by default; a stage one of four levels needs 14 for each of training, validation, its last batch and previews, and
+# a stage two needs two for each of these and each size of image, of which there may be a hundred
+MAX_GRAPHS = 1024
 
 
 def compile_modules(modules: Iterable[nn.Module], any_size: bool = False, mode: str | None = None) -> None:
@@ -25,7 +26,7 @@ def compile_modules(modules: Iterable[nn.Module], any_size: bool = False, mode: 
         any_size: one graph for batches of all sizes, which is slower than one for each; for sizes that hardly repeat.
         mode: of ``torch.compile``.
     """
-    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
     # DDP would have graphs cut where its buckets of gradients end, to exchange one while the next is computed. Modules as small
     # as these overlap uncut, and cut in different places they share no graph.
     torch._dynamo.config.optimize_ddp = False

@@ -40,6 +40,7 @@ from ldm.models.layers import (
 
 AdaLN = Literal["single", "zero"]
 Positions = Literal["sincos", "rope", "sincos_rope"]
+NUM_SIZES = 6  # of micro-conditioning: see ldm.diffusion.conditioning.micro_conditions
 CHOICES = {
     "adaln": get_args(AdaLN),
     "norm": get_args(Norm),
@@ -168,11 +169,14 @@ class DiT(ModelMixin, ConfigMixin):
         activation: Activation = "gelu",
         qk_norm: bool = True,
         positions: Positions = "sincos",
+        micro_conditioning: bool = False,
     ):
         """
         Args:
             in_channels: channels of the latents.
-            sample_size: side of the latents in training, in latent pixels; other sizes can be sampled too.
+            sample_size: side of the grid of positions, in latent pixels: positions in latents of any height and width are
+                scaled to it, each axis by itself, as PixArt does. The side of the latents in training, or in the first stage
+                of several of rising resolution.
             patch_size: side of a token, in latent pixels.
             width: features per token; a multiple of 4.
             num_layers: number of blocks.
@@ -188,6 +192,9 @@ class DiT(ModelMixin, ConfigMixin):
             qk_norm: normalise queries and keys, for stability at high learning rates.
             positions: ``sincos`` is added to the tokens, ``rope`` rotates queries and keys of self-attention by their
                 position, ``sincos_rope`` does both (LightningDiT, Yao et al. 2025, arXiv 2501.01423).
+            micro_conditioning: also condition on the size of the original image, on where it was cropped, and on the size in
+                pixels, embedded and added to the time embedding (SDXL, Podell et al. 2023, arXiv 2307.01952), so that a model
+                trained on small and on cropped images need not generate blurred or cut ones.
         """
         super().__init__()
         _check_sizes(
@@ -219,6 +226,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.pooled_embed = (
             nn.Sequential(LayerNorm(caption_channels), nn.Linear(caption_channels, width)) if pooled_text else None
         )
+        self.size_embed = TimestepEmbedding(NUM_SIZES * 256, width) if micro_conditioning else None
         # adaLN-zero's projections are stacked into one linear layer: a single matrix product for all blocks
         projections = num_layers if adaln == "zero" else 1
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, projections * 6 * width))
@@ -242,8 +250,9 @@ class DiT(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
-        nn.init.normal_(self.time_embed.linear_1.weight, std=0.02)
-        nn.init.normal_(self.time_embed.linear_2.weight, std=0.02)
+        for embed in filter(None, (self.time_embed, self.size_embed)):
+            nn.init.normal_(embed.linear_1.weight, std=0.02)
+            nn.init.normal_(embed.linear_2.weight, std=0.02)
         to_text = [cast(DiTBlock, block).text_attention.to_out for block in self.blocks]
         for linear in (self.modulation[1], self.modulation_out[1], self.proj_out, *to_text):
             nn.init.zeros_(cast(nn.Linear, linear).weight)
@@ -256,6 +265,7 @@ class DiT(ModelMixin, ConfigMixin):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
         return_activations: Sequence[int] = (),
+        added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> DiTOutput | tuple[Tensor] | tuple[Tensor, dict[int, Tensor]]:
         """
         Args:
@@ -264,6 +274,8 @@ class DiT(ModelMixin, ConfigMixin):
             timestep: (B,), in the units of the path's ``network_time``.
             encoder_attention_mask: (B, L), 1 for tokens, 0 for padding; None if nothing is padding.
             return_activations: numbers of the blocks, from 0, whose outputs to return.
+            added_cond_kwargs: with ``micro_conditioning`` its ``time_ids`` (B, 6), those of SDXL: see
+                :func:`ldm.diffusion.conditioning.micro_conditions`.
 
         Raises:
             UsageError: for latents, text embeddings or block numbers that do not fit the network.
@@ -291,7 +303,8 @@ class DiT(ModelMixin, ConfigMixin):
         else:
             # trimming reads the mask's values, which on a GPU would synchronise with the host at every step
             trim = encoder_hidden_states.device.type == "cpu"
-            text = self._embed_text(encoder_hidden_states, encoder_attention_mask, trim)
+            sizes = (added_cond_kwargs or {}).get("time_ids")
+            text = self._embed_text(encoder_hidden_states, encoder_attention_mask, sizes, trim)
         time = self.time_embed(self.time_features(timestep.expand(len(x))).to(dtype))  # (B, D)
         if text.pooled is not None:
             time = time + text.pooled
@@ -321,16 +334,18 @@ class DiT(ModelMixin, ConfigMixin):
         return torch.float32 if is_autocast(x) else self.dtype
 
     @apply_forward_hook
-    def encode_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None) -> EncodedText:
-        """The part of :meth:`forward` that depends on the captions alone, for a sampler to compute once.
+    def encode_text(
+        self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None, time_ids: Tensor | None = None
+    ) -> EncodedText:
+        """The part of :meth:`forward` that depends on captions and sizes alone, for a sampler to compute once.
 
         The result takes the place of ``encoder_hidden_states`` in :meth:`forward`; the arguments are as there.
         """
-        text = self._embed_text(encoder_hidden_states, encoder_attention_mask, trim=True)
+        text = self._embed_text(encoder_hidden_states, encoder_attention_mask, time_ids, trim=True)
         (tokens, *_) = text.for_blocks
         return text._replace(for_blocks=[cast(DiTBlock, block).text_keys_values(cast(Tensor, tokens)) for block in self.blocks])
 
-    def _embed_text(self, embeddings: Tensor, mask: Tensor | None, trim: bool) -> EncodedText:
+    def _embed_text(self, embeddings: Tensor, mask: Tensor | None, sizes: Tensor | None, trim: bool) -> EncodedText:
         """``trim``: cut padding that all captions share, and drop the mask where no padding is left."""
         if embeddings.shape[-1] != (channels := self.config["caption_channels"]):
             raise UsageError(
@@ -347,6 +362,12 @@ class DiT(ModelMixin, ConfigMixin):
         pooled = None
         if self.pooled_embed is not None:
             pooled = self.pooled_embed((text * weights).sum(1) / weights.sum(1).clamp(min=1))
+        if self.size_embed is not None:
+            if sizes is None or sizes.shape != (len(text), NUM_SIZES):
+                found = "none" if sizes is None else tuple(sizes.shape)
+                raise UsageError(f"a denoiser with micro_conditioning takes time_ids ({len(text)}, {NUM_SIZES}), found {found}")
+            embedded = self.size_embed(self.time_features(sizes.flatten()).view(len(text), -1).to(text.dtype))
+            pooled = embedded if pooled is None else pooled + embedded
         return EncodedText(pooled, [self.text_embed(text)] * len(self.blocks), mask)
 
 

@@ -201,9 +201,10 @@ class FeedForward(nn.Sequential):
 
 
 # Whatever first fills the caches, training uses them too: tensors made under inference_mode would be refused by autograd.
+# There is an entry for each size of the buckets.
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 @torch.inference_mode(False)
 def position_embedding(
     width: int, height_tokens: int, width_tokens: int, base_size: int, device: torch.device | str = "cpu"
@@ -213,7 +214,7 @@ def position_embedding(
     return embedding.float().to(device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 @torch.inference_mode(False)
 def rotary_embedding(
     head_width: int, height_tokens: int, width_tokens: int, base_size: int, device: torch.device | str = "cpu"

@@ -55,6 +55,10 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
     remarks = []
     if transformer.config["sample_size"] not in BINNED_SIZES or pipeline.vae_scale_factor != 8:
         remarks.append("call it with use_resolution_binning=False: its list of image sizes does not hold this model's")
+    side = transformer.config["sample_size"] * pipeline.vae_scale_factor
+    if pipeline.default_size != (side, side):
+        height, width = pipeline.default_size
+        remarks.append(f"call it with height={height}, width={width}: it was not trained on its default of {side}x{side}")
     if pipeline.tokenizer("A B").input_ids != pipeline.tokenizer("a b").input_ids:
         remarks.append("it lower-cases prompts, and this text encoder is case-sensitive: train on lower-case captions")
     return remarks

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.diffusion.conditioning import Condition
+from ldm.diffusion.conditioning import Condition, micro_conditions, takes_sizes
 from ldm.diffusion.guidance import ClassifierFree, Guidance
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import ProbabilityPath
@@ -175,7 +175,15 @@ class DenoiserTraining(TrainingModule):
         z = batch["mean"].float()
         if "posterior_noise" in batch:
             z = z + batch["std"].float() * batch["posterior_noise"]
-        return self.encoders.normalizer.normalize(z), Condition(batch["text"].float(), batch["text_mask"])
+        condition = Condition(batch["text"].float(), batch["text_mask"], self._sizes(batch, z))
+        return self.encoders.normalizer.normalize(z), condition
+
+    def _sizes(self, batch: dict[str, Any], z: Tensor) -> Tensor | None:
+        """The micro-conditions of images whose latents are ``z`` (B, C, h, w), where the denoiser takes them."""
+        if not self.reads_sizes:
+            return None
+        factor = downsampling_factor(self.encoders.autoencoder)
+        return micro_conditions(batch["original_size"], batch["crop"], (z.shape[2] * factor, z.shape[3] * factor))
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
@@ -187,7 +195,13 @@ class DenoiserTraining(TrainingModule):
 
     def batch_noise(self) -> DenoisingNoise:
         assert self.seed is not None
-        return DenoisingNoise(self.seed, self.encoders.latent_shape, self.objective.path, self.objective.timesteps)
+        channels, factor = self.encoders.latent_shapes[0][0], downsampling_factor(self.encoders.autoencoder)
+        return DenoisingNoise(self.seed, channels, factor, self.objective.path, self.objective.timesteps)
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the data are to give the original sizes and crops of images (micro-conditioning)."""
+        return takes_sizes(self.denoiser)
 
     @property
     def token_side(self) -> int:
@@ -235,6 +249,11 @@ class DenoiserTraining(TrainingModule):
     def prepare(self, data: ShardDataModule) -> None:
         """Load the frozen encoders, and refuse data that do not fit them or the denoiser."""
         config = self.denoiser.config
+        if self.online and self.reads_sizes:
+            raise UsageError(
+                "the denoiser is conditioned on original sizes and crops, which images encoded online do not bring; export "
+                "latents, or make it without"
+            )
         if self.online:
             device = self.trainer.strategy.root_device if self.statistics is None else torch.device("cpu")
             text_encoder = self.text_encoder or "minilm"

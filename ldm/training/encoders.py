@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
@@ -50,7 +51,7 @@ class FrozenEncoders:
 
     autoencoder: AutoencoderKL  # with the statistics of the training set's latents in its config
     text_encoder: TextEncoder
-    latent_shape: tuple[int, int, int]  # (C, h, w)
+    latent_shapes: Sequence[tuple[int, int, int]]  # (C, h, w) of every size trained on, the most frequent first
     autoencoder_hash: str
     normalizer: LatentNormalizer = field(init=False)
 
@@ -63,8 +64,9 @@ class FrozenEncoders:
         return {
             "autoencoder": self.autoencoder_hash,
             "text_encoder": self.text_encoder.hash,
-            "latent_shape": list(self.latent_shape),
+            "latent_shape": list(self.latent_shapes[0]),
             "latent_statistics": statistics_hash(self.autoencoder),
+            **({"latent_shapes": [list(shape) for shape in self.latent_shapes]} if len(self.latent_shapes) > 1 else {}),
         }
 
     @property
@@ -93,7 +95,7 @@ class FrozenEncoders:
         with torch.autocast(images.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
             posterior = DiagonalGaussianDistribution(encode(self.autoencoder, images).parameters.float())
             text = Condition(*self.text_encoder.encode(batch["caption"]))
-        text, mask = text.pad(padded_length(text.mask.shape[1]))
+        text, mask, _ = text.pad(padded_length(text.mask.shape[1]))
         return {"mean": posterior.mean, "std": posterior.std, "text": text.float(), "text_mask": mask}
 
 
@@ -119,7 +121,7 @@ def encoders_of_latents(
         sizes = ", ".join(f"{width} x {height}" for _, height, width in info.latent_shapes)
         raise UsageError(f"{folder} holds latents of several sizes ({sizes}); export with --image-size to train on one")
     text = info.text_encoders[data.text_encoder]
-    _require_sizes(denoiser, info.latent_shape, text.width, f"{folder} was exported with {text.name}")
+    _require_sizes(denoiser, info.latent_shapes, text.width, f"{folder} was exported with {text.name}")
     where = text_encoder or (text.name if text.folder is None else path_of(data.train_set.sources[0], text.folder))
     try:
         encoder = TextEncoder.load(where)
@@ -136,7 +138,7 @@ def encoders_of_latents(
             "give the one it was exported with as text_encoder, or export again"
         )
     set_latent_statistics(network, info.latents_mean, info.latents_std)
-    return FrozenEncoders(network, encoder, info.latent_shape, info.autoencoder)
+    return FrozenEncoders(network, encoder, info.latent_shapes, info.autoencoder)
 
 
 def encoders_of_images(
@@ -171,13 +173,13 @@ def encoders_of_images(
     size = image_size(data.train_set, factor)
     if isinstance(size, BadSample):
         raise UsageError(f"{size}, so the images' size is unknown; set image_size")
-    shape = network.config["latent_channels"], size[0] // factor, size[1] // factor
-    _require_sizes(denoiser, shape, encoder.width, f"captions are encoded by {encoder.name}")
+    shapes = [(network.config["latent_channels"], size[0] // factor, size[1] // factor)]
+    _require_sizes(denoiser, shapes, encoder.width, f"captions are encoded by {encoder.name}")
     if statistics is None and (network.config["latents_mean"] is None or network.config["latents_std"] is None):
         statistics = measure_statistics(network, data.train_set, data.batch_size)
     if statistics is not None:
         set_latent_statistics(network, *statistics)
-    return FrozenEncoders(network, encoder, shape, autoencoder_hash(network))
+    return FrozenEncoders(network, encoder, shapes, autoencoder_hash(network))
 
 
 @torch.no_grad()
@@ -221,17 +223,25 @@ def image_size(dataset: ImageDataset, factor: int) -> tuple[int, int] | BadSampl
     return height, width
 
 
-def _require_sizes(denoiser: Mapping[str, Any], latent_shape: tuple[int, int, int], caption_channels: int, text: str) -> None:
-    """Refuse latents and embeddings that the denoiser is not made for; ``text`` names the origin of the embeddings."""
-    channels, height, width = latent_shape
-    for name, needs in (("in_channels", channels), ("sample_size", max(height, width))):
-        if denoiser[name] != needs:
-            raise UsageError(f"the denoiser's {name} is {denoiser[name]}, but the latents need {needs}; change it")
-    if height % denoiser["patch_size"] or width % denoiser["patch_size"]:
-        raise UsageError(
-            f"latents of {width} x {height} are not multiples of the denoiser's patch_size {denoiser['patch_size']}; "
-            "change it or image_size"
-        )
+def _require_sizes(
+    denoiser: Mapping[str, Any], latent_shapes: Sequence[tuple[int, int, int]], caption_channels: int, text: str
+) -> None:
+    """Refuse latents and embeddings that the denoiser is not made for; ``text`` names the origin of the embeddings.
+
+    ``sample_size`` only says to which grid positions are scaled: a stage at a higher resolution keeps that of the one before.
+    """
+    (channels, *_), side, patch = latent_shapes[0], denoiser["sample_size"], denoiser["patch_size"]
+    if denoiser["in_channels"] != channels:
+        raise UsageError(f"the denoiser's in_channels is {denoiser['in_channels']}, but the latents need {channels}; change it")
+    for _, height, width in latent_shapes:
+        if height % patch or width % patch:
+            raise UsageError(
+                f"latents of {width} x {height} are not multiples of the denoiser's patch_size {patch}; change it or image_size"
+            )
+    if all(max(height, width) != side for _, height, width in latent_shapes):
+        sizes = ", ".join(f"{width} x {height}" for _, height, width in latent_shapes[:3])
+        more = ", …" if len(latent_shapes) > 3 else ""
+        rank_zero_info(f"positions in latents of {sizes}{more} are scaled to the denoiser's sample_size {side}")
     if denoiser["caption_channels"] != caption_channels:
         raise UsageError(
             f"the denoiser's caption_channels is {denoiser['caption_channels']}, but {text} of width {caption_channels}; "

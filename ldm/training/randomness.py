@@ -63,12 +63,13 @@ class DenoisingNoise:
 
     Attributes:
         seed: of the run.
-        latent_shape: (C, h, w).
+        channels, factor: of the autoencoder, see :class:`PosteriorNoise`; the size is that of each batch.
         path, timesteps: of the objective.
     """
 
     seed: int
-    latent_shape: tuple[int, int, int]
+    channels: int
+    factor: int
     path: ProbabilityPath
     timesteps: TimestepSampler
 
@@ -76,16 +77,18 @@ class DenoisingNoise:
         self, batch: Mapping[str, Any], draws: Sequence[PlannedSample], empty: Callable[..., Tensor] = torch.empty
     ) -> dict[str, Tensor]:
         """``t`` (B,) and ``eps`` (B, C, h, w), and ``posterior_noise`` like it, unless the batch holds modes of latents."""
-        like_eps = (len(draws), *self.latent_shape), torch.float32
+        like, factor = (batch["mean"], 1) if "mean" in batch else (batch["image"], self.factor)
+        shape = self.channels, like.shape[2] // factor, like.shape[3] // factor
+        like_eps = (len(draws), *shape), torch.float32
         shapes = {"eps": like_eps, "t": ((len(draws),), torch.float32)}
         if "mean" not in batch or "std" in batch:
             shapes["posterior_noise"] = like_eps
-        noise, x0 = allocate(shapes, empty), torch.empty(1, *self.latent_shape)
+        noise, x0 = allocate(shapes, empty), torch.empty(1, *shape)
         for row, generator in enumerate(sample_generators(self.seed, draws)):  # in an order that runs rely on
             if "posterior_noise" in noise:
-                torch.randn(self.latent_shape, generator=generator, out=noise["posterior_noise"][row])
+                torch.randn(shape, generator=generator, out=noise["posterior_noise"][row])
             noise["t"][row] = self.timesteps(x0, self.path, generator)
-            torch.randn(self.latent_shape, generator=generator, out=noise["eps"][row])
+            torch.randn(shape, generator=generator, out=noise["eps"][row])
         return noise
 
 

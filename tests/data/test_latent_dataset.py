@@ -53,7 +53,7 @@ def write(folder, made=None, info=INFO):
                 captions = [[f"{key}, {j}" for j in range(len(one["texts"][0]))] for key, one in zip(keys, few, strict=True)]
                 latents = {name: np.stack([one[name] for one in few]) for name in few[0] if name != "texts"}
                 texts = [[text for one in few for text in one["texts"][encoder]] for encoder in range(len(few[0]["texts"]))]
-                sizes_of = np.full((size, 2), 24), np.full((size, 4), 24)
+                sizes_of = 24 + np.arange(first, first + size)[:, None] * [1, 2], np.full((size, 4), 24)
                 writer.write(f"{chunk:08d}", Chunk(keys, captions, latents, texts, *sizes_of).members())
                 first += size
         entries.append(replace(writer.entries[0], samples=sum(sizes)))
@@ -64,6 +64,14 @@ def write(folder, made=None, info=INFO):
 @pytest.fixture
 def folder(tmp_path):
     return write(tmp_path / "latents")
+
+
+def test_original_sizes_and_crops_are_read_where_they_are_asked_for(folder):
+    batch = LatentDataset(folder, read_sizes=True).batch([4, 0])
+    assert batch["original_size"].tolist() == [[28, 32], [24, 24]] and batch["crop"].tolist() == [[24] * 4] * 2
+    plain = LatentDataset(folder).batch([4, 0])
+    assert plain.keys() == batch.keys() - {"original_size", "crop"}
+    assert all(torch.equal(plain[name], batch[name]) for name in plain if name != "bad")
 
 
 def texts_of(batch):

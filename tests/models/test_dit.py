@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
-from ldm.diffusion.conditioning import Condition, denoise, denoise_with_activations, encode_condition
+from ldm.diffusion.conditioning import (
+    Condition,
+    concatenate,
+    denoise,
+    denoise_with_activations,
+    encode_condition,
+    micro_conditions,
+    takes_sizes,
+)
 from ldm.diffusion.objective import DenoisingObjective
 from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
@@ -19,7 +27,7 @@ SIZES: dict[str, Any] = {"sample_size": 8, "width": 32, "num_layers": 2, "num_at
 # the default, and every other choice at least once
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"adaln": "zero", "norm": "rms_norm", "activation": "swiglu", "positions": "rope"},
+    {"adaln": "zero", "norm": "rms_norm", "activation": "swiglu", "positions": "rope", "micro_conditioning": True},
     {"adaln": "zero", "qk_norm": False, "positions": "sincos_rope", "pooled_text": False},
 ]
 
@@ -32,7 +40,8 @@ def inputs(batch=3, height=8, width=8, length=5):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 4, height, width, generator=generator)
     text = torch.randn(batch, length, 16, generator=generator)
-    return x, torch.linspace(50, 950, batch), Condition(text, torch.ones(batch, length, dtype=torch.int64))
+    sizes = torch.tensor([480.0, 640, 0, 80, 8 * height, 8 * width]).expand(batch, 6)  # for those with micro_conditioning
+    return x, torch.linspace(50, 950, batch), Condition(text, torch.ones(batch, length, dtype=torch.int64), sizes)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -185,6 +194,21 @@ def test_time_and_place_matter(tiny_dit):
 
 
 @torch.no_grad()
+def test_each_number_of_micro_conditioning_matters_and_only_where_it_is_asked_for(randomised):
+    x, timestep, condition = inputs()
+    for on in (False, True):
+        dit = randomised(make(micro_conditioning=on)).eval()
+        plain, sizes = denoise(dit, x, timestep, condition), condition.sizes
+        assert takes_sizes(dit) == on and torch.equal(denoise(dit, x, timestep, condition._replace(sizes=sizes + 0)), plain)
+        for number in range(6):
+            other = sizes + 50 * torch.eye(6)[number]
+            assert torch.equal(denoise(dit, x, timestep, condition._replace(sizes=other)), plain) != on
+    for wrong in (None, sizes[:, :4]):
+        with pytest.raises(UsageError, match=r"with micro_conditioning takes time_ids \(3, 6\), found (none|\(3, 4\))"):
+            denoise(dit, x, timestep, condition._replace(sizes=wrong))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_survives_saving_and_loading(randomised, variant, tmp_path):
     dit = randomised(make(**variant)).eval()
@@ -219,25 +243,30 @@ def test_its_call_is_that_of_pixart():
     ours = inspect.signature(DiT.forward).parameters
     theirs = inspect.signature(PixArtTransformer2DModel.forward).parameters
     names = ["hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask", "return_dict"]
-    assert list(ours)[1:] == [*names, "return_activations"]
+    assert list(ours)[1:] == [*names, "return_activations", "added_cond_kwargs"]
     assert ours.keys() - {"return_activations"} <= theirs.keys()
     assert ours["return_dict"].default is theirs["return_dict"].default is True
 
 
-def test_pixart_can_replace_it():
+@pytest.mark.parametrize("sized", [False, True])
+def test_pixart_can_replace_it(sized):
     torch.manual_seed(0)
     pixart = PixArtTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=12,
         in_channels=4,
         out_channels=4,
         num_layers=1,
-        cross_attention_dim=16,
+        cross_attention_dim=24,
         caption_channels=16,
         sample_size=8,
+        use_additional_conditions=sized,
     ).eval()
+    assert takes_sizes(pixart) == sized
     x, timestep, condition = inputs()
     output = denoise(pixart, x, timestep, condition)
+    larger = denoise(pixart, x, timestep, condition._replace(sizes=2 * condition.sizes))
+    assert torch.equal(output, larger) != sized
     assert output.shape == x.shape and output.abs().max() > 0
     padded = condition.pad(9)
     torch.testing.assert_close(denoise(pixart, x, timestep, padded), output, rtol=1e-4, atol=1e-4)
@@ -391,3 +420,14 @@ def test_sampling_under_inference_mode_before_training_does_no_harm():
         denoise(dit, *inputs())
     denoise(dit, *inputs()).sum().backward()
     assert dit.proj_out.weight.grad is not None
+
+
+def test_micro_conditions_are_in_pixels_of_the_training_image():
+    """An image of 1000 x 800, packed to 500 x 400, whose middle 300 columns and 400 rows become 192 x 256 pixels."""
+    original, crop = torch.tensor([[800, 1000], [64, 48]]), torch.tensor([[0, 100, 400, 300], [0, 0, 64, 48]])
+    sizes = micro_conditions(original, crop, (256, 192))
+    assert sizes.tolist() == [[800, 1000, 0, 64, 256, 192], [64, 48, 0, 0, 256, 192]]
+    *_, condition = inputs(2)
+    condition = condition._replace(sizes=sizes)
+    assert torch.equal(condition.repeat(2).rows(torch.tensor([1, 3])).sizes, sizes)
+    assert torch.equal(concatenate(condition, condition.pad(9)).sizes, sizes.repeat(2, 1))

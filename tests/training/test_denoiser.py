@@ -133,7 +133,7 @@ def test_another_autoencoder_is_refused_and_both_are_named(latents: tuple[Path, 
 
 @pytest.mark.parametrize(
     ("denoiser", "named"),
-    [({"in_channels": 8}, "in_channels"), ({"sample_size": 8}, "sample_size"), ({"caption_channels": 64}, "caption_channels")],
+    [({"in_channels": 8}, "in_channels"), ({"caption_channels": 64}, "caption_channels")],
 )
 def test_sizes_that_do_not_fit_the_latents_are_refused(
     latents: tuple[Path, Path], tmp_path: Path, denoiser: dict, named: str
@@ -240,7 +240,7 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(latents: tuple[Path
         ("vae/config.json", {"latents_std": [1.0, 0.0, 1.0, 1.0]}, "channel 1 of the latents has a standard deviation of 0"),
         ("vae/config.json", {"latents_std": None}, "vae/config.json of the pipeline has latent statistics "),
         ("vae/config.json", {"latents_std": [1.0]}, "statistics of latents must be"),
-        ("transformer/config.json", {"sample_size": 32}, "latents of 4 channels and side 32, but was trained on 4 and 16"),
+        ("transformer/config.json", {"sample_size": 32}, "sample_size in transformer/config.json .* is 32, but it was saved"),
     ):
         before = (saved / file).read_text()
         (saved / file).write_text(json.dumps(json.loads(before) | change))
@@ -248,6 +248,36 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(latents: tuple[Path
             load_pipeline(saved)
         (saved / file).write_text(before)
     load_pipeline(saved)
+
+
+def test_micro_conditioning_trains_on_the_sizes_in_the_latents_and_samples_by_those_asked_for(
+    latents: tuple[Path, Path], image_shards: Path, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = {"in_channels": 4, "sample_size": 16, "patch_size": 4, "width": 32, "caption_channels": 8}
+    module = make(latents[0], denoiser=DiT(num_layers=1, num_attention_heads=2, micro_conditioning=True, **sizes))
+    trainer = fit(module, latents[1], tmp_path, 10)
+    batch = noisy_batch(module, datamodule_of(trainer), 3, 1)
+    batch["original_size"][0] = torch.tensor([64, 48])
+    sizes_seen = module.encode(batch)[1].sizes
+    assert sizes_seen is not None and sizes_seen.tolist() == [[64, 48, 0, 0, 32, 32], [32, 32, 0, 0, 32, 32]]
+    module.save(tmp_path / "pipeline")
+    pipeline = load_pipeline(tmp_path / "pipeline")
+
+    def sample(**sizes: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a red ring", num_inference_steps=2, generator=generator, output_type="latent", **sizes).images
+
+    asked = sample(original_size=(32, 32), crops_coords_top_left=(0, 0))
+    assert torch.equal(sample(), asked) and not torch.equal(sample(original_size=(8, 8)), asked)
+    for wrong in ({"original_size": (8,)}, {"crops_coords_top_left": (-1, 0)}, {"original_size": "8"}):
+        with pytest.raises(UsageError, match="give two whole numbers"):
+            sample(**wrong)
+    with pytest.raises(UsageError, match="which images encoded online do not bring"):
+        fit(make(latents[0], denoiser=module.denoiser, online=True), image_shards, tmp_path, 1)
+    plain = make(latents[0])
+    fit(plain, latents[1], tmp_path, 1)
+    with pytest.raises(UsageError, match="made without micro-conditioning"):
+        plain.pipeline()("a red ring", original_size=(8, 8))
 
 
 # -- the averages ----------------------------------------------------------------------------------------------------
@@ -460,7 +490,7 @@ def test_latents_and_their_text_encoder_may_move(
     ("denoiser", "data", "named"),
     [
         ({"caption_channels": 64}, {}, "caption_channels is 64, but captions are encoded by minilm of width 384; change it"),
-        ({"sample_size": 8}, {}, "sample_size is 8, but the latents need 16"),
+        ({"in_channels": 8}, {}, "in_channels is 8, but the latents need 4"),
         ({}, {"image_size": 31}, "images of 31 x 31 in .* are not multiples of the .* factor 2"),
         ({}, {"validation_whole": True}, "validation_whole is for stage one"),
     ],

@@ -42,13 +42,16 @@ def test_a_sample_draws_posterior_time_and_noise_in_this_order(diffusion: tuple,
     """Checkpoints of any version resume to the same numbers only if the order and shapes of the draws stay."""
     path, timesteps = diffusion
     batch = {"mean": torch.zeros(3, *SHAPE)} | ({"std": torch.ones(3, *SHAPE)} if posteriors else {})
-    noise = DenoisingNoise(5, SHAPE, path, timesteps)(batch, DRAWS)
+    noise = DenoisingNoise(5, SHAPE[0], 4, path, timesteps)(batch, DRAWS)
     assert set(noise) == {"t", "eps"} | ({"posterior_noise"} if posteriors else set())
     for row, generator in enumerate(sample_generators(5, DRAWS)):
         if posteriors:
             assert torch.equal(noise["posterior_noise"][row], torch.randn(1, *SHAPE, generator=generator)[0])
         assert torch.equal(noise["t"][row : row + 1], timesteps(torch.empty(1, *SHAPE), path, generator))
         assert torch.equal(noise["eps"][row], torch.randn(1, *SHAPE, generator=generator)[0])
+    images = {"image": torch.zeros(3, 3, 32, 24, dtype=torch.uint8)}  # of the same latents, once they are encoded
+    online = DenoisingNoise(5, SHAPE[0], 4, path, timesteps)(images, DRAWS)
+    assert not posteriors or all(torch.equal(online[name], value) for name, value in noise.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,7 +65,7 @@ def test_only_settings_are_sent_to_the_workers() -> None:
     """Neither tables nor a device's memory; what arrives draws the same numbers."""
     path = VariancePreserving()
     path.alpha(torch.rand(2))
-    noise = DenoisingNoise(5, SHAPE, path, LogNormal())
+    noise = DenoisingNoise(5, SHAPE[0], 4, path, LogNormal())
     sent = pickle.dumps(noise)
     assert len(sent) < 1000
     batch = {"mean": torch.zeros(3, *SHAPE)}

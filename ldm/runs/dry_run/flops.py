@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ldm.data.datamodule import ShardDataModule
+from ldm.diffusion.conditioning import Condition, denoise, takes_sizes
 from ldm.runs.dry_run.peaks import peaks_of
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.denoiser import DenoiserTraining
@@ -173,13 +174,10 @@ class ImageFlops:
         """The first of the latents (B, C, h, w), text embeddings (B, L, D) and their mask (B, L)."""
         (denoiser,) = self._networks
         latents, text, mask = map(_first, (latents, text, mask))
-        given = {
-            "encoder_hidden_states": text.float(),
-            "encoder_attention_mask": mask,
-            "timestep": torch.ones(1, device="meta"),
-        }
+        sizes = torch.ones(1, 6, device="meta") if takes_sizes(denoiser) else None
         with StepFlops() as flops:
-            denoiser(latents.float(), **given).sample.sum().backward()
+            condition, time = Condition(text.float(), mask, sizes), torch.ones(1, device="meta")
+            denoise(denoiser, latents.float(), time, condition).sum().backward()
         return flops.total
 
     def _autoencoder(self, images: Tensor) -> float:
