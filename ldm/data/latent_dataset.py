@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ldm.data.decode import DecodeError
 from ldm.data.image_dataset import NOTHING_RANDOM, Augmentation
-from ldm.data.latent_schema import LatentShard, StoredTensor, text_name
+from ldm.data.latent_schema import LatentShard, StoredTensor, common_info, sample_shapes, text_name
 from ldm.data.manifest import LATENT_SHARDS, ShardEntry
 from ldm.data.plan import PlannedSample
 from ldm.data.shard_dataset import ShardDataset
@@ -62,6 +63,14 @@ class LatentDataset(ShardDataset[LatentShard]):
         self._text_start = f"{self.text}_start"
         self._sizes = ("original_size", "crop") if read_sizes else ()
         self._names = ("mean",) if self.sources[0].manifest.extra.get("posterior") == "mode" else ("mean", "std")
+
+    @cached_property
+    def groups(self) -> np.ndarray | None:
+        return sample_shapes(self.sources)
+
+    @cached_property
+    def group_sizes(self) -> Sequence[tuple[int, int]]:
+        return [(height, width) for _, height, width in common_info(self.sources).latent_shapes]
 
     def open_shard(self, path: Path, entry: ShardEntry, key_dot: KeyDot = "first") -> LatentShard:
         return LatentShard(path, entry.samples)

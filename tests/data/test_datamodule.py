@@ -22,11 +22,14 @@ from tests.samples import same
 INFO = replace(samples.INFO, resolution=16)
 
 
-def write_latents(folder, count=10, info=INFO):
-    """Latents that hold their own number, -1 - that where mirrored; captions of their number, the second one plus a half."""
+def write_latents(folder, count=10, info=INFO, sizes=((2, 2),)):
+    """Latents that hold their own number, -1 - that where mirrored; captions of their number, the second one plus a half.
+
+    Chunks of four, of the ``sizes`` in turn.
+    """
     folder.mkdir()
     numbers = np.arange(count, dtype=np.float32)[:, None, None, None]
-    latents = {name: numbers + np.zeros((4, 2, 2), np.float32) for name in ("mean", "std")}
+    latents = {"mean": numbers, "std": numbers}
     if info.flips:
         latents |= {f"{name}_flip": -1 - array for name, array in latents.items()}
     keys = [str(index) for index in range(count)]
@@ -35,15 +38,20 @@ def write_latents(folder, count=10, info=INFO):
         [np.full((1 + i % 3, text.width), i + j / 2, np.float32) for i in range(count) for j in range(len(captions[i]))]
         for text in info.text_encoders
     ]
+    runs = []
     with ShardWriter(folder, "latents") as writer:
         for start in range(0, count, 4):
             some, few = slice(start, start + 4), len(captions[0])
-            chunk = {name: array[some] for name, array in latents.items()}
+            number, size = start // 4 % len(sizes), len(keys[some])
+            chunk = {name: np.broadcast_to(array[some], (size, 4, *sizes[number])) for name, array in latents.items()}
             words = [text[start * few : (start + 4) * few] for text in texts]
-            size = len(keys[some])
             members = Chunk(keys[some], captions[some], chunk, words, np.full((size, 2), 16), np.full((size, 4), 16)).members()
             writer.write(f"{start:08d}", members)
+            runs.append((number, size))
     write_null_text(folder, [np.full((2, text.width), 7.25, np.float32) for text in info.text_encoders])
+    if len(sizes) > 1:
+        shapes = tuple((4, *size) for size in sizes)
+        info = replace(info, latent_shapes=shapes, shard_shapes={writer.entries[0].name: tuple(runs)})
     Manifest(LATENT_SHARDS, (replace(writer.entries[0], samples=count),), info.as_extra()).save(folder)
     return folder
 
@@ -264,6 +272,35 @@ def test_batches_that_workers_made_stay_as_they_are(latent_shards):
     for ours, theirs in zip(take(module(latent_shards).train_dataloader(), 20), parallel, strict=True):
         assert same(ours | {name: theirs[name] for name in ("draws", "position")}, theirs)
         assert not any(value.is_shared() for value in theirs.values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [{}, {"max_tokens": 16}])
+def test_batches_of_latents_of_several_sizes_are_each_of_one(tmp_path, settings):
+    """In training each sample is in a batch once an epoch, or waits for one; in validation each is in one."""
+    sizes = ((2, 2), (4, 2), (2, 3))
+    folder = write_latents(tmp_path / "latents", 30, sizes=sizes)
+    made = module(folder, validation_samples=20, **settings)
+    loader = made.train_dataloader()
+    batches, seen = list(islice(loader, 40)), []
+    for batch in batches:
+        number, (samples, _) = len(batch["draws"]), batch["draws"].T
+        shape = sizes[samples[0] // 4 % 3]
+        assert number == (16 // (shape[0] * shape[1]) if settings else 3) and batch["mean"].shape == (number, 4, *shape)
+        assert batch["mean"][:, 0, 0, 0].tolist() == samples.tolist()
+        seen += samples.tolist()
+    state = loader.state_dict()
+    seen += [sample for sample, _ in state.get("waiting", [])]
+    counts = np.bincount(seen, minlength=30)
+    assert set(counts - state["epoch"]) <= {0, 1} and counts.sum() == 30 * state["epoch"] + state["samples_consumed"]
+    validated = [batch["mean"][:, 0, 0, 0].tolist() for batch in made.val_dataloader()]
+    assert [len({sizes[int(number) // 4 % 3] for number in batch}) for batch in validated] == [1] * len(validated)
+    assert sorted(chain.from_iterable(validated)) == (np.arange(20) * 30 // 20).tolist()
+    parallel = module(folder, validation_samples=20, workers=2, **settings)
+    for ours, theirs in zip(batches, islice(parallel.train_dataloader(), 40), strict=True):
+        assert same(ours | {"position": None}, theirs | {"position": None})
+    with pytest.raises(UsageError, match=r"^max_tokens is 7, but a sample of the largest size has 8; raise it$"):
+        module(folder, max_tokens=7).train_dataloader()
 
 
 def test_the_text_encoder_asked_for_is_trained_on_with_its_own_null_text(latent_shards):
