@@ -29,7 +29,8 @@ def add(commands: Commands) -> None:
     )
     shapes.add_argument("out")
     shapes.add_argument("--count", type=int, default=10_000, help="images")
-    shapes.add_argument("--size", type=int, default=64, help="side in pixels")
+    what = "in pixels: one number, WxH, or several in turn, such as 60x40,48,40x60 (default: 64)"
+    shapes.add_argument("--size", default="64", help=what)
     shapes.add_argument("--seed", type=int, default=0)
     shapes.add_argument("--preset", choices=["one", "two"], default="one", help="objects per image")
     shapes.add_argument("--shard-size", type=int, default=1000, help="samples per shard")
@@ -90,14 +91,17 @@ def add(commands: Commands) -> None:
 
 def run_shapes(options: argparse.Namespace) -> None:
     from ldm.data.writer import write_images
+    from ldm.inference.prompts import parse_size
     from ldm.shapes.scenes import generate
 
     if options.count < 1:
         raise UsageError(f"--count is {options.count}; give 1 or more")
-    images = generate(options.count, options.size, options.seed, options.preset, options.held_out)
+    sizes = [parse_size(size) for size in str(options.size).split(",")]
+    squares = [height if height == width else (height, width) for width, height in sizes]
+    images = generate(options.count, squares, options.seed, options.preset, options.held_out)
     extra = {
         "source": f"shapes, preset {options.preset}, seed {options.seed}" + (", held out" if options.held_out else ""),
-        "image_size": options.size,
+        "image_size": squares[0] if len(squares) == 1 else options.size,
         "captioned": options.count,
     }
     with Progress("generating shapes", options.count) as progress:

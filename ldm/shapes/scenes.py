@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +61,8 @@ RELATIONS: dict[str, tuple[float, float]] = {
     "above": (0.5, 0.25),
     "below": (0.5, 0.75),
 }
+#: of an image in pixels: the side of a square, or (height, width)
+Size = int | tuple[int, int]
 PRESETS = ("one", "two")
 SIZE_RANGE = (32, 256)
 
@@ -233,14 +235,17 @@ _OUTLINES = _unit_outlines()
 _RING_HOLE = 0.48  # of the radius: at 32 px the smallest ring still has a band and a hole of two pixels or more
 
 
-def coverage(shape: str, size: int, x: float, y: float, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers, 0 to 1; (size, size) float32. ``x, y, radius`` in fractions."""
-    finer = max(4, _RENDER_SIZE // size)
-    mask = Image.new("L", (size * finer, size * finer))
-    draw = ImageDraw.Draw(mask)
+def coverage(shape: str, size: Size, x: float, y: float, radius: float) -> np.ndarray:
+    """How much of each pixel a shape covers, 0 to 1; (H, W) float32. ``x, y`` are fractions of width and height, ``radius`` of
+    the shorter side."""
+    height, width = sides(size)
+    finer = max(4, _RENDER_SIZE // min(height, width))
+    mask = Image.new("L", (width * finer, height * finer))
+    draw, side = ImageDraw.Draw(mask), min(mask.size)
+    center = np.array([x, y]) * (np.array(mask.size) / side)
 
     def fill(outline: np.ndarray, value: int) -> None:
-        corners = (np.array([x, y]) + radius * outline) * mask.width - 0.5  # PIL counts from pixel centres
+        corners = (center + radius * outline) * side - 0.5  # PIL counts from pixel centres
         draw.polygon(corners.ravel().tolist(), fill=value)
 
     fill(_OUTLINES[shape], 255)
@@ -249,14 +254,14 @@ def coverage(shape: str, size: int, x: float, y: float, radius: float) -> np.nda
     return np.asarray(mask.reduce(finer), dtype=np.float32) / 255
 
 
-def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Render a scene, antialiased, with places and radii jittered by ``rng``; (size, size, 3) uint8.
+def render(scene: Scene, size: Size, rng: np.random.Generator) -> np.ndarray:
+    """Render a scene, antialiased, with places and radii jittered by ``rng``; (H, W, 3) uint8.
 
     Raises:
-        UsageError: ``size`` (pixels) is outside :data:`SIZE_RANGE`.
+        UsageError: a side (pixels) is outside :data:`SIZE_RANGE`.
     """
     _check_size(size)
-    image = np.tile(np.array(BACKGROUNDS[scene.background], np.float32), (size, size, 1))  # (S, S, 3)
+    image = np.tile(np.array(BACKGROUNDS[scene.background], np.float32), (*sides(size), 1))  # (H, W, 3)
     for index, thing in enumerate(scene.objects):
         if scene.preset == "one":
             center, jitter = np.array(PLACES[scene.where]), np.full(2, _PLACE_JITTER[thing.size])
@@ -270,8 +275,10 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     return np.rint(image).astype(np.uint8)
 
 
-def generate(count: int, size: int, seed: int, preset: str = "one", held_out: bool = False) -> Iterator[ShapeSample]:
-    """Render ``count`` captioned images of ``size`` pixels a side.
+def generate(
+    count: int, size: Size | list[Size], seed: int, preset: str = "one", held_out: bool = False
+) -> Iterator[ShapeSample]:
+    """Render ``count`` captioned images of ``size`` pixels; of several sizes each in turn.
 
     Sample ``i`` depends only on ``seed``, ``i``, ``preset``, ``size`` and ``held_out``, so a larger set begins with the smaller
     one. Preset ``one`` shows all its scenes in shuffled order before it repeats any; preset ``two`` has too many for that and
@@ -281,15 +288,19 @@ def generate(count: int, size: int, seed: int, preset: str = "one", held_out: bo
         UsageError: an argument is out of range (raised by the call, before the first image is asked for).
     """
     check_preset(preset)
-    _check_size(size)
+    sizes = size if isinstance(size, list) else [size]
+    for each in sizes:
+        _check_size(each)
     if count < 0 or seed < 0:
         raise UsageError(f"count and seed must not be negative, got count={count}, seed={seed}")
-    return _generate(count, size, seed, preset, held_out)
+    return _generate(count, sizes, seed, preset, held_out)
 
 
-def _generate(count: int, size: int, seed: int, preset: str, held_out: bool) -> Iterator[ShapeSample]:
+def _generate(count: int, sizes: Sequence[Size], seed: int, preset: str, held_out: bool) -> Iterator[ShapeSample]:
     scenes = list(all_scenes(preset, held_out)) if preset == "one" else []
-    variant = [PRESETS.index(preset), size, int(held_out)]
+    # one square is one number, as in sets of before
+    numbers = [sizes[0]] if isinstance(sizes[0], int) and len(sizes) == 1 else [side for size in sizes for side in sides(size)]
+    variant = [PRESETS.index(preset), *numbers, int(held_out)]
     order = np.empty(0, dtype=np.int64)
     for index in range(count):
         rng = np.random.default_rng([seed, index, *variant])
@@ -301,7 +312,7 @@ def _generate(count: int, size: int, seed: int, preset: str, held_out: bool) -> 
             scene = scenes[order[position]]
         else:
             scene = random_scene(rng, preset, held_out)
-        yield ShapeSample(f"{index:08d}", render(scene, size, rng), scene.caption)
+        yield ShapeSample(f"{index:08d}", render(scene, sizes[index % len(sizes)], rng), scene.caption)
 
 
 def seen_prompts(preset: str, count: int, seed: int = 0) -> list[str]:
@@ -333,6 +344,12 @@ def check_preset(preset: str) -> None:
         raise UsageError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
 
 
-def _check_size(size: int) -> None:
-    if not SIZE_RANGE[0] <= size <= SIZE_RANGE[1]:
-        raise UsageError(f"size must be {SIZE_RANGE[0]} to {SIZE_RANGE[1]} pixels, got {size}")
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _check_size(size: Size) -> None:
+    for side in sides(size):
+        if not SIZE_RANGE[0] <= side <= SIZE_RANGE[1]:
+            raise UsageError(f"size must be {SIZE_RANGE[0]} to {SIZE_RANGE[1]} pixels, got {side}")

@@ -30,7 +30,7 @@ _READING_SIZE = 64  # pixels a side; larger images are reduced to between this a
 _MAX_COLOUR_ERROR = 75.0  # RGB distance to the nearest palette colour
 _MIN_MATCH = 0.9  # correlation with the best-matching shape; rendered ones reach 0.95 at 64 px in heavy noise
 _MAX_STRAY = 0.12  # pixels too far off to belong to one object, or of another colour, as a share of the object
-_REACH = 1.5 * RADII["large"]  # the furthest that a part of an object is from its centroid, in fractions of the side
+_REACH = 1.5 * RADII["large"]  # the furthest that a part of an object is from its centroid, in fractions of the shorter side
 _MAX_PLACE_ERROR = 0.16  # from the nearest place, in fractions of the side; rendered objects stay within 0.08
 _MIN_AREA = 0.006  # of the image; the smallest rendered object covers 0.02
 _MASK_FLOOR = 0.15  # coverage below counts as 0, above 1 - it as 1
@@ -42,7 +42,7 @@ def read_scene(image: np.ndarray, preset: str) -> Scene | None:
     Two objects come back in reading order: ``left of`` or ``above``, never the opposite words for the same image.
 
     Args:
-        image: (S, S, 3) uint8.
+        image: (H, W, 3) uint8.
         preset: ``one`` or ``two``: how many objects to look for.
 
     Returns:
@@ -50,10 +50,10 @@ def read_scene(image: np.ndarray, preset: str) -> Scene | None:
         or the number of objects differs.
     """
     check_preset(preset)
-    if (factor := len(image) // _READING_SIZE) > 1:  # more detail takes longer and helps nothing
+    if (factor := min(image.shape[:2]) // _READING_SIZE) > 1:  # more detail takes longer and helps nothing
         image = np.asarray(Image.fromarray(image).reduce(factor))
     pixels = image.astype(np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])  # (4S-4, 3)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])  # (2H+2W-4, 3)
     ground = np.median(border, axis=0)  # (3,)
     background = _nearest(ground, _BACKGROUND_VALUES)
     if background is None:
@@ -91,7 +91,7 @@ def score(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str]) ->
     relation is evaluated in that order, so that exchanged objects count as a wrong relation and not as two wrong objects.
 
     Args:
-        images: N images, (S, S, 3) uint8 each.
+        images: N images, (H, W, 3) uint8 each.
         captions: N captions, of either preset.
 
     Raises:
@@ -139,16 +139,16 @@ def _nearest(value: np.ndarray, palette: np.ndarray) -> int | None:
 
 def _divide(pixels: np.ndarray) -> tuple[int, int]:
     """How to split an image of two objects: the axis (0: x, 1: y) they are along, and the row or column between them."""
-    mask = np.clip((np.linalg.norm(pixels, axis=2) - 40) / 50, 0, 1)  # (S, S), whatever the objects' colours
-    size = len(mask)
+    mask = np.clip((np.linalg.norm(pixels, axis=2) - 40) / 50, 0, 1)  # (H, W), whatever the objects' colours
     profiles = mask.sum(axis=0), mask.sum(axis=1)
-    position = np.arange(size)
     spread = []
     for profile in profiles:
+        position = np.arange(len(profile))
         total = max(float(profile.sum()), 1e-6)
         mean = (profile @ position) / total
         spread.append((profile @ (position - mean) ** 2) / total)
     axis = int(spread[1] > spread[0])
+    size = len(profiles[axis])
     # the emptiest line of the middle fifth; among equals, the one nearest to the middle
     middle = np.arange(round(0.4 * size), round(0.6 * size) + 1)
     emptiness = profiles[axis][middle] + 0.01 * np.abs(middle - size / 2)
@@ -156,12 +156,13 @@ def _divide(pixels: np.ndarray) -> tuple[int, int]:
 
 
 def _read_object(pixels: np.ndarray, ground: np.ndarray) -> tuple[Object, np.ndarray] | None:
-    """The one object in ``pixels`` (S, S, 3), differences from the background colour ``ground``.
+    """The one object in ``pixels`` (H, W, 3), differences from the background colour ``ground``.
 
-    Also its centre (x, y) in fractions of the side.
+    Also its centre (x, y) in fractions of width and height.
     """
-    size = len(pixels)
-    strength = np.linalg.norm(pixels, axis=2)  # (S, S)
+    height, width = pixels.shape[:2]
+    size = min(height, width)
+    strength = np.linalg.norm(pixels, axis=2)  # (H, W)
     # The strongest pixels (fewer than the smallest object has) give a first estimate of the colour, which selects all fully
     # covered ones for the second.
     count = max(4, round(_MIN_AREA * size * size))
@@ -169,7 +170,7 @@ def _read_object(pixels: np.ndarray, ground: np.ndarray) -> tuple[Object, np.nda
     colour = np.median(pixels.reshape(-1, 3)[strongest], axis=0)  # (3,)
     if np.linalg.norm(colour) < 60:
         return None
-    raw = pixels @ (colour / (colour @ colour))  # (S, S)
+    raw = pixels @ (colour / (colour @ colour))  # (H, W)
     if (raw > 0.8).sum() > count:
         colour = pixels[raw > 0.8].mean(axis=0)
         raw = pixels @ (colour / (colour @ colour))
@@ -196,40 +197,40 @@ def _read_object(pixels: np.ndarray, ground: np.ndarray) -> tuple[Object, np.nda
     if not 0.75 * RADII["small"] < radius < 1.3 * RADII["large"]:
         return None
     size_word = "small" if radius < np.sqrt(RADII["small"] * RADII["large"]) else "large"
-    return Object(size_word, _COLOUR_NAMES[colour_index], shape), center - radius * _unit_area(shape)[1]
+    center = (center - radius * _unit_area(shape)[1]) * (size / np.array([width, height]))
+    return Object(size_word, _COLOUR_NAMES[colour_index], shape), center
 
 
 def _moments(mask: np.ndarray) -> tuple[np.ndarray, float]:
     """A mask's centroid (x, y) and its spread (root mean square distance from there), in pixels."""
-    position = np.arange(len(mask), dtype=np.float32)
     columns, rows = mask.sum(axis=0), mask.sum(axis=1)
+    across, down = (np.arange(len(profile), dtype=np.float32) for profile in (columns, rows))
     total = columns.sum()
-    x, y = (columns @ position) / total, (rows @ position) / total
-    variance = (columns @ (position - x) ** 2 + rows @ (position - y) ** 2) / total
+    x, y = (columns @ across) / total, (rows @ down) / total
+    variance = (columns @ (across - x) ** 2 + rows @ (down - y) ** 2) / total
     return np.array([x, y]), float(np.sqrt(variance))
 
 
 def _drop_stray(mask: np.ndarray) -> np.ndarray | None:
     """The mask without pixels too far from its centroid to belong to one object; None where these are many."""
     centroid, _ = _moments(mask)
-    position = np.arange(len(mask))
-    distance = np.hypot(position - centroid[0], position[:, None] - centroid[1])  # (S, S)
-    near = np.where(distance < _REACH * len(mask), mask, 0)
+    height, width = mask.shape
+    distance = np.hypot(np.arange(width) - centroid[0], np.arange(height)[:, None] - centroid[1])  # (H, W)
+    near = np.where(distance < _REACH * min(height, width), mask, 0)
     return near if near.sum() >= (1 - _MAX_STRAY) * mask.sum() else None
 
 
 def _standard_frame(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Normalise a mask to centroid 0 and spread 1, as a vector of mean 0 and length 1.
 
-    Also returns the centroid in fractions of the side.
+    Also returns the centroid in fractions of the shorter side.
     """
-    size = len(mask)
     centroid, spread = _moments(mask)
     steps = np.linspace(-_FRAME_REACH, _FRAME_REACH, _FRAME) * max(spread, 0.5)
-    across, down = (_interpolation(middle + steps, size) for middle in centroid)  # (F, S) each
+    across, down = (_interpolation(middle + steps, size) for middle, size in zip(centroid, mask.shape[::-1], strict=True))
     framed = (down @ mask @ across.T).ravel()
     framed -= framed.mean()
-    return framed / max(float(np.linalg.norm(framed)), 1e-6), (centroid + 0.5) / size
+    return framed / max(float(np.linalg.norm(framed)), 1e-6), (centroid + 0.5) / min(mask.shape)
 
 
 def _interpolation(points: np.ndarray, size: int) -> np.ndarray:

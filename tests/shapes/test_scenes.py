@@ -18,6 +18,7 @@ from ldm.shapes.scenes import (
     Object,
     Scene,
     ShapeSample,
+    Size,
     all_scenes,
     generate,
     held_out_prompts,
@@ -29,7 +30,7 @@ from ldm.shapes.scenes import (
 from ldm.shapes.scorer import read_scene, score
 
 
-def samples(preset: str, size: int, count: int = 400, seed: int = 7, held_out: bool = False) -> list[ShapeSample]:
+def samples(preset: str, size: Size | list[Size], count: int = 400, seed: int = 7, held_out: bool = False) -> list[ShapeSample]:
     return list(generate(count, size, seed, preset, held_out))
 
 
@@ -38,10 +39,10 @@ def pairs(captions: list[str]) -> list[list[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-@pytest.mark.parametrize("size", [32, 64, 100, 256])
+@pytest.mark.parametrize("size", [32, 64, 100, 256, [(60, 40), (32, 64), 48, (150, 256)]])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_reader_reads_what_was_drawn(preset: str, size: int, held_out: bool) -> None:
-    drawn = samples(preset, size, count=300 if size <= 64 else 50, held_out=held_out)
+def test_the_reader_reads_what_was_drawn(preset: str, size: Size | list[Size], held_out: bool) -> None:
+    drawn = samples(preset, size, count=300 if size in (32, 64) else 50, held_out=held_out)
     scores = score([sample.image for sample in drawn], [sample.caption for sample in drawn])
     where = "place" if preset == "one" else "relation"
     assert scores.keys() == {"background", "colour", "shape", "size", where, "prompt_accuracy", "readable"}
@@ -177,6 +178,14 @@ def test_an_image_is_square_bytes_with_the_named_colours(size: int) -> None:
     assert tuple(image[size // 2, size // 2]) == COLOURS["purple"]
 
 
+def test_several_sizes_come_in_turn_with_the_objects_of_their_shorter_side() -> None:
+    drawn = samples("one", [(60, 40), 48, (40, 60)], count=6)
+    assert [sample.image.shape for sample in drawn] == [(60, 40, 3), (48, 48, 3), (40, 60, 3)] * 2
+    scene = parse_caption("a large red circle at the center on a black background")
+    areas = [(render(scene, size, np.random.default_rng(0))[..., 0] > 100).sum() for size in ((60, 40), 40, (40, 60))]
+    assert max(areas) - min(areas) <= 0.02 * max(areas)
+
+
 def test_two_objects_stay_apart_and_inside_whatever_the_jitter() -> None:
     rng = np.random.default_rng(0)
     for first, second in itertools.combinations(SHAPES, 2):
@@ -221,6 +230,8 @@ def test_bad_arguments_are_refused_before_any_drawing() -> None:
     for count, size, seed, preset in (
         (5, 31, 0, "one"),
         (5, 257, 0, "one"),
+        (5, (31, 64), 0, "one"),
+        (5, [64, (64, 300)], 0, "one"),
         (-1, 64, 0, "one"),
         (5, 64, -1, "one"),
         (5, 64, 0, "three"),
