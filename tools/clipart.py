@@ -184,7 +184,7 @@ def prepared(data: bytes, size: int) -> Image.Image:
     that is empty, tiny or white."""
     image = decode_image(data, background=None)
     if image.mode == "RGBA":
-        box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
+        box = image.getchannel("A").point([255 * (alpha > 8) for alpha in range(256)]).getbbox()
         if box is None:
             raise DecodeError("empty: all of it is transparent")
         image = image.crop(box)
