@@ -6,11 +6,12 @@ import inspect
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel
 from PIL import Image
 from torchvision.models import vgg16
 
@@ -27,6 +28,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # run here with tiny networks, as are those that tools/bench/convergence.py compares
 TRAINED_AUTOENCODERS = ("decoder_finetune", "kl_f16_8gpu", "kl_f4_cpu", "kl_f8_24gb", "kl_f8_8gb", "kl_f8_8gpu")
 TRAINED_DENOISERS = ("dit_b_8gb", "dit_l_24gb", "dit_s_cpu", "dit_xl_8gpu")
+FINE_TUNED = ("denoiser/pixart_finetune_24gb",)
 COMPARED = tuple(f"convergence/{name}" for name in ("ours", "dit", "minrf"))
 # the same as another recipe but for the strategy, which is tested in tests/slow
 SHARDED = ("autoencoder/kl_f8_fsdp", "denoiser/dit_xl_fsdp")
@@ -36,7 +38,7 @@ def test_every_recipe_is_tried_here() -> None:
     tried = [f"{stage}/{name}" for stage in ("shapes", "emoji") for name in ("autoencoder", "denoiser")]
     tried += [f"autoencoder/{name}" for name in TRAINED_AUTOENCODERS] + [f"denoiser/{name}" for name in TRAINED_DENOISERS]
     shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")]
-    assert sorted(shipped) == sorted([*tried, *COMPARED, *SHARDED])
+    assert sorted(shipped) == sorted([*tried, *COMPARED, *SHARDED, *FINE_TUNED])
 
 
 def keys(node: object, prefix: str = "") -> set[str]:
@@ -220,12 +222,35 @@ def tiny_latents(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: p
     return folder
 
 
-@pytest.mark.parametrize("recipe", [*(f"denoiser/{name}" for name in TRAINED_DENOISERS), *COMPARED])
+def tiny_pixart(**sizes: Any) -> PixArtTransformer2DModel:
+    """PixArt-XL-2-256's architecture in small, or in the ``sizes`` given, with its learned variance."""
+    tiny: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "num_layers": 2}
+    tiny |= {"sample_size": 4, "caption_channels": 8, "interpolation_scale": 1}
+    return PixArtTransformer2DModel(**tiny | sizes)
+
+
+def test_the_memory_noted_with_pixart() -> None:
+    recipe = (CONFIGS / "denoiser/pixart_finetune_24gb.yaml").read_text()
+    with torch.device("meta"):
+        published = tiny_pixart(
+            num_attention_heads=16, attention_head_dim=72, cross_attention_dim=1152, num_layers=28, caption_channels=4096
+        )
+    count = sum(parameter.numel() for parameter in published.parameters())
+    kept = static_memory(count, eight_bit=count)
+    said = " ".join(recipe.replace("# ", " ").split())
+    assert f"{count / 1e6:.0f}M weights" in said and f": {kept.total / 1e9:.1f} GB kept" in said
+
+
+@pytest.mark.parametrize("recipe", [*(f"denoiser/{name}" for name in TRAINED_DENOISERS), *COMPARED, *FINE_TUNED])
 def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, recipe: str) -> None:
     arguments = ["denoiser", "fit", "--config", str(CONFIGS / f"{recipe}.yaml"), "--out", str(tmp_path / "run")]
-    tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 8}
-    for name, value in tiny.items():
-        arguments += [f"--model.denoiser.init_args.{name}", str(value)]
+    if recipe in FINE_TUNED:
+        tiny_pixart().save_pretrained(tmp_path / "pixart" / "transformer")
+        arguments += ["--model.init_from", str(tmp_path / "pixart"), "--model.optimiser.eight_bit", "false"]
+    else:
+        tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 8}
+        for name, value in tiny.items():
+            arguments += [f"--model.denoiser.init_args.{name}", str(value)]
     arguments += ["--data.train", str(tiny_latents / "latents"), "--data.validation", str(tiny_latents / "latents")]
     arguments += ["--data.batch_size", "4", "--data.validation_samples", "4", "--data.workers", "0", "--model.compile", "false"]
     arguments += ["--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]

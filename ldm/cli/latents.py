@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
         "encode image shards and their captions",
         "ldm latents export --autoencoder runs/autoencoder/autoencoder --shards shards --out latents",
     )
-    export.add_argument("--autoencoder", required=True, help="directory of an AutoencoderKL")
+    export.add_argument("--autoencoder", required=True, help="directory of an AutoencoderKL, or its name on the hub")
     export.add_argument("--shards", required=True, help="folder of image shards")
     export.add_argument("--out", required=True, help="a new folder, or that of an interrupted export with the same settings")
     add_text_encoder(export)

@@ -269,7 +269,9 @@ def export_latents(
     config = autoencoder_folder(autoencoder_path) / "config.json"
     if keep_statistics:
         if config.parent != Path(autoencoder_path):
-            raise UsageError(f"keep_statistics would change the pipeline {autoencoder_path}, which was trained with its own")
+            raise UsageError(
+                f"keep_statistics would change the pipeline or download {autoencoder_path}, which was trained with its own"
+            )
         require_output_file(config)
     process, out = Process.from_environment(), Path(out)
     device = process.device() if device is None else torch.device(device)

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from ldm.errors import LdmError, UsageError
 from ldm.files import check_type
-from ldm.models.directories import loading, read_config, require_regular_files, variant_of
+from ldm.models.directories import downloaded, loading, read_config, require_regular_files, variant_of
 from ldm.models.fingerprint import network_hash
 
 MAX_LAYERS = 64  # residual blocks per level
@@ -46,7 +46,8 @@ class AutoencoderConfig:
         norm_num_groups: groups of the GroupNorm; must divide all channels (32).
         mid_block_add_attention: self-attention at the lowest resolution (true).
         sample_size: side of the training images and of a tile, in pixels (256).
-        init_from: directory of an ``AutoencoderKL`` to start from, as ``save_pretrained`` writes it: SD, SDXL, SD3, FLUX, ours.
+        init_from: an ``AutoencoderKL`` to start from (SD, SDXL, SD3, FLUX, ours): a directory, as ``save_pretrained`` writes
+            it, or a name on the Hugging Face hub, such as ``stabilityai/sd-vae-ft-mse``.
         train: ``decoder`` freezes the encoder, so that the latents and their statistics stay bit for bit, and a denoiser
             trained on them remains valid.
         tiling: encode and decode images larger than ``sample_size`` in tiles, see :func:`enable_tiling`.
@@ -215,10 +216,12 @@ class _Config(TypedDict, total=False):
 
 
 def autoencoder_folder(path: str | Path) -> Path:
-    """The directory of the autoencoder at ``path``, which may also be that of a pipeline: its ``vae``, which is logged."""
-    for folder in (Path(path), Path(path) / "vae"):
+    """The directory of the autoencoder at ``path``, a directory or a name on the Hugging Face hub, which may also be that of a
+    pipeline: its ``vae``, which is logged."""
+    place = downloaded(path, "vae")
+    for folder in (place, place / "vae"):
         if os.path.lexists(folder / "config.json"):
-            if folder != Path(path):
+            if folder != place:
                 log.warning("%s is a pipeline, its autoencoder %s is used", path, folder)
             return folder
     raise UsageError(f"{path} is not an autoencoder directory (no config.json); train one: ldm autoencoder fit --help")

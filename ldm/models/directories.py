@@ -4,13 +4,16 @@ checked before a library reads them or builds anything from them."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from ldm.errors import LdmError, UsageError, first_line
@@ -87,3 +90,25 @@ def in_memory(network: nn.Module) -> None:
     weights if it were overwritten."""
     for tensor in [*network.parameters(), *network.buffers()]:
         tensor.data = tensor.data.clone()
+
+
+def downloaded(path: str | Path, *subfolders: str) -> Path:
+    """``path``, or where what it names on the Hugging Face hub has been downloaded to: a network, or the pipeline of one.
+
+    A hub name is OWNER/NAME where neither it nor a folder OWNER is here. Configs and safetensors of the repository itself and
+    of its ``subfolders`` are downloaded, without variants. Raises :class:`UsageError` where they cannot be.
+    """
+    name = str(path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or os.path.lexists(name) or os.path.lexists(name.split("/")[0]):
+        return Path(path)
+    files = ("*.json", "*.safetensors")
+    at_top = ("model_index.json", "config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.json")
+    with loading(
+        f"{name} is no directory here, and cannot be downloaded from the Hugging Face hub", "give a directory, or a name there"
+    ):
+        return _snapshot(name, (*at_top, *(f"{folder}/{file}" for folder in subfolders for file in files)))
+
+
+@functools.cache  # one request a process
+def _snapshot(name: str, files: Sequence[str]) -> Path:
+    return Path(snapshot_download(name, allow_patterns=[*files], ignore_patterns=["*.fp16*", "*non_ema*"]))

@@ -31,8 +31,9 @@ from ldm.runs.checkpoints.files import (
     require_run,
 )
 from ldm.runs.config import require_values
-from ldm.runs.export import export_run, write_artifact
+from ldm.runs.export import export_run, require_finite, write_artifact
 from ldm.runs.faults import explained
+from ldm.runs.initial import as_options, initial_weights
 from ldm.runs.layout import is_checkpoint, step_of
 from ldm.runs.lightning_private import is_rank_zero, set_ddp_options
 from ldm.runs.logging import loggers, recorded
@@ -41,6 +42,7 @@ from ldm.runs.torchrun import run_under_torchrun
 from ldm.runs.training_cli import TrainingCLI
 from ldm.terminal import say
 from ldm.training.base import TrainingModule
+from ldm.training.denoiser import DenoiserTraining
 from ldm.training.fsdp import is_sharded
 
 LATEST = "latest"
@@ -70,6 +72,7 @@ class FitCLI(TrainingCLI):
         self._find_checkpoint()
         self._check_folders()
         self._check_data()
+        self._find_initial_weights()
         self._check_trainer()
         set_fp32_precision(self.options.matmul_precision or "highest")
 
@@ -166,6 +169,29 @@ class FitCLI(TrainingCLI):
                 except UsageError as error:
                     raise UsageError(f"data.{split}: {error}") from None
 
+    def _find_initial_weights(self) -> None:
+        """Set ``initial``, what ``model.init_from`` names unless the run resumes; fill in the denoiser where it is left out."""
+        model, self.initial = self.options.model, None
+        if model.get("init_from") and self.checkpoint is None:
+            self.initial = initial_weights(model.init_from, model.autoencoder)
+        if "denoiser" in model and model.denoiser is None:
+            if self.initial is not None:
+                model.denoiser = self.initial.denoiser()
+            elif self.checkpoint is not None:
+                model.denoiser = as_options(self.folder.read_config()["model"]["denoiser"])
+            else:
+                raise UsageError("model.denoiser is missing; give its class and config, or model.init_from to have another's")
+
+    def _start_from_initial_weights(self) -> None:
+        if self.initial is None:
+            return
+        assert isinstance(self.model, DenoiserTraining)
+        initial = self.initial.read(self.model.denoiser, self.model.init_weights)
+        report = self.model.start_from(initial)
+        require_finite(self.model.denoiser, initial.source)
+        if is_rank_zero():
+            say(report)
+
     def _check_trainer(self) -> None:
         """Fill in the trainer's defaults."""
         trainer = self.options.trainer
@@ -218,6 +244,7 @@ class FitCLI(TrainingCLI):
         command = ["ldm", self.module_class.command, *self.arguments]
         try:
             with recorded(self.trainer, self.model, command, self.resumed_at), explained(self.trainer), ended_by_sigterm():
+                self._start_from_initial_weights()
                 super()._run_subcommand(subcommand)
         except BaseException:
             if self.made_folder and self.trainer.is_global_zero and self.trainer.global_step == 0:

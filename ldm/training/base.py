@@ -52,6 +52,16 @@ def require_weights(network: nn.Module, shapes: Mapping[str, Sequence[int]], wha
     _require_none(differing, f"{len(differing)} weights", what)
 
 
+def require_settings(own: Mapping[str, Any], saved: Mapping[str, Any], what: str) -> None:
+    """Raise :class:`UsageError`, listing them, for settings of a network that ``what`` has saved with other values."""
+    differing = [
+        f"{name}: {saved[name]} there, {value} here"
+        for name, value in own.items()
+        if name in saved and _plain(saved[name]) != _plain(value)
+    ]
+    _require_none(differing, "settings", what)
+
+
 def _require_none(differing: Sequence[str], differ: str, what: str) -> None:
     if differing:
         listed = "; ".join(differing[:LISTED_WEIGHTS])
@@ -356,13 +366,7 @@ class TrainingModule(LightningModule):
     def require_same_network(self, checkpoint: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise :class:`UsageError`, listing the keys, unless a checkpoint with weights of these shapes fits the module."""
         require_weights(self, shapes, "the checkpoint", self.absent)
-        own, saved = self._network_config(), checkpoint.get("network", {})  # of an older ldm
-        differing = [
-            f"{name}: {saved[name]} there, {own[name]} here"
-            for name in own
-            if name in saved and _plain(saved[name]) != _plain(own[name])
-        ]
-        _require_none(differing, "settings", "the checkpoint")
+        require_settings(self._network_config(), checkpoint.get("network", {}), "the checkpoint")  # an older ldm saved none
         trained = sum(parameter.requires_grad for parameter in self.trained().parameters())
         for state in checkpoint.get("optimizer_states", [])[:1]:
             count = sum(len(group["params"]) for group in state["param_groups"])

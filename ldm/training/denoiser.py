@@ -7,6 +7,10 @@ updates the weights. The data drops some captions, for classifier-free guidance.
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,10 +42,13 @@ from ldm.training.base import TrainingModule
 from ldm.training.ema import PowerAverages
 from ldm.training.encoders import FrozenEncoders, Statistics, encoders_of_images, encoders_of_latents
 from ldm.training.fp8 import require_fp8, to_fp8
+from ldm.training.initial import InitialWeights
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig
 from ldm.training.randomness import DenoisingNoise
 from ldm.training.step import Update
+
+log = logging.getLogger(__name__)
 
 # intervals of t for which the validation loss is logged
 NUM_BINS = 10
@@ -55,12 +62,15 @@ class DenoiserTraining(TrainingModule):
 
     def __init__(
         self,
-        denoiser: ModelMixin,
         autoencoder: str,
         path: ProbabilityPath,
         prediction: Prediction,
         timesteps: TimestepSampler,
         optimiser: MuonConfig,
+        denoiser: ModelMixin | None = None,
+        init_from: str | None = None,
+        init_weights: Literal["average", "trained"] = "average",
+        freeze: list[str] | None = None,
         weighting: Weighting | None = None,
         auxiliary_losses: list[AuxiliaryLoss] | None = None,
         accumulate: int = 1,
@@ -80,10 +90,17 @@ class DenoiserTraining(TrainingModule):
     ):
         """
         Args:
-            denoiser: with the signature of diffusers' ``PixArtTransformer2DModel``.
-            autoencoder: directory of the autoencoder that made the latents; it decodes previews and is part of the pipeline.
+            autoencoder: directory of the autoencoder that made the latents, or its name on the Hugging Face hub; it decodes
+                previews and is part of the pipeline.
             path, prediction, timesteps: see :mod:`ldm.diffusion`.
             optimiser: of the denoiser.
+            denoiser: with the signature of diffusers' ``PixArtTransformer2DModel``; with ``init_from``, it may be left out.
+            init_from: weights to start from instead of random ones: a pipeline's directory, a run's folder or one of its
+                checkpoints, the directory of a ``PixArtTransformer2DModel``, or a name on the Hugging Face hub. Without
+                ``denoiser``, class and config are from there. Latents are normalised as they were for these weights. A resumed
+                run reads its own checkpoint alone.
+            init_weights: of a run, its averaged weights or those in training.
+            freeze: weights that are not trained, by name; ``*`` stands for anything: ``blocks.0.*``, ``text_embed*``.
             weighting: of the squared error by t; without one, all times count equally.
             auxiliary_losses: further terms of the loss, computed from prediction, target or activations of the denoiser.
             accumulate: micro-batches that a batch is split into, to save memory; the step is still that of the whole batch.
@@ -110,7 +127,13 @@ class DenoiserTraining(TrainingModule):
             max_skipped: steps in a row with a loss or gradients that are not finite; each is skipped, one more stops the run.
         """
         super().__init__()
+        if denoiser is None:
+            raise UsageError("there is no denoiser; give its class and config, or a model that has one as init_from")
         self.denoiser = denoiser
+        self.init_from, self.init_weights = init_from, init_weights
+        self.initial: InitialWeights | None = None
+        self.frozen = freeze or []
+        freeze_weights(denoiser, self.frozen)
         self.autoencoder_path = Path(autoencoder)
         self.objective = DenoisingObjective(path, prediction, timesteps, weighting)
         self.scheduler = matching_scheduler(path, prediction)
@@ -119,7 +142,7 @@ class DenoiserTraining(TrainingModule):
             raise UsageError(f"online_precision {online_precision}, but nothing is encoded; set online, or leave it out")
         self.online, self.text_encoder = online, text_encoder
         self.online_precision: Literal["fp32", "bf16"] = online_precision
-        self.statistics: Statistics | None = None  # of latents encoded online, from a checkpoint
+        self.statistics: Statistics | None = None  # of the latents, from a checkpoint or of the initial weights
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         self.compile_choice: Compile = compile
@@ -211,6 +234,9 @@ class DenoiserTraining(TrainingModule):
     def averaged(self) -> nn.Module:
         return self.denoiser
 
+    def _network_config(self) -> dict[str, Any]:
+        return super()._network_config() | ({"freeze": self.frozen} if self.frozen else {})
+
     def setup(self, stage: str) -> None:
         self._require_activations()
         if self.fp8:
@@ -225,6 +251,11 @@ class DenoiserTraining(TrainingModule):
                     "compile cuda_graphs cannot be used with fsdp, which moves the weights at every step; give true"
                 )
             compile_blocks(self.denoiser, self.blocks(), self.compile_choice, self.trainer.strategy.root_device)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.init_from and self.initial is None and self.global_step == 0:
+            raise UsageError(f"the weights of {self.init_from} were not loaded; train by ldm denoiser fit, or call start_from")
 
     def _require_activations(self) -> None:
         """Refuse auxiliary losses that ask for activations which the denoiser does not return."""
@@ -260,17 +291,31 @@ class DenoiserTraining(TrainingModule):
             self.encoders = encoders_of_images(data, self.autoencoder_path, text_encoder, config, self.statistics, device)
         else:
             self.encoders = encoders_of_latents(data, self.autoencoder_path, config, self.text_encoder)
+        if self.initial is not None and self.statistics is None:
+            self.statistics = self.initial.statistics_for(self.encoders.trained_on)
+        if self.statistics is not None:
+            self.encoders.set_statistics(*self.statistics)
+
+    def start_from(self, initial: InitialWeights) -> str:
+        """Start with these weights; called before training. Returns a line about them, see :meth:`InitialWeights.load`."""
+        report = initial.load(self.denoiser)
+        self.start_average(*self._averaging)
+        self.initial = replace(initial, weights={})
+        if initial.diffusion is not None and initial.diffusion != (own := self._diffusion()):
+            log.warning("%s was trained with %s, and this run trains with %s", initial.source, initial.diffusion, own)
+        return report
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["num_images_seen"] = self.num_images_seen
-        if self.online:
-            checkpoint["latent_statistics"] = [list(values) for values in self.encoders.statistics]
+        # with them, another run can start from these weights
+        checkpoint["latent_statistics"] = [list(values) for values in self.encoders.statistics]
+        checkpoint["trained_on"], checkpoint["diffusion"] = self.encoders.trained_on, self._diffusion()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.num_images_seen = checkpoint["num_images_seen"]
-        if self.online:
+        if self.online or self.init_from:
             self.statistics = mean, std = checkpoint["latent_statistics"]
             if hasattr(self, "encoders"):  # in training, the encoders are loaded before the checkpoint
                 self.encoders.set_statistics(mean, std)
@@ -294,6 +339,9 @@ class DenoiserTraining(TrainingModule):
             metrics[f"val/loss_bin_{number:02d}"] = loss[bins == number].mean()
         self.log_dict(metrics)
 
+    def _diffusion(self) -> dict[str, Any]:
+        return diffusion_config(self.objective.path, self.objective.prediction)
+
     def pipeline(self) -> LatentDiffusionPipeline:
         """The model as a pipeline that shares the networks and their current weights."""
         return LatentDiffusionPipeline(
@@ -302,7 +350,7 @@ class DenoiserTraining(TrainingModule):
             tokenizer=self.encoders.text_encoder.tokenizer,
             transformer=self.denoiser,
             scheduler=self.scheduler,
-            diffusion=diffusion_config(self.objective.path, self.objective.prediction),
+            diffusion=self._diffusion(),
             trained_on=self.encoders.trained_on,
         )
 
@@ -330,6 +378,22 @@ class DenoiserTraining(TrainingModule):
 
     def save(self, folder: Path) -> None:
         self.pipeline().save_pretrained(folder)
+
+
+def freeze_weights(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Exclude the weights whose names match one of ``patterns``, in which ``*`` stands for anything, from training.
+
+    Raises :class:`UsageError` for a pattern that matches none, and where none is left to train.
+    """
+    for pattern in patterns:
+        matching = [parameter for name, parameter in network.named_parameters() if fnmatchcase(name, pattern)]
+        if not matching:
+            parts = ", ".join(name for name, part in network.named_children() if any(True for _ in part.parameters()))
+            raise UsageError(f"freeze {pattern} matches no weight; give names in {parts}, with * as in blocks.0.*")
+        for parameter in matching:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UsageError(f"freeze {', '.join(patterns)} matches all weights; leave some to train")
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:

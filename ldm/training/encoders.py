@@ -231,8 +231,9 @@ def _require_sizes(
     ``sample_size`` only says to which grid positions are scaled: a stage at a higher resolution keeps that of the one before.
     """
     (channels, *_), side, patch = latent_shapes[0], denoiser["sample_size"], denoiser["patch_size"]
-    if denoiser["in_channels"] != channels:
-        raise UsageError(f"the denoiser's in_channels is {denoiser['in_channels']}, but the latents need {channels}; change it")
+    for name in ("in_channels", "out_channels"):
+        if (denoiser.get(name) or channels) != channels:  # a DiT has no out_channels, and PixArt's may be None
+            raise UsageError(f"the denoiser's {name} is {denoiser[name]}, but the latents need {channels}; change it")
     for _, height, width in latent_shapes:
         if height % patch or width % patch:
             raise UsageError(

@@ -1,0 +1,106 @@
+"""Weights that a denoiser starts from instead of random ones, fitted to a network of another size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from ldm.training.base import FREE, require_settings, require_weights
+from ldm.training.encoders import Statistics
+
+log = logging.getLogger(__name__)
+
+# of a DiT and of PixArt: the layer that reads the latents' channels, and the one that writes them
+INPUT_LAYERS, OUTPUT_LAYER = ("patch_embed.weight", "pos_embed.proj.weight"), "proj_out."
+# entries of a config that the fitted weights follow, or that the weights themselves show
+FITTED = FREE | {"in_channels", "out_channels", "use_additional_conditions"}
+
+
+@dataclass
+class InitialWeights:
+    """Weights of another model, and what is known of its training.
+
+    Attributes:
+        source: where they are from, for messages.
+        config: of their network.
+        weights: of its parameters, by name.
+        statistics: that its latents were normalised with.
+        trained_on: fingerprints, as :attr:`ldm.training.encoders.FrozenEncoders.trained_on`.
+        diffusion: its path and prediction, as :func:`ldm.diffusion.scheduler.diffusion_config` gives them.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    weights: dict[str, Tensor]
+    statistics: Statistics | None = None
+    trained_on: Mapping[str, Any] = field(default_factory=dict)
+    diffusion: Mapping[str, Any] | None = None
+
+    def load(self, network: ModelMixin) -> str:
+        """Load the weights into ``network``. Returns a line that says what was loaded and resized.
+
+        Further channels of the latents begin with weights of zero, and a learned variance, which follows the prediction in the
+        output of some models, is left out. Sine-cosine and rotary positions are computed from the network's config.
+
+        Raises:
+            UsageError: lists the settings or weights that differ otherwise.
+        """
+        own, theirs = {name: value for name, value in network.config.items() if not name.startswith("_")}, self.config
+        free = FITTED if own["sample_size"] == theirs.get("sample_size") else FITTED | {"interpolation_scale"}
+        require_settings({name: value for name, value in own.items() if name not in free}, theirs, self.source)
+        expected = dict(network.named_parameters())
+        fitted = {
+            name: self._fit(name, weight, expected[name]) if name in expected else weight
+            for name, weight in self.weights.items()
+        }
+        require_weights(network, {name: weight.shape for name, weight in fitted.items()}, self.source)
+        network.load_state_dict(fitted, strict=False)  # without buffers
+        resized = [
+            f"{name}: {tuple(weight.shape)} -> {tuple(fitted[name].shape)}"
+            for name, weight in self.weights.items()
+            if weight.shape != fitted[name].shape
+        ]
+        if own["sample_size"] != theirs.get("sample_size", own["sample_size"]):
+            resized.append(f"positions: sample_size {theirs['sample_size']} -> {own['sample_size']}")
+        number = f"{len(fitted)} weights loaded from {self.source}"
+        return f"{number}; resized: {', '.join(resized)}" if resized else f"{number}; none resized"
+
+    def statistics_for(self, trained_on: Mapping[str, Any]) -> Statistics | None:
+        """The statistics that latents of ``trained_on`` are to be normalised with, so that the weights read what they know.
+
+        None: those of the data, because another autoencoder made these latents, or because the weights' are unknown. Encoders
+        other than the weights' are named in the log.
+        """
+        for name in ("autoencoder", "text_encoder"):
+            before, now = self.trained_on.get(name), trained_on[name]
+            if before not in (None, now):
+                log.warning("%s was trained with %s %s, and this run's is %s", self.source, name, before[:12], now[:12])
+        return self.statistics if self.trained_on.get("autoencoder") in (None, trained_on["autoencoder"]) else None
+
+    def _fit(self, name: str, weight: Tensor, like: Tensor) -> Tensor:
+        """A weight with as many channels of the latents as ``like``, where it is of the first or the last layer."""
+        channels = self.config["in_channels"]
+        if name in INPUT_LAYERS and weight.ndim == like.ndim == 4 and weight.shape[1] == channels < like.shape[1]:
+            return _resized(weight, 1, like.shape[1], channels)
+        pixels = self.config["patch_size"] ** 2
+        if name.startswith(OUTPUT_LAYER) and not len(weight) % pixels and not len(like) % pixels:
+            # rows are those of a patch's pixels, and in each of these those of the channels
+            rows, wanted = weight.unflatten(0, (pixels, -1)), len(like) // pixels
+            if channels <= wanted and rows.shape[1] in (channels, 2 * channels) and rows.shape[1] != wanted:
+                return _resized(rows, 1, wanted, channels).flatten(0, 1)
+        return weight
+
+
+def _resized(weight: Tensor, dim: int, size: int, kept: int) -> Tensor:
+    """The first ``kept`` entries of a dimension, and zeros up to ``size``."""
+    shape = [*weight.shape]
+    shape[dim] = size
+    made = torch.zeros(shape, dtype=weight.dtype)
+    made.narrow(dim, 0, kept).copy_(weight.narrow(dim, 0, kept))
+    return made
