@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -43,6 +44,14 @@ class SignalAt(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.global_step in self.steps and self.rank in (-1, trainer.global_rank) and mark(trainer):
             os.kill(os.getpid(), self.number)
+
+
+class RecordDraws(Callback):
+    """Writes the draws of every step of its process to a file in the run's folder; those of a repeated step replace them."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], batch_idx: int) -> None:
+        file = Path(trainer.default_root_dir, f"draws-{trainer.global_step}-{trainer.global_rank}.json")
+        file.write_text(json.dumps(batch["draws"].tolist()))
 
 
 class SignalGroup(Callback):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from tests.tiny import TinyRuns
+from ldm.data.buckets import Buckets
+from ldm.data.latent_schema import sample_shapes
+from ldm.data.sources import open_source
+from ldm.data.writer import write_images
+from ldm.latents.export import export_latents
+from ldm.shapes.scenes import generate
+from tests.tiny import SIZE, TinyRuns
 
 from .test_many_processes import metrics
 from .warm import DDP, run
@@ -93,6 +101,50 @@ def test_killed_at_random_steps_and_resumed(tiny_runs: TinyRuns, tmp_path: Path,
             assert (tmp_path / "killed" / relative).read_bytes() == file.read_bytes(), relative
         elif file.suffix == ".safetensors":  # its header has no fixed order
             assert_equal(load_file(tmp_path / "killed" / relative), load_file(file))
+
+
+@pytest.mark.slow
+def test_three_sizes_on_two_processes_killed_at_random_steps_and_resumed(
+    tiny_runs: TinyRuns, tiny_text_encoder: str, tmp_path: Path
+) -> None:
+    """A step is of one size on both; each sample comes once an epoch, or waits; bits are those of a run without a kill."""
+    cuts = [np.s_[:, :]] * 12 + [np.s_[:16, :]] * 8 + [np.s_[:, 8:24]] * 4
+    images = [(key, pixels[cut], text) for (key, pixels, text), cut in zip(generate(24, SIZE, seed=1), cuts, strict=True)]
+    write_images(tmp_path / "shards", "shapes", images, samples_per_shard=10)
+    latents = tmp_path / "latents"
+    autoencoder, buckets = tiny_runs.folder / "autoencoder", Buckets((24,), 8)
+    export_latents(autoencoder, tmp_path / "shards", latents, tiny_text_encoder, buckets=buckets)
+    groups = sample_shapes([open_source(latents)])
+    assert groups is not None and np.bincount(groups).tolist() == [12, 8, 4]
+
+    def command(out: Path, *options: str) -> list[str]:
+        data = ["--data.train", str(latents), "--data.validation", str(latents), "--data.batch_size", "2"]
+        recorder = ["--trainer.callbacks+=tests.slow.injected.RecordDraws"]
+        return [*tiny_runs.command("denoiser", out, *COMMON, *data, *recorder, *options, steps=9, validate_every=9), *DDP]
+
+    kills = [2, 5]
+    killer = ["--trainer.callbacks+=tests.slow.injected.SignalAt", f"--trainer.callbacks.init_args.steps={kills}"]
+    status, said = run(command(tmp_path / "whole"), tmp_path, 2)
+    assert status == 0, said
+    for number in range(len(kills) + 1):
+        status, said = run(command(tmp_path / "killed", *killer, "--resume", "latest"), tmp_path, 2)
+        assert (status == 0) == (number == len(kills)), f"start {number + 1} ended with {status}:\n{said[-3000:]}"
+    assert_equal(state(tmp_path / "killed"), state(tmp_path / "whole"), f"after kills at {kills}")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+    draws: list[list[int]] = []
+    for step in range(9):
+        files = [f"draws-{step}-{rank}.json" for rank in range(2)]
+        ranks = [json.loads((tmp_path / "killed" / file).read_text()) for file in files]
+        assert ranks == [json.loads((tmp_path / "whole" / file).read_text()) for file in files]
+        together = [draw for rank in ranks for draw in rank]
+        assert len(together) == 4 and len({groups[sample] for sample, _ in together}) == 1
+        draws += together
+    checkpoint = torch.load(tmp_path / "killed" / "checkpoints" / "last.ckpt", weights_only=True)
+    (place,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    draws += place.get("waiting", [])
+    assert sorted(number for _, number in draws) == [*range(24 * place["epoch"] + place["samples_consumed"])]
+    assert sorted(sample for sample, number in draws if number < 24) == [*range(24)]
 
 
 @pytest.mark.slow
