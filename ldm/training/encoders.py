@@ -117,9 +117,6 @@ def encoders_of_latents(
     common_info((*data.train_set.sources, *data.validation_set.sources))
     folder = data.train_set.sources[0].spec
     network = load_matching(autoencoder, data.train_set.sources[0])
-    if info.latent_shape is None:
-        sizes = ", ".join(f"{width} x {height}" for _, height, width in info.latent_shapes)
-        raise UsageError(f"{folder} holds latents of several sizes ({sizes}); export with --image-size to train on one")
     text = info.text_encoders[data.text_encoder]
     _require_sizes(denoiser, info.latent_shapes, text.width, f"{folder} was exported with {text.name}")
     where = text_encoder or (text.name if text.folder is None else path_of(data.train_set.sources[0], text.folder))

@@ -18,8 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.utils import parameters_to_vector
 
 from ldm.cli import dispatch
+from ldm.data.buckets import Buckets
 from ldm.data.datamodule import ShardDataModule, datamodule_of
+from ldm.data.latent_dataset import LatentDataset
 from ldm.data.plan import PlannedSample
+from ldm.data.writer import write_images
 from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
 from ldm.diffusion.timesteps import LogitNormal, Uniform
@@ -31,6 +34,7 @@ from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import load_pipeline
 from ldm.runs.callbacks import AverageSnapshots
 from ldm.runs.posthoc_ema import export_average, find_snapshots, reconstruct
+from ldm.shapes.scenes import generate
 from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
 from ldm.training.optimiser import MuonConfig
@@ -198,11 +202,31 @@ def test_another_text_encoder_is_refused_and_both_are_named(
     assert f"was exported with text encoder {was}, but {where} is {found}; give the one" in str(refused.value)
 
 
-def test_latents_of_several_sizes_are_refused_with_the_fix(latents: tuple[Path, Path], tmp_path: Path) -> None:
-    shutil.copytree(latents[1], tmp_path / "latents")
-    edit_manifest(tmp_path / "latents", lambda manifest: manifest["latent_shapes"].append([4, 16, 24]))
-    with pytest.raises(UsageError, match=r"latents of several sizes \(16 x 16, 24 x 16\); export with --image-size"):
-        fit(make(latents[0]), tmp_path / "latents", tmp_path, 1)
+def test_latents_of_several_sizes_are_validated_each_sample_once_whatever_the_batch_size(
+    latents: tuple[Path, Path], tiny_text_encoder: str, tmp_path: Path, randomised: Callable
+) -> None:
+    cuts = [np.s_[:, :]] * 5 + [np.s_[:16, :]] * 3 + [np.s_[:, 8:24]] * 2
+    images = [(key, pixels[cut], text) for (key, pixels, text), cut in zip(generate(10, 32, seed=0), cuts, strict=True)]
+    write_images(tmp_path / "shards", "shapes", images, samples_per_shard=4)
+    folder = tmp_path / "latents"
+    export_latents(latents[0], tmp_path / "shards", folder, tiny_text_encoder, buckets=Buckets((24,), 8))
+    module = make(latents[0], optimiser=MuonConfig(0.0))
+    randomised(module.denoiser)
+    losses = []
+    for data in ({"batch_size": 3}, {"batch_size": 2}, {"max_tokens": 18}):  # two squares of 3 x 3 patches
+        losses.append(float(fit(module, folder, tmp_path, 1, data).callback_metrics["val/loss"]))
+    dataset, expected = LatentDataset(folder), []
+    assert dataset.groups is not None and sorted(dataset.group_sizes) == [(8, 16), (12, 12), (16, 8)]
+    for number, sample in enumerate(np.argsort(dataset.groups, kind="stable").tolist()):
+        x0, condition = module.encode(dataset.batch([sample]))
+        with module.average_applied():
+            expected.append(module.objective(module.denoiser, x0, condition, *fixed_noise(number, x0)).unweighted.item())
+    assert losses == pytest.approx([np.mean(expected)] * 3, rel=1e-5)
+    edit_manifest(folder, lambda manifest: manifest.pop("shard_shapes"))
+    with pytest.raises(
+        UsageError, match="latents of several sizes, and its older manifest does not say which are where; export"
+    ):
+        fit(make(latents[0]), folder, tmp_path, 1)
 
 
 def test_modes_and_mirrored_latents_can_be_trained_on(
