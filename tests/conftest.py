@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from ldm.cli import main
+from ldm.data.buckets import Buckets
 from ldm.data.writer import write_images
 from ldm.diffusion.path import RectifiedFlow
 from ldm.diffusion.prediction import Velocity
@@ -137,6 +138,15 @@ def latents(image_shards, tiny_text_encoder, tmp_path_factory) -> tuple[Path, Pa
     AutoencoderConfig([8, 16], 4, 1, 4, False, 32).build().save_pretrained(folder / "autoencoder")
     export_latents(folder / "autoencoder", image_shards, folder / "latents", tiny_text_encoder)
     return folder / "autoencoder", folder / "latents"
+
+
+@pytest.fixture(scope="session")
+def three_sizes(latents, tiny_text_encoder, tmp_path_factory) -> Path:
+    """Latents by the same autoencoder of nine shapes: 4 of (20, 12), 3 of (16, 16) and 2 of (12, 20)."""
+    folder, sizes = tmp_path_factory.mktemp("three"), [(48, 32), 32, (32, 48), (48, 32), 32, (48, 32), 32, (32, 48), (48, 32)]
+    write_images(folder / "shards", "shapes", generate(9, sizes, seed=0))
+    export_latents(latents[0], folder / "shards", folder / "latents", tiny_text_encoder, buckets=Buckets((32,), 8, 2.0))
+    return folder / "latents"
 
 
 @pytest.fixture(scope="session")

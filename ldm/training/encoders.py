@@ -117,8 +117,9 @@ def encoders_of_latents(
     common_info((*data.train_set.sources, *data.validation_set.sources))
     folder = data.train_set.sources[0].spec
     network = load_matching(autoencoder, data.train_set.sources[0])
+    shapes = by_frequency(info.latent_shapes, data.train_set.groups)
     text = info.text_encoders[data.text_encoder]
-    _require_sizes(denoiser, info.latent_shapes, text.width, f"{folder} was exported with {text.name}")
+    _require_sizes(denoiser, shapes, text.width, f"{folder} was exported with {text.name}")
     where = text_encoder or (text.name if text.folder is None else path_of(data.train_set.sources[0], text.folder))
     try:
         encoder = TextEncoder.load(where)
@@ -135,7 +136,7 @@ def encoders_of_latents(
             "give the one it was exported with as text_encoder, or export again"
         )
     set_latent_statistics(network, info.latents_mean, info.latents_std)
-    return FrozenEncoders(network, encoder, info.latent_shapes, info.autoencoder)
+    return FrozenEncoders(network, encoder, shapes, info.autoencoder)
 
 
 def encoders_of_images(
@@ -218,6 +219,15 @@ def image_size(dataset: ImageDataset, factor: int) -> tuple[int, int] | BadSampl
             f"factor {factor}; set image_size to one"
         )
     return height, width
+
+
+def by_frequency(shapes: Sequence[tuple[int, int, int]], groups: np.ndarray | None) -> list[tuple[int, int, int]]:
+    """The shapes (C, h, w) that samples have, the most frequent first.
+
+    ``groups``: each sample's place in ``shapes``, −1 for those that are not trained on; None where all have the first.
+    """
+    counts = np.bincount(np.zeros(1, int) if groups is None else groups[groups >= 0], minlength=len(shapes))
+    return [shapes[place] for place in np.argsort(-counts, kind="stable").tolist() if counts[place]]
 
 
 def _require_sizes(

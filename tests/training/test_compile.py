@@ -84,6 +84,14 @@ def test_stage_two(latents: tuple[Path, Path], tmp_path: Path, graphs: Graphs, a
     assert graphs.made == 2 * 4  # previews, training, validation, its last batch
 
 
+def test_stage_two_of_three_sizes(latents: tuple[Path, Path], three_sizes: Path, tmp_path: Path, graphs: Graphs) -> None:
+    """Each number of tokens has one graph in training and one in validation: that of 5 x 3 is the one of 3 x 5."""
+    sizes: dict[str, Any] = {"sample_size": 16, "patch_size": 4, "width": 32, "num_attention_heads": 2, "caption_channels": 8}
+    module = stage_two.make(latents[0], denoiser=DiT(num_layers=2, positions="sincos_rope", **sizes), compile=True)
+    stage_two.fit(module, three_sizes, tmp_path, 27, {"batch_size": 1}, callbacks=[Previews()])
+    assert graphs.made == 2 * (1 + 2 + 2)  # previews, training, validation; of the blocks, and of the last layers
+
+
 def fit_stage_one(module: AutoencoderTraining, shards: Path, folder: Path, steps: int) -> None:
     torch.manual_seed(1)
     trainer = make_trainer(folder, steps, val_check_interval=steps, precision="bf16-mixed", callbacks=[Previews()])

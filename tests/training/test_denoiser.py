@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +39,7 @@ from ldm.shapes.scenes import generate
 from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
 from ldm.training.optimiser import MuonConfig
+from ldm.training.randomness import DenoisingNoise
 from tests.tiny import make_trainer, write_config
 
 
@@ -227,6 +229,58 @@ def test_latents_of_several_sizes_are_validated_each_sample_once_whatever_the_ba
         UsageError, match="latents of several sizes, and its older manifest does not say which are where; export"
     ):
         fit(make(latents[0]), folder, tmp_path, 1)
+
+
+class Sizes(Callback):
+    """Keeps the sizes of training batches."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
+        assert batch["mean"].shape == batch["eps"].shape == batch["posterior_noise"].shape
+        self.seen.append(tuple(batch["mean"].shape))
+
+
+def test_several_sizes_train_together_and_can_be_sampled(
+    latents: tuple[Path, Path], three_sizes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, sizes = make(latents[0]), Sizes()
+    trainer = fit(module, three_sizes, tmp_path, 27, {"batch_size": 1}, callbacks=[sizes])
+    shapes = [(4, 20, 12), (4, 16, 16), (4, 12, 20)]
+    assert Counter(sizes.seen) == {(1, *shape): 3 * count for shape, count in zip(shapes, (4, 3, 2), strict=True)}
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
+    assert module.encoders.latent_shapes == shapes
+    module.save(tmp_path / "pipeline")
+    pipeline = load_pipeline(tmp_path / "pipeline")
+    assert pipeline.config["trained_on"]["latent_shapes"] == [list(shape) for shape in shapes]
+    assert pipeline.trained_sizes == [(40, 24), (32, 32), (24, 40)] and pipeline.default_size == (40, 24)
+    assert [image.size for _, images in module.preview() for image in images] == [(24, 40)] * 2
+    pipeline.set_progress_bar_config(disable=True)
+    caplog.clear()
+    for height, width in (*pipeline.trained_sizes, (64, 64)):
+        image = pipeline("a red ring", num_inference_steps=1, height=height, width=width).images[0]
+        assert image.size == (width, height)
+    assert [record.getMessage()[:5] for record in caplog.records] == ["64x64"]
+
+
+def test_a_step_sees_its_own_size_alone(latents: tuple[Path, Path], three_sizes: Path, randomised: Callable) -> None:
+    """With ``base_side`` times are shifted by the size of the batch; all else is that of a set of one size."""
+    data = ShardDataModule(str(three_sizes), str(three_sizes), batch_size=2)
+    data.setup("fit")
+    module = make(latents[0], timesteps=LogitNormal(base_side=8))
+    module.seed = 5
+    module.prepare(data)
+    randomised(module.denoiser)
+    for group in range(3):
+        numbers = np.flatnonzero(data.train_set.groups == group)[:2].tolist()
+        batch = noisy_batch(module, data, *numbers)
+        height, width = batch["mean"].shape[2:]
+        plain = LogitNormal(shift=(height * width) ** 0.5 / 8)
+        noise = DenoisingNoise(5, 4, 2, RectifiedFlow(), plain)(batch, [PlannedSample(number, number) for number in numbers])
+        torch.testing.assert_close(batch["t"], noise["t"])
+        assert torch.equal(batch["eps"], noise["eps"])
+        assert module.loss_terms(batch)["train/loss"].isfinite()
 
 
 def test_modes_and_mirrored_latents_can_be_trained_on(
