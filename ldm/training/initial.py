@@ -17,9 +17,12 @@ from ldm.training.encoders import Statistics
 log = logging.getLogger(__name__)
 
 # of a DiT and of PixArt: the layer that reads the latents' channels, and the one that writes them
-INPUT_LAYERS, OUTPUT_LAYER = ("patch_embed.weight", "pos_embed.proj.weight"), "proj_out."
+INPUT_LAYERS = ("patch_embed.weight", "patch_embed.0.weight", "pos_embed.proj.weight")
+OUTPUT_LAYER = "proj_out."
+# of a DiT: weights that a network may have besides those of the source, and those of them that begin at zero
+NEW, ZERO = "size_embed.", "size_embed.linear_2."
 # entries of a config that the fitted weights follow, or that the weights themselves show
-FITTED = FREE | {"in_channels", "out_channels", "use_additional_conditions"}
+FITTED = FREE | {"in_channels", "out_channels", "use_additional_conditions", "micro_conditioning"}
 
 
 @dataclass
@@ -43,10 +46,11 @@ class InitialWeights:
     diffusion: Mapping[str, Any] | None = None
 
     def load(self, network: ModelMixin) -> str:
-        """Load the weights into ``network``. Returns a line that says what was loaded and resized.
+        """Load the weights into ``network``. Returns a line that says what was loaded, resized, and is new.
 
-        Further channels of the latents begin with weights of zero, and a learned variance, which follows the prediction in the
-        output of some models, is left out. Sine-cosine and rotary positions are computed from the network's config.
+        Further channels of the latents begin with weights of zero, and so does micro-conditioning, which changes nothing at
+        first. A learned variance, which follows the prediction in the output of some models, is left out. Sine-cosine and
+        rotary positions are computed from the network's config.
 
         Raises:
             UsageError: lists the settings or weights that differ otherwise.
@@ -59,8 +63,13 @@ class InitialWeights:
             name: self._fit(name, weight, expected[name]) if name in expected else weight
             for name, weight in self.weights.items()
         }
-        require_weights(network, {name: weight.shape for name, weight in fitted.items()}, self.source)
-        network.load_state_dict(fitted, strict=False)  # without buffers
+        new = {
+            name: torch.zeros_like(weight) if name.startswith(ZERO) else weight
+            for name, weight in expected.items()
+            if name.startswith(NEW) and name not in fitted
+        }
+        require_weights(network, {name: weight.shape for name, weight in (fitted | new).items()}, self.source)
+        network.load_state_dict(fitted | new, strict=False)  # without buffers
         resized = [
             f"{name}: {tuple(weight.shape)} -> {tuple(fitted[name].shape)}"
             for name, weight in self.weights.items()
@@ -68,8 +77,8 @@ class InitialWeights:
         ]
         if own["sample_size"] != theirs.get("sample_size", own["sample_size"]):
             resized.append(f"positions: sample_size {theirs['sample_size']} -> {own['sample_size']}")
-        number = f"{len(fitted)} weights loaded from {self.source}"
-        return f"{number}; resized: {', '.join(resized)}" if resized else f"{number}; none resized"
+        resized_or_new = f"resized: {', '.join(resized) or 'none'}; new: {', '.join(new) or 'none'}"
+        return f"{len(fitted)} weights loaded from {self.source}; {resized_or_new}"
 
     def statistics_for(self, trained_on: Mapping[str, Any]) -> Statistics | None:
         """The statistics that latents of ``trained_on`` are to be normalised with, so that the weights read what they know.

@@ -133,6 +133,20 @@ def test_what_is_frozen_is_not_in_the_optimiser(
     assert len(content["optimizer_states"][0]["state"]) == len(before) - len(frozen)
 
 
+def test_micro_conditioning_begins_without_effect(randomised: Any) -> None:
+    before, after = randomised(DiT(**SIZES)), DiT(**SIZES, micro_conditioning=True)
+    weights = {name: weight.detach() for name, weight in before.named_parameters()}
+    assert "; resized: none; new: size_embed.linear_1.weight" in InitialWeights("there", dict(before.config), weights).load(
+        after
+    )
+    x, text, t, sizes = torch.randn(2, 4, 16, 24), torch.randn(2, 3, 8), torch.tensor([5.0, 500.0]), 999 * torch.rand(2, 6)
+    with torch.no_grad():
+        found, expected = after(x, text, t, added_cond_kwargs={"time_ids": sizes}).sample, before(x, text, t).sample
+    assert torch.equal(found, expected)
+    with pytest.raises(UsageError, match=r"size_embed.linear_1.weight: .* there, none here"):
+        InitialWeights("there", dict(after.config), dict(after.named_parameters())).load(before)
+
+
 def test_a_denoiser_of_more_channels_begins_with_zeros(randomised: Any) -> None:
     larger: dict[str, Any] = SIZES | {"in_channels": 6, "sample_size": 32}
     small, large = randomised(DiT(**SIZES)), DiT(**larger)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ldm.models.dit import DiT
 from ldm.runs.checkpoints.files import load_checkpoint
 from ldm.runs.checkpoints.sharded import read_sharded
 from ldm.runs.layout import RunFolder, checkpoint_name
@@ -31,7 +33,7 @@ def state(path: Path) -> dict[str, Any]:
 def test_ddp_then_fsdp_then_one_process(tiny_runs: TinyRuns, tmp_path: Path, stage: str) -> None:
     options = ["--trainer.precision", "32-true", "--checkpoints.every_steps", "1", "--checkpoints.keep_last", "9"]
     if stage == "denoiser":
-        options += ["--model.power_averages.sigma_rel", "[0.1]"]
+        options += ["--model.power_averages.sigma_rel", "[0.1]", "--model.freeze", "['text_embed.*', 'blocks.0.*']"]
 
     def train(out: Path, how: list[str], steps: int, *more: str, status: int = 0) -> Path:
         """The checkpoint of the last step."""
@@ -66,16 +68,28 @@ def test_ddp_then_fsdp_then_one_process(tiny_runs: TinyRuns, tmp_path: Path, sta
     assert_equal(dict(leaves(random)), dict(leaves(at_five)))
     # training under FSDP is that under DDP: the exported weights and all metrics, of validation at step 5 too
     mine, theirs = (weights(tmp_path / f"{name}-7-0", stage) for name in ("run", "whole"))
+    if stage == "denoiser":
+        first = weights(tmp_path / "run-3-0", stage)
+        still = {name for name, weight in first.items() if torch.equal(weight, mine[name])}
+        assert still == {name for name in first if name.startswith(("text_embed.", "blocks.0."))}
     assert_close(mine, theirs, 1e-4)
     assert_same_metrics(out, tmp_path / "whole", 1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
-def test_fsdp_in_bf16_trains_as_ddp_in_bf16(tiny_runs: TinyRuns, tmp_path: Path, stage: str) -> None:
-    """Every metric but for what bf16 rounds, of validation too; and a preview, outside of Lightning's autocast, is made."""
+def test_fsdp_in_bf16_trains_as_ddp_in_bf16(tiny_runs: TinyRuns, tmp_path: Path, stage: str, randomised: Any) -> None:
+    """Every metric but for what bf16 rounds, of validation too; and a preview, outside of Lightning's autocast, is made.
+
+    Stage two starts from weights whose loss is another than that of random ones.
+    """
+    start = []
+    if stage == "denoiser":
+        sizes: dict[str, Any] = {"sample_size": 16, "width": 16, "num_layers": 2, "num_attention_heads": 2}
+        randomised(DiT(**sizes, caption_channels=8, positions="sincos_rope")).save_pretrained(tmp_path / "start")
+        start = ["--model.init_from", f"{tmp_path}/start"]
     for name, how in (("ddp", DDP), ("fsdp", FSDP)):
-        options = ["--trainer.precision", "bf16-mixed", "--data.batch_size", "2", *how]
+        options = ["--trainer.precision", "bf16-mixed", "--data.batch_size", "2", *how, *start]
         status, said = run(tiny_runs.command(stage, tmp_path / name, *options), tmp_path, 2)
         assert status == 0, said
         assert [*(tmp_path / name / "previews").iterdir()]
