@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 import numpy as np
 
@@ -70,6 +71,8 @@ class Buckets:
 
         Of the tier of the largest base in which any serves, the one that crops least; of equal ones the first.
         """
+        if not (height and width):  # of an image that cannot be read
+            return None
         for tier in self.tiers:
             serve = [size for size in tier if enlargement(height, width, size) <= self.max_upscale]
             if serve:
@@ -79,15 +82,13 @@ class Buckets:
     def size_for(self, height: int, width: int) -> Size:
         """The size of an image's bucket. Raises :class:`DecodeError` where there is none."""
         if (number := self.choose(height, width)) is None:
-            least = min(enlargement(height, width, size) for size in self.table)
-            raise DecodeError(
-                f"is {width} x {height} pixels, {TOO_SMALL} (enlarging {least:.3g} times would serve, "
-                f"{self.max_upscale:g} is allowed)"
-            )
+            least = ceil(100 * min(enlargement(height, width, size) for size in self.table)) / 100
+            what = f"is {width} x {height} pixels, {TOO_SMALL}"
+            raise DecodeError(f"{what}: that takes a max_upscale of {least:g}, it is {self.max_upscale:g}")
         return self.table[number]
 
     def assign(self, sizes: np.ndarray) -> np.ndarray:
-        """The bucket numbers of images of these ``sizes`` (N, 2): int32 (N,), −1 where there is none."""
+        """The bucket numbers of images of these ``sizes`` (N, 2), of which some may be unknown (0): int32 (N,), −1 for none."""
         different, which = np.unique(sizes, axis=0, return_inverse=True)
         numbers = [self.choose(height, width) for height, width in different.tolist()]
         return np.array([-1 if number is None else number for number in numbers], np.int32)[which.reshape(-1)]

@@ -211,6 +211,18 @@ class Exporter:
             Manifest(LATENT_SHARDS, entries, extra | {"quarantined": len(quarantine), "request": request}).save(out)
 
 
+def _require_fit(dataset: CaptionedImages, max_bad_share: float) -> None:
+    """Raise :class:`UsageError` where too many images are too small for their buckets, as far as that is known before."""
+    if dataset.buckets is None or dataset.known_sizes is None:
+        return
+    small = int(((dataset.buckets.assign(dataset.known_sizes) < 0) & (dataset.known_sizes.min(1) > 0)).sum())
+    if small > max_bad_share * len(dataset):
+        raise UsageError(
+            f"{small} of {len(dataset)} images in {dataset.sources[0].spec} are {TOO_SMALL}, more than {max_bad_share:.2%}; "
+            "give smaller buckets, or raise max_upscale or max_bad_share"
+        )
+
+
 def export_latents(
     autoencoder_path: str | Path,
     shards: str | Path,
@@ -287,6 +299,7 @@ def export_latents(
         if buckets is not None:
             buckets.require_multiples(factor, "the autoencoder's factor")
         dataset = CaptionedImages(source, image_size, factor, captions, buckets)
+        _require_fit(dataset, max_bad_share)
         info = LatentInfo(
             autoencoder=autoencoder_hash(autoencoder),
             text_encoders=texts.info([0] * len(texts.encoders), out),

@@ -10,6 +10,7 @@ import numpy as np
 from ldm.data.buckets import Buckets, Size, crop_box
 from ldm.data.decode import DecodeError, decode_json, image_size_of
 from ldm.data.image_dataset import ImageDataset
+from ldm.data.image_sizes import image_sizes
 from ldm.data.shards import ShardSample
 from ldm.data.sources import ShardSource
 
@@ -35,6 +36,9 @@ class CaptionedImages(ImageDataset):
             buckets: sizes to crop and resize to.
         """
         super().__init__(source, resolution, buckets=buckets)
+        # older manifests have no sizes: the headers tell
+        with_sizes = buckets is not None and "sizes" in source.manifest.extra
+        self.known_sizes = image_sizes(source) if with_sizes else None  # (N, 2)
         self.factor, self.captions = factor, captions
 
     def decode(self, raw: tuple[ShardSample, bool], draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
@@ -77,7 +81,7 @@ class CaptionedImages(ImageDataset):
         """The samples of a shard in the order in which their latents are stored: parts of up to ``length``, one at least, each
         with its groups of samples of one size, which can be encoded together.
 
-        With buckets the samples are ordered by size, in the order of the table. Sizes are read from the headers.
+        With buckets the samples are ordered by size, in the order of the table.
         """
         sizes: dict[int, Size | None] = {}
         if self.buckets is not None:
@@ -96,10 +100,14 @@ class CaptionedImages(ImageDataset):
         if self.image_size is not None:
             return self.image_size, self.image_size
         try:
-            size = image_size_of(self._sample(row).image or b"")
-            return self._cropped(*size) if self.buckets is None else self.buckets.size_for(*size)
+            known = self.known_sizes
+            height, width = image_size_of(self._sample(row).image or b"") if known is None else known[row].tolist()
         except DecodeError:
             return None
+        if self.buckets is None:
+            return self._cropped(height, width)
+        number = self.buckets.choose(height, width)
+        return None if number is None else self.buckets.table[number]
 
     def _cropped(self, height: int, width: int) -> tuple[int, int]:
         return height - height % self.factor, width - width % self.factor

@@ -32,6 +32,7 @@ def test_a_table_grows_with_the_aspect_ratio_and_holds_the_square():
 def test_an_images_bucket_is_the_one_of_its_tier_that_crops_least(bases, upscale):
     buckets = Buckets(bases, 32, max_upscale=upscale)
     numbers = buckets.assign(SIZES)
+    assert buckets.assign(np.array([[0, 0], [0, 9]])).tolist() == [-1, -1]  # unknown
     assert 0 < (numbers < 0).sum() < len(SIZES)
     for (height, width), number in zip(SIZES.tolist(), numbers.tolist(), strict=True):
         serve = [[s for s in tier if enlargement(height, width, s) <= upscale] for tier in buckets.tiers]
