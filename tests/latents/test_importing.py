@@ -17,7 +17,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 
 from ldm.data.check import check_folder
-from ldm.data.latent_schema import LatentShard, latent_info, read_null_text
+from ldm.data.latent_dataset import LatentDataset
+from ldm.data.latent_schema import LatentShard, latent_info, read_null_text, sample_shapes
 from ldm.data.manifest import LATENT_SHARDS, Manifest
 from ldm.data.moments import Moments
 from ldm.data.quarantine import QUARANTINE_NAME
@@ -255,8 +256,12 @@ def test_several_sizes_are_a_chunk_each(imported, tmp_path):
         assert np.array_equal(image["mean"], latent)
         assert image["original_size"].tolist() == [2 * side for side in latent.shape[1:]]
     assert manifest.samples == 5
-    info = latent_info(open_source(tmp_path / "out", LATENT_SHARDS))
+    source = open_source(tmp_path / "out", LATENT_SHARDS)
+    info = latent_info(source)
     assert info.latent_shapes == ((4, 2, 6), (4, 4, 2)) and info.resolution is None
+    dataset, numbers = LatentDataset(source), sample_shapes([source])
+    assert numbers is not None
+    assert [info.latent_shapes[number] for number in numbers] == [dataset[row]["mean"].shape for row in range(5)]
 
 
 def test_malformed_rows_of_a_table_are_named_with_their_reason(tmp_path):
