@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -40,6 +40,7 @@ from ldm.models.autoencoder import (
     encode_latents,
     statistics_hash,
 )
+from ldm.models.autoencoder_kinds import Autoencoder
 from ldm.models.directories import in_memory, loading, read_config
 from ldm.models.fingerprint import HALF_PRECISION, is_half_precision
 from ldm.models.image_processor import Images, PreparedImages, to_output
@@ -112,7 +113,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         transformer: ModelMixin,

@@ -3,15 +3,18 @@
 import io
 import tarfile
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderDC, AutoencoderKLFlux2, AutoencoderTiny
 from PIL import Image
 
 from ldm.data.latent_schema import LatentInfo, TextInfo
 from ldm.data.manifest import IMAGE_SHARDS, Manifest, ShardEntry
 from ldm.data.writer import ShardWriter, encode_png
 from ldm.files import sha256_file
+from ldm.models.pixels import PixelAutoencoder
 
 INFO = LatentInfo(
     autoencoder="a" * 64,
@@ -82,3 +85,39 @@ def yaml_bomb(levels: int, ways: int) -> str:
     """Aliases of aliases: ``ways`` to the power of ``levels`` values."""
     lines = ["a0: &a0 [x, x]"]
     return "\n".join(lines + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * ways)}]" for n in range(1, levels)])
+
+
+def _flux2():
+    torch.manual_seed(0)
+    kinds: dict[str, Any] = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes: dict[str, Any] = {
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    }
+    return AutoencoderKLFlux2(**kinds, **sizes, layers_per_block=1, latent_channels=4, sample_size=32).eval()
+
+
+def _dc():
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        f"{end}_{name}": value
+        for end in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ["ResBlock", "ResBlock", "EfficientViTBlock"],
+            "block_out_channels": [8, 8, 16],
+            "layers_per_block": [1, 1, 1],
+            "qkv_multiscales": [[], [], [5]],
+        }.items()
+    }
+    return AutoencoderDC(latent_channels=4, attention_head_dim=8, **sizes).eval()
+
+
+def _tiny():
+    torch.manual_seed(0)
+    widths: dict[str, Any] = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
+    return AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+
+
+# one of each class but AutoencoderKL, untrained
+AUTOENCODERS = {"flux2": _flux2, "dc": _dc, "tiny": _tiny, "pixels": PixelAutoencoder}

@@ -35,7 +35,7 @@ SHARDED = ("autoencoder/kl_f8_fsdp", "denoiser/dit_xl_fsdp")
 
 
 def test_every_recipe_is_tried_here() -> None:
-    tried = [f"{stage}/{name}" for stage in ("shapes", "emoji") for name in ("autoencoder", "denoiser")]
+    tried = [f"{stage}/{name}" for stage in ("shapes", "emoji") for name in ("autoencoder", "denoiser")] + ["shapes/pixels"]
     tried += [f"autoencoder/{name}" for name in TRAINED_AUTOENCODERS] + [f"denoiser/{name}" for name in TRAINED_DENOISERS]
     shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")]
     assert sorted(shipped) == sorted([*tried, *COMPARED, *SHARDED, *FINE_TUNED])
@@ -94,6 +94,12 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
         main(["sample", "runs/dit/pipeline", "a red ring", "a blue star", "--out", out, "--steps", "2", "--seed", "5"])
     images, again = ({path.name: path.read_bytes() for path in Path(out).glob("*.png")} for out in ("images", "again"))
     assert len(images) == 3 and images == again
+
+    if recipes == "shapes":  # without an autoencoder
+        main(["latents", "export", "--autoencoder", "identity", "--shards", "shards", "--out", "pixels"])
+        latents[1], latents[3] = "pixels", "pixels"
+        main(["denoiser", "fit", "--config", str(CONFIGS / "shapes/pixels.yaml"), "--out", "runs/pixels", *latents, *few])
+        assert DiffusionPipeline.from_pretrained("runs/pixels/pipeline").vae_scale_factor == 1
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "cluster").iterdir()), ids=lambda file: file.name)

@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
         "PSNR, SSIM, LPIPS and FID of reconstructions, and the health of the latents",
         "ldm evaluate autoencoder runs/autoencoder/autoencoder sd-vae --shards validation --fid alex-random",
     )
-    autoencoder.add_argument("models", nargs="+", metavar="model", help="directories of AutoencoderKLs, shown side by side")
+    autoencoder.add_argument("models", nargs="+", metavar="model", help="directories of autoencoders, shown side by side")
     autoencoder.add_argument("--shards", required=True, help="folder of image shards")
     autoencoder.add_argument("--samples", type=int, default=256, help="the first so many images (default: 256)")
     autoencoder.add_argument("--image-size", type=int, help="fit images to this side in pixels (default: whole images)")

@@ -28,7 +28,11 @@ def add(commands: Commands) -> None:
         "encode image shards and their captions",
         "ldm latents export --autoencoder runs/autoencoder/autoencoder --shards shards --out latents",
     )
+<<<<<<< HEAD
     export.add_argument("--autoencoder", required=True, help="directory of an AutoencoderKL, or its name on the hub")
+=======
+    export.add_argument("--autoencoder", required=True, help="directory of an autoencoder; identity: pixels")
+>>>>>>> 512e2d0 (Any image autoencoder of diffusers, by its config's class, with or without a posterior; and none: pixels)
     export.add_argument("--shards", required=True, help="folder of image shards")
     export.add_argument("--out", required=True, help="a new folder, or that of an interrupted export with the same settings")
     add_text_encoder(export)
@@ -81,7 +85,7 @@ def add(commands: Commands) -> None:
     )
     importing.add_argument("src", help="folder of the other codebase's latents")
     importing.add_argument("out", help="a new folder")
-    importing.add_argument("--autoencoder", required=True, metavar="DIR", help="the AutoencoderKL that encoded the latents")
+    importing.add_argument("--autoencoder", required=True, metavar="DIR", help="the autoencoder that encoded the latents")
     captions = "the caption of each class (.txt, .json), or a table with columns file, caption (default: a .txt beside each)"
     importing.add_argument("--captions", metavar="FILE", help=captions)
     scaled = "the latents were multiplied by the autoencoder's scaling factor: undo that"
@@ -99,7 +103,7 @@ def add(commands: Commands) -> None:
     )
     decode.add_argument("dir", help="folder of latent shards")
     decode.add_argument("out", help="a new folder for the PNGs and captions.jsonl")
-    decode.add_argument("--autoencoder", required=True, metavar="DIR", help="the AutoencoderKL that encoded the latents")
+    decode.add_argument("--autoencoder", required=True, metavar="DIR", help="the autoencoder that encoded the latents")
     decode.add_argument("--samples", type=int, help="decode the first so many (default: all)")
     decode.add_argument("--flips", action="store_true", help="also decode the latents of mirrored images")
     decode.add_argument("--batch-size", type=int, default=16, help="latents per forward pass (default: 16)")

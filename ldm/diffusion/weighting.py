@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.path import ProbabilityPath, require_positive
-from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.prediction import Prediction, Velocity
 
 
 class Weighting(ABC):
@@ -51,3 +51,20 @@ class EDM(Weighting):
 
     def scaled(self, path: ProbabilityPath, t: Tensor) -> Tensor:
         return path.alpha(t).square() + (path.sigma(t) / path.sigma_data).square()
+
+
+class VelocityError(Weighting):
+    """The squared error of the velocity dx_t/dt, for any prediction: lambda = (alpha·sigma' − alpha'·sigma)² / sigma².
+
+    With :class:`ldm.diffusion.prediction.X0` on rectified flow that is ‖x̂0 − x0‖² / t², the loss of JiT (Li & He 2025, arXiv
+    2511.13720); with Velocity the weight is 1.
+    """
+
+    def __init__(self, least_sigma: float = 0.05):
+        """``least_sigma``: in the place of smaller sigma in the denominator, which bounds lambda."""
+        require_positive(self, least_sigma=least_sigma)
+        self.least_sigma = least_sigma
+
+    def scaled(self, path: ProbabilityPath, t: Tensor) -> Tensor:
+        sigma = path.sigma(t)
+        return (Velocity().determinant(path, t) * sigma / sigma.clamp(min=self.least_sigma)).square()

@@ -35,7 +35,7 @@ class LatentHealth(Metric):
 
     - ``mean``, ``std``: of latents *sampled* from the posteriors: E[z] = E[μ], Var[z] = E[μ²] + E[σ²] − E[μ]².
     - ``kl``: nats per latent value, E[½(μ² + σ² − 1 − ln σ²)] (Kingma & Welling 2014, arXiv 1312.6114, appendix B); 0 where
-      the posterior is the prior.
+      the posterior is the prior, infinite without a posterior.
     - ``kurtosis``: E[(μ − E[μ])⁴] / Var[μ]² − 3; 0 for a Gaussian, −1.2 for a uniform density, large for rare strong values.
     - ``high_frequency``: the part of Σ|F|² at frequencies f with |f| > ¼ cycle per latent pixel, half of the Nyquist frequency
       counted radially; F is the discrete Fourier transform of each map of μ less its own mean. 0 for constant maps, about
@@ -68,6 +68,8 @@ class LatentHealth(Metric):
     def update(self, posterior: DiagonalGaussianDistribution) -> None:
         """Add the posteriors of one batch, (B, C, h, w)."""
         mean, variance, log_variance = (x.cpu().double() for x in (posterior.mean, posterior.var, posterior.logvar))
+        if posterior.deterministic:
+            log_variance = variance.log()
         square = mean.square()
         kl = 0.5 * (square + variance - 1 - log_variance)
         # orthonormal: the power summed over frequencies is the squared deviation summed over pixels

@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
@@ -19,6 +18,7 @@ from ldm.errors import UsageError
 from ldm.evaluation.metrics import LatentHealth, ReconstructionFID
 from ldm.losses.perceptual import PerceptualLoss
 from ldm.models.autoencoder import decode, downsampling_factor, encode, images_to_pil, pixels_to_images, reconstruct
+from ldm.models.autoencoder_kinds import Autoencoder
 
 #: the window of the structural similarity reaches so far, less one, over an edge
 SSIM_SIDE = 6
@@ -26,7 +26,7 @@ SSIM_SIDE = 6
 
 @torch.no_grad()  # not inference_mode: what is moved and filled here may be used in training afterwards
 def reconstruction_metrics(
-    autoencoder: AutoencoderKL,
+    autoencoder: Autoencoder,
     dataset: ImageDataset,
     perceptual: PerceptualLoss | None = None,
     samples: int = 256,
@@ -141,7 +141,7 @@ def _text(value: float | list[float]) -> str:
 
 @torch.inference_mode()
 def original_and_reconstruction(
-    autoencoder: AutoencoderKL, dataset: ImageDataset, samples: int
+    autoencoder: Autoencoder, dataset: ImageDataset, samples: int
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """The first ``samples`` images and their reconstructions."""
     batch = dataset.collate([dataset[index] for index in range(samples)])

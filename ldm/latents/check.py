@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -22,6 +21,7 @@ from ldm.latents.compute import PRECISIONS
 from ldm.latents.image_encoder import LatentEncoder, load_matching
 from ldm.latents.samples import SourceImages, StoredLatent, decode_mean, sample_latents
 from ldm.machine import full_fp32
+from ldm.models.autoencoder_kinds import Autoencoder
 
 # An encoder rounds in each of its layers, and these errors add up as a random walk does: 1 to 3 times the eps of bf16 were
 # measured. Eight leave room for deeper encoders, and are below every mistake that was tried (pixels in [0, 1] instead of
@@ -74,7 +74,7 @@ def compare(
 
     Args:
         folder: of latent shards.
-        autoencoder_path: a directory of ``AutoencoderKL.save_pretrained``.
+        autoencoder_path: as :func:`ldm.models.autoencoder.load_autoencoder` takes it.
         shards: see :meth:`SourceImages.open`.
         samples: how many latents, evenly spaced over the set.
         on_progress: called with (latents done, latents).
@@ -119,7 +119,7 @@ def compare(
 class _Errors:
     """The errors of all compared latents, and which of them are too large."""
 
-    def __init__(self, info: LatentInfo, autoencoder: AutoencoderKL):
+    def __init__(self, info: LatentInfo, autoencoder: Autoencoder):
         self.info, self.autoencoder = info, autoencoder
         self.encoder = LatentEncoder(autoencoder, "fp32", "float32", mode=info.posterior == "mode")
         std = np.array(info.latents_std)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from ldm.data.decode import DecodeError
@@ -27,6 +26,7 @@ from ldm.latents.compute import Process
 from ldm.latents.image_encoder import load_matching
 from ldm.machine import full_fp32
 from ldm.models.autoencoder import decode, images_to_pil
+from ldm.models.autoencoder_kinds import Autoencoder
 
 CAPTIONS_NAME = "captions.jsonl"
 MAX_NAME_BYTES = 200
@@ -64,7 +64,7 @@ def decode_latent_shards(
     Args:
         latents: a folder of latent shards, or another spec (:mod:`ldm.data.sources`).
         out: a new folder, which appears complete or not at all.
-        autoencoder_path: directory of the ``AutoencoderKL`` that encoded the latents.
+        autoencoder_path: of the autoencoder that encoded the latents, see :func:`ldm.models.autoencoder.load_autoencoder`.
         samples: decode the first so many; None: all.
         flips: also decode the latents of mirrored images, into ``{key}_flip.png``.
         device: None: a GPU where there is one.
@@ -110,7 +110,7 @@ def decode_latent_shards(
 
 
 def _decode(
-    source: ShardSource, autoencoder: AutoencoderKL, folder: Path, samples: int, ends: tuple[str, ...], batch_size: int
+    source: ShardSource, autoencoder: Autoencoder, folder: Path, samples: int, ends: tuple[str, ...], batch_size: int
 ) -> Iterator[Decoded]:
     """The images of the first ``samples``, each with an empty file of its own in the folder."""
     left = samples
@@ -135,7 +135,7 @@ def _decode(
                         yield Decoded(key, captions, image, _claim(folder, key + end))
 
 
-def _images(autoencoder: AutoencoderKL, mean: np.ndarray, where: str) -> list[Image.Image]:
+def _images(autoencoder: Autoencoder, mean: np.ndarray, where: str) -> list[Image.Image]:
     """Stored latents (B, C, h, w) -> images; ``where`` names the first in errors."""
     z = torch.from_numpy(mean.astype(np.float32)).to(autoencoder.device)
     with torch.inference_mode():

@@ -37,9 +37,11 @@ from ldm.latents.images import CaptionedImages
 from ldm.latents.text_encoders import Embedded, TextEncoders
 from ldm.machine import full_fp32
 from ldm.models.autoencoder import (
+    IDENTITY,
     autoencoder_folder,
     autoencoder_hash,
     downsampling_factor,
+    has_posterior,
     load_autoencoder,
 )
 
@@ -249,7 +251,7 @@ def export_latents(
     returns when all shards are done.
 
     Args:
-        autoencoder_path: a directory of ``AutoencoderKL.save_pretrained``.
+        autoencoder_path: as :func:`ldm.models.autoencoder.load_autoencoder` takes it.
         shards: folder of image shards; every sample needs a caption.
         out: a new folder, or that of an interrupted export with the same settings.
         text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; one or several.
@@ -260,7 +262,7 @@ def export_latents(
         device: None: this process's own GPU, or the CPU.
         on_progress: called with (samples done, samples).
         precision: of the networks' computation.
-        mode: store the posterior's mode only.
+        mode: store the posterior's mode only, as for an autoencoder without a posterior.
         flip: also store the latents of mirrored images.
         captions: store the first of an image's captions, or all.
         max_bad_share: unusable samples tolerated, as a share of all.
@@ -278,8 +280,10 @@ def export_latents(
             raise UsageError(f"{name} is {value}; give 1 or more")
     if image_size is not None and buckets is not None:
         raise UsageError("image_size and buckets are two ways to fit images; give one")
-    config = autoencoder_folder(autoencoder_path) / "config.json"
+    config = Path(autoencoder_path if autoencoder_path == IDENTITY else autoencoder_folder(autoencoder_path)) / "config.json"
     if keep_statistics:
+        if autoencoder_path == IDENTITY:
+            raise UsageError("keep_statistics writes into the directory of an autoencoder, and identity has none; leave it out")
         if config.parent != Path(autoencoder_path):
             raise UsageError(
                 f"keep_statistics would change the pipeline or download {autoencoder_path}, which was trained with its own"
@@ -293,6 +297,7 @@ def export_latents(
         raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
     autoencoder = load_autoencoder(autoencoder_path, device)
     with single_threaded(), full_fp32():
+        mode = mode or not has_posterior(autoencoder)
         encoder = LatentEncoder(autoencoder, precision, dtype, mode)
         texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, precision)
         factor = downsampling_factor(autoencoder)

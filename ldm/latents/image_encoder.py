@@ -9,21 +9,20 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from ldm.data.latent_schema import latent_info
 from ldm.data.sources import ShardSource
 from ldm.errors import UsageError
 from ldm.latents.compute import Dtype, Precision, autocast, require_precision
-from ldm.models.autoencoder import autoencoder_hash, encode, load_autoencoder, pixels_to_images
+from ldm.models.autoencoder import autoencoder_hash, encode, in_float32, load_autoencoder, pixels_to_images
+from ldm.models.autoencoder_kinds import Autoencoder
 
 # batches on a GPU at a time, each on a stream of its own: one is copied while another is encoded
 STREAMS = 2
 
 
-def load_matching(path: str | Path, source: ShardSource, device: torch.device | str = "cpu") -> AutoencoderKL:
+def load_matching(path: str | Path, source: ShardSource, device: torch.device | str = "cpu") -> Autoencoder:
     """The autoencoder at ``path``. Raises :class:`UsageError` naming both where the latents were encoded by another one."""
     info, autoencoder = latent_info(source), load_autoencoder(path, device)
     if (found := autoencoder_hash(autoencoder)) != info.autoencoder:
@@ -37,7 +36,7 @@ def load_matching(path: str | Path, source: ShardSource, device: torch.device | 
 class LatentEncoder:
     """Images -> posteriors; thread-safe."""
 
-    def __init__(self, autoencoder: AutoencoderKL, precision: Precision, dtype: Dtype, mode: bool):
+    def __init__(self, autoencoder: Autoencoder, precision: Precision, dtype: Dtype, mode: bool):
         """
         Args:
             autoencoder: on its device.
@@ -80,7 +79,7 @@ class LatentEncoder:
         """Images (B, 3, H, W) in [−1, 1], on the device -> ``mean`` and ``std``, (B, C, h, w), there too."""
         with autocast(self.autoencoder.device, self.precision):
             images = images.to(memory_format=torch.channels_last)
-            posterior = DiagonalGaussianDistribution(encode(self.autoencoder, images).parameters.float())
+            posterior = in_float32(encode(self.autoencoder, images))
             found = {"mean": posterior.mean} | ({} if self.mode else {"std": posterior.std})
             return {name: values.to(self.dtype) for name, values in found.items()}
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
@@ -30,7 +29,8 @@ from ldm.latents.chunks import CHUNK_SAMPLES, LatentSample, Run, Summary
 from ldm.latents.compute import Dtype, Process, versions
 from ldm.latents.external import ExternalLatent, ExternalSource, FilePerImageFolder, LightningDiTFolder
 from ldm.latents.text_encoders import TextEncoders
-from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder
+from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder, published_statistics
+from ldm.models.autoencoder_kinds import Autoencoder
 
 MAX_BAD_SHARE = 0.01
 
@@ -101,12 +101,12 @@ class Layout(NamedTuple):
         return parts
 
 
-def _normalisation(autoencoder: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation by which diffusers' scripts normalise its latents, (C, 1, 1) or (1, 1, 1)."""
-    config = autoencoder.config
-    mean, std = [config["shift_factor"] or 0.0], [1 / config["scaling_factor"]]
-    if (mean, std) == ([0.0], [1.0]) and config["latents_mean"] is not None and config["latents_std"] is not None:
-        mean, std = config["latents_mean"], config["latents_std"]
+def _normalisation(autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation by which diffusers' scripts normalise its latents, (C, 1, 1) each."""
+    mean, std = published_statistics(autoencoder)
+    own = autoencoder.config.get("latents_mean"), autoencoder.config.get("latents_std")
+    if not any(mean) and {*std} == {1.0} and None not in own:
+        mean, std = own
     return torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
 
@@ -243,7 +243,7 @@ def import_latents(
     Args:
         src: the folder.
         out: a new folder, which appears complete or not at all.
-        autoencoder_path: directory of the ``AutoencoderKL`` that encoded the latents.
+        autoencoder_path: of the autoencoder that encoded the latents, see :func:`ldm.models.autoencoder.load_autoencoder`.
         text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; one or several.
         captions: for class labels a ``.txt`` or ``.json`` with the caption of each class; otherwise a CSV, JSONL or Parquet
             table with the columns ``file`` (relative to ``src``) and ``caption``, which lists what is imported. None: a

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.latents.images import CaptionedImages
 from ldm.models.autoencoder import decode, downsampling_factor, pixels_to_images
+from ldm.models.autoencoder_kinds import Autoencoder
 
 
 class StoredLatent(NamedTuple):
@@ -66,7 +66,7 @@ def sample_latents(source: ShardSource, count: int) -> Iterator[StoredLatent]:
         shard.close()
 
 
-def decode_mean(autoencoder: AutoencoderKL, mean: np.ndarray) -> Tensor:
+def decode_mean(autoencoder: Autoencoder, mean: np.ndarray) -> Tensor:
     """A stored mean (C, h, w) -> the image (1, 3, H, W), not clamped to [−1, 1]; not finite where the latent is broken."""
     return decode(autoencoder, torch.from_numpy(mean)[None].to(autoencoder.device)).float()
 
@@ -81,7 +81,7 @@ class SourceImages:
         self._number: int | None = None
 
     @classmethod
-    def open(cls, source: ShardSource, autoencoder: AutoencoderKL, shards: str | Path | None = None) -> SourceImages | None:
+    def open(cls, source: ShardSource, autoencoder: Autoencoder, shards: str | Path | None = None) -> SourceImages | None:
         """The images of a source of latents; None where the image shards are no longer where they were.
 
         Args:

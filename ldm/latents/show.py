@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from ldm.data.decode import DecodeError
@@ -22,6 +21,7 @@ from ldm.files import require_output_file
 from ldm.latents.image_encoder import load_matching
 from ldm.latents.samples import SourceImages, StoredLatent, decode_mean, sample_latents
 from ldm.models.autoencoder import images_to_pil
+from ldm.models.autoencoder_kinds import Autoencoder
 from ldm.reporting.grids import captioned_grid, paired_grid
 from ldm.reporting.pages import Report
 from ldm.reporting.sizes import add_buckets, add_sizes, marked_crop, worst
@@ -310,7 +310,7 @@ def _images(
     info: LatentInfo,
     space: Space,
     shown: Sequence[StoredLatent],
-    autoencoder: AutoencoderKL | None,
+    autoencoder: Autoencoder | None,
     images: SourceImages | None,
 ) -> None:
     """The original images, the decoded latents, and the principal components of the latents, one above the other."""

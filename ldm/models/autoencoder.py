@@ -1,4 +1,5 @@
-"""The KL autoencoder (``diffusers.AutoencoderKL``) and its latent space: the one place where latents are normalised."""
+"""Autoencoders and their latent spaces: the ``AutoencoderKL`` of stage one, every other of :mod:`ldm.models.autoencoder_kinds`,
+and the one place where latents are normalised."""
 
 from __future__ import annotations
 
@@ -10,24 +11,26 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
-from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
 from ldm.errors import LdmError, UsageError
 from ldm.files import check_type
+<<<<<<< HEAD
 from ldm.models.directories import downloaded, loading, read_config, require_regular_files, variant_of
+=======
+from ldm.models.autoencoder_kinds import KINDS, MAX_LAYERS, Autoencoder, Kind, kind_of
+from ldm.models.directories import loading, read_config, require_regular_files, variant_of
+>>>>>>> 512e2d0 (Any image autoencoder of diffusers, by its config's class, with or without a posterior; and none: pixels)
 from ldm.models.fingerprint import network_hash
+from ldm.models.pixels import PixelAutoencoder
 
-MAX_LAYERS = 64  # residual blocks per level
-_Side = Annotated[int, Field(ge=1, le=2**16)]
+IDENTITY = "identity"  # in the place of a directory: latents are pixels
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,10 @@ class AutoencoderConfig:
         given = {field: getattr(self, field) for field in settings if getattr(self, field) is not None}
         if self.init_from:
             theirs = read_autoencoder_config(autoencoder_folder(self.init_from))
+            if (kind := theirs["_class_name"]) != AutoencoderKL.__name__:
+                raise UsageError(
+                    f"{self.init_from} holds an {kind}, which cannot be trained, but used as it is; give an AutoencoderKL"
+                )
             settings = {field: theirs[field] for field in settings} | {"sample_size": _side(theirs)}
             for field in given:
                 if field != "sample_size" and given[field] != settings[field]:
@@ -127,7 +134,7 @@ class AutoencoderConfig:
             )
 
     def _from_directory(self, path: str, settings: dict[str, Any]) -> AutoencoderKL:
-        network = load_autoencoder(path).float().requires_grad_(True)
+        network = cast(AutoencoderKL, load_autoencoder(path).float()).requires_grad_(True)
         network.register_to_config(sample_size=settings["sample_size"])
         if self.train == "decoder":
             for frozen in (network.encoder, network.quant_conv):
@@ -170,49 +177,46 @@ def _initialise(autoencoder: AutoencoderKL) -> None:
         cast(Tensor, moments.bias)[channels:] = -6.0
 
 
-def enable_tiling(autoencoder: AutoencoderKL) -> None:
+def enable_tiling(autoencoder: Autoencoder) -> None:
     """Encode and decode images larger than its ``sample_size`` in tiles of that side, blended over a quarter of it.
 
     Memory then no longer grows with the image. Every tile is padded and normalised by itself, so the result differs a little
     from that of the whole image; the more, the narrower the last row or column of tiles is. Tiles begin every three quarters
-    of a side.
+    of a side. An ``AutoencoderDC`` names no size and has diffusers' own tiles of 512 pixels. Raises UsageError for an
+    ``AutoencoderTiny``, which needs little memory.
     """
-    factor = downsampling_factor(autoencoder)
-    # diffusers' tiles align only where a quarter of a tile is a whole number of latents
-    tile = 4 * math.ceil(_side(autoencoder.config) / factor / 4)
-    autoencoder.tile_latent_min_size, autoencoder.tile_sample_min_size = tile, tile * factor
+    if isinstance(autoencoder, AutoencoderTiny):  # diffusers' tiles of it are for 4 channels and a factor of 8 alone
+        raise UsageError("an AutoencoderTiny does not work in tiles; leave tiling out")
+    if isinstance(autoencoder, AutoencoderKL | AutoencoderKLFlux2):
+        factor = downsampling_factor(autoencoder)
+        # diffusers' tiles align only where a quarter of a tile is a whole number of latents
+        tile = 4 * math.ceil(_side(autoencoder.config) / factor / 4)
+        autoencoder.tile_latent_min_size, autoencoder.tile_sample_min_size = tile, tile * factor
     autoencoder.enable_tiling()
 
 
-def downsampling_factor(autoencoder: AutoencoderKL) -> int:
-    """Image side over latent side."""
-    return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+def _kind(autoencoder: object) -> Kind:
+    """Raises UsageError for a network that is no known autoencoder."""
+    if (kind := kind_of(autoencoder)) is None:
+        raise UsageError(f"{type(autoencoder).__name__} is not among the autoencoders that can be used: {', '.join(KINDS)}")
+    return kind
+
+
+def downsampling_factor(autoencoder: Autoencoder) -> int:
+    """Image side over latent side. Raises UsageError for any other network."""
+    levels = _kind(autoencoder).levels
+    return 2 ** (len(autoencoder.config[levels[0]]) - 1) if levels else 1
+
+
+def has_posterior(autoencoder: Autoencoder) -> bool:
+    """Whether it encodes an image to a Gaussian; otherwise to one latent, whose standard deviation is 0."""
+    return _kind(autoencoder).posterior
 
 
 def _side(config: Mapping[str, Any]) -> int:
     """``sample_size`` of an autoencoder's config, which may be a height and a width."""
     side = config["sample_size"]
     return side if isinstance(side, int) else max(side)
-
-
-class _Config(TypedDict, total=False):
-    """What a config.json of an ``AutoencoderKL`` may hold. The bounds are far beyond any that is in use."""
-
-    block_out_channels: Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=1, max_length=12)]
-    latent_channels: Annotated[int, Field(ge=1, le=2**16)]
-    layers_per_block: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-    norm_num_groups: Annotated[int, Field(ge=1, le=2**16)]
-    in_channels: Annotated[int, Field(ge=3, le=3)]
-    out_channels: Annotated[int, Field(ge=3, le=3)]
-    sample_size: _Side | Annotated[list[_Side], Field(min_length=2, max_length=2)]
-    mid_block_add_attention: bool
-    use_quant_conv: bool
-    use_post_quant_conv: bool
-    force_upcast: bool | float
-    scaling_factor: Annotated[FiniteFloat, Field(gt=0)]
-    shift_factor: FiniteFloat | None
-    latents_mean: list[FiniteFloat] | None
-    latents_std: list[Annotated[FiniteFloat, Field(gt=0)]] | None
 
 
 def autoencoder_folder(path: str | Path) -> Path:
@@ -228,56 +232,60 @@ def autoencoder_folder(path: str | Path) -> Path:
 
 
 def read_autoencoder_config(folder: Path) -> dict[str, Any]:
-    """The config in an autoencoder's directory, with diffusers' defaults for missing keys. Raises :class:`LdmError`, naming the
-    key, for values that no autoencoder has."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(AutoencoderKL).parameters.items()}
-    config = read_config(folder / "config.json")
-    check_type(config, str(folder / "config.json"), _Config)
-    config = defaults | config
-    levels = len(config["block_out_channels"])
-    for name in ("down_block_types", "up_block_types"):
-        if not isinstance(config[name], list | tuple) or len(config[name]) != levels:
-            raise LdmError(
-                f"{folder / 'config.json'}: {name} is {config[name]}, not one for each of {levels} block_out_channels"
-            )
+    """The config in an autoencoder's directory, with its class, and with diffusers' defaults for missing keys. Raises
+    :class:`LdmError`, naming the key, for another class, and for values that no autoencoder has."""
+    path = folder / "config.json"
+    config = {"_class_name": AutoencoderKL.__name__} | read_config(path)
+    if (kind := KINDS.get(str(config["_class_name"]))) is None:
+        raise UsageError(f"{folder} holds a network of {config['_class_name']!r}; give one of: {', '.join(KINDS)}")
+    check_type(config, str(path), kind.config)
+    config = {name: parameter.default for name, parameter in inspect.signature(kind.network).parameters.items()} | config
+    for name in kind.levels:
+        first = kind.levels[0]
+        if not isinstance(config[name], list | tuple) or len(config[name]) != len(config[first]):
+            raise LdmError(f"{path}: {name} is {config[name]}, not one for each of {len(config[first])} {first}")
     return config
 
 
-def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> AutoencoderKL:
-    """A frozen autoencoder, on ``device``, from a directory that ``AutoencoderKL.save_pretrained`` wrote, or from a pipeline's.
+def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Autoencoder:
+    """A frozen autoencoder, on ``device``, from a directory that its ``save_pretrained`` wrote, or from a pipeline's; for
+    ``identity`` that of pixels.
 
     Weights of a variant (``fp16``) are taken where there are no others. Raises :class:`LdmError` if ``path`` holds none.
     """
-    folder = autoencoder_folder(path)
-    read_autoencoder_config(folder)
-    require_regular_files(folder)
-    with loading(f"{folder} cannot be loaded as an AutoencoderKL", "give the directory of one"):
-        loaded: Any = AutoencoderKL.from_pretrained(
-            folder,
-            local_files_only=True,
-            output_loading_info=True,
-            disable_mmap=True,  # a mapped file that is cut while the network is used ends the process
-            variant=variant_of(folder, "diffusion_pytorch_model"),
-        )
-    autoencoder, info = cast(tuple[AutoencoderKL, dict[str, Any]], loaded)
-    if missing := info["missing_keys"]:  # diffusers would leave these random
-        raise UsageError(
-            f"{folder} lacks {len(missing)} weights of an AutoencoderKL, {missing[0]} first; copy or train it anew"
-        )
+    autoencoder = PixelAutoencoder() if str(path) == IDENTITY else _from_folder(autoencoder_folder(path))
     # keep local paths out of what is saved from it
     autoencoder.register_to_config(_name_or_path="")
     nn.Module.to(autoencoder, device)  # diffusers decorates its own `to` in a way that hides from types that it is a method
     return autoencoder.eval().requires_grad_(False)
 
 
-def autoencoder_hash(autoencoder: AutoencoderKL, dtype: torch.dtype | None = None) -> str:
+def _from_folder(folder: Path) -> Autoencoder:
+    kind = read_autoencoder_config(folder)["_class_name"]
+    require_regular_files(folder)
+    with loading(f"{folder} cannot be loaded as an {kind}", "give the directory of one"):
+        autoencoder, info = KINDS[kind].network.from_pretrained(
+            folder,
+            local_files_only=True,
+            output_loading_info=True,
+            disable_mmap=True,  # a mapped file that is cut while the network is used ends the process
+            variant=variant_of(folder, "diffusion_pytorch_model"),
+        )
+    if missing := info["missing_keys"]:  # diffusers would leave these random
+        raise UsageError(f"{folder} lacks {len(missing)} weights of an {kind}, {missing[0]} first; copy or train it anew")
+    return autoencoder
+
+
+def autoencoder_hash(autoencoder: Autoencoder, dtype: torch.dtype | None = None) -> str:
     """Hex sha256 of weights, rounded to ``dtype`` if given, and architecture, without the latent statistics, which are measured
     after training."""
     architecture = {k: v for k, v in autoencoder.config.items() if not k.startswith(("_", "latents_"))}
+    if not isinstance(autoencoder, AutoencoderKL):  # of which hashes were recorded before there were others
+        architecture["_class_name"] = _kind(autoencoder).network.__name__
     return network_hash(autoencoder, architecture, dtype)
 
 
-def statistics_hash(autoencoder: AutoencoderKL) -> str:
+def statistics_hash(autoencoder: Autoencoder) -> str:
     """Hex sha256 of the statistics that normalise its latents, which :func:`autoencoder_hash` leaves out."""
     normalizer = LatentNormalizer.of(autoencoder)
     return hashlib.sha256(torch.stack([normalizer.mean, normalizer.std]).cpu().numpy().tobytes()).hexdigest()
@@ -299,28 +307,56 @@ def images_to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
 
-def encode(autoencoder: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribution:
-    """The posterior of images (B, 3, H, W) in [−1, 1]; latents from it are not normalised."""
-    return cast(AutoencoderKLOutput, autoencoder.encode(images)).latent_dist
+def encode(autoencoder: Autoencoder, images: Tensor) -> DiagonalGaussianDistribution:
+    """The posterior of images (B, 3, H, W) in [−1, 1]; latents from it are not normalised. Of an autoencoder without
+    one it is a point: ``deterministic``, with a standard deviation of 0."""
+    (found,) = autoencoder.encode(images, return_dict=False)
+    if isinstance(found, DiagonalGaussianDistribution):
+        return found
+    return DiagonalGaussianDistribution(torch.cat([found, torch.zeros_like(found)], 1), deterministic=True)
 
 
-def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+def in_float32(posterior: DiagonalGaussianDistribution) -> DiagonalGaussianDistribution:
+    """The posterior computed from its parameters in float32."""
+    return DiagonalGaussianDistribution(posterior.parameters.float(), posterior.deterministic)
+
+
+def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w), not normalised -> images (B, 3, H, W), not clamped."""
     return cast(DecoderOutput, autoencoder.decode(latents)).sample  # pyright: ignore[reportArgumentType]  takes any Tensor
 
 
-def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [−1, 1], encoded to the posterior's mode and decoded."""
     return decode(autoencoder, encode(autoencoder, images).mode()).float().clamp(-1, 1)
 
 
-def set_latent_statistics(autoencoder: AutoencoderKL, mean: Sequence[float], std: Sequence[float]) -> None:
+def set_latent_statistics(autoencoder: Autoencoder, mean: Sequence[float], std: Sequence[float]) -> None:
     """Store the per-channel mean and standard deviation of the training set's latents in the autoencoder's config.
 
     Raises :class:`LdmError` as :class:`LatentNormalizer` does.
     """
     LatentNormalizer(mean, std)
     autoencoder.register_to_config(latents_mean=list(mean), latents_std=list(std))
+
+
+def published_statistics(autoencoder: Autoencoder) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel by which diffusers' own pipelines normalise its latents: from a shift and a scale
+    (SD, SDXL, FLUX, Sana), or from the batch norm of FLUX.2 over patches of latents, as those of whole channels."""
+    config = autoencoder.config
+    if isinstance(autoencoder, AutoencoderKLFlux2):
+        # a patch has its pixels one after another, channel by channel
+        means, variances = (x.double().view(config["latent_channels"], -1) for x in _batch_norm(autoencoder))
+        mean = means.mean(1)
+        return mean.tolist(), (variances.mean(1) + means.var(1, correction=0)).sqrt().tolist()
+    shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"] or math.nan
+    return [shift] * config["latent_channels"], [1 / scale] * config["latent_channels"]
+
+
+def _batch_norm(autoencoder: AutoencoderKLFlux2) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel and pixel of a patch, (channels · pixels,) each."""
+    norm = autoencoder.bn
+    return cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var) + norm.eps
 
 
 class LatentNormalizer(nn.Module):
@@ -346,16 +382,16 @@ class LatentNormalizer(nn.Module):
             )
 
     @classmethod
-    def of(cls, autoencoder: AutoencoderKL) -> LatentNormalizer:
+    def of(cls, autoencoder: Autoencoder) -> LatentNormalizer:
         """The normalisation of an autoencoder's config, on the autoencoder's device.
 
-        Directories from elsewhere (SD, SDXL, FLUX) carry a shift and a scale instead of statistics. Raises :class:`LdmError`
-        where the config has none that can be used.
+        Directories from elsewhere carry others instead, see :func:`published_statistics`. Raises :class:`LdmError` where the
+        config has none that can be used.
         """
         config = autoencoder.config
-        mean, std, channels = config["latents_mean"], config["latents_std"], config["latent_channels"]
+        mean, std, channels = config.get("latents_mean"), config.get("latents_std"), config["latent_channels"]
         if mean is None or std is None:
-            mean, std = [config["shift_factor"] or 0.0] * channels, [1 / (config["scaling_factor"] or math.nan)] * channels
+            mean, std = published_statistics(autoencoder)
         if len(mean) != channels:
             raise LdmError(f"the autoencoder's config has statistics of {len(mean)} channels, but {channels} latent_channels")
         return cls(mean, std).to(autoencoder.device)
@@ -374,7 +410,7 @@ class LatentNormalizer(nn.Module):
         return self.mean.to(like)[:, None, None], self.std.to(like)[:, None, None]  # (C, 1, 1)
 
 
-def without_overflow(autoencoder: AutoencoderKL, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def without_overflow(autoencoder: Autoencoder, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What an autoencoder computes of ``x`` in its own dtype.
 
     What overflows in half precision, as in SDXL's autoencoder in fp16, is computed again in float32, in which the autoencoder
@@ -388,13 +424,13 @@ def without_overflow(autoencoder: AutoencoderKL, compute: Callable[[Tensor], Ten
     return result.float()
 
 
-def decode_latents(autoencoder: AutoencoderKL, normalised: Tensor) -> Tensor:
+def decode_latents(autoencoder: Autoencoder, normalised: Tensor) -> Tensor:
     """Normalised latents (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]; see :func:`without_overflow`."""
     z = LatentNormalizer.of(autoencoder).denormalize(normalised)
     return without_overflow(autoencoder, lambda z: decode(autoencoder, z), z).clamp(-1, 1)
 
 
-def encode_latents(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+def encode_latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [−1, 1] -> normalised latents (B, C, h, w), the posteriors' modes, whose noise
     is small beside what sampling adds; see :func:`without_overflow`."""
     z = without_overflow(autoencoder, lambda images: encode(autoencoder, images).mode(), images)

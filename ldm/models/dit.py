@@ -140,6 +140,15 @@ def _check_choices(**choices: str) -> None:
             raise UsageError(f"DiT: {name} is {value!r}; choose from: {', '.join(CHOICES[name])}")
 
 
+def _patch_embed(in_channels: int, patch_size: int, bottleneck: int | None, width: int) -> nn.Module:
+    """Latents (B, C, H, W) -> patches as tokens (B, D, H / patch, W / patch)."""
+    if bottleneck is None:
+        return nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+    _check_sizes(patch_bottleneck=bottleneck)
+    project = nn.Conv2d(in_channels, bottleneck, patch_size, stride=patch_size, bias=False)
+    return nn.Sequential(project, nn.Conv2d(bottleneck, width, 1))
+
+
 class DiT(ModelMixin, ConfigMixin):
     """Noisy latents, a time and a caption -> the prediction, in the shape of the latents.
 
@@ -170,10 +179,11 @@ class DiT(ModelMixin, ConfigMixin):
         qk_norm: bool = True,
         positions: Positions = "sincos",
         micro_conditioning: bool = False,
+        patch_bottleneck: int | None = None,
     ):
         """
         Args:
-            in_channels: channels of the latents.
+            in_channels: channels of the latents, 3 for pixels.
             sample_size: side of the grid of positions, in latent pixels: positions in latents of any height and width are
                 scaled to it, each axis by itself, as PixArt does. The side of the latents in training, or in the first stage
                 of several of rising resolution.
@@ -195,6 +205,9 @@ class DiT(ModelMixin, ConfigMixin):
             micro_conditioning: also condition on the size of the original image, on where it was cropped, and on the size in
                 pixels, embedded and added to the time embedding (SDXL, Podell et al. 2023, arXiv 2307.01952), so that a model
                 trained on small and on cropped images need not generate blurred or cut ones.
+            patch_bottleneck: features that a patch is projected to before it becomes a token, by a linear layer without an
+                activation between the two, for large patches of pixels (JiT, Li & He 2025, arXiv 2511.13720); None: a patch
+                becomes a token at once.
         """
         super().__init__()
         _check_sizes(
@@ -217,7 +230,7 @@ class DiT(ModelMixin, ConfigMixin):
         if sample_size % patch_size:
             raise UsageError(f"DiT: sample_size {sample_size} is not a multiple of patch_size {patch_size}")
         self.gradient_checkpointing = False
-        self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.patch_embed = _patch_embed(in_channels, patch_size, patch_bottleneck, width)
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, width)
         self.text_embed = nn.Sequential(
@@ -249,7 +262,9 @@ class DiT(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+        for layer in self.patch_embed.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight.flatten(1))
         for embed in filter(None, (self.time_embed, self.size_embed)):
             nn.init.normal_(embed.linear_1.weight, std=0.02)
             nn.init.normal_(embed.linear_2.weight, std=0.02)

@@ -30,14 +30,19 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
         Remarks for the caller of that pipeline, one sentence each; empty for most models.
 
     Raises:
-        UsageError: for another denoiser, a text encoder that cannot read prompts of 120 tokens, or a prediction that the
-            scheduler does not take.
+        UsageError: for another denoiser or autoencoder, a text encoder that cannot read prompts of 120 tokens, or a
+            prediction that the scheduler does not take.
     """
     transformer, text_config = pipeline.transformer, pipeline.text_encoder.config
     if not isinstance(transformer, PixArtTransformer2DModel):
         raise UsageError(
             f"the denoiser is a {type(transformer).__name__}, but PixArtAlphaPipeline runs a PixArtTransformer2DModel; train "
             "with model.denoiser.class_path: diffusers.PixArtTransformer2DModel, or export without --as"
+        )
+    if not isinstance(pipeline.vae, AutoencoderKL):
+        raise UsageError(
+            f"the autoencoder is a {type(pipeline.vae).__name__}, but PixArtAlphaPipeline decodes with an AutoencoderKL; "
+            "export without --as"
         )
     longest = getattr(text_config, "max_position_embeddings", TEXT_TOKENS)  # T5 has no limit
     if longest < TEXT_TOKENS:

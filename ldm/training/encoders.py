@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -31,11 +29,13 @@ from ldm.models.autoencoder import (
     autoencoder_hash,
     downsampling_factor,
     encode,
+    in_float32,
     load_autoencoder,
     pixels_to_images,
     set_latent_statistics,
     statistics_hash,
 )
+from ldm.models.autoencoder_kinds import Autoencoder
 from ldm.models.text_encoder import TextEncoder, always_mask
 
 # enough for a channel's mean and standard deviation to a percent or two
@@ -49,7 +49,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 class FrozenEncoders:
     """The networks that a denoiser is trained with. No module, so that they are neither optimised nor in checkpoints."""
 
-    autoencoder: AutoencoderKL  # with the statistics of the training set's latents in its config
+    autoencoder: Autoencoder  # with the statistics of the training set's latents in its config
     text_encoder: TextEncoder
     latent_shapes: Sequence[tuple[int, int, int]]  # (C, h, w) of every size trained on, the most frequent first
     autoencoder_hash: str
@@ -93,7 +93,7 @@ class FrozenEncoders:
         images = pixels_to_images(batch["image"])
         # within the autocast of training, whatever that is
         with torch.autocast(images.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-            posterior = DiagonalGaussianDistribution(encode(self.autoencoder, images).parameters.float())
+            posterior = in_float32(encode(self.autoencoder, images))
             text = Condition(*self.text_encoder.encode(batch["caption"]))
         text, mask, _ = text.pad(padded_length(text.mask.shape[1]))
         return {"mean": posterior.mean, "std": posterior.std, "text": text.float(), "text_mask": mask}
@@ -105,7 +105,7 @@ def encoders_of_latents(
     """The encoders that made the latents.
 
     Args:
-        autoencoder: its directory.
+        autoencoder: its directory, or ``identity``.
         denoiser: its config.
         text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; None: where it was at the export.
 
@@ -150,7 +150,7 @@ def encoders_of_images(
     """The encoders to encode images and captions with.
 
     Args:
-        autoencoder: its directory.
+        autoencoder: its directory, or ``identity``.
         text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`.
         denoiser: its config.
         statistics: of the latents, from a checkpoint; None: those of the directory, measured if it has none.
@@ -173,7 +173,7 @@ def encoders_of_images(
         raise UsageError(f"{size}, so the images' size is unknown; set image_size")
     shapes = [(network.config["latent_channels"], size[0] // factor, size[1] // factor)]
     _require_sizes(denoiser, shapes, encoder.width, f"captions are encoded by {encoder.name}")
-    if statistics is None and (network.config["latents_mean"] is None or network.config["latents_std"] is None):
+    if statistics is None and (network.config.get("latents_mean") is None or network.config.get("latents_std") is None):
         statistics = measure_statistics(network, data.train_set, data.batch_size)
     if statistics is not None:
         set_latent_statistics(network, *statistics)
@@ -182,7 +182,7 @@ def encoders_of_images(
 
 @torch.no_grad()
 @full_fp32()
-def measure_statistics(autoencoder: AutoencoderKL, dataset: ImageDataset, batch_size: int) -> Statistics:
+def measure_statistics(autoencoder: Autoencoder, dataset: ImageDataset, batch_size: int) -> Statistics:
     """Mean and standard deviation of latents sampled from the posteriors of up to 2,048 images spread over the set.
 
     They are computed from the posteriors' own means and variances: nothing is random.

@@ -5,7 +5,7 @@ from diffusers.training_utils import compute_snr
 
 from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Score, V, Velocity
-from ldm.diffusion.weighting import EDM, MinSNR
+from ldm.diffusion.weighting import EDM, MinSNR, VelocityError
 from ldm.errors import UsageError
 
 PATHS = [
@@ -57,7 +57,7 @@ def test_the_weight_of_edm_is_one_for_its_prediction(spread):
     torch.testing.assert_close(EDM()(path, X0(), t), published)
 
 
-@pytest.mark.parametrize("weighting", [MinSNR(), EDM()], ids=name)
+@pytest.mark.parametrize("weighting", [MinSNR(), EDM(), VelocityError()], ids=name)
 @pytest.mark.parametrize("path", PATHS, ids=name)
 def test_the_weighted_error_is_that_of_the_data_for_any_prediction(path, weighting):
     x0, eps, guess = torch.randn(3, len(TIMES), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -69,12 +69,20 @@ def test_the_weighted_error_is_that_of_the_data_for_any_prediction(path, weighti
         torch.testing.assert_close(weighting(path, prediction, TIMES) * error.square().mean(1), of_the_data)
 
 
-@pytest.mark.parametrize("weighting", [MinSNR(), EDM()], ids=name)
+@pytest.mark.parametrize("weighting", [MinSNR(), EDM(), VelocityError()], ids=name)
 @pytest.mark.parametrize("path", PATHS, ids=name)
 def test_weights_are_finite_at_both_ends_where_the_system_is_regular(path, weighting):
     for prediction in (V(), Velocity(), Preconditioned()):
         assert weighting(path, prediction, ENDS).isfinite().all()
     assert weighting(path, Epsilon(), ENDS[:1]).isfinite().all() and weighting(path, X0(), ENDS[1:]).isfinite().all()
+
+
+def test_the_velocity_has_weight_one_and_the_data_that_of_jit():
+    path, weighting = RectifiedFlow(), VelocityError()
+    torch.testing.assert_close(weighting(path, X0(), TIMES), TIMES.clamp(min=0.05) ** -2)
+    for path in PATHS[:3]:
+        later = TIMES[path.sigma(TIMES) > 0.05]
+        torch.testing.assert_close(weighting(path, Velocity(), later), torch.ones_like(later))
 
 
 def test_an_impossible_gamma_is_refused():

@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {"sample_size": 8, "width": 32, "num_layers": 2, "num_at
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"adaln": "zero", "norm": "rms_norm", "activation": "swiglu", "positions": "rope", "micro_conditioning": True},
-    {"adaln": "zero", "qk_norm": False, "positions": "sincos_rope", "pooled_text": False},
+    {"adaln": "zero", "qk_norm": False, "positions": "sincos_rope", "pooled_text": False, "patch_bottleneck": 8},
 ]
 
 
@@ -84,6 +84,19 @@ def test_patches_return_to_their_places(patch_size, height, width):
         expected = torch.zeros_like(seen)
         expected[top : top + patch_size, left : left + patch_size] = True
         assert torch.equal(seen, expected)
+
+
+def test_a_bottleneck_is_a_patch_embedding_of_low_rank(randomised):
+    x, timestep, condition = inputs()
+    narrow, wide = randomised(make(patch_bottleneck=5)), make()
+    embedding: Any = wide.patch_embed
+    wide.load_state_dict(narrow.state_dict(), strict=False)
+    first, second = narrow.patch_embed
+    with torch.no_grad():
+        embedding.weight.copy_(torch.einsum("dkij,kcpq->dcpq", second.weight, first.weight))
+        embedding.bias.copy_(second.bias)
+    torch.testing.assert_close(denoise(narrow, x, timestep, condition), denoise(wide, x, timestep, condition))
+    assert torch.linalg.matrix_rank(embedding.weight.flatten(1)) == 5
 
 
 def test_sizes_that_do_not_fit_are_refused():
