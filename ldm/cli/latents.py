@@ -28,11 +28,8 @@ def add(commands: Commands) -> None:
         "encode image shards and their captions",
         "ldm latents export --autoencoder runs/autoencoder/autoencoder --shards shards --out latents",
     )
-<<<<<<< HEAD
-    export.add_argument("--autoencoder", required=True, help="directory of an AutoencoderKL, or its name on the hub")
-=======
-    export.add_argument("--autoencoder", required=True, help="directory of an autoencoder; identity: pixels")
->>>>>>> 512e2d0 (Any image autoencoder of diffusers, by its config's class, with or without a posterior; and none: pixels)
+    where = "directory of an autoencoder, or its name on the hub; identity: pixels"
+    export.add_argument("--autoencoder", required=True, help=where)
     export.add_argument("--shards", required=True, help="folder of image shards")
     export.add_argument("--out", required=True, help="a new folder, or that of an interrupted export with the same settings")
     add_text_encoder(export)

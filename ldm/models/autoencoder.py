@@ -21,12 +21,8 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError, UsageError
 from ldm.files import check_type
-<<<<<<< HEAD
-from ldm.models.directories import downloaded, loading, read_config, require_regular_files, variant_of
-=======
 from ldm.models.autoencoder_kinds import KINDS, MAX_LAYERS, Autoencoder, Kind, kind_of
-from ldm.models.directories import loading, read_config, require_regular_files, variant_of
->>>>>>> 512e2d0 (Any image autoencoder of diffusers, by its config's class, with or without a posterior; and none: pixels)
+from ldm.models.directories import downloaded, loading, read_config, require_regular_files, variant_of
 from ldm.models.fingerprint import network_hash
 from ldm.models.pixels import PixelAutoencoder
 

@@ -89,48 +89,42 @@ class DenoiserTraining(TrainingModule):
         max_skipped: int = 10,
     ):
         """
-                Args:
-        <<<<<<< HEAD
-                    autoencoder: directory of the autoencoder that made the latents, or its name on the Hugging Face hub; it decodes
-                        previews and is part of the pipeline.
-        =======
-                    denoiser: with the signature of diffusers' ``PixArtTransformer2DModel``.
-                    autoencoder: directory of the autoencoder that made the latents; it decodes previews and is part of the pipeline.
-                        ``identity``: the latents are pixels.
-        >>>>>>> 512e2d0 (Any image autoencoder of diffusers, by its config's class, with or without a posterior; and none: pixels)
-                    path, prediction, timesteps: see :mod:`ldm.diffusion`.
-                    optimiser: of the denoiser.
-                    denoiser: with the signature of diffusers' ``PixArtTransformer2DModel``; with ``init_from``, it may be left out.
-                    init_from: weights to start from instead of random ones: a pipeline's directory, a run's folder or one of its
-                        checkpoints, the directory of a ``PixArtTransformer2DModel``, or a name on the Hugging Face hub. Without
-                        ``denoiser``, class and config are from there. Latents are normalised as they were for these weights. A resumed
-                        run reads its own checkpoint alone.
-                    init_weights: of a run, its averaged weights or those in training.
-                    freeze: weights that are not trained, by name; ``*`` stands for anything: ``blocks.0.*``, ``text_embed*``.
-                    weighting: of the squared error by t; without one, all times count equally.
-                    auxiliary_losses: further terms of the loss, computed from prediction, target or activations of the denoiser.
-                    accumulate: micro-batches that a batch is split into, to save memory; the step is still that of the whole batch.
-                    ema_decay: of the exponential average of the denoiser's weights, which is validated, previewed and exported unless
-                        ``power_averages`` selects another.
-                    power_averages: further averages, from whose snapshots an average of any length can be reconstructed after training.
-                    offload_average: keep all averages in the host's memory, which frees 4 bytes a weight and average on the GPU; each
-                        step copies them there and back. Not with FSDP.
-                    online: train on image shards, encoding images and captions at each step. Latents are normalised by the
-                        statistics in the autoencoder's directory; if it has none, they are measured on 2,048 training images before
-                        the first step and kept in checkpoints and in the pipeline.
-                    online_precision: of the computation with ``online``, as in an export: bf16 is faster on GPUs, and less exact.
-                    text_encoder: of captions: minilm, a directory or a hub name. Default: that of the latent shards, where it was when
-                        they were exported; with ``online``, minilm.
-                    gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
-                    compile: compile every block and the last layers with ``torch.compile``, which takes minutes at the start.
-                        ``cuda_graphs``: every block, which is replayed as a CUDA graph, for batches so small that launching kernels
-                        takes longer than running them.
-                    fp8: multiply the matrices of every block in 8-bit floating point, by torchao, on GPUs that can; weights stay in
-                        fp32. It needs ``compile``, and pays for wide denoisers only.
-                    preview_prompts: images of these are generated before the first step and at every validation, from the same noise.
-                    preview_steps: denoising steps of a preview.
-                    preview_guidance: guidance scale of a preview, or any rule of :mod:`ldm.diffusion.guidance`.
-                    max_skipped: steps in a row with a loss or gradients that are not finite; each is skipped, one more stops the run.
+        Args:
+            autoencoder: directory of the autoencoder that made the latents, or its name on the Hugging Face hub; it decodes
+                previews and is part of the pipeline. ``identity``: the latents are pixels.
+            path, prediction, timesteps: see :mod:`ldm.diffusion`.
+            optimiser: of the denoiser.
+            denoiser: with the signature of diffusers' ``PixArtTransformer2DModel``; with ``init_from``, it may be left out.
+            init_from: weights to start from instead of random ones: a pipeline's directory, a run's folder or one of its
+                checkpoints, the directory of a ``PixArtTransformer2DModel``, or a name on the Hugging Face hub. Without
+                ``denoiser``, class and config are from there. Latents are normalised as they were for these weights. A resumed
+                run reads its own checkpoint alone.
+            init_weights: of a run, its averaged weights or those in training.
+            freeze: weights that are not trained, by name; ``*`` stands for anything: ``blocks.0.*``, ``text_embed*``.
+            weighting: of the squared error by t; without one, all times count equally.
+            auxiliary_losses: further terms of the loss, computed from prediction, target or activations of the denoiser.
+            accumulate: micro-batches that a batch is split into, to save memory; the step is still that of the whole batch.
+            ema_decay: of the exponential average of the denoiser's weights, which is validated, previewed and exported unless
+                ``power_averages`` selects another.
+            power_averages: further averages, from whose snapshots an average of any length can be reconstructed after training.
+            offload_average: keep all averages in the host's memory, which frees 4 bytes a weight and average on the GPU; each
+                step copies them there and back. Not with FSDP.
+            online: train on image shards, encoding images and captions at each step. Latents are normalised by the
+                statistics in the autoencoder's directory; if it has none, they are measured on 2,048 training images before
+                the first step and kept in checkpoints and in the pipeline.
+            online_precision: of the computation with ``online``, as in an export: bf16 is faster on GPUs, and less exact.
+            text_encoder: of captions: minilm, a directory or a hub name. Default: that of the latent shards, where it was when
+                they were exported; with ``online``, minilm.
+            gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
+            compile: compile every block and the last layers with ``torch.compile``, which takes minutes at the start.
+                ``cuda_graphs``: every block, which is replayed as a CUDA graph, for batches so small that launching kernels
+                takes longer than running them.
+            fp8: multiply the matrices of every block in 8-bit floating point, by torchao, on GPUs that can; weights stay in
+                fp32. It needs ``compile``, and pays for wide denoisers only.
+            preview_prompts: images of these are generated before the first step and at every validation, from the same noise.
+            preview_steps: denoising steps of a preview.
+            preview_guidance: guidance scale of a preview, or any rule of :mod:`ldm.diffusion.guidance`.
+            max_skipped: steps in a row with a loss or gradients that are not finite; each is skipped, one more stops the run.
         """
         super().__init__()
         if denoiser is None:
