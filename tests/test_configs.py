@@ -16,11 +16,16 @@ from PIL import Image
 from torchvision.models import vgg16
 
 from ldm.cli import main
+from ldm.data.buckets import Buckets
+from ldm.data.writer import write_images
+from ldm.files import read_json
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.dit import DiT
+from ldm.pipeline import load_pipeline
 from ldm.runs.dry_run.memory import static_memory
+from ldm.shapes.scenes import generate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -29,6 +34,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TRAINED_AUTOENCODERS = ("decoder_finetune", "kl_f16_8gpu", "kl_f4_cpu", "kl_f8_24gb", "kl_f8_8gb", "kl_f8_8gpu")
 TRAINED_DENOISERS = ("dit_b_8gb", "dit_l_24gb", "dit_s_cpu", "dit_xl_8gpu")
 FINE_TUNED = ("denoiser/pixart_finetune_24gb",)
+STAGES = (256, 512, 1024)  # each starts from the one before
 COMPARED = tuple(f"convergence/{name}" for name in ("ours", "dit", "minrf"))
 # the same as another recipe but for the strategy, which is tested in tests/slow
 SHARDED = ("autoencoder/kl_f8_fsdp", "denoiser/dit_xl_fsdp")
@@ -38,6 +44,7 @@ def test_every_recipe_is_tried_here() -> None:
     tried = [f"{stage}/{name}" for stage in ("shapes", "emoji") for name in ("autoencoder", "denoiser")] + ["shapes/pixels"]
     tried += [f"autoencoder/{name}" for name in TRAINED_AUTOENCODERS] + [f"denoiser/{name}" for name in TRAINED_DENOISERS]
     shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")]
+    tried += [f"stages/{side}" for side in STAGES]
     assert sorted(shipped) == sorted([*tried, *COMPARED, *SHARDED, *FINE_TUNED])
 
 
@@ -263,6 +270,38 @@ def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, recipe: str) ->
     arguments += ["--model.accumulate", "2", "--trainer.precision", "32-true"]
     main([*arguments, "--model.autoencoder", str(tiny_latents / "autoencoder"), "--model.preview_steps", "1"])
     assert DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config["num_layers"] == 2
+
+
+def test_stages_of_rising_resolution(tiny_latents: Path, tiny_text_encoder: str, tmp_path: Path) -> None:
+    """Each at an eighth of its side, on images of three shapes."""
+    autoencoder, images = str(tiny_latents / "autoencoder"), generate(9, [(240, 160), 176, (160, 240)], seed=0)
+    write_images(tmp_path / "shards", "shapes", images)
+    tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 8}
+    source = [text for name, value in tiny.items() for text in (f"--model.denoiser.init_args.{name}", str(value))]
+    for side in STAGES:
+        latents, run = str(tmp_path / f"latents-{side}"), tmp_path / str(side)
+        export_latents(autoencoder, tmp_path / "shards", latents, tiny_text_encoder, buckets=Buckets((side // 8,), 16))
+        arguments = ["--config", str(CONFIGS / f"stages/{side}.yaml"), "--out", str(run), *source]
+        arguments += ["--data.train", latents, "--data.validation", latents, "--model.autoencoder", autoencoder]
+        arguments += ["--data.batch_size", "1", "--data.workers", "0", "--model.compile", "false", "--model.accumulate", "1"]
+        arguments += ["--trainer.devices", "1", "--trainer.precision", "32-true", "--model.preview_steps", "1"]
+        main(["denoiser", "fit", *arguments, "--trainer.max_steps", "4", "--trainer.val_check_interval", "4"])
+        source = ["--model.init_from", str(run)]
+        trained, config = load_pipeline(run / "pipeline"), read_json(run / "pipeline/transformer/config.json", dict)
+        assert config["sample_size"] == 4 and config["micro_conditioning"]
+        assert (side // 8, side // 8) in trained.trained_sizes and len(trained.trained_sizes) == 3
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "stages").iterdir()), ids=lambda file: file.stem)
+def test_the_stages_have_the_network_and_the_memory_that_they_say(file: Path) -> None:
+    first = yaml.safe_load((CONFIGS / "stages/256.yaml").read_text())["model"]
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in DiT(**first["denoiser"]["init_args"]).parameters())
+    said, model = " ".join(file.read_text().replace("# ", " ").split()), yaml.safe_load(file.read_text())["model"]
+    assert f": {static_memory(count, averaged=count).total / 1e9:.1f} GB kept" in said
+    assert f"{count / 1e6:.1f}M parameters" in said or file.stem != "256"
+    for part in ("path", "prediction", "timesteps"):
+        assert model[part] == first[part]
 
 
 def test_recipes_that_are_compared_differ_in_nothing_else() -> None:
