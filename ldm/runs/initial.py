@@ -21,7 +21,7 @@ from ldm.models.autoencoder import LatentNormalizer, autoencoder_hash, load_auto
 from ldm.models.directories import downloaded, loading, read_config, require_regular_files, variant_of
 from ldm.models.dit import DiT
 from ldm.pipeline import FORMAT_VERSION, LatentDiffusionPipeline, ModelIndex
-from ldm.runs.checkpoints.files import load_checkpoint, require_whole
+from ldm.runs.checkpoints.files import ANOTHER, read_checkpoint, require_whole
 from ldm.runs.checkpoints.sharded import read_sharded
 from ldm.runs.export import TRUSTED
 from ldm.runs.layout import RunFolder
@@ -84,27 +84,26 @@ class RunWeights:
         """The averaged weights, or those in training, by the names of ``network``'s. Raises :class:`LdmError` for a broken
         checkpoint."""
         require_whole(self.checkpoint)
-        content = read_sharded(self.checkpoint) if self.checkpoint.is_dir() else load_checkpoint(self.checkpoint, mmap=True)
+        with loading(f"{self.checkpoint} is not a whole checkpoint of its run", ANOTHER):
+            sharded = self.checkpoint.is_dir()
+            content = read_sharded(self.checkpoint) if sharded else read_checkpoint(self.checkpoint, mmap=True)
+            settings = self.config["model"]["denoiser"].get("init_args", {})
+            config = {**settings.get("config", settings), **content.get("network", {})}
+            weights = self._weights(content, network, which)
+            return InitialWeights(str(self.checkpoint), config, weights, *self._latents(content), content.get("diffusion"))
+
+    def _weights(self, content: Mapping[str, Any], network: ModelMixin, which: str) -> dict[str, Tensor]:
         start = "denoiser."
         weights = {name.removeprefix(start): each for name, each in content["state_dict"].items() if name.startswith(start)}
         names = [name for name, _ in network.named_parameters()]
-        if which == "average" and {*names} == {*weights}:  # in the order of the network's
-            selected = (self.config["model"].get("power_averages") or {}).get("selected")
-            average = content["average"] if selected is None else content["average"]["power_function"][repr(selected)]
-            averaged = dict(zip(names, average["shadow_params"], strict=True))
-            if any(averaged[name].shape != weight.shape for name, weight in weights.items()):
-                raise UsageError(f"{self.checkpoint} has averages of another network than its weights; give another one")
-            weights = averaged
-        settings = self.config["model"]["denoiser"].get("init_args", {})
-        statistics, trained_on = self._latents(content)
-        return InitialWeights(
-            str(self.checkpoint),
-            {**settings.get("config", settings), **content.get("network", {})},
-            weights,
-            statistics,
-            trained_on,
-            content.get("diffusion"),
-        )
+        if which != "average" or {*names} != {*weights}:  # of another network, which is refused with the names that differ
+            return weights
+        selected = (self.config["model"].get("power_averages") or {}).get("selected")
+        average = content["average"] if selected is None else content["average"]["power_function"][repr(selected)]
+        averaged = dict(zip(names, average["shadow_params"], strict=True))  # in the order of the network's
+        if any(averaged[name].shape != weight.shape for name, weight in weights.items()):
+            raise UsageError(f"{self.checkpoint} has averages of another network than its weights; {ANOTHER}")
+        return averaged
 
     def _latents(self, content: dict[str, Any]) -> tuple[Statistics, Mapping[str, Any]]:
         """The statistics and fingerprints of a checkpoint; an older ldm left them to the latents' manifest."""

@@ -21,6 +21,7 @@ from ldm.latents.export import export_latents
 from ldm.models.autoencoder import load_autoencoder
 from ldm.models.dit import DiT
 from ldm.models.text_encoder import TextEncoder
+from ldm.runs.checkpoints.files import sidecar
 from ldm.runs.layout import RunFolder
 from ldm.shapes.scenes import generate
 from ldm.training.initial import InitialWeights
@@ -221,12 +222,19 @@ def test_what_holds_no_weights_is_refused(
     poisoned = shutil.copytree(source / "pipeline", tmp_path / "poisoned")
     file = poisoned / "transformer/diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {"proj_out.bias": torch.full((64,), torch.nan)}, file)
+    short = shutil.copytree(source, tmp_path / "short", symlinks=True)
+    checkpoint = RunFolder(short).last_checkpoint.resolve()
+    content = torch.load(checkpoint, weights_only=True)
+    content["average"]["power_function"]["0.1"]["shadow_params"].pop()
+    torch.save(content, checkpoint)
+    sidecar(checkpoint).unlink()
     monkeypatch.chdir(tmp_path)
     for place, said in {
         str(tmp_path): "holds no weights to start from",
         str(latents[0]): "holds a network of class AutoencoderKL",
         str(broken): "proj_out.bias",
         str(poisoned): "not finite",
+        str(short): "is not a whole checkpoint of its run",
         str(source / "checkpoints/step=00000009.ckpt"): "does not exist",
         "somebody/something": "somebody/something is no directory here, and cannot be downloaded",
     }.items():

@@ -69,6 +69,8 @@ class Content(TypedDict):
     skipped: NotRequired[_Skipped]
     num_images_seen: NotRequired[Count]
     latent_statistics: NotRequired[list[list[FiniteFloat]] | None]
+    trained_on: NotRequired[dict[str, Any]]
+    diffusion: NotRequired[dict[str, Any]]
 
 
 class _Place(TypedDict):
