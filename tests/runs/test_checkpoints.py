@@ -591,7 +591,7 @@ def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any]) -> Non
 
 
 def test_a_description_has_the_step_rates_average_place_and_random_states() -> None:
-    place = {"seed": 0, "epoch": 3, "samples_consumed": 4096, "data": ""}
+    place: dict[str, Any] = {"seed": 0, "epoch": 3, "samples_consumed": 4096, "data": ""}
     checkpoint = {
         "global_step": 12345,
         "lr_schedulers": [{"base_lrs": [1e-3], "_last_lr": [1e-4]}, {"base_lrs": [1e-3], "_last_lr": [2e-4]}],
@@ -603,4 +603,6 @@ def test_a_description_has_the_step_rates_average_place_and_random_states() -> N
         "step 12,345, learning rates 0.0001 and 0.0002, weights averaged over 12,000 steps\n"
         "data: epoch 3, 4,096 samples of it consumed, random states of 2 processes"
     )
+    place["waiting"] = [[5, 4090], [2, 4095]]
+    assert "4,096 samples of it consumed, 2 waiting for a batch of their size, random" in checkpoint_summary(checkpoint)
     assert checkpoint_summary({"global_step": 1}) == "step 1\nno random states"

@@ -79,6 +79,7 @@ class _Place(TypedDict):
     seed: int
     epoch: Count
     samples_consumed: Count
+    waiting: NotRequired[list[list[Count]]]
 
 
 class _LoopState(TypedDict):
@@ -362,6 +363,10 @@ def checkpoint_summary(checkpoint: dict[str, Any]) -> str:
         whole.append(f"learning rate{'s' if len(rates) > 1 else ''} {' and '.join(rates)}")
     if updates is not None:
         whole.append(f"weights averaged over {updates:,} steps")
-    rest = [f"data: epoch {place['epoch']:,}, {place['samples_consumed']:,} samples of it consumed" for place in loaders]
+    rest = []
+    for place in loaders:
+        rest.append(f"data: epoch {place['epoch']:,}, {place['samples_consumed']:,} samples of it consumed")
+        if waiting := place.get("waiting"):
+            rest.append(f"{len(waiting):,} waiting for a batch of their size")
     states = "no random states" if not random else f"random states of {len(random)} process{'es' if len(random) > 1 else ''}"
     return f"{', '.join(whole)}\n{', '.join([*rest, states])}"
