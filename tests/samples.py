@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm.data.latent_schema import LatentInfo, TextInfo
 from ldm.data.manifest import IMAGE_SHARDS, Manifest, ShardEntry
-from ldm.data.writer import ShardWriter, encode_png
+from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.files import sha256_file
 from ldm.models.pixels import PixelAutoencoder
 
@@ -61,6 +61,17 @@ def write_numbered(folder, counts, bad=()):
                 writer.write(f"{number:02d}", {"png": image})
         entries += writer.entries or [_empty(folder / f"x-{shard:05d}.tar")]
     Manifest(IMAGE_SHARDS, tuple(entries)).save(folder)
+    return folder
+
+
+def write_photographs(folder, sizes):
+    """Shards of three smooth images each, of these sizes (width, height)."""
+    random = np.random.default_rng(0)
+
+    def photograph(size):
+        return Image.fromarray(random.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+
+    write_images(folder, "x", [(f"{n:02d}", photograph(size), f"number {n}") for n, size in enumerate(sizes)], 3)
     return folder
 
 

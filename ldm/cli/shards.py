@@ -1,4 +1,4 @@
-"""``ldm shards``: generate, pack, index, check."""
+"""``ldm shards``: generate, pack, index, check, show."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.latents import add_buckets, buckets_of
 from ldm.cli.parser import Commands, add_command, add_group
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.progress import Progress
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Its commands."""
-    shards = add_group(commands, "shards", "image shards: generate, pack, index, check")
+    shards = add_group(commands, "shards", "image shards: generate, pack, index, check, show")
     shapes = add_command(
         shards,
         "shapes",
@@ -87,6 +88,16 @@ def add(commands: Commands) -> None:
     check = add_command(shards, "check", run_check, "verify a folder of shards", "ldm shards check shards --deep")
     check.add_argument("dir", help="folder of shards, a pattern of its tars, or a URL of either")
     check.add_argument("--deep", action="store_true", help="also decode every sample")
+    show = add_command(
+        shards,
+        "show",
+        run_show,
+        "write a page with the images' sizes and what aspect-ratio buckets crop off",
+        "ldm shards show shards --out shards.html --buckets 256",
+    )
+    show.add_argument("dir", help="folder of image shards, a pattern of its tars, or a URL of either")
+    show.add_argument("--out", required=True, metavar="FILE", help="the .html file to write")
+    add_buckets(show)
 
 
 def run_shapes(options: argparse.Namespace) -> None:
@@ -187,6 +198,13 @@ def run_index(options: argparse.Namespace) -> None:
         say(f"{unread} more images are in no sample, such as {printable('; '.join(extra['unread_such_as']))}; {details}")
     if "://" not in options.dir and (others := compressed_tars(options.dir)):
         say(f"{len(others)} files are not read, such as {printable(others[0])}: shards are uncompressed and end in .tar")
+
+
+def run_show(options: argparse.Namespace) -> None:
+    from ldm.latents.show_images import show_images
+
+    show_images(options.dir, options.out, buckets_of(options))
+    say(f"the page: {options.out}")
 
 
 def run_check(options: argparse.Namespace) -> None:

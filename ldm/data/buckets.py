@@ -89,8 +89,9 @@ class Buckets:
 
     def assign(self, sizes: np.ndarray) -> np.ndarray:
         """The bucket numbers of images of these ``sizes`` (N, 2), of which some may be unknown (0): int32 (N,), −1 for none."""
-        different, which = np.unique(sizes, axis=0, return_inverse=True)
-        numbers = [self.choose(height, width) for height, width in different.tolist()]
+        packed = sizes.astype(np.int64) @ [2**32, 1]  # one number, which sorts faster
+        different, which = np.unique(packed, return_inverse=True)
+        numbers = [self.choose(*divmod(size, 2**32)) for size in different.tolist()]
         return np.array([-1 if number is None else number for number in numbers], np.int32)[which.reshape(-1)]
 
     def require_multiples(self, unit: int, what: str) -> None:

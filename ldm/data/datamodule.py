@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,7 +14,8 @@ import numpy as np
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ldm.data.image_dataset import Augmentation, ImageDataset
+from ldm.data.buckets import Buckets
+from ldm.data.image_dataset import Augmentation, Crop, ImageDataset
 from ldm.data.latent_dataset import LatentDataset
 from ldm.data.latent_schema import common_info, latent_info, read_null_text
 from ldm.data.loader import BatchNoise, ShardLoader, batch_loader, nothing
@@ -25,6 +27,8 @@ from ldm.data.sources import ShardCache, ShardSource, open_source
 from ldm.errors import UsageError
 
 GIB = 2**30
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,7 +56,11 @@ class ShardDataModule(LightningDataModule):
         validation_samples: int = 256,
         validation_whole: bool = False,
         image_size: int | None = None,
-        crop: Literal["centre", "random", "window"] = "centre",
+        crop: Crop = "centre",
+        buckets: list[int] | None = None,
+        bucket_step: int = 32,
+        max_aspect: float = 2.0,
+        max_upscale: float = 1.0,
         flip: float = 0.0,
         caption: Literal["first", "random"] = "first",
         caption_dropout: float = 0.0,
@@ -82,7 +90,14 @@ class ShardDataModule(LightningDataModule):
             image_size: resize images to this side in pixels; required where the shards hold several sizes.
             crop: the square taken from a training image: the largest, in the centre or at random along the longer side
                 ("random"), then resized to ``image_size``; or a random "window" of ``image_size`` at the image's own
-                resolution (smaller images are enlarged). Validation crops the centre.
+                resolution (smaller images are enlarged). Validation crops the centre. Or, in both, the largest part with
+                the proportions of the image's "bucket", one of several sizes, of which a batch has one; images that are too
+                small for every bucket are left out.
+            buckets: areas of buckets as sides of squares in pixels ([256], or [256, 512]: an image goes to the largest that
+                it fills); for the bucket crop.
+            bucket_step: all sides of buckets are multiples of it.
+            max_aspect: longer over shorter side of a bucket, at most.
+            max_upscale: an image is enlarged by this factor at most; 1: not at all.
             flip: probability of a mirrored training image; for latents, where those of mirrored images were exported.
             caption: which of several captions to train on; for latents, where all were exported.
             caption_dropout: share of captions replaced by the empty one, which guidance needs.
@@ -106,6 +121,12 @@ class ShardDataModule(LightningDataModule):
         for name, value in (("flip", flip), ("caption_dropout", caption_dropout), ("max_bad_share", max_bad_share)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} is {value}; give 0 to 1")
+        if (crop == "bucket") != (buckets is not None):
+            fix = "give buckets, for example [256]" if buckets is None else "set crop to bucket"
+            raise UsageError(f"crop is {crop} and buckets is {buckets}; {fix}")
+        if buckets is not None and image_size is not None:
+            raise UsageError(f"image_size is {image_size}, but buckets give images their sizes; leave out image_size")
+        self.buckets = None if buckets is None else Buckets(tuple(buckets), bucket_step, max_aspect, max_upscale)
         self.batch_size, self.max_tokens, self.image_size = batch_size, max_tokens, image_size
         self.validation_samples, self.validation_whole = validation_samples, validation_whole
         self.augmentation = Augmentation(crop, flip, caption, caption_dropout, seed)
@@ -137,16 +158,29 @@ class ShardDataModule(LightningDataModule):
         return sources
 
     def _dataset(
-        self, sources: list[ShardSource], image_size: int | None, augmentation: Augmentation
+        self, sources: list[ShardSource], image_size: int | None, augmentation: Augmentation, buckets: Buckets | None
     ) -> ImageDataset | LatentDataset:
         if sources[0].manifest.format != LATENT_SHARDS:
-            dataset = ImageDataset(sources, image_size, augmentation, self.require_captions, self.reads_captions)
+            dataset = ImageDataset(sources, image_size, augmentation, self.require_captions, self.reads_captions, buckets)
+            self._require_fits(dataset)
         else:
             self._check_latents(sources, augmentation)
             null_text = read_null_text(sources[0], self.text_encoder)
             dataset = LatentDataset(sources, augmentation, null_text, self.text_encoder, self.reads_sizes)
         dataset.max_in_a_row = self.max_bad_in_a_row
         return dataset
+
+    def _require_fits(self, dataset: ImageDataset) -> None:
+        """Raise :class:`UsageError` where too many images fit no bucket; log how many are left out."""
+        if dataset.groups is None or not (without := int((dataset.groups < 0).sum())):
+            return
+        spec = dataset.sources[0].spec
+        what = f"{without} of {len(dataset)} images in {spec} fit no bucket: they are too small, or cannot be read"
+        if without == len(dataset) or without > self.max_bad_share * len(dataset):
+            raise UsageError(
+                f"{what}; give smaller buckets, or raise max_upscale or max_bad_share (ldm shards show names them)"
+            )
+        log.warning("%s; they are left out", what)
 
     def _check_latents(self, sources: list[ShardSource], augmentation: Augmentation) -> None:
         """Raise :class:`UsageError` where the latents do not match these settings or one another."""
@@ -178,11 +212,13 @@ class ShardDataModule(LightningDataModule):
         if self.trainer is not None:
             self.reads_captions = getattr(self.trainer.lightning_module, "reads_captions", self.reads_captions)
             self.reads_sizes = getattr(self.trainer.lightning_module, "reads_sizes", self.reads_sizes)
-        size, how = (None, Augmentation()) if self.validation_whole else (self.image_size, Augmentation(self.augmentation.crop))
-        self.validation_set = self._dataset(self._open([str(self.validation)]), size, how)
+        size, how, buckets = self.image_size, Augmentation(self.augmentation.crop), self.buckets
+        if self.validation_whole:
+            size, how, buckets = None, Augmentation(), None
+        self.validation_set = self._dataset(self._open([str(self.validation)]), size, how, buckets)
         self.validation_quarantine = Quarantine(len(self._validated()), self.max_bad_share, self.max_bad_in_a_row)
         if stage == "fit":
-            self.train_set = self._dataset(self.sources(), self.image_size, self.augmentation)
+            self.train_set = self._dataset(self.sources(), self.image_size, self.augmentation, self.buckets)
 
     def train_dataloader(self) -> ShardLoader:
         """The loader of this rank; its position is saved in checkpoints."""
@@ -201,6 +237,7 @@ class ShardDataModule(LightningDataModule):
             folder and folder / (QUARANTINE_NAME if rank == 0 else f"{rank}-{QUARANTINE_NAME}"),
         )
         identity = [[source.manifest.hash, weight] for source, weight in zip(sources, weights, strict=True)]
+        buckets = () if self.buckets is None else (self.buckets,)  # they decide which samples wait for others
         self.loader = ShardLoader(
             self.train_set,
             plan,
@@ -210,7 +247,7 @@ class ShardDataModule(LightningDataModule):
             self.workers,
             self._on_gpu,
             quarantine,
-            hashlib.sha256(repr((identity, plan.window)).encode()).hexdigest(),
+            hashlib.sha256(repr((identity, plan.window, *buckets)).encode()).hexdigest(),
             confirm=self.trainer is not None,
             max_wait=self.max_wait_seconds,
             on_wait=lambda: self.on_wait(),

@@ -16,12 +16,15 @@ from torch.nn.functional import interpolate
 
 from ldm.data.buckets import Buckets, Size, crop_box, scaled_side
 from ldm.data.decode import DecodeError, decode_pixels, image_size_of
+from ldm.data.image_sizes import image_sizes
 from ldm.data.manifest import IMAGE_SHARDS, ShardEntry
 from ldm.data.plan import PlannedSample
 from ldm.data.shard_dataset import ShardDataset
 from ldm.data.shards import KeyDot, ShardReader, ShardSample
 from ldm.data.sources import ShardSource
 from ldm.errors import LdmError, UsageError
+
+Crop = Literal["centre", "random", "window", "bucket"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,15 @@ class Augmentation:
 
     Attributes:
         crop: the square taken from an image: the largest, in the centre or at random along the longer side, then resized; or a
-            "window" of the final size, anywhere in the image at its own resolution. Without a draw, in the centre.
+            "window" of the final size, anywhere in the image at its own resolution. Without a draw, in the centre. Or, of the
+            proportions of the image's "bucket", the largest part in the centre.
         flip: probability of a mirrored image.
         caption: which of several captions is used.
         caption_dropout: probability of the empty caption.
         seed: of all these.
     """
 
-    crop: Literal["centre", "random", "window"] = "centre"
+    crop: Crop = "centre"
     flip: float = 0.0
     caption: Literal["first", "random"] = "first"
     caption_dropout: float = 0.0
@@ -45,7 +49,7 @@ class Augmentation:
 
     def random(self, draw: int | None) -> np.random.Generator | None:
         """The random generator of one draw; None where nothing is random."""
-        nothing = self.crop == "centre" and self.caption == "first" and self.flip == self.caption_dropout == 0
+        nothing = self.crop in ("centre", "bucket") and self.caption == "first" and self.flip == self.caption_dropout == 0
         return None if draw is None or nothing else np.random.default_rng([self.seed, draw])
 
 
@@ -75,7 +79,7 @@ class ImageDataset(ShardDataset[ShardReader]):
             augmentation: random changes.
             require_captions: in a folder with captions, a sample without one cannot be used.
             read_captions: False: captions are neither read nor required, and all of them are empty.
-            buckets: the sizes to crop and resize images to, in place of ``image_size``.
+            buckets: the sizes to crop and resize images to, in place of ``image_size``; the sources tell the images' sizes.
         """
         if augmentation.crop == "window" and image_size is None:
             raise UsageError("crop window needs the side of the window; set image_size")
@@ -83,16 +87,34 @@ class ImageDataset(ShardDataset[ShardReader]):
         self.image_size, self.augmentation = image_size, augmentation
         self.require_captions, self.read_captions = require_captions and read_captions, read_captions
         self.buckets = buckets
-        self._size = (image_size, image_size) if image_size else None  # expected (height, width) of an image
+        self._size = (image_size, image_size) if image_size else None  # expected of an image
 
     def open_shard(self, path: Path, entry: ShardEntry, key_dot: KeyDot = "first") -> ShardReader:
         return ShardReader(path, key_dot=key_dot)
 
     def sample_bytes(self) -> int:
-        return 3 * (self.image_size or 0) ** 2
+        sizes = self.group_sizes if self.buckets is None else self.used_sizes
+        return 3 * max((height * width for height, width in sizes), default=0)
+
+    @cached_property
+    def groups(self) -> np.ndarray | None:
+        """The number of each image's bucket; -1 where it fits none. Raises as :func:`image_sizes` does."""
+        if self.buckets is None:
+            return None
+        return self.buckets.assign(np.concatenate([image_sizes(source) for source in self.sources]))
+
+    @property
+    def used_sizes(self) -> list[Size]:
+        """(height, width) of the buckets that hold an image, the most frequent first; of equal ones in the table's order."""
+        assert self.buckets is not None and self.groups is not None
+        counts = np.bincount(self.groups[self.groups >= 0], minlength=len(self.buckets.table))
+        order = np.argsort(-counts, kind="stable")
+        return [self.buckets.table[number] for number in order.tolist() if counts[number]]
 
     @cached_property
     def group_sizes(self) -> Sequence[tuple[int, int]]:
+        if self.buckets is not None:
+            return self.buckets.table
         return [(self.image_size, self.image_size)] if self.image_size else []
 
     def key(self, shard: ShardReader, row: int) -> str:
@@ -135,7 +157,11 @@ class ImageDataset(ShardDataset[ShardReader]):
 
     def batch(self, draws: Sequence[PlannedSample | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
         """The batch of these draws; most images are decoded in place, which at 256 px saves a third of the time."""
-        memory = None if self._size is None else empty((len(draws), *self._size, 3), dtype=torch.uint8)
+        size = self._size
+        if self.buckets is not None and self.groups is not None:
+            first = draws[0].sample if isinstance(draws[0], PlannedSample) else draws[0]
+            size = self.buckets.table[self.groups[first]]
+        memory = None if size is None else empty((len(draws), *size, 3), dtype=torch.uint8)
         batch = self.collate(self.__getitems__(draws, None if memory is None else memory.numpy()), memory)
         self._size = batch["image"].shape[2:]
         return batch

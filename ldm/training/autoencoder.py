@@ -47,7 +47,7 @@ from ldm.models.autoencoder import (
 from ldm.models.compiling import compile_modules
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.base import TrainingModule
-from ldm.training.encoders import image_size, measure_statistics, require_format
+from ldm.training.encoders import image_sizes, measure_statistics, require_format
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
 from ldm.training.randomness import PosteriorNoise, step_generator
@@ -315,23 +315,24 @@ class AutoencoderTraining(TrainingModule):
     def prepare(self, data: ShardDataModule) -> None:
         require_format(data, IMAGE_SHARDS, "stage one", "pack images: ldm shards pack")
         assert isinstance(data.train_set, ImageDataset)
-        size = image_size(data.train_set, self.factor)
-        if not isinstance(size, BadSample):
-            self._require_size(*size)
+        sizes = image_sizes(data.train_set, self.factor)
+        if not isinstance(sizes, BadSample):
+            self._require_sizes(sizes)
         attempts = (data.validation_set.attempt(index) for index in range(len(data.validation_set)))
         good = islice((sample for sample in attempts if not isinstance(sample, BadSample)), PREVIEW_IMAGES)
         self._preview_images = [torch.from_numpy(sample["image"].copy())[None] for sample in good]
         self._train_set, self._batch_size = data.train_set, data.batch_size
 
-    def _require_size(self, height: int, width: int) -> None:
-        """Refuse images of a size that a network cannot take."""
+    def _require_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Refuse images of sizes (height, width) that a network cannot take."""
+        height, width = max(sizes, key=max)
         sample_size = self.autoencoder.config["sample_size"]
         if self.autoencoder.use_tiling and max(height, width) > sample_size:
             raise UsageError(
                 f"tiling would cut training images of {width} x {height} into tiles; raise the autoencoder's sample_size "
                 f"{sample_size} to their size"
             )
-        side = min(height, width)
+        side = min(map(min, sizes))
         smallest = min(side, SMALLEST_SIDE) if self.equivariance.probability else side
         image = torch.zeros(1, 3, smallest, smallest)
         try:

@@ -168,10 +168,10 @@ def encoders_of_images(
     assert isinstance(data.train_set, ImageDataset)
     network, encoder = load_autoencoder(autoencoder, device), TextEncoder.load(text_encoder)
     factor = downsampling_factor(network)
-    size = image_size(data.train_set, factor)
-    if isinstance(size, BadSample):
-        raise UsageError(f"{size}, so the images' size is unknown; set image_size")
-    shapes = [(network.config["latent_channels"], size[0] // factor, size[1] // factor)]
+    sizes = image_sizes(data.train_set, factor)
+    if isinstance(sizes, BadSample):
+        raise UsageError(f"{sizes}, so the images' size is unknown; set image_size")
+    shapes = [(network.config["latent_channels"], height // factor, width // factor) for height, width in sizes]
     _require_sizes(denoiser, shapes, encoder.width, f"captions are encoded by {encoder.name}")
     if statistics is None and (network.config.get("latents_mean") is None or network.config.get("latents_std") is None):
         statistics = measure_statistics(network, data.train_set, data.batch_size)
@@ -189,11 +189,13 @@ def measure_statistics(autoencoder: Autoencoder, dataset: ImageDataset, batch_si
     """
     number = min(len(dataset), STATISTICS_IMAGES)
     chosen = np.arange(number) * len(dataset) // number
+    groups = np.zeros(number, np.int64) if dataset.groups is None else dataset.groups[chosen]
     moments = []
-    for few in np.array_split(chosen, -(-number // batch_size)):
-        images = pixels_to_images(dataset.batch(few.tolist())["image"].to(autoencoder.device))
-        posterior = encode(autoencoder, images)
-        moments.append(Moments.of(posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()))
+    for own in (chosen[groups == group] for group in np.unique(groups[groups >= 0])):
+        for few in np.array_split(own, -(-len(own) // batch_size)):
+            images = pixels_to_images(dataset.batch(few.tolist())["image"].to(autoencoder.device))
+            posterior = encode(autoencoder, images)
+            moments.append(Moments.of(posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()))
     total = Moments.merge(moments)
     return total.mean.tolist(), total.std.tolist()
 
@@ -205,8 +207,11 @@ def require_format(data: ShardDataModule, wanted: str, stage: str, fix: str) -> 
             raise UsageError(f"{source.spec} holds {source.manifest.format}, but {stage} trains on {wanted}; {fix}")
 
 
-def image_size(dataset: ImageDataset, factor: int) -> tuple[int, int] | BadSample:
-    """Height and width of the images, which must be multiples of ``factor``; or why they are unknown."""
+def image_sizes(dataset: ImageDataset, factor: int) -> list[tuple[int, int]] | BadSample:
+    """Height and width of the images, the most frequent first, all multiples of ``factor``; or why they are unknown."""
+    if dataset.buckets is not None:
+        dataset.buckets.require_multiples(factor, "the autoencoder's downsampling factor")
+        return dataset.used_sizes
     height = width = dataset.image_size
     if height is None or width is None:
         first = dataset.attempt(0)
@@ -218,7 +223,7 @@ def image_size(dataset: ImageDataset, factor: int) -> tuple[int, int] | BadSampl
             f"images of {width} x {height} in {dataset.sources[0].spec} are not multiples of the autoencoder's downsampling "
             f"factor {factor}; set image_size to one"
         )
-    return height, width
+    return [(height, width)]
 
 
 def by_frequency(shapes: Sequence[tuple[int, int, int]], groups: np.ndarray | None) -> list[tuple[int, int, int]]:

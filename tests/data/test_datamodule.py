@@ -17,7 +17,7 @@ from ldm.data.plan import Plan
 from ldm.data.writer import ShardWriter, write_images
 from ldm.errors import UsageError
 from tests import samples
-from tests.samples import same
+from tests.samples import same, write_photographs
 
 INFO = replace(samples.INFO, resolution=16)
 
@@ -301,6 +301,50 @@ def test_batches_of_latents_of_several_sizes_are_each_of_one(tmp_path, settings)
         assert same(ours | {"position": None}, theirs | {"position": None})
     with pytest.raises(UsageError, match=r"^max_tokens is 7, but a sample of the largest size has 8; raise it$"):
         module(folder, max_tokens=7).train_dataloader()
+
+
+PHOTOGRAPHS = [(90, 60), (60, 90), (64, 64), (150, 100), (40, 60), (33, 33), (90, 61), (61, 90), (50, 50), (20, 20)]
+BUCKET = {"crop": "bucket", "buckets": [32], "bucket_step": 8, "max_bad_share": 0.1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_images_in_buckets_are_each_of_one_size(tmp_path, workers, caplog):
+    """Every image that fits comes as often as any other, and is validated on once; the one that is too small never is."""
+    folder = write_photographs(tmp_path / "x", PHOTOGRAPHS)
+    made = module(folder, workers=workers, **BUCKET)
+    assert "1 of 10 images in" in caplog.text and "fit no bucket" in caplog.text
+    batches = [batch for batch in islice(made.train_dataloader(), 9)]
+    table, groups = made.buckets.table, made.train_set.groups
+    for batch in batches:
+        (group,) = {groups[sample] for sample in batch["draws"][:, 0].tolist()}
+        assert tuple(batch["image"].shape[2:]) == table[group]
+    drawn = Counter(key for batch in batches for key in batch["key"])
+    waiting = batches[-1]["position"].waiting
+    drawn.update(f"{sample:02d}" for sample in ([] if waiting is None else waiting[:, 0].tolist()))
+    assert len({batch["image"].shape for batch in batches}) == 3 and max(drawn.values()) - min(drawn.values()) <= 1
+    assert "09" not in drawn and len(drawn) == 9
+    assert Counter(key for batch in made.val_dataloader() for key in batch["key"]) == Counter(f"{n:02d}" for n in range(9))
+
+
+def test_buckets_that_cannot_be_are_refused(tmp_path, latent_shards):
+    folder = write_photographs(tmp_path / "x", PHOTOGRAPHS)
+    refusals = {
+        "crop is bucket and buckets is None; give buckets, for example": {"crop": "bucket"},
+        "crop is centre and buckets is .*; set crop to bucket": {"buckets": [32]},
+        "image_size is 32, but buckets give": BUCKET | {"image_size": 32},
+        "1 of 10 images in .* fit no bucket": BUCKET | {"max_bad_share": 0.01},
+        "10 of 10 images in .* fit no bucket": BUCKET | {"max_bad_share": 1.0, "buckets": [512]},
+    }
+    for message, settings in refusals.items():
+        with pytest.raises(UsageError, match=message) as error:
+            module(folder, **settings)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"crop is bucket, but .* holds latents, exported without; set it to centre"):
+        module(latent_shards, **BUCKET)
+    manifest = Manifest.load(folder)
+    Manifest(manifest.format, manifest.shards).save(folder)  # of before there were sizes
+    with pytest.raises(UsageError, match=r"has no sizes of its images; .*ldm shards index"):
+        module(folder, **BUCKET)
 
 
 def test_the_text_encoder_asked_for_is_trained_on_with_its_own_null_text(latent_shards):

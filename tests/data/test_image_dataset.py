@@ -5,16 +5,21 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.buckets import Buckets
+from ldm.data.check import index_here
 from ldm.data.decode import decode_pixels
 from ldm.data.image_dataset import Augmentation, ImageDataset, fit
 from ldm.data.loader import batch_loader
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.plan import PlannedSample
 from ldm.data.quarantine import BadSample
+from ldm.data.shards import ShardReader
+from ldm.data.sources import open_source
 from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError
+from ldm.latents.images import CaptionedImages
 from ldm.shapes.scenes import generate
-from tests.samples import encoded
+from tests.samples import encoded, same, write_photographs, write_tar
 
 
 def write(folder, samples, **extra):
@@ -197,3 +202,54 @@ def test_what_is_scaled_while_it_is_decompressed_looks_the_same(tmp_path):
     dataset = ImageDataset(write(tmp_path / "x", [("a", {"jpg": encoded(pixels, "JPEG", quality=95)})]), image_size=32)
     found = dataset[0]["image"].transpose(1, 2, 0).astype(int)
     assert found.shape == (32, 32, 3) and np.abs(found - fit(pixels, 32)).max() <= 6
+
+
+BUCKETS = Buckets((32,), step=8, max_aspect=2.0)
+# wide, tall, square, and one that is too small
+PHOTOS = [(90, 60), (60, 90), (64, 64), (150, 100), (40, 60), (20, 20), (33, 33), (90, 61)]
+
+
+def test_a_batch_of_a_bucket_is_what_an_export_encodes(tmp_path):
+    folder = write_photographs(tmp_path / "x", PHOTOS)
+    dataset = ImageDataset(folder, augmentation=Augmentation("bucket"), buckets=BUCKETS)
+    exported = CaptionedImages(open_source(folder), None, 8, "first", BUCKETS)
+    assert dataset.groups is not None and dataset.groups.tolist().index(-1) == 5
+    assert all(dataset.used_sizes.count(size) == 1 for size in {BUCKETS.table[group] for group in dataset.groups if group >= 0})
+    seen = 0
+    for rows in dataset.batches_of_one_size(range(8), 4):
+        batch = dataset.batch([PlannedSample(row, 0) for row in rows])
+        assert tuple(batch["image"].shape[2:]) == BUCKETS.table[dataset.groups[rows[0]]]
+        for row, image in zip(rows, batch["image"], strict=True):
+            assert np.array_equal(image, exported[row]["image"])
+        seen += len(rows)
+    assert seen == 7
+    assert "too small for every bucket" in str(dataset.attempt(5))
+    assert dataset.sample_bytes() == 3 * max(height * width for height, width in dataset.used_sizes)
+
+
+def test_one_square_bucket_crops_as_the_centre_does(tmp_path):
+    """JPEGs large enough to be decoded at a part of their size; flips and captions are drawn alike."""
+    folder, random = tmp_path / "x", np.random.default_rng(0)
+    folder.mkdir()
+    sizes = [(90, 60), (260, 300), (64, 64), (513, 700)]
+    noise = [encoded(random.integers(0, 256, (height, width, 3), np.uint8), "JPEG") for width, height in sizes]
+    write_tar(folder / "x.tar", [member for n, jpg in enumerate(noise) for member in ((f"{n}.jpg", jpg), (f"{n}.txt", b"x"))])
+    index_here(folder)
+    bucket = ImageDataset(
+        folder, augmentation=Augmentation("bucket", flip=0.5), buckets=Buckets((32,), step=32, max_aspect=1.0)
+    )
+    centre = ImageDataset(folder, 32, Augmentation("centre", flip=0.5))
+    draws = [PlannedSample(row, number) for number in range(3) for row in range(4)]
+    assert bucket.groups is not None and bucket.groups.tolist() == [0] * 4 and same(bucket.batch(draws), centre.batch(draws))
+
+
+def test_what_cannot_be_used_is_replaced_from_its_own_bucket(tmp_path):
+    folder = write_photographs(tmp_path / "x", [(90, 60), (60, 90), (90, 60), (60, 90), (90, 60)])
+    path = folder / "x-00000.tar"
+    data = bytearray(path.read_bytes())
+    offset, size = ShardReader(path).spans(2)["png"]
+    data[offset + 40 : offset + size] = bytes(size - 40)  # the pixels; its header still has the size
+    path.write_bytes(data)
+    dataset = ImageDataset(folder, augmentation=Augmentation("bucket"), buckets=BUCKETS)
+    batch = dataset.batch([0, 2])
+    assert batch["key"] == ["00", "04"] and [len(bad) for bad in batch["bad"]] == [0, 1]

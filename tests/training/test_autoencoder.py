@@ -31,7 +31,9 @@ from ldm.models.autoencoder import AutoencoderConfig, encode, pixels_to_images, 
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.training.adversarial import AdversarialTraining
 from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.encoders import measure_statistics
 from ldm.training.optimiser import MuonConfig, OptimiserConfig
+from tests.samples import write_photographs
 from tests.tiny import make_trainer
 
 
@@ -332,6 +334,35 @@ def test_what_it_saves_is_a_stock_autoencoder_with_its_latents_measured(image_sh
     spread = (posterior.mean.double() - mean[:, None, None]).square().mean((0, 2, 3)) + posterior.var.double().mean((0, 2, 3))
     torch.testing.assert_close(torch.tensor(stock.config["latents_mean"]).double(), mean, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(torch.tensor(stock.config["latents_std"]).double(), spread.sqrt(), rtol=1e-5, atol=1e-7)
+
+
+def test_images_in_buckets_train_and_their_latents_are_measured(tmp_path: Path) -> None:
+    """Wide, square and upright batches, with everything on; the statistics are those of all images, each at its size."""
+    shards = write_photographs(tmp_path / "x", [(120, 80), (64, 64), (80, 120)] * 4)
+    module = make(adversary=adversary(0, 0, 1), equivariance=Equivariance(0.5), accumulate=2)
+    trainer = make_trainer(tmp_path, 6, val_check_interval=3)
+    buckets: dict[str, Any] = {"crop": "bucket", "buckets": [64], "bucket_step": 16}
+    data = ShardDataModule(str(shards), str(shards), batch_size=4, **buckets)
+    trainer.fit(module, data)
+    assert trainer.global_step == 6 and torch.isfinite(trainer.callback_metrics["val/psnr"])
+    dataset = data.train_set
+    batches = [dataset.batch(rows)["image"] for rows in dataset.batches_of_one_size(range(12), 4)]
+    assert len({batch.shape for batch in batches}) == 3
+    with torch.no_grad():
+        posteriors = [encode(module.autoencoder, pixels_to_images(batch)) for batch in batches]
+    means, spreads = (
+        torch.cat([each.double().permute(1, 0, 2, 3).flatten(1) for each in tensors], 1)
+        for tensors in ([posterior.mean for posterior in posteriors], [posterior.var for posterior in posteriors])
+    )
+    mean, std = measure_statistics(module.autoencoder, dataset, 3)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(torch.tensor(mean).double(), means.mean(1), rtol=1e-5, atol=1e-6)
+    expected = (means.var(1, correction=0) + spreads.mean(1)).sqrt()
+    torch.testing.assert_close(torch.tensor(std).double(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        UsageError, match=r"the buckets have sides of .* which the autoencoder's downsampling factor .* does not divide"
+    ):
+        wide = make(autoencoder=AutoencoderConfig([8] * 6, 4, 1, 4, False, 64))
+        make_trainer(tmp_path, 2).fit(wide, ShardDataModule(str(shards), str(shards), batch_size=4, **buckets))
 
 
 @pytest.mark.parametrize(

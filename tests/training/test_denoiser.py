@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from ldm.cli import dispatch
 from ldm.data.buckets import Buckets
 from ldm.data.datamodule import ShardDataModule, datamodule_of
 from ldm.data.latent_dataset import LatentDataset
+from ldm.data.latent_schema import latent_info
 from ldm.data.plan import PlannedSample
+from ldm.data.sources import open_source
 from ldm.data.writer import write_images
 from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
@@ -40,6 +42,7 @@ from ldm.training.denoiser import DenoiserTraining, fixed_noise
 from ldm.training.ema import PowerAverages
 from ldm.training.optimiser import MuonConfig
 from ldm.training.randomness import DenoisingNoise
+from tests.samples import write_photographs
 from tests.tiny import make_trainer, write_config
 
 
@@ -475,6 +478,26 @@ def test_online_gives_the_loss_of_exported_latents(
         if dropout:  # every caption is the empty one
             torch.testing.assert_close(condition.embeddings, condition.embeddings[:1].expand_as(condition.embeddings))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
+
+
+def test_online_in_buckets_gives_the_latents_of_an_export(
+    latents: tuple[Path, Path], tmp_path: Path, tiny_text_encoder: str
+) -> None:
+    """Wide, square and upright images: latents and sizes are those of an export."""
+    shards = write_photographs(tmp_path / "x", [(90, 60)] * 4 + [(64, 64)] * 3 + [(60, 90)] * 2)
+    export_latents(latents[0], shards, tmp_path / "latents", tiny_text_encoder, dtype="float32", buckets=Buckets((32,), 8))
+    info = latent_info(open_source(tmp_path / "latents"))
+    online = make(latents[0], online=True, text_encoder=tiny_text_encoder)
+    online.statistics = info.latents_mean, info.latents_std
+    fit(online, shards, tmp_path, 3, {"batch_size": 2, "crop": "bucket", "buckets": [32], "bucket_step": 8})
+    assert tuple(online.encoders.latent_shapes) == info.latent_shapes == ((4, 12, 20), (4, 16, 16), (4, 20, 12))
+    encoded = LatentDataset(tmp_path / "latents")
+    stored = {encoded.name_of(number)[1]: torch.as_tensor(encoded[number]["mean"]) for number in range(len(encoded))}
+    dataset = datamodule_of(online.trainer).train_set
+    batches = [dataset.batch(rows) for rows in dataset.batches_of_one_size(range(9), 2)]
+    pairs = [zip(batch["key"], online.encoders.encode(batch)["mean"], strict=True) for batch in batches]
+    found = dict(chain.from_iterable(pairs))
+    assert len(found) == 9 and all(torch.allclose(mean, stored[key], atol=1e-4) for key, mean in found.items())
 
 
 def test_online_encodes_in_the_precision_that_is_asked_for(
