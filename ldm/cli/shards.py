@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.latents import add_buckets, buckets_of
+from ldm.cli.buckets import add_buckets, buckets_of
 from ldm.cli.parser import Commands, add_command, add_group
 from ldm.errors import LdmError, UsageError, first_line
 from ldm.progress import Progress
