@@ -144,7 +144,7 @@ class LatentInfo:
             self.latents_mean,
             self.latents_std,
             self.null_text,
-        ] + ([self.shard_shapes] if self.shard_shapes else [])
+        ] + ([sorted(self.shard_shapes.items())] if self.shard_shapes else [])
         return hashlib.sha256(json.dumps(taken).encode()).hexdigest()
 
     @property
