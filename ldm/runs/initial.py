@@ -134,7 +134,10 @@ class DirectoryWeights:
         Raises:
             LdmError: for no directory of a network, or a pipeline of a newer format.
         """
-        self.name, self.autoencoder, self.place = name, autoencoder, downloaded(name, "transformer", "vae")
+        self.name, self.autoencoder, place = name, autoencoder, downloaded(name, "transformer", "vae")
+        # of a pipeline's part, the pipeline, which says what its latents were
+        part = place.name == "transformer" and (place.parent / "model_index.json").is_file()
+        self.place = place.parent if part else place
         folders = [folder for folder in (self.place, self.place / "transformer") if (folder / "config.json").is_file()]
         if not folders:
             raise UsageError(

@@ -97,7 +97,7 @@ def test_other_data_are_normalised_as_in_the_training_of_the_source(
     assert validation_loss(run) == pytest.approx(validation_loss(source), abs=1e-6)
     shutil.rmtree(run / "pipeline")
     dispatch(["denoiser", "export", str(run), str(run / "pipeline")])
-    again = start(tmp_path / "b", latents, run, *other)
+    again = start(tmp_path / "b", latents, run / "pipeline/transformer", *other)
     for made in (run, again):
         found, expected = (load_autoencoder(each / "pipeline/vae").config for each in (made, source))
         assert (found["latents_mean"], found["latents_std"]) == (expected["latents_mean"], expected["latents_std"])
