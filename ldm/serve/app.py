@@ -103,6 +103,7 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, access: Access | No
             "schedulers": worker.schedulers,
             "width": width,
             "height": height,
+            "sizes": worker.sizes,
             "unit": worker.unit,
             "limits": {name: getattr(limits, name) for name in ("prompt", "steps", "pixels")},
         }

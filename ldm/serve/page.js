@@ -29,6 +29,8 @@ async function setUp() {
     $(side).max = Math.floor(model.limits.pixels / model.unit);
     $(side).value = model[side];
   }
+  for (const [width, height] of model.sizes) $("size").add(new Option(`${width}×${height}`));
+  $("sizes").hidden = model.sizes.length < 2;
   for (const name of model.schedulers) $("scheduler").add(new Option(name, name));
   for (const image of await get("/images")) finish(newCard(image.settings), image);
   $("generate").disabled = false;
@@ -303,6 +305,7 @@ $("prompt").addEventListener("keydown", (event) => {
 $("file").addEventListener("change", () => setStart($("file").files[0]));
 $("no-start").addEventListener("click", () => setStart(null));
 $("strength").addEventListener("input", showStrength);
+$("size").addEventListener("change", () => { [$("width").value, $("height").value] = $("size").value.split("×"); });
 $("generate").disabled = true;
 showStrength();
 setUp().catch(() => { $("error").textContent = "The server does not answer; reload the page."; });

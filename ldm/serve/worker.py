@@ -69,6 +69,11 @@ class Worker:
         return width, height
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of all images trained on, the default first."""
+        return [(width, height) for height, width in self.pipeline.trained_sizes]
+
+    @property
     def unit(self) -> int:
         """Pixels that widths and heights are multiples of."""
         return self.pipeline.size_unit

@@ -18,7 +18,9 @@ from ldm.serve.worker import Worker
 def model_path(tmp_path_factory, make_pipeline):
     """The directory of a pipeline with random weights and a real tokenizer; images of 16 pixels, widths in multiples of 4."""
     path = tmp_path_factory.mktemp("serve") / "tiny"
-    make_pipeline().save_pretrained(path)
+    made = make_pipeline()
+    made.register_to_config(trained_on={"latent_shape": [4, 8, 8], "latent_shapes": [[4, 8, 8], [4, 8, 16]]})
+    made.save_pretrained(path)
     return path
 
 

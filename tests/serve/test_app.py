@@ -99,6 +99,11 @@ def noise():
 # ---------------------------------------------------------------------------------------------- generation
 
 
+def test_the_page_is_told_the_sizes_trained_on(client):
+    told = client.get("/model").json()
+    assert [told["width"], told["height"]] == told["sizes"][0] == [16, 16] and told["sizes"][1:] == [[32, 16]]
+
+
 def test_an_image_is_that_of_ldm_sample_and_carries_its_settings(client, worker, tmp_path):
     image, png, lines = generated(client, negative="a star", guidance=2.5, scheduler="heun", guidance_rule="apg", width=32)
     chosen = GenerationSettings.from_json(image["settings"], "answer")

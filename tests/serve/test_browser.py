@@ -136,8 +136,10 @@ def test_the_page_generates_and_repeats_images_without_requests_to_other_hosts(b
 
     browser.type("#prompt", "a red circle")
     browser.click("#random")  # off: keep the seed
-    for field, value in {"#seed": "7", "#steps": "3", "#width": "32", "#height": "16"}.items():
+    for field, value in {"#seed": "7", "#steps": "3"}.items():
         browser.type(field, value)
+    chosen = "const size = document.querySelector('#size'); size.value = '32×16'; size.dispatchEvent(new Event('change'));"
+    browser.evaluate(f"(() => {{ {chosen} }})()")
     browser.click("#generate")
     wait_for_images(1)
     assert browser.evaluate(f"{PIXELS}(0)")[:2] == [32, 16]
