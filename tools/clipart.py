@@ -39,7 +39,7 @@ from ldm.files import atomic_folder, require_new_folder
 from ldm.images import MAX_IMAGE_BYTES, DecodeError
 
 DRAWINGS, TEXTS, STAMPS = "usr/share/openclipart/png", "usr/share/openclipart/svg", "usr/share/tuxpaint/stamps"
-SMALLEST = 32  # pixels of the longer side of what is visible
+SMALLEST = 32  # pixels of the shorter side of what is visible
 MARGIN = 0.04  # of the longer side, around what was cut out of transparency
 MAX_KEYWORDS = 6
 # a title of more drawings than this is the name of a collection
@@ -188,7 +188,7 @@ def prepared(data: bytes, size: int) -> Image.Image:
         if box is None:
             raise DecodeError("empty: all of it is transparent")
         image = image.crop(box)
-    if max(image.size) < SMALLEST:
+    if min(image.size) < SMALLEST:
         raise DecodeError(f"tiny: {image.width} x {image.height} pixels are visible")
     if image.mode == "RGBA":
         margin = round(MARGIN * max(image.size))
