@@ -35,13 +35,16 @@ TRAINED_AUTOENCODERS = ("decoder_finetune", "kl_f16_8gpu", "kl_f4_cpu", "kl_f8_2
 TRAINED_DENOISERS = ("dit_b_8gb", "dit_l_24gb", "dit_s_cpu", "dit_xl_8gpu")
 FINE_TUNED = ("denoiser/pixart_finetune_24gb",)
 STAGES = (256, 512, 1024)  # each starts from the one before
+# both stages: sizes of the images here, and options of the export between them, as in the recipe's header
+BUCKETS = ("--captions", "all", *"--buckets 64 --bucket-step 8 --max-aspect 3 --max-upscale 2".split())
+EXAMPLES = {"shapes": ("40", ()), "emoji": ("64", ()), "clipart": ("64,88x48", BUCKETS)}
 COMPARED = tuple(f"convergence/{name}" for name in ("ours", "dit", "minrf"))
 # the same as another recipe but for the strategy, which is tested in tests/slow
 SHARDED = ("autoencoder/kl_f8_fsdp", "denoiser/dit_xl_fsdp")
 
 
 def test_every_recipe_is_tried_here() -> None:
-    tried = [f"{stage}/{name}" for stage in ("shapes", "emoji") for name in ("autoencoder", "denoiser")] + ["shapes/pixels"]
+    tried = [f"{stage}/{name}" for stage in EXAMPLES for name in ("autoencoder", "denoiser")] + ["shapes/pixels"]
     tried += [f"autoencoder/{name}" for name in TRAINED_AUTOENCODERS] + [f"denoiser/{name}" for name in TRAINED_DENOISERS]
     shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")]
     tried += [f"stages/{side}" for side in STAGES]
@@ -66,10 +69,10 @@ def test_the_sharded_recipes_differ_from_others_in_the_strategy_alone(recipe: st
     assert "strategy: fsdp" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipes", ["shapes", "emoji"])
+@pytest.mark.parametrize("recipes", EXAMPLES)
 def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipes: str) -> None:
     monkeypatch.chdir(tmp_path)
-    size = "40" if recipes == "shapes" else "64"
+    size, export_options = EXAMPLES[recipes]
     main(["shards", "shapes", "shards", "--count", "24", "--size", size])
     data = ["--data.train", "shards", "--data.validation", "shards", "--data.batch_size", "4", "--data.validation_samples", "4"]
     few = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "3"]
@@ -83,7 +86,8 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     main(["autoencoder", "export", "runs/ae", "again-ae"])
     assert all(Path("again-ae", path.name).read_bytes() == path.read_bytes() for path in Path("runs/ae/autoencoder").iterdir())
 
-    main(["latents", "export", "--autoencoder", "runs/ae/autoencoder", "--shards", "shards", "--out", "latents"])
+    export = ["latents", "export", "--autoencoder", "runs/ae/autoencoder", "--shards", "shards", "--out", "latents"]
+    main([*export, *export_options])
     extra = json.loads(Path("latents/manifest.json").read_text())
     assert extra["samples"] == 24 and len(extra["latents_mean"]) == 4
 
