@@ -36,8 +36,8 @@ TRAINED_DENOISERS = ("dit_b_8gb", "dit_l_24gb", "dit_s_cpu", "dit_xl_8gpu")
 FINE_TUNED = ("denoiser/pixart_finetune_24gb",)
 STAGES = (256, 512, 1024)  # each starts from the one before
 # both stages: sizes of the images here, and options of the export between them, as in the recipe's header
-BUCKETS = ("--captions", "all", *"--buckets 64 --bucket-step 8 --max-aspect 3 --max-upscale 2".split())
-EXAMPLES = {"shapes": ("40", ()), "emoji": ("64", ()), "clipart": ("64,88x48", BUCKETS)}
+BUCKETS = ["--captions", "all", "--buckets", "64", "--bucket-step", "8", "--max-aspect", "3", "--max-upscale", "2"]
+EXAMPLES = {"shapes": ("40", []), "emoji": ("64", []), "clipart": ("64,88x48", BUCKETS)}
 COMPARED = tuple(f"convergence/{name}" for name in ("ours", "dit", "minrf"))
 # the same as another recipe but for the strategy, which is tested in tests/slow
 SHARDED = ("autoencoder/kl_f8_fsdp", "denoiser/dit_xl_fsdp")
