@@ -17,7 +17,7 @@ from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, require_version
-from ldm.models.autoencoder import LatentNormalizer, autoencoder_hash, load_autoencoder
+from ldm.models.autoencoder import Autoencoder, LatentNormalizer, autoencoder_hash, load_autoencoder
 from ldm.models.directories import downloaded, loading, read_config, require_regular_files, variant_of
 from ldm.models.dit import DiT
 from ldm.pipeline import FORMAT_VERSION, LatentDiffusionPipeline, ModelIndex
@@ -122,6 +122,15 @@ class RunWeights:
         return (info.latents_mean, info.latents_std), {"autoencoder": info.autoencoder}
 
 
+def statistics_of(autoencoder: Autoencoder) -> Statistics | None:
+    """What an autoencoder's config normalises latents by; None where it was not given any."""
+    mean, std = (autoencoder.config.get(f"latents_{name}") for name in ("mean", "std"))
+    if mean is not None and std is not None:
+        return mean, std
+    scaled = LatentNormalizer.of(autoencoder)  # by a shift and a factor
+    return (scaled.mean.tolist(), scaled.std.tolist()) if scaled.mean.any() or (scaled.std != 1).any() else None
+
+
 class DirectoryWeights:
     """The weights in a network's directory, which may be a pipeline's ``transformer``."""
 
@@ -177,12 +186,11 @@ class DirectoryWeights:
                 raise UsageError(f"{self.folder}: {len(keys)} weights are {what} ({', '.join(keys[:8])}); restore it")
         own = self.place / "vae"
         normaliser = load_autoencoder(own if own.is_dir() else self.autoencoder)
-        found = LatentNormalizer.of(normaliser)
         trained_on = self.index.get("trained_on") or ({"autoencoder": autoencoder_hash(normaliser)} if own.is_dir() else {})
-        # an autoencoder that was not given statistics says nothing
-        statistics = (found.mean.tolist(), found.std.tolist()) if found.mean.any() or (found.std != 1).any() else None
         weights: dict[str, Tensor] = dict(loaded.named_parameters())
-        return InitialWeights(self.name, dict(loaded.config), weights, statistics, trained_on, self.index.get("diffusion"))
+        return InitialWeights(
+            self.name, dict(loaded.config), weights, statistics_of(normaliser), trained_on, self.index.get("diffusion")
+        )
 
 
 def initial_weights(name: str, autoencoder: str) -> RunWeights | DirectoryWeights:
