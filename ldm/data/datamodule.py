@@ -265,10 +265,12 @@ class ShardDataModule(LightningDataModule):
         if not dataset.group_sizes:
             raise UsageError("max_tokens needs the size of the images; set image_size, or leave it out")
         side = getattr(self.trainer.lightning_module if self.trainer else None, "token_side", 1)
-        tokens = [(height // side) * (width // side) for height, width in dataset.group_sizes]
-        if (most := max(tokens)) > self.max_tokens:
+        tokens = np.array([(height // side) * (width // side) for height, width in dataset.group_sizes])
+        if dataset.groups is not None:  # a size that no sample has limits nothing
+            tokens[np.bincount(dataset.groups[dataset.groups >= 0], minlength=len(tokens)) == 0] = 1
+        if (most := tokens.max()) > self.max_tokens:
             raise UsageError(f"max_tokens is {self.max_tokens}, but a sample of the largest size has {most}; raise it")
-        return [self.max_tokens // number for number in tokens]
+        return (self.max_tokens // tokens).tolist()
 
     @property
     def mean_batch_size(self) -> float:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,9 +93,15 @@ class ImageDataset(ShardDataset[ShardReader]):
     def open_shard(self, path: Path, entry: ShardEntry, key_dot: KeyDot = "first") -> ShardReader:
         return ShardReader(path, key_dot=key_dot)
 
-    def sample_bytes(self) -> int:
-        sizes = self.group_sizes if self.buckets is None else self.used_sizes
-        return 3 * max((height * width for height, width in sizes), default=0)
+    def batch_bytes(self, draws: Sequence[PlannedSample | int]) -> int:
+        return 3 * len(draws) * prod(self._size_of(draws) or (0,))
+
+    def _size_of(self, draws: Sequence[PlannedSample | int]) -> Size | None:
+        """(height, width) expected of the images of a batch; None where that is not known."""
+        if self.buckets is None or self.groups is None:
+            return self._size
+        first = draws[0].sample if isinstance(draws[0], PlannedSample) else draws[0]
+        return self.buckets.table[self.groups[first]]
 
     @cached_property
     def groups(self) -> np.ndarray | None:
@@ -157,10 +164,7 @@ class ImageDataset(ShardDataset[ShardReader]):
 
     def batch(self, draws: Sequence[PlannedSample | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
         """The batch of these draws; most images are decoded in place, which at 256 px saves a third of the time."""
-        size = self._size
-        if self.buckets is not None and self.groups is not None:
-            first = draws[0].sample if isinstance(draws[0], PlannedSample) else draws[0]
-            size = self.buckets.table[self.groups[first]]
+        size = self._size_of(draws)
         memory = None if size is None else empty((len(draws), *size, 3), dtype=torch.uint8)
         batch = self.collate(self.__getitems__(draws, None if memory is None else memory.numpy()), memory)
         self._size = batch["image"].shape[2:]

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from math import inf, prod
 from typing import Annotated, Any, Protocol
 
@@ -45,6 +46,8 @@ END_CHECK_SECONDS = 5.0
 NAMED_SHARDS = 3
 # interval at which a wait for a batch looks whether it is over
 TICK_SECONDS = 1.0
+# batches whose memory is looked at before training: those of all frequent sizes
+CHECKED_BATCHES = 32
 # where workers put their batches, on Linux
 SHARED_MEMORY = "/dev/shm"
 # by Ctrl-C and by clusters, to every process of a run; macOS cannot tell who sent a SIGTERM, so there it ends a worker
@@ -172,7 +175,7 @@ class _PlainLoader(DataLoader):
 
     def _require_shared_memory(self) -> None:
         """Raise :class:`LdmError` where the workers' batches cannot fit at a time: better now than at a later step."""
-        batch = self.samples.sample_bytes() * len(next(iter(self.sampler), []))
+        batch = max(map(self.samples.batch_bytes, islice(self.sampler, CHECKED_BATCHES)), default=0)
         if (need := batch * SLOTS * self.num_workers) and need > (free := _free_shared_memory()):
             fits = int(free / batch / SLOTS)
             raise LdmError(

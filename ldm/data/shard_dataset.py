@@ -97,8 +97,8 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         """The batch of these draws; large tensors are allocated by ``empty(shape, dtype=dtype)``."""
         return self.collate(self.__getitems__(draws))
 
-    def sample_bytes(self) -> int:
-        """Bytes of one sample in a batch, at least; 0 where that is not known without reading one."""
+    def batch_bytes(self, draws: Sequence[PlannedSample | int]) -> int:
+        """Bytes of the batch of these draws, at least; 0 where that is not known without reading one."""
         return 0
 
     @cached_property

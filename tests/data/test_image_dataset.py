@@ -219,12 +219,12 @@ def test_a_batch_of_a_bucket_is_what_an_export_encodes(tmp_path):
     for rows in dataset.batches_of_one_size(range(8), 4):
         batch = dataset.batch([PlannedSample(row, 0) for row in rows])
         assert tuple(batch["image"].shape[2:]) == BUCKETS.table[dataset.groups[rows[0]]]
+        assert batch["image"].nbytes == dataset.batch_bytes(rows)
         for row, image in zip(rows, batch["image"], strict=True):
             assert np.array_equal(image, exported[row]["image"])
         seen += len(rows)
     assert seen == 7
     assert "too small for every bucket" in str(dataset.attempt(5))
-    assert dataset.sample_bytes() == 3 * max(height * width for height, width in dataset.used_sizes)
 
 
 def test_one_square_bucket_crops_as_the_centre_does(tmp_path):

@@ -15,12 +15,13 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from ldm.data.buckets import Buckets
+from ldm.data.image_dataset import ImageDataset
 from ldm.data.latent_schema import sample_shapes
 from ldm.data.sources import open_source
 from ldm.data.writer import write_images
 from ldm.latents.export import export_latents
 from ldm.shapes.scenes import generate
-from tests.tiny import SIZE, TinyRuns
+from tests.tiny import TinyRuns
 
 from .test_many_processes import metrics
 from .warm import DDP, run
@@ -104,23 +105,27 @@ def test_killed_at_random_steps_and_resumed(tiny_runs: TinyRuns, tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 def test_three_sizes_on_two_processes_killed_at_random_steps_and_resumed(
-    tiny_runs: TinyRuns, tiny_text_encoder: str, tmp_path: Path
+    tiny_runs: TinyRuns, tiny_text_encoder: str, tmp_path: Path, stage: str
 ) -> None:
     """A step is of one size on both; each sample comes once an epoch, or waits; bits are those of a run without a kill."""
-    cuts = [np.s_[:, :]] * 12 + [np.s_[:16, :]] * 8 + [np.s_[:, 8:24]] * 4
-    images = [(key, pixels[cut], text) for (key, pixels, text), cut in zip(generate(24, SIZE, seed=1), cuts, strict=True)]
+    cuts = [np.s_[:, :]] * 12 + [np.s_[:32, :]] * 8 + [np.s_[:, 16:48]] * 4
+    images = [(key, pixels[cut], text) for (key, pixels, text), cut in zip(generate(24, 64, seed=1), cuts, strict=True)]
     write_images(tmp_path / "shards", "shapes", images, samples_per_shard=10)
-    latents = tmp_path / "latents"
-    autoencoder, buckets = tiny_runs.folder / "autoencoder", Buckets((24,), 8)
-    export_latents(autoencoder, tmp_path / "shards", latents, tiny_text_encoder, buckets=buckets)
-    groups = sample_shapes([open_source(latents)])
-    assert groups is not None and np.bincount(groups).tolist() == [12, 8, 4]
+    train, buckets = tmp_path / "shards", Buckets((48,), 16)
+    crop = ["--data.crop", "bucket", "--data.buckets", "[48]", "--data.bucket_step", "16"]
+    groups = ImageDataset(train, buckets=buckets).groups
+    if stage == "denoiser":
+        train, crop = tmp_path / "latents", []
+        export_latents(tiny_runs.folder / "autoencoder", tmp_path / "shards", train, tiny_text_encoder, buckets=buckets)
+        groups = sample_shapes([open_source(train)])
+    assert groups is not None and sorted(np.unique(groups, return_counts=True)[1]) == [4, 8, 12]
 
     def command(out: Path, *options: str) -> list[str]:
-        data = ["--data.train", str(latents), "--data.validation", str(latents), "--data.batch_size", "2"]
+        data = ["--data.train", str(train), "--data.validation", str(train), "--data.batch_size", "2", *crop]
         recorder = ["--trainer.callbacks+=tests.slow.injected.RecordDraws"]
-        return [*tiny_runs.command("denoiser", out, *COMMON, *data, *recorder, *options, steps=9, validate_every=9), *DDP]
+        return [*tiny_runs.command(stage, out, *COMMON, *data, *recorder, *options, steps=9, validate_every=9), *DDP]
 
     kills = [2, 5]
     killer = ["--trainer.callbacks+=tests.slow.injected.SignalAt", f"--trainer.callbacks.init_args.steps={kills}"]
