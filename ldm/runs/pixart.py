@@ -15,6 +15,7 @@ from ldm.models.autoencoder import LatentNormalizer
 from ldm.pipeline import LatentDiffusionPipeline
 
 TEXT_TOKENS = 120  # PixArtAlphaPipeline pads and truncates every prompt to this length
+CONDITIONED_SIZE = 128  # sample_size at which PixArtAlphaPipeline passes sizes to the denoiser
 BINNED_SIZES = (32, 64, 128)  # latent sides that its resolution binning knows
 
 
@@ -43,6 +44,12 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
         raise UsageError(
             f"the autoencoder is a {type(pipeline.vae).__name__}, but PixArtAlphaPipeline decodes with an AutoencoderKL; "
             "export without --as"
+        )
+    if transformer.use_additional_conditions != (transformer.config["sample_size"] == CONDITIONED_SIZE):
+        raise UsageError(
+            f"PixArtAlphaPipeline passes the sizes of images at sample_size {CONDITIONED_SIZE} alone, but this denoiser has "
+            f"sample_size {transformer.config['sample_size']} and use_additional_conditions "
+            f"{transformer.use_additional_conditions}; export without --as"
         )
     longest = getattr(text_config, "max_position_embeddings", TEXT_TOKENS)  # T5 has no limit
     if longest < TEXT_TOKENS:

@@ -155,6 +155,23 @@ def test_the_folded_autoencoder_reads_and_writes_normalised_latents(tiny_autoenc
     torch.testing.assert_close(after.std * factor, before.std / torch.tensor(std).view(1, -1, 1, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_sizes_reach_the_denoiser_as_in_the_stock_pipeline(tiny_autoencoder, minilm, tmp_path):
+    conditioned: dict[str, Any] = {"attention_head_dim": 12, "cross_attention_dim": 24, "use_additional_conditions": True}
+    ours = make_pipeline(tiny_autoencoder, minilm, transformer=pixart(sample_size=128, **conditioned))
+    remarks = export_pixart(ours, tmp_path / "out")
+    assert not any("height=" in remark for remark in remarks)
+    theirs: Any = PixArtAlphaPipeline.from_pretrained(tmp_path / "out")
+    theirs.set_progress_bar_config(disable=True)
+    ours.scheduler = theirs.scheduler
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = pixels(theirs(PROMPTS, latents=noise, height=16, width=16, **THEIRS).images)
+    assert abs(found - pixels(ours(PROMPTS, latents=noise, **QUICK).images)).max() <= 2
+    larger = pixels(ours(PROMPTS, latents=noise, original_size=(999, 999), **QUICK).images)
+    assert abs(found - larger).max() > 2
+    with pytest.raises(UsageError, match="at sample_size 128 alone, but this denoiser has sample_size 8 and use_additional"):
+        export_pixart(make_pipeline(tiny_autoencoder, minilm, transformer=pixart(**conditioned)), tmp_path / "other")
+
+
 def test_what_cannot_run_there_is_refused(tiny_autoencoder, minilm, tmp_path):
     dit = DiT(sample_size=8, width=32, num_layers=1, num_attention_heads=2)
     with pytest.raises(UsageError, match="the denoiser is a DiT, but PixArtAlphaPipeline runs a PixArt"):
