@@ -249,7 +249,8 @@ def _require_sizes(
     for _, height, width in latent_shapes:
         if height % patch or width % patch:
             raise UsageError(
-                f"latents of {width} x {height} are not multiples of the denoiser's patch_size {patch}; change it or the images' size"
+                f"latents of {width} x {height} are not multiples of the denoiser's patch_size {patch}; change it, or the "
+                "images' size"
             )
     if all(max(height, width) != side for _, height, width in latent_shapes):
         sizes = ", ".join(f"{width} x {height}" for _, height, width in latent_shapes[:3])
