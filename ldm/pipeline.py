@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from ldm.data.decode import decode_image
-from ldm.diffusion.conditioning import Condition, takes_sizes
+from ldm.diffusion.conditioning import Condition, join_encoders, takes_sizes
 from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.guidance import ClassifierFree, Conversion, Guidance, GuidedDenoiser
 from ldm.diffusion.sampler import Sampler
@@ -44,7 +44,7 @@ from ldm.models.autoencoder_kinds import Autoencoder
 from ldm.models.directories import in_memory, loading, read_config
 from ldm.models.fingerprint import HALF_PRECISION, is_half_precision
 from ldm.models.image_processor import Images, PreparedImages, to_output
-from ldm.models.text_encoder import embed, max_tokens, pad_tokens, text_encoder_hash, unknown_words
+from ldm.models.text_encoder import TextEncoder, text_encoder_hash
 
 FORMAT_VERSION = 1  # of model_index.json
 # (pipeline, step, timestep, tensors) -> those of them that are replaced
@@ -54,6 +54,8 @@ GIVE_AN_IMAGE = "give a JPEG, PNG or WebP image"
 STRENGTH = 0.6  # keeps what an image shows, and leaves colours and details to the prompt
 # names that the DiT's config once had; diffusers would ignore them and build a network of another size
 RENAMED = {"text_width": "caption_channels", "num_heads": "num_attention_heads"}
+# the text encoders, whose tokens the denoiser takes together; each has a tokenizer of the same ending
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PRECISIONS = (torch.float32, *HALF_PRECISION)
 MAX_SIDE = 2**15  # pixels
 MAX_ORIGINAL = 2**20  # pixels
@@ -71,6 +73,8 @@ class TrainedOn(TypedDict, total=False):
 
     autoencoder: str
     text_encoder: str
+    text_encoder_2: str
+    text_encoder_3: str
     latent_statistics: str
     latent_shape: LatentShape
     latent_shapes: Annotated[list[LatentShape], Field(min_length=1)]
@@ -81,6 +85,8 @@ class Fingerprints(TypedDict, total=False):
 
     autoencoder: list[str]
     text_encoder: list[str]
+    text_encoder_2: list[str]
+    text_encoder_3: list[str]
     latent_statistics: list[str]
     denoiser: dict[str, Any]  # its config
 
@@ -95,6 +101,10 @@ class ModelIndex(TypedDict, total=False):
     vae: Part
     text_encoder: Part
     tokenizer: Part
+    text_encoder_2: Part
+    tokenizer_2: Part
+    text_encoder_3: Part
+    tokenizer_3: Part
     transformer: Part
     scheduler: Part
     trained_on: TrainedOn | None
@@ -104,9 +114,10 @@ class ModelIndex(TypedDict, total=False):
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
-    """Text encoder, denoiser, scheduler and autoencoder of one trained model."""
+    """Text encoders (one, or up to three), denoiser, scheduler and autoencoder of one trained model."""
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
+    _optional_components = ["text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]  # noqa: RUF012 (as diffusers has it)
     _callback_tensor_inputs = ("latents", "pred_original_sample")
     _interrupt = False
     _num_timesteps = 0
@@ -122,10 +133,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         diffusion: dict[str, Any] | None = None,
         format_version: int | None = None,
         fingerprints: dict[str, Any] | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_3: PreTrainedModel | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
     ):
         """
         Args:
-            trained_on: what the denoiser's latents were made with: sha256 of ``autoencoder``, ``text_encoder`` and
+            text_encoder_2, text_encoder_3: further text encoders, whose tokens follow those of the first.
+            trained_on: what the denoiser's latents were made with: sha256 of ``autoencoder``, the text encoders,
                 ``latent_statistics``, ``latent_shape`` of the default size, and ``latent_shapes`` where it was trained on
                 several; kept in ``model_index.json``, see :meth:`check_parts`.
             diffusion: path and prediction of the denoiser, as :func:`ldm.diffusion.scheduler.diffusion_config` gives them;
@@ -139,7 +155,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         require_version(format_version, FORMAT_VERSION, "model_index.json: the pipeline")
         super().__init__()
         self.register_modules(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            scheduler=scheduler,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
         )
         self.register_to_config(
             trained_on=trained_on, diffusion=diffusion, format_version=FORMAT_VERSION, fingerprints=fingerprints
@@ -183,10 +207,26 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             found["autoencoder"] = ("vae/ of the pipeline is autoencoder", self.vae, partial(autoencoder_hash, self.vae))
             place = "vae/config.json of the pipeline has latent statistics"
             found["latent_statistics"] = (place, None, lambda dtype: statistics_hash(self.vae))
-        if self.text_encoder is not None:
-            place = "text_encoder/ of the pipeline is text encoder"
-            found["text_encoder"] = (place, self.text_encoder, partial(text_encoder_hash, self.tokenizer, self.text_encoder))
+        for part in TEXT_PARTS:
+            if (network := getattr(self, part)) is not None:
+                place, tokenizer = f"{part}/ of the pipeline is text encoder", getattr(self, tokenizer_of(part))
+                found[part] = (place, network, partial(text_encoder_hash, tokenizer, network))
         return found
+
+    @property
+    def text_encoders(self) -> list[TextEncoder]:
+        """Its text encoders with their tokenizers, in the order of their tokens in a condition."""
+        networks = {part: getattr(self, part) for part in TEXT_PARTS}
+        return [
+            TextEncoder(getattr(self, tokenizer_of(part)), network, part)
+            for part, network in networks.items()
+            if network is not None
+        ]
+
+    @property
+    def is_unconditional(self) -> bool:
+        """Whether it takes no prompts."""
+        return any(encoder.is_unconditional for encoder in self.text_encoders)
 
     def _denoiser_config(self) -> dict[str, Any]:
         config = {} if self.transformer is None else self.transformer.config
@@ -255,27 +295,48 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.vae.disable_slicing()
 
     def check_prompt(self, prompt: str) -> None:
-        """Raise UsageError, naming the prompt, where it is empty or longer than the text encoder takes."""
-        require_prompt(prompt)
+        """Raise UsageError, naming the prompt, where it is empty or longer than the text encoders take; or not empty, where
+        the model is unconditional."""
+        self.require_prompt(prompt)
         self.tokenize([prompt])
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special ones included, for :meth:`embed`. Raises UsageError for what is no text,
-        or longer than the text encoder takes; words that it does not know are named in the log."""
+    def require_prompt(self, prompt: str) -> None:
+        """Raise UsageError for an empty prompt; or, where the model is unconditional, for any other."""
+        require_text(prompt)
+        if self.is_unconditional and prompt.strip():
+            raise UsageError(f"the prompt is {prompt[:40]!r}, but the model is unconditional; leave it empty")
+        if not self.is_unconditional and not prompt.strip():
+            raise UsageError("the prompt is empty; say what to generate")
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """Token ids of each text by each text encoder, special ones included, for :meth:`embed`.
+
+        Raises UsageError for what is no text, or longer than every text encoder takes. One that takes fewer tokens than another
+        sees a long text's beginning, as in training. This, and words that none of them knows, are said in the log.
+        """
         for text in texts:
             require_text(text)
-        tokens, limit = self.tokenizer([*texts])["input_ids"], max_tokens(self.tokenizer)
-        for text, ids in zip(texts, tokens, strict=True):
-            if len(ids) > limit:
-                raise UsageError(f"the prompt {text[:40]!r}… has {len(ids)} tokens, the text encoder takes {limit}; shorten it")
-        if unknown := {*unknown_words(self.tokenizer, texts)} - self._unknown:
+        encoders, found = self.text_encoders, []
+        longest = max(encoder.max_tokens for encoder in encoders)
+        for encoder in encoders:
+            tokens, limit = encoder.tokenize(texts), encoder.max_tokens
+            if long := [(text, ids) for text, ids in zip(texts, tokens, strict=True) if len(ids) > limit]:
+                what = f"the prompt {long[0][0][:40]!r}… has {len(long[0][1])} tokens, the text encoder takes {limit}"
+                if limit == longest:
+                    raise UsageError(f"{what}; shorten it")
+                _log.warning("%s and does not see its end", what)
+                tokens = encoder.tokenize(texts, cut=True)
+            found.append(tokens)
+        unknown = set.intersection(*({*encoder.unknown_words(texts)} for encoder in encoders)) - self._unknown
+        if unknown:
             self._unknown |= unknown
             _log.warning("the text encoder does not know these words: %s", ", ".join(map(repr, sorted(unknown))))
-        return tokens
+        return [[*ids] for ids in zip(*found, strict=True)]
 
-    def embed(self, tokens: Sequence[Sequence[int]]) -> Condition:
+    def embed(self, tokens: Sequence[Sequence[Sequence[int]]]) -> Condition:
         """The condition of texts by their token ids, as :meth:`tokenize` gives them."""
-        embeddings, mask = embed(self.text_encoder, *pad_tokens(self.tokenizer, tokens))
+        by_encoder = zip(self.text_encoders, zip(*tokens, strict=True), strict=True)
+        embeddings, mask, _ = join_encoders([Condition(*encoder.embed(ids)) for encoder, ids in by_encoder])
         return Condition(embeddings.to(self.transformer.dtype), mask)
 
     def with_sizes(
@@ -556,7 +617,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         prompts = _texts(prompt, "prompt") if condition is None else [""] * len(condition.mask)
         if condition is None and image is None and latents is None:
             for text in prompts:
-                require_prompt(text)
+                self.require_prompt(text)
         count = max(images, len(prompts)) if len(prompts) == 1 else len(prompts)
         if images not in (1, count):
             raise UsageError(f"{images} images for {len(prompts)} prompts; give one, or one per prompt")
@@ -683,11 +744,16 @@ def require_text(text: object) -> None:
         raise UsageError(f"the prompt {text[:40]!a} holds half a surrogate pair, which is no character; fix it") from None
 
 
-def require_prompt(prompt: str) -> None:
-    """Raise UsageError for an empty prompt."""
-    require_text(prompt)
-    if not prompt.strip():
-        raise UsageError("the prompt is empty; say what to generate")
+def tokenizer_of(part: str) -> str:
+    """The part with the tokenizer of a text encoder."""
+    return part.replace("text_encoder", "tokenizer")
+
+
+def text_parts(encoders: Sequence[TextEncoder]) -> dict[str, Any]:
+    """The parts of a pipeline with these text encoders."""
+    parts = dict(zip(TEXT_PARTS, encoders, strict=False))
+    networks = {part: encoder.model for part, encoder in parts.items()}
+    return networks | {tokenizer_of(part): encoder.tokenizer for part, encoder in parts.items()}
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
@@ -739,7 +805,8 @@ def load_pipeline(path: str | os.PathLike, device: torch.device | str | None = N
             pipeline = LatentDiffusionPipeline.from_pretrained(
                 path, local_files_only=True, dtype=torch.float32, variant=variant, disable_mmap=True
             )
-            in_memory(pipeline.text_encoder)
+            for encoder in pipeline.text_encoders:
+                in_memory(encoder.model)
         except LdmError as error:  # of the denoiser's own checks
             raise UsageError(f"{path} cannot be opened ({error})") from None
     with loading(f"{path}: its parts do not fit", fix):
@@ -752,7 +819,7 @@ def load_pipeline(path: str | os.PathLike, device: torch.device | str | None = N
 
 def _variant(path: Path) -> str | None:
     """The variant, such as ``fp16``, whose weights are the only ones of a part."""
-    for part in ("transformer", "vae", "text_encoder"):
+    for part in ("transformer", "vae", *TEXT_PARTS):
         names = [file.name for file in (path / part).glob("*.safetensors")]
         variants = [found[1] for name in names if (found := re.fullmatch(r"\w+\.(\w+)(?:-\d+-of-\d+)?\.safetensors", name))]
         if variants and len(variants) == len(names):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.buckets import add_buckets, buckets_of
 from ldm.cli.parser import Commands, Parser, add_command, add_group, print_table
-from ldm.errors import LdmError, UsageError
+from ldm.errors import LdmError, UsageError, first_line
 from ldm.progress import Progress
 from ldm.terminal import printable, say
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.data.manifest import Manifest
+    from ldm.models.text_encoder import TextEncoderConfig
 
 
 def add(commands: Commands) -> None:
@@ -37,7 +39,8 @@ def add(commands: Commands) -> None:
     add_buckets(export)
     export.add_argument("--mode", action="store_true", help="store the posterior's mode only, without the standard deviation")
     export.add_argument("--flip", action="store_true", help="also store the latents of mirrored images")
-    export.add_argument("--captions", choices=["first", "all"], default="first", help="of each image (default: first)")
+    captions = "of each image: first (default), all, or names: fields of its .json, or txt (for data.caption by weight)"
+    export.add_argument("--captions", nargs="+", default=["first"], metavar="WHICH", help=captions)
     add_dtype(export)
     precision = "of the computation: bf16 and fp16 for GPUs, bf16 also for CPUs that support it (default: fp32)"
     export.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help=precision)
@@ -107,8 +110,33 @@ def add(commands: Commands) -> None:
 
 
 def add_text_encoder(parser: Parser) -> None:
-    what = "minilm, a directory or a hub name; with several, each encodes every caption (default: minilm)"
+    what = (
+        "minilm, a directory, a hub name, a .txt of class names (label embedding) or none (unconditional); with several, each "
+        "encodes every caption (default: minilm). For a name also: '{name: NAME, layer: -2, prefix: TEXT, max_tokens: 300}'"
+    )
     parser.add_argument("--text-encoder", nargs="+", metavar="NAME", default=["minilm"], help=what)
+
+
+def text_encoders_of(given: Sequence[str]) -> list[str | TextEncoderConfig]:
+    """What ``--text-encoder`` names; a YAML mapping as its config. Raises UsageError for another mapping."""
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    from ldm.files import check_yaml
+    from ldm.models.text_encoder import TextEncoderConfig
+
+    found: list[str | TextEncoderConfig] = []
+    for one in given:
+        if not one.lstrip().startswith("{"):
+            found.append(one)
+            continue
+        try:
+            check_yaml(one)
+            found.append(TypeAdapter(TextEncoderConfig).validate_python(yaml.safe_load(one), strict=True, extra="forbid"))
+        except (yaml.YAMLError, ValidationError) as error:
+            fix = "give {name: NAME, layer: -2, prefix: TEXT, max_tokens: 300}, of which all but the name may be left out"
+            raise UsageError(f"--text-encoder {printable(one)[:200]}: {first_line(error)}; {fix}") from None
+    return found
 
 
 def add_dtype(parser: Parser) -> None:
@@ -132,7 +160,7 @@ def run_export(options: argparse.Namespace) -> None:
             options.autoencoder,
             options.shards,
             options.out,
-            options.text_encoder,
+            text_encoders_of(options.text_encoder),
             options.batch_size,
             options.dtype,
             options.image_size,
@@ -141,7 +169,7 @@ def run_export(options: argparse.Namespace) -> None:
             precision=options.precision,
             mode=options.mode,
             flip=options.flip,
-            captions=options.captions,
+            captions=options.captions if options.captions not in (["first"], ["all"]) else options.captions[0],
             max_bad_share=options.max_bad_share,
             keep_statistics=options.keep_statistics,
             threads=options.threads,
@@ -211,7 +239,7 @@ def run_import(options: argparse.Namespace) -> None:
             options.src,
             options.out,
             options.autoencoder,
-            options.text_encoder,
+            text_encoders_of(options.text_encoder),
             options.captions,
             options.scaled,
             options.dtype,

@@ -332,7 +332,8 @@ def _check_chunk(tensors: dict[str, StoredTensor], info: LatentInfo) -> None:
     latents = [f"{name}{end}" for name in names for end in (("", "_flip") if info.flips else ("",))]
     texts = {text_name(number): encoder.width for number, encoder in enumerate(info.text_encoders)}
     dtypes = dict.fromkeys([*latents, *texts], np.dtype(info.dtype))
-    dtypes |= dict.fromkeys(["original_size", "crop"], np.dtype(np.int32))
+    names = ["original_size", "crop"] + ["caption_name"] * bool(info.caption_names)
+    dtypes |= dict.fromkeys(names, np.dtype(np.int32))
     dtypes |= dict.fromkeys(["caption_start", *(f"{text}_start" for text in texts)], np.dtype(np.int64))
     if missing := sorted(dtypes.keys() - tensors.keys()):
         raise DecodeError(f"is in a chunk without {', '.join(missing)}, which the manifest promises")
@@ -344,6 +345,8 @@ def _check_chunk(tensors: dict[str, StoredTensor], info: LatentInfo) -> None:
     if (shape := tensors["mean"].shape[1:]) not in info.latent_shapes:
         told = " or ".join(map(_by, info.latent_shapes))
         raise DecodeError(f"is in a chunk with latents of {_by(shape)}, the manifest says {told}")
+    if info.caption_names and not np.isin(tensors["caption_name"][:], range(len(info.caption_names))).all():
+        raise DecodeError("is in a chunk with captions of other names than the manifest says")
     for name, width in texts.items():
         if (found := tensors[name].shape[1:]) != (width,):
             raise DecodeError(f"is in a chunk with {name} of width {_by(found)}, the manifest says {width}")

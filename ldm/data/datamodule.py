@@ -62,9 +62,9 @@ class ShardDataModule(LightningDataModule):
         max_aspect: float = 2.0,
         max_upscale: float = 1.0,
         flip: float = 0.0,
-        caption: Literal["first", "random"] = "first",
+        caption: Literal["first", "random"] | dict[str, float] = "first",
         caption_dropout: float = 0.0,
-        text_encoder: int = 0,
+        text_encoder: int | list[int] = 0,
         require_captions: bool = True,
         workers: int = 0,
         max_wait_seconds: float = 600.0,
@@ -99,9 +99,13 @@ class ShardDataModule(LightningDataModule):
             max_aspect: longer over shorter side of a bucket, at most.
             max_upscale: an image is enlarged by this factor at most; 1: not at all.
             flip: probability of a mirrored training image; for latents, where those of mirrored images were exported.
-            caption: which of several captions to train on; for latents, where all were exported.
+            caption: which of several captions to train on; or weights by which one is drawn, as ``{short: 0.3, long: 0.7}``.
+                A name is that of a field of a sample's ``.json``, ``txt``, or the place of a caption in the list of all, such
+                as "0"; of those that a sample lacks, the others are drawn in proportion. For latents, where all were
+                exported, or those of these names.
             caption_dropout: share of captions replaced by the empty one, which guidance needs.
-            text_encoder: which text encoder's embeddings to train on, by its position in the export, from 0.
+            text_encoder: which text encoder's embeddings to train on, by its position in the export, from 0; several in a
+                list, for a denoiser with as many ``caption_channels``.
             require_captions: skip images without a caption, in folders where others have one. A module whose
                 ``reads_captions`` is False (stage one) needs none, and reads none.
             workers: loader processes, which read the samples and draw the noise of training; 0 does both in the training
@@ -127,10 +131,12 @@ class ShardDataModule(LightningDataModule):
         if buckets is not None and image_size is not None:
             raise UsageError(f"image_size is {image_size}, but buckets give images their sizes; leave out image_size")
         self.buckets = None if buckets is None else Buckets(tuple(buckets), bucket_step, max_aspect, max_upscale)
+        if isinstance(caption, dict) and not (caption and min(caption.values()) >= 0 and sum(caption.values()) > 0):
+            raise UsageError(f"caption has the weights {caption}; give numbers of 0 or more, one above 0")
         self.batch_size, self.max_tokens, self.image_size = batch_size, max_tokens, image_size
         self.validation_samples, self.validation_whole = validation_samples, validation_whole
         self.augmentation = Augmentation(crop, flip, caption, caption_dropout, seed)
-        self.text_encoder = text_encoder
+        self.text_encoders = [text_encoder] if isinstance(text_encoder, int) else [*text_encoder]
         self.require_captions, self.seed, self.shuffle_window = require_captions, seed, shuffle_window
         self.workers, self.max_wait_seconds = workers, max_wait_seconds
         self.max_bad_share, self.max_bad_in_a_row = max_bad_share, max_bad_in_a_row
@@ -165,8 +171,8 @@ class ShardDataModule(LightningDataModule):
             self._require_fits(dataset)
         else:
             self._check_latents(sources, augmentation)
-            null_text = read_null_text(sources[0], self.text_encoder)
-            dataset = LatentDataset(sources, augmentation, null_text, self.text_encoder, self.reads_sizes)
+            null_texts = [read_null_text(sources[0], number) for number in self.text_encoders]
+            dataset = LatentDataset(sources, augmentation, null_texts, self.text_encoders, self.reads_sizes)
         dataset.max_in_a_row = self.max_bad_in_a_row
         return dataset
 
@@ -185,11 +191,11 @@ class ShardDataModule(LightningDataModule):
     def _check_latents(self, sources: list[ShardSource], augmentation: Augmentation) -> None:
         """Raise :class:`UsageError` where the latents do not match these settings or one another."""
         encoders = common_info(sources).text_encoders
-        if not 0 <= self.text_encoder < len(encoders):
+        chosen = self.text_encoders
+        if not chosen or len({*chosen}) < len(chosen) or not {*chosen} <= {*range(len(encoders))}:
             names = ", ".join(f"{number}: {encoder.name}" for number, encoder in enumerate(encoders))
-            raise UsageError(
-                f"text_encoder is {self.text_encoder}, but {sources[0].spec} was exported with {names}; give one of these"
-            )
+            given = ", ".join(map(str, chosen)) or "empty"
+            raise UsageError(f"text_encoder is {given}, but {sources[0].spec} was exported with {names}; give one of these")
         for name, value, without in (("crop", augmentation.crop, "centre"), ("validation_whole", self.validation_whole, False)):
             if value != without:
                 raise UsageError(
@@ -201,6 +207,10 @@ class ShardDataModule(LightningDataModule):
                 ("flip", augmentation.flip, 0, info.flips, "--flip"),
                 ("caption", augmentation.caption, "first", info.captions == "all", "--captions all"),
             ):
+                if isinstance(value, dict) and there:
+                    lacking = [name for name in value if name not in info.caption_names]
+                    lacking = lacking if info.caption_names else [name for name in value if not name.isdecimal()]
+                    there, option = not lacking, f"--captions {' '.join(value)}"
                 if value != without and not there:
                     raise UsageError(
                         f"{name} is {value}, but {source.spec} holds latents exported without; "
@@ -215,6 +225,8 @@ class ShardDataModule(LightningDataModule):
         size, how, buckets = self.image_size, Augmentation(self.augmentation.crop), self.buckets
         if self.validation_whole:
             size, how, buckets = None, Augmentation(), None
+        if isinstance(self.augmentation.caption, dict):
+            how = replace(how, caption=self.augmentation.caption)
         self.validation_set = self._dataset(self._open([str(self.validation)]), size, how, buckets)
         self.validation_quarantine = Quarantine(len(self._validated()), self.max_bad_share, self.max_bad_in_a_row)
         if stage == "fit":

@@ -160,6 +160,21 @@ def captions_of(text: bytes | None, json: bytes | None) -> list[str]:
     return _texts("caption", fields) or _texts("tags", {"tags": joined_tags(fields.get("tags"))})
 
 
+def captions_called(name: str, text: bytes | None, json: bytes | None) -> list[str]:
+    """The captions of a sample that are called ``name``; empty ones are dropped.
+
+    ``txt`` is its text file, and a number the caption at that place, from 0, among all of :func:`captions_of`. Any other name
+    is a field of its json: a text, a whole number (a class), or a list of these. Raises :class:`DecodeError` as that does.
+    """
+    if name == "txt":
+        return [caption] if text is not None and (caption := decode_text(text)) else []
+    if name.isdecimal():
+        return captions_of(text, json)[int(name) :][:1]
+    value = ({} if json is None else decode_json(json)).get(name)
+    values = value if isinstance(value, list) else [value]
+    return _texts(name, {name: [str(value) if type(value) is int else value for value in values]})
+
+
 def joined_tags(tags: Any) -> str | None:
     """A list of tags as one caption, joined by commas, and a text as it is; None for anything else."""
     if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):

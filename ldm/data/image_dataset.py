@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -37,14 +37,15 @@ class Augmentation:
             "window" of the final size, anywhere in the image at its own resolution. Without a draw, in the centre. Or, of the
             proportions of the image's "bucket", the largest part in the centre.
         flip: probability of a mirrored image.
-        caption: which of several captions is used.
+        caption: which of several captions is used; or the weights, by name (:func:`ldm.data.decode.captions_called`), by which
+            one is drawn of those that the sample has. Without a draw, the first of them.
         caption_dropout: probability of the empty caption.
         seed: of all these.
     """
 
     crop: Crop = "centre"
     flip: float = 0.0
-    caption: Literal["first", "random"] = "first"
+    caption: Literal["first", "random"] | Mapping[str, float] = "first"
     caption_dropout: float = 0.0
     seed: int = 0
 
@@ -55,6 +56,15 @@ class Augmentation:
 
 
 NOTHING_RANDOM = Augmentation()
+
+
+def weighted_choice(weights: Sequence[float], fraction: float) -> int:
+    """The number of one of several things, drawn by weight with ``fraction`` in [0, 1); at 0 it is the first. Raises
+    :class:`DecodeError` where there is none with a weight."""
+    ends = np.cumsum(weights)
+    if not len(ends) or not ends[-1] > 0:
+        raise DecodeError("has none of the captions that are drawn by weight")
+    return int(np.searchsorted(ends, fraction * ends[-1], side="right"))
 
 
 class ImageDataset(ShardDataset[ShardReader]):
@@ -131,17 +141,23 @@ class ImageDataset(ShardDataset[ShardReader]):
         """The sample's bytes, and whether it needs a caption."""
         if row >= len(shard):
             raise DecodeError(f"is missing: the shard {shard.damage or f'holds {len(shard)} samples'}")
-        return shard[row], self.require_captions and bool(source.manifest.captioned)
+        named = isinstance(self.augmentation.caption, Mapping)
+        return shard[row], self.require_captions and (named or bool(source.manifest.captioned))
 
     def decode(self, raw: tuple[ShardSample, bool], draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
         """``image`` uint8 (3, H, W), ``caption`` (empty where there is none) and ``key``; pixels may be written to ``out``."""
         sample, captioned = raw
         if sample.image is None:
             raise DecodeError("has no image")
-        captions = sample.captions if self.read_captions else []
+        how, weights = self.augmentation, list[float]()
+        if not isinstance(how.caption, Mapping) or not self.read_captions:
+            captions = sample.captions if self.read_captions else []
+        else:
+            named = [(sample.captions_called(name), weight) for name, weight in how.caption.items()]
+            captions = [caption for texts, _ in named for caption in texts]
+            weights = [weight / len(texts) for texts, weight in named for _ in texts]
         if not captions and captioned:
             raise DecodeError("has no caption")
-        how = self.augmentation
         random, window = how.random(draw), how.crop == "window"
         if self.buckets is not None:
             height, width = image_size_of(sample.image)
@@ -152,12 +168,14 @@ class ImageDataset(ShardDataset[ShardReader]):
             pixels = decode_pixels(sample.image, out, None if window else self.image_size)
             if self.image_size is not None:
                 pixels = fit(pixels, self.image_size, None if how.crop == "centre" else random, window)
-        caption = captions[0] if captions else ""
+        caption = captions[weighted_choice(weights, 0) if weights else 0] if captions else ""
         if random is not None:
             if random.random() < how.flip:
                 pixels = pixels[:, ::-1]
             if how.caption == "random" and captions:
                 caption = captions[random.integers(len(captions))]
+            elif weights:
+                caption = captions[weighted_choice(weights, random.random())]
             if random.random() < how.caption_dropout:
                 caption = ""
         return {"image": pixels.transpose(2, 0, 1), "caption": caption, "key": sample.key}

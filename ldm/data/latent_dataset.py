@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from math import prod
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.decode import DecodeError
-from ldm.data.image_dataset import NOTHING_RANDOM, Augmentation
+from ldm.data.image_dataset import NOTHING_RANDOM, Augmentation, weighted_choice
 from ldm.data.latent_schema import LatentShard, StoredTensor, common_info, sample_shapes, text_name
 from ldm.data.manifest import LATENT_SHARDS, ShardEntry
 from ldm.data.plan import PlannedSample
@@ -45,8 +45,8 @@ class LatentDataset(ShardDataset[LatentShard]):
         self,
         sources: str | Path | ShardSource | Sequence[ShardSource],
         augmentation: Augmentation = NOTHING_RANDOM,
-        null_text: np.ndarray | None = None,
-        text_encoder: int = 0,
+        null_text: np.ndarray | Sequence[np.ndarray] | None = None,
+        text_encoder: int | Sequence[int] = 0,
         read_sizes: bool = False,
     ):
         """
@@ -54,14 +54,16 @@ class LatentDataset(ShardDataset[LatentShard]):
             sources: a folder of latent shards with its manifest, or opened sources.
             augmentation: ``flip`` (if the latents of mirrored images were exported), ``caption`` and ``caption_dropout``; the
                 export has fixed the others.
-            null_text: the encoded empty caption, (L, D), which replaces a dropped caption.
-            text_encoder: whose embeddings are read, by its position in the export, from 0.
+            null_text: the encoded empty caption, (L, D) of each text encoder, which replaces a dropped caption.
+            text_encoder: whose embeddings are read, by its position in the export, from 0; one or several.
             read_sizes: also read ``original_size`` and ``crop``; of a mirrored image, those of the image as it is.
         """
         super().__init__(sources)
-        self.augmentation, self.null_text, self.text = augmentation, null_text, text_name(text_encoder)
-        self._text_start = f"{self.text}_start"
+        self.augmentation = augmentation
+        self.texts = [text_name(number) for number in ([text_encoder] if isinstance(text_encoder, int) else text_encoder)]
+        self.null_texts = [null_text] if isinstance(null_text, np.ndarray) else null_text
         self._sizes = ("original_size", "crop") if read_sizes else ()
+        self.caption_names = self.sources[0].manifest.extra.get("caption_names", ())
         self._names = ("mean",) if self.sources[0].manifest.extra.get("posterior") == "mode" else ("mean", "std")
 
     @cached_property
@@ -90,7 +92,8 @@ class LatentDataset(ShardDataset[LatentShard]):
         """``mean``, ``std`` (C, h, w), ``text`` (L, D); ``original_size`` (2,) and ``crop`` (4,) where read. The draw's random
         numbers choose flip, caption and dropout.
 
-        Nothing is written to ``out``. ``std`` is absent where modes were exported.
+        Nothing is written to ``out``. ``std`` is absent where modes were exported. Of several text encoders the tokens follow
+        one another, filled up with zeros to the widest, and ``text_mask`` (L,) numbers them from 1.
         """
         tensors, row = raw
         mirrored, caption, dropped = self._choose(draw)
@@ -99,16 +102,31 @@ class LatentDataset(ShardDataset[LatentShard]):
             first, end = tensors["caption_start"][row : row + 2].tolist()
             if first == end:
                 raise DecodeError("has no caption")
-            number = first + (caption * (end - first) >> 64)
-            start, stop = tensors[self._text_start][number : number + 2].tolist()
-            text = tensors[self.text][start:stop]
+            number = first + self._number_of(caption, tensors, first, end)
+            spans = [tensors[f"{text}_start"][number : number + 2].tolist() for text in self.texts]
+            texts = [tensors[text][start:stop] for text, (start, stop) in zip(self.texts, spans, strict=True)]
         except KeyError as error:
             raise DecodeError(f"is in a chunk without {error}") from None
         if dropped:
-            assert self.null_text is not None  # given wherever captions are dropped
-            text = self.null_text.astype(text.dtype, copy=False)
-        sample["text"] = text
-        return sample | {name: tensors[name][row] for name in self._sizes}
+            assert self.null_texts is not None  # given wherever captions are dropped
+            texts = [null.astype(text.dtype, copy=False) for null, text in zip(self.null_texts, texts, strict=True)]
+        sample |= {name: tensors[name][row] for name in self._sizes}
+        if len(texts) == 1:
+            return sample | {"text": texts[0]}
+        width = max(text.shape[1] for text in texts)
+        text = np.concatenate([np.pad(text, ((0, 0), (0, width - text.shape[1]))) for text in texts])
+        return sample | {"text": text, "text_mask": np.repeat(np.arange(1, len(texts) + 1), [*map(len, texts)])}
+
+    def _number_of(self, caption: int, tensors: Mapping[str, StoredTensor], first: int, end: int) -> int:
+        """Which of the captions ``first`` to ``end - 1`` of a chunk ``caption`` means, a fraction of 2^64; from 0."""
+        weights = self.augmentation.caption
+        if not isinstance(weights, Mapping):
+            return caption * (end - first) >> 64
+        if self.caption_names:
+            names = [self.caption_names[name] for name in tensors["caption_name"][first:end].tolist()]
+        else:
+            names = [*map(str, range(end - first))]
+        return weighted_choice([weights.get(name, 0) / names.count(name) for name in names], caption / 2**64)
 
     def _choose(self, draw: int | None) -> tuple[bool, int, bool]:
         """Whether a draw is mirrored, its caption as a fraction of 2^64, and whether the caption is dropped.
@@ -119,7 +137,7 @@ class LatentDataset(ShardDataset[LatentShard]):
         if draw is None or (how.flip == how.caption_dropout == 0 and how.caption == "first"):
             return False, 0, False
         flip, caption, dropout = unpack("<3Q", blake2b(b"%d %d" % (how.seed, draw), digest_size=24).digest())
-        return flip < how.flip * 2**64, caption if how.caption == "random" else 0, dropout < how.caption_dropout * 2**64
+        return flip < how.flip * 2**64, caption if how.caption != "first" else 0, dropout < how.caption_dropout * 2**64
 
     def batch(self, draws: Sequence[PlannedSample | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
         """The batch of these draws; located all at once, which takes half the time of one by one."""
@@ -145,7 +163,8 @@ class LatentDataset(ShardDataset[LatentShard]):
 
     @staticmethod
     def collate(samples: list[dict[str, Any]], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
-        """``mean``, ``std`` (B, C, h, w), ``text`` (B, L, D) padded with zeros, ``text_mask`` (B, L) int64.
+        """``mean``, ``std`` (B, C, h, w), ``text`` (B, L, D) padded with zeros, ``text_mask`` (B, L) int64: 0 for padding,
+        and for a token the number of its text encoder, from 1.
 
         L is a multiple of 16. All are in the stored dtype, which halves the bytes to move; the training step converts to
         float32. And ``bad`` where present. The tensors are allocated by ``empty``.
@@ -171,6 +190,9 @@ class LatentDataset(ShardDataset[LatentShard]):
         for place, text, length in zip(batch["text"].numpy(), texts, lengths, strict=True):
             place[:length] = text
         batch["text_mask"].numpy()[...] = np.arange(tokens[1]) < np.array(lengths)[:, None]
+        for place, sample, length in zip(batch["text_mask"].numpy(), samples, lengths, strict=True):
+            if "text_mask" in sample:
+                place[:length] = sample["text_mask"]
         return batch | {name: [sample[name] for sample in samples] for name in ("bad",) if name in samples[0]}
 
 

@@ -9,6 +9,7 @@ A latent shard is an uncompressed tar of chunks. A chunk of n images of one size
                                                         .json tells, otherwise of the image in the image shard
                            crop           (n, 4) int32  top, left, height, width: what was encoded of the image in the shard
                            caption_start  (n + 1) int64  image i has the captions caption_start[i] to caption_start[i + 1] - 1
+                           caption_name   (m,) int32    number of a caption's name in the manifest, where captions have names
                            text           (T, D)        the token embeddings of all captions, unpadded, one after another
                            text_start     (m + 1) int64 caption j is text[text_start[j] : text_start[j + 1]]
                            text_2, text_2_start, ...    the same for further text encoders
@@ -54,8 +55,8 @@ from ldm.files import atomic_file, parse_json
 
 NULL_TEXT_NAME = "null_text.safetensors"
 EXPORT_AGAIN = "restore it, or export the latents again"
-# entries of manifests of several sizes alone
-OF_BUCKETS = ("buckets", "shard_shapes")
+# entries that only manifests of several sizes, or of captions with names, have
+OPTIONAL = ("buckets", "shard_shapes", "caption_names")
 DTYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 MAX_HEADER_BYTES = 2**20  # of a chunk's safetensors, which holds a dozen tensors
 
@@ -73,7 +74,8 @@ class TextInfo:
         width: features per token.
         max_tokens: limit of a caption's tokens.
         cut: how many captions were truncated to it.
-        folder: that it was loaded from, relative to the manifest's; None: it was no folder.
+        folder: that it was loaded from, or its file of classes, relative to the manifest's; None: it was neither.
+        settings: how its output is read, where that is not the default (:class:`ldm.models.text_encoder.TextEncoderConfig`).
     """
 
     name: str
@@ -82,6 +84,7 @@ class TextInfo:
     max_tokens: _Side
     cut: int
     folder: str | None = None
+    settings: dict[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,8 @@ class LatentInfo:
             cropped to a multiple of the autoencoder's downsampling factor.
         posterior: "gaussian" (mean and std) or "mode" (the mean alone).
         flips: whether the latents of mirrored images are stored too.
-        captions: "first" or "all" of an image's captions.
+        captions: "first" or "all" of an image's captions, or "none": the empty one, for unconditional models.
+        caption_names: of the captions, where those of these names are stored; entries of older manifests lack it.
         dtype: of the stored floats.
         precision: of the networks' computation.
         latents_mean, latents_std: per channel over the whole set, in expectation over the posterior; C numbers each.
@@ -115,7 +119,8 @@ class LatentInfo:
     resolution: _Side | None
     posterior: Literal["gaussian", "mode"]
     flips: bool
-    captions: Literal["first", "all"]
+    captions: Literal["first", "all", "none"]
+    caption_names: tuple[str, ...] = ()
     dtype: Literal["float16", "float32"]
     precision: str
     latents_mean: tuple[float, ...] = ()
@@ -129,7 +134,10 @@ class LatentInfo:
 
     def as_extra(self) -> dict[str, Any]:
         """The manifest's entries, and a fingerprint of those that training computes with."""
-        extra = {name: value for name, value in asdict(self).items() if value or name not in OF_BUCKETS}
+        extra = {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL}
+        for text in extra["text_encoders"]:
+            if not text["settings"]:  # as manifests were before there were any
+                del text["settings"]
         return extra | {"fingerprint": self.fingerprint}
 
     @property
@@ -144,7 +152,9 @@ class LatentInfo:
             self.latents_mean,
             self.latents_std,
             self.null_text,
-        ] + ([sorted(self.shard_shapes.items())] if self.shard_shapes else [])
+            *([sorted(self.shard_shapes.items())] if self.shard_shapes else []),
+            *([self.caption_names] if self.caption_names else []),
+        ]
         return hashlib.sha256(json.dumps(taken).encode()).hexdigest()
 
     @property
@@ -211,6 +221,7 @@ class Chunk:
         texts: for each text encoder the embeddings of the m captions, (L_j, D).
         original_size: (n, 2).
         crop: (n, 4).
+        caption_names: m numbers of names; None where captions have none.
     """
 
     keys: list[str]
@@ -219,12 +230,15 @@ class Chunk:
     texts: list[list[np.ndarray]]
     original_size: np.ndarray
     crop: np.ndarray
+    caption_names: list[int] | None = None
 
     def members(self) -> dict[str, bytes]:
         """Its two members, by extension."""
         tensors = {name: np.ascontiguousarray(latents) for name, latents in self.latents.items()}
         tensors |= {name: np.asarray(getattr(self, name), np.int32) for name in ("original_size", "crop")}
         tensors["caption_start"] = _starts(self.captions)
+        if self.caption_names is not None:
+            tensors["caption_name"] = np.array(self.caption_names, np.int32)
         for encoder, texts in enumerate(self.texts):
             tensors |= {text_name(encoder): np.concatenate(texts), f"{text_name(encoder)}_start": _starts(texts)}
         words = json.dumps({"keys": self.keys, "captions": self.captions}, ensure_ascii=False)
@@ -379,6 +393,7 @@ class LatentShard:
                 for name in tensors.keys() & {"std", "mean_flip", "std_flip"}:
                     whole &= tensors[name].shape == shape
                 whole &= tensors["original_size"].shape == (shape[0], 2) and tensors["crop"].shape == (shape[0], 4)
+                whole &= "caption_name" not in tensors or tensors["caption_name"].shape == (captions,)
                 for name in tensors:
                     if name.startswith("text") and not name.endswith("_start"):
                         whole &= _are_starts(tensors[f"{name}_start"][:], captions, len(tensors[name]))
@@ -420,7 +435,7 @@ class LatentShard:
 def latent_info(source: ShardSource) -> LatentInfo:
     """The latent entries of a source's manifest. Raises LdmError for values that no export writes, or changed since."""
     extra, manifest = source.manifest.extra, f"the manifest of {source.spec}"
-    optional = ("null_text", *OF_BUCKETS)
+    optional = ("null_text", *OPTIONAL)
     if lacking := [name for name in LatentInfo.__dataclass_fields__ if name not in extra and name not in optional]:
         raise UsageError(f"{manifest} lacks {lacking[0]!r}; export again: ldm latents export")
     info = parse_json(json.dumps(extra).encode(), manifest, LatentInfo)
@@ -450,6 +465,7 @@ def common_info(sources: Sequence[ShardSource]) -> LatentInfo:
             ("latent shape", info.latent_shapes, first.latent_shapes),
             ("resolution", info.resolution, first.resolution),
             ("posterior", info.posterior, first.posterior),
+            ("names of captions", info.caption_names, first.caption_names),
         ):
             if theirs != ours and not (vary and what in ("latent shape", "resolution")):
                 raise UsageError(

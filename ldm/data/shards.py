@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_of
+from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, captions_called, captions_of
 from ldm.data.tar import TarIndex, index_tar
 from ldm.errors import LdmError
 from ldm.files import open_regular
@@ -58,6 +58,10 @@ class ShardSample:
     def captions(self) -> list[str]:
         """All its captions; none where it has none. Raises :class:`DecodeError` for a broken one, see :func:`captions_of`."""
         return captions_of(self.files.get("txt", self.files.get("caption")), self.files.get("json"))
+
+    def captions_called(self, name: str) -> list[str]:
+        """Those of one name, see :func:`ldm.data.decode.captions_called`."""
+        return captions_called(name, self.files.get("txt", self.files.get("caption")), self.files.get("json"))
 
 
 class ShardReader:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class Condition(NamedTuple):
-    """Encoded captions: ``embeddings`` (B, L, D) and ``mask`` (B, L), 1 for tokens and 0 for padding.
+    """Encoded captions: ``embeddings`` (B, L, D) and ``mask`` (B, L), 0 for padding and for a token the number of its text
+    encoder: 1, or from 1 where there are several (:func:`join_encoders`).
 
     The null condition is that of the empty caption. ``sizes`` (B, 6) are the :func:`micro_conditions`, for denoisers that take
     them (:func:`takes_sizes`).
@@ -38,6 +39,21 @@ class Condition(NamedTuple):
     def rows(self, index: Tensor) -> Condition:
         """The rows of these numbers."""
         return Condition(self.embeddings[index], self.mask[index], None if self.sizes is None else self.sizes[index])
+
+
+def join_encoders(conditions: Sequence[Condition]) -> Condition:
+    """The same captions by several text encoders (B, L_k, D_k) as one condition (B, ΣL_k, max D_k).
+
+    In each row the tokens of the encoders follow one another, filled up with zeros to the widest, and padding comes last. The
+    mask numbers the encoders, by which a denoiser knows how to project a token.
+    """
+    if len(conditions) == 1:
+        return conditions[0]
+    width = max(condition.embeddings.shape[-1] for condition in conditions)
+    embeddings = torch.cat([F.pad(one.embeddings, (0, width - one.embeddings.shape[-1])) for one in conditions], 1)
+    mask = torch.cat([one.mask.clamp(max=1) * number for number, one in enumerate(conditions, 1)], 1)
+    order = (mask == 0).int().argsort(dim=1, stable=True)
+    return Condition(embeddings.gather(1, order[..., None].expand_as(embeddings)), mask.gather(1, order))
 
 
 def concatenate(first: Condition, second: Condition) -> Condition:

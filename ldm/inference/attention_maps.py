@@ -147,10 +147,13 @@ def generate_with_attention(
     Raises:
         UsageError: for a denoiser that is no DiT, a tokenizer without offsets, or times without a step.
     """
-    prompt, tokenizer = settings.prompt, pipeline.tokenizer
+    prompt, positions, tokens = settings.prompt, dict[tuple[int, int], list[int]](), list[str]()
     pipeline.check_prompt(prompt)
-    positions = word_tokens(tokenizer, prompt)
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"])
+    for encoder, ids in zip(pipeline.text_encoders, pipeline.tokenize([prompt])[0], strict=True):
+        for span, numbers in word_tokens(encoder.tokenizer, prompt).items():
+            here = [len(tokens) + number for number in numbers if number < len(ids)]  # the others are cut off
+            positions.setdefault(span, []).extend(here)
+        tokens += encoder.tokenizer.convert_ids_to_tokens(ids)
     # including both ends of the path, despite rounding
     low, high = sorted(pipeline.diffusion.path.network_time(torch.tensor(times, dtype=torch.float64)).tolist())
     rounding = 1e-5 * max(abs(low), abs(high))

@@ -27,8 +27,7 @@ from ldm.models.autoencoder import enable_tiling
 from ldm.models.compiling import Compile, compile_blocks
 from ldm.models.dit import transformer_blocks
 from ldm.models.image_processor import PreparedImages
-from ldm.models.text_encoder import unknown_words
-from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
+from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline, load_pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREVIEWED = 4  # images of a batch, since each preview decodes them
@@ -147,20 +146,27 @@ class ImageGenerator:
         self.inputs = inputs or Inputs()
         self.pipeline, self.strict, self.warn = pipeline, strict, warn
         self._warned: set[str] = set()
-        self._fits: dict[str, Fit] = {}
+        self._fits: dict[str, list[Fit]] = {}  # by each text encoder
         self.prepare = functools.lru_cache(8)(self._prepare)
         self._encoded = functools.lru_cache(8)(self._encode)
         self._weak = functools.lru_cache(1)(self._load_weak)
 
     def check(self, settings: GenerationSettings) -> None:
         """Raise UsageError, before anything is generated, for settings that the pipeline cannot use."""
-        for text, fit in self.fit((settings.prompt, settings.negative)).items():
+        if settings.image is None:
+            self.pipeline.require_prompt(settings.prompt)
+        for text, fits in self.fit((settings.prompt, settings.negative)).items():
             if text in self._warned:
                 continue
-            messages = []
-            if fit.cut:
-                messages.append(f"the prompt {text[:40]!r}… is too long for the text encoder, which does not see: {fit.cut!r}")
-            if unknown := unknown_words(self.pipeline.tokenizer, [fit.kept]):
+            messages, unknown = [], {}
+            for encoder, fit in zip(self.pipeline.text_encoders, fits, strict=True):
+                if fit.cut:
+                    messages.append(
+                        f"the prompt {text[:40]!r}… is too long for the text encoder, which does not see: {fit.cut!r}"
+                    )
+                words = encoder.unknown_words([fit.kept])
+                unknown = dict.fromkeys(words if fit is fits[0] else (word for word in unknown if word in words))
+            if unknown:
                 words = ", ".join(map(repr, unknown))
                 messages.append(f"the text encoder does not know these words of the prompt {text[:40]!r}: {words}; change them")
             for message in messages:
@@ -203,12 +209,14 @@ class ImageGenerator:
                 for number, one, image in zip(chosen, batch, images, strict=True):
                     yield GeneratedImage(number, one, image, prepared)
 
-    def fit(self, texts: Iterable[str]) -> dict[str, Fit]:
-        """Texts as the text encoder takes them; new ones are tokenised together."""
+    def fit(self, texts: Iterable[str]) -> dict[str, list[Fit]]:
+        """Texts as each text encoder takes them; new ones are tokenised together."""
         wanted = [*dict.fromkeys(texts)]
         if len(self._fits) > MAX_FITS:
             self._fits.clear()
-        self._fits |= fit_prompts(self.pipeline.tokenizer, [text for text in wanted if text not in self._fits])
+        if new := [text for text in wanted if text not in self._fits]:
+            fits = [fit_prompts(encoder, new) for encoder in self.pipeline.text_encoders]
+            self._fits |= {text: [of_encoder[text] for of_encoder in fits] for text in new}
         return {text: self._fits[text] for text in wanted}
 
     def _prepare(self, shared: GenerationSettings) -> Prepared:
@@ -227,7 +235,7 @@ class ImageGenerator:
 
     def _encode(self, prompts: tuple[str, ...], negatives: tuple[str, ...]) -> tuple[Condition, Condition]:
         fits = self.fit(prompts + negatives)
-        prompt, negative = ([fits[text].tokens for text in texts] for texts in (prompts, negatives))
+        prompt, negative = ([[fit.tokens for fit in fits[text]] for text in texts] for texts in (prompts, negatives))
         return self.pipeline.embed(prompt), self.pipeline.embed(negative)
 
     def _load_weak(self, found: str) -> ModelMixin:
@@ -281,6 +289,6 @@ def _check_weak(pipeline: LatentDiffusionPipeline, path: Path) -> None:
     for part in (weak.get("diffusion"), weak.get("trained_on"), config):
         theirs |= part if isinstance(part, dict) else {}
     needed = (ours["diffusion"] or {}) | (ours["trained_on"] or {}) | pipeline.transformer.config
-    for name in ("path", "prediction", "autoencoder", "text_encoder", "latent_shape", "in_channels", "sample_size"):
+    for name in ("path", "prediction", "autoencoder", *TEXT_PARTS, "latent_shape", "in_channels", "sample_size"):
         if name in theirs and name in needed and theirs[name] != needed[name]:
             raise UsageError(f"weak {path} was trained with another {name}; give an earlier checkpoint of the same model")

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from ldm.errors import LdmError, UsageError
 from ldm.files import parse_json
 from ldm.inference.settings import GenerationSettings
-from ldm.models.text_encoder import max_tokens
+from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import read_input, require_text
 
 Check = Callable[[GenerationSettings], None]
@@ -49,24 +47,24 @@ class Fit(NamedTuple):
     cut: str
 
 
-def fit_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> dict[str, Fit]:
-    """Prompts, each cut behind the last whole word that fits :func:`ldm.models.text_encoder.max_tokens`. Raises UsageError
-    where not even one word fits, the tokenizer cannot say which tokens are which words, or a prompt is no text."""
+def fit_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Fit]:
+    """Prompts, each cut behind the last whole word that fits the encoder's ``max_tokens``. Raises UsageError where not even one
+    word fits, the tokenizer cannot say which tokens are which words, or a prompt is no text."""
     for prompt in prompts:
         require_text(prompt)
-    tokens = tokenizer([*prompts])["input_ids"] if prompts else []
-    limit, fits = max_tokens(tokenizer), {}
-    for prompt, ids in zip(prompts, tokens, strict=True):
-        if len(ids) <= limit:
+    fits = {}
+    for prompt, ids in zip(prompts, encoder.tokenize(prompts), strict=True):
+        if len(ids) <= encoder.max_tokens:
             fits[prompt] = Fit(prompt, ids, "")
         else:
-            kept = _last_whole_word(tokenizer, prompt, len(ids), limit)
-            fits[prompt] = Fit(prompt[:kept], tokenizer(prompt[:kept])["input_ids"], prompt[kept:].strip())
+            kept = _last_whole_word(encoder, prompt, len(ids))
+            fits[prompt] = Fit(prompt[:kept], encoder.tokenize([prompt[:kept]])[0], prompt[kept:].strip())
     return fits
 
 
-def _last_whole_word(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int, limit: int) -> int:
-    """The number of characters of a prompt of ``length`` tokens up to the last whole word within ``limit`` tokens."""
+def _last_whole_word(encoder: TextEncoder, prompt: str, length: int) -> int:
+    """The number of characters of a prompt of ``length`` tokens up to the last whole word within the limit."""
+    tokenizer, limit = encoder.tokenizer, encoder.max_tokens
     too_long = UsageError(f"the prompt {prompt[:40]!r}… has {length} tokens, the text encoder takes {limit}; shorten it")
     if not tokenizer.is_fast:
         raise too_long

@@ -30,6 +30,7 @@ class LatentSample(NamedTuple):
     latents: dict[str, np.ndarray]
     original_size: Sequence[int]
     crop: Sequence[int]
+    caption_names: list[int] | None = None
 
 
 class MomentsRecord(TypedDict):
@@ -83,6 +84,9 @@ class Summary:
             texts=[[known[caption].text for caption in captions] for known in embedded],
             original_size=np.array([sample.original_size for sample in samples]),
             crop=np.array([sample.crop for sample in samples]),
+            caption_names=None
+            if samples[0].caption_names is None
+            else [name for sample in samples for name in sample.caption_names or ()],
         )
         channels, height, width = chunk.latents["mean"].shape[1:]
         self.shapes.append((channels, height, width, len(samples)))

@@ -33,7 +33,7 @@ from ldm.latents.chunks import LatentSample, Record, Summary
 from ldm.latents.claims import POLL_SECONDS, Claims, require_place
 from ldm.latents.compute import Dtype, Precision, Process, single_threaded, versions
 from ldm.latents.image_encoder import LatentEncoder
-from ldm.latents.images import CaptionedImages
+from ldm.latents.images import CaptionedImages, Captions
 from ldm.latents.text_encoders import Embedded, TextEncoders
 from ldm.machine import full_fp32
 from ldm.models.autoencoder import (
@@ -44,6 +44,7 @@ from ldm.models.autoencoder import (
     has_posterior,
     load_autoencoder,
 )
+from ldm.models.text_encoder import TextChoice
 
 # batches prepared ahead per thread: little memory, and shards are claimed shortly before they are written
 AHEAD = 2
@@ -147,7 +148,7 @@ class Exporter:
         samples = [
             LatentSample(
                 latents={name: values[row] for name, values in latents.items()},
-                **{name: sample[name] for name in ("key", "captions", "original_size", "crop")},
+                **{name: sample[name] for name in ("key", "captions", "original_size", "crop", "caption_names")},
             )
             for row, sample in enumerate(good)
         ]
@@ -229,7 +230,7 @@ def export_latents(
     autoencoder_path: str | Path,
     shards: str | Path,
     out: str | Path,
-    text_encoder: str | Sequence[str] = "minilm",
+    text_encoder: TextChoice = "minilm",
     batch_size: int = 64,
     dtype: Dtype = "float16",
     image_size: int | None = None,
@@ -239,7 +240,7 @@ def export_latents(
     precision: Precision = "fp32",
     mode: bool = False,
     flip: bool = False,
-    captions: Literal["first", "all"] = "first",
+    captions: Literal["first", "all"] | list[str] = "first",
     max_bad_share: float = 0.01,
     keep_statistics: bool = False,
     threads: int | None = None,
@@ -264,7 +265,8 @@ def export_latents(
         precision: of the networks' computation.
         mode: store the posterior's mode only, as for an autoencoder without a posterior.
         flip: also store the latents of mirrored images.
-        captions: store the first of an image's captions, or all.
+        captions: store the first of an image's captions, all, or those of some names
+            (:func:`ldm.data.decode.captions_called`).
         max_bad_share: unusable samples tolerated, as a share of all.
         keep_statistics: also write mean and standard deviation into the config of the autoencoder's directory.
         threads: None: as many as this process has CPU cores.
@@ -293,17 +295,18 @@ def export_latents(
     device = process.device() if device is None else torch.device(device)
     require_place(out)
     source = open_source(shards, IMAGE_SHARDS)
-    if source.manifest.captioned is False:
-        raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
     autoencoder = load_autoencoder(autoencoder_path, device)
     with single_threaded(), full_fp32():
         mode = mode or not has_posterior(autoencoder)
         encoder = LatentEncoder(autoencoder, precision, dtype, mode)
-        texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, precision)
+        texts = TextEncoders.load(text_encoder, device, dtype, precision)
+        chosen: Captions = "none" if texts.is_unconditional else captions
+        if source.manifest.captioned is False and chosen in ("first", "all"):
+            raise UsageError(f"{source.spec} has no captions; stage two needs one for every image, or the text encoder none")
         factor = downsampling_factor(autoencoder)
         if buckets is not None:
             buckets.require_multiples(factor, "the autoencoder's factor")
-        dataset = CaptionedImages(source, image_size, factor, captions, buckets)
+        dataset = CaptionedImages(source, image_size, factor, chosen, buckets)
         _require_fit(dataset, max_bad_share)
         info = LatentInfo(
             autoencoder=autoencoder_hash(autoencoder),
@@ -312,7 +315,8 @@ def export_latents(
             buckets=buckets,
             posterior="mode" if mode else "gaussian",
             flips=flip,
-            captions=captions,
+            captions="all" if isinstance(chosen, list) else chosen,
+            caption_names=tuple(chosen) if isinstance(chosen, list) else (),
             dtype=dtype,
             precision=precision,
             source=source.manifest.hash,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from ldm.data.image_sizes import image_sizes
 from ldm.data.shards import ShardSample
 from ldm.data.sources import ShardSource
 
+Captions: TypeAlias = Literal["first", "all", "none"] | list[str]
+
 
 class CaptionedImages(ImageDataset):
     """Image shards with all captions, original sizes and crops, preprocessed for the autoencoder."""
@@ -23,7 +25,7 @@ class CaptionedImages(ImageDataset):
         source: ShardSource,
         resolution: int | None,
         factor: int,
-        captions: Literal["first", "all"],
+        captions: Captions,
         buckets: Buckets | None = None,
     ):
         """
@@ -32,10 +34,11 @@ class CaptionedImages(ImageDataset):
             resolution: side in pixels to crop and resize to; None: to the size of the image's bucket, or without ``buckets``
                 keep each image's size, cropped to a multiple of ``factor``.
             factor: image side over latent side.
-            captions: which of an image's captions.
+            captions: which of an image's captions: the first, all, those of some names, or none, in whose place is the empty
+                one.
             buckets: sizes to crop and resize to.
         """
-        super().__init__(source, resolution, buckets=buckets)
+        super().__init__(source, resolution, read_captions=captions in ("first", "all"), buckets=buckets)
         # older manifests have no sizes: the headers tell
         with_sizes = buckets is not None and "sizes" in source.manifest.extra
         self.known_sizes = image_sizes(source) if with_sizes else None  # (N, 2)
@@ -45,7 +48,7 @@ class CaptionedImages(ImageDataset):
         """``image`` uint8 (3, H, W), ``key``, and ``captions``, ``original_size``, ``crop`` as in the schema of latents."""
         sample, _ = raw
         decoded = super().decode(raw, None)
-        captions = self._captions(sample)
+        captions, names = self._captions(sample)
         if not captions:
             raise DecodeError("has no caption")
         height, width = decoded["image"].shape[1:]
@@ -62,6 +65,7 @@ class CaptionedImages(ImageDataset):
             "image": decoded["image"],
             "key": decoded["key"],
             "captions": captions,
+            "caption_names": names,
             "original_size": _original_size(sample) or (height, width),
             "crop": crop,
         }
@@ -69,13 +73,19 @@ class CaptionedImages(ImageDataset):
     def captions_of(self, row: int) -> list[str]:
         """The captions of sample ``row``; none where they cannot be read: decoding the sample gives the reason."""
         try:
-            return self._captions(self._sample(row))
+            return self._captions(self._sample(row))[0]
         except DecodeError:
             return []
 
-    def _captions(self, sample: ShardSample) -> list[str]:
+    def _captions(self, sample: ShardSample) -> tuple[list[str], list[int] | None]:
+        """Its captions and, where captions of some names are asked for, the numbers of their names."""
+        if self.captions == "none":
+            return [""], None
+        if isinstance(self.captions, list):
+            named = [(text, name) for name, called in enumerate(self.captions) for text in sample.captions_called(called)]
+            return [text for text, _ in named], [name for _, name in named]
         captions = sample.captions
-        return captions if self.captions == "all" else captions[:1]
+        return captions if self.captions == "all" else captions[:1], None
 
     def windows(self, rows: Sequence[int], length: int) -> Iterator[tuple[Sequence[int], list[Sequence[int]]]]:
         """The samples of a shard in the order in which their latents are stored: parts of up to ``length``, one at least, each

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +31,7 @@ from ldm.latents.external import ExternalLatent, ExternalSource, FilePerImageFol
 from ldm.latents.text_encoders import TextEncoders
 from ldm.models.autoencoder import autoencoder_hash, downsampling_factor, load_autoencoder, published_statistics
 from ldm.models.autoencoder_kinds import Autoencoder
+from ldm.models.text_encoder import TextChoice
 
 MAX_BAD_SHARE = 0.01
 
@@ -227,7 +228,7 @@ def import_latents(
     src: str | Path,
     out: str | Path,
     autoencoder_path: str | Path,
-    text_encoder: str | Sequence[str] = "minilm",
+    text_encoder: TextChoice = "minilm",
     captions: str | Path | None = None,
     scaled: bool = False,
     dtype: Dtype = "float16",
@@ -274,7 +275,7 @@ def import_latents(
     _warn_of_other_scale(source, autoencoder_path, found, own, scaled)
 
     device = Process.from_environment().device() if device is None else device
-    texts = TextEncoders.load([text_encoder] if isinstance(text_encoder, str) else text_encoder, device, dtype, "fp32")
+    texts = TextEncoders.load(text_encoder, device, dtype, "fp32")
     importer = Importer(source, layout, texts, dtype, (mean, std) if scaled else None, downsampling_factor(autoencoder))
     samples = importer.samples(on_progress or (lambda done, total: None))
     entries, shapes = [], {}

@@ -77,7 +77,7 @@ class SourceImages:
     def __init__(self, source: ShardSource, resolution: int | None, factor: int, buckets: Buckets | None):
         """``source`` is of image shards; the other arguments are those of :class:`CaptionedImages`."""
         self.source = source
-        self.dataset = CaptionedImages(source, resolution, factor, "first", buckets)
+        self.dataset = CaptionedImages(source, resolution, factor, "none", buckets)
         self._number: int | None = None
 
     @classmethod

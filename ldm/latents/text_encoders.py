@@ -13,7 +13,7 @@ import torch
 from ldm.data.latent_schema import TextInfo, relative_path
 from ldm.errors import UsageError
 from ldm.latents.compute import Dtype, Precision, autocast, require_precision
-from ldm.models.text_encoder import TextEncoder, embed, max_tokens
+from ldm.models.text_encoder import TextChoice, TextEncoder, TextEncoderConfig, embed
 
 # captions in a forward pass, and the multiple that their lengths are padded to
 BATCH_CAPTIONS, TOKENS_STEP = 16, 8
@@ -58,11 +58,26 @@ class TextEncoders:
         self._lock = Lock()
 
     @classmethod
-    def load(cls, names: Sequence[str], device: torch.device | str, dtype: Dtype, precision: Precision) -> TextEncoders:
-        """Load by the names that :meth:`TextEncoder.load` takes. Raises :class:`UsageError` for none, or one twice."""
-        if not names or len(set(names)) != len(names):
-            raise UsageError(f"text encoders are {' '.join(names) or 'missing'}; give one or more, each once")
-        return cls([TextEncoder.load(name, device) for name in names], dtype, precision)
+    def load(
+        cls,
+        configs: TextChoice,
+        device: torch.device | str,
+        dtype: Dtype,
+        precision: Precision,
+    ) -> TextEncoders:
+        """Load what :meth:`TextEncoder.load` takes, one or several. Raises :class:`UsageError` for none, or one twice."""
+        configs = [configs] if isinstance(configs, str | TextEncoderConfig) else configs
+        if not configs or len(set(configs)) != len(configs):
+            raise UsageError(f"text encoders are {' '.join(map(str, configs)) or 'missing'}; give one or more, each once")
+        encoders = [TextEncoder.load(config, device) for config in configs]
+        if len(encoders) > 1 and any(encoder.is_unconditional for encoder in encoders):
+            raise UsageError("text encoder none is of unconditional models; give it alone")
+        return cls(encoders, dtype, precision)
+
+    @property
+    def is_unconditional(self) -> bool:
+        """Whether captions make no difference, so that images need none."""
+        return self.encoders[0].is_unconditional
 
     def lookup(self, captions: Iterable[str]) -> list[dict[str, Embedded]]:
         """For each encoder the embedding of each caption."""
@@ -77,12 +92,12 @@ class TextEncoders:
     def _encode(self, encoder: TextEncoder, known: dict[str, Embedded], captions: list[str]) -> dict[str, Embedded]:
         if not captions:
             return {}
-        limit, pad = max_tokens(encoder.tokenizer), encoder.tokenizer.pad_token_id
+        limit, pad = encoder.max_tokens, encoder.tokenizer.pad_token_id
         with self._lock:  # tokenizers are not thread-safe
-            ids = encoder.tokenizer(captions).input_ids
+            ids = encoder.tokenize(captions)
             cut = [len(tokens) > limit for tokens in ids]
             if any(cut):
-                ids = encoder.tokenizer(captions, truncation=True, max_length=limit).input_ids
+                ids = encoder.tokenize(captions, cut=True)
         device = encoder.model.device
         by_shape: dict[tuple[int, int], list[int]] = {}
         for number, tokens in enumerate(ids):
@@ -123,9 +138,10 @@ class TextEncoders:
                 encoder.name,
                 encoder.hash,
                 encoder.width,
-                max_tokens(encoder.tokenizer),
+                encoder.max_tokens,
                 number,
                 None if encoder.folder is None else relative_path(encoder.folder, out),
+                encoder.settings,
             )
             for encoder, number in zip(self.encoders, cut, strict=True)
         )

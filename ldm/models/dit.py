@@ -41,7 +41,9 @@ from ldm.models.layers import (
 AdaLN = Literal["single", "zero"]
 Positions = Literal["sincos", "rope", "sincos_rope"]
 NUM_SIZES = 6  # of micro-conditioning: see ldm.diffusion.conditioning.micro_conditions
+Pooling = Literal["mean", "last", "none"]
 CHOICES = {
+    "pooled_text": get_args(Pooling),
     "adaln": get_args(AdaLN),
     "norm": get_args(Norm),
     "activation": get_args(Activation),
@@ -149,6 +151,42 @@ def _patch_embed(in_channels: int, patch_size: int, bottleneck: int | None, widt
     return nn.Sequential(project, nn.Conv2d(bottleneck, width, 1))
 
 
+def caption_widths(caption_channels: int | Sequence[int]) -> list[int]:
+    """Features per token of each text encoder, from the config of a denoiser."""
+    return [*caption_channels] if isinstance(caption_channels, (list, tuple)) else [cast(int, caption_channels)]
+
+
+def pooling_of(pooled_text: bool | Sequence[Pooling], caption_channels: int | Sequence[int]) -> list[Pooling]:
+    """How the tokens of each text encoder are pooled. Raises UsageError where the lists are of different lengths."""
+    number = len(caption_widths(caption_channels))
+    if isinstance(pooled_text, bool):
+        return ["mean" if pooled_text else "none"] * number
+    if len(pooled_text) != number or not number:
+        raise UsageError(
+            f"DiT: pooled_text is of {len(pooled_text)} text encoders, caption_channels of {number}; give one each"
+        )
+    return [*pooled_text]
+
+
+def mean_token(tokens: Tensor, weights: Tensor) -> Tensor:
+    """The mean (B, D) of those tokens (B, L, D) whose weights (B, L, 1) are 1."""
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def last_token(tokens: Tensor, weights: Tensor) -> Tensor:
+    """The last (B, D) of those tokens (B, L, D) whose weights (B, L, 1) are 1."""
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)[:, None] * weights.bool()  # (B, L, 1)
+    return tokens.gather(1, places.argmax(1, keepdim=True).expand(-1, 1, tokens.shape[-1]))[:, 0]
+
+
+def _text_projections(channels: int, width: int, pooling: Pooling) -> dict[str, nn.Module]:
+    """The projections of one text encoder's tokens and, unless there is none, of its pooled vector."""
+    embed = nn.Sequential(LayerNorm(channels), nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width))
+    if pooling == "none":
+        return {"text_embed": embed}
+    return {"text_embed": embed, "pooled_embed": nn.Sequential(LayerNorm(channels), nn.Linear(channels, width))}
+
+
 class DiT(ModelMixin, ConfigMixin):
     """Noisy latents, a time and a caption -> the prediction, in the shape of the latents.
 
@@ -171,8 +209,8 @@ class DiT(ModelMixin, ConfigMixin):
         num_layers: int = 12,
         num_attention_heads: int = 6,
         mlp_ratio: float = 4.0,
-        caption_channels: int = 384,
-        pooled_text: bool = True,
+        caption_channels: int | list[int] = 384,
+        pooled_text: bool | list[Pooling] = True,
         adaln: AdaLN = "single",
         norm: Norm = "layer_norm",
         activation: Activation = "gelu",
@@ -192,9 +230,12 @@ class DiT(ModelMixin, ConfigMixin):
             num_layers: number of blocks.
             num_attention_heads: attention heads; must divide ``width``.
             mlp_ratio: hidden features of the feed-forward, as a multiple of ``width``.
-            caption_channels: features per token of the text encoder.
+            caption_channels: features per token of the text encoder; a list for several encoders, whose tokens are projected
+                separately and attended to together.
             pooled_text: also add the mean of the text tokens to the time embedding, so that the caption as a whole reaches
-                every layer directly; small models learn the meaning of words sooner.
+                every layer directly; small models learn the meaning of words sooner. A list says it for each text encoder:
+                ``mean``, ``last`` (the last token: the pooled vector of CLIP, and the only token of a causal language model
+                that has seen the whole caption) or ``none``. The projected vectors are added.
             adaln: how the time reaches the blocks: ``single``, one projection for all blocks and a table per block
                 (PixArt-α), or ``zero``, a projection per block (DiT), with a third more parameters.
             norm: of tokens, queries and keys. On a CPU ``layer_norm`` is faster.
@@ -217,8 +258,11 @@ class DiT(ModelMixin, ConfigMixin):
             width=width,
             num_layers=num_layers,
             num_attention_heads=num_attention_heads,
-            caption_channels=caption_channels,
         )
+        widths, pooling = caption_widths(caption_channels), pooling_of(pooled_text, caption_channels)
+        for channels, pooled in zip(widths, pooling, strict=True):
+            _check_sizes(caption_channels=channels)
+            _check_choices(pooled_text=pooled)
         _check_choices(adaln=adaln, norm=norm, activation=activation, positions=positions)
         if not (isinstance(mlp_ratio, (int, float)) and 0 < mlp_ratio < math.inf):
             raise UsageError(f"DiT: mlp_ratio is {mlp_ratio!r}; give a number greater than 0")
@@ -233,16 +277,13 @@ class DiT(ModelMixin, ConfigMixin):
         self.patch_embed = _patch_embed(in_channels, patch_size, patch_bottleneck, width)
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, width)
-        self.text_embed = nn.Sequential(
-            LayerNorm(caption_channels), nn.Linear(caption_channels, width), nn.GELU(), nn.Linear(width, width)
-        )
-        self.pooled_embed = (
-            nn.Sequential(LayerNorm(caption_channels), nn.Linear(caption_channels, width)) if pooled_text else None
-        )
+        projections = [_text_projections(channels, width, pooled) for channels, pooled in zip(widths, pooling, strict=True)]
+        self.text_embed, self.pooled_embed = projections[0]["text_embed"], projections[0].get("pooled_embed")
+        self.further_texts = nn.ModuleList(map(nn.ModuleDict, projections[1:]))
         self.size_embed = TimestepEmbedding(NUM_SIZES * 256, width) if micro_conditioning else None
         # adaLN-zero's projections are stacked into one linear layer: a single matrix product for all blocks
-        projections = num_layers if adaln == "zero" else 1
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, projections * 6 * width))
+        stacked = num_layers if adaln == "zero" else 1
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, stacked * 6 * width))
         self.blocks = nn.ModuleList(
             [
                 DiTBlock(width, num_attention_heads, mlp_ratio, norm, activation, qk_norm, adaln == "single")
@@ -285,9 +326,11 @@ class DiT(ModelMixin, ConfigMixin):
         """
         Args:
             hidden_states: noisy latents (B, C, H, W).
-            encoder_hidden_states: text embeddings (B, L, caption_channels), or the result of :meth:`encode_text`.
+            encoder_hidden_states: text embeddings (B, L, caption_channels), of several encoders filled up with zeros to the
+                widest; or the result of :meth:`encode_text`.
             timestep: (B,), in the units of the path's ``network_time``.
-            encoder_attention_mask: (B, L), 1 for tokens, 0 for padding; None if nothing is padding.
+            encoder_attention_mask: (B, L), 0 for padding and 1 for tokens, of several encoders the number of a token's from 1;
+                None if nothing is padding.
             return_activations: numbers of the blocks, from 0, whose outputs to return.
             added_cond_kwargs: with ``micro_conditioning`` its ``time_ids`` (B, 6), those of SDXL: see
                 :func:`ldm.diffusion.conditioning.micro_conditions`.
@@ -362,28 +405,45 @@ class DiT(ModelMixin, ConfigMixin):
 
     def _embed_text(self, embeddings: Tensor, mask: Tensor | None, sizes: Tensor | None, trim: bool) -> EncodedText:
         """``trim``: cut padding that all captions share, and drop the mask where no padding is left."""
-        if embeddings.shape[-1] != (channels := self.config["caption_channels"]):
+        if embeddings.shape[-1] != (widest := max(caption_widths(self.config["caption_channels"]))):
             raise UsageError(
-                f"text embeddings are {embeddings.shape[-1]} wide, but the denoiser takes {channels}; "
+                f"text embeddings are {embeddings.shape[-1]} wide, but the denoiser takes {widest}; "
                 "encode captions with the text encoder that it was trained with, or change caption_channels"
             )
         text = embeddings.to(self._token_dtype(embeddings))
         if mask is not None and trim:
             length = 1 + max(mask.any(0).nonzero().flatten().tolist(), default=0)
             text, mask = text[:, :length], mask[:, :length]
-        weights = torch.ones_like(text[..., :1]) if mask is None else mask.to(text.dtype)[..., None]  # (B, L, 1)
+        tokens, pooled = self._project_text(text, mask)
         if mask is not None:
             mask = None if trim and mask.all() else mask.bool()[:, None, None, :]  # (B, 1, 1, L)
-        pooled = None
-        if self.pooled_embed is not None:
-            pooled = self.pooled_embed((text * weights).sum(1) / weights.sum(1).clamp(min=1))
         if self.size_embed is not None:
             if sizes is None or sizes.shape != (len(text), NUM_SIZES):
                 found = "none" if sizes is None else tuple(sizes.shape)
                 raise UsageError(f"a denoiser with micro_conditioning takes time_ids ({len(text)}, {NUM_SIZES}), found {found}")
             embedded = self.size_embed(self.time_features(sizes.flatten()).view(len(text), -1).to(text.dtype))
             pooled = embedded if pooled is None else pooled + embedded
-        return EncodedText(pooled, [self.text_embed(text)] * len(self.blocks), mask)
+        return EncodedText(pooled, [tokens] * len(self.blocks), mask)
+
+    def _project_text(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, L, D) and, where any is pooled, the sum of the pooled vectors (B, D) of all text encoders."""
+        channels, pooled_text = self.config["caption_channels"], self.config["pooled_text"]
+        widths, pooling = caption_widths(channels), pooling_of(pooled_text, channels)
+        embeds = [self.text_embed, *(cast(nn.ModuleDict, one)["text_embed"] for one in self.further_texts)]
+        pools = [self.pooled_embed, *(dict(cast(nn.ModuleDict, one).items()).get("pooled_embed") for one in self.further_texts)]
+        if mask is None and len(widths) > 1:
+            raise UsageError("tokens of several text encoders need the mask that says which encoder's each is; give it")
+        tokens, vectors = [], []
+        for number, (width, embed, pool, how) in enumerate(zip(widths, embeds, pools, pooling, strict=True), 1):
+            own = text[..., :width]
+            weights = (
+                torch.ones_like(text[..., :1]) if mask is None else (mask == number).to(text.dtype)[..., None]
+            )  # (B, L, 1)
+            projected = embed(own)
+            tokens.append(projected if len(widths) == 1 else projected * weights.to(projected.dtype))
+            if pool is not None:
+                vectors.append(pool(last_token(own, weights) if how == "last" else mean_token(own, weights)))
+        return (tokens[0] if len(tokens) == 1 else sum(tokens)), (sum(vectors) if vectors else None)  # pyright: ignore[reportReturnType]
 
 
 def transformer_blocks(network: nn.Module) -> list[nn.Module]:

@@ -1,16 +1,22 @@
-"""The frozen text encoder: captions -> embeddings and mask. Any encoder of transformers, by path or hub name."""
+"""The frozen text encoder: captions -> embeddings and mask. Any encoder of transformers, by path or hub name; class names."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -24,13 +30,16 @@ from transformers import (
     CLIPTextModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
     T5EncoderModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from typing_extensions import TypedDict
 
-from ldm.errors import LdmError, UsageError
-from ldm.files import sha256_file
+from ldm.errors import LdmError, UsageError, first_line
+from ldm.files import MAX_JSON_BYTES, read_bytes, sha256_file
 from ldm.models.directories import in_memory, loading, read_config, require_regular_files, variant_of
 from ldm.models.fingerprint import network_hash
 
@@ -60,6 +69,64 @@ log = logging.getLogger(__name__)
 ALWAYS_MASKED = "ldm_sdpa_always_masked"
 
 MAX_TOKENS = 256  # for tokenizers without a limit of their own, such as T5's
+LONGEST = 512  # the most tokens of any caption
+MAX_ENCODERS = 3  # of one denoiser; diffusers' pipelines have as many
+
+UNCONDITIONAL = "none"  # the name of an encoder to which all captions are the same
+NO_CLASS = "[none]"  # the token of the empty caption of a label encoder
+MAX_CLASSES = 4096  # their one-hot vectors are the weights of an encoder
+
+READING = "ldm_reading"  # the entry of an encoder's config
+
+
+class Reading(TypedDict, total=False):
+    """How the output of an encoder is read. An entry of its config, so that it is saved with the weights, and in their hash.
+
+    Attributes:
+        layer: of its hidden states.
+        prefix: token ids of an instruction in front of every caption.
+        prefix_at: the number of tokens in front of the instruction, such as one that begins every text.
+        classes: it encodes class names.
+    """
+
+    layer: int
+    prefix: list[int]
+    prefix_at: int
+    classes: bool
+
+
+_READING = TypeAdapter(Reading)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """A text encoder, and how its output is read.
+
+    Attributes:
+        name: ``minilm`` (packaged, offline), a directory (of an encoder, or of a pipeline) or a hub name; a ``.txt`` file of
+            class names, one a line, for a label embedding; or ``none``, for an unconditional model.
+        layer: which of the hidden states: -1 is the output of the last layer, -2 that of the one before it, as Stable
+            Diffusion XL takes them from CLIP (Podell et al. 2023, arXiv 2307.01952). They are not normalised, as the default,
+            the encoder's output, is.
+        prefix: an instruction in front of every caption, for language models; its own tokens are dropped after encoding
+            (Sana, Xie et al. 2024, arXiv 2410.10629).
+        max_tokens: captions are cut to this number of tokens, special ones included and those of the prefix not; at most 512.
+            Default: the tokenizer's own limit, 256 where it has none.
+    """
+
+    name: str
+    layer: int | None = None
+    prefix: str = ""
+    max_tokens: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is not the default, beside the name."""
+        return {name: value for name, value in vars(self).items() if name != "name" and value not in (None, "")}
+
+
+# one text encoder, or several whose tokens a denoiser takes together
+TextChoice = str | TextEncoderConfig | Sequence[str | TextEncoderConfig]
 
 
 def minilm_folder() -> Path:
@@ -78,7 +145,7 @@ def minilm_folder() -> Path:
 
 def max_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of tokens at which a caption is cut, special ones included."""
-    return min(tokenizer.model_max_length, 512) if tokenizer.model_max_length < 10_000 else MAX_TOKENS
+    return min(tokenizer.model_max_length, LONGEST) if tokenizer.model_max_length < 10_000 else MAX_TOKENS
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
@@ -90,11 +157,18 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
 
 
 def pad_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B, L), int64, of the token ids of B captions, padded as the tokenizer itself pads."""
+    """Ids and mask (B, L), int64, of the token ids of B captions, padded at their ends, where it makes no difference."""
     ids = [torch.tensor(caption) for caption in tokens]
     masks = [torch.ones_like(caption) for caption in ids]
-    side, padding = tokenizer.padding_side, cast(int, tokenizer.pad_token_id)
-    return pad_sequence(ids, True, padding, side), pad_sequence(masks, True, padding_side=side)
+    return pad_sequence(ids, True, cast(int, tokenizer.pad_token_id)), pad_sequence(masks, True)
+
+
+def reading_of(model: PreTrainedModel) -> Reading:
+    """What the config of an encoder says of it. Raises LdmError where that is broken."""
+    try:
+        return _READING.validate_python(getattr(model.config, READING, None) or {}, strict=True)
+    except ValidationError as error:
+        raise LdmError(f"{READING} in the config of the text encoder is broken ({first_line(error)}); restore it") from None
 
 
 def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +176,12 @@ def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
 
     Raises LdmError for tokens that the model does not have, because the tokenizer is another model's.
     """
+    reading = reading_of(model)
+    prefix, first = reading.get("prefix", []), reading.get("prefix_at", 0)
+    if prefix:
+        between = torch.tensor(prefix).expand(len(ids), -1)
+        ids = torch.cat([ids[:, :first], between, ids[:, first:]], 1)
+        mask = torch.cat([mask[:, :first], torch.ones_like(between), mask[:, first:]], 1)
     known = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if known is not None and ids.numel() and int(ids.max()) >= known:
         raise LdmError(
@@ -111,10 +191,22 @@ def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
         ids, mask = ids.pin_memory(), mask.pin_memory()
     ids, mask = ids.to(model.device, non_blocking=True), mask.to(model.device, non_blocking=True)
     with torch.inference_mode():
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        hidden = _hidden_states(model, ids, mask, reading.get("layer")).float()
+        if prefix:
+            hidden, mask = (torch.cat([x[:, :first], x[:, first + len(prefix) :]], 1) for x in (hidden, mask))
     mask = mask.to(hidden.device)  # with offloading, not the model's device
     # clone: autograd refuses tensors made under inference_mode
     return (hidden * mask[..., None]).clone(), mask
+
+
+def _hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, layer: int | None) -> Tensor:
+    """(B, L, D) of one layer; None: the encoder's output."""
+    if layer is None:
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state
+    states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    if not -len(states) <= layer < len(states):
+        raise UsageError(f"layer is {layer}, but the text encoder has {len(states)} hidden states; give -1 to -{len(states)}")
+    return states[layer]
 
 
 def always_mask(model: PreTrainedModel) -> None:
@@ -157,54 +249,100 @@ def _folders_of(name_or_path: str) -> tuple[Path, Path] | None:
     return folder, beside if not (folder / TOKENIZER_CONFIG).exists() and (beside / TOKENIZER_CONFIG).exists() else folder
 
 
+def read_classes(path: Path) -> list[str]:
+    """The class names in a text file, one a line. Raises UsageError for anything else."""
+    fix = "give a text file with a class name a line"
+    try:
+        lines = read_bytes(path, MAX_JSON_BYTES, fix).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8; save it as UTF-8") from None
+    classes = [line.strip() for line in lines if line.strip()]
+    if not 1 <= len(classes) <= MAX_CLASSES:
+        raise UsageError(f"{path} has {len(classes)} class names; give 1 to {MAX_CLASSES}, or train on them as captions")
+    if wrong := [name for name, count in Counter(classes).items() if count > 1 or NO_CLASS in name]:
+        raise UsageError(f"{path} has the class {wrong[0]!r} twice, or it is reserved; give each class another name")
+    return classes
+
+
+def label_encoder(classes: Sequence[str]) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and encoder of class names: a class is one token whose embedding is one-hot, so that the denoiser's projection
+    of it is a learned label embedding. In front of it stands the one token of the empty caption.
+
+    Both are of transformers' own classes: the encoder is a T5 without layers.
+    """
+    names = [NO_CLASS, *classes]
+    words = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token=NO_CLASS))
+    words.post_processor = TemplateProcessing(single=f"{NO_CLASS} $A", special_tokens=[(NO_CLASS, 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=NO_CLASS, unk_token=NO_CLASS, model_max_length=2 if classes else 1
+    )
+    model = T5EncoderModel(T5Config(vocab_size=len(names), d_model=len(names), d_kv=1, d_ff=1, num_heads=1, num_layers=0))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.eye(len(names)))
+    setattr(model.config, READING, {"classes": True})
+    return tokenizer, model
+
+
 class TextEncoder:
     """A tokenizer and its frozen encoder.
 
     Attributes:
-        name: ``minilm``, a hub name, or the name of a directory.
-        folder: that directory; None for the others.
+        name: ``minilm``, ``none``, a hub name, or the name of a directory or of a file of classes.
+        folder: that directory or file; None for the others.
+        settings: the other entries of its :class:`TextEncoderConfig`, where they were given.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str, folder: Path | None = None):
-        self.tokenizer, self.model, self.name, self.folder = tokenizer, model, name, folder
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        name: str,
+        folder: Path | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
+        self.tokenizer, self.model, self.name, self.folder, self.settings = tokenizer, model, name, folder, settings or {}
 
     @classmethod
-    def load(cls, name_or_path: str, device: torch.device | str = "cpu") -> TextEncoder:
-        """``minilm`` (packaged, offline), a hub name, or a directory: of an encoder, or of a pipeline.
+    def load(cls, config: str | TextEncoderConfig, device: torch.device | str = "cpu") -> TextEncoder:
+        """The text encoder of a config, or of its name alone.
 
         Weights of a variant (``fp16``) are taken where there are no others. Raises LdmError if it cannot be loaded.
         """
-        folders = _folders_of(name_or_path)
-        folder, tokens = folders or (name_or_path, name_or_path)
-        settings: dict[str, Any] = {}
-        if folders is not None:
-            for one in {*folders}:
-                require_regular_files(one)
-            config = folders[0] / "config.json"
-            if not os.path.lexists(config):
-                raise UsageError(f"{folders[0]} is not the directory of a text encoder (no config.json); give one that is")
-            read_config(config)
-            if variant := variant_of(folders[0], "(?:pytorch_)?model"):
-                settings = {"variant": variant, "dtype": torch.float32}
-        with loading(
-            f"text encoder {name_or_path!r} cannot be loaded", "give the directory of a transformers encoder, or 'minilm'"
-        ):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(tokens, trust_remote_code=False)
-            encoder_class = ENCODER_CLASSES.get(config.model_type)
-            if encoder_class is None:
-                has_encoder = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-                encoder_class = AutoModelForTextEncoding if has_encoder else AutoModel
-            model = encoder_class.from_pretrained(folder, **settings)
-            if not hasattr(model.config, "hidden_size") or model.config.is_encoder_decoder:
-                raise UsageError(f"{folder} holds a {type(model).__name__}, not a text encoder; give an encoder's directory")
-            if max_tokens(tokenizer) < 1:
-                raise UsageError(f"{tokens} holds a tokenizer that takes {max_tokens(tokenizer)} tokens; restore its config")
+        config = TextEncoderConfig(config) if isinstance(config, str) else config
+        name, own = config.name, Path(config.name)
+        if name == UNCONDITIONAL or (own.suffix == ".txt" and not own.is_dir()):
+            own = None if name == UNCONDITIONAL else own
+            if config.settings:
+                raise UsageError(f"text encoder {name!r} is of classes and takes no {', '.join(config.settings)}; leave it out")
+            tokenizer, model = label_encoder([] if own is None else read_classes(own))
+        else:
+            tokenizer, model, is_folder = _read(name)
+            own = own if is_folder and name != "minilm" else None
+        with loading(f"text encoder {name!r} cannot be loaded", "give the directory of a transformers encoder, or 'minilm'"):
             in_memory(model)
-            model.eval().requires_grad_(False).to(device)
-            embed(model, *pad_tokens(tokenizer, tokenizer(["", "a"]).input_ids))  # some configs fail only here
-        own = None if folders is None or name_or_path == "minilm" else Path(name_or_path)
-        return cls(tokenizer, model, name_or_path if own is None else own.resolve().name, own)
+            cast(Any, model.eval().requires_grad_(False)).to(device)
+            made = cls(tokenizer, model, name if own is None else own.resolve().name, own, config.settings)
+            made._set(config)
+            made.encode(["", "a" if not made.is_of_classes else ""])  # some configs fail only here
+        return made
+
+    def _set(self, config: TextEncoderConfig) -> None:
+        """Read it as the config says. Raises UsageError where that cannot be."""
+        tokenizer, model, reading = self.tokenizer, self.model, reading_of(self.model)
+        if config.layer is not None:
+            reading["layer"] = config.layer
+        if config.prefix:
+            reading["prefix"] = tokenizer(config.prefix, add_special_tokens=False).input_ids
+            # special tokens at the beginning of a text stay there
+            reading["prefix_at"] = tokenizer("a", return_special_tokens_mask=True).special_tokens_mask.index(0)
+        if reading:
+            setattr(model.config, READING, dict(reading))
+        if config.max_tokens is not None:
+            if not 1 <= config.max_tokens <= LONGEST:
+                raise UsageError(f"max_tokens is {config.max_tokens}; give 1 to {LONGEST}")
+            tokenizer.model_max_length = config.max_tokens
+        if config.settings:  # whether it has as many positions
+            self.encode([" a" * LONGEST])
 
     @cached_property
     def hash(self) -> str:
@@ -216,11 +354,79 @@ class TextEncoder:
         """Features per token."""
         return self.model.config.hidden_size
 
+    @property
+    def max_tokens(self) -> int:
+        """See :func:`max_tokens`."""
+        return max_tokens(self.tokenizer)
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether it encodes class names, or nothing at all."""
+        return reading_of(self.model).get("classes", False)
+
+    @property
+    def is_unconditional(self) -> bool:
+        """Whether every caption is the same to it."""
+        return self.is_of_classes and self.width == 1
+
+    def tokenize(self, texts: Sequence[str], cut: bool = False) -> list[list[int]]:
+        """Token ids of each text, special ones included; ``cut``: to :attr:`max_tokens`.
+
+        A tokenizer that adds no special tokens, as those of some language models, gets its end-of-text token behind each text,
+        so that the empty one has a token. Raises UsageError for what is no class, where it encodes classes.
+        """
+        tokenizer = self.tokenizer
+        texts = [""] * len(texts) if self.is_unconditional else [*texts]
+        ends = [] if tokenizer("").input_ids else [cast(int, tokenizer.eos_token_id)]
+        limit = {"truncation": True, "max_length": self.max_tokens - len(ends)} if cut else {}
+        ids = [tokens + ends for tokens in tokenizer(texts, **limit).input_ids] if texts else []
+        if self.is_of_classes:
+            wrong = [text for text, tokens in zip(texts, ids, strict=True) if tokenizer.unk_token_id in tokens[1:]]
+            if wrong:
+                known = ", ".join(sorted(tokenizer.get_vocab().keys() - {NO_CLASS})[:20])
+                raise UsageError(f"{wrong[0][:60]!r} is no class that is known; give one of: {known}")
+        return ids
+
+    def unknown_words(self, texts: Sequence[str]) -> list[str]:
+        """See :func:`unknown_words`; none of class names, which :meth:`tokenize` refuses."""
+        return [] if self.is_of_classes else unknown_words(self.tokenizer, texts)
+
+    def embed(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of texts by their token ids, as :meth:`encode` gives them."""
+        return embed(self.model, *pad_tokens(self.tokenizer, tokens))
+
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) float32 and mask (B, L) int64 of captions, cut at :func:`max_tokens`.
+        """Embeddings (B, L, D) float32 and mask (B, L) int64 of captions, cut at :attr:`max_tokens`.
 
         Padded positions are zeroed, so that a caption's embedding does not depend on its batch.
         """
-        limit = max_tokens(self.tokenizer)
-        tokens = self.tokenizer(list(captions), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return embed(self.model, tokens.input_ids, tokens.attention_mask)
+        return self.embed(self.tokenize(captions, cut=True))
+
+
+def _read(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, bool]:
+    """Tokenizer and encoder of a name or directory, and whether it is a directory."""
+    folders = _folders_of(name)
+    folder, tokens = folders or (name, name)
+    settings: dict[str, Any] = {}
+    if folders is not None:
+        for one in {*folders}:
+            require_regular_files(one)
+        config = folders[0] / "config.json"
+        if not os.path.lexists(config):
+            raise UsageError(f"{folders[0]} is not the directory of a text encoder (no config.json); give one that is")
+        read_config(config)
+        if variant := variant_of(folders[0], "(?:pytorch_)?model"):
+            settings = {"variant": variant, "dtype": torch.float32}
+    with loading(f"text encoder {name!r} cannot be loaded", "give the directory of a transformers encoder, or 'minilm'"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(tokens, trust_remote_code=False)
+        encoder_class = ENCODER_CLASSES.get(config.model_type)
+        if encoder_class is None:
+            has_encoder = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+            encoder_class = AutoModelForTextEncoding if has_encoder else AutoModel
+        model = encoder_class.from_pretrained(folder, **settings)
+        if not hasattr(model.config, "hidden_size") or model.config.is_encoder_decoder:
+            raise UsageError(f"{folder} holds a {type(model).__name__}, not a text encoder; give an encoder's directory")
+        if max_tokens(tokenizer) < 1:
+            raise UsageError(f"{tokens} holds a tokenizer that takes {max_tokens(tokenizer)} tokens; restore its config")
+    return tokenizer, model, folders is not None

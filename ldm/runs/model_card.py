@@ -27,6 +27,7 @@ from ldm.errors import UsageError
 from ldm.files import read_json, read_yaml
 from ldm.machine import machine_info
 from ldm.models.autoencoder import downsampling_factor
+from ldm.pipeline import TEXT_PARTS
 from ldm.reporting.grids import captioned_grid
 from ldm.reporting.metrics_csv import read_metrics
 from ldm.reporting.pages import render
@@ -211,7 +212,10 @@ def _training(pipeline: Any, module: DenoiserTraining, config: dict[str, Any]) -
     parts = [
         ("transformer", "trained here", ""),
         ("vae", base_name(str(module.autoencoder_path)), trained_on["autoencoder"]),
-        ("text_encoder", without_paths(module.encoders.text_encoder.name, "text_encoder"), trained_on["text_encoder"]),
+        *(
+            (part, without_paths(encoder.name, "text_encoder"), trained_on[part])
+            for part, encoder in zip(TEXT_PARTS, module.encoders.text_encoders, strict=False)
+        ),
     ]
     networks = {part: getattr(pipeline, part) for part, _, _ in parts}
     length = (config["model"].get("power_averages") or {}).get("selected")

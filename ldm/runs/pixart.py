@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm.diffusion.scheduler import make_scheduler, wanted_prediction
 from ldm.errors import UsageError
 from ldm.models.autoencoder import LatentNormalizer
+from ldm.models.text_encoder import reading_of
 from ldm.pipeline import LatentDiffusionPipeline
 
 TEXT_TOKENS = 120  # PixArtAlphaPipeline pads and truncates every prompt to this length
@@ -34,7 +35,7 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
         UsageError: for another denoiser or autoencoder, a text encoder that cannot read prompts of 120 tokens, or a
             prediction that the scheduler does not take.
     """
-    transformer, text_config = pipeline.transformer, pipeline.text_encoder.config
+    transformer, text_config, encoders = pipeline.transformer, pipeline.text_encoder.config, pipeline.text_encoders
     if not isinstance(transformer, PixArtTransformer2DModel):
         raise UsageError(
             f"the denoiser is a {type(transformer).__name__}, but PixArtAlphaPipeline runs a PixArtTransformer2DModel; train "
@@ -50,6 +51,11 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
             f"PixArtAlphaPipeline passes the sizes of images at sample_size {CONDITIONED_SIZE} alone, but this denoiser has "
             f"sample_size {transformer.config['sample_size']} and use_additional_conditions "
             f"{transformer.use_additional_conditions}; export without --as"
+        )
+    if len(encoders) > 1 or reading_of(encoders[0].model):
+        raise UsageError(
+            "PixArtAlphaPipeline takes the output of one text encoder as it is, no class names, and no other layer or prefix; "
+            "train with such a text encoder, or export without --as"
         )
     longest = getattr(text_config, "max_position_embeddings", TEXT_TOKENS)  # T5 has no limit
     if longest < TEXT_TOKENS:

@@ -58,7 +58,8 @@ class Worker:
         self._provenance = provenance_of(pipeline, model_path)
         pipeline.set_progress_bar_config(disable=True)
         # requests are checked while an image is generated, and a tokenizer is not safe in two threads
-        parts = pipeline.components | {"tokenizer": deepcopy(pipeline.tokenizer)}
+        parts = pipeline.components
+        parts |= {name: deepcopy(part) for name, part in parts.items() if name.startswith("tokenizer")}
         diffusion, trained_on = pipeline.config["diffusion"], pipeline.config["trained_on"]
         self._checker = ImageGenerator(LatentDiffusionPipeline(**parts, diffusion=diffusion, trained_on=trained_on))
 

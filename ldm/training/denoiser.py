@@ -37,7 +37,8 @@ from ldm.losses.auxiliary import AuxiliaryLoss, names_of
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.compiling import Compile, compile_blocks
 from ldm.models.dit import transformer_blocks
-from ldm.pipeline import LatentDiffusionPipeline
+from ldm.models.text_encoder import TextEncoderConfig
+from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline, text_parts
 from ldm.training.base import TrainingModule
 from ldm.training.ema import PowerAverages
 from ldm.training.encoders import FrozenEncoders, Statistics, encoders_of_images, encoders_of_latents
@@ -79,7 +80,7 @@ class DenoiserTraining(TrainingModule):
         offload_average: bool = False,
         online: bool = False,
         online_precision: Literal["fp32", "bf16"] = "fp32",
-        text_encoder: str | None = None,
+        text_encoder: str | TextEncoderConfig | list[str | TextEncoderConfig] | None = None,
         gradient_checkpointing: bool = False,
         compile: Compile = False,
         fp8: bool = False,
@@ -113,8 +114,11 @@ class DenoiserTraining(TrainingModule):
                 statistics in the autoencoder's directory; if it has none, they are measured on 2,048 training images before
                 the first step and kept in checkpoints and in the pipeline.
             online_precision: of the computation with ``online``, as in an export: bf16 is faster on GPUs, and less exact.
-            text_encoder: of captions: minilm, a directory or a hub name. Default: that of the latent shards, where it was when
-                they were exported; with ``online``, minilm.
+            text_encoder: of captions: minilm, a directory or a hub name, a ``.txt`` file of class names for a label embedding,
+                or none, for an unconditional model; several in a list, for a denoiser with as many ``caption_channels``. In
+                place of a name ``{name: NAME, layer: -2, prefix: TEXT, max_tokens: 300}``, of which all but the name may be
+                left out: :class:`ldm.models.text_encoder.TextEncoderConfig`. Default: those of the latent shards, where they
+                were when they were exported; with ``online``, minilm.
             gradient_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
             compile: compile every block and the last layers with ``torch.compile``, which takes minutes at the start.
                 ``cuda_graphs``: every block, which is replayed as a CUDA graph, for batches so small that launching kernels
@@ -346,8 +350,7 @@ class DenoiserTraining(TrainingModule):
         """The model as a pipeline that shares the networks and their current weights."""
         return LatentDiffusionPipeline(
             vae=self.encoders.autoencoder,
-            text_encoder=self.encoders.text_encoder.model,
-            tokenizer=self.encoders.text_encoder.tokenizer,
+            **text_parts(self.encoders.text_encoders),
             transformer=self.denoiser,
             scheduler=self.scheduler,
             diffusion=self._diffusion(),
@@ -358,7 +361,8 @@ class DenoiserTraining(TrainingModule):
         if not self.preview_prompts:
             return []
         embeds, pipeline = self._preview_embeds(), self.pipeline()
-        pipeline.text_encoder = None  # a T5-XXL would take 19 GB of the device
+        for part in TEXT_PARTS:
+            setattr(pipeline, part, None)  # a T5-XXL would take 19 GB of the device
         pipeline.to(self.device).set_progress_bar_config(disable=True)
         images = pipeline(
             **embeds,

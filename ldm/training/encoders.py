@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.latent_dataset import padded_length
-from ldm.data.latent_schema import common_info, path_of
+from ldm.data.latent_schema import TextInfo, common_info, path_of
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS
 from ldm.data.moments import Moments
 from ldm.data.quarantine import BadSample
-from ldm.diffusion.conditioning import Condition
+from ldm.data.sources import ShardSource
+from ldm.diffusion.conditioning import Condition, join_encoders
 from ldm.errors import LdmError, UsageError
 from ldm.latents.compute import PRECISIONS, Precision
 from ldm.latents.image_encoder import load_matching
@@ -36,7 +37,9 @@ from ldm.models.autoencoder import (
     statistics_hash,
 )
 from ldm.models.autoencoder_kinds import Autoencoder
-from ldm.models.text_encoder import TextEncoder, always_mask
+from ldm.models.dit import caption_widths
+from ldm.models.text_encoder import MAX_ENCODERS, TextChoice, TextEncoder, TextEncoderConfig, always_mask
+from ldm.pipeline import TEXT_PARTS
 
 # enough for a channel's mean and standard deviation to a percent or two
 STATISTICS_IMAGES = 2048
@@ -50,7 +53,7 @@ class FrozenEncoders:
     """The networks that a denoiser is trained with. No module, so that they are neither optimised nor in checkpoints."""
 
     autoencoder: Autoencoder  # with the statistics of the training set's latents in its config
-    text_encoder: TextEncoder
+    text_encoders: list[TextEncoder]  # whose tokens the denoiser takes together
     latent_shapes: Sequence[tuple[int, int, int]]  # (C, h, w) of every size trained on, the most frequent first
     autoencoder_hash: str
     normalizer: LatentNormalizer = field(init=False)
@@ -63,7 +66,7 @@ class FrozenEncoders:
         """What the pipeline's model_index.json says of them, to refuse others."""
         return {
             "autoencoder": self.autoencoder_hash,
-            "text_encoder": self.text_encoder.hash,
+            **{name: encoder.hash for name, encoder in zip(TEXT_PARTS, self.text_encoders, strict=False)},
             "latent_shape": list(self.latent_shapes[0]),
             "latent_statistics": statistics_hash(self.autoencoder),
             **({"latent_shapes": [list(shape) for shape in self.latent_shapes]} if len(self.latent_shapes) > 1 else {}),
@@ -80,11 +83,13 @@ class FrozenEncoders:
 
     def to(self, device: torch.device, networks: bool) -> None:
         """Move the statistics, and the networks if images are to be encoded."""
-        modules: list[nn.Module] = [self.normalizer, self.autoencoder, self.text_encoder.model]
+        texts = [encoder.model for encoder in self.text_encoders]
+        modules: list[nn.Module] = [self.normalizer, self.autoencoder, *texts]
         for module in modules if networks else modules[:1]:
             module.to(device)
         if networks and device.type == "cuda":
-            always_mask(self.text_encoder.model)
+            for model in texts:
+                always_mask(model)
 
     @torch.no_grad()
     @full_fp32()
@@ -94,20 +99,21 @@ class FrozenEncoders:
         # within the autocast of training, whatever that is
         with torch.autocast(images.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
             posterior = in_float32(encode(self.autoencoder, images))
-            text = Condition(*self.text_encoder.encode(batch["caption"]))
+            text = join_encoders([Condition(*encoder.encode(batch["caption"])) for encoder in self.text_encoders])
         text, mask, _ = text.pad(padded_length(text.mask.shape[1]))
         return {"mean": posterior.mean, "std": posterior.std, "text": text.float(), "text_mask": mask}
 
 
 def encoders_of_latents(
-    data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any], text_encoder: str | None = None
+    data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any], text_encoder: TextChoice | None = None
 ) -> FrozenEncoders:
     """The encoders that made the latents.
 
     Args:
         autoencoder: its directory, or ``identity``.
         denoiser: its config.
-        text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; None: where it was at the export.
+        text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`, as many as the data choose; None: where they were
+            at the export.
 
     Raises:
         UsageError: these are other encoders, or the denoiser does not fit the latents.
@@ -118,31 +124,54 @@ def encoders_of_latents(
     folder = data.train_set.sources[0].spec
     network = load_matching(autoencoder, data.train_set.sources[0])
     shapes = by_frequency(info.latent_shapes, data.train_set.groups)
-    text = info.text_encoders[data.text_encoder]
-    _require_sizes(denoiser, shapes, text.width, f"{folder} was exported with {text.name}")
-    where = text_encoder or (text.name if text.folder is None else path_of(data.train_set.sources[0], text.folder))
+    texts = [info.text_encoders[number] for number in data.text_encoders]
+    named = " + ".join(text.name for text in texts)
+    _require_sizes(denoiser, shapes, [text.width for text in texts], f"{folder} was exported with {named}")
+    given: Sequence[str | TextEncoderConfig | None] = [None] * len(texts)
+    if text_encoder is not None:
+        given = several(text_encoder)
+        if len(given) != len(texts):
+            raise UsageError(f"{len(given)} text encoders are given for the embeddings of {len(texts)} ({named}); give as many")
+    encoders = [_load_exported(data.train_set.sources[0], text, place) for text, place in zip(texts, given, strict=True)]
+    set_latent_statistics(network, info.latents_mean, info.latents_std)
+    return FrozenEncoders(network, encoders, shapes, info.autoencoder)
+
+
+def _load_exported(source: ShardSource, text: TextInfo, given: str | TextEncoderConfig | None) -> TextEncoder:
+    """A text encoder of an export: from where it was, or is now. Raises UsageError for another one."""
+    where = given or (text.name if text.folder is None else path_of(source, text.folder))
+    if isinstance(where, str):
+        where = TextEncoderConfig(where, **cast(Any, text.settings))
     try:
         encoder = TextEncoder.load(where)
     except LdmError as error:
-        if text_encoder is not None:
+        if given is not None:
             raise
         moved = (
-            f"{folder} was exported with text encoder {text.name} ({text.hash[:12]}); if it has moved, give it as text_encoder"
+            f"{source.spec} was exported with text encoder {text.name} ({text.hash[:12]}); if it has moved, give it as "
+            "text_encoder"
         )
         raise UsageError(f"{error}. {moved}") from None
     if encoder.hash != text.hash:
         raise UsageError(
-            f"{folder} was exported with text encoder {text.hash[:12]}, but {where} is {encoder.hash[:12]}; "
+            f"{source.spec} was exported with text encoder {text.hash[:12]}, but {where.name} is {encoder.hash[:12]}; "
             "give the one it was exported with as text_encoder, or export again"
         )
-    set_latent_statistics(network, info.latents_mean, info.latents_std)
-    return FrozenEncoders(network, encoder, shapes, info.autoencoder)
+    return encoder
+
+
+def several(choice: TextChoice) -> list[str | TextEncoderConfig]:
+    """One text encoder or several as a list. Raises UsageError for more than a pipeline has."""
+    given = [choice] if isinstance(choice, str | TextEncoderConfig) else [*choice]
+    if not 1 <= len(given) <= MAX_ENCODERS:
+        raise UsageError(f"{len(given)} text encoders are given; give 1 to {MAX_ENCODERS}")
+    return given
 
 
 def encoders_of_images(
     data: ShardDataModule,
     autoencoder: Path,
-    text_encoder: str,
+    text_encoder: TextChoice,
     denoiser: Mapping[str, Any],
     statistics: Statistics | None,
     device: torch.device,
@@ -151,7 +180,7 @@ def encoders_of_images(
 
     Args:
         autoencoder: its directory, or ``identity``.
-        text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`.
+        text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; one or several.
         denoiser: its config.
         statistics: of the latents, from a checkpoint; None: those of the directory, measured if it has none.
         device: to measure on.
@@ -160,24 +189,26 @@ def encoders_of_images(
         UsageError: if images, encoders and denoiser do not fit one another.
     """
     require_format(data, IMAGE_SHARDS, "stage two with online", "set online to false, or give the images' shards")
-    for source in (*data.train_set.sources, *data.validation_set.sources):
-        if source.manifest.captioned is False:
-            raise UsageError(f"{source.spec} has no captions; stage two needs one for every image")
     if data.validation_whole:
         raise UsageError("validation_whole is for stage one; set it to false")
     assert isinstance(data.train_set, ImageDataset)
-    network, encoder = load_autoencoder(autoencoder, device), TextEncoder.load(text_encoder)
+    network, encoders = load_autoencoder(autoencoder, device), [TextEncoder.load(one) for one in several(text_encoder)]
+    for source in (*data.train_set.sources, *data.validation_set.sources):
+        named = isinstance(data.augmentation.caption, Mapping)
+        if source.manifest.captioned is False and not named and not encoders[0].is_unconditional:
+            raise UsageError(f"{source.spec} has no captions; stage two needs one for every image, or text_encoder none")
     factor = downsampling_factor(network)
     sizes = image_sizes(data.train_set, factor)
     if isinstance(sizes, BadSample):
         raise UsageError(f"{sizes}, so the images' size is unknown; set image_size")
     shapes = [(network.config["latent_channels"], height // factor, width // factor) for height, width in sizes]
-    _require_sizes(denoiser, shapes, encoder.width, f"captions are encoded by {encoder.name}")
+    named = " + ".join(encoder.name for encoder in encoders)
+    _require_sizes(denoiser, shapes, [encoder.width for encoder in encoders], f"captions are encoded by {named}")
     if statistics is None and (network.config.get("latents_mean") is None or network.config.get("latents_std") is None):
         statistics = measure_statistics(network, data.train_set, data.batch_size)
     if statistics is not None:
         set_latent_statistics(network, *statistics)
-    return FrozenEncoders(network, encoder, shapes, autoencoder_hash(network))
+    return FrozenEncoders(network, encoders, shapes, autoencoder_hash(network))
 
 
 @torch.no_grad()
@@ -236,7 +267,7 @@ def by_frequency(shapes: Sequence[tuple[int, int, int]], groups: np.ndarray | No
 
 
 def _require_sizes(
-    denoiser: Mapping[str, Any], latent_shapes: Sequence[tuple[int, int, int]], caption_channels: int, text: str
+    denoiser: Mapping[str, Any], latent_shapes: Sequence[tuple[int, int, int]], caption_channels: Sequence[int], text: str
 ) -> None:
     """Refuse latents and embeddings that the denoiser is not made for; ``text`` names the origin of the embeddings.
 
@@ -256,8 +287,8 @@ def _require_sizes(
         sizes = ", ".join(f"{width} x {height}" for _, height, width in latent_shapes[:3])
         more = ", …" if len(latent_shapes) > 3 else ""
         rank_zero_info(f"positions in latents of {sizes}{more} are scaled to the denoiser's sample_size {side}")
-    if denoiser["caption_channels"] != caption_channels:
+    if caption_widths(denoiser["caption_channels"]) != [*caption_channels]:
+        needed = caption_channels[0] if len(caption_channels) == 1 else [*caption_channels]
         raise UsageError(
-            f"the denoiser's caption_channels is {denoiser['caption_channels']}, but {text} of width {caption_channels}; "
-            "change it"
+            f"the denoiser's caption_channels is {denoiser['caption_channels']}, but {text} of width {needed}; change it"
         )

@@ -7,15 +7,15 @@ import pytest
 from ldm.errors import UsageError
 from ldm.inference.prompts import Limits, fit_prompts, parse_size, plan_prompts, read_prompts, repeated
 from ldm.inference.settings import GenerationSettings
-from ldm.models.text_encoder import max_tokens
+from ldm.models.text_encoder import TextEncoder
 
 
 @pytest.fixture
-def tokenizer(minilm):
+def encoder(minilm):
     """One that takes eight tokens, two of them special."""
     short = copy.deepcopy(minilm.tokenizer)
     short.model_max_length = 8
-    return short
+    return TextEncoder(short, minilm.model, "short")
 
 
 class Cut(NamedTuple):
@@ -23,10 +23,10 @@ class Cut(NamedTuple):
     cut: str
 
 
-def fit_prompt(tokenizer, prompt):
+def fit_prompt(encoder, prompt):
     """The part that is kept, and the words that are cut."""
-    fit = fit_prompts(tokenizer, [prompt])[prompt]
-    assert fit.tokens == tokenizer(fit.kept)["input_ids"]
+    fit = fit_prompts(encoder, [prompt])[prompt]
+    assert fit.tokens == encoder.tokenizer(fit.kept)["input_ids"]
     return Cut(fit.kept, fit.cut)
 
 
@@ -35,10 +35,10 @@ def written(path, *lines):
     return path
 
 
-def test_a_prompt_that_fits_stays_as_it_is(tokenizer, minilm):
+def test_a_prompt_that_fits_stays_as_it_is(encoder, minilm):
     for prompt in ("", "a red ring", "one two three four five six", " spaces   stay\n"):
-        assert fit_prompt(tokenizer, prompt) == (prompt, "")
-    assert fit_prompt(minilm.tokenizer, "ring " * (max_tokens(minilm.tokenizer) - 2)).cut == ""
+        assert fit_prompt(encoder, prompt) == (prompt, "")
+    assert fit_prompt(minilm, "ring " * (minilm.max_tokens - 2)).cut == ""
 
 
 @pytest.mark.parametrize(
@@ -51,32 +51,32 @@ def test_a_prompt_that_fits_stays_as_it_is(tokenizer, minilm):
         ("eins zwei\ndrei", None, None),
     ],
 )
-def test_a_long_prompt_is_cut_between_words_and_what_is_cut_is_known(tokenizer, prompt, kept, cut):
-    fit = fit_prompt(tokenizer, prompt)
+def test_a_long_prompt_is_cut_between_words_and_what_is_cut_is_known(encoder, prompt, kept, cut):
+    fit = fit_prompt(encoder, prompt)
     if kept is not None:
         assert fit == (kept, cut)
-    assert len(tokenizer(fit.kept)["input_ids"]) <= 8 and fit_prompt(tokenizer, fit.kept) == (fit.kept, "")
+    assert len(encoder.tokenizer(fit.kept)["input_ids"]) <= 8 and fit_prompt(encoder, fit.kept) == (fit.kept, "")
     assert prompt.startswith(fit.kept) and prompt.endswith(fit.cut)
     assert (fit.kept + fit.cut).split() == prompt.split() or f"{fit.kept} {fit.cut}".split() == prompt.split()
 
 
-def test_what_is_kept_is_what_the_text_encoder_would_have_seen_of_whole_words(tokenizer):
+def test_what_is_kept_is_what_the_text_encoder_would_have_seen_of_whole_words(encoder):
     prompt = "one two three four five six seven eight"
     assert (
-        tokenizer(prompt, truncation=True, max_length=8)["input_ids"]
-        == tokenizer(fit_prompt(tokenizer, prompt).kept)["input_ids"]
+        encoder.tokenizer(prompt, truncation=True, max_length=8)["input_ids"]
+        == encoder.tokenizer(fit_prompt(encoder, prompt).kept)["input_ids"]
     )
 
 
-def test_a_prompt_of_which_no_word_fits_is_refused(tokenizer):
-    tokenizer.model_max_length = 4
+def test_a_prompt_of_which_no_word_fits_is_refused(encoder):
+    encoder.tokenizer.model_max_length = 4
     with pytest.raises(UsageError, match=r"has \d+ tokens, the text encoder takes 4; shorten it"):
-        fit_prompt(tokenizer, "antidisestablishmentarianism")
+        fit_prompt(encoder, "antidisestablishmentarianism")
 
 
-def test_what_is_no_text_is_refused(tokenizer):
+def test_what_is_no_text_is_refused(encoder):
     with pytest.raises(UsageError, match="half a surrogate pair"):
-        fit_prompt(tokenizer, "a \ud800 ring")
+        fit_prompt(encoder, "a \ud800 ring")
 
 
 def test_images_of_one_prompt_count_their_seeds_on():

@@ -121,7 +121,7 @@ def test_previews_encode_their_prompts_once_and_leave_the_text_encoder_where_it_
 ) -> None:
     module = make(latents[0])
     fit(module, latents[1], tmp_path, 2)
-    text_encoder, encoded = module.encoders.text_encoder.model, []
+    text_encoder, encoded = module.encoders.text_encoders[0].model, []
     monkeypatch.setattr(text_encoder, "to", lambda *_, **__: pytest.fail("the text encoder is moved"))
     text_encoder.register_forward_hook(lambda *_: encoded.append(1))
     previews = [[images[0] for _, images in module.preview()] for _ in range(2)]
@@ -301,7 +301,11 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(latents: tuple[Path
     saved = tmp_path / "pipeline"
     module.save(saved)
     autoencoder = autoencoder_hash(load_autoencoder(latents[0]))
-    trained_on = {"autoencoder": autoencoder, "text_encoder": module.encoders.text_encoder.hash, "latent_shape": [4, 16, 16]}
+    trained_on = {
+        "autoencoder": autoencoder,
+        "text_encoder": module.encoders.text_encoders[0].hash,
+        "latent_shape": [4, 16, 16],
+    }
     trained_on["latent_statistics"] = statistics_hash(module.encoders.autoencoder)
     assert load_pipeline(saved).config["trained_on"] == trained_on
     other = new_autoencoder(tmp_path / "other", 1)

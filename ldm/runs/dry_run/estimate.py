@@ -181,7 +181,8 @@ def _encoders(module: TrainingModule) -> dict[str, nn.Module]:
     """Networks of stage two that are no children of its module."""
     if not isinstance(module, DenoiserTraining):
         return {}
-    return {"autoencoder": module.encoders.autoencoder, "text encoder": module.encoders.text_encoder.model}
+    texts = nn.ModuleList(encoder.model for encoder in module.encoders.text_encoders)
+    return {"autoencoder": module.encoders.autoencoder, "text encoder": texts}
 
 
 def _bytes(network: nn.Module) -> int:
