@@ -119,6 +119,8 @@ def add_text_encoder(parser: Parser) -> None:
 
 def text_encoders_of(given: Sequence[str]) -> list[str | TextEncoderConfig]:
     """What ``--text-encoder`` names; a YAML mapping as its config. Raises UsageError for another mapping."""
+    import json
+
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
@@ -132,8 +134,10 @@ def text_encoders_of(given: Sequence[str]) -> list[str | TextEncoderConfig]:
             continue
         try:
             check_yaml(one)
-            found.append(TypeAdapter(TextEncoderConfig).validate_python(yaml.safe_load(one), strict=True, extra="forbid"))
-        except (yaml.YAMLError, ValidationError) as error:
+            found.append(
+                TypeAdapter(TextEncoderConfig).validate_json(json.dumps(yaml.safe_load(one)), strict=True, extra="forbid")
+            )
+        except (yaml.YAMLError, TypeError, ValidationError) as error:
             fix = "give {name: NAME, layer: -2, prefix: TEXT, max_tokens: 300}, of which all but the name may be left out"
             raise UsageError(f"--text-encoder {printable(one)[:200]}: {first_line(error)}; {fix}") from None
     return found

@@ -25,10 +25,15 @@ A prompt file has a prompt a line (.txt; blank lines and those that begin with #
 command again generates what is missing."""
 
 
+ONE_OF = "give one of: prompts, --prompts FILE, --from-image PNG; see ldm sample --help"
+
+
 def add(commands: Commands) -> None:
     sample = add_command(commands, "sample", run_sample, "generate images from prompts", EXAMPLE)
     sample.add_argument("model", help="pipeline directory")
-    prompts = sample.add_argument("given_prompts", nargs="+", metavar="prompt", help="what to generate")
+    prompts = sample.add_argument(
+        "given_prompts", nargs="+", metavar="prompt", help="what to generate; none of an unconditional model"
+    )
     # "*" would match nothing right behind the model, and prompts behind an option would be one too many
     prompts.required = False
     sample.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl of prompts, in the place of those")
@@ -96,8 +101,8 @@ def run_sample(options: argparse.Namespace) -> None:
     for name, least in (("count", 1), ("batch_size", 1), ("preview_every", 0)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give {least} or more")
-    if sum(map(bool, (options.given_prompts, options.prompts, options.from_image))) != 1:
-        raise UsageError("give one of: prompts, --prompts FILE, --from-image PNG; see ldm sample --help")
+    if sum(map(bool, (options.given_prompts, options.prompts, options.from_image))) > 1:
+        raise UsageError(ONE_OF)
     require_images_folder(options.out)
     with hold_folder(options.out, f"generating images into {options.out}"):
         sample_into_folder(options)
@@ -118,6 +123,8 @@ def sample_into_folder(options: argparse.Namespace) -> None:
     tiled = options.tiled or (made_by is not None and made_by.tiled)
     compiled = "cuda_graphs" if options.cuda_graphs else options.compile
     pipeline = open_pipeline(options.model, options.device, dtype, compiled, tiled)
+    if not (options.given_prompts or options.prompts or options.from_image or pipeline.is_unconditional):
+        raise UsageError(ONE_OF)
     provenance = provenance_of(pipeline, options.model)
     if made_by is not None:
         mismatch = made_by.mismatch(options.from_image, options.model, provenance)
@@ -176,7 +183,7 @@ def plan(options: argparse.Namespace, given: dict[str, Any], check: Check) -> Se
         return read_prompts(options.prompts, given, options.count, check, limits)
     if options.from_image:
         return repeated(given, options.count, options.from_image, check, limits)
-    return plan_prompts(options.given_prompts, given, options.count, check, limits)
+    return plan_prompts(options.given_prompts or [""], given, options.count, check, limits)
 
 
 def warn(message: str) -> None:

@@ -153,7 +153,7 @@ class ImageGenerator:
 
     def check(self, settings: GenerationSettings) -> None:
         """Raise UsageError, before anything is generated, for settings that the pipeline cannot use."""
-        if settings.image is None:
+        if settings.image is None or settings.prompt.strip():
             self.pipeline.require_prompt(settings.prompt)
         for text, fits in self.fit((settings.prompt, settings.negative)).items():
             if text in self._warned:

@@ -33,7 +33,8 @@ class GenerationSettings:
     """All that determines one image of a model.
 
     Attributes:
-        prompt: what to generate; it may be empty where there is an image, for variations of it.
+        prompt: what to generate; it may be empty where there is an image, for variations of it, and is where the model is
+            unconditional.
         negative: negative prompt; the empty text is the null condition.
         seed: of the initial noise, and of the noise that a sampler adds; 0 to 2^63 − 1.
         steps: of the scheduler.
@@ -89,7 +90,6 @@ class GenerationSettings:
         wrong = {
             f"the prompt or negative prompt has more than {MAX_PROMPT} characters; shorten it": longest > MAX_PROMPT,
             f"the size {self.width}x{self.height} has more than {MAX_PIXELS} pixels; give a smaller one": pixels > MAX_PIXELS,
-            "the prompt is empty; say what to generate": not self.prompt.strip() and self.image is None,
             f"seed is {self.seed}; give a number from 0 to {2**63 - 1}": not 0 <= self.seed < 2**63,
             f"guidance is {self.guidance}; give a finite number": not math.isfinite(self.guidance),
             f"guidance_rule is {reprlib.repr(self.guidance_rule)}; choose one of: {', '.join(RULES)}": self.guidance_rule

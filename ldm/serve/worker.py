@@ -86,8 +86,11 @@ class Worker:
 
     def check(self, settings: GenerationSettings) -> None:
         """Raise :class:`UsageError` for settings that the model cannot use; thread-safe beside :meth:`generate`."""
-        for text in filter(None, (settings.prompt, settings.negative)):
-            self._checker.pipeline.check_prompt(text)
+        pipeline = self._checker.pipeline
+        if settings.image is None or settings.prompt.strip():
+            pipeline.check_prompt(settings.prompt)
+        if settings.negative.strip():
+            pipeline.check_prompt(settings.negative)
         # the start image was checked by parse_request, and is not a file
         self._checker.prepare(batch_key(dataclasses.replace(settings, image=None, strength=None)))
 

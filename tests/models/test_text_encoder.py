@@ -10,11 +10,21 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from ldm.errors import LdmError, UsageError
 from ldm.models import text_encoder as text
-from ldm.models.text_encoder import MAX_TOKENS, TextEncoder, always_mask, embed, max_tokens, minilm_folder
+from ldm.models.text_encoder import MAX_TOKENS, TextEncoder, TextEncoderConfig, always_mask, embed, max_tokens, minilm_folder
 
 CAPTIONS = ["a red circle", "a tiny yellow star at the top left on a dark blue background", "", "cat"]
 WORDS = ["[PAD]", "[UNK]", "[START]", "[END]", "a", "red", "green", "ring", "on", "black"]
@@ -254,3 +264,72 @@ def test_an_encoder_that_always_masks_computes_the_same_and_reads_nothing_from_t
     assert model.config.to_dict() == config
     for mask, embeddings in zip(masks, expected, strict=True):
         torch.testing.assert_close(embed(model, ids, mask)[0], embeddings, rtol=1e-5, atol=1e-6)
+
+
+def test_another_layer_a_prefix_and_a_length_are_part_of_the_encoder(tmp_path):
+    torch.manual_seed(0)
+    made = CLIPTextModel(
+        CLIPTextConfig(vocab_size=len(WORDS), eos_token_id=3, max_position_embeddings=20, **SIZES | {"num_hidden_layers": 3})
+    ).eval()
+    save(tmp_path / "clip", made)
+    name, plain = str(tmp_path / "clip"), TextEncoder.load(str(tmp_path / "clip"))
+    encoder = TextEncoder.load(TextEncoderConfig(name, layer=-2, prefix="a green", max_tokens=4))
+    embeddings, mask = encoder.encode(["a red ring", "red", ""])
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]] and not embeddings[2, 2:].any()
+    ids = torch.tensor([plain.tokenizer("a green red").input_ids])  # [START] a green red [END]
+    with torch.no_grad():
+        hidden = made(input_ids=ids, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(embeddings[1, :3], hidden[0, [0, 3, 4]], rtol=1e-4, atol=1e-5)
+    # saved as a pipeline saves it, it reads its output in the same way
+    save_to = str(tmp_path / "again")
+    encoder.model.save_pretrained(save_to)
+    encoder.tokenizer.save_pretrained(save_to)
+    again = TextEncoder.load(save_to)
+    assert torch.equal(again.encode(["a red ring", "red", ""])[0], embeddings) and again.hash == encoder.hash
+    others = [
+        plain.hash,
+        *(TextEncoder.load(TextEncoderConfig(name, **one)).hash for one in ({"layer": -1}, {"prefix": "a", "max_tokens": 9})),
+    ]
+    assert len({*others, again.hash}) == 4
+    for settings, message in (
+        ({"layer": 9}, "layer is 9, but the text encoder has 4 hidden states"),
+        ({"max_tokens": 513}, "max_tokens is 513; give 1 to 512"),
+        ({"prefix": "a " * 10}, "cannot be loaded"),  # 20 positions are too few
+    ):
+        with pytest.raises(UsageError, match=message):
+            TextEncoder.load(TextEncoderConfig(name, **settings))
+
+
+def test_a_tokenizer_without_special_tokens_gets_its_end_of_text(tmp_path):
+    words = tokenizer(eos_token="[END]", padding_side="left")
+    words._tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    encoder = TextEncoder(words, gpt(), "gpt")
+    embeddings, mask = encoder.encode(["", "a red ring"])
+    assert mask.tolist() == [[1, 0, 0, 0], [1, 1, 1, 1]] and encoder.tokenize(["a red"]) == [[4, 5, 3]]
+    torch.testing.assert_close(embeddings[:1, :1], encoder.encode([""])[0])
+
+
+def gpt():
+    torch.manual_seed(0)
+    return GPT2Model(GPT2Config(vocab_size=len(WORDS), n_positions=20, n_embd=16, n_layer=1, n_head=2)).eval()
+
+
+def test_class_names_are_one_hot_and_none_is_the_same_for_all(tmp_path):
+    (tmp_path / "classes.txt").write_text("golden retriever\nring\n\ncat\n")
+    encoder = TextEncoder.load(str(tmp_path / "classes.txt"))
+    assert (encoder.name, encoder.folder, encoder.width) == ("classes.txt", tmp_path / "classes.txt", 4)
+    embeddings, mask = encoder.encode(["cat", "golden retriever", ""])
+    assert mask.tolist() == [[1, 1], [1, 1], [1, 0]]
+    assert (embeddings != 0).tolist() == (torch.eye(4)[torch.tensor([[0, 3], [0, 1], [0, 0]])] * mask[..., None] != 0).tolist()
+    with pytest.raises(UsageError, match="'dog' is no class that is known; give one of: cat, golden retriever, ring"):
+        encoder.encode(["dog"])
+    encoder.model.save_pretrained(tmp_path / "saved")
+    encoder.tokenizer.save_pretrained(tmp_path / "saved")
+    again = TextEncoder.load(str(tmp_path / "saved"))
+    assert again.hash == encoder.hash and again.is_of_classes and not again.is_unconditional
+    nothing = TextEncoder.load("none")
+    assert nothing.is_unconditional and nothing.encode(["a red ring", ""])[0].shape == (2, 1, 1)
+    (tmp_path / "classes.txt").write_text("ring\nring\n")
+    for name in ("classes.txt", "nowhere.txt"):
+        with pytest.raises(LdmError, match=rf"{name} (has the class 'ring' twice|cannot be read)"):
+            TextEncoder.load(str(tmp_path / name))
