@@ -47,7 +47,6 @@ def test_the_rule_is_what_the_fields_say():
 @pytest.mark.parametrize(
     "changes, why",
     [
-        ({"prompt": " \n"}, "the prompt is empty"),
         ({"prompt": None}, "prompt is None; give text"),
         ({"seed": -1}, "seed is -1; give a number from 0 to"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
