@@ -38,7 +38,7 @@ from ldm.models.autoencoder import (
 )
 from ldm.models.autoencoder_kinds import Autoencoder
 from ldm.models.dit import caption_widths
-from ldm.models.text_encoder import MAX_ENCODERS, TextChoice, TextEncoder, TextEncoderConfig, always_mask
+from ldm.models.text_encoder import MAX_ENCODERS, UNCONDITIONAL, TextChoice, TextEncoder, TextEncoderConfig, always_mask
 from ldm.pipeline import TEXT_PARTS
 
 # enough for a channel's mean and standard deviation to a percent or two
@@ -127,7 +127,7 @@ def encoders_of_latents(
     texts = [info.text_encoders[number] for number in data.text_encoders]
     named = " + ".join(text.name for text in texts)
     _require_sizes(denoiser, shapes, [text.width for text in texts], f"{folder} was exported with {named}")
-    given: Sequence[str | TextEncoderConfig | None] = [None] * len(texts)
+    given: Sequence[str | TextEncoderConfig | None] = [None] * len(several([text.name for text in texts]))
     if text_encoder is not None:
         given = several(text_encoder)
         if len(given) != len(texts):
@@ -163,8 +163,8 @@ def _load_exported(source: ShardSource, text: TextInfo, given: str | TextEncoder
 def several(choice: TextChoice) -> list[str | TextEncoderConfig]:
     """One text encoder or several as a list. Raises UsageError for more than a pipeline has."""
     given = [choice] if isinstance(choice, str | TextEncoderConfig) else [*choice]
-    if not 1 <= len(given) <= MAX_ENCODERS:
-        raise UsageError(f"{len(given)} text encoders are given; give 1 to {MAX_ENCODERS}")
+    if not 1 <= len(given) <= MAX_ENCODERS or (len(given) > 1 and UNCONDITIONAL in given):
+        raise UsageError(f"{len(given)} text encoders are given; give 1 to {MAX_ENCODERS}, and none by itself")
     return given
 
 

@@ -12,6 +12,7 @@ from ldm.diffusion.conditioning import (
     denoise,
     denoise_with_activations,
     encode_condition,
+    join_encoders,
     micro_conditions,
     takes_sizes,
 )
@@ -444,3 +445,36 @@ def test_micro_conditions_are_in_pixels_of_the_training_image():
     condition = condition._replace(sizes=sizes)
     assert torch.equal(condition.repeat(2).rows(torch.tensor([1, 3])).sizes, sizes)
     assert torch.equal(concatenate(condition, condition.pad(9)).sizes, sizes.repeat(2, 1))
+
+
+def test_tokens_of_several_text_encoders_have_projections_of_their_own(randomised):
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SIZES.items() if name != "caption_channels"}
+    two = randomised(DiT(**sizes, caption_channels=[16, 8], pooled_text=["last", "none"])).eval()
+    one = randomised(DiT(**sizes, caption_channels=16, pooled_text=["last"])).eval()
+    one.load_state_dict({name: value for name, value in two.state_dict().items() if name in one.state_dict()})
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7])
+    first = Condition(torch.randn(2, 3, 16), torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    second = Condition(torch.randn(2, 2, 8), torch.tensor([[1, 1], [0, 0]]))
+    text = join_encoders([first, second])
+    assert text.mask.tolist() == [[1, 1, 2, 2, 0], [1, 1, 1, 0, 0]] and text.embeddings.shape == (2, 5, 16)
+    with torch.no_grad():
+        joined = two(x, text.embeddings, t, text.mask).sample
+        torch.testing.assert_close(two(x, two.encode_text(text.embeddings, text.mask), t).sample, joined)
+        alone = one(x, first.embeddings, t, first.mask).sample
+        torch.testing.assert_close(joined[1], alone[1])  # whose second caption has no tokens
+        assert (joined[0] - alone[0]).abs().max() > 1e-3
+        order = [2, 0, 3, 1, 4]  # attention and sums have none, but for the last token of the first encoder
+        torch.testing.assert_close(two(x[:1], text.embeddings[:1, order], t[:1], text.mask[:1, order]).sample, joined[:1])
+        changed = first.embeddings.clone()
+        changed[0, 2] = 1e3  # padding
+        torch.testing.assert_close(one(x, changed, t, first.mask).sample, alone)
+    for wrong, message in (
+        ({"pooled_text": ["mean"]}, "pooled_text is of 1 text encoders, caption_channels of 2"),
+        ({"pooled_text": ["mean", "first"]}, "pooled_text is 'first'; choose from: mean, last, none"),
+        ({"caption_channels": [16, 0]}, "caption_channels is 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            DiT(**sizes | {"caption_channels": [16, 8]} | wrong)
+    with pytest.raises(UsageError, match="need the mask"):
+        two(x, text.embeddings, t)

@@ -269,7 +269,9 @@ def test_an_encoder_that_always_masks_computes_the_same_and_reads_nothing_from_t
 def test_another_layer_a_prefix_and_a_length_are_part_of_the_encoder(tmp_path):
     torch.manual_seed(0)
     made = CLIPTextModel(
-        CLIPTextConfig(vocab_size=len(WORDS), eos_token_id=3, max_position_embeddings=20, **SIZES | {"num_hidden_layers": 3})
+        CLIPTextConfig(
+            vocab_size=len(WORDS), eos_token_id=3, max_position_embeddings=20, **dict[str, Any](SIZES, num_hidden_layers=3)
+        )
     ).eval()
     save(tmp_path / "clip", made)
     name, plain = str(tmp_path / "clip"), TextEncoder.load(str(tmp_path / "clip"))
@@ -286,23 +288,20 @@ def test_another_layer_a_prefix_and_a_length_are_part_of_the_encoder(tmp_path):
     encoder.tokenizer.save_pretrained(save_to)
     again = TextEncoder.load(save_to)
     assert torch.equal(again.encode(["a red ring", "red", ""])[0], embeddings) and again.hash == encoder.hash
-    others = [
-        plain.hash,
-        *(TextEncoder.load(TextEncoderConfig(name, **one)).hash for one in ({"layer": -1}, {"prefix": "a", "max_tokens": 9})),
-    ]
-    assert len({*others, again.hash}) == 4
-    for settings, message in (
-        ({"layer": 9}, "layer is 9, but the text encoder has 4 hidden states"),
-        ({"max_tokens": 513}, "max_tokens is 513; give 1 to 512"),
-        ({"prefix": "a " * 10}, "cannot be loaded"),  # 20 positions are too few
+    configs = TextEncoderConfig(name, layer=-1), TextEncoderConfig(name, prefix="a", max_tokens=9)
+    assert len({plain.hash, again.hash, *(TextEncoder.load(config).hash for config in configs)}) == 4
+    for config, message in (
+        (TextEncoderConfig(name, layer=9), "layer is 9, but the text encoder has 4 hidden states"),
+        (TextEncoderConfig(name, max_tokens=513), "max_tokens is 513; give 1 to 512"),
+        (TextEncoderConfig(name, prefix="a " * 10), "cannot be loaded"),  # 20 positions are too few
     ):
         with pytest.raises(UsageError, match=message):
-            TextEncoder.load(TextEncoderConfig(name, **settings))
+            TextEncoder.load(config)
 
 
 def test_a_tokenizer_without_special_tokens_gets_its_end_of_text(tmp_path):
     words = tokenizer(eos_token="[END]", padding_side="left")
-    words._tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     encoder = TextEncoder(words, gpt(), "gpt")
     embeddings, mask = encoder.encode(["", "a red ring"])
     assert mask.tolist() == [[1, 0, 0, 0], [1, 1, 1, 1]] and encoder.tokenize(["a red"]) == [[4, 5, 3]]

@@ -61,11 +61,9 @@ def test_two_encoders_from_an_export_are_those_that_encode_online(
     folder = export(latents[0], image_shards, tmp_path / "latents", "--text-encoder", tiny_text_encoder, second)
     losses, statistics = [], []
     for dropout, shards, online in ((1, folder, False), (1, image_shards, True), (0, folder, False), (0, image_shards, True)):
-        settings = {"text_encoder": [0, 1]} | ({} if online else {"workers": 0})
-        data = ShardDataModule(str(shards), str(shards), batch_size=4, caption_dropout=dropout, **settings)
+        data = ShardDataModule(str(shards), str(shards), batch_size=4, caption_dropout=dropout, text_encoder=[0, 1])
         data.setup("fit")
-        encoders = [tiny_text_encoder, {"name": "minilm", "layer": -2, "prefix": "an image of", "max_tokens": 5}]
-        given = [encoders[0], TextEncoderConfig(**encoders[1])] if online else None
+        given = [tiny_text_encoder, TextEncoderConfig("minilm", -2, "an image of", 5)] if online else None
         module = make(latents[0], online=online, text_encoder=given, denoiser=denoiser(caption_channels=[8, 384]))
         if online:
             module.statistics = statistics[0]
