@@ -377,7 +377,7 @@ class TextEncoder:
         """
         tokenizer = self.tokenizer
         texts = [""] * len(texts) if self.is_unconditional else [*texts]
-        ends = [] if tokenizer("").input_ids else [cast(int, tokenizer.eos_token_id)]
+        ends = [] if tokenizer.num_special_tokens_to_add() else [cast(int, tokenizer.eos_token_id)]
         limit = {"truncation": True, "max_length": self.max_tokens - len(ends)} if cut else {}
         ids = [tokens + ends for tokens in tokenizer(texts, **limit).input_ids] if texts else []
         if self.is_of_classes:

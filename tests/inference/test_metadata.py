@@ -258,7 +258,6 @@ def test_a_broken_chunk_is_refused_in_one_line(tmp_path, text):
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
-        ("settings", "prompt", ""),
         ("settings", "prompt", 3),
         ("settings", "steps", "__import__('os')"),
         ("settings", "seed", -1),
