@@ -268,11 +268,8 @@ def test_an_encoder_that_always_masks_computes_the_same_and_reads_nothing_from_t
 
 def test_another_layer_a_prefix_and_a_length_are_part_of_the_encoder(tmp_path):
     torch.manual_seed(0)
-    made = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(WORDS), eos_token_id=3, max_position_embeddings=20, **dict[str, Any](SIZES, num_hidden_layers=3)
-        )
-    ).eval()
+    sizes = dict[str, Any](SIZES, num_hidden_layers=3, vocab_size=len(WORDS), max_position_embeddings=20, eos_token_id=3)
+    made = CLIPTextModel(CLIPTextConfig(**sizes)).eval()
     save(tmp_path / "clip", made)
     name, plain = str(tmp_path / "clip"), TextEncoder.load(str(tmp_path / "clip"))
     encoder = TextEncoder.load(TextEncoderConfig(name, layer=-2, prefix="a green", max_tokens=4))
