@@ -56,6 +56,7 @@ OF_DISCRIMINATOR = ("--model.adversary", "--model.discriminator_optimiser")
 NORMALISED_BY = {"swd": "each", "softness": "first"}
 SHOWN = 8  # windows in the image
 AT_ONCE = 32  # images
+PATCHES = 32  # of a window at each level: 20,000 in all
 
 
 def digest(arguments: Sequence[str]) -> str:
@@ -148,7 +149,7 @@ def metrics(images: torch.Tensor, others: torch.Tensor, perceptual: PerceptualLo
     psnr = peak_signal_noise_ratio(others, images, data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean")
     found = {"psnr": float(psnr), "lpips": lpips}
     for name, by in NORMALISED_BY.items():
-        for level, distance in enumerate(pyramid_distances(images, others, normalised_by=by)):  # pyright: ignore[reportArgumentType]
+        for level, distance in enumerate(pyramid_distances(images, others, PATCHES, normalised_by=by)):  # pyright: ignore[reportArgumentType]
             found[f"{name}_{level}"] = distance
     return found
 
