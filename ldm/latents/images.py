@@ -95,17 +95,17 @@ class CaptionedImages(ImageDataset):
         """
         sizes: dict[int, Size | None] = {}
         if self.buckets is not None:
-            sizes = {row: self._size_of(row) for row in rows}
+            sizes = {row: self._encoded_size(row) for row in rows}
             order: dict[Size | None, int] = {size: place for place, size in enumerate(self.buckets.table)}
             rows = sorted(rows, key=lambda row: order.get(sizes[row], len(order)))
         for start in range(0, max(len(rows), 1), length):
             part = rows[start : start + length]
             groups: dict[Size | None, list[int]] = {}
             for row in part:
-                groups.setdefault(sizes[row] if row in sizes else self._size_of(row), []).append(row)
+                groups.setdefault(sizes[row] if row in sizes else self._encoded_size(row), []).append(row)
             yield part, [*groups.values()]
 
-    def _size_of(self, row: int) -> Size | None:
+    def _encoded_size(self, row: int) -> Size | None:
         """The size at which a sample is encoded; None where it cannot be told: decoding the sample gives the reason."""
         if self.image_size is not None:
             return self.image_size, self.image_size

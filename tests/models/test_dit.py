@@ -1,5 +1,5 @@
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -475,6 +475,6 @@ def test_tokens_of_several_text_encoders_have_projections_of_their_own(randomise
         ({"caption_channels": [16, 0]}, "caption_channels is 0"),
     ):
         with pytest.raises(UsageError, match=message):
-            DiT(**sizes | {"caption_channels": [16, 8]} | wrong)
+            DiT(**{**sizes, "caption_channels": [16, 8], **cast(Any, wrong)})
     with pytest.raises(UsageError, match="need the mask"):
         two(x, text.embeddings, t)
