@@ -314,9 +314,10 @@ def test_batches_of_images_in_buckets_are_each_of_one_size(tmp_path, workers, ca
     made = module(folder, workers=workers, **BUCKET)
     assert "1 of 10 images in" in caplog.text and "fit no bucket" in caplog.text
     batches = [batch for batch in islice(made.train_dataloader(), 9)]
+    assert made.buckets is not None and made.train_set.groups is not None
     table, groups = made.buckets.table, made.train_set.groups
     for batch in batches:
-        (group,) = {groups[sample] for sample in batch["draws"][:, 0].tolist()}
+        (group,) = {*groups[batch["draws"][:, 0]].tolist()}
         assert tuple(batch["image"].shape[2:]) == table[group]
     drawn = Counter(key for batch in batches for key in batch["key"])
     waiting = batches[-1]["position"].waiting

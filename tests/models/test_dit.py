@@ -213,6 +213,7 @@ def test_each_number_of_micro_conditioning_matters_and_only_where_it_is_asked_fo
     for on in (False, True):
         dit = randomised(make(micro_conditioning=on)).eval()
         plain, sizes = denoise(dit, x, timestep, condition), condition.sizes
+        assert sizes is not None
         assert takes_sizes(dit) == on and torch.equal(denoise(dit, x, timestep, condition._replace(sizes=sizes + 0)), plain)
         for number in range(6):
             other = sizes + 50 * torch.eye(6)[number]
@@ -279,6 +280,7 @@ def test_pixart_can_replace_it(sized):
     assert takes_sizes(pixart) == sized
     x, timestep, condition = inputs()
     output = denoise(pixart, x, timestep, condition)
+    assert condition.sizes is not None
     larger = denoise(pixart, x, timestep, condition._replace(sizes=2 * condition.sizes))
     assert torch.equal(output, larger) != sized
     assert output.shape == x.shape and output.abs().max() > 0
@@ -443,13 +445,14 @@ def test_micro_conditions_are_in_pixels_of_the_training_image():
     assert sizes.tolist() == [[800, 1000, 0, 64, 256, 192], [64, 48, 0, 0, 256, 192]]
     *_, condition = inputs(2)
     condition = condition._replace(sizes=sizes)
-    assert torch.equal(condition.repeat(2).rows(torch.tensor([1, 3])).sizes, sizes)
-    assert torch.equal(concatenate(condition, condition.pad(9)).sizes, sizes.repeat(2, 1))
+    repeated, joined = condition.repeat(2).rows(torch.tensor([1, 3])).sizes, concatenate(condition, condition.pad(9)).sizes
+    assert repeated is not None and torch.equal(repeated, sizes)
+    assert joined is not None and torch.equal(joined, sizes.repeat(2, 1))
 
 
 def test_tokens_of_several_text_encoders_have_projections_of_their_own(randomised):
     torch.manual_seed(0)
-    sizes = {name: value for name, value in SIZES.items() if name != "caption_channels"}
+    sizes: dict[str, Any] = {name: value for name, value in SIZES.items() if name != "caption_channels"}
     two = randomised(DiT(**sizes, caption_channels=[16, 8], pooled_text=["last", "none"])).eval()
     one = randomised(DiT(**sizes, caption_channels=16, pooled_text=["last"])).eval()
     one.load_state_dict({name: value for name, value in two.state_dict().items() if name in one.state_dict()})

@@ -109,7 +109,7 @@ def stage_two(autoencoder: Path, **settings: Any) -> DenoiserTraining:
         in_channels=4, sample_size=16, patch_size=4, width=32, num_layers=1, num_attention_heads=2, caption_channels=8
     )
     return DenoiserTraining(
-        denoiser, str(autoencoder), RectifiedFlow(), Velocity(), LogitNormal(), MuonConfig(3e-3), **settings
+        str(autoencoder), RectifiedFlow(), Velocity(), LogitNormal(), MuonConfig(3e-3), denoiser=denoiser, **settings
     )
 
 
