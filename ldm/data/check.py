@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.decode import IMAGE_EXTENSIONS, DecodeError, decode_pixels
-from ldm.data.image_sizes import image_sizes, sizes_of
+from ldm.data.image_sizes import holds_sizes, image_sizes, sizes_of
 from ldm.data.latent_schema import (
     EXPORT_AGAIN,
     NULL_TEXT_NAME,
@@ -97,7 +97,7 @@ def index_here(
     folder = require_folder(folder, "a folder of .tar shards")
     try:
         manifest, sizes = (require_output_file(folder / name) for name in (MANIFEST_NAME, SIZES_NAME))
-        if sizes.exists() and not manifest.exists():  # somebody else wrote it
+        if sizes.exists() and not manifest.exists() and not holds_sizes(sizes):  # somebody else wrote it
             raise UsageError(f"{sizes} would be overwritten; move it away")
     except UsageError as error:
         raise UsageError(f"{error}; or give a folder for the manifest: ldm shards index {folder} --out DIR") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +30,15 @@ def _size_of(reader: ShardReader, index: int) -> tuple[int, int]:
         return image_size_of(reader[index].image or b"")
     except DecodeError:
         return UNKNOWN
+
+
+def holds_sizes(path: Path) -> bool:
+    """Whether a file is an array as :func:`sizes_of` gives it."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        return False
+    return isinstance(array, np.ndarray) and array.dtype == np.int32 and array.ndim == 2 and array.shape[1] == 2
 
 
 def image_sizes(source: ShardSource) -> np.ndarray:

@@ -9,10 +9,11 @@ from PIL import Image
 
 from ldm.data.check import check_folder
 from ldm.data.decode import DecodeError, decode_image
-from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.manifest import IMAGE_SHARDS, SIZES_NAME, Manifest
 from ldm.data.shards import ShardReader, unread_images
 from ldm.data.writer import ShardWriter, encode_png, write_images
 from ldm.errors import LdmError, UsageError
+from ldm.files import sha256_file
 from tests.samples import write_tar
 
 
@@ -34,7 +35,7 @@ def test_what_is_written_is_read_back(folder):
         ("x-00001.tar", 3),
         ("x-00002.tar", 1),
     ]
-    assert manifest.extra == {"image_size": 5}
+    assert manifest.extra == {"image_size": 5, "sizes": sha256_file(folder / SIZES_NAME)}
     samples = [sample for entry in manifest.shards for sample in ShardReader(folder / entry.name)]
     for sample, (key, image, caption) in zip(samples, items(7), strict=True):
         assert sample.key == key and sample.captions == [caption]
