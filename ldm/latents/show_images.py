@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.data.buckets import Buckets, crop_box
+from ldm.data.buckets import Buckets, crop_box, cropped_share, enlargement
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.image_sizes import image_sizes
 from ldm.data.manifest import IMAGE_SHARDS
@@ -63,13 +63,13 @@ def show_images(folder: str | Path, out: str | Path, buckets: Buckets | None = N
 
 def _buckets(report: Report, dataset: ImageDataset, sizes: np.ndarray, buckets: Buckets) -> None:
     """What the buckets make of images of these ``sizes`` (N, 2), of which some may be unknown."""
-    which, table = buckets.assign(sizes), np.array(buckets.table)
+    which = buckets.assign(sizes)
     fits, known = which >= 0, sizes.min(1) > 0
-    (height, width), (into_height, into_width) = sizes[fits].astype(np.float64).T, table[which[fits]].T
-    across, down = height * into_width, width * into_height
+    pairs = zip(sizes[fits].tolist(), which[fits].tolist(), strict=True)
+    assigned = [(height, width, buckets.table[number]) for (height, width), number in pairs]
     cropped = np.zeros(len(sizes))
-    cropped[fits] = 1 - np.minimum(across, down) / np.maximum(across, down)
-    enlarged = int((np.maximum(into_height / height, into_width / width) > 1).sum())
+    cropped[fits] = [cropped_share(*each) for each in assigned]
+    enlarged = sum(enlargement(*each) > 1 for each in assigned)
     report.metrics(
         {
             "images in buckets": int(fits.sum()),
