@@ -290,6 +290,11 @@ def test_links_and_images_of_readmes_exist(readme: Path) -> None:
             assert not anchor or anchor in anchors(found), target
 
 
+def test_files_that_notice_names_exist() -> None:
+    named = re.findall(r"tools/[\w/.]+\w", (ROOT / "NOTICE").read_text())
+    assert len(named) >= 3 and all((ROOT / name).is_file() for name in named)
+
+
 # -- examples ------------------------------------------------------------------------------------------------------------
 
 
