@@ -5,27 +5,21 @@ Both are torchmetrics: they accumulate over batches and over processes. Images a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torchvision
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ldm.errors import UsageError, first_line
-from ldm.files import sha256_file
+from ldm.evaluation.features import load_feature_network
 
 DEAD_BELOW = 0.01
 # A spread of a thousandth of a channel's own size is below the precision of bf16 (2⁻⁸), and in float64 the fourth moment still
 # has four digits of it.
 CONSTANT_BELOW = 1e-3
-
-NETWORKS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}
 
 
 class LatentHealth(Metric):
@@ -127,30 +121,17 @@ class ReconstructionFID(FrechetInceptionDistance):
     def __init__(self, trunk: str):
         """
         Args:
-            trunk: the network that gives the features.
-
-                - ``inception``: torch-fidelity's Inception-v3, resizing as the first FIDs did: the published metric.
-                - ``alex-random``, ``vgg-random``: torchvision's convolutions with random weights of a fixed seed; offline.
-                - the path of torchvision's checkpoint of alexnet or vgg16.
+            trunk: the network that gives the features, as :func:`ldm.evaluation.features.load_feature_network` takes it; with
+                ``inception`` it is the published metric.
 
         Raises:
             UsageError: where the trunk is not available.
         """
-        if trunk == "inception":
-            network, self.name, self.description = _Inception(), "rfid", "rFID (inception)"
-        elif trunk in (names := [f"{name}-random" for name in NETWORKS]):
-            kind = trunk.removesuffix("-random")
-            network, self.name, self.description = _random(kind), f"rfid_{kind}_random", f"rFID ({kind}, random trunk)"
-        elif os.path.isfile(trunk):
-            kind, network = _pretrained(Path(trunk))
-            self.name, self.description = f"rfid_{kind}_{sha256_file(trunk)[:8]}", f"rFID ({kind}, {trunk})"
-        else:
-            raise UsageError(
-                f"the FID trunk {trunk} does not exist; give inception, {', '.join(names)} or the path of torchvision's "
-                "checkpoint of alexnet or vgg16"
-            )
+        network = load_feature_network(trunk)
+        # alone without a suffix, as the published metric is
+        self.name, self.description = f"rfid_{network.name}".removesuffix("_inception"), f"rFID ({network.description})"
         # every process sees the same images and computes the whole metric
-        super().__init__(feature=network.requires_grad_(False), normalize=True, sync_on_compute=False)
+        super().__init__(feature=network, normalize=True, sync_on_compute=False)
         self.inception.register_forward_hook(lambda _, given, features: features.cpu())
         self.eval()
 
@@ -172,88 +153,3 @@ class ReconstructionFID(FrechetInceptionDistance):
     def compute(self) -> Tensor:
         """The distance, (); rounding can leave that of equal sets a little under 0."""
         return super().compute().clamp(min=0)
-
-
-class _Inception(nn.Module):
-    """Inception-v3 as FID means it, on bytes: (B, 3, H, W) in [−1, 1] -> (B, 2048)."""
-
-    num_features = 2048
-
-    def __init__(self) -> None:
-        super().__init__()
-        others = "or take another FID trunk (alex-random, vgg-random, a checkpoint)"
-        try:
-            from torch_fidelity import (  # pyright: ignore[reportMissingImports]  an extra
-                feature_extractor_inceptionv3 as inception,
-            )
-        except ModuleNotFoundError as error:
-            raise UsageError(f"the FID trunk inception needs torch-fidelity: pip install torch-fidelity, {others}") from error
-        try:
-            self.network = inception.FeatureExtractorInceptionV3("inception-v3-compat", [str(self.num_features)])
-        except (OSError, RuntimeError) as error:
-            raise UsageError(
-                f"the weights of the FID trunk inception cannot be loaded ({first_line(error)}); put "
-                f"{inception.URL_INCEPTION_V3} into {torch.hub.get_dir()}/checkpoints, {others}"
-            ) from error
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(((images.clamp(-1, 1) + 1) * 127.5).round().byte())[0]
-
-
-class _Convolutions(nn.Module):
-    """The last features of torchvision's alexnet or vgg16, averaged over pixels: (B, 3, H, W) in [−1, 1] -> (B, num_features).
-
-    Images keep their own size, down to the one at which a layer would have no output.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, kind: str):
-        super().__init__()
-        with torch.device("meta"):  # neither memory nor time for the classifier, which is not used
-            features = NETWORKS[kind](weights=None).features
-        self.layers = features[:-1]  # without the last pooling
-        self.num_features = next(layer.out_channels for layer in reversed(self.layers) if isinstance(layer, nn.Conv2d))
-        self.smallest = {"alex": 31, "vgg": 16}[kind]
-        # ImageNet's, which these networks were trained with
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        if min(height, width) < self.smallest:
-            raise UsageError(
-                f"this FID trunk needs images of {self.smallest} pixels a side, not {width} x {height}; take larger"
-            )
-        return self.layers(((images + 1) / 2 - self.mean) / self.std).mean((2, 3))
-
-
-def _random(kind: str) -> _Convolutions:
-    """Weights that keep the variance from layer to layer (He et al. 2015, arXiv 1502.01852), the same ones each time."""
-    network = _Convolutions(kind)
-    network.layers.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for layer in network.layers:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            nn.init.zeros_(cast(Tensor, layer.bias))
-    return network
-
-
-def _pretrained(checkpoint: Path) -> tuple[str, _Convolutions]:
-    """The network whose torchvision checkpoint this is, and its kind."""
-    complaint = UsageError(f"{checkpoint} is not torchvision's checkpoint of alexnet or vgg16; give one of these as FID trunk")
-    try:
-        weights = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        weights = {name.removeprefix("features."): w for name, w in weights.items() if name.startswith("features.")}
-        shapes = {name: weight.shape for name, weight in weights.items() if weight.isfinite().all()}
-    except Exception as error:  # bytes that are not torch's make its readers raise anything
-        raise complaint from error
-    for kind in NETWORKS:
-        network = _Convolutions(kind)
-        expected = network.layers.state_dict()
-        if shapes == {name: w.shape for name, w in expected.items()}:
-            network.layers.load_state_dict(weights, assign=True)
-            return kind, network
-    raise complaint

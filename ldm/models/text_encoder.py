@@ -227,9 +227,13 @@ def _mask(**options: Any) -> Tensor | None:
 def text_encoder_hash(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     """Hex sha256 of a text encoder's weights, rounded to ``dtype`` if given, architecture and tokenizer: of all that determines
     an embedding."""
-    architecture = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_ARCHITECTURE}
     tokens = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map, "length": max_tokens(tokenizer)}
-    return network_hash(model, architecture | tokens, dtype)
+    return network_hash(model, architecture_of(model) | tokens, dtype)
+
+
+def architecture_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The entries of a config that determine what the network computes."""
+    return {name: value for name, value in model.config.to_diff_dict().items() if name not in _NOT_ARCHITECTURE}
 
 
 def _folders_of(name_or_path: str) -> tuple[Path, Path] | None:

@@ -206,7 +206,7 @@ class TestReconstructionFID:
         names = [metric.name for metric in (fid, vgg, given, ReconstructionFID(str(tmp_path / "vgg.pth")))]
         digests = [sha256_file(tmp_path / name)[:8] for name in ("alexnet.pth", "vgg.pth")]
         assert names == ["rfid_alex_random", "rfid_vgg_random", f"rfid_alex_{digests[0]}", f"rfid_vgg_{digests[1]}"]
-        assert fid.description == "rFID (alex, random trunk)" and str(path) in given.description
+        assert fid.description == "rFID (alex, random weights)" and str(path) in given.description
         # and the checkpoint's convolutions are what it measures with: all but the last pooling, on ImageNet's scale
         images = make_images(0, 4)
         with torch.no_grad():
@@ -231,18 +231,16 @@ class TestReconstructionFID:
         with pytest.raises(UsageError, match="31 pixels a side, not 64 x 30"):
             fid.update(torch.zeros(1, 3, 30, 64), real=True)
 
-    def test_a_trunk_that_cannot_be_had_is_one_line_with_the_mend(self, tmp_path, monkeypatch):
+    def test_a_trunk_that_cannot_be_had_is_one_line_with_the_mend(self, tmp_path):
         torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
         torch.save([1], tmp_path / "list.pth")
         (tmp_path / "text.pth").write_text("not a checkpoint")
-        monkeypatch.setitem(sys.modules, "torch_fidelity", None)
         for trunk, named in {
-            "resnet": "resnet does not exist; give inception, alex-random, vgg-random or the path",
+            "resnet": "resnet does not exist; give one of inception, dinov2, clip, alex-random, vgg-random, a hub name",
             "squeeze-random": "squeeze-random does not exist",
             str(tmp_path / "other.pth"): "other.pth is not torchvision's checkpoint of alexnet or vgg16",
             str(tmp_path / "list.pth"): "list.pth is not torchvision's checkpoint",
             str(tmp_path / "text.pth"): "text.pth is not torchvision's checkpoint",
-            "inception": "pip install torch-fidelity",
         }.items():
             with pytest.raises(UsageError) as error:
                 ReconstructionFID(trunk)
