@@ -27,7 +27,16 @@ from ldm.diffusion.conditioning import Condition, join_encoders, takes_sizes
 from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.guidance import ClassifierFree, Conversion, Guidance, GuidedDenoiser
 from ldm.diffusion.sampler import Sampler
-from ldm.diffusion.scheduler import Diffusion, Scheduler, check_scheduler, diffusion_config, diffusion_from, diffusion_of
+from ldm.diffusion.scheduler import (
+    Diffusion,
+    Scheduler,
+    check_scheduler,
+    diffusion_config,
+    diffusion_from,
+    diffusion_of,
+    resolution_shift_from,
+)
+from ldm.diffusion.timesteps import ResolutionShift
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_bytes, read_json, require_version
 from ldm.images import MAX_IMAGE_BYTES, DecodeError
@@ -144,7 +153,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             trained_on: what the denoiser's latents were made with: sha256 of ``autoencoder``, the text encoders,
                 ``latent_statistics``, ``latent_shape`` of the default size, and ``latent_shapes`` where it was trained on
                 several; kept in ``model_index.json``, see :meth:`check_parts`.
-            diffusion: path and prediction of the denoiser, as :func:`ldm.diffusion.scheduler.diffusion_config` gives them;
+            diffusion: path and prediction of the denoiser and, where its times were shifted by the size of latents, that
+                shift, as :func:`ldm.diffusion.scheduler.diffusion_config` gives them;
                 kept in ``model_index.json``. Where it is not given, it is derived from ``scheduler``.
             format_version: of the ``model_index.json`` that it was loaded from; it is saved as the present one.
             fingerprints: of the parts, as :meth:`save_pretrained` wrote them to ``model_index.json``.
@@ -180,6 +190,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if self.config["diffusion"] is None:
             raise UsageError("the pipeline was made without a scheduler and without diffusion; give one of them")
         return diffusion_from(self.config["diffusion"])
+
+    @cached_property
+    def resolution_shift(self) -> ResolutionShift:
+        """By what the samplers' noise levels are shifted at each size: as times were in training."""
+        return resolution_shift_from(self.config["diffusion"] or {})
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> LatentDiffusionPipeline:
@@ -251,6 +266,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                     f"{place} {found[:12]}, but its denoiser was trained with {recorded[0][:12]}; put that one back"
                 )
         check_scheduler(self.scheduler, *self.diffusion)
+        _ = self.resolution_shift  # refused where it is none
         config = self.transformer.config
         channels, *sides = before.get("latent_shape") or (config.in_channels, config.sample_size)
         # older pipelines have no record of the config, but their sample_size is the longer side
@@ -470,7 +486,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         guidance = guidance or ClassifierFree(guidance_scale)
         prepared = None if image is None else self.prepare_images(image, mask_image, height, width)
         if prepared is not None:
-            height, width = (side + -side % self.size_unit for side in (prepared.height, prepared.width))
+            height, width = self._generated_size(prepared)
         embeds = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
         condition, null = self._conditions(prompt, negative_prompt, embeds, prepared, latents)
         condition, null = condition.repeat(num_images_per_prompt), null.repeat(num_images_per_prompt)
@@ -478,9 +494,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         generators = _generators(generator, count, device)
         if latents is not None:
             self._check_latents(latents, count, height, width)
+            height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
         shape = self.latent_shape(count, height, width)
         if sampler is None:
-            sampler = self.make_sampler(num_inference_steps, strength, prepared)
+            sampler = self.make_sampler(num_inference_steps, strength, prepared, height=height, width=width)
+        elif sampler.shift != (shift := self.resolution_shift.at(*shape[2:])):
+            raise UsageError(
+                f"the sampler shifts noise levels by {sampler.shift:.4g}, but this size needs {shift:.4g}; make it by "
+                "make_sampler with this height and width"
+            )
         if prepared is not None:
             prepared = prepared.to(device, count)
         if latents is None:
@@ -547,9 +569,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         prepared = self.prepare_images(image, None, height, width)
         condition, null = self._conditions(prompt, None, (None, None, None, None), prepared, None)
         prepared = prepared.to(self._execution_device, len(condition.mask))
-        sampler = self.make_sampler(num_inference_steps)
-        x0 = encode_latents(self.vae, prepared.images)
         size = prepared.images.shape[2:]
+        sampler = self.make_sampler(num_inference_steps, height=size[0], width=size[1])
+        x0 = encode_latents(self.vae, prepared.images)
         condition, null = (self.with_sizes(each, size) for each in (condition, null))
         guided = self._guided(condition, null, ClassifierFree(guidance_scale))
         with self._progress(num_inference_steps) as progress:
@@ -563,13 +585,19 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         strength: float | None = None,
         image: PreparedImages | None = None,
         scheduler: Scheduler | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Sampler:
-        """The sampler of a number of steps from noise, or from ``image``; of the pipeline's scheduler unless given. Raises
-        UsageError for a scheduler that does not fit the denoiser, or steps that it cannot take."""
+        """The sampler of a number of steps from noise, or from ``image``; of the pipeline's scheduler unless given. For images
+        of ``height`` and ``width`` pixels, as :meth:`__call__` takes them. Raises UsageError for a scheduler that does not fit
+        the denoiser, steps that it cannot take, or a size that cannot be generated."""
+        if image is not None:
+            height, width = self._generated_size(image)
+        shift = self.resolution_shift.at(*self.latent_shape(1, height, width)[2:])
         if strength is None:
             strength = 1.0 if image is None or image.mask is not None else STRENGTH
         return Sampler(
-            scheduler or self.scheduler, *self.diffusion, num_inference_steps, self._execution_device, strength=strength
+            scheduler or self.scheduler, *self.diffusion, num_inference_steps, self._execution_device, strength, shift
         )
 
     def prepare_images(
@@ -660,6 +688,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def size_unit(self) -> int:
         """Pixels that heights and widths are multiples of."""
         return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def _generated_size(self, image: PreparedImages) -> tuple[int, int]:
+        """Height and width in pixels at which an image is generated: its own, up to the next multiples of the unit."""
+        height, width = (side + -side % self.size_unit for side in (image.height, image.width))
+        return height, width
 
     def latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """(B, C, h, w) of images of ``height`` and ``width`` pixels, the size trained on unless given. Raises UsageError for a

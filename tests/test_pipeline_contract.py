@@ -10,6 +10,9 @@ import torch
 from diffusers.callbacks import PipelineCallback
 from PIL import Image
 
+from ldm.diffusion.path import RectifiedFlow
+from ldm.diffusion.prediction import Velocity
+from ldm.diffusion.scheduler import diffusion_config
 from ldm.errors import LdmError, UsageError
 from ldm.inference.generate import ImageGenerator
 from ldm.inference.settings import GenerationSettings
@@ -18,6 +21,7 @@ from ldm.models.text_encoder import text_encoder_hash, unknown_words
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
 
 PROMPT = "a red circle"
+DIFFUSION = diffusion_config(RectifiedFlow(), Velocity())
 NOISE = torch.zeros(1, 4, 8, 8)
 
 
@@ -357,6 +361,8 @@ SCHEDULER, TEXT, TOKENIZER = "scheduler/scheduler_config.json", "text_encoder/co
         (INDEX, {"trained_on": {"autoencoder": 5}}, r"model_index.json: trained_on.autoencoder: "),
         (INDEX, {"fingerprints": {"autoencoder": "x"}}, r"model_index.json: fingerprints.autoencoder: "),
         (INDEX, {"diffusion": {"path": 3}}, "model_index.json: diffusion.path: "),
+        (INDEX, {"diffusion": DIFFUSION | {"resolution_shift": {"side": 3}}}, "resolution_shift of model_index.json is"),
+        (INDEX, {"diffusion": DIFFUSION | {"resolution_shift": {"shift": 0}}}, "ResolutionShift: shift is 0"),
         (INDEX, {"diffusion": {"path": {"class_path": 3, "init_args": {}}, "prediction": {}}}, "diffusion of model_index.json"),
         (INDEX, {"format_version": "new"}, "model_index.json: the pipeline has format version 'new'"),
     ],

@@ -63,6 +63,7 @@ class Sampler:
         num_inference_steps: int,
         device: torch.device | str = "cpu",
         strength: float = 1.0,
+        shift: float = 1.0,
     ):
         """
         Args:
@@ -71,6 +72,8 @@ class Sampler:
             num_inference_steps: steps of the scheduler; ``heun`` evaluates the denoiser twice in each but the last.
             strength: share of the steps that is taken, the last ones, from a noised image (Meng et al. 2021, SDEdit, arXiv
                 2108.01073); rounded down, as diffusers does. 1 is all of them, from noise alone.
+            shift: of the noise levels, on top of the scheduler's own, by :func:`ldm.diffusion.timesteps.shift_time`; on
+                :class:`RectifiedFlow` alone.
 
         Raises:
             UsageError: for a scheduler that does not fit the model, a number of steps it cannot take, or a strength that
@@ -86,7 +89,7 @@ class Sampler:
             raise UsageError(f"strength is {shown}; give a number above 0 (the image as it is) and up to 1 (all anew)")
         scheduler = copy.deepcopy(scheduler)
         try:
-            set_timesteps(scheduler, num_inference_steps, device)
+            set_timesteps(scheduler, num_inference_steps, device, shift)
         except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # its config may hold anything
             raise UsageError(
                 f"{type(scheduler).__name__} cannot take {num_inference_steps} steps: {first_line(error)}"
@@ -117,7 +120,7 @@ class Sampler:
         first = (steps - taken) * order
         if set_begin_index is not None:
             set_begin_index(first)  # otherwise it looks its timestep up, which rounding may have made two of
-        self.scheduler = scheduler
+        self.scheduler, self.shift = scheduler, shift
         self.timesteps, t = scheduler.timesteps[first:], t[first:]
         self.from_noise = first == 0
         wanted = wanted_prediction(scheduler, path)
@@ -219,15 +222,21 @@ class Sampler:
         return y
 
 
-def set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.device | str) -> None:
+def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device | str, shift: float = 1.0) -> None:
     """diffusers' own, but for three flow schedulers, whose sigmas end …, 0.001, 0: their last step moves by a thousandth. They
     get sigmas evenly spaced from 1 to 0, as diffusers' pipelines of flow models pass them, then shifted as their config says.
+
+    Args:
+        shift: of a flow scheduler, which its config's is multiplied by.
     """
+    if shift != 1 and not isinstance(scheduler, EVENLY_SPACED):
+        scheduler.register_to_config(flow_shift=shift * scheduler.config.flow_shift)
     scheduler.set_timesteps(num_inference_steps, device=device)
     if not isinstance(scheduler, EVENLY_SPACED):
         return
     # of the three only this one takes sigmas and shifts them
-    euler: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    shift *= scheduler.config.get("shift", 1.0)
+    euler: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, shift=shift)
     sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
     euler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
     scheduler.timesteps, scheduler.sigmas = euler.timesteps, euler.sigmas

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ldm.diffusion.path import NUM_TRAIN_TIMESTEPS, ProbabilityPath, RectifiedFlow, VarianceExploding, VariancePreserving
 from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Prediction, V, Velocity
+from ldm.diffusion.timesteps import ResolutionShift, TimestepSampler
 from ldm.errors import UsageError
 
 
@@ -225,9 +226,18 @@ def wanted_prediction(scheduler: Scheduler, path: ProbabilityPath) -> Prediction
     return PREDICTION_TYPES[prediction_type]()
 
 
-def diffusion_config(path: ProbabilityPath, prediction: Prediction) -> dict[str, dict[str, Any]]:
-    """Path and prediction as JSON, ``class_path`` and ``init_args`` as in YAML; see :func:`diffusion_from`."""
-    return {"path": _describe(path), "prediction": _describe(prediction)}
+def diffusion_config(
+    path: ProbabilityPath, prediction: Prediction, timesteps: TimestepSampler | None = None
+) -> dict[str, dict[str, Any]]:
+    """Path and prediction as JSON, ``class_path`` and ``init_args`` as in YAML; see :func:`diffusion_from`.
+
+    With the density of t in training that shifts by the size of latents, also its shift, where samplers follow it: on
+    :class:`RectifiedFlow`; see :func:`resolution_shift_from`.
+    """
+    shift = getattr(timesteps, "resolution_shift", ResolutionShift())
+    followed = isinstance(path, RectifiedFlow) and shift.base_side is not None
+    described = {"path": _describe(path), "prediction": _describe(prediction)}
+    return described | ({"resolution_shift": asdict(shift)} if followed else {})
 
 
 def diffusion_from(description: dict[str, dict[str, Any]]) -> Diffusion:
@@ -239,6 +249,15 @@ def diffusion_from(description: dict[str, dict[str, Any]]) -> Diffusion:
         raise UsageError(
             f"diffusion of model_index.json cannot be read ({type(error).__name__}: {error}); restore it"
         ) from error
+
+
+def resolution_shift_from(description: dict[str, dict[str, Any]]) -> ResolutionShift:
+    """The shift of what :func:`diffusion_config` gave; none where it has none. Raises UsageError for what is no shift."""
+    found = description.get("resolution_shift", {})
+    try:
+        return ResolutionShift(**found)
+    except TypeError as error:
+        raise UsageError(f"resolution_shift of model_index.json is {found!r}; restore it") from error
 
 
 def diffusion_of(scheduler: Scheduler) -> Diffusion:

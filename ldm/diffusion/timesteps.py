@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -16,6 +17,26 @@ from ldm.errors import UsageError
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """t ← shift·t / (1 + (shift − 1)·t): more noise for larger images (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class ResolutionShift:
+    """The shift of :func:`shift_time` by the size of latents (Esser et al. 2024, section 5.3.2).
+
+    Attributes:
+        shift: that of square latents of side ``base_side``, or of all sizes where that is None.
+        base_side: in latent pixels.
+    """
+
+    shift: float = 1.0
+    base_side: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, shift=self.shift, base_side=1 if self.base_side is None else self.base_side)
+
+    def at(self, height: int, width: int) -> float:
+        """The shift of latents of a size: shift·√(H·W) / base_side."""
+        return self.shift if self.base_side is None else self.shift * math.sqrt(height * width) / self.base_side
 
 
 class TimestepSampler(ABC):
@@ -34,19 +55,18 @@ class ShiftedSampler(TimestepSampler):
         Args:
             shift: of :func:`shift_time`; 1 for none, more for more noise.
             base_side: side of the square latents, in latent pixels, for which ``shift`` holds; for others it is multiplied
-                by √(H·W) / base_side (Esser et al. 2024, section 5.3.2). Without it, ``shift`` holds for every size.
+                by √(H·W) / base_side (Esser et al. 2024, section 5.3.2), and the pipeline of a rectified flow shifts the steps
+                of its samplers alike. Without it, ``shift`` holds for every size, and for training alone.
         """
         require_positive(self, shift=shift, base_side=1 if base_side is None else base_side)
-        self.shift, self.base_side = shift, base_side
+        self.resolution_shift = ResolutionShift(shift, base_side)
 
     @abstractmethod
     def sample(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Sample ``batch_size`` times before the shift."""
 
     def __call__(self, x0: Tensor, path: ProbabilityPath, generator: torch.Generator | None = None) -> Tensor:
-        height, width = x0.shape[-2:]
-        shift = self.shift if self.base_side is None else self.shift * math.sqrt(height * width) / self.base_side
-        return shift_time(self.sample(len(x0), x0.device, generator), shift)
+        return shift_time(self.sample(len(x0), x0.device, generator), self.resolution_shift.at(*x0.shape[-2:]))
 
 
 class Uniform(ShiftedSampler):

@@ -148,7 +148,7 @@ def deterministic_sampler(pipeline: LatentDiffusionPipeline, settings: Generatio
             f"scheduler {settings.scheduler or type(scheduler).__name__} adds noise at every step, so that neighbouring frames "
             f"would differ by chance; choose one of: {', '.join(names)}"
         )
-    return pipeline.make_sampler(settings.steps, scheduler=scheduler)
+    return pipeline.make_sampler(settings.steps, scheduler=scheduler, height=settings.height, width=settings.width)
 
 
 def generate_frames(

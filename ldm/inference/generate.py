@@ -231,7 +231,8 @@ class ImageGenerator:
             image = pipeline.prepare_images(self.inputs.image(shared.image), mask, shared.height, shared.width)
         if shared.weak is not None:
             _check_weak(pipeline, self.inputs.model(shared.weak))
-        return Prepared(pipeline.make_sampler(shared.steps, shared.strength, image, scheduler), image)
+        sampler = pipeline.make_sampler(shared.steps, shared.strength, image, scheduler, shared.height, shared.width)
+        return Prepared(sampler, image)
 
     def _encode(self, prompts: tuple[str, ...], negatives: tuple[str, ...]) -> tuple[Condition, Condition]:
         fits = self.fit(prompts + negatives)

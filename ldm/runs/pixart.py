@@ -71,6 +71,9 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
         scheduler=fitting_scheduler(pipeline),  # pyright: ignore[reportArgumentType]  it runs the one for EDM as well
     ).save_pretrained(folder)
     remarks = []
+    if pipeline.resolution_shift.base_side is not None and len(pipeline.trained_sizes) > 1:
+        shown = "{1}x{0}".format(*pipeline.default_size)
+        remarks.append(f"for other sizes than {shown} change flow_shift in its scheduler's config: it does not follow the size")
     if transformer.config["sample_size"] not in BINNED_SIZES or pipeline.vae_scale_factor != 8:
         remarks.append("call it with use_resolution_binning=False: its list of image sizes does not hold this model's")
     side = transformer.config["sample_size"] * pipeline.vae_scale_factor
@@ -83,13 +86,15 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
 
 
 def fitting_scheduler(pipeline: LatentDiffusionPipeline) -> SchedulerMixin:
-    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095) for the pipeline's model, with the shift of its scheduler.
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095) for the pipeline's model, with the shift of its scheduler, and that of
+    its default size.
 
     Raises:
         UsageError: it does not take the network's prediction, which ``PixArtAlphaPipeline`` does not convert.
     """
-    shift = {"flow_shift": pipeline.scheduler.config.shift} if "shift" in pipeline.scheduler.config else {}
-    scheduler = make_scheduler("dpm++2m", *pipeline.diffusion, **shift)
+    config, by_size = pipeline.scheduler.config, pipeline.resolution_shift.at(*pipeline.latent_shape(1, None, None)[2:])
+    shift = config.get("shift", 1.0) * by_size
+    scheduler = make_scheduler("dpm++2m", *pipeline.diffusion, **({} if shift == 1 else {"flow_shift": shift}))
     predicted, wanted = type(pipeline.diffusion.prediction), type(wanted_prediction(scheduler, pipeline.diffusion.path))
     if predicted is not wanted:
         raise UsageError(

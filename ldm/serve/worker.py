@@ -112,11 +112,11 @@ class Worker:
         try:
             prepared = request.start and self.pipeline.prepare_images(request.start, None, settings.height, settings.width)
             composite = prepared is not None and prepared.mask is not None
-            scheduler = scheduler_for(self.pipeline, settings)
+            scheduler, size = scheduler_for(self.pipeline, settings), (settings.height, settings.width)
             image = self.pipeline(
                 settings.prompt,
                 negative_prompt=settings.negative,
-                sampler=self.pipeline.make_sampler(settings.steps, settings.strength, prepared, scheduler),
+                sampler=self.pipeline.make_sampler(settings.steps, settings.strength, prepared, scheduler, *size),
                 guidance=settings.rule(),
                 width=settings.width,
                 height=settings.height,

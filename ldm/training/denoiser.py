@@ -344,7 +344,7 @@ class DenoiserTraining(TrainingModule):
         self.log_dict(metrics)
 
     def _diffusion(self) -> dict[str, Any]:
-        return diffusion_config(self.objective.path, self.objective.prediction)
+        return diffusion_config(self.objective.path, self.objective.prediction, self.objective.timesteps)
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The model as a pipeline that shares the networks and their current weights."""

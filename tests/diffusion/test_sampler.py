@@ -11,6 +11,7 @@ from ldm.diffusion.path import RectifiedFlow, VarianceExploding, VariancePreserv
 from ldm.diffusion.prediction import X0, Epsilon, Preconditioned, Score, V, Velocity
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.scheduler import make_scheduler, samplers_for
+from ldm.diffusion.timesteps import shift_time
 from ldm.errors import LdmError, UsageError
 
 PATHS = {
@@ -258,6 +259,18 @@ def test_flow_samplers_take_even_steps_from_noise_to_data_and_shift_them(name):
     assert levels(plain) == [1.0, 0.75, 0.5, 0.25]
     shifted = type(plain).from_config(make_scheduler("euler", RectifiedFlow(), Velocity(), shift=3.0).config)
     assert levels(shifted) == pytest.approx([1.0, 0.9, 0.75, 0.5])  # 3s / (1 + 2s)
+
+
+@pytest.mark.parametrize("name", samplers_for(RectifiedFlow(), Velocity()))
+def test_a_shift_by_size_is_that_of_training_whatever_the_sampler(name):
+    def times(by_size=1.0, **options):
+        scheduler = make_scheduler(name, RectifiedFlow(), Velocity(), **options)
+        return Sampler(scheduler, RectifiedFlow(), Velocity(), 5, shift=by_size).t
+
+    torch.testing.assert_close(times(2.5), shift_time(times(), 2.5), rtol=0, atol=1e-6)
+    key = "shift" if name in ("euler", "heun") else "flow_shift"
+    if name != "euler-ancestral":  # has none of its own
+        torch.testing.assert_close(times(2.0, **{key: 1.5}), shift_time(times(), 3.0), rtol=0, atol=1e-6)
 
 
 def test_an_answer_that_is_not_finite_stops_the_walk_at_its_step():

@@ -28,7 +28,7 @@ from ldm.data.sources import open_source
 from ldm.data.writer import write_images
 from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
-from ldm.diffusion.timesteps import LogitNormal, Uniform
+from ldm.diffusion.timesteps import LogitNormal, Uniform, shift_time
 from ldm.errors import LdmError, UsageError
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder, set_latent_statistics, statistics_hash
@@ -267,8 +267,11 @@ def test_several_sizes_train_together_and_can_be_sampled(
     assert [record.getMessage()[:5] for record in caplog.records] == ["64x64"]
 
 
-def test_a_step_sees_its_own_size_alone(latents: tuple[Path, Path], three_sizes: Path, randomised: Callable) -> None:
-    """With ``base_side`` times are shifted by the size of the batch; all else is that of a set of one size."""
+def test_a_step_sees_its_own_size_alone(
+    latents: tuple[Path, Path], three_sizes: Path, randomised: Callable, tmp_path: Path
+) -> None:
+    """With ``base_side`` times are shifted by the size of the batch, in sampling as in training; all else is that of a set of
+    one size."""
     data = ShardDataModule(str(three_sizes), str(three_sizes), batch_size=2)
     data.setup("fit")
     module = make(latents[0], timesteps=LogitNormal(base_side=8))
@@ -284,6 +287,22 @@ def test_a_step_sees_its_own_size_alone(latents: tuple[Path, Path], three_sizes:
         torch.testing.assert_close(batch["t"], noise["t"])
         assert torch.equal(batch["eps"], noise["eps"])
         assert module.loss_terms(batch)["train/loss"].isfinite()
+    module.save(tmp_path)
+    pipeline, sizes = load_pipeline(tmp_path), {"height": 40, "width": 24}
+    pipeline.set_progress_bar_config(disable=True)
+    training = LogitNormal(shift=(20 * 12) ** 0.5 / 8)
+    assert torch.equal(
+        pipeline.make_sampler(4, **sizes).t,
+        shift_time(torch.tensor([1.0, 0.75, 0.5, 0.25]), training.resolution_shift.at(20, 12)),
+    )
+    noise = torch.randn(1, 4, 20, 12)
+    by_latents, by_size = (
+        pipeline("a red ring", latents=noise, num_inference_steps=2, output_type="latent", **given).images
+        for given in ({}, {"sampler": pipeline.make_sampler(2, **sizes)} | sizes)
+    )
+    assert torch.equal(by_latents, by_size)
+    with pytest.raises(UsageError, match=r"shifts noise levels by 1\.936, but this size needs 2; make"):
+        pipeline("a red ring", sampler=pipeline.make_sampler(2, **sizes), height=32, width=32)
 
 
 def test_modes_and_mirrored_latents_can_be_trained_on(
