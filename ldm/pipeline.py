@@ -180,8 +180,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         )
         if diffusion is None and scheduler is not None:
             self.register_to_config(diffusion=diffusion_config(*diffusion_of(cast(Scheduler, scheduler))))
-        self._unknown: set[str] = set()  # words that were named already
-        self._far: set[tuple[int, int]] = set()  # sizes that were named already
+        self.warned: set[str | tuple[int, int]] = set()  # words and sizes that a warning named already
         self.vae_scale_factor = downsampling_factor(vae) if vae is not None else 8
 
     @cached_property
@@ -343,9 +342,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 _log.warning("%s and does not see its end", what)
                 tokens = encoder.tokenize(texts, cut=True)
             found.append(tokens)
-        unknown = set.intersection(*({*encoder.unknown_words(texts)} for encoder in encoders)) - self._unknown
+        unknown = set.intersection(*({*encoder.unknown_words(texts)} for encoder in encoders)) - self.warned
         if unknown:
-            self._unknown |= unknown
+            self.warned |= unknown
             _log.warning("the text encoder does not know these words: %s", ", ".join(map(repr, sorted(unknown))))
         return [[*ids] for ids in zip(*found, strict=True)]
 
@@ -362,21 +361,32 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         original_size: Sequence[int] | None = None,
         crops_coords_top_left: Sequence[int] = (0, 0),
     ) -> Condition:
-        """A condition that also holds the sizes which a denoiser with micro-conditioning takes; for another denoiser the
-        condition as it is. Arguments as in :meth:`__call__`, all (height, width). Raises UsageError for sizes that are none, or
-        that the denoiser does not take."""
+        """A condition that also holds :meth:`size_condition`, where the denoiser takes it."""
+        numbers = self.size_condition(size, original_size, crops_coords_top_left)
+        if numbers is None:
+            return condition
+        sizes = torch.tensor(numbers, dtype=torch.float32, device=condition.mask.device)
+        return condition._replace(sizes=sizes.expand(len(condition.mask), -1))
+
+    def size_condition(
+        self,
+        size: Sequence[int],
+        original_size: Sequence[int] | None = None,
+        crops_coords_top_left: Sequence[int] = (0, 0),
+    ) -> tuple[int, ...] | None:
+        """The six numbers of a denoiser with micro-conditioning; None for another denoiser. Arguments as in :meth:`__call__`,
+        all (height, width). Raises UsageError for sizes that are none, or that the denoiser does not take."""
         if not takes_sizes(self.transformer):
             if original_size is not None or tuple(crops_coords_top_left) != (0, 0):
-                raise UsageError("the denoiser was made without micro-conditioning; leave out original_size and the crop")
-            return condition
+                raise UsageError("the denoiser was made without micro-conditioning; leave out the original size and the crop")
+            return None
         numbers = (*(size if original_size is None else original_size), *crops_coords_top_left, *size)
         if len(numbers) != 6 or not all(type(number) is int and 0 <= number <= MAX_ORIGINAL for number in numbers):
             raise UsageError(
                 f"original_size is {original_size!r} and crops_coords_top_left {crops_coords_top_left!r}; give two whole "
                 "numbers, in pixels"
             )
-        sizes = torch.tensor(numbers, dtype=torch.float32, device=condition.mask.device)
-        return condition._replace(sizes=sizes.expand(len(condition.mask), -1))
+        return numbers
 
     @torch.no_grad()
     def encode_images(self, image: Images, height: int | None = None, width: int | None = None) -> Tensor:
@@ -713,8 +723,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             return max(height / size[0], size[0] / height, width / size[1], size[1] / width)
 
         nearest = min(self.trained_sizes, key=distance)
-        if distance(nearest) > FAR and (height, width) not in self._far:
-            self._far.add((height, width))
+        if distance(nearest) > FAR and (height, width) not in self.warned:
+            self.warned.add((height, width))
             _log.warning(
                 "%dx%d is far from the sizes that the model was trained on, the nearest is %dx%d; objects may repeat or be cut",
                 *(width, height, *reversed(nearest)),

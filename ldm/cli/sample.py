@@ -52,6 +52,12 @@ def add(commands: Commands) -> None:
     image.add_argument("--seed", type=int, help="of the first image; the next ones count on (default: 0)")
     image.add_argument("--negative", help="negative prompt")
     image.add_argument("--size", metavar="WxH", help="in pixels, or one number (default: what the model was trained on)")
+    original = "of a model with micro-conditioning: size of the image it would have been made from (default: --size)"
+    image.add_argument("--original-size", metavar="WxH", help=original)
+    for name in ("left", "top"):
+        image.add_argument(
+            f"--crop-{name}", type=int, metavar="N", help="likewise, where it would have been cropped (default: 0)"
+        )
     image.add_argument("--image", metavar="FILE", help="image to start from")
     image.add_argument("--strength", type=float, help="how far to leave it, 0 to 1")
     image.add_argument("--mask", metavar="FILE", help="image that is white where --image is regenerated")
@@ -168,8 +174,9 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
     names = [field.name for field in fields(GenerationSettings)]
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    if options.size is not None:
-        given["width"], given["height"] = parse_size(options.size)
+    for which in ("", "original_"):
+        if (size := getattr(options, f"{which}size")) is not None:
+            given[f"{which}width"], given[f"{which}height"] = parse_size(size, f"{which}size")
     return given
 
 

@@ -145,7 +145,7 @@ class ShardDataModule(LightningDataModule):
         self.reads_captions = True
         #: train on samples of the largest size alone, which need the most memory
         self.only_largest = False
-        #: of the module that is trained; True: the original sizes and crops of latents are read, too
+        #: of the module that is trained; True: the original sizes and crops of images are read, too
         self.reads_sizes = False
         #: called about once a second while a batch is awaited; its exception ends the wait
         self.on_wait: Callable[[], None] = nothing
@@ -167,7 +167,8 @@ class ShardDataModule(LightningDataModule):
         self, sources: list[ShardSource], image_size: int | None, augmentation: Augmentation, buckets: Buckets | None
     ) -> ImageDataset | LatentDataset:
         if sources[0].manifest.format != LATENT_SHARDS:
-            dataset = ImageDataset(sources, image_size, augmentation, self.require_captions, self.reads_captions, buckets)
+            captions = self.require_captions, self.reads_captions
+            dataset = ImageDataset(sources, image_size, augmentation, *captions, buckets, self.reads_sizes)
             self._require_fits(dataset)
         else:
             self._check_latents(sources, augmentation)

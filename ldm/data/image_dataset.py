@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ldm.data.buckets import Buckets, Size, crop_box, scaled_side
-from ldm.data.decode import DecodeError, decode_pixels, image_size_of
+from ldm.data.decode import DecodeError, decode_json, decode_pixels, image_size_of
 from ldm.data.image_sizes import image_sizes
 from ldm.data.manifest import IMAGE_SHARDS, ShardEntry
 from ldm.data.plan import PlannedSample
@@ -26,6 +26,7 @@ from ldm.data.sources import ShardSource
 from ldm.errors import LdmError, UsageError
 
 Crop = Literal["centre", "random", "window", "bucket"]
+SIZES = ("original_size", "crop")  # of a sample, for micro-conditioning
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class ImageDataset(ShardDataset[ShardReader]):
         require_captions: bool = True,
         read_captions: bool = True,
         buckets: Buckets | None = None,
+        read_sizes: bool = False,
     ):
         """
         Args:
@@ -91,13 +93,15 @@ class ImageDataset(ShardDataset[ShardReader]):
             require_captions: in a folder with captions, a sample without one cannot be used.
             read_captions: False: captions are neither read nor required, and all of them are empty.
             buckets: the sizes to crop and resize images to, in place of ``image_size``; the sources tell the images' sizes.
+            read_sizes: also give ``original_size`` and ``crop``, as in the schema of latents; of a mirrored image, those of the
+                image as it is.
         """
         if augmentation.crop == "window" and image_size is None:
             raise UsageError("crop window needs the side of the window; set image_size")
         super().__init__(sources)
         self.image_size, self.augmentation = image_size, augmentation
         self.require_captions, self.read_captions = require_captions and read_captions, read_captions
-        self.buckets = buckets
+        self.buckets, self.read_sizes = buckets, read_sizes
         self._size = (image_size, image_size) if image_size else None  # expected of an image
 
     def open_shard(self, path: Path, entry: ShardEntry, key_dot: KeyDot = "first") -> ShardReader:
@@ -120,14 +124,6 @@ class ImageDataset(ShardDataset[ShardReader]):
             return None
         return self.buckets.assign(np.concatenate([image_sizes(source) for source in self.sources]))
 
-    @property
-    def used_sizes(self) -> list[Size]:
-        """(height, width) of the buckets that hold an image, the most frequent first; of equal ones in the table's order."""
-        assert self.buckets is not None and self.groups is not None
-        counts = np.bincount(self.groups[self.groups >= 0], minlength=len(self.buckets.table))
-        order = np.argsort(-counts, kind="stable")
-        return [self.buckets.table[number] for number in order.tolist() if counts[number]]
-
     @cached_property
     def group_sizes(self) -> Sequence[tuple[int, int]]:
         if self.buckets is not None:
@@ -145,7 +141,8 @@ class ImageDataset(ShardDataset[ShardReader]):
         return shard[row], self.require_captions and (named or bool(source.manifest.captioned))
 
     def decode(self, raw: tuple[ShardSample, bool], draw: int | None, out: np.ndarray | None = None) -> dict[str, Any]:
-        """``image`` uint8 (3, H, W), ``caption`` (empty where there is none) and ``key``; pixels may be written to ``out``."""
+        """``image`` uint8 (3, H, W), ``caption`` (empty where there is none) and ``key``, and ``original_size``, ``crop`` where
+        read; pixels may be written to ``out``."""
         sample, captioned = raw
         if sample.image is None:
             raise DecodeError("has no image")
@@ -158,16 +155,10 @@ class ImageDataset(ShardDataset[ShardReader]):
             weights = [weight / len(texts) for texts, weight in named for _ in texts]
         if not captions and captioned:
             raise DecodeError("has no caption")
-        random, window = how.random(draw), how.crop == "window"
-        if self.buckets is not None:
-            height, width = image_size_of(sample.image)
-            size = self.buckets.size_for(height, width)
-            pixels = decode_pixels(sample.image, out, scaled_side(height, width, size))  # (H, W, 3)
-            pixels = resize(pixels, crop_box(*pixels.shape[:2], size), size)
-        else:
-            pixels = decode_pixels(sample.image, out, None if window else self.image_size)
-            if self.image_size is not None:
-                pixels = fit(pixels, self.image_size, None if how.crop == "centre" else random, window)
+        random = how.random(draw)
+        pixels, sizes = self._pixels(sample.image, random, out)
+        if self.read_sizes:
+            sizes["original_size"] = original_size_of(sample) or sizes["original_size"]
         caption = captions[weighted_choice(weights, 0) if weights else 0] if captions else ""
         if random is not None:
             if random.random() < how.flip:
@@ -178,7 +169,33 @@ class ImageDataset(ShardDataset[ShardReader]):
                 caption = captions[weighted_choice(weights, random.random())]
             if random.random() < how.caption_dropout:
                 caption = ""
-        return {"image": pixels.transpose(2, 0, 1), "caption": caption, "key": sample.key}
+        return {"image": pixels.transpose(2, 0, 1), "caption": caption, "key": sample.key} | sizes
+
+    def _pixels(
+        self, image: bytes, random: np.random.Generator | None, out: np.ndarray | None
+    ) -> tuple[np.ndarray, dict[str, tuple[int, ...]]]:
+        """The pixels (H, W, 3) of an image, cropped and resized; and, where ``read_sizes``, its ``original_size`` and its
+        ``crop`` in its own pixels."""
+        crop, side = self.augmentation.crop, self.image_size
+        whole = image_size_of(image) if self.read_sizes or self.buckets is not None else None
+        if self.buckets is not None and whole is not None:
+            size = self.buckets.size_for(*whole)
+            pixels = decode_pixels(image, out, scaled_side(*whole, size))
+        else:
+            pixels = decode_pixels(image, out, None if crop == "window" else side)
+            size = None if side is None else (side, side)
+        found = pixels.shape[:2]
+        centred = crop in ("centre", "bucket")
+        if size is None:
+            box = (0, 0, *found)
+        else:
+            box = crop_box(*found, size) if centred else square(*found, size[0], random, crop == "window")
+            pixels = resize(pixels, box, size)
+        if not self.read_sizes or whole is None:
+            return pixels, {}
+        if size is not None and found != whole:  # decoded smaller
+            box = crop_box(*whole, size) if centred else enlarged_square(box, found, whole)
+        return pixels, {"original_size": whole, "crop": box}
 
     def batch(self, draws: Sequence[PlannedSample | int], empty: Callable[..., Tensor] = torch.empty) -> dict[str, Any]:
         """The batch of these draws; most images are decoded in place, which at 256 px saves a third of the time."""
@@ -190,7 +207,8 @@ class ImageDataset(ShardDataset[ShardReader]):
 
     @staticmethod
     def collate(samples: list[dict[str, Any]], memory: Tensor | None = None) -> dict[str, Any]:
-        """``image`` uint8 (B, 3, H, W), ``caption`` and ``key`` lists of B, and ``bad`` where present.
+        """``image`` uint8 (B, 3, H, W), ``caption`` and ``key`` lists of B, and where present ``original_size`` (B, 2) and
+        ``crop`` (B, 4) int32, and ``bad``.
 
         The image is channels-last in memory, as decoders write it; converting to float on the device changes that at no cost.
         ``memory`` is (B, H, W, 3) and may hold some of the images in place already.
@@ -205,21 +223,40 @@ class ImageDataset(ShardDataset[ShardReader]):
         for image, place in zip(images, memory.numpy(), strict=True):
             if image.ctypes.data != place.ctypes.data or image.strides != place.strides:
                 place[...] = image
-        return {"image": memory.permute(0, 3, 1, 2)} | {
-            name: [sample[name] for sample in samples] for name in ("caption", "key", "bad") if name in samples[0]
-        }
+        batch = {name: [sample[name] for sample in samples] for name in (*SIZES, "caption", "key", "bad") if name in samples[0]}
+        batch |= {name: torch.tensor(batch[name], dtype=torch.int32) for name in SIZES if name in batch}
+        return {"image": memory.permute(0, 3, 1, 2)} | batch
 
 
-def fit(pixels: np.ndarray, size: int, random: np.random.Generator | None = None, window: bool = False) -> np.ndarray:
-    """Crop a square from (H, W, 3), in the centre or at random, and resize it to (size, size, 3).
+def square(
+    height: int, width: int, size: int, random: np.random.Generator | None = None, window: bool = False
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a square in an image, in the centre or at random.
 
     The largest square; for a ``window`` the largest up to ``size``, so that only images smaller than that are resized.
     """
-    height, width = pixels.shape[:2]
     side = min(height, width, size) if window else min(height, width)
     spare = np.array([height - side, width - side])
-    y, x = spare // 2 if random is None else random.integers(spare, endpoint=True)
-    return resize(pixels, (y, x, side, side), (size, size))
+    top, left = (spare // 2 if random is None else random.integers(spare, endpoint=True)).tolist()
+    return top, left, side, side
+
+
+def enlarged_square(box: tuple[int, int, int, int], found: Size, whole: Size) -> tuple[int, int, int, int]:
+    """The largest square of an image of size ``whole`` that :func:`square` has placed in it at the smaller size ``found``."""
+    side = min(whole)
+    top, left = (min(round(box[axis] * whole[axis] / found[axis]), whole[axis] - side) for axis in (0, 1))
+    return top, left, side, side
+
+
+def original_size_of(sample: ShardSample) -> Size | None:
+    """(height, width) of an image before packing, where its json has it (ours and img2dataset's). Raises
+    :class:`DecodeError` for a broken json."""
+    fields = decode_json(sample.files["json"]) if "json" in sample.files else {}
+    for height, width in (("original_height", "original_width"), ("height", "width")):
+        size = fields.get(height, 0), fields.get(width, 0)
+        if all(type(side) is int and 0 < side < 2**31 for side in size):
+            return size
+    return None
 
 
 def resize(pixels: np.ndarray, box: tuple[int, int, int, int], size: Size) -> np.ndarray:

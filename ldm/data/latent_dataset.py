@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.decode import DecodeError
-from ldm.data.image_dataset import NOTHING_RANDOM, Augmentation, weighted_choice
+from ldm.data.image_dataset import NOTHING_RANDOM, SIZES, Augmentation, weighted_choice
 from ldm.data.latent_schema import LatentShard, StoredTensor, common_info, sample_shapes, text_name
 from ldm.data.manifest import LATENT_SHARDS, ShardEntry
 from ldm.data.plan import PlannedSample
@@ -62,7 +62,7 @@ class LatentDataset(ShardDataset[LatentShard]):
         self.augmentation = augmentation
         self.texts = [text_name(number) for number in ([text_encoder] if isinstance(text_encoder, int) else text_encoder)]
         self.null_texts = [null_text] if isinstance(null_text, np.ndarray) else null_text
-        self._sizes = ("original_size", "crop") if read_sizes else ()
+        self._sizes = SIZES if read_sizes else ()
         self.caption_names = self.sources[0].manifest.extra.get("caption_names", ())
         self._names = ("mean",) if self.sources[0].manifest.extra.get("posterior") == "mode" else ("mean", "std")
 
@@ -176,7 +176,7 @@ class LatentDataset(ShardDataset[LatentShard]):
             raise LdmError(f"one batch holds latents of several sizes ({found}); export them with one image_size")
         tokens = len(samples), padded_length(max(lengths))
         shapes = {name: ((len(samples), *array[0].shape), _dtype(array)) for name, array in arrays.items()}
-        read = [name for name in ("original_size", "crop") if name in samples[0]]
+        read = [name for name in SIZES if name in samples[0]]
         sizes = {name: np.stack([sample[name] for sample in samples]) for name in read}
         shapes |= {name: (array.shape, torch.int32) for name, array in sizes.items()}
         shapes |= {"text": ((*tokens, texts[0].shape[1]), _dtype(texts)), "text_mask": (tokens, torch.int64)}

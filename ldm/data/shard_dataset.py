@@ -186,6 +186,13 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         same = np.flatnonzero(self.groups == self.groups[index])
         return int(same[np.searchsorted(same, index, "right") % len(same)])
 
+    @property
+    def used_sizes(self) -> list[tuple[int, int]]:
+        """Those of ``group_sizes`` that samples have, the most frequent first."""
+        groups = np.zeros(1, np.int64) if self.groups is None else self.groups[self.groups >= 0]
+        counts = np.bincount(groups, minlength=len(self.group_sizes))
+        return [self.group_sizes[number] for number in np.argsort(-counts, kind="stable").tolist() if counts[number]]
+
     def batches_of_one_size(self, samples: Sequence[int] | np.ndarray, batch_size: int | Sequence[int]) -> list[list[int]]:
         """Split samples into batches, size by size and in their order; ``batch_size``: of all sizes, or of each."""
         numbers = np.asarray(samples, np.int64)

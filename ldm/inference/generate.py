@@ -224,6 +224,7 @@ class ImageGenerator:
         that the pipeline cannot use."""
         pipeline, image = self.pipeline, None
         scheduler = scheduler_for(pipeline, shared)
+        pipeline.size_condition(pipeline.default_size, **shared.size_condition())
         if shared.image is None:
             pipeline.latent_shape(1, shared.height, shared.width)
         else:
@@ -266,6 +267,7 @@ class ImageGenerator:
                 width=shared.width,
                 height=shared.height,
                 image=image,
+                **shared.size_condition(),
                 weak_transformer=None if shared.weak is None else self._weak(shared.weak),
                 generator=[torch.Generator().manual_seed(one.seed) for one in batch],
                 callback_on_step_end=after_step,

@@ -95,7 +95,8 @@ def repeated(
     """``count`` images of one prompt, each with the seed after the one before.
 
     Args:
-        content: settings as JSON, and ``size`` (``512x768``, or one number) in the place of width and height.
+        content: settings as JSON, and ``size`` (``512x768``, or one number) in the place of width and height, and
+            ``original_size`` in that of the original ones.
         where: whose content it is, for errors.
         check: called with the first image, for example :meth:`ldm.inference.generate.ImageGenerator.check`.
         before: number of images before these in the run, which count to the limit, too.
@@ -108,8 +109,9 @@ def repeated(
         raise UsageError(f"{where}: count is {reprlib.repr(count)}; give a whole number, 1 or more")
     first = None
     try:
-        if "size" in content:
-            content["width"], content["height"] = parse_size(content.pop("size"))
+        for which in ("", "original_"):
+            if (size := f"{which}size") in content:
+                content[f"{which}width"], content[f"{which}height"] = parse_size(content.pop(size), size)
         first = GenerationSettings.from_json(content, where)
         limits.require(before + count, first.steps)
         images = [dataclasses.replace(first, seed=first.seed + copy) for copy in range(count)]
@@ -119,11 +121,11 @@ def repeated(
     return images
 
 
-def parse_size(size: str | int) -> tuple[int, int]:
+def parse_size(size: str | int, name: str = "size") -> tuple[int, int]:
     """Width and height of ``512x768`` or of one number, in pixels. Raises UsageError for anything else."""
     found = re.fullmatch(r"(\d{1,6})(?:[xX×](\d{1,6}))?", str(size))
     if found is None:
-        raise UsageError(f"size is {reprlib.repr(size)}; give WIDTHxHEIGHT or one number, in pixels: 512x768")
+        raise UsageError(f"{name} is {reprlib.repr(size)}; give WIDTHxHEIGHT or one number, in pixels: 512x768")
     return int(found[1]), int(found[2] or found[1])
 
 

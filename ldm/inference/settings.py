@@ -48,6 +48,9 @@ class GenerationSettings:
         scheduler: a name of :data:`ldm.diffusion.scheduler.SAMPLERS`; the pipeline's own unless given.
         eta: of the scheduler ddim, from 0 (deterministic) to 1.
         width, height: in pixels; the size that the model was trained on unless given.
+        original_width, original_height, crop_left, crop_top: in pixels, of a model with micro-conditioning: the size of the
+            image that this one would have been made from, and where it would have been cropped. The size itself, and no crop,
+            unless given.
         image: path of an image to start from, or the hash of its file, ``sha256:…``, as :mod:`ldm.inference.inputs` gives it.
         strength: above 0 and up to 1, how far to leave that image.
         mask: path or hash of an image that is white where ``image`` is to be regenerated.
@@ -69,6 +72,10 @@ class GenerationSettings:
     eta: float | None = None
     width: int | None = None
     height: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    crop_left: int | None = None
+    crop_top: int | None = None
     image: str | None = None
     strength: float | None = None
     mask: str | None = None
@@ -80,10 +87,11 @@ class GenerationSettings:
         for name, share in shares.items():
             if share is not None and not 0 <= share <= 1:
                 raise UsageError(f"{name} is {share:g}; give a number from 0 to 1")
-        for name in ("steps", "width", "height"):
+        least = dict.fromkeys(("steps", "width", "height", "original_width", "original_height"), 1)
+        for name, smallest in (least | {"crop_left": 0, "crop_top": 0}).items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; give 1 or more")
+            if value is not None and value < smallest:
+                raise UsageError(f"{name} is {value}; give {smallest} or more")
         pixels, longest = (self.width or 1) * (self.height or 1), max(len(self.prompt), len(self.negative))
         with_eta = [name for name, spec in SAMPLERS.items() if spec.takes_eta]
         named = " or ".join(with_eta)
@@ -97,6 +105,8 @@ class GenerationSettings:
             f"guidance_interval is {low:g} to {high:g}; give 0 <= low < high <= 1": not 0 <= low < high <= 1,
             f"eta is of the scheduler {named}; give scheduler {named}, too": self.eta is not None
             and self.scheduler not in with_eta,
+            "original_width and original_height belong together; give both": (self.original_width is None)
+            != (self.original_height is None),
             "strength is of a given image; give image, too": self.strength is not None and self.image is None,
             "mask is of a given image; give image, too": self.mask is not None and self.image is None,
             "weak and negative are both what guidance leads away from; give one of them": bool(self.weak and self.negative),
@@ -111,6 +121,15 @@ class GenerationSettings:
         if self.guidance_rescale:
             rule = Rescale(rule, self.guidance_rescale)
         return rule if self.guidance_interval == (0.0, 1.0) else Interval(rule, *self.guidance_interval)
+
+    def size_condition(self) -> dict[str, tuple[int, int]]:
+        """What is given of the sizes that micro-conditioning takes, as arguments of the pipeline: (height, width)."""
+        given: dict[str, tuple[int, int]] = {}
+        if self.original_width is not None and self.original_height is not None:
+            given["original_size"] = self.original_height, self.original_width
+        if (self.crop_left, self.crop_top) != (None, None):
+            given["crops_coords_top_left"] = self.crop_top or 0, self.crop_left or 0
+        return given
 
     def to_json(self) -> dict[str, Any]:
         """Every field, as JSON keeps it; :meth:`from_json` gives the same settings back.

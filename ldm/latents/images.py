@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from ldm.data.buckets import Buckets, Size, crop_box
-from ldm.data.decode import DecodeError, decode_json, image_size_of
+from ldm.data.buckets import Buckets, Size
+from ldm.data.decode import DecodeError, image_size_of
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.image_sizes import image_sizes
 from ldm.data.shards import ShardSample
@@ -38,7 +38,8 @@ class CaptionedImages(ImageDataset):
                 one.
             buckets: sizes to crop and resize to.
         """
-        super().__init__(source, resolution, read_captions=captions in ("first", "all"), buckets=buckets)
+        read_captions = captions in ("first", "all")
+        super().__init__(source, resolution, read_captions=read_captions, buckets=buckets, read_sizes=True)
         # older manifests have no sizes: the headers tell
         with_sizes = buckets is not None and "sizes" in source.manifest.extra
         self.known_sizes = image_sizes(source) if with_sizes else None  # (N, 2)
@@ -51,22 +52,20 @@ class CaptionedImages(ImageDataset):
         captions, names = self._captions(sample)
         if not captions:
             raise DecodeError("has no caption")
-        height, width = decoded["image"].shape[1:]
+        crop = decoded["crop"]
         if self.image_size is None and self.buckets is None:
+            height, width = decoded["image"].shape[1:]
             crop_height, crop_width = self._cropped(height, width)
             crop = (0, 0, crop_height, crop_width)
             if not crop_height or not crop_width:
                 raise DecodeError(f"{width} x {height} pixels, smaller than the autoencoder's factor {self.factor}")
             decoded["image"] = decoded["image"][:, :crop_height, :crop_width]
-        else:
-            size, (height, width) = (height, width), image_size_of(sample.image or b"")  # it may have been decoded smaller
-            crop = crop_box(height, width, size)
         return {
             "image": decoded["image"],
             "key": decoded["key"],
             "captions": captions,
             "caption_names": names,
-            "original_size": _original_size(sample) or (height, width),
+            "original_size": decoded["original_size"],
             "crop": crop,
         }
 
@@ -126,13 +125,3 @@ class CaptionedImages(ImageDataset):
         shard, number = self.locate(row)
         with self._lock:
             return self.read(self.shards[shard][0], self._open(shard), number)[0]
-
-
-def _original_size(sample: ShardSample) -> tuple[int, int] | None:
-    """(height, width) of the image before packing, where the json has it (ours and img2dataset's)."""
-    fields = decode_json(sample.files["json"]) if "json" in sample.files else {}
-    for height, width in (("original_height", "original_width"), ("height", "width")):
-        size = fields.get(height, 0), fields.get(width, 0)
-        if all(type(side) is int and 0 < side < 2**31 for side in size):
-            return size
-    return None

@@ -61,7 +61,9 @@ class Worker:
         parts = pipeline.components
         parts |= {name: deepcopy(part) for name, part in parts.items() if name.startswith("tokenizer")}
         diffusion, trained_on = pipeline.config["diffusion"], pipeline.config["trained_on"]
-        self._checker = ImageGenerator(LatentDiffusionPipeline(**parts, diffusion=diffusion, trained_on=trained_on))
+        checked = LatentDiffusionPipeline(**parts, diffusion=diffusion, trained_on=trained_on)
+        checked.warned = pipeline.warned  # once is enough
+        self._checker = ImageGenerator(checked)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,6 +124,7 @@ class Worker:
                 height=settings.height,
                 generator=[torch.Generator().manual_seed(settings.seed)],
                 image=prepared,
+                **settings.size_condition(),
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=["pred_original_sample"],
                 return_dict=False,

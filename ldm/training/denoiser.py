@@ -284,11 +284,6 @@ class DenoiserTraining(TrainingModule):
     def prepare(self, data: ShardDataModule) -> None:
         """Load the frozen encoders, and refuse data that do not fit them or the denoiser."""
         config = self.denoiser.config
-        if self.online and self.reads_sizes:
-            raise UsageError(
-                "the denoiser is conditioned on original sizes and crops, which images encoded online do not bring; export "
-                "latents, or make it without"
-            )
         if self.online:
             device = self.trainer.strategy.root_device if self.statistics is None else torch.device("cpu")
             text_encoder = self.text_encoder or "minilm"

@@ -123,7 +123,7 @@ def encoders_of_latents(
     common_info((*data.train_set.sources, *data.validation_set.sources))
     folder = data.train_set.sources[0].spec
     network = load_matching(autoencoder, data.train_set.sources[0])
-    shapes = by_frequency(info.latent_shapes, data.train_set.groups)
+    shapes = [(info.latent_shapes[0][0], height, width) for height, width in data.train_set.used_sizes]
     texts = [info.text_encoders[number] for number in data.text_encoders]
     named = " + ".join(text.name for text in texts)
     _require_sizes(denoiser, shapes, [text.width for text in texts], f"{folder} was exported with {named}")
@@ -255,15 +255,6 @@ def image_sizes(dataset: ImageDataset, factor: int) -> list[tuple[int, int]] | B
             f"factor {factor}; set image_size to one"
         )
     return [(height, width)]
-
-
-def by_frequency(shapes: Sequence[tuple[int, int, int]], groups: np.ndarray | None) -> list[tuple[int, int, int]]:
-    """The shapes (C, h, w) that samples have, the most frequent first.
-
-    ``groups``: each sample's place in ``shapes``, −1 for those that are not trained on; None where all have the first.
-    """
-    counts = np.bincount(np.zeros(1, int) if groups is None else groups[groups >= 0], minlength=len(shapes))
-    return [shapes[place] for place in np.argsort(-counts, kind="stable").tolist() if counts[place]]
 
 
 def _require_sizes(

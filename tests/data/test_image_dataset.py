@@ -8,7 +8,7 @@ from PIL import Image
 from ldm.data.buckets import Buckets
 from ldm.data.check import index_here
 from ldm.data.decode import decode_pixels
-from ldm.data.image_dataset import Augmentation, ImageDataset, fit
+from ldm.data.image_dataset import Augmentation, ImageDataset, resize, square
 from ldm.data.loader import batch_loader
 from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.plan import PlannedSample
@@ -30,6 +30,10 @@ def write(folder, samples, **extra):
             writer.write(key, files)
     Manifest(IMAGE_SHARDS, tuple(writer.entries), extra).save(folder)
     return folder
+
+
+def fit(pixels, size, **how):
+    return resize(pixels, square(*pixels.shape[:2], size, **how), (size, size))
 
 
 def png(size, colour: str | tuple[int, int, int] = "red"):
@@ -211,7 +215,7 @@ PHOTOS = [(90, 60), (60, 90), (64, 64), (150, 100), (40, 60), (20, 20), (33, 33)
 
 def test_a_batch_of_a_bucket_is_what_an_export_encodes(tmp_path):
     folder = write_photographs(tmp_path / "x", PHOTOS)
-    dataset = ImageDataset(folder, augmentation=Augmentation("bucket"), buckets=BUCKETS)
+    dataset = ImageDataset(folder, augmentation=Augmentation("bucket"), buckets=BUCKETS, read_sizes=True)
     exported = CaptionedImages(open_source(folder), None, 8, "first", BUCKETS)
     assert dataset.groups is not None and dataset.groups.tolist().index(-1) == 5
     assert all(dataset.used_sizes.count(size) == 1 for size in {BUCKETS.table[group] for group in dataset.groups if group >= 0})
@@ -220,11 +224,18 @@ def test_a_batch_of_a_bucket_is_what_an_export_encodes(tmp_path):
         batch = dataset.batch([PlannedSample(row, 0) for row in rows])
         assert tuple(batch["image"].shape[2:]) == BUCKETS.table[dataset.groups[rows[0]]]
         assert batch["image"].nbytes == dataset.batch_bytes(rows)
-        for row, image in zip(rows, batch["image"], strict=True):
-            assert np.array_equal(image, exported[row]["image"])
+        for place, row in enumerate(rows):
+            assert np.array_equal(batch["image"][place], exported[row]["image"])
+            for name in ("original_size", "crop"):
+                assert batch[name][place].tolist() == [*exported[row][name]]
         seen += len(rows)
     assert seen == 7
     assert "too small for every bucket" in str(dataset.attempt(5))
+    for crop in ("random", "window"):  # what the crop says is what the image shows
+        batch = ImageDataset(folder, 16, Augmentation(crop), read_sizes=True).batch([PlannedSample(row, 0) for row in range(8)])
+        for row, (image, box) in enumerate(zip(batch["image"], batch["crop"].tolist(), strict=True)):
+            whole = ImageDataset(folder)[row]["image"].transpose(1, 2, 0)
+            assert np.array_equal(image.permute(1, 2, 0), resize(whole, tuple(box), (16, 16)))
 
 
 def test_one_square_bucket_crops_as_the_centre_does(tmp_path):
@@ -236,9 +247,12 @@ def test_one_square_bucket_crops_as_the_centre_does(tmp_path):
     write_tar(folder / "x.tar", [member for n, jpg in enumerate(noise) for member in ((f"{n}.jpg", jpg), (f"{n}.txt", b"x"))])
     index_here(folder)
     bucket = ImageDataset(
-        folder, augmentation=Augmentation("bucket", flip=0.5), buckets=Buckets((32,), step=32, max_aspect=1.0)
+        folder,
+        augmentation=Augmentation("bucket", flip=0.5),
+        buckets=Buckets((32,), step=32, max_aspect=1.0),
+        read_sizes=True,
     )
-    centre = ImageDataset(folder, 32, Augmentation("centre", flip=0.5))
+    centre = ImageDataset(folder, 32, Augmentation("centre", flip=0.5), read_sizes=True)
     draws = [PlannedSample(row, number) for number in range(3) for row in range(4)]
     assert bucket.groups is not None and bucket.groups.tolist() == [0] * 4 and same(bucket.batch(draws), centre.batch(draws))
 

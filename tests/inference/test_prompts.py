@@ -107,15 +107,17 @@ def test_a_line_of_json_says_more_than_the_command_line(tmp_path):
         {"prompt": "a ring"},
         {"prompt": "a star", "seed": 100, "count": 3, "size": 64, "negative": "blur", "scheduler": "heun", "guidance": 1},
         "",
-        {"prompt": "a ring", "guidance_interval": [0.2, 0.8], "height": 16},
+        {"prompt": "a ring", "guidance_interval": [0.2, 0.8], "height": 16, "original_size": "64x48", "crop_left": 2},
     )
     found = read_prompts(written(tmp_path / "prompts.jsonl", *lines), {"seed": 5, "width": 32, "steps": 9})
+    original = {"original_width": 64, "original_height": 48, "crop_left": 2}
     star = {"negative": "blur", "scheduler": "heun", "guidance": 1.0, "steps": 9, "width": 64, "height": 64}
     assert found == [
         GenerationSettings("a ring", seed=5, steps=9, width=32),
         *(GenerationSettings("a star", seed=seed, **star) for seed in (100, 101, 102)),
-        GenerationSettings("a ring", seed=9, steps=9, width=32, height=16, guidance_interval=(0.2, 0.8)),
+        GenerationSettings("a ring", seed=9, steps=9, width=32, height=16, guidance_interval=(0.2, 0.8), **original),
     ]
+    assert found[-1].size_condition() == {"original_size": (48, 64), "crops_coords_top_left": (0, 2)}
 
 
 def test_a_broken_line_stands_in_its_place_and_names_itself(tmp_path):

@@ -30,6 +30,8 @@ from ldm.diffusion.path import RectifiedFlow, VariancePreserving
 from ldm.diffusion.prediction import V, Velocity
 from ldm.diffusion.timesteps import LogitNormal, Uniform, shift_time
 from ldm.errors import LdmError, UsageError
+from ldm.inference.generate import ImageGenerator
+from ldm.inference.settings import GenerationSettings
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder, set_latent_statistics, statistics_hash
 from ldm.models.dit import DiT
@@ -354,8 +356,8 @@ def test_the_pipeline_knows_what_its_denoiser_was_trained_on(latents: tuple[Path
     load_pipeline(saved)
 
 
-def test_micro_conditioning_trains_on_the_sizes_in_the_latents_and_samples_by_those_asked_for(
-    latents: tuple[Path, Path], image_shards: Path, tmp_path: Path
+def test_micro_conditioning_trains_on_the_sizes_of_the_images_and_samples_by_those_asked_for(
+    latents: tuple[Path, Path], image_shards: Path, tiny_text_encoder: str, tmp_path: Path
 ) -> None:
     sizes: dict[str, Any] = {"in_channels": 4, "sample_size": 16, "patch_size": 4, "width": 32, "caption_channels": 8}
     module = make(latents[0], denoiser=DiT(num_layers=1, num_attention_heads=2, micro_conditioning=True, **sizes))
@@ -373,11 +375,17 @@ def test_micro_conditioning_trains_on_the_sizes_in_the_latents_and_samples_by_th
 
     asked = sample(original_size=(32, 32), crops_coords_top_left=(0, 0))
     assert torch.equal(sample(), asked) and not torch.equal(sample(original_size=(8, 8)), asked)
+    settings = GenerationSettings("a red ring", steps=2, original_width=8, original_height=16, crop_left=3)
+    (image,) = ImageGenerator(pipeline).generate([settings])
+    given = sample(original_size=(16, 8), crops_coords_top_left=(0, 3))
+    assert np.array_equal(image.image, pipeline.decode(given)[0])
     for wrong in ({"original_size": (8,)}, {"crops_coords_top_left": (-1, 0)}, {"original_size": "8"}):
         with pytest.raises(UsageError, match="give two whole numbers"):
             sample(**wrong)
-    with pytest.raises(UsageError, match="which images encoded online do not bring"):
-        fit(make(latents[0], denoiser=module.denoiser, online=True), image_shards, tmp_path, 1)
+    online = make(latents[0], denoiser=module.denoiser, online=True, text_encoder=tiny_text_encoder)
+    data = datamodule_of(fit(online, image_shards, tmp_path, 1))
+    own, exported = (noisy_batch(module, each, 3, 1) for module, each in ((online, data), (module, datamodule_of(trainer))))
+    assert torch.equal(own["original_size"], exported["original_size"]) and torch.equal(own["crop"], exported["crop"])
     plain = make(latents[0])
     fit(plain, latents[1], tmp_path, 1)
     with pytest.raises(UsageError, match="made without micro-conditioning"):
