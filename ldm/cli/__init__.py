@@ -25,10 +25,11 @@ EXAMPLE = """example:
 LONGEST_LINE = 1000  # of an error, in characters
 # these start quickly because they do not import torch; doctor checks whether torch can be imported at all
 WITHOUT_NETWORKS = ("shards", "report", "doctor")
+TRAININGS = {"autoencoder": "stage one", "denoiser": "stage two", "matcher": "a model of images and text, for metrics"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A parser of every command except those of the two stages, which LightningCLI parses."""
+    """A parser of every command except those of :data:`TRAININGS`, which LightningCLI parses."""
     what = "Train your own text-to-image model, from captioned images to images from prompts."
     parser = Parser("ldm", description=what, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_quickstart(commands)
     for part in (shards, latents, sample, invert, animation, serve, evaluate, report, doctor):
         part.add(commands)
-    for name, what in (("autoencoder", "stage one"), ("denoiser", "stage two")):
+    for name, what in TRAININGS.items():
         commands.add_parser(name, help=f"{what}: ldm {name} fit --config FILE --out DIR, ldm {name} export DIR OUT")
     return parser
 
@@ -66,7 +67,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if "\0" in argument or argument != argument.encode(errors="replace").decode():
             raise UsageError(f"the argument {argument[:80]!r} is not UTF-8 text; rename the file, or correct the argument")
-    if arguments[:1] and arguments[0] in ("autoencoder", "denoiser"):
+    if arguments[:1] and arguments[0] in TRAININGS:
         load_libraries()
         training.run(arguments[0], arguments[1:] or ["--help"])
         return

@@ -1,4 +1,4 @@
-"""``ldm autoencoder`` and ``ldm denoiser``: fit, whose options LightningCLI parses, and the exports of a run."""
+"""``ldm autoencoder``, ``ldm denoiser`` and ``ldm matcher``: fit, whose options LightningCLI parses, and the exports of a run."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def run(name: str, arguments: list[str]) -> None:
     from ldm.runs.fit import FitCLI
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.denoiser import DenoiserTraining
+    from ldm.training.matcher import MatcherTraining
 
-    module_class = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}[name]
+    module_class = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining, "matcher": MatcherTraining}[name]
     commands = {"export": run_export} | ({"ema": run_ema} if name == "denoiser" else {})
     try:
         if arguments[0] in commands:
@@ -130,7 +131,7 @@ def _parser(module_class: type[TrainingModule], command: str, description: str, 
     trust = "build any class that the config of RUN names, not only those of ldm, torch, diffusers and lightning: it runs code"
     parser.add_argument("--trust", action="store_true", help=trust)
     for name, what in MOVABLE.items():
-        if module_class.command == "denoiser" or name.startswith("data."):
+        if module_class.command != "autoencoder" or name.startswith("data."):
             since = f"{what}, if it has moved since the training: the one that it was trained with"
             parser.add_argument(f"--{name.partition('.')[2].replace('_', '-')}", dest=name, metavar="DIR", help=since)
     return parser

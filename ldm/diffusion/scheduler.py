@@ -236,7 +236,7 @@ def diffusion_config(
     """
     shift = getattr(timesteps, "resolution_shift", ResolutionShift())
     followed = isinstance(path, RectifiedFlow) and shift.base_side is not None
-    described = {"path": _describe(path), "prediction": _describe(prediction)}
+    described = {"path": describe(path), "prediction": describe(prediction)}
     return described | ({"resolution_shift": asdict(shift)} if followed else {})
 
 
@@ -320,11 +320,12 @@ def _derived(spec: SamplerSpec, path: ProbabilityPath, prediction: Prediction) -
 
 def _text(path: ProbabilityPath, prediction: Prediction | None = None) -> str:
     """A model in a few words, for messages."""
-    settings = ", ".join(f"{key}={value}" for key, value in _describe(path)["init_args"].items())
+    settings = ", ".join(f"{key}={value}" for key, value in describe(path)["init_args"].items())
     return (f"{type(prediction).__name__} on " if prediction else "") + f"{type(path).__name__}({settings})"
 
 
-def _describe(part: ProbabilityPath | Prediction) -> dict[str, Any]:
+def describe(part: ProbabilityPath | Prediction) -> dict[str, Any]:
+    """As JSON: ``class_path`` and ``init_args``."""
     kind = type(part)
     known = vars(part) | ({"schedule": part.scheduler_config["beta_schedule"]} if isinstance(part, VariancePreserving) else {})
     settings = {name: known[name] for name in inspect.signature(kind).parameters}

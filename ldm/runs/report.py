@@ -33,12 +33,15 @@ LOG_LINES, LOG_BYTES = 40, 64 * 1024
 STRIP_ROWS, STRIP_IMAGES, STRIP_CELL = 8, 6, 110
 SHOWN_QUARANTINED = 8
 
+TITLES = {"autoencoder": "Stage one: autoencoder", "denoiser": "Stage two: denoiser", "matcher": "Matcher of images and text"}
+
 # title, patterns of metrics, label of the y axis, whether it is logarithmic, points that the bold line averages
 CHARTS = (
     ("Loss", ("train/loss", "val/loss"), "", True, 9),
     ("Reconstruction", ("train/rec", "train/lpips", "val/lpips"), "", True, 9),
     ("PSNR", ("val/psnr",), "dB", False, 0),
     ("SSIM", ("val/ssim",), "", False, 0),
+    ("Retrieval accuracy", ("val/image_to_text", "val/text_to_image"), "share of the validation samples", False, 0),
     ("FID", ("val/*fid*",), "", True, 0),
     ("Validation loss by time t, in tenths", ("val/loss_bin_0[02469]",), "", True, 0),
     ("KL", ("train/kl",), "nats per pixel value", True, 9),
@@ -73,7 +76,7 @@ class RunRecord:
 
     @property
     def stage(self) -> str:
-        return "denoiser" if "denoiser" in self.config["model"] else "autoencoder"
+        return next((stage for stage in ("denoiser", "matcher") if stage in self.config["model"]), "autoencoder")
 
     @property
     def artifact(self) -> Path:
@@ -144,8 +147,7 @@ def write_run_report(folder: Path, out: Path, refresh_seconds: int | None = None
     state = run.state(now)
     page = Report(
         f"{run.folder.resolve().name}: {state}",
-        f"{'Stage two: denoiser' if run.stage == 'denoiser' else 'Stage one: autoencoder'} · "
-        f"page written {_clock(now)} · run last wrote {_clock(run.last_written)}",
+        f"{TITLES[run.stage]} · page written {_clock(now)} · run last wrote {_clock(run.last_written)}",
         refresh_seconds if state == "training" else None,
     )
     _progress(page, run, state)
@@ -277,11 +279,13 @@ def _commands(page: Report, run: RunRecord, state: str) -> None:
     commands, artifact = [], shlex.quote(str(run.artifact))
     if state == "finished" and run.stage == "denoiser":
         commands.append(("generate images", f'ldm sample {artifact} "a prompt" --out images'))
-    elif state == "finished":
+    elif state == "finished" and run.stage == "autoencoder":
         shards = run.config.get("data", {}).get("train")
         shards = shlex.quote(shards) if isinstance(shards, str) else "SHARDS"
         export = f"ldm latents export --autoencoder {artifact} --shards {shards} --out latents"
         commands.append(("continue with stage two", export))
+    elif state == "finished":
+        pass  # a matcher is an argument of other commands
     elif state != "training":
         commands.append(("resume", f"ldm {run.stage} fit --config {config} --out {folder} --resume latest"))
     commands.append(("compare with other runs", f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}"))
@@ -292,7 +296,7 @@ def _what(page: Report, run: RunRecord) -> None:
     """Networks, versions, starts and the config."""
     model, last = run.config["model"], run.starts[-1] if run.starts else None
     counts = last.get("parameters", {}) if last else {}
-    names = dict.fromkeys([*counts, *(name for name in ("denoiser", "autoencoder") if name in model)])
+    names = dict.fromkeys([*counts, *(name for name in ("denoiser", "matcher", "autoencoder") if name in model)])
     rows = [[name, _class_of(model.get(name)), counts.get(name)] for name in names]
     page.table("Networks", ["part", "class or directory", "parameters"], rows)
     if last:

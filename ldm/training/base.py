@@ -1,4 +1,4 @@
-"""What both stages share: the parts of a step, the average of the weights, the checkpoint, the exported artifact."""
+"""What all trainings share: the parts of a step, the average of the weights, the checkpoint, the exported artifact."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _require_none(differing: Sequence[str], differ: str, what: str) -> None:
 
 
 class TrainingModule(LightningModule):
-    """What the modules of both stages share: steps over micro-batches, the average of one network, its export.
+    """What all training modules share: steps over micro-batches, the average of one network, its export.
 
     Optimisation is manual, so that one batch of the loader is one step of the optimiser, however many micro-batches it
     is split into.
@@ -224,8 +224,9 @@ class TrainingModule(LightningModule):
         """Load what the data need, and refuse data that do not fit. Called before training and before an export."""
         raise NotImplementedError
 
-    def batch_noise(self) -> BatchNoise:
-        """What draws the noise of training batches, in the loader's workers; asked for once :attr:`seed` is known."""
+    def batch_noise(self) -> BatchNoise | None:
+        """What draws the noise of training batches, in the loader's workers; asked for once :attr:`seed` is known. None: the
+        batches need none."""
         raise NotImplementedError
 
     @property

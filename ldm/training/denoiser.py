@@ -14,14 +14,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.diffusion.conditioning import Condition, micro_conditions, takes_sizes
@@ -36,12 +33,10 @@ from ldm.errors import UsageError
 from ldm.losses.auxiliary import AuxiliaryLoss, names_of
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.compiling import Compile, compile_blocks
-from ldm.models.dit import transformer_blocks
 from ldm.models.text_encoder import TextEncoderConfig
 from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline, text_parts
-from ldm.training.base import TrainingModule
 from ldm.training.ema import PowerAverages
-from ldm.training.encoders import FrozenEncoders, Statistics, encoders_of_images, encoders_of_latents
+from ldm.training.encoded import EncodedTraining, by_time, fixed_noise, split_batch
 from ldm.training.fp8 import require_fp8, to_fp8
 from ldm.training.initial import InitialWeights
 from ldm.training.nonfinite import SkippedSteps
@@ -55,11 +50,10 @@ log = logging.getLogger(__name__)
 NUM_BINS = 10
 
 
-class DenoiserTraining(TrainingModule):
+class DenoiserTraining(EncodedTraining):
     """A denoiser, trained on normalised latents and exported as a pipeline directory."""
 
     command, artifact = "denoiser", "pipeline"
-    encoders: FrozenEncoders
 
     def __init__(
         self,
@@ -130,7 +124,7 @@ class DenoiserTraining(TrainingModule):
             preview_guidance: guidance scale of a preview, or any rule of :mod:`ldm.diffusion.guidance`.
             max_skipped: steps in a row with a loss or gradients that are not finite; each is skipped, one more stops the run.
         """
-        super().__init__()
+        super().__init__(autoencoder, online, online_precision, text_encoder)
         if denoiser is None:
             raise UsageError("there is no denoiser; give its class and config, or a model that has one as init_from")
         self.denoiser = denoiser
@@ -138,15 +132,9 @@ class DenoiserTraining(TrainingModule):
         self.initial: InitialWeights | None = None
         self.frozen = freeze or []
         freeze_weights(denoiser, self.frozen)
-        self.autoencoder_path = Path(autoencoder)
         self.objective = DenoisingObjective(path, prediction, timesteps, weighting)
         self.scheduler = matching_scheduler(path, prediction)
         self.optimiser = optimiser
-        if online_precision != "fp32" and not online:
-            raise UsageError(f"online_precision {online_precision}, but nothing is encoded; set online, or leave it out")
-        self.online, self.text_encoder = online, text_encoder
-        self.online_precision: Literal["fp32", "bf16"] = online_precision
-        self.statistics: Statistics | None = None  # of the latents, from a checkpoint or of the initial weights
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         self.compile_choice: Compile = compile
@@ -192,18 +180,8 @@ class DenoiserTraining(TrainingModule):
         return {"train/loss": loss} | terms
 
     def encode(self, batch: dict[str, Any]) -> tuple[Tensor, Condition]:
-        """Normalised latents (B, C, h, w) and the captions' condition.
-
-        Latents are sampled from their posteriors with the batch's noise; without noise they are the modes. The loader
-        replaces a dropped caption by the empty one: by its embedding in latent shards, by "" in image shards.
-        """
-        if self.online:
-            batch = batch | self.encoders.encode(batch, self.online_precision)
-        z = batch["mean"].float()
-        if "posterior_noise" in batch:
-            z = z + batch["std"].float() * batch["posterior_noise"]
-        condition = Condition(batch["text"].float(), batch["text_mask"], self._sizes(batch, z))
-        return self.encoders.normalizer.normalize(z), condition
+        x0, condition = super().encode(batch)
+        return x0, condition._replace(sizes=self._sizes(batch, x0))
 
     def _sizes(self, batch: dict[str, Any], z: Tensor) -> Tensor | None:
         """The micro-conditions of images whose latents are ``z`` (B, C, h, w), where the denoiser takes them."""
@@ -211,12 +189,6 @@ class DenoiserTraining(TrainingModule):
             return None
         factor = downsampling_factor(self.encoders.autoencoder)
         return micro_conditions(batch["original_size"], batch["crop"], (z.shape[2] * factor, z.shape[3] * factor))
-
-    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
-        optimiser, schedule = self.optimiser.build(self.trained(), self.trainer.max_steps, blocks, self.compute_dtype)
-        self.keep_settings([optimiser])
-        return [optimiser], [schedule]
 
     # -- setup -------------------------------------------------------------------------------------------------------
 
@@ -230,11 +202,6 @@ class DenoiserTraining(TrainingModule):
         """Whether the data are to give the original sizes and crops of images (micro-conditioning)."""
         return takes_sizes(self.denoiser)
 
-    @property
-    def token_side(self) -> int:
-        factor = downsampling_factor(self.encoders.autoencoder) if self.online else 1
-        return factor * self.denoiser.config["patch_size"]
-
     def averaged(self) -> nn.Module:
         return self.denoiser
 
@@ -246,7 +213,6 @@ class DenoiserTraining(TrainingModule):
         if self.fp8:
             require_fp8(self.trainer.strategy.root_device, self.compute_dtype, bool(self.compile_choice))
         super().setup(stage)
-        self.encoders.to(self.trainer.strategy.root_device, networks=self.online)
         if self.fp8:
             to_fp8(self.blocks())
         if self.compile_choice:
@@ -277,23 +243,13 @@ class DenoiserTraining(TrainingModule):
                     f"{number_of_blocks - 1}"
                 )
 
-    def blocks(self) -> list[nn.Module]:
-        """The denoiser's blocks: each is compiled, and under FSDP gathered, by itself."""
-        return transformer_blocks(self.denoiser)
-
     def prepare(self, data: ShardDataModule) -> None:
         """Load the frozen encoders, and refuse data that do not fit them or the denoiser."""
-        config = self.denoiser.config
-        if self.online:
-            device = self.trainer.strategy.root_device if self.statistics is None else torch.device("cpu")
-            text_encoder = self.text_encoder or "minilm"
-            self.encoders = encoders_of_images(data, self.autoencoder_path, text_encoder, config, self.statistics, device)
-        else:
-            self.encoders = encoders_of_latents(data, self.autoencoder_path, config, self.text_encoder)
+        super().prepare(data)
         if self.initial is not None and self.statistics is None:
             self.statistics = self.initial.statistics_for(self.encoders.trained_on)
-        if self.statistics is not None:
-            self.encoders.set_statistics(*self.statistics)
+            if self.statistics is not None:
+                self.encoders.set_statistics(*self.statistics)
 
     def start_from(self, initial: InitialWeights) -> str:
         """Start with these weights; called before training. Returns a line about them, see :meth:`InitialWeights.load`."""
@@ -307,17 +263,13 @@ class DenoiserTraining(TrainingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["num_images_seen"] = self.num_images_seen
-        # with them, another run can start from these weights
-        checkpoint["latent_statistics"] = [list(values) for values in self.encoders.statistics]
-        checkpoint["trained_on"], checkpoint["diffusion"] = self.encoders.trained_on, self._diffusion()
+        checkpoint["diffusion"] = self._diffusion()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.num_images_seen = checkpoint["num_images_seen"]
         if self.online or self.init_from:
-            self.statistics = mean, std = checkpoint["latent_statistics"]
-            if hasattr(self, "encoders"):  # in training, the encoders are loaded before the checkpoint
-                self.encoders.set_statistics(mean, std)
+            self.restore_statistics(checkpoint)
 
     # -- validation, previews, export --------------------------------------------------------------------------------
 
@@ -333,10 +285,7 @@ class DenoiserTraining(TrainingModule):
         """Log the unweighted loss over all samples and for each interval of t, comparable from one validation to the next."""
         t, loss = (torch.cat(values) for values in zip(*self._measured, strict=True))
         metrics = {"val/loss": loss.mean(), "num_images_seen": float(self.num_images_seen)}
-        bins = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        for number in bins.unique().tolist():
-            metrics[f"val/loss_bin_{number:02d}"] = loss[bins == number].mean()
-        self.log_dict(metrics)
+        self.log_dict(metrics | {f"val/loss_bin_{number:02d}": mean for number, mean in by_time(loss, t, NUM_BINS).items()})
 
     def _diffusion(self) -> dict[str, Any]:
         return diffusion_config(self.objective.path, self.objective.prediction, self.objective.timesteps)
@@ -393,28 +342,3 @@ def freeze_weights(network: nn.Module, patterns: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UsageError(f"freeze {', '.join(patterns)} matches all weights; leave some to train")
-
-
-def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """A batch of tensors, arrays and lists, split into at most ``parts`` micro-batches."""
-    total, divisible = len(batch["draws"]), (Tensor, np.ndarray, list)
-    size = -(-total // parts)
-    return [
-        {
-            name: value[start : start + size] if isinstance(value, divisible) and len(value) == total else value
-            for name, value in batch.items()
-        }
-        for start in range(0, total, size)
-    ]
-
-
-def fixed_noise(first: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Times (B,) and noise like ``like`` (B, C, h, w) for consecutive validation samples from number ``first``.
-
-    They depend on a sample's number only, so that a loss does not change with the batch size or the samples before. The times
-    are multiples of the golden ratio modulo 1, which spreads any number of samples evenly over [0, 1).
-    """
-    numbers = range(first, first + len(like))
-    eps = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(number)) for number in numbers]
-    t = (torch.tensor(numbers, dtype=torch.float64) + 0.5) * (5**0.5 - 1) / 2 % 1
-    return t.to(like), torch.stack(eps).to(like)

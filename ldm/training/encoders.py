@@ -50,7 +50,8 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 @dataclass
 class FrozenEncoders:
-    """The networks that a denoiser is trained with. No module, so that they are neither optimised nor in checkpoints."""
+    """The networks that a denoiser or a matcher is trained with. No module, so that they are neither optimised nor saved in
+    checkpoints."""
 
     autoencoder: Autoencoder  # with the statistics of the training set's latents in its config
     text_encoders: list[TextEncoder]  # whose tokens the denoiser takes together
@@ -105,20 +106,25 @@ class FrozenEncoders:
 
 
 def encoders_of_latents(
-    data: ShardDataModule, autoencoder: Path, denoiser: Mapping[str, Any], text_encoder: TextChoice | None = None
+    data: ShardDataModule,
+    autoencoder: Path,
+    trained: Mapping[str, Any],
+    text_encoder: TextChoice | None = None,
+    name: str = "denoiser",
 ) -> FrozenEncoders:
     """The encoders that made the latents.
 
     Args:
         autoencoder: its directory, or ``identity``.
-        denoiser: its config.
+        trained: the config of the network that is trained.
         text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`, as many as the data choose; None: where they were
             at the export.
+        name: of the network that is trained, in messages.
 
     Raises:
-        UsageError: these are other encoders, or the denoiser does not fit the latents.
+        UsageError: these are other encoders, or the network does not fit the latents.
     """
-    require_format(data, LATENT_SHARDS, "stage two without online", "set online, or encode the images: ldm latents export")
+    require_format(data, LATENT_SHARDS, f"a {name} without online", "set online, or encode the images: ldm latents export")
     info = common_info(data.train_set.sources)
     common_info((*data.train_set.sources, *data.validation_set.sources))
     folder = data.train_set.sources[0].spec
@@ -126,7 +132,7 @@ def encoders_of_latents(
     shapes = [(info.latent_shapes[0][0], height, width) for height, width in data.train_set.used_sizes]
     texts = [info.text_encoders[number] for number in data.text_encoders]
     named = " + ".join(text.name for text in texts)
-    _require_sizes(denoiser, shapes, [text.width for text in texts], f"{folder} was exported with {named}")
+    _require_sizes(name, trained, shapes, [text.width for text in texts], f"{folder} was exported with {named}")
     given: Sequence[str | TextEncoderConfig | None] = [None] * len(several([text.name for text in texts]))
     if text_encoder is not None:
         given = several(text_encoder)
@@ -172,23 +178,25 @@ def encoders_of_images(
     data: ShardDataModule,
     autoencoder: Path,
     text_encoder: TextChoice,
-    denoiser: Mapping[str, Any],
+    trained: Mapping[str, Any],
     statistics: Statistics | None,
     device: torch.device,
+    name: str = "denoiser",
 ) -> FrozenEncoders:
     """The encoders to encode images and captions with.
 
     Args:
         autoencoder: its directory, or ``identity``.
         text_encoder: see :meth:`ldm.models.text_encoder.TextEncoder.load`; one or several.
-        denoiser: its config.
+        trained: the config of the network that is trained.
         statistics: of the latents, from a checkpoint; None: those of the directory, measured if it has none.
         device: to measure on.
+        name: of the network that is trained, in messages.
 
     Raises:
-        UsageError: if images, encoders and denoiser do not fit one another.
+        UsageError: if images, encoders and network do not fit one another.
     """
-    require_format(data, IMAGE_SHARDS, "stage two with online", "set online to false, or give the images' shards")
+    require_format(data, IMAGE_SHARDS, f"a {name} with online", "set online to false, or give the images' shards")
     if data.validation_whole:
         raise UsageError("validation_whole is for stage one; set it to false")
     assert isinstance(data.train_set, ImageDataset)
@@ -196,14 +204,14 @@ def encoders_of_images(
     for source in (*data.train_set.sources, *data.validation_set.sources):
         named = isinstance(data.augmentation.caption, Mapping)
         if source.manifest.captioned is False and not named and not encoders[0].is_unconditional:
-            raise UsageError(f"{source.spec} has no captions; stage two needs one for every image, or text_encoder none")
+            raise UsageError(f"{source.spec} has no captions; a {name} needs one for every image, or text_encoder none")
     factor = downsampling_factor(network)
     sizes = image_sizes(data.train_set, factor)
     if isinstance(sizes, BadSample):
         raise UsageError(f"{sizes}, so the images' size is unknown; set image_size")
     shapes = [(network.config["latent_channels"], height // factor, width // factor) for height, width in sizes]
     named = " + ".join(encoder.name for encoder in encoders)
-    _require_sizes(denoiser, shapes, [encoder.width for encoder in encoders], f"captions are encoded by {named}")
+    _require_sizes(name, trained, shapes, [encoder.width for encoder in encoders], f"captions are encoded by {named}")
     if statistics is None and (network.config.get("latents_mean") is None or network.config.get("latents_std") is None):
         statistics = measure_statistics(network, data.train_set, data.batch_size)
     if statistics is not None:
@@ -258,28 +266,32 @@ def image_sizes(dataset: ImageDataset, factor: int) -> list[tuple[int, int]] | B
 
 
 def _require_sizes(
-    denoiser: Mapping[str, Any], latent_shapes: Sequence[tuple[int, int, int]], caption_channels: Sequence[int], text: str
+    name: str,
+    trained: Mapping[str, Any],
+    latent_shapes: Sequence[tuple[int, int, int]],
+    caption_channels: Sequence[int],
+    text: str,
 ) -> None:
-    """Refuse latents and embeddings that the denoiser is not made for; ``text`` names the origin of the embeddings.
+    """Refuse latents and embeddings that the network ``name`` is not made for; ``text`` names the origin of the embeddings.
 
     ``sample_size`` only says to which grid positions are scaled: a stage at a higher resolution keeps that of the one before.
     """
-    (channels, *_), side, patch = latent_shapes[0], denoiser["sample_size"], denoiser["patch_size"]
-    for name in ("in_channels", "out_channels"):
-        if (denoiser.get(name) or channels) != channels:  # a DiT has no out_channels, and PixArt's may be None
-            raise UsageError(f"the denoiser's {name} is {denoiser[name]}, but the latents need {channels}; change it")
+    (channels, *_), side, patch = latent_shapes[0], trained["sample_size"], trained["patch_size"]
+    for key in ("in_channels", "out_channels"):
+        if (trained.get(key) or channels) != channels:  # a DiT has no out_channels, and PixArt's may be None
+            raise UsageError(f"the {name}'s {key} is {trained[key]}, but the latents need {channels}; change it")
     for _, height, width in latent_shapes:
         if height % patch or width % patch:
             raise UsageError(
-                f"latents of {width} x {height} are not multiples of the denoiser's patch_size {patch}; change it, or the "
+                f"latents of {width} x {height} are not multiples of the {name}'s patch_size {patch}; change it, or the "
                 "images' size"
             )
     if all(max(height, width) != side for _, height, width in latent_shapes):
         sizes = ", ".join(f"{width} x {height}" for _, height, width in latent_shapes[:3])
         more = ", …" if len(latent_shapes) > 3 else ""
-        rank_zero_info(f"positions in latents of {sizes}{more} are scaled to the denoiser's sample_size {side}")
-    if caption_widths(denoiser["caption_channels"]) != [*caption_channels]:
+        rank_zero_info(f"positions in latents of {sizes}{more} are scaled to the {name}'s sample_size {side}")
+    if caption_widths(trained["caption_channels"]) != [*caption_channels]:
         needed = caption_channels[0] if len(caption_channels) == 1 else [*caption_channels]
         raise UsageError(
-            f"the denoiser's caption_channels is {denoiser['caption_channels']}, but {text} of width {needed}; change it"
+            f"the {name}'s caption_channels is {trained['caption_channels']}, but {text} of width {needed}; change it"
         )

@@ -24,7 +24,7 @@ from ldm.runs.layout import RunFolder
 from ldm.runs.lightning_private import log_interval
 from ldm.terminal import printable
 from ldm.training.base import TrainingModule
-from ldm.training.denoiser import DenoiserTraining
+from ldm.training.encoded import EncodedTraining
 from ldm.training.fsdp import is_sharded
 
 # share of a step spent waiting for data that is worth a warning
@@ -178,8 +178,8 @@ def _images_per_step(trainer: Trainer) -> int:
 
 
 def _encoders(module: TrainingModule) -> dict[str, nn.Module]:
-    """Networks of stage two that are no children of its module."""
-    if not isinstance(module, DenoiserTraining):
+    """Frozen networks that are no children of the module."""
+    if not isinstance(module, EncodedTraining):
         return {}
     texts = nn.ModuleList(encoder.model for encoder in module.encoders.text_encoders)
     return {"autoencoder": module.encoders.autoencoder, "text encoder": texts}

@@ -23,7 +23,8 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.diffusion.conditioning import Condition, denoise, takes_sizes
 from ldm.runs.dry_run.peaks import peaks_of
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.denoiser import DenoiserTraining
+from ldm.training.encoded import EncodedTraining
+from ldm.training.matcher import MatcherTraining
 
 # torch up to 2.10, at least, has no formulas of CPUs' fused attention
 _ON_CPU = {
@@ -152,8 +153,8 @@ class ImageFlops:
         """Copies the networks of ``module`` without their content; before FSDP shards them."""
         if isinstance(module, AutoencoderTraining):
             networks = [module.autoencoder, module.perceptual, module.adversary.discriminator]
-        elif isinstance(module, DenoiserTraining):
-            networks = [module.denoiser]
+        elif isinstance(module, EncodedTraining):
+            networks = [module.averaged()]
         else:
             raise TypeError(f"{type(module).__name__}: its FLOPs cannot be counted")
         self._module, self._networks = module, [on_meta(network) for network in networks]
@@ -168,12 +169,21 @@ class ImageFlops:
             samples["image"] = samples["image"].to(module.encoders.autoencoder.device)
             samples = module.encoders.encode(samples)
         length = 1 + int(samples["text_mask"].any(0).nonzero().max())  # computing padding is no useful work
-        return self._denoiser(samples["mean"], samples["text"][:, :length], samples["text_mask"][:, :length])
+        of_one = samples["mean"], samples["text"][:, :length], samples["text_mask"][:, :length]
+        latents, text, mask = map(_first, of_one)
+        return (self._matcher if isinstance(module, MatcherTraining) else self._denoiser)(latents, text, mask)
+
+    def _matcher(self, latents: Tensor, text: Tensor, mask: Tensor) -> float:
+        """Latents (1, C, h, w), text embeddings (1, L, D) and their mask (1, L)."""
+        (matcher,) = self._networks
+        with StepFlops() as flops:
+            found = matcher(latents.float(), None, text.float(), mask)
+            (found.images.sum() + found.texts.sum()).backward()
+        return flops.total
 
     def _denoiser(self, latents: Tensor, text: Tensor, mask: Tensor) -> float:
-        """The first of the latents (B, C, h, w), text embeddings (B, L, D) and their mask (B, L)."""
+        """Latents (1, C, h, w), text embeddings (1, L, D) and their mask (1, L)."""
         (denoiser,) = self._networks
-        latents, text, mask = map(_first, (latents, text, mask))
         sizes = torch.ones(1, 6, device="meta") if takes_sizes(denoiser) else None
         with StepFlops() as flops:
             condition, time = Condition(text.float(), mask, sizes), torch.ones(1, device="meta")
