@@ -18,6 +18,7 @@ from torchvision.models import vgg16
 from ldm.cli import main
 from ldm.data.buckets import Buckets
 from ldm.data.writer import write_images
+from ldm.evaluation.features import load_feature_network
 from ldm.files import read_json
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
@@ -44,7 +45,8 @@ SHARDED = ("autoencoder/kl_f8_fsdp", "denoiser/dit_xl_fsdp")
 
 
 def test_every_recipe_is_tried_here() -> None:
-    tried = [f"{stage}/{name}" for stage in EXAMPLES for name in ("autoencoder", "denoiser")] + ["shapes/pixels"]
+    tried = [f"{stage}/{name}" for stage in EXAMPLES for name in ("autoencoder", "denoiser")]
+    tried += ["shapes/pixels", "shapes/matcher", "matcher/images"]
     tried += [f"autoencoder/{name}" for name in TRAINED_AUTOENCODERS] + [f"denoiser/{name}" for name in TRAINED_DENOISERS]
     shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")]
     tried += [f"stages/{side}" for side in STAGES]
@@ -106,7 +108,17 @@ def test_both_stages_from_the_shipped_recipes(tmp_path: Path, monkeypatch: pytes
     images, again = ({path.name: path.read_bytes() for path in Path(out).glob("*.png")} for out in ("images", "again"))
     assert len(images) == 3 and images == again
 
-    if recipes == "shapes":  # without an autoencoder
+    if recipes == "shapes":
+        config, steps = str(CONFIGS / "shapes" / "matcher.yaml"), [*data[4:], *few]
+        main(["matcher", "fit", "--config", config, "--out", "runs/matcher", *latents[:4], *steps, *model])
+        main(["matcher", "export", "runs/matcher", "again-matcher"])
+        first, again = (load_feature_network(path) for path in ("runs/matcher/matcher", "again-matcher"))
+        assert first.hash == again.hash and first.takes_texts
+        sizes = {"in_channels": "3", "sample_size": "40", "patch_size": "8", "width": "32"}
+        network = [text for name, value in sizes.items() for text in (f"--model.matcher.init_args.{name}", value)]
+        config, online = str(CONFIGS / "matcher" / "images.yaml"), ["--model.online", "true", "--model.autoencoder", "identity"]
+        main(["matcher", "fit", "--config", config, "--out", "runs/own", *data, *few, *network, *online, "--data.workers", "0"])
+        # without an autoencoder
         main(["latents", "export", "--autoencoder", "identity", "--shards", "shards", "--out", "pixels"])
         latents[1], latents[3] = "pixels", "pixels"
         main(["denoiser", "fit", "--config", str(CONFIGS / "shapes/pixels.yaml"), "--out", "runs/pixels", *latents, *few])

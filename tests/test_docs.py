@@ -32,13 +32,18 @@ from ldm.runs.dry_run.command import DryRunCLI
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
+from ldm.training.matcher import MatcherTraining
 
 ROOT = Path(__file__).parents[1]
 READMES = [
     ROOT / "README.md",
     *(path for top in ("configs", "ldm", "tools") for path in sorted((ROOT / top).rglob("README.md"))),
 ]
-STAGES: dict[str, type[TrainingModule]] = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}
+STAGES: dict[str, type[TrainingModule]] = {
+    "autoencoder": AutoencoderTraining,
+    "denoiser": DenoiserTraining,
+    "matcher": MatcherTraining,
+}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 every_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -80,7 +85,7 @@ def config(stage: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def fits() -> dict[str, ParserOnly]:
-    """``fit`` of both stages, with a recipe's options."""
+    """``fit`` of all trainings, with a recipe's options."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         return {stage: ParserOnly(module, config(stage)) for stage, module in STAGES.items()}
@@ -122,7 +127,7 @@ class Commands:
                 assert words in (["source", ".venv/bin/activate"], []), f"nothing here checks {line}"
 
     def ldm(self, arguments: list[str]) -> None:
-        if arguments[:2] in (["autoencoder", "fit"], ["denoiser", "fit"]):
+        if arguments[0] in STAGES and arguments[1:2] == ["fit"]:
             try:
                 self.fits[arguments[0]].parser.parse_args(arguments[1:])
             except SystemExit as leave:  # --help, --print_config

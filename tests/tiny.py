@@ -77,6 +77,13 @@ class TinyRuns:
                 *("--model.adversary.start", "2", "--model.adversary.discriminator_warmup", "1"),
                 *("--model.adversary.generator_ramp", "2"),
             ]
+        elif stage == "matcher":
+            own = [
+                *("--data.train", f"{self.folder}/latents", "--data.validation", f"{self.folder}/latents"),
+                *("--model.autoencoder", f"{self.folder}/autoencoder", "--model.matcher.init_args.width", "16"),
+                *("--model.matcher.init_args.sample_size", str(SIZE // 2), "--model.matcher.init_args.num_layers", "1"),
+                *("--model.matcher.init_args.num_attention_heads", "2", "--model.matcher.init_args.caption_channels", "8"),
+            ]
         else:
             own = [
                 *("--data.train", f"{self.folder}/latents", "--data.validation", f"{self.folder}/latents"),

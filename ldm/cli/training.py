@@ -1,4 +1,4 @@
-"""``ldm autoencoder``, ``ldm denoiser`` and ``ldm matcher``: fit, whose options LightningCLI parses, and the exports of a run."""
+"""``ldm autoencoder``, ``denoiser`` and ``matcher``: fit, whose options LightningCLI parses, and the exports of a run."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from ldm.errors import UsageError, first_line
 from ldm.files import sha256_file
 from ldm.models.directories import in_memory, loading, read_config, require_regular_files
 from ldm.models.fingerprint import network_hash
+from ldm.models.matcher import ImageTextModel, is_matcher
 from ldm.models.text_encoder import architecture_of, max_tokens
 
 CONVOLUTIONS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}
@@ -30,8 +31,8 @@ CONVOLUTIONS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vg
 ON_THE_HUB = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
 NAMES = ("inception", *ON_THE_HUB, *(f"{kind}-random" for kind in CONVOLUTIONS))
 WAYS = (
-    f"give one of {', '.join(NAMES)}, a hub name, or the path of a CLIP, SigLIP or DINOv2 of transformers or of torchvision's "
-    "checkpoint of alexnet or vgg16"
+    f"give one of {', '.join(NAMES)}, a hub name, or the path of a matcher (ldm matcher fit), of a CLIP, SigLIP or DINOv2 of "
+    "transformers or of torchvision's checkpoint of alexnet or vgg16"
 )
 
 
@@ -78,6 +79,7 @@ def load_feature_network(name: str | os.PathLike, device: torch.device | str = "
             - ``inception``: torch-fidelity's Inception-v3, of the published FID and KID.
             - ``dinov2``, ``clip``: DINOv2 ViT-L/14 and CLIP ViT-L/14 at 336 pixels; or any other hub name, or the directory, of
               a network of images (DINOv2, ViT) or of images and text (CLIP, SigLIP) that transformers opens.
+            - the directory of a matcher, trained on images of one's own (:mod:`ldm.training.matcher`); offline.
             - ``alex-random``, ``vgg-random``: torchvision's convolutions with random weights of a fixed seed; offline.
             - the path of torchvision's checkpoint of alexnet or vgg16.
 
@@ -92,11 +94,36 @@ def load_feature_network(name: str | os.PathLike, device: torch.device | str = "
         network = _random(kind)
     elif os.path.isfile(name):
         network = _pretrained(Path(name))
+    elif is_matcher(name):
+        network = MatcherNetwork(name)
     elif os.path.isdir(name) or name in ON_THE_HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         network = TransformersNetwork(name)
     else:
         raise UsageError(f"the feature network {name} does not exist; {WAYS}")
     return cast(FeatureNetwork, network.requires_grad_(False).eval().to(device))
+
+
+class MatcherNetwork(FeatureNetwork):
+    """A matcher: its vectors of images and of texts, at the size in pixels that it was trained on."""
+
+    takes_texts = True
+
+    def __init__(self, folder: str):
+        """Raises UsageError where ``folder`` holds no matcher, or its parts are not those that were saved."""
+        super().__init__()
+        self.model = ImageTextModel.load(folder)
+        parts = self.model.matcher, self.model.autoencoder, self.model.text_encoder.model
+        self.parts = nn.ModuleList(cast(nn.Module, part) for part in parts)  # to be moved together
+        self.hash, self.num_features = self.model.hash, self.model.matcher.config["embedding_size"]
+        self.name, self.description = f"matcher_{self.hash[:8]}", f"matcher, {folder}"
+        sizes = ", ".join(f"{width} x {height}" for height, width in self.model.sizes)
+        self.resize = f"bicubic, antialiased, to {sizes}" + ", that of the nearest proportions" * (len(self.model.sizes) > 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.embed_images(images)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        return self.model.embed_texts(texts)
 
 
 def to_bytes(images: Tensor) -> Tensor:

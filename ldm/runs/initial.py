@@ -63,13 +63,13 @@ def as_options(spec: Mapping[str, Any]) -> Namespace:
 
 
 class RunWeights:
-    """The weights of a run of stage two."""
+    """The weights of a denoiser's run."""
 
     def __init__(self, run: Path, checkpoint: Path):
-        """Raises :class:`UsageError` for another stage."""
+        """Raises :class:`UsageError` for a run of another network."""
         self.checkpoint, self.config = checkpoint, RunFolder(run).read_config()
         if "denoiser" not in self.config["model"]:
-            raise UsageError(f"{run} is a run of stage one; give one of ldm denoiser fit")
+            raise UsageError(f"{run} is no run of a denoiser; give one of ldm denoiser fit")
 
     def denoiser(self) -> Namespace:
         """Class and config of the network, as a config of ``fit`` has them."""

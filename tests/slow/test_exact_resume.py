@@ -35,6 +35,7 @@ OWN = {
         *("--model.equivariance.probability", "0.5", "--model.learn_variance", "true"),
     ],
     "denoiser": ["--model.accumulate", "2", "--model.power_averages.sigma_rel", "[0.1]"],
+    "matcher": ["--model.accumulate", "2"],
 }
 
 
@@ -66,8 +67,9 @@ def assert_equal(mine: dict[str, Any], theirs: dict[str, Any], when: str = "") -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+@pytest.mark.parametrize(
+    ("stage", "processes"), [("autoencoder", 1), ("autoencoder", 2), ("denoiser", 1), ("denoiser", 2), ("matcher", 1)]
+)
 def test_killed_at_random_steps_and_resumed(tiny_runs: TinyRuns, tmp_path: Path, stage: str, processes: int) -> None:
     kills = sorted(random.Random(f"{stage} {processes}").sample(range(1, STEPS), KILLS))
     killer = [

@@ -16,13 +16,13 @@ from tests.tiny import TinyRuns
 from . import conftest
 from .warm import DDP, run
 
-ARTIFACT = {"autoencoder": "autoencoder", "denoiser": "pipeline"}
+ARTIFACT = {"autoencoder": "autoencoder", "denoiser": "pipeline", "matcher": "matcher"}
+NETWORK = {"autoencoder": "", "denoiser": "transformer", "matcher": "matcher"}
 
 
 def weights(export: Path, stage: str) -> dict[str, torch.Tensor]:
     """The trained weights of an exported model."""
-    folder = export / "transformer" if stage == "denoiser" else export
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
+    return load_file(export / NETWORK[stage] / "diffusion_pytorch_model.safetensors")
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -44,7 +44,7 @@ def assert_same_metrics(out: Path, other: Path, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "matcher"])
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(tiny_runs: TinyRuns, tmp_path: Path, stage: str) -> None:
     """Weights, losses, the adaptive weight, the guard's level, every metric of validation."""
     options = ["--trainer.precision", "32-true"]  # in bf16, sums on two processes would be rounded differently
@@ -54,7 +54,7 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(tiny_runs: Tin
     assert status == 0, said
     two = tiny_runs.command(stage, tmp_path / "two", *options, "--data.batch_size", "2", *DDP)
     # once as a user types it: the command starts its two processes itself
-    status, said = run(two, tmp_path, 2) if stage == "autoencoder" else conftest.run(two)
+    status, said = conftest.run(two) if stage == "denoiser" else run(two, tmp_path, 2)
     assert status == 0, said
     two_model, one_model = (tmp_path / name / ARTIFACT[stage] for name in ("two", "one"))
     assert_close(weights(two_model, stage), weights(one_model, stage), 1e-5)
