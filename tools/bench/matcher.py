@@ -1,7 +1,5 @@
 """Whether a matcher's agreement ranks the checkpoints of a training on shapes as the pixel scorer does.
 
-ldm denoiser fit --config configs/shapes/denoiser.yaml --out runs/denoiser --checkpoints.every_steps 50 --checkpoints.keep_last 9
-ldm matcher fit --config configs/shapes/matcher.yaml --out runs/matcher
 python tools/bench/matcher.py --run runs/denoiser --matcher runs/matcher/matcher --steps 50 100 200 400 800
 """
 
