@@ -284,9 +284,7 @@ def _commands(page: Report, run: RunRecord, state: str) -> None:
         shards = shlex.quote(shards) if isinstance(shards, str) else "SHARDS"
         export = f"ldm latents export --autoencoder {artifact} --shards {shards} --out latents"
         commands.append(("continue with stage two", export))
-    elif state == "finished":
-        pass  # a matcher is an argument of other commands
-    elif state != "training":
+    elif state not in ("training", "finished"):
         commands.append(("resume", f"ldm {run.stage} fit --config {config} --out {folder} --resume latest"))
     commands.append(("compare with other runs", f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}"))
     page.commands("Next steps", commands)
