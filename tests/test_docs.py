@@ -214,7 +214,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def argparse_parsers(commands: Commands) -> list[argparse.ArgumentParser]:
-    after_fit = [("autoencoder", "export"), ("denoiser", "export"), ("denoiser", "ema")]
+    after_fit = [(stage, "export") for stage in STAGES] + [("denoiser", "ema")]
     found = [commands.made_of_a_run([*words, "RUN", "OUT", *["--sigma-rel", "0.1"] * (words[1] == "ema")]).parser
              for words in after_fit]  # fmt: skip
     return [*parsers(build_parser()), *found]
