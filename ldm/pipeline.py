@@ -53,7 +53,7 @@ from ldm.models.autoencoder_kinds import Autoencoder
 from ldm.models.directories import in_memory, loading, read_config
 from ldm.models.fingerprint import HALF_PRECISION, is_half_precision
 from ldm.models.image_processor import Images, PreparedImages, to_output
-from ldm.models.text_encoder import TextEncoder, text_encoder_hash
+from ldm.models.text_encoder import TextEncoder, listed, text_encoder_hash
 
 FORMAT_VERSION = 1  # of model_index.json
 # (pipeline, step, timestep, tensors) -> those of them that are replaced
@@ -238,9 +238,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         ]
 
     @property
+    def classes(self) -> list[str] | None:
+        """The class names that are its prompts; none of them where it is unconditional. None: it takes any prompt."""
+        return next((encoder.classes for encoder in self.text_encoders if encoder.classes is not None), None)
+
+    @property
     def is_unconditional(self) -> bool:
         """Whether it takes no prompts."""
-        return any(encoder.is_unconditional for encoder in self.text_encoders)
+        return self.classes == []
 
     def _denoiser_config(self) -> dict[str, Any]:
         config = {} if self.transformer is None else self.transformer.config
@@ -321,7 +326,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if self.is_unconditional and prompt.strip():
             raise UsageError(f"the prompt is {prompt[:40]!r}, but the model is unconditional; leave it empty")
         if not self.is_unconditional and not prompt.strip():
-            raise UsageError("the prompt is empty; say what to generate")
+            known = "say what to generate" if self.classes is None else f"give a class: {listed(self.classes)}"
+            raise UsageError(f"the prompt is empty; {known}")
 
     def tokenize(self, texts: Sequence[str]) -> list[list[list[int]]]:
         """Token ids of each text by each text encoder, special ones included, for :meth:`embed`.
@@ -331,6 +337,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         for text in texts:
             require_text(text)
+            if text.strip():
+                self.require_prompt(text)
         encoders, found = self.text_encoders, []
         longest = max(encoder.max_tokens for encoder in encoders)
         for encoder in encoders:

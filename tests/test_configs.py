@@ -35,6 +35,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TRAINED_AUTOENCODERS = ("decoder_finetune", "kl_f16_8gpu", "kl_f4_cpu", "kl_f8_24gb", "kl_f8_8gb", "kl_f8_8gpu")
 TRAINED_DENOISERS = ("dit_b_8gb", "dit_l_24gb", "dit_s_cpu", "dit_xl_8gpu")
 FINE_TUNED = ("denoiser/pixart_finetune_24gb",)
+# given after another recipe
+TEXT = "denoiser/two_text_encoders"
 STAGES = (256, 512, 1024)  # each starts from the one before
 # both stages: sizes of the images here, and options of the export between them, as in the recipe's header
 BUCKETS = ["--captions", "all", "--buckets", "64", "--bucket-step", "8", "--max-aspect", "3", "--max-upscale", "2"]
@@ -50,7 +52,7 @@ def test_every_recipe_is_tried_here() -> None:
     tried += [f"autoencoder/{name}" for name in TRAINED_AUTOENCODERS] + [f"denoiser/{name}" for name in TRAINED_DENOISERS]
     shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")]
     tried += [f"stages/{side}" for side in STAGES]
-    assert sorted(shipped) == sorted([*tried, *COMPARED, *SHARDED, *FINE_TUNED])
+    assert sorted(shipped) == sorted([*tried, *COMPARED, *SHARDED, *FINE_TUNED, TEXT])
 
 
 def keys(node: object, prefix: str = "") -> set[str]:
@@ -242,6 +244,16 @@ def test_the_denoisers_have_the_sizes_of_the_paper(name: str) -> None:
     assert count == blocks * block + time + words + linear(4 * 4, width) + linear(width, 4 * 4)
 
 
+def tiny_denoiser(train: str, validation: str, autoencoder: str, of_dit: bool = True) -> list[str]:
+    """Options for a recipe of stage two: a tiny network and two steps on latents of 4 x 4, neither compiled nor in bf16."""
+    tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_attention_heads": 2} if of_dit else {}
+    arguments = [text for name, value in tiny.items() for text in (f"--model.denoiser.init_args.{name}", str(value))]
+    arguments += ["--data.train", train, "--data.validation", validation, "--model.autoencoder", autoencoder]
+    arguments += ["--data.batch_size", "4", "--data.validation_samples", "4", "--data.workers", "0", "--model.compile", "false"]
+    arguments += ["--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    return [*arguments, "--model.accumulate", "2", "--trainer.precision", "32-true", "--model.preview_steps", "1"]
+
+
 @pytest.fixture(scope="module")
 def tiny_latents(image_shards: Path, tiny_text_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds an untrained f8 autoencoder and latents of 4 x 4."""
@@ -277,15 +289,34 @@ def test_the_denoisers_train(tiny_latents: Path, tmp_path: Path, recipe: str) ->
         tiny_pixart().save_pretrained(tmp_path / "pixart" / "transformer")
         arguments += ["--model.init_from", str(tmp_path / "pixart"), "--model.optimiser.eight_bit", "false"]
     else:
-        tiny = {"sample_size": 4, "width": 16, "num_layers": 2, "num_attention_heads": 2, "caption_channels": 8}
-        for name, value in tiny.items():
-            arguments += [f"--model.denoiser.init_args.{name}", str(value)]
-    arguments += ["--data.train", str(tiny_latents / "latents"), "--data.validation", str(tiny_latents / "latents")]
-    arguments += ["--data.batch_size", "4", "--data.validation_samples", "4", "--data.workers", "0", "--model.compile", "false"]
-    arguments += ["--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
-    arguments += ["--model.accumulate", "2", "--trainer.precision", "32-true"]
-    main([*arguments, "--model.autoencoder", str(tiny_latents / "autoencoder"), "--model.preview_steps", "1"])
+        arguments += ["--model.denoiser.init_args.caption_channels", "8"]
+    latents, autoencoder = (str(tiny_latents / name) for name in ("latents", "autoencoder"))
+    main([*arguments, *tiny_denoiser(latents, latents, autoencoder, recipe not in FINE_TUNED)])
     assert DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config["num_layers"] == 2
+
+
+def test_two_text_encoders_and_captions_by_weight_from_a_table_on(
+    tiny_latents: Path, tiny_text_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of the recipe's header, with a tiny encoder and MiniLM."""
+    monkeypatch.chdir(tmp_path)
+    rows = ["file,short,long"]
+    for number in range(6):
+        Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(f"{number}.png")
+        rows.append(f"{number}.png,shape {number}," + (f"a longer text on shape {number}" if number % 2 else ""))
+    Path("captions.csv").write_text("\n".join(rows))
+    main(["shards", "pack", ".", "shards", "--captions", "captions.csv", "--caption-names", "short,long"])
+    autoencoder = str(tiny_latents / "autoencoder")
+    export = ["latents", "export", "--autoencoder", autoencoder, "--shards", "shards", "--out", "latents"]
+    encoders = [f"{{name: {tiny_text_encoder}, layer: -2}}", "{name: minilm, max_tokens: 12}"]
+    main([*export, "--captions", "short", "long", "--text-encoder", *encoders])
+    assert json.loads(Path("latents/manifest.json").read_text())["caption_names"] == ["short", "long"]
+    recipes = [text for name in ("denoiser/dit_s_cpu", TEXT) for text in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    arguments = ["denoiser", "fit", *recipes, "--out", "run", *tiny_denoiser("latents", "latents", autoencoder)]
+    main([*arguments, "--model.denoiser.init_args.caption_channels", "[8, 384]"])
+    pipeline = load_pipeline("run/pipeline")
+    assert [encoder.settings or encoder.max_tokens for encoder in pipeline.text_encoders] == [64, 12]
+    assert pipeline.transformer.config["pooled_text"] == ["last", "none"]
 
 
 def test_stages_of_rising_resolution(tiny_latents: Path, tiny_text_encoder: str, tmp_path: Path) -> None:

@@ -29,13 +29,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from debian import package_root
+from debian import package_root, parser_of, run
 from PIL import Image, ImageChops
 
 from ldm.data.decode import decode_image
 from ldm.data.writer import encode_png
-from ldm.errors import LdmError, UsageError
-from ldm.files import atomic_folder, require_new_folder
+from ldm.errors import UsageError
+from ldm.files import atomic_folder
 from ldm.images import MAX_IMAGE_BYTES, DecodeError
 
 DRAWINGS, TEXTS, STAMPS = "usr/share/openclipart/png", "usr/share/openclipart/svg", "usr/share/tuxpaint/stamps"
@@ -242,37 +242,26 @@ def write_set(out: Path, candidates: list[Candidate], size: int, validation: flo
     return counts
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    parser.add_argument("--download", type=Path, metavar="DIR", help="download and unpack the packages there (320 MB)")
-    parser.add_argument("--size", type=int, default=256, help="shorter sides are at most so many pixels (default 256)")
-    parser.add_argument("--validation", type=float, default=0.02, metavar="SHARE", help="of the titles (default 0.02)")
-    options = parser.parse_args(arguments)
+def build(options: argparse.Namespace) -> str:
+    """Write the set; returns a line that says what it is."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are left out
-    try:
-        if not SMALLEST <= options.size <= 4096:
-            raise UsageError(f"--size must be {SMALLEST} to 4096 pixels, not {options.size}")
-        if not 0 <= options.validation <= 0.5:
-            raise UsageError(f"--validation is a share of 0 to 0.5, not {options.validation:g}")
-        out = require_new_folder(options.out, "the images")
-        roots = {
-            content: package_root(package, content, options.download) / content
-            for package, content in (
-                ("openclipart-png", DRAWINGS), ("openclipart-svg", TEXTS), ("tuxpaint-stamps-default", STAMPS)
-            )
-        }  # fmt: skip
-        candidates = [*drawings(roots[DRAWINGS], roots[TEXTS]), *stamps(roots[STAMPS])]
-        counts = write_set(out, candidates, options.size, options.validation)
-    except LdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(
+    if not 0 <= options.validation <= 0.5:
+        raise UsageError(f"--validation is a share of 0 to 0.5, not {options.validation:g}")
+    contents = {"openclipart-png": DRAWINGS, "openclipart-svg": TEXTS, "tuxpaint-stamps-default": STAMPS}
+    pngs, svgs, folder = (package_root(name, content, options.download) / content for name, content in contents.items())
+    candidates = [*drawings(pngs, svgs), *stamps(folder)]
+    counts, out = write_set(options.out, candidates, options.size, options.validation), options.out
+    return (
         f"{counts['train']} images in {out / 'train'}, {counts['validation']} in {out / 'validation'}; "
         f"{counts['left out']} files are left out, {out / 'left_out.jsonl'} says why"
     )
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = parser_of(__doc__, 256, "shorter sides are at most so many pixels", megabytes=320)
+    parser.add_argument("--validation", type=float, default=0.02, metavar="SHARE", help="of the titles (default 0.02)")
+    return run(build, parser.parse_args(arguments), sizes=(SMALLEST, 4096))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,39 @@
-"""The files of Debian packages: of installed ones, or of ones that apt-get downloads and dpkg-deb unpacks, without root."""
+"""Sets of images out of Debian packages: the packages' files, of installed ones or of ones that apt-get downloads and dpkg-deb
+unpacks, without root; and the command line that such scripts share."""
 
 from __future__ import annotations
 
+import argparse
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldm.errors import LdmError, UsageError
-from ldm.files import atomic_folder
+from ldm.files import atomic_folder, require_new_folder
+
+
+def parser_of(description: str | None, size: int, what: str, megabytes: int) -> argparse.ArgumentParser:
+    """A parser of ``OUT``, ``--size`` (``what`` it is, and its default) and ``--download`` (so many megabytes)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument("--download", type=Path, metavar="DIR", help=f"download and unpack the packages there ({megabytes} MB)")
+    parser.add_argument("--size", type=int, default=size, help=f"{what} (default {size})")
+    return parser
+
+
+def run(build: Callable[[argparse.Namespace], str], options: argparse.Namespace, sizes: tuple[int, int]) -> int:
+    """Print what ``build`` returns, or its :class:`LdmError` in one line; returns the exit code. ``sizes``: the least and the
+    most of ``--size``."""
+    try:
+        if not sizes[0] <= options.size <= sizes[1]:
+            raise UsageError(f"--size must be {sizes[0]} to {sizes[1]} pixels, not {options.size}")
+        options.out = require_new_folder(options.out, "the images")
+        print(build(options))
+    except LdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def package_root(package: str, content: str, download: Path | None) -> Path:

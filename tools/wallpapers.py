@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from debian import package_root
+from debian import package_root, parser_of, run
 from PIL import Image
 
 from ldm.data.decode import decode_image
-from ldm.errors import LdmError, UsageError
-from ldm.files import atomic_folder, read_bytes, require_new_folder
+from ldm.errors import LdmError
+from ldm.files import atomic_folder, read_bytes
 from ldm.images import MAX_IMAGE_BYTES
 
 BACKGROUNDS = "usr/share/backgrounds"
@@ -83,32 +83,25 @@ def write_windows(out: Path, files: dict[str, Path], size: int) -> Counter[str]:
     return counts
 
 
+def build(options: argparse.Namespace) -> str:
+    """Write the set; returns a line that says what it is."""
+    files = {}
+    for package, (folder, names) in PHOTOGRAPHS.items():
+        root = package_root(package, folder, options.download) / folder
+        for name in names.split():
+            found = sorted(file for pattern in (f"{name}.jpg", f"{name}/contents/images/*") for file in root.glob(pattern))
+            if not found:
+                raise LdmError(f"{root} holds no {name}; another version of {package} may: give --download an empty folder")
+            files[name] = found[-1]
+    counts = write_windows(options.out, files, options.size)
+    parts = ", ".join(f"{counts[part]} in {options.out / part}" for part in ("train", "validation"))
+    return f"windows of {options.size} x {options.size} pixels: {parts}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    parser.add_argument("--download", type=Path, metavar="DIR", help="download and unpack the packages there (170 MB)")
-    parser.add_argument("--size", type=int, default=64, help="width and height in pixels (default 64)")
-    options = parser.parse_args(arguments)
-    try:
-        if not 16 <= options.size <= 512:
-            raise UsageError(f"--size must be 16 to 512 pixels, not {options.size}")
-        out = require_new_folder(options.out, "the windows")
-        files = {}
-        for package, (folder, names) in PHOTOGRAPHS.items():
-            root = package_root(package, folder, options.download) / folder
-            for name in names.split():
-                found = sorted(file for pattern in (f"{name}.jpg", f"{name}/contents/images/*") for file in root.glob(pattern))
-                if not found:
-                    raise LdmError(f"{root} holds no {name}; another version of {package} may: give --download an empty folder")
-                files[name] = found[-1]
-        counts = write_windows(out, files, options.size)
-    except LdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    parts = ", ".join(f"{counts[part]} in {out / part}" for part in ("train", "validation"))
-    print(f"windows of {options.size} x {options.size} pixels: {parts}")
-    return 0
+    parser = parser_of(__doc__, 64, "width and height in pixels", megabytes=170)
+    return run(build, parser.parse_args(arguments), sizes=(16, 512))
 
 
 if __name__ == "__main__":

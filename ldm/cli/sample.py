@@ -32,7 +32,10 @@ def add(commands: Commands) -> None:
     sample = add_command(commands, "sample", run_sample, "generate images from prompts", EXAMPLE)
     sample.add_argument("model", help="pipeline directory")
     prompts = sample.add_argument(
-        "given_prompts", nargs="+", metavar="prompt", help="what to generate; none of an unconditional model"
+        "given_prompts",
+        nargs="+",
+        metavar="prompt",
+        help="what to generate; of a class model a class, of an unconditional one none",
     )
     # "*" would match nothing right behind the model, and prompts behind an option would be one too many
     prompts.required = False
@@ -119,6 +122,7 @@ def sample_into_folder(options: argparse.Namespace) -> None:
     from ldm.inference.inputs import Inputs
     from ldm.inference.metadata import provenance_of, read_png
     from ldm.inference.output_folder import OutputFolder, generate_missing
+    from ldm.models.text_encoder import listed
 
     inputs, made_by = Inputs(), None
     given = given_settings(options)
@@ -130,7 +134,7 @@ def sample_into_folder(options: argparse.Namespace) -> None:
     compiled = "cuda_graphs" if options.cuda_graphs else options.compile
     pipeline = open_pipeline(options.model, options.device, dtype, compiled, tiled)
     if not (options.given_prompts or options.prompts or options.from_image or pipeline.is_unconditional):
-        raise UsageError(ONE_OF)
+        raise UsageError(ONE_OF if pipeline.classes is None else f"give one or more classes: {listed(pipeline.classes)}")
     provenance = provenance_of(pipeline, options.model)
     if made_by is not None:
         mismatch = made_by.mismatch(options.from_image, options.model, provenance)

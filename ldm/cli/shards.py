@@ -51,6 +51,13 @@ def add(commands: Commands) -> None:
         default="",
         help="of the same (default: caption, captions, text or tags); a cell may hold a list of captions",
     )
+    pack.add_argument(
+        "--caption-names",
+        metavar="A,B",
+        default="",
+        help="captions that training draws by name, such as short,long: columns of the same, or of a folder the files "
+        "photo.short.txt or fields of photo.json; short=brief is called brief there",
+    )
     what = "images alone, for an autoencoder: captions are neither read nor stored"
     pack.add_argument("--no-captions", action="store_true", help=what)
     what = "so many images (500) or such a share (2%%) go to OUT/validation; an image stays there when others are added"
@@ -142,7 +149,7 @@ def run_pack(options: argparse.Namespace) -> None:
                 quality=options.quality,
                 background=options.background,
                 image_column=options.image_column,
-                caption_columns=[column.strip() for column in options.caption_columns.split(",") if column.strip()],
+                caption_columns=_caption_columns(options.caption_columns, options.caption_names),
                 with_captions=not options.no_captions,
                 validation=options.validation,
                 workers=options.workers,
@@ -155,10 +162,23 @@ def run_pack(options: argparse.Namespace) -> None:
     say(f"{result.packed} of {result.found} images in {shards} shards: {options.out}")
     if result.validation is not None:
         say(f"{result.validation.samples} of them are for validation: {Path(options.out) / VALIDATION_NAME}")
+    if result.named:
+        say("captions: " + ", ".join(f"{count} {printable(name)}" for name, count in result.named.items()))
     if result.quarantined:
         say(f"{result.quarantined} could not be used; {Path(options.out) / QUARANTINE_NAME} says why")
     if result.enlarged:
         say(f"{result.enlarged} were smaller and have been enlarged; --min-size {options.size} skips them")
+
+
+def _caption_columns(columns: str, names: str) -> list[str] | dict[str, str]:
+    """The columns of captions, or the column of each name."""
+    given, named = ([part.strip() for part in text.split(",") if part.strip()] for text in (columns, names))
+    if given and named:
+        raise UsageError("--caption-columns and --caption-names both say where captions are; give one of them")
+    pairs = [(name.strip(), called.strip() or name.strip()) for name, _, called in (part.partition("=") for part in named)]
+    if len(dict(pairs)) < len(pairs):
+        raise UsageError(f"--caption-names {names} has a name twice; give each once")
+    return dict(pairs) or given
 
 
 def _custom_source(class_path: str, src: str) -> ImageSource:

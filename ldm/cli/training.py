@@ -74,6 +74,8 @@ def add_denoiser_options(parser: Parser) -> None:
     parser.add_argument(
         "--license", metavar="ID", help="for the card, by its name on the hub, such as apache-2.0 (default: unknown)"
     )
+    what = "for the card, the hub name of the model it was fine-tuned from (default: model.init_from, where that is one)"
+    parser.add_argument("--base-model", metavar="NAME", help=what)
     parser.add_argument("--dataset", metavar="NAME", action="append", help="for the card, by its name on the hub; repeatable")
     parser.add_argument(
         "--report", metavar="FILE", type=Path, help="for the card: report.json of the quickstart that trained RUN"
@@ -86,10 +88,13 @@ def denoiser_writer(options: argparse.Namespace) -> Callable[[DenoiserTraining, 
 
     write = write_pixart if options.kind == "pixart" else None
     given = {"license": options.license, "datasets": options.dataset and tuple(options.dataset), "report": options.report}
+    given |= {"base_model": options.base_model}
     given = {name: value for name, value in given.items() if value is not None}
     if not options.model_card:
         if given:
-            raise UsageError(f"--{next(iter(given)).removesuffix('s')} is for the model card; give --model-card, too")
+            raise UsageError(
+                f"--{next(iter(given)).removesuffix('s').replace('_', '-')} is for the model card; give --model-card, too"
+            )
         return write
     fields = CardFields(**given)
 

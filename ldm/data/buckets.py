@@ -21,6 +21,7 @@ Size = tuple[int, int]
 RATIOS = ((1, 1), (4, 5), (3, 4), (2, 3), (9, 16))
 MAX_ASPECT, MAX_UPSCALE = 16.0, 1024.0
 TOO_SMALL = "too small for every bucket"
+UNFIT_SHARE = 0.1  # of images that fit no bucket; more are refused unless that is asked for
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,19 @@ class Buckets:
                 f"the buckets have sides of {', '.join(map(str, sides))} pixels, which {what} ({unit}) does not divide; give a "
                 f"step that is a multiple of {unit}, and sides that it divides"
             )
+
+
+def require_fits(unfit: int, total: int, spec: str, max_bad_share: float) -> None:
+    """Raise :class:`UsageError` where more images of ``spec`` fit no bucket than :data:`UNFIT_SHARE` and ``max_bad_share``.
+
+    Such images are not broken: that some are too small is to be expected.
+    """
+    if unfit and (unfit == total or unfit > max(max_bad_share, UNFIT_SHARE) * total):
+        fix = "" if unfit == total else f", or max_bad_share to {ceil(100 * unfit / total) / 100:g} to leave them out"
+        raise UsageError(
+            f"{unfit} of {total} images in {spec} fit no bucket: they are {TOO_SMALL}, or cannot be read; give smaller "
+            f"buckets, or raise max_upscale{fix} (ldm shards show names them)"
+        )
 
 
 def _tier(base: int, step: int, max_aspect: float) -> tuple[Size, ...]:

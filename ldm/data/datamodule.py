@@ -14,7 +14,7 @@ import numpy as np
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ldm.data.buckets import Buckets
+from ldm.data.buckets import Buckets, require_fits
 from ldm.data.image_dataset import Augmentation, Crop, ImageDataset
 from ldm.data.latent_dataset import LatentDataset
 from ldm.data.latent_schema import common_info, latent_info, read_null_text
@@ -179,15 +179,11 @@ class ShardDataModule(LightningDataModule):
 
     def _require_fits(self, dataset: ImageDataset) -> None:
         """Raise :class:`UsageError` where too many images fit no bucket; log how many are left out."""
-        if dataset.groups is None or not (without := int((dataset.groups < 0).sum())):
+        if dataset.groups is None or not (unfit := int((dataset.groups < 0).sum())):
             return
-        spec = dataset.sources[0].spec
-        what = f"{without} of {len(dataset)} images in {spec} fit no bucket: they are too small, or cannot be read"
-        if without == len(dataset) or without > self.max_bad_share * len(dataset):
-            raise UsageError(
-                f"{what}; give smaller buckets, or raise max_upscale or max_bad_share (ldm shards show names them)"
-            )
-        log.warning("%s; they are left out", what)
+        total, spec = len(dataset), dataset.sources[0].spec
+        require_fits(unfit, total, spec, self.max_bad_share)
+        log.warning("%d of %d images in %s fit no bucket and are left out (ldm shards show names them)", unfit, total, spec)
 
     def _check_latents(self, sources: list[ShardSource], augmentation: Augmentation) -> None:
         """Raise :class:`UsageError` where the latents do not match these settings or one another."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ldm.data.buckets import TOO_SMALL, UNFIT_SHARE
 from ldm.errors import LdmError
 from ldm.files import open_regular, parse_json
 
@@ -29,6 +31,11 @@ class BadSample(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.key} {self.reason}"
+
+    @property
+    def unfit(self) -> bool:
+        """Whether it is an image that fits no bucket, and not broken."""
+        return TOO_SMALL in self.reason
 
 
 def too_many_in_a_row(number: int, last: BadSample, adjustable: bool = True) -> LdmError:
@@ -58,7 +65,7 @@ class Quarantine:
         """
         Args:
             samples: how many this process may meet over all epochs; ``max_share`` is a share of these.
-            max_share: bad samples tolerated, 0 to 1.
+            max_share: bad samples tolerated, 0 to 1; of images that fit no bucket at least :data:`UNFIT_SHARE`.
             max_in_a_row: consecutive bad samples tolerated.
             file: record of them; appended to.
             adjustable: whether the user can raise these limits, for messages.
@@ -69,6 +76,7 @@ class Quarantine:
         self.file = None if file is None else Path(file)
         self.known: set[BadSample] = set()
         self._in_a_row = 0
+        self._counts: Counter[bool] = Counter()  # of those that are unfit, and of the others
 
     def __len__(self) -> int:
         return len(self.known)
@@ -82,15 +90,17 @@ class Quarantine:
             self._in_a_row += 1
             new = [sample for sample in dict.fromkeys(bad) if sample not in self.known]
             self.known.update(new)
+            self._counts.update(sample.unfit for sample in new)
             self._record(new)
             last = bad[-1]
             # in consecutive positions, or at one position in search of a good sample
             if (in_a_row := max(self._in_a_row, len(bad))) > self.max_in_a_row:
                 raise too_many_in_a_row(in_a_row, last, self.adjustable)
-            if len(self.known) > self.max_share * self.samples:
+            share = max(self.max_share, UNFIT_SHARE) if last.unfit else self.max_share
+            if (count := self._counts[last.unfit]) > share * self.samples:
                 raise LdmError(
-                    f"{len(self.known)} of {self.samples} samples cannot be used, more than {self.max_share:.2%}, the last one "
-                    f"{last}; repair or remove them (`ldm shards check --deep` names them all)"
+                    f"{count} of {self.samples} samples {'fit no bucket' if last.unfit else 'cannot be used'}, more than "
+                    f"{share:.2%}, the last one {last}; repair or remove them (`ldm shards check --deep` names them all)"
                     f"{', or raise max_bad_share' if self.adjustable else ''}"
                 )
 

@@ -155,6 +155,8 @@ class ImageGenerator:
         """Raise UsageError, before anything is generated, for settings that the pipeline cannot use."""
         if settings.image is None or settings.prompt.strip():
             self.pipeline.require_prompt(settings.prompt)
+        if settings.negative.strip():
+            self.pipeline.require_prompt(settings.negative)
         for text, fits in self.fit((settings.prompt, settings.negative)).items():
             if text in self._warned:
                 continue

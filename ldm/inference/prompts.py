@@ -159,7 +159,7 @@ def read_prompts(
     """The images that a prompt file asks for; a broken line is returned as its error, in the place of one image.
 
     Blank lines are passed over. A line of ``.txt`` is a prompt, and a comment where it begins with ``#``; a line of ``.jsonl``
-    is an object with the fields of :class:`GenerationSettings`, of which ``prompt`` must be there, ``size``, and ``count``, the
+    is an object with the fields of :class:`GenerationSettings`, ``size``, and ``count``, the
     images of this line. Where a line says nothing of the seed, that of ``defaults`` counts on from image to image.
 
     Args:

@@ -60,7 +60,7 @@ class GenerationSettings:
         UsageError: for a value out of range; names the field.
     """
 
-    prompt: str
+    prompt: str = ""
     negative: str = ""
     seed: int = 0
     steps: int = 30
@@ -156,8 +156,6 @@ class GenerationSettings:
         unknown = [key for key in content if key not in hints]
         if unknown:
             raise UsageError(f"{where}: there is no setting {reprlib.repr(unknown[0])}; choose from: {', '.join(hints)}")
-        if "prompt" not in content:
-            raise UsageError(f"{where}: prompt is missing; say what to generate")
         try:
             return cls(**{key: _checked(key, value, hints[key]) for key, value in content.items()})
         except UsageError as error:

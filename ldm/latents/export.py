@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, NotRequired
 import numpy as np
 import torch
 
-from ldm.data.buckets import TOO_SMALL, Buckets
+from ldm.data.buckets import TOO_SMALL, Buckets, require_fits
 from ldm.data.latent_schema import LatentInfo, relative_path, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.parallel_map import parallel_map
@@ -215,15 +215,10 @@ class Exporter:
 
 
 def _require_fit(dataset: CaptionedImages, max_bad_share: float) -> None:
-    """Raise :class:`UsageError` where too many images are too small for their buckets, as far as that is known before."""
-    if dataset.buckets is None or dataset.known_sizes is None:
-        return
-    small = int(((dataset.buckets.assign(dataset.known_sizes) < 0) & (dataset.known_sizes.min(1) > 0)).sum())
-    if small > max_bad_share * len(dataset):
-        raise UsageError(
-            f"{small} of {len(dataset)} images in {dataset.sources[0].spec} are {TOO_SMALL}, more than {max_bad_share:.2%}; "
-            "give smaller buckets, or raise max_upscale or max_bad_share"
-        )
+    """Raise :class:`UsageError` where too many images fit no bucket, as far as that is known before."""
+    if dataset.buckets is not None and dataset.known_sizes is not None:
+        unfit = (dataset.buckets.assign(dataset.known_sizes) < 0) & (dataset.known_sizes.min(1) > 0)
+        require_fits(int(unfit.sum()), len(dataset), dataset.sources[0].spec, max_bad_share)
 
 
 def export_latents(
@@ -267,7 +262,8 @@ def export_latents(
         flip: also store the latents of mirrored images.
         captions: store the first of an image's captions, all, or those of some names
             (:func:`ldm.data.decode.captions_called`).
-        max_bad_share: unusable samples tolerated, as a share of all.
+        max_bad_share: unusable samples tolerated, as a share of all; of images that fit no bucket at least
+            :data:`ldm.data.buckets.UNFIT_SHARE`.
         keep_statistics: also write mean and standard deviation into the config of the autoencoder's directory.
         threads: None: as many as this process has CPU cores.
         buckets: crop and resize each image to the size of its bucket; those that are too small for all are left out, and count

@@ -92,14 +92,20 @@ def in_memory(network: nn.Module) -> None:
         tensor.data = tensor.data.clone()
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether it is OWNER/NAME, and neither it nor a folder OWNER is here."""
+    hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    return hub_name and not (os.path.lexists(name) or os.path.lexists(name.split("/")[0]))
+
+
 def downloaded(path: str | Path, *subfolders: str) -> Path:
     """``path``, or where what it names on the Hugging Face hub has been downloaded to: a network, or the pipeline of one.
 
-    A hub name is OWNER/NAME where neither it nor a folder OWNER is here. Configs and safetensors of the repository itself and
-    of its ``subfolders`` are downloaded, without variants. Raises :class:`UsageError` where they cannot be.
+    Configs and safetensors of the repository itself and of its ``subfolders`` are downloaded, without variants. Raises
+    :class:`UsageError` where they cannot be.
     """
     name = str(path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or os.path.lexists(name) or os.path.lexists(name.split("/")[0]):
+    if not is_hub_name(name):
         return Path(path)
     files = ("*.json", "*.safetensors")
     at_top = ("model_index.json", "config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.json")

@@ -287,6 +287,11 @@ def label_encoder(classes: Sequence[str]) -> tuple[PreTrainedTokenizerBase, PreT
     return tokenizer, model
 
 
+def listed(classes: Sequence[str]) -> str:
+    """Class names in a message: the first of them, where there are many."""
+    return ", ".join(classes[:20]) + (f", … ({len(classes)} in all)" if len(classes) > 20 else "")
+
+
 class TextEncoder:
     """A tokenizer and its frozen encoder.
 
@@ -327,7 +332,7 @@ class TextEncoder:
             cast(Any, model.eval().requires_grad_(False)).to(device)
             made = cls(tokenizer, model, name if own is None else own.resolve().name, own, config.settings)
             made._set(config)
-            made.encode(["", "a" if not made.is_of_classes else ""])  # some configs fail only here
+            made.encode(["", "a" if made.classes is None else ""])  # some configs fail only here
         return made
 
     def _set(self, config: TextEncoderConfig) -> None:
@@ -363,15 +368,18 @@ class TextEncoder:
         """See :func:`max_tokens`."""
         return max_tokens(self.tokenizer)
 
-    @property
-    def is_of_classes(self) -> bool:
-        """Whether it encodes class names, or nothing at all."""
-        return reading_of(self.model).get("classes", False)
+    @cached_property
+    def classes(self) -> list[str] | None:
+        """The class names that it encodes; none of them where every caption is the same to it. None: it encodes any text."""
+        if not reading_of(self.model).get("classes", False):
+            return None
+        vocabulary = self.tokenizer.get_vocab()
+        return sorted(vocabulary.keys() - {NO_CLASS}, key=vocabulary.__getitem__)
 
     @property
     def is_unconditional(self) -> bool:
         """Whether every caption is the same to it."""
-        return self.is_of_classes and self.width == 1
+        return self.classes == []
 
     def tokenize(self, texts: Sequence[str], cut: bool = False) -> list[list[int]]:
         """Token ids of each text, special ones included; ``cut``: to :attr:`max_tokens`.
@@ -384,16 +392,15 @@ class TextEncoder:
         ends = [] if tokenizer.num_special_tokens_to_add() else [cast(int, tokenizer.eos_token_id)]
         limit = {"truncation": True, "max_length": self.max_tokens - len(ends)} if cut else {}
         ids = [tokens + ends for tokens in tokenizer(texts, **limit).input_ids] if texts else []
-        if self.is_of_classes:
+        if self.classes is not None:
             wrong = [text for text, tokens in zip(texts, ids, strict=True) if tokenizer.unk_token_id in tokens[1:]]
             if wrong:
-                known = ", ".join(sorted(tokenizer.get_vocab().keys() - {NO_CLASS})[:20])
-                raise UsageError(f"{wrong[0][:60]!r} is no class that is known; give one of: {known}")
+                raise UsageError(f"{wrong[0][:60]!r} is no class that is known; give one of: {listed(self.classes)}")
         return ids
 
     def unknown_words(self, texts: Sequence[str]) -> list[str]:
         """See :func:`unknown_words`; none of class names, which :meth:`tokenize` refuses."""
-        return [] if self.is_of_classes else unknown_words(self.tokenizer, texts)
+        return [] if self.classes is not None else unknown_words(self.tokenizer, texts)
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Embeddings and mask of texts by their token ids, as :meth:`encode` gives them."""

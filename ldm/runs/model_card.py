@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import torch
 import yaml
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from PIL import Image
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -27,6 +27,7 @@ from ldm.errors import UsageError
 from ldm.files import read_json, read_yaml
 from ldm.machine import machine_info
 from ldm.models.autoencoder import downsampling_factor
+from ldm.models.directories import is_hub_name
 from ldm.pipeline import TEXT_PARTS
 from ldm.reporting.grids import captioned_grid
 from ldm.reporting.metrics_csv import read_metrics
@@ -56,21 +57,26 @@ class CardFields:
         license: its name on the hub, such as ``apache-2.0``, or ``unknown``.
         datasets: names on the hub, such as ``owner/name``.
         report: ``report.json`` of the quickstart that measured the model's prompt accuracy.
+        base_model: name on the hub of the model that it was fine-tuned from; unless given, what the run started from, where
+            that was downloaded from there.
 
     Raises:
-        UsageError: for a license that is no such name.
+        UsageError: for a license or a base model that is no such name.
         LdmError: for a report without prompt accuracy.
     """
 
     license: str = "unknown"
     datasets: tuple[str, ...] = ()
     report: Path | None = None
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise UsageError(
                 f"--license {self.license!r} is not a name of a license on the hub; give one such as apache-2.0 or cc-by-4.0"
             )
+        if self.base_model is not None and not HUB_NAME.fullmatch(self.base_model):
+            raise UsageError(f"--base-model {self.base_model!r} is not a name on the hub; give one such as owner/name")
         _ = self.prompt_accuracy  # raises for a broken report before the work
 
     @property
@@ -90,6 +96,7 @@ def write_model_card(folder: Path, name: str, module: DenoiserTraining, run: Pat
     """
     RunFolder(run).read_config()  # refuses what is none
     config = read_yaml(RunFolder(run).config, dict[str, Any])
+    base = fields.base_model or downloaded_base(config["model"].get("init_from") or "")
     config = without_paths({key: value for key, value in config.items() if key not in OF_THE_RUN_ALONE})
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     settings = sampling_settings(pipeline, module)
@@ -105,10 +112,19 @@ def write_model_card(folder: Path, name: str, module: DenoiserTraining, run: Pat
         **_network(pipeline, module),
         **_usage(pipeline, prompts, settings),
         **_metrics(module, validation, fields),
-        **_training(pipeline, module, config),
+        **_training(pipeline, module, config, base),
     )
-    data = _metadata(name, pipeline, config, validation, fields)
+    data = _metadata(name, pipeline, config, validation, fields, base)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD)
+
+
+def downloaded_base(init_from: str) -> str | None:
+    """The hub name that a run started from, if its files are in the cache of downloads: a path of another folder may look like
+    one."""
+    files = ("model_index.json", "config.json")
+    if is_hub_name(init_from) and any(isinstance(try_to_load_from_cache(init_from, file), str) for file in files):
+        return init_from
+    return None
 
 
 def without_paths(value: Any, name: str = "") -> Any:
@@ -206,11 +222,12 @@ def _metrics(module: DenoiserTraining, validation: dict[str, float], fields: Car
     return {"metrics": metrics, "bins": bins}
 
 
-def _training(pipeline: Any, module: DenoiserTraining, config: dict[str, Any]) -> dict[str, Any]:
+def _training(pipeline: Any, module: DenoiserTraining, config: dict[str, Any], base: str | None) -> dict[str, Any]:
+    source = base or (base_name(module.init_from) if module.init_from else None)
     trained_on = module.encoders.trained_on
     # an export for another pipeline may have folded the latents' statistics into the autoencoder
     parts = [
-        ("transformer", "trained here", ""),
+        ("transformer", f"fine-tuned here from {source}" if source else "trained here", ""),
         ("vae", base_name(str(module.autoencoder_path)), trained_on["autoencoder"]),
         *(
             (part, without_paths(encoder.name, "text_encoder"), trained_on[part])
@@ -240,7 +257,12 @@ def _millions(network: torch.nn.Module) -> str:
 
 
 def _metadata(
-    name: str, pipeline: DiffusionPipeline, config: dict[str, Any], validation: dict[str, float], fields: CardFields
+    name: str,
+    pipeline: DiffusionPipeline,
+    config: dict[str, Any],
+    validation: dict[str, float],
+    fields: CardFields,
+    base: str | None,
 ) -> ModelCardData:
     held_out = config["data"]["validation"]
     measured = []
@@ -249,6 +271,7 @@ def _metadata(
     if fields.prompt_accuracy is not None:
         measured.append(_result("ldm shapes, pairs held out", "accuracy", "prompt accuracy", fields.prompt_accuracy))
     return ModelCardData(
+        base_model=base,
         license=fields.license,
         library_name="diffusers",
         pipeline_tag="text-to-image",

@@ -100,6 +100,7 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, access: Access | No
         width, height = worker.size
         return {
             "name": worker.name,
+            "classes": worker.classes,
             "schedulers": worker.schedulers,
             "width": width,
             "height": height,

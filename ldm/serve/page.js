@@ -23,6 +23,15 @@ async function setUp() {
   $("model").textContent = `${printable(model.name)}, ${model.width}×${model.height} pixels`;
   document.title = `${printable(model.name)} · ldm serve`;
   $("prompt").maxLength = $("negative").maxLength = model.limits.prompt;
+  if (model.classes?.length) {
+    $("prompt").parentElement.firstChild.textContent = "Class ";
+    choose("prompt", model.classes.map((name) => new Option(printable(name), name)));
+    choose("negative", [new Option("none", ""), ...model.classes.map((name) => new Option(printable(name), name))]);
+  } else if (model.classes) { // unconditional
+    for (const name of ["prompt", "negative", "guidance"]) $(name).parentElement.hidden = true;
+    $("prompt").required = false;
+    $("guidance").value = 1; // which costs no second evaluation
+  }
   $("steps").max = model.limits.steps;
   for (const side of ["width", "height"]) {
     $(side).min = $(side).step = model.unit;
@@ -35,6 +44,14 @@ async function setUp() {
   for (const image of await get("/images")) finish(newCard(image.settings), image);
   $("generate").disabled = false;
   watch();
+}
+
+// a list in the place of a field
+function choose(name, options) {
+  const list = document.createElement("select");
+  list.id = name;
+  list.append(...options);
+  $(name).replaceWith(list);
 }
 
 async function get(address) {
@@ -140,6 +157,7 @@ async function blobAsBase64(blob) {
 function newCard(settings) {
   const card = $("card").content.firstElementChild.cloneNode(true);
   card.querySelector(".prompt").textContent = printable(settings.prompt);
+  card.querySelector(".prompt").hidden = !settings.prompt;
   const shown = {
     negative: settings.negative, seed: settings.seed, steps: settings.steps, guidance: settings.guidance,
     size: `${settings.width ?? model.width}×${settings.height ?? model.height}`, scheduler: settings.scheduler,
@@ -170,11 +188,11 @@ function finish(card, image) {
   const address = `/images/${image.id}/image.png`;
   card.querySelector(".waiting").hidden = true;
   card.querySelector(".actions").hidden = false;
-  card.querySelector("img").alt = image.settings.prompt;
+  card.querySelector("img").alt = image.settings.prompt || `seed ${image.settings.seed}`;
   card.querySelector(".again").onclick = () => generateAgain(image);
   const download = card.querySelector(".download");
   download.href = address;
-  download.download = `${image.settings.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-${image.settings.seed}.png`;
+  download.download = `${(image.settings.prompt || model.name).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-${image.settings.seed}.png`;
   const from = card.querySelector(".from");
   from.hidden = !image.started;
   from.href = `/images/${image.id}/start.png`;
@@ -299,7 +317,7 @@ $("form").addEventListener("submit", (event) => {
     generate(settings, start ? startAsBase64(settings.width, settings.height) : null);
   } catch (error) { $("error").textContent = error.message; }
 });
-$("prompt").addEventListener("keydown", (event) => {
+$("form").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); $("form").requestSubmit(); }
 });
 $("file").addEventListener("change", () => setStart($("file").files[0]));

@@ -77,6 +77,11 @@ class Worker:
         return [(width, height) for height, width in self.pipeline.trained_sizes]
 
     @property
+    def classes(self) -> list[str] | None:
+        """The classes that are its prompts; none of them where it takes no prompt. None: it takes any."""
+        return self.pipeline.classes
+
+    @property
     def unit(self) -> int:
         """Pixels that widths and heights are multiples of."""
         return self.pipeline.size_unit

@@ -304,7 +304,7 @@ def test_batches_of_latents_of_several_sizes_are_each_of_one(tmp_path, settings)
 
 
 PHOTOGRAPHS = [(90, 60), (60, 90), (64, 64), (150, 100), (40, 60), (33, 33), (90, 61), (61, 90), (50, 50), (20, 20)]
-BUCKET = {"crop": "bucket", "buckets": [32], "bucket_step": 8, "max_bad_share": 0.1}
+BUCKET = {"crop": "bucket", "buckets": [32], "bucket_step": 8}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -333,7 +333,7 @@ def test_buckets_that_cannot_be_are_refused(tmp_path, latent_shards):
         "crop is bucket and buckets is None; give buckets, for example": {"crop": "bucket"},
         "crop is centre and buckets is .*; set crop to bucket": {"buckets": [32]},
         "image_size is 32, but buckets give": BUCKET | {"image_size": 32},
-        "1 of 10 images in .* fit no bucket": BUCKET | {"max_bad_share": 0.01},
+        "2 of 10 images in .* fit no bucket: .* or max_bad_share to 0.2 to leave them out": BUCKET | {"buckets": [40]},
         "10 of 10 images in .* fit no bucket": BUCKET | {"max_bad_share": 1.0, "buckets": [512]},
     }
     for message, settings in refusals.items():

@@ -124,6 +124,8 @@ def test_a_broken_line_stands_in_its_place_and_names_itself(tmp_path):
     def check(settings):
         if settings.scheduler == "magic":
             raise UsageError("no sampler 'magic'")
+        if not settings.prompt:
+            raise UsageError("the prompt is empty")
 
     lines = (
         '{"prompt": "a ring"',
@@ -145,7 +147,7 @@ def test_a_broken_line_stands_in_its_place_and_names_itself(tmp_path):
     broken = {line: one for line, one in enumerate(found, 1) if isinstance(one, UsageError)}
     expected = {
         1: "is not readable JSON",
-        3: "prompt is missing",
+        3: "the prompt is empty",
         4: "no JSON object",
         5: "no sampler 'magic'",
         6: "prompt is 1",

@@ -81,7 +81,7 @@ def test_what_no_image_can_have_is_refused_in_one_line_that_names_it(changes, wh
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [None, [], "a ring", {}])
-def test_settings_are_an_object_with_a_prompt(content):
+@pytest.mark.parametrize("content", [None, [], "a ring", {"promt": "a ring"}])
+def test_settings_are_an_object(content):
     with pytest.raises(UsageError, match=r"^here: "):
         GenerationSettings.from_json(content, "here")

@@ -19,7 +19,7 @@ from PIL import Image
 from ldm.cli import main
 from ldm.pipeline import load_pipeline
 from ldm.reporting.grids import captioned_grid
-from ldm.runs.model_card import TO_WRITE, CardFields, base_name, without_paths
+from ldm.runs.model_card import TO_WRITE, CardFields, base_name, downloaded_base, without_paths
 from tests.tiny import write_config
 
 PROMPTS = ["a red ring", "a 'tiny' blue star / comet"]
@@ -55,6 +55,7 @@ def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     report = folder.parent / "report.json"
     report.write_text(json.dumps({"prompt_accuracy": 0.875}))
     said = ["--license", "apache-2.0", "--dataset", "somebody/shapes", "--report", str(report)]
+    said += ["--base-model", "somebody/base"]
     main(["denoiser", "export", str(runs["DiT"]), str(folder), "--model-card", *said])
     return folder
 
@@ -88,7 +89,8 @@ def test_the_card_parses_back_with_what_was_said(exported: Path, runs: dict[str,
     card = ModelCard.load(exported / "README.md")
     data = data_of(card)
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "diffusers", "text-to-image")
-    assert data.datasets == ["somebody/shapes"] and data.base_model is None and data.model_name == "tiny-shapes"
+    assert data.datasets == ["somebody/shapes"] and data.base_model == "somebody/base" and data.model_name == "tiny-shapes"
+    assert "fine-tuned here from somebody/base" in card.text
     assert {"text-to-image", "diffusers:LatentDiffusionPipeline"} <= set(data.tags or [])
     rows = (runs["DiT"] / "logs" / "metrics.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
@@ -102,6 +104,21 @@ def test_the_card_parses_back_with_what_was_said(exported: Path, runs: dict[str,
             assert f"| {number / 10:.1f} to {(number + 1) / 10:.1f} | {float(last[name]):.4f} |" in card.text
     trained_on = load_pipeline(exported).config["trained_on"]
     assert trained_on["autoencoder"] in card.text and trained_on["text_encoder"] in card.text
+
+
+def test_the_base_model_is_what_the_run_started_from_where_that_was_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--owner--base"
+    for file, text in {"refs/main": "0" * 40, f"snapshots/{'0' * 40}/model_index.json": "{}"}.items():
+        (cached / file).parent.mkdir(parents=True, exist_ok=True)
+        (cached / file).write_text(text)
+    assert downloaded_base("owner/base") == "owner/base"
+    assert [downloaded_base(name) for name in ("runs/denoiser", "pipeline", "/runs/denoiser", "")] == [None] * 4
+    (tmp_path / "owner").mkdir()
+    assert downloaded_base("owner/base") is None
 
 
 def test_the_configuration_in_the_card_is_the_runs_own(exported: Path, runs: dict[str, Path]) -> None:
@@ -148,7 +165,7 @@ def test_what_was_not_said_is_left_to_the_author(runs: dict[str, Path], exported
     main(["denoiser", "export", str(bare), str(tmp_path / "out"), "--model-card"])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     data = data_of(card)
-    assert data.license == "unknown" and data.datasets is None and data.eval_results is None
+    assert data.license == "unknown" and data.datasets is None and data.base_model is None and data.eval_results is None
     assert "loss |" not in card.text and "accuracy" not in card.text
     said = (exported / "README.md").read_text()
     assert card.text.count(TO_WRITE) > said.count(TO_WRITE) > 0

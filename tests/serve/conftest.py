@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from ldm.models.text_encoder import TextEncoder, label_encoder
 from ldm.pipeline import load_pipeline
 from ldm.serve.queue import Queue
 from ldm.serve.worker import Worker
@@ -27,6 +28,19 @@ def model_path(tmp_path_factory, make_pipeline):
 @pytest.fixture(scope="session")
 def worker(model_path):
     return Worker(load_pipeline(model_path), model_path)
+
+
+@pytest.fixture(scope="session")
+def worker_of(tmp_path_factory, make_pipeline):
+    """Makes workers of models that take class names, or no prompts at all."""
+
+    def make(*classes: str) -> Worker:
+        path = tmp_path_factory.mktemp("classes") / "tiny"
+        words = TextEncoder(*label_encoder(classes), "classes")
+        make_pipeline(words=words).save_pretrained(path)
+        return Worker(load_pipeline(path), path)
+
+    return make
 
 
 @contextlib.contextmanager

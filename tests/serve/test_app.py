@@ -101,6 +101,7 @@ def noise():
 
 def test_the_page_is_told_the_sizes_trained_on(client):
     told = client.get("/model").json()
+    assert told["classes"] is None
     assert [told["width"], told["height"]] == told["sizes"][0] == [16, 16] and told["sizes"][1:] == [[32, 16]]
 
 
@@ -115,6 +116,24 @@ def test_an_image_is_that_of_ldm_sample_and_carries_its_settings(client, worker,
     assert settings_inside == chosen and provenance.model == "tiny" and provenance.scheduler == "heun"
     previews = [line["preview"] for line in lines if "preview" in line]
     assert all(preview.startswith("data:image/jpeg;base64,") for preview in previews)
+
+
+def test_class_models_take_a_class_and_unconditional_ones_no_prompt(worker_of, queue, limits):
+    for classes, ok, wrong in (
+        (["ring", "star fish", "cat"], {"prompt": "star fish", "negative": "cat"}, {"prompt": "dog"}),
+        ([], {}, {"prompt": "ring"}),
+    ):
+        with TestClient(create_app(worker_of(*classes), queue, limits), base_url="http://localhost") as client:
+            assert client.get("/model").json()["classes"] == classes
+            image = json.loads(post(client, {"settings": ok | {"steps": 1}}).text.splitlines()[-1])["image"]
+            assert image["settings"]["prompt"] == ok.get("prompt", "")
+            line = f"'dog' is no class that is known; give one of: {', '.join(classes)}" if classes else "leave it empty"
+            refused(post(client, {"settings": wrong | {"steps": 1}}), 422, line)
+            refused(post(client, {"settings": ok | {"steps": 1, "negative": wrong["prompt"]}}), 422, line)
+            if classes:
+                refused(
+                    post(client, {"settings": {"steps": 1}}), 422, "the prompt is empty; give a class: ring, star fish, cat"
+                )
 
 
 def test_progress_shows_previews_of_the_image(worker):

@@ -1,16 +1,24 @@
 """The page in Chromium, controlled through the DevTools protocol over a pipe."""
 
+import contextlib
 import fcntl
 import io
 import json
 import os
 import select
 import shutil
+import socket
 import subprocess
+import threading
 import time
 
 import pytest
+import uvicorn
 from PIL import Image
+
+from ldm.serve import Limits
+from ldm.serve.app import create_app
+from ldm.serve.queue import Queue
 
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 
@@ -121,6 +129,48 @@ PIXELS = """(async (number) => {
     const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
     return [image.naturalWidth, image.naturalHeight, Array.from(bytes).join(",")];
 })"""
+
+
+@contextlib.contextmanager
+def served(worker):
+    """The address of a server in this process."""
+    queue, listening = Queue(4), socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(worker, queue, Limits()), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        queue.close()
+        assert queue.join(20)
+
+
+@pytest.mark.slow
+def test_the_page_offers_the_classes_of_a_model_and_no_prompt_of_an_unconditional_one(browser, worker_of):
+    visible = "[...document.querySelectorAll('label')].filter((label) => label.checkVisibility())"
+    shown = f"{visible}.map((label) => label.firstChild.textContent)"
+    for classes in (["ring", "<b>cat</b>"], []):
+        with served(worker_of(*classes)) as address:
+            browser.call("Page.navigate", url=address)
+            browser.until("document.querySelector('#generate') && !document.querySelector('#generate').disabled")
+            labels = {*map(str.strip, browser.evaluate(shown))}
+            assert ("Class" in labels, "Negative prompt" in labels, "Guidance" in labels) == (bool(classes),) * 3
+            assert "Prompt" not in labels and "Steps" in labels
+            options = "[...document.querySelectorAll('{} option')].map((option) => option.value)"
+            assert browser.evaluate(options.format("#prompt")) == classes
+            assert browser.evaluate(options.format("#negative")) == (["", *classes] if classes else [])
+            if classes:
+                browser.evaluate("document.querySelector('#prompt').value = '<b>cat</b>'")
+            browser.type("#steps", "1")
+            for count, button in enumerate(("#generate", ".again"), 1):
+                browser.click(button)
+                browser.until(f"document.querySelectorAll('.actions:not([hidden])').length == {count}")
+            stored = browser.evaluate("fetch('/images').then((answer) => answer.json())")
+            assert [image["settings"]["prompt"] for image in stored] == [classes[-1] if classes else ""] * 2
+            assert stored[0]["settings"]["guidance"] == (3 if classes else 1)
 
 
 @pytest.mark.slow

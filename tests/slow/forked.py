@@ -1,4 +1,4 @@
-"""Runs one command line in a fork; see :func:`fork` of ``warm.py``."""
+"""Runs one command line, of ``ldm`` or of a script, in a fork; see :func:`fork` of ``warm.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import errno
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ def main(
     step: tuple[str, str] = ("", ""),
     act: str = "kill",
     file_size: int | None = None,
+    script: str | None = None,
 ) -> None:
     """
     Args:
@@ -28,6 +31,7 @@ def main(
         act: "kill" with -9; "full": the disk is full; "hold": create ``held-NAME`` beside the log and wait for ``go`` there.
             A held process that waits for others creates ``waits-RANK`` there.
         file_size: limit of the size of files, in bytes.
+        script: path of a Python file to run in the place of ``ldm``, in the log's folder.
     """
     import torch
     from lightning.pytorch.utilities import rank_zero_only
@@ -67,7 +71,12 @@ def main(
         time.sleep = wait
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    main(arguments)
+    if script is None:
+        return main(arguments)
+    os.chdir(folder)
+    sys.argv = [script, *arguments]
+    sys.path[:0] = [str(Path(script).parent)]
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "forked":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import runpy
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -16,30 +15,29 @@ import torch
 
 from tests.gpu.launch import needs_pretended_gpu, on_pretended_gpu
 
+from .warm import run
+
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if '__name__ == "__main__"' in path.read_text())
 # the fastest ones; the others take minutes
 RUN = ["autoencoder.py", "convergence.py", "data.py", "latents.py", "training.py"]
 
 
-def printed(script: str, option: str, folder: Path) -> str:
-    """Standard output of a script that succeeds."""
-    command = [sys.executable, str(BENCH / script), option]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=580)
-    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-3000:]
-    return ended.stdout
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted({*SCRIPTS} - {*RUN}))
-def test_its_imports_and_help(script: str, tmp_path: Path) -> None:
-    assert "--quick" in printed(script, "--help", tmp_path)
+def test_its_imports_and_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.syspath_prepend(BENCH)  # as of a script
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCH / script), run_name="__main__")
+    assert not ended.value.code and "--quick" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUN)
 def test_quick_prints_ratios(script: str, tmp_path: Path) -> None:
-    ratios = [line.split() for line in printed(script, "--quick", tmp_path).splitlines() if line.startswith("ratio ")]
+    status, said = run([sys.executable, str(BENCH / script), "--quick"], tmp_path)
+    assert status == 0, said[-4000:]
+    ratios = [line.split() for line in said.splitlines() if line.startswith("ratio ")]
     assert ratios
     for _, _, *values in ratios:
         median, least, most = map(float, values)

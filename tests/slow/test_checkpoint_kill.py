@@ -14,6 +14,7 @@ from ldm.runs.checkpoints.files import checkpoint_summary, latest_checkpoint, lo
 from ldm.runs.layout import checkpoints_in, step_of
 from tests.tiny import TinyRuns
 
+from . import warm
 from .conftest import run
 
 pytestmark = pytest.mark.slow
@@ -32,8 +33,7 @@ def test_after_thirty_kills_during_saves_there_is_always_a_whole_checkpoint(tmp_
 
 def test_both_processes_end_with_the_same_error_if_the_first_cannot_write(tmp_path: Path) -> None:
     script = Path(__file__).with_name("checkpoint_ranks.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    status, said = run([*launcher, str(script), str(tmp_path)], 180)
+    status, said = warm.run([sys.executable, str(script), str(tmp_path)], tmp_path, processes=2)
     assert status == 0, said
     for background in (False, True):
         lines = [line for line in said.splitlines() if f", background {background}: " in line]
@@ -63,7 +63,7 @@ def test_a_full_disk_stops_both_processes_and_the_run_resumes_from_the_last_whol
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     command = tiny_runs.command("denoiser", tmp_path / "run", *saving, "--resume", "latest")
-    status, said = run(command)
+    status, said = warm.run(command, tmp_path)
     assert status == 0, said
     assert f"{newest} is broken" in said and "trying the one before" in said
     assert [step_of(path) for path in checkpoints_in(folder)] == [6, 8]

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import run
+from .warm import run
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_get_the_weights_of_one(tmp_path: Path) -> None:
     script, results = Path(__file__).with_name("muon_ranks.py"), tmp_path / "results.pt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    status, said = run([*launcher, str(script), str(results)], 180)
+    status, said = run([sys.executable, str(script), str(results)], tmp_path, processes=2)
     assert status == 0, said
     made = torch.load(results, weights_only=False)
     weights, _ = made["one process"]

@@ -45,7 +45,7 @@ class Fork(NamedTuple):
 def fork(
     log: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None, daemon: bool = True, **how: Any
 ) -> Fork:
-    """Run ``ldm`` with these arguments; ``how`` goes to ``main`` of ``forked.py``.
+    """Run ``ldm``, or a script, with these arguments; ``how`` goes to ``main`` of ``forked.py``.
 
     ``daemon``: the process ends with the tests, and cannot start processes.
     """
@@ -58,18 +58,20 @@ def fork(
 
 
 def run(command: Sequence[str], folder: Path, processes: int = 1) -> tuple[int, str]:
-    """``python -m ldm …`` on ``processes`` processes in torchrun's environment: the worst exit status, and all output.
+    """``python -m ldm …`` or ``python SCRIPT …`` on ``processes`` processes in torchrun's environment: the worst exit status,
+    and all output.
 
     ``folder``: for the logs.
     """
     port = find_free_network_port()
+    script, arguments = (None, command[3:]) if command[1] == "-m" else (command[1], command[2:])
     forks = []
     for rank in range(processes):
         torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         torchrun |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
         environment = {name: str(value) for name, value in torchrun.items()} if processes > 1 else {}
         # no daemon: it may have loader processes
-        forks.append(fork(folder / f"{rank}.log", command[3:], environment, daemon=False))
+        forks.append(fork(folder / f"{rank}.log", arguments, environment, daemon=False, script=script))
     try:
         ends = [each.end() for each in forks]
     finally:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -48,6 +48,7 @@ class _Done:
     consumed: int
     enlarged: int
     quarantine_bytes: int
+    named: dict[str, int] = field(default_factory=dict)
 
 
 class Journal:
@@ -60,6 +61,7 @@ class Journal:
         sizes: heights and widths in turn of the images in each folder; the caller appends them.
         consumed: items done, packed or quarantined; the caller increments it.
         enlarged: images in each folder that were scaled up; the caller increments it.
+        named: images in each folder that have a caption of each name; the caller increments it.
     """
 
     def __init__(self, out: Path, request: dict[str, Any], listing: str) -> None:
@@ -68,6 +70,7 @@ class Journal:
         self.entries: defaultdict[str, list[ShardEntry]] = defaultdict(list)
         self.sizes: defaultdict[str, array[int]] = defaultdict(lambda: array("i"))  # 8 bytes an image
         self.enlarged: defaultdict[str, int] = defaultdict(int)
+        self.named: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.consumed = 0
         self._header = {"version": _VERSION, "request": request, "listing": listing}
         self._quarantine_bytes = 0
@@ -116,7 +119,7 @@ class Journal:
             done = self._parsed(line, _Done)
             self.entries[done.folder].append(done.shard)
             self.sizes[done.folder].extend(done.sizes)
-            self.enlarged[done.folder] = done.enlarged
+            self.enlarged[done.folder], self.named[done.folder] = done.enlarged, Counter(done.named)
             self.consumed, self._quarantine_bytes = done.consumed, done.quarantine_bytes
 
     def _parsed(self, line: bytes, kind: type[T]) -> T:
@@ -157,7 +160,8 @@ class Journal:
     def record(self, folder: str, entry: ShardEntry) -> None:
         """A shard is complete. It, those before it and the quarantine hold all items consumed so far."""
         _sync(self._quarantine)
-        counts = {"consumed": self.consumed, "enlarged": self.enlarged[folder], "quarantine_bytes": self._quarantine.tell()}
+        counts = {"consumed": self.consumed, "enlarged": self.enlarged[folder], "named": self.named[folder]}
+        counts |= {"quarantine_bytes": self._quarantine.tell()}
         sizes = self.sizes[folder][-2 * entry.samples :].tolist()
         self._append({"folder": folder, "shard": asdict(entry), "sizes": sizes} | counts)
 

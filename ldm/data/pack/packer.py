@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -23,6 +24,7 @@ from ldm.data.manifest import IMAGE_SHARDS, Manifest
 from ldm.data.pack.journal import Journal, require_claimable
 from ldm.data.pack.prepare import Preparation, Prepared
 from ldm.data.pack.sources import ImageSource, Item, hash_of, open_pack_source
+from ldm.data.pack.tables import CaptionColumns
 from ldm.data.parallel_map import parallel_map
 from ldm.data.writer import ShardWriter, parse_shard_size
 from ldm.errors import LdmError, UsageError
@@ -36,7 +38,8 @@ _AHEAD = 8
 
 @dataclass(frozen=True)
 class PackResult:
-    """``packed + quarantined == found``; ``enlarged`` images were scaled up; ``manifest`` and ``validation`` were written."""
+    """``packed + quarantined == found``; ``enlarged`` images were scaled up; ``manifest`` and ``validation`` were written;
+    ``named``: how many images have a caption of each name."""
 
     packed: int
     quarantined: int
@@ -44,6 +47,11 @@ class PackResult:
     enlarged: int
     manifest: Manifest
     validation: Manifest | None = None
+    named: Mapping[str, int] = field(default_factory=dict)
+
+
+# captions of these names would be other fields of a sample's json, or are read otherwise
+TAKEN_NAMES = ("file", "width", "height", "caption", "captions", "txt")
 
 
 def pack(
@@ -62,7 +70,7 @@ def pack(
     quality: int = 95,
     background: str = "white",
     image_column: str | None = None,
-    caption_columns: Sequence[str] = (),
+    caption_columns: CaptionColumns = (),
     with_captions: bool = True,
     validation: int | str | None = None,
     workers: int | None = None,
@@ -86,7 +94,8 @@ def pack(
         image_column: of ``captions`` (default ``file``, ``file_name``, ``filename``), or of a table or data set that holds
             images (default ``image``, ``jpg``, ``png``, ...).
         caption_columns: of the same (default ``caption``, ``captions``, ``text``, ``txt``, ``tags``), one or several. A cell
-            may hold a list of captions.
+            may hold a list of captions. A mapping of names to columns: each caption is also kept under its name, for
+            :func:`ldm.data.decode.captions_called`; of a folder of images, see :class:`ldm.data.pack.sources.FolderSource`.
         with_captions: False: captions are neither read nor stored, for an autoencoder; the manifest says that there are none.
         validation: so many images (``500``) or such a share (``"2%"``) go to shards in ``out/validation`` instead. A hash of
             the key decides: with a share, an image stays in its set when others are added; with a number, an added image may
@@ -108,12 +117,17 @@ def pack(
         src = open_pack_source(src, captions, image_column, caption_columns, with_captions)
     elif captions is not None or image_column is not None or caption_columns:
         raise UsageError(f"{src.src} is read by {type(src).__name__}, which takes neither a table of captions nor columns")
+    names = dict(caption_columns) if isinstance(caption_columns, Mapping) else {}
+    if wrong := [name for name in names if name in TAKEN_NAMES or name.isdecimal() or not with_captions]:
+        fix = "call it otherwise, as in long=txt" if with_captions else "they are of packing with captions"
+        raise UsageError(f"captions cannot be called {printable(wrong[0])}; {fix}")
     source, src = src, src.src
     source.read_captions = with_captions
     found, listing = source.survey()
     limit = 0 if validation is None else _validation_limit(source, str(validation))
 
     request = asdict(preparation) | {"shard_size": str(shard_size), "prefix": prefix, "image_column": image_column}
+    request["caption_columns"] = names or None
     request["validation"] = None if validation is None else str(validation)
     # other versions of these may write other bytes
     request |= {package: version(package) for package in ("Pillow", "simplejpeg")}
@@ -152,6 +166,7 @@ def pack(
                         packed += 1
                         journal.sizes[folder].extend(result.size)
                         journal.enlarged[folder] += result.enlarged
+                        journal.named[folder].update(name for name in result.extras if name in names)
                     count += 1
                     journal.consumed += 1
                     if on_progress is not None:
@@ -166,6 +181,8 @@ def pack(
             counts = {"found": count, "quarantined": count - packed, "captioned": packed if with_captions else 0}
             extra = {"image_size": size, "resize": preparation.resize, "source": "pack"} | counts
             extra["enlarged"] = journal.enlarged[folder]
+            if names:
+                extra["caption_names"] = {name: journal.named[folder][name] for name in names}
             if validation is not None:
                 extra["validation"] = str(validation)
             sizes = np.array(journal.sizes[folder]).reshape(-1, 2)
@@ -176,7 +193,8 @@ def pack(
             )
         journal.finish(manifests)
     packed, enlarged = sum(manifest.samples for manifest in manifests.values()), sum(journal.enlarged.values())
-    return PackResult(packed, found - packed, found, enlarged, manifests[""], manifests.get(VALIDATION_NAME))
+    named = sum(journal.named.values(), Counter({name: 0 for name in names}))
+    return PackResult(packed, found - packed, found, enlarged, manifests[""], manifests.get(VALIDATION_NAME), named)
 
 
 def _validation_limit(source: ImageSource, amount: str) -> int:

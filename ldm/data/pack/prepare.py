@@ -40,11 +40,12 @@ _SIGNATURES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample's members, (height, width) of its image, and whether that had to be scaled up."""
+    """A sample's members, (height, width) of its image, whether that had to be scaled up, and the names of its extras."""
 
     files: dict[str, bytes]
     size: tuple[int, int]
     enlarged: bool
+    extras: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Preparation:
         files = {kind: data} if keep else self._encoded(resized)
         enlarged = min(resized.size) > min(image.size)
         files |= {"txt": texts[0].encode()} if texts else {}
-        return Prepared(files | {"json": about}, (resized.height, resized.width), enlarged)
+        return Prepared(files | {"json": about}, (resized.height, resized.width), enlarged, [*extras])
 
     def _resized(self, image: Image.Image) -> Image.Image:
         if self.resize == "none" or self.size is None:

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -31,15 +31,18 @@ from ldm.data.decode import (
     MAX_SAMPLE_JSON_BYTES,
     MAX_TEXT_BYTES,
     DecodeError,
+    captions_called,
     captions_of,
 )
 from ldm.data.manifest import tar_paths
 from ldm.data.pack.prepare import NO_EXTRAS
 from ldm.data.pack.tables import (
     CAPTION_COLUMNS,
+    CaptionColumns,
     Columns,
     MissingColumnError,
     Row,
+    columns_in,
     parquet_rows,
     parquet_schema,
     read_table,
@@ -73,11 +76,13 @@ class Item:
         key: unique name: a path relative to the source (with /), or ``split/row`` of a data set. Packing stores it.
         captions: those that the listing itself holds; None where :meth:`ImageSource.load` finds them.
         problem: why it cannot be used, where the listing itself shows that; it is not loaded.
+        named: of those captions the ones of each name, where they have names.
     """
 
     key: str
     captions: tuple[str, ...] | None = None
     problem: str | None = None
+    named: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,8 @@ class ImageSource(ABC):
         found, digest = 0, hashlib.sha256(self.identity.encode())
         for item in self.checked_items():
             found += 1
-            digest.update(json.dumps([item.key, item.captions, self.state(item)]).encode())
+            named = [dict(item.named)] if item.named else []
+            digest.update(json.dumps([item.key, item.captions, self.state(item), *named]).encode())
         return found, digest.hexdigest()
 
 
@@ -154,18 +160,27 @@ class FolderSource(ImageSource):
     ``.csv`` or ``.parquet`` of its folder or one above. A row that is malformed or names no image is an item, too.
     """
 
-    def __init__(self, src: str | os.PathLike, metadata: Sequence[str] | None = None) -> None:
-        """``metadata``: the tables of the folder, where they are known."""
+    def __init__(
+        self, src: str | os.PathLike, metadata: Sequence[str] | None = None, names: Mapping[str, str] = NO_EXTRAS
+    ) -> None:
+        """
+        Args:
+            metadata: the tables of the folder, where they are known.
+            names: captions by name, and what each is called here: the captions of ``short`` called ``brief`` are those in
+                ``photo.brief.txt``, in a field of ``photo.json``, or in a column of a metadata table. ``txt``, ``caption`` and
+                ``tags`` are also the files with these endings.
+        """
         super().__init__(src)
-        self._metadata = metadata
+        self._metadata, self.names = metadata, names
 
     def items(self) -> Iterator[Item]:
         if self._metadata is None:
             self._metadata = [file for file in sorted_files(self.src) if os.path.basename(file) in METADATA_NAMES]
         try:
-            with closing(_Metadata(self.src, self._metadata if self.read_captions else ())) as rows:
+            with closing(_Metadata(self.src, self._metadata if self.read_captions else (), self.names)) as rows:
                 for file in image_files(self.src):
-                    yield Item(file, rows.captions(file))
+                    captions, named = rows.captions(file)
+                    yield Item(file, captions, named=named)
                 yield from rows.problems()
         except sqlite3.Error as error:
             raise LdmError(f"the tables of {self.src} cannot be kept in a temporary file ({error}); set TMPDIR") from None
@@ -181,7 +196,8 @@ class FolderSource(ImageSource):
 
     def state(self, item: Item) -> str:
         path = os.path.join(self.src, item.key)
-        beside = _caption_files(self.src, item.key) if self.read_captions else ()
+        beside = list(_caption_files(self.src, item.key)) if self.read_captions else []
+        beside += [self._named_file(item.key, called) for called in self.names.values()]
         return " ".join(_stat(path) for path in (path, *beside) if path is not None)
 
     def load(self, item: Item) -> LoadedImage:
@@ -190,7 +206,29 @@ class FolderSource(ImageSource):
         kind = kind_of(data[:KIND_BYTES])
         if kind not in _ALLOWED and (kind or _suffix(path)[1:] not in IMAGE_EXTENSIONS):
             raise DecodeError("not an allowed format" + (f" ({kind}); convert it to JPEG, PNG or WebP" if kind else ""))
-        return LoadedImage(data, self.captions(item) if self.read_captions else ())
+        if self.names:
+            named = self.named_captions(item)
+            return LoadedImage(data, [text for texts in named.values() for text in texts], _values(named))
+        return LoadedImage(data, self.captions(item) if self.read_captions else (), _values(item.named))
+
+    def named_captions(self, item: Item) -> Mapping[str, Sequence[str]]:
+        """The captions of each name that an item has. Raises :class:`DecodeError` where there are none."""
+        _, about = _caption_files(self.src, item.key)
+        fields = None if about is None else _read(about, MAX_SAMPLE_JSON_BYTES)
+        found: dict[str, Sequence[str]] = {}
+        for name, called in self.names.items():
+            file = self._named_file(item.key, called)
+            texts = [] if file is None else _captions_in(file, None)
+            if texts := texts or captions_called(called, None, fields) or item.named.get(name):
+                found[name] = texts
+        if not found:
+            called = " or ".join(self.names.values())
+            raise DecodeError(f"no caption called {called}: neither such a .txt nor such a field of a .json beside it")
+        return found
+
+    def _named_file(self, key: str, called: str) -> str | None:
+        endings = (f".{called}.txt", *(suffix for suffix in TEXT_SUFFIXES if suffix == f".{called}"))
+        return _file_beside(self.src, key, endings)
 
     def captions(self, item: Item) -> Sequence[str]:
         """The captions of an item. Raises :class:`DecodeError` where there are none."""
@@ -210,7 +248,8 @@ class _Metadata:
     A table or row without columns of files and captions is another program's, and ignored.
     """
 
-    def __init__(self, src: Path, tables: Sequence[str]) -> None:
+    def __init__(self, src: Path, tables: Sequence[str], names: Mapping[str, str]) -> None:
+        self._columns = Columns(captions=names, all_names=False)
         self._src, self._problems, self._rows = src, list[Item](), sqlite3.connect("")
         self._rows.execute(
             "CREATE TABLE rows (file BLOB PRIMARY KEY, source INT, place TEXT, captions TEXT, used INT DEFAULT 0)"
@@ -224,7 +263,7 @@ class _Metadata:
 
     def _read(self, source: int, table: str) -> None:
         folder = os.path.dirname(table)
-        rows = read_table(self._src / table, Columns(), lambda name: _names_image(self._src, os.path.join(folder, name)))
+        rows = read_table(self._src / table, self._columns, lambda name: _names_image(self._src, os.path.join(folder, name)))
         for row in rows:
             where = os.path.join(folder, row.where)
             if row.lacks_column:
@@ -235,21 +274,22 @@ class _Metadata:
             file = _name_bytes(os.path.normpath(os.path.join(folder, row.file)))
             there = self._rows.execute("SELECT source, place FROM rows WHERE file = ?", (file,)).fetchone()
             if there is None:
-                captions = json.dumps(row.captions)
+                captions = json.dumps([row.captions, row.named])
                 self._rows.execute("INSERT INTO rows VALUES (?, ?, ?, ?, 0)", (file, source, where, captions))
             elif there[0] == source:
                 self._problems.append(Item(where, problem=f"names {row.file} again, after {there[1]}"))
 
-    def captions(self, file: str) -> tuple[str, ...] | None:
-        """The captions in the row of an image; None where it has none."""
+    def captions(self, file: str) -> tuple[tuple[str, ...] | None, dict[str, list[str]]]:
+        """The captions in the row of an image, and by name where they have names; None where it has no row."""
         if self._empty:
-            return None
+            return None, {}
         name = _name_bytes(file)
         row = self._rows.execute("SELECT captions FROM rows WHERE file = ?", (name,)).fetchone()
         if row is None:
-            return None
+            return None, {}
         self._rows.execute("UPDATE rows SET used = 1 WHERE file = ?", (name,))
-        return tuple(json.loads(row[0]))
+        captions, named = json.loads(row[0])
+        return tuple(captions), named
 
     def problems(self) -> Iterator[Item]:
         """An item for each row that is malformed, or names a file that has not been asked for."""
@@ -267,7 +307,7 @@ class TableSource(FolderSource):
     A malformed row is an item that cannot be used.
     """
 
-    def __init__(self, src: Path, table: Path, file_column: str | None = None, caption_columns: Sequence[str] = ()) -> None:
+    def __init__(self, src: Path, table: Path, file_column: str | None = None, caption_columns: CaptionColumns = ()) -> None:
         super().__init__(src)
         self.table, self.file_column, self.caption_columns = table, file_column, caption_columns
 
@@ -279,7 +319,8 @@ class TableSource(FolderSource):
         for row in read_table(self.table, columns, lambda name: os.path.isfile(os.path.join(self.src, name))):
             problem = row.problem or _outside(row.file)
             name = str(PurePosixPath(row.file))
-            item = Item(row.where, problem=problem) if problem else Item(existing_name(self.src, name) or name, row.captions)
+            file = existing_name(self.src, name) or name
+            item = Item(row.where, problem=problem) if problem else Item(file, row.captions, named=row.named)
             yield row.where, item
 
     def checked_items(self) -> Iterator[Item]:
@@ -324,7 +365,9 @@ class TableSource(FolderSource):
 class DatasetSource(ImageSource):
     """What ``datasets.Dataset.save_to_disk``, or that of a ``DatasetDict``, wrote: split after split, row after row."""
 
-    def __init__(self, src: Path, image_column: str | None, caption_columns: Sequence[str], read_captions: bool = True) -> None:
+    def __init__(
+        self, src: Path, image_column: str | None, caption_columns: CaptionColumns, read_captions: bool = True
+    ) -> None:
         super().__init__(src)
         self.read_captions = read_captions
         try:
@@ -341,14 +384,14 @@ class DatasetSource(ImageSource):
                 f"{src} cannot be loaded by datasets ({first_line(error)}); save it with save_to_disk again"
             ) from None
         self._images: dict[str, tuple[str, Any]] = {}
-        self._captions: dict[str, tuple[Sequence[str], Any]] = {}
+        self._captions: dict[str, tuple[CaptionColumns, Any]] = {}
         for name, split in loaded.items() if isinstance(loaded, datasets.DatasetDict) else [("", loaded)]:
             name = str(name)
             where = f"split {name} of {src}" if name else str(src)
             split = split.with_format(None)
             (image,) = _choose([image_column] if image_column else [], IMAGE_COLUMNS, split.column_names, where, "image")
             captions = _choose(caption_columns, CAPTION_COLUMNS, split.column_names, where, "caption") if read_captions else []
-            self._captions[name] = captions, split.select_columns(captions)
+            self._captions[name] = captions, split.select_columns(columns_in(captions))
             if isinstance(split.features[image], datasets.Image):
                 split = split.cast_column(image, datasets.Image(decode=False))  # the file's own bytes
             self._images[name] = image, split.select_columns(image)
@@ -363,9 +406,10 @@ class DatasetSource(ImageSource):
                 yield from (Item(f"{prefix}{number:09d}") for number in range(len(self._images[name][1])))
                 continue
             number = 0
+            names = columns_in(columns)
             for batch in split.iter(_ROWS_AT_ONCE):
-                for cells in zip(*(batch[column] for column in columns), strict=True):
-                    yield Item(f"{prefix}{number:09d}", *_texts(dict(zip(columns, cells, strict=True)), columns))
+                for cells in zip(*(batch[column] for column in names), strict=True):
+                    yield Item(f"{prefix}{number:09d}", *_texts(dict(zip(names, cells, strict=True)), columns))
                     number += 1
 
     def checked_items(self) -> Iterator[Item]:
@@ -380,7 +424,7 @@ class DatasetSource(ImageSource):
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise DecodeError(f'no bytes of an image in "{column}"')
-        return LoadedImage(data, item.captions or ())
+        return LoadedImage(data, item.captions or (), _values(item.named))
 
 
 class ParquetSource(ImageSource):
@@ -394,13 +438,13 @@ class ParquetSource(ImageSource):
         src: Path,
         tables: Sequence[str],
         image_column: str | None = None,
-        caption_columns: Sequence[str] = (),
+        caption_columns: CaptionColumns = (),
         read_captions: bool = True,
     ) -> None:
         """``tables``: paths in ``src``."""
         super().__init__(src)
         self.read_captions = read_captions
-        self._tables: dict[str, tuple[str, list[str]]] = {}
+        self._tables: dict[str, tuple[str, CaptionColumns]] = {}
         for table in tables:
             schema, where = parquet_schema(src / table), f"{src / table}"
             image = embedded_column(schema, image_column)
@@ -426,10 +470,11 @@ class ParquetSource(ImageSource):
         for table, (image, captions) in self._tables.items():
             name = os.path.splitext(os.path.basename(table) if os.path.isabs(table) else table)[0]
             # a table may have no other column: then the images are read to count the rows
-            columns = [*captions, image] if with_images or not captions else captions
+            columns = columns_in(captions)
+            columns = [*columns, image] if with_images or not columns else columns
             for number, row in parquet_rows(self.src / table, columns, _IMAGES_AT_ONCE if image in columns else _ROWS_AT_ONCE):
-                texts, problem = _texts(row, captions)
-                yield _EmbeddedItem(f"{name}/{number - 1:09d}", texts, problem, row[image] if with_images else None)
+                image_cell = row[image] if with_images else None
+                yield _EmbeddedItem(f"{name}/{number - 1:09d}", *_texts(row, captions), image_cell)
 
     def load(self, item: Item) -> LoadedImage:
         assert isinstance(item, _EmbeddedItem)
@@ -439,7 +484,7 @@ class ParquetSource(ImageSource):
             data = _read(os.path.join(self.src, path), MAX_IMAGE_BYTES)
         if not isinstance(data, bytes):
             raise DecodeError("no bytes of an image")
-        return LoadedImage(data, item.captions or ())
+        return LoadedImage(data, item.captions or (), _values(item.named))
 
 
 def embedded_column(schema: Any, asked: str | None = None) -> str | None:
@@ -462,7 +507,7 @@ def open_pack_source(
     src: str | os.PathLike,
     captions: str | os.PathLike | None = None,
     image_column: str | None = None,
-    caption_columns: Sequence[str] = (),
+    caption_columns: CaptionColumns = (),
     read_captions: bool = True,
 ) -> ImageSource:
     """The source for what a user names.
@@ -470,7 +515,8 @@ def open_pack_source(
     Args:
         src: a folder of images, a saved data set, a Parquet file of images or a folder of such.
         captions: a table that lists images of ``src``.
-        image_column, caption_columns: of ``captions``, the data set or the Parquet files.
+        image_column, caption_columns: of ``captions``, the data set or the Parquet files. Captions with names may be of a
+            folder of images, too: see :class:`FolderSource`.
         read_captions: False: pack images alone.
 
     Raises:
@@ -493,10 +539,11 @@ def open_pack_source(
         return DatasetSource(src, *columns)
     elif tables := _with_images(src, found := _tables_in(src), image_column):
         return ParquetSource(src, tables, *columns)
-    elif image_column or caption_columns:
+    elif image_column or (caption_columns and not isinstance(caption_columns, Mapping)):
         raise UsageError(f"columns are named, but {src} is a folder of images; give the table that has them as captions")
     else:
-        source = FolderSource(src, [table for table in found if os.path.basename(table) in METADATA_NAMES])
+        names = caption_columns if isinstance(caption_columns, Mapping) else {}
+        source = FolderSource(src, [table for table in found if os.path.basename(table) in METADATA_NAMES], names)
     source.read_captions = read_captions
     return source
 
@@ -585,10 +632,10 @@ def _name_bytes(file: str) -> bytes:
     return os.fsencode(unicodedata.normalize("NFC", file))
 
 
-def _choose(asked: Sequence[str], usual: Sequence[str], columns: Sequence[str], where: str, what: str) -> list[str]:
+def _choose(asked: CaptionColumns, usual: Sequence[str], columns: Sequence[str], where: str, what: str) -> CaptionColumns:
     """The columns asked for, or the first of the usual ones."""
-    chosen = list(dict.fromkeys(asked)) or [column for column in usual if column in columns][:1]
-    lacking = [column for column in chosen if column not in columns]
+    chosen = asked or [column for column in usual if column in columns][:1]
+    lacking = [column for column in columns_in(chosen) if column not in columns]
     if lacking or not chosen:
         raise UsageError(
             f"{where} lacks the column {' and '.join(lacking) or ' or '.join(usual)} (found: {', '.join(columns)}); "
@@ -635,12 +682,18 @@ def _outside(name: str) -> str | None:
     return None
 
 
-def _texts(row: Row, columns: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """Captions and problem of an item."""
+def _texts(row: Row, columns: CaptionColumns) -> tuple[tuple[str, ...], str | None, dict[str, list[str]]]:
+    """Captions, problem, and captions by name of an item."""
     try:
-        return texts_of(row, columns), None
+        captions, named = texts_of(row, columns)
+        return captions, None, named
     except DecodeError as error:
-        return (), str(error)
+        return (), str(error), {}
+
+
+def _values(named: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Captions by name as values of a sample's json: a text, or a list of several."""
+    return {name: [*texts] if len(texts) > 1 else texts[0] for name, texts in named.items()}
 
 
 def _suffix(path: str) -> str:
@@ -657,13 +710,15 @@ def _stat(path: str) -> str:
 
 def _caption_files(src: Path, file: str) -> tuple[str | None, str | None]:
     """The text file and the .json with the captions of an image: of its name without the extension, or with it."""
+    return _file_beside(src, file, TEXT_SUFFIXES), _file_beside(src, file, (".json",))
+
+
+def _file_beside(src: Path, file: str, endings: Sequence[str]) -> str | None:
+    """The first that there is of the files with these endings and the name of an image, without its extension or with it."""
     names = (os.path.splitext(file)[0], file)
-    found = []
-    for suffixes in (TEXT_SUFFIXES, (".json",)):
-        candidates = (name + case for name in names for suffix in suffixes for case in (suffix, suffix.upper()))
-        there = next(filter(None, (existing_name(src, candidate) for candidate in candidates)), None)
-        found.append(None if there is None else os.path.join(src, there))
-    return found[0], found[1]
+    candidates = (name + case for name in names for ending in endings for case in (ending, ending.upper()))
+    there = next(filter(None, (existing_name(src, candidate) for candidate in candidates)), None)
+    return None if there is None else os.path.join(src, there)
 
 
 def _captions_in(text: str | None, about: str | None) -> Sequence[str]:

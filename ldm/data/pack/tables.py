@@ -12,8 +12,8 @@ import io
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,8 @@ from ldm.files import open_regular
 from ldm.terminal import printable
 
 Row = dict[str, Any]
+# the columns of captions, or which column holds the captions of a name
+CaptionColumns = Sequence[str] | Mapping[str, str]
 
 FILE_COLUMNS = ("file", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "tags")
@@ -43,17 +45,21 @@ class Columns:
         file: a path.
         captions: of several, all captions.
         needs_captions: False: a table need not have any.
+        all_names: of captions with names, all columns must be there; False: one of them.
     """
 
     file: str | None = None
-    captions: Sequence[str] = ()
+    captions: CaptionColumns = ()
     needs_captions: bool = True
+    all_names: bool = True
 
-    def of(self, found: Sequence[str]) -> tuple[str, list[str]]:
+    def of(self, found: Sequence[str]) -> tuple[str, CaptionColumns]:
         """The columns of a table that has those ``found``. Raises :class:`DecodeError` where one is missing or there twice."""
         file = self.file or next((name for name in FILE_COLUMNS if name in found), FILE_COLUMNS[0])
-        captions = list(dict.fromkeys(self.captions)) or [name for name in CAPTION_COLUMNS if name in found][:1]
-        wanted = [file, *(captions or CAPTION_COLUMNS[:1])] if self.needs_captions else [file]
+        captions = self.captions or [name for name in CAPTION_COLUMNS if name in found][:1]
+        if isinstance(captions, Mapping) and not self.all_names:
+            captions = {name: column for name, column in captions.items() if column in found} or captions
+        wanted = [file, *(columns_in(captions) or CAPTION_COLUMNS[:1])] if self.needs_captions else [file]
         if lacking := [name for name in wanted if name not in found]:
             raise _LacksColumn(
                 f"lacks the column {' and '.join(lacking)} (found: {', '.join(map(str, found)) or 'none'}); give the right "
@@ -62,6 +68,11 @@ class Columns:
         if twice := [name for name in wanted if list(found).count(name) > 1]:
             raise DecodeError(f"has the column {twice[0]} twice; rename one of them")
         return file, captions if self.needs_captions else []
+
+
+def columns_in(captions: CaptionColumns) -> list[str]:
+    """The columns, each once."""
+    return list(dict.fromkeys(captions.values() if isinstance(captions, Mapping) else captions))
 
 
 class MissingColumnError(UsageError):
@@ -76,12 +87,13 @@ class _LacksColumn(DecodeError):
 class TableRow:
     """One row: where it is (``captions.csv, line 3``), and its file and captions, or why it cannot be used.
 
-    ``lacks_column``: because it has none of the columns for these.
+    ``named``: the captions by name, where they have names. ``lacks_column``: because it has none of the columns for these.
     """
 
     where: str
     file: str = ""
     captions: tuple[str, ...] = ()
+    named: Mapping[str, list[str]] = field(default_factory=dict)
     problem: str | None = None
     lacks_column: bool = False
 
@@ -105,8 +117,9 @@ def read_table(path: Path, columns: Columns, names_image: Callable[[str], bool] 
             else:
                 rows = _csv_rows(_lines(file, path), path, "\t" if kind == ".tsv" else ",", columns, names_image)
             unit = "row" if kind == ".parquet" else "line"
+            by_row = replace(columns, all_names=False)  # a line of JSON may leave a column out
             for number, row in rows:
-                yield _table_row(f"{path.name}, {unit} {number}", row, columns)
+                yield _table_row(f"{path.name}, {unit} {number}", row, by_row)
     except UsageError:
         raise
     except LdmError as error:
@@ -125,26 +138,30 @@ def _table_row(where: str, row: Row | DecodeError, columns: Columns) -> TableRow
             file.encode()
         except UnicodeEncodeError:
             raise DecodeError(f'"{file_column}" holds half a surrogate pair') from None
-        return TableRow(where, file.strip(), texts_of(row, caption_columns))
+        return TableRow(where, file.strip(), *texts_of(row, caption_columns))
     except DecodeError as error:
         return TableRow(where, problem=str(error), lacks_column=isinstance(error, _LacksColumn))
 
 
-def texts_of(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
-    """The captions in a row's cells, each a text, a list of texts or empty; a list in ``tags`` is one caption.
+def texts_of(row: Row, columns: CaptionColumns) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """The captions in a row's cells, and those of each name, where they have names.
 
-    Raises :class:`DecodeError` for other values.
+    A cell is a text, a list of texts or empty; a list in ``tags`` is one caption, and a caption with a name may be a whole
+    number (a class). Raises :class:`DecodeError` for other values.
     """
-    captions: list[str] = []
-    for column in columns:
+    by_name = isinstance(columns, Mapping)
+    named: dict[str, list[str]] = {}
+    for name, column in columns.items() if by_name else ((column, column) for column in columns_in(columns)):
         cell = row[column]
         if column == "tags" and isinstance(cell, list):
             cell = joined_tags(cell) or cell
         texts = cell if isinstance(cell, list) else [] if cell is None else [cell]
+        texts = [str(text) if by_name and type(text) is int else text for text in texts]
         if not all(isinstance(text, str) for text in texts):
             raise DecodeError(f'"{column}" must be a text or a list of texts, not {repr(cell)[:60]}')
-        captions += texts
-    return tuple(captions)
+        named[name] = texts
+    captions = tuple(text for texts in named.values() for text in texts)
+    return captions, {name: texts for name, texts in named.items() if any(map(str.strip, texts))} if by_name else {}
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
@@ -164,7 +181,7 @@ def _csv_rows(
     lines: Iterator[tuple[int, str]], path: Path, delimiter: str, columns: Columns, names_image: Callable[[str], bool]
 ) -> Iterator[tuple[int, Row | DecodeError]]:
     header: list[str] | None = None
-    captions: list[str] = []
+    captions: CaptionColumns = ()
     file_at, doubtful = 0, 0  # lines up to this one were inside a quote that should have been closed
     waiting: deque[tuple[int, str]] = deque()
     while True:
@@ -202,7 +219,7 @@ def _csv_rows(
             yield number, DecodeError(problem)
         else:
             row = dict(zip(header, cells, strict=True))
-            yield number, row | {column: _several(row[column]) for column in captions}
+            yield number, row | {column: _several(row[column]) for column in columns_in(captions)}
     if header is None:
         raise MissingColumnError(f"{printable(path)} lacks the column {FILE_COLUMNS[0]} and {CAPTION_COLUMNS[0]} (found: none)")
 
@@ -262,7 +279,7 @@ def _parquet_columns(path: Path, columns: Columns) -> list[str]:
         file, captions = columns.of(parquet_schema(path).names)
     except DecodeError as error:
         raise MissingColumnError(f"{printable(path)} {error}") from None
-    return [file, *captions]
+    return [file, *columns_in(captions)]
 
 
 def parquet_schema(path: Path) -> Any:

@@ -1,3 +1,4 @@
+import csv
 import errno
 import io
 import json
@@ -431,6 +432,55 @@ def test_the_command_line_passes_everything_on(src, tmp_path, capsys, monkeypatc
     with pytest.raises(SystemExit) as leave:
         main(["shards", "pack", str(src), str(tmp_path / "stopped"), "--keep-bytes", "--min-size", "8"])
     assert leave.value.code == 130 and "the same command again to resume" in capsys.readouterr().err
+
+
+def test_captions_with_names_are_kept_by_name_from_tables_and_from_files_beside(src, tmp_path, capsys):
+    def packed(name, *arguments):
+        main(["shards", "pack", str(src), str(tmp_path / name), *arguments])
+        chosen = ("short", "long", "label")
+        found = {json.loads(one.files["json"])["file"]: one for one in samples(tmp_path / name)}
+        named = {file: [one.captions_called(each) for each in chosen] for file, one in found.items()}
+        return named, {file: one.captions for file, one in found.items()}, Manifest.load(tmp_path / name).extra["caption_names"]
+
+    rows = [("b.png", "two", "", 2), ("a/z.JPG", ["one", "uno"], "the first", 1), ("c.final.webp", None, None, None)]
+    cells = [[json.dumps(cell) if isinstance(cell, list) else cell or "" for cell in row] for row in rows]
+    with open(tmp_path / "c.csv", "w") as file:
+        csv.writer(file).writerows([("file", "brief", "long", "label"), *cells])
+    records = [dict(zip(("file", "brief", "long", "label"), row, strict=True)) for row in rows]
+    records = [{name: cell for name, cell in record.items() if cell} for record in records]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    ask = ("--caption-names", "short=brief,long,label")
+    expected = {"b.png": [["two"], [], ["2"]], "a/z.JPG": [["one", "uno"], ["the first"], ["1"]]}
+    counts = {"short": 2, "long": 1, "label": 2}
+    for kind in ("csv", "jsonl"):
+        named, captions, counted = packed(kind, "--captions", str(tmp_path / f"c.{kind}"), *ask)
+        assert (named, counted) == (expected, counts)
+        assert captions == {"b.png": ["two", "2"], "a/z.JPG": ["one", "uno", "the first", "1"]}
+    assert "captions: 2 short, 1 long, 2 label" in capsys.readouterr().out
+
+    # files beside the images, fields of their json, and a metadata table, the first that there is
+    for path in src.rglob("*.txt"):
+        path.unlink()
+    (src / "b.brief.txt").write_text("two\n")
+    (src / "b.json").write_text('{"brief": "not this", "label": 2}')
+    (src / "a" / "z.JPG.brief.txt").write_text("one")
+    (src / "metadata.csv").write_text("file_name,long\na/z.JPG,the first\nc.final.webp,\n")
+    (src / "a" / "z.json").write_text('{"label": [1]}')
+    named, *_ = packed("beside", *ask)
+    assert named == expected | {"a/z.JPG": [["one"], ["the first"], ["1"]]}
+    assert quarantine(tmp_path / "beside") == {
+        "c.final.webp": "no caption called brief or long or label: neither such a .txt nor such a field of a .json beside it"
+    }
+    (src / "b.txt").write_text("a plain text")
+    assert packed("plain", "--caption-names", "long=txt")[0] == {"b.png": [[], ["a plain text"], []]}
+    for wrong, line in (
+        ("caption", "cannot be called caption; call it otherwise"),
+        ("0", "cannot be called 0"),
+        ("a,a", "a name twice"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["shards", "pack", str(src), str(tmp_path / "none"), "--caption-names", wrong])
+        assert line in capsys.readouterr().err
 
 
 def test_without_captions_none_are_read_and_the_manifest_says_so(src, tmp_path):
