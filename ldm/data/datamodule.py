@@ -20,7 +20,7 @@ from ldm.data.latent_dataset import LatentDataset
 from ldm.data.latent_schema import common_info, latent_info, read_null_text
 from ldm.data.loader import BatchNoise, ShardLoader, batch_loader, nothing
 from ldm.data.manifest import LATENT_SHARDS
-from ldm.data.plan import WINDOW, Plan
+from ldm.data.plan import WINDOW, Plan, PlannedSample
 from ldm.data.quarantine import QUARANTINE_NAME, Quarantine
 from ldm.data.shard_dataset import ShardDataset
 from ldm.data.sources import ShardCache, ShardSource, open_source
@@ -143,8 +143,6 @@ class ShardDataModule(LightningDataModule):
         self.cache = replace(ShardCache(), max_bytes=int(cache_gib * GIB), **({"folder": Path(cache)} if cache else {}))
         #: of the module that is trained; False: captions are neither read nor required
         self.reads_captions = True
-        #: train on samples of the largest size alone, which need the most memory
-        self.only_largest = False
         #: of the module that is trained; True: the original sizes and crops of images are read, too
         self.reads_sizes = False
         #: called about once a second while a batch is awaited; its exception ends the wait
@@ -237,7 +235,7 @@ class ShardDataModule(LightningDataModule):
         shards = [(s.samples, weight) for source, weight in zip(sources, weights, strict=True) for s in source.manifest.shards]
         sizes, by_shard = zip(*shards, strict=True)
         weighted = None if set(weights) == {1.0} else by_shard
-        plan = Plan(sizes, weighted, self.seed, self._window(sources), self._groups())
+        plan = Plan(sizes, weighted, self.seed, self._window(sources), self.train_set.groups)
         folder = Path(self.trainer.default_root_dir) if self.trainer else None
         quarantine = Quarantine(
             len(self.train_set),  # over the epochs every process meets all of them
@@ -288,13 +286,16 @@ class ShardDataModule(LightningDataModule):
         counts = np.ones(1) if groups is None else np.bincount(groups[groups >= 0], minlength=len(sizes))
         return float(counts.sum() / (counts / sizes).sum())
 
-    def _groups(self) -> np.ndarray | None:
-        """The group of each training sample; see :class:`ldm.data.plan.Plan`."""
-        groups, sizes = self.train_set.groups, self.train_set.group_sizes
-        if groups is None or not self.only_largest:
-            return groups
-        largest = max(np.unique(groups[groups >= 0]).tolist(), key=lambda group: prod(sizes[group]))
-        return np.where(groups == largest, groups, -1)
+    def largest_batch(self) -> dict[str, Any] | None:
+        """A training batch of the size whose batches need the most memory, on the CPU; None where all samples have one size."""
+        groups, counts = self.train_set.groups, self.batch_sizes(self.train_set)
+        if groups is None:
+            return None
+        assert self.loader is not None, "the loader makes the batch"
+        pixels = [count * prod(size) for count, size in zip(counts, self.train_set.group_sizes, strict=True)]
+        largest = max(np.unique(groups[groups >= 0]).tolist(), key=pixels.__getitem__)
+        samples = np.resize(np.flatnonzero(groups == largest), counts[largest])  # repeated where there are too few
+        return self.loader.batch([PlannedSample(sample, number) for number, sample in enumerate(samples.tolist())])
 
     def _validated(self) -> np.ndarray:
         """The numbers of the validation samples used."""

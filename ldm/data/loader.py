@@ -410,6 +410,12 @@ class ShardLoader:
                 self.position = draws.position
             yield batch | {"draws": np.array(draws, np.int64), "position": draws.position}
 
+    def batch(self, draws: Sequence[PlannedSample]) -> dict[str, Any]:
+        """The batch of these draws, as training gets it; it does not count."""
+        batch = self.dataset.batch(draws)
+        noise = {} if self.noise is None else self.noise(batch, draws)
+        return batch | noise | {"draws": np.array(draws, np.int64)}
+
     def consumed(self, position: Position) -> None:
         """The batch that carried this ``position`` reached the training step."""
         self.position = Position(*position)

@@ -133,6 +133,24 @@ def test_the_largest_batch_is_found_with_its_line(
     assert list(runs.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["--dry-run", "--find-batch"])
+def test_memory_is_that_of_the_largest_size(
+    latents: tuple[Path, Path], three_sizes: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    seen, loss_terms = [], DenoiserTraining.loss_terms
+
+    def seeing(module: DenoiserTraining, batch: dict) -> dict:
+        seen.append(tuple(batch["mean"].shape))
+        return loss_terms(module, batch)
+
+    monkeypatch.setattr(DenoiserTraining, "loss_terms", seeing)
+    denoiser((latents[0], three_sizes), runs / "run", option)
+    if option == "--dry-run":  # after the timed steps
+        assert seen[-2] == (BATCH, 4, 16, 16) and len({shape[2:] for shape in seen}) > 1
+    else:  # of which the data have three
+        assert {shape[1:] for shape in seen} == {(4, 16, 16)} and max(shape[0] for shape in seen) > 3
+
+
 def growing(fixed: float, each: float, limit: float, tried: list[int]) -> Callable[[int], Trial | None]:
     """A machine whose memory grows linearly with the batch, up to ``limit``."""
 

@@ -62,7 +62,6 @@ class DryRunCLI(FitCLI):
         kinds = step_kinds(self.model, trainer.max_steps)
         if self.options.find_batch:
             self.finder = FindBatch(kinds[-1])
-            self.datamodule.only_largest = True
             callbacks[:] = [self.finder]
         else:
             self.measure = Measure(kinds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from ldm.data.datamodule import datamodule_of
 from ldm.errors import LdmError, UsageError, is_out_of_memory
-from ldm.runs.dry_run.measure import StepKind, synchronise
+from ldm.runs.dry_run.measure import StepKind, largest_batch, run_step, synchronise
 from ldm.runs.dry_run.memory import PeakMemory
 
 # share of the memory to fill
@@ -93,7 +92,7 @@ def repeated(batch: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 class FindBatch(Callback):
-    """Trains larger and larger batches, made of the first batch's samples, and stops."""
+    """Trains larger and larger batches, made of a few samples of the largest size, and stops."""
 
     def __init__(self, kind: StepKind):
         self.kind = kind
@@ -111,18 +110,18 @@ class FindBatch(Callback):
         self.kind.begin()
         data = datamodule_of(trainer)
         self.most = len(data.train_set)
-        attempt = partial(self._attempt, trainer, batch)
+        attempt = partial(self._attempt, trainer, largest_batch(trainer) or batch)
         self.fits, self.predicted = find_largest(attempt, data.batch_size, self.most, self.limit)
         trainer.should_stop = True
 
     def _attempt(self, trainer: Trainer, batch: dict[str, Any], size: int) -> Trial | None:
         """Two steps of a batch by Lightning's loop; the first, which allocates and compiles, is not timed."""
-        loop, enlarged, start = trainer.fit_loop.epoch_loop.manual_optimization, repeated(batch, size), 0.0
+        enlarged, start = repeated(batch, size), 0.0
         self.memory.reset()
         try:
             for _ in range(2):
                 start = time.perf_counter()
-                loop.run(OrderedDict(batch=dict(enlarged), batch_idx=0))
+                run_step(trainer, dict(enlarged))
                 synchronise(trainer)
             return Trial(size, self.memory.peak(), time.perf_counter() - start)
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from ldm.data.datamodule import datamodule_of
 from ldm.runs.checkpoints.callback import checkpoints_of
 from ldm.runs.checkpoints.files import files_of
 from ldm.runs.dry_run.flops import StepFlops
@@ -116,7 +118,7 @@ class Measure(Callback):
         trainer.fit_loop.epoch_loop.max_steps, trainer.val_check_batch = -1, math.inf
         self._starts.append(time.perf_counter())
         if self._kind is not None and self._has_enough(trainer):
-            self._conclude(self._kind)
+            self._conclude(self._kind, trainer)
             self._next_kind()
         if self._kind is None:
             return
@@ -144,11 +146,13 @@ class Measure(Callback):
             return False
         return trainer.strategy.reduce_boolean_decision(steps >= MOST or timed[-1] - timed[0] > ENOUGH_SECONDS)
 
-    def _conclude(self, kind: StepKind) -> None:
+    def _conclude(self, kind: StepKind, trainer: Trainer) -> None:
         timed = self._starts[WARM_UP:]
         kind.seconds = median(after - before for before, after in pairwise(timed))
         waited = self._profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"][1 - len(timed) :]
         kind.waiting = sum(waited) / (timed[-1] - timed[0])
+        if (largest := largest_batch(trainer)) is not None:  # the steps so far may have been of smaller sizes
+            run_step(trainer, largest)
         kind.peak_bytes = max(kind.peak_bytes, self._memory.peak())
 
     def _measure_checkpoint(self, trainer: Trainer) -> None:
@@ -184,6 +188,17 @@ class Measure(Callback):
 @rank_zero_only
 def _print(what: str) -> None:
     say(f"dry run: {what}", sys.stderr)
+
+
+def largest_batch(trainer: Trainer) -> dict[str, Any] | None:
+    """The batch of the size that needs the most memory, on the device; None where there is one size alone."""
+    batch = datamodule_of(trainer).largest_batch()
+    return None if batch is None else trainer.strategy.batch_to_device(batch)
+
+
+def run_step(trainer: Trainer, batch: dict[str, Any]) -> None:
+    """A step of the optimiser by Lightning's loop, beside those that it counts."""
+    trainer.fit_loop.epoch_loop.manual_optimization.run(OrderedDict(batch=batch, batch_idx=0))
 
 
 def synchronise(trainer: Trainer) -> None:
