@@ -184,7 +184,7 @@ class ImageDataset(ShardDataset[ShardReader]):
         else:
             pixels = decode_pixels(image, out, None if crop == "window" else side)
             size = None if side is None else (side, side)
-        found = pixels.shape[:2]
+        found = pixels.shape[0], pixels.shape[1]
         centred = crop in ("centre", "bucket")
         if size is None:
             box = (0, 0, *found)

@@ -122,9 +122,9 @@ class GenerationSettings:
             rule = Rescale(rule, self.guidance_rescale)
         return rule if self.guidance_interval == (0.0, 1.0) else Interval(rule, *self.guidance_interval)
 
-    def size_condition(self) -> dict[str, tuple[int, int]]:
+    def size_condition(self) -> dict[str, Any]:
         """What is given of the sizes that micro-conditioning takes, as arguments of the pipeline: (height, width)."""
-        given: dict[str, tuple[int, int]] = {}
+        given = {}
         if self.original_width is not None and self.original_height is not None:
             given["original_size"] = self.original_height, self.original_width
         if (self.crop_left, self.crop_top) != (None, None):

@@ -1,6 +1,6 @@
 import copy
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -110,7 +110,7 @@ def test_a_line_of_json_says_more_than_the_command_line(tmp_path):
         {"prompt": "a ring", "guidance_interval": [0.2, 0.8], "height": 16, "original_size": "64x48", "crop_left": 2},
     )
     found = read_prompts(written(tmp_path / "prompts.jsonl", *lines), {"seed": 5, "width": 32, "steps": 9})
-    original = {"original_width": 64, "original_height": 48, "crop_left": 2}
+    original: Any = {"original_width": 64, "original_height": 48, "crop_left": 2}
     star = {"negative": "blur", "scheduler": "heun", "guidance": 1.0, "steps": 9, "width": 64, "height": 64}
     assert found == [
         GenerationSettings("a ring", seed=5, steps=9, width=32),
