@@ -24,7 +24,10 @@ def add_buckets(parser: Parser) -> None:
 
 def sides(text: str) -> tuple[int, ...]:
     """``256,512`` => the numbers."""
-    return tuple(int(side) for side in text.split(","))
+    try:
+        return tuple(int(side) for side in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sides in pixels; give 256, or 256,512") from None
 
 
 def buckets_of(options: argparse.Namespace) -> Buckets | None:

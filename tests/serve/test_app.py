@@ -237,6 +237,14 @@ def test_settings_beyond_the_limits_are_refused_in_one_line(client, line):
     refused(post(client, {"settings": RED | TOO_MUCH[line]}), 422, line)
 
 
+def test_a_size_far_from_those_trained_on_is_named_once(worker, caplog):
+    settings = RED | {"steps": 1, "width": 44, "height": 8}
+    request = parse_request(json.dumps({"settings": settings}).encode(), Limits(), worker.size)
+    worker.check(request.settings)
+    worker.generate(request, lambda _: None)
+    assert [record.getMessage()[:4] for record in caplog.records] == ["44x8"]
+
+
 def test_a_prompt_longer_than_the_text_encoder_takes_is_refused(worker):
     with pytest.raises(UsageError, match="tokens, the text encoder takes"):
         worker.check(GenerationSettings("circle " * 600))
