@@ -33,7 +33,7 @@ def write(folder, samples, **extra):
 
 
 def fit(pixels, size, **how):
-    return resize(pixels, square(*pixels.shape[:2], size, **how), (size, size))
+    return resize(pixels, square(*pixels.shape[:2], size=size, **how), (size, size))
 
 
 def png(size, colour: str | tuple[int, int, int] = "red"):

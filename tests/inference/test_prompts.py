@@ -117,7 +117,10 @@ def test_a_line_of_json_says_more_than_the_command_line(tmp_path):
         *(GenerationSettings("a star", seed=seed, **star) for seed in (100, 101, 102)),
         GenerationSettings("a ring", seed=9, steps=9, width=32, height=16, guidance_interval=(0.2, 0.8), **original),
     ]
-    assert found[-1].size_condition() == {"original_size": (48, 64), "crops_coords_top_left": (0, 2)}
+    assert isinstance(found[-1], GenerationSettings) and found[-1].size_condition() == {
+        "original_size": (48, 64),
+        "crops_coords_top_left": (0, 2),
+    }
 
 
 def test_a_broken_line_stands_in_its_place_and_names_itself(tmp_path):
