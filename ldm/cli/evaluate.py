@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.parser import Commands, add_command, add_group, print_table
 from ldm.errors import UsageError
 from ldm.progress import Progress
 from ldm.terminal import say
 
+if TYPE_CHECKING:
+    from ldm.data.image_dataset import ImageDataset
+    from ldm.evaluation.image_sets import ImageSet, OnProgress, Scorer
+    from ldm.latents.compute import Process
+
 MAX_COUNT = 10**7
+DEFAULT_COUNT, BATCH_SIZE, STEPS, GUIDANCE = 1000, 32, 30, 3.0
 
 
 def add(commands: Commands) -> None:
@@ -30,24 +37,50 @@ def add(commands: Commands) -> None:
     autoencoder.add_argument(
         "--fid",
         metavar="TRUNK",
-        help="also a FID, by inception, alex-random, vgg-random or torchvision's checkpoint of alexnet or vgg16",
+        help="also a FID, by a feature network: inception, dinov2, clip, alex-random, vgg-random, a hub name or a path",
     )
     autoencoder.add_argument("--json", metavar="FILE", help="write all metrics there, too; -: to stdout, without the table")
+    _add_pipeline(evaluate)
+
+
+def _add_pipeline(evaluate: Commands) -> None:
     pipeline = add_command(
         evaluate,
         "pipeline",
         run_evaluate_pipeline,
-        "prompt accuracy on held-out shapes, read back from the pixels",
-        "ldm evaluate pipeline quickstart/pipeline --prompts 256",
+        "FID, KID, CMMD, precision, recall, density, coverage, diversity and agreement with captions, of images generated "
+        "from the captions of --shards or of the images in a folder; without --shards, prompt accuracy on held-out shapes, "
+        "read back from the pixels",
+        """ldm evaluate pipeline pipeline --shards validation --network inception --network clip --page evaluation.html
+  ldm evaluate pipeline --images other-tool/images --shards validation --network runs/matcher
+  torchrun --nproc-per-node 8 -m ldm evaluate pipeline pipeline --shards validation --json evaluation.json
+  ldm evaluate pipeline quickstart/pipeline --prompts 256""",
     )
-    pipeline.add_argument("model", help="pipeline directory")
-    pipeline.add_argument("--preset", choices=["one", "two"], default="one")
-    pipeline.add_argument("--prompts", type=int, default=256, help="how many")
-    pipeline.add_argument("--seen", action="store_true", help="prompts of the kind trained on, instead of held-out ones")
-    pipeline.add_argument("--size", metavar="WxH", help="in pixels, or one number (default: what the model was trained on)")
-    pipeline.add_argument("--steps", type=int, default=30)
-    pipeline.add_argument("--guidance", type=float, default=3.0)
-    pipeline.add_argument("--seed", type=int, default=0)
+    pipeline.add_argument("model", nargs="?", help="pipeline directory; none with --images")
+    sampling = pipeline.add_argument_group("sampling")
+    sampling.add_argument("--size", metavar="WxH", help="in pixels, or one number (default: the sizes that it was trained on)")
+    sampling.add_argument("--steps", type=int, help="of the scheduler (default: 30)")
+    sampling.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: 3)")
+    sampling.add_argument("--scheduler", metavar="NAME", help="such as euler (default: the pipeline's)")
+    sampling.add_argument("--seed", type=int, default=0, help="of the choice of images, and of the first image's noise")
+    own = pipeline.add_argument_group("on image shards")
+    own.add_argument("--shards", metavar="DIR", help="image shards, best of a validation set: captions, and real images")
+    own.add_argument("--images", metavar="DIR", help="score these images, which ldm sample or another tool made")
+    own.add_argument(
+        "--network",
+        action="append",
+        metavar="NAME",
+        help="feature network: inception, dinov2, clip, alex-random, vgg-random, a hub name or a path; again for several "
+        "(default: inception and clip)",
+    )
+    own.add_argument("--count", type=int, metavar="N", help="how many images (default: as many as there are, up to 1000)")
+    own.add_argument("--batch-size", type=int, help="images at a time (default: 32)")
+    own.add_argument("--json", metavar="FILE", help="write all metrics and the protocol there; -: to stdout, without the table")
+    own.add_argument("--page", metavar="FILE", help="write a page with plots and images there (.html)")
+    shapes = pipeline.add_argument_group("on the built-in shapes")
+    shapes.add_argument("--preset", choices=["one", "two"])
+    shapes.add_argument("--prompts", type=int, help="how many (default: 256)")
+    shapes.add_argument("--seen", action="store_true", help="prompts of the kind trained on, instead of held-out ones")
 
 
 def require_count(name: str, number: int) -> None:
@@ -115,17 +148,41 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
 
 
 def run_evaluate_pipeline(options: argparse.Namespace) -> None:
+    if not 0 <= options.seed < 2**32:
+        raise UsageError(f"--seed is {options.seed}; give 0 to {2**32 - 1}")
+    if options.shards:
+        wrong, why = ("preset", "prompts", "seen"), "is of the built-in shapes; leave it out, or --shards"
+    else:
+        wrong = ("images", "network", "count", "batch_size", "json", "page", "scheduler")
+        why = "is of real images to compare with; give --shards, too"
+    if options.images is not None and options.shards:
+        wrong, why = (*wrong, "size", "steps", "guidance", "scheduler"), "is of images that a pipeline generates; leave it out"
+    for name in wrong:
+        value = getattr(options, name)
+        if value is not None and value is not False:
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
+    options.steps = STEPS if options.steps is None else options.steps
+    options.guidance = GUIDANCE if options.guidance is None else options.guidance
+    require_count("steps", options.steps)
+    if options.shards:
+        _evaluate_on_shards(options)
+    elif options.model is None:
+        raise UsageError("there is nothing to evaluate; give the directory of a pipeline, or --images and --shards")
+    else:
+        _evaluate_on_shapes(options)
+
+
+def _evaluate_on_shapes(options: argparse.Namespace) -> None:
     from ldm.evaluation.prompts import generate_from_captions, shape_accuracy
     from ldm.inference.prompts import parse_size
     from ldm.pipeline import load_pipeline
     from ldm.shapes.scenes import held_out_prompts, seen_prompts
 
-    require_count("prompts", options.prompts)
-    if not 0 <= options.seed < 2**32:
-        raise UsageError(f"--seed is {options.seed}; give 0 to {2**32 - 1}")
+    count = 256 if options.prompts is None else options.prompts
+    require_count("prompts", count)
     width, height = (None, None) if options.size is None else parse_size(options.size)
     pipeline = load_pipeline(options.model)
-    prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset, options.prompts, options.seed)
+    prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset or "one", count, options.seed)
     with Progress("generating", len(prompts)) as progress:
         images = generate_from_captions(
             pipeline,
@@ -139,3 +196,129 @@ def run_evaluate_pipeline(options: argparse.Namespace) -> None:
             on_progress=progress.update,
         )
     print_table({name: [f"{value:.4f}"] for name, value in shape_accuracy(images, prompts).items()}, "value")
+
+
+def _evaluate_on_shards(options: argparse.Namespace) -> None:
+    import json
+
+    import numpy as np
+
+    from ldm.evaluation.features import load_feature_network
+    from ldm.evaluation.image_sets import FixedSizes, Scorer, open_folder, several_processes
+    from ldm.evaluation.page import label, write_page
+    from ldm.evaluation.results import Reference, networks_protocol
+    from ldm.files import require_output_file, write_json
+    from ldm.latents.compute import Process, versions
+
+    if (options.model is None) == (options.images is None):
+        raise UsageError("give the directory of a pipeline, or --images with a folder of images: one of them")
+    for name in ("count", "batch_size"):
+        if getattr(options, name) is not None:
+            require_count(name.replace("_", "-"), getattr(options, name))
+    for path in (options.json, options.page):
+        if path not in (None, "-"):
+            require_output_file(path, [options.shards, options.model, options.images])
+    process = Process.from_environment()
+    quiet = process.rank > 0
+    chosen = None if options.images else EvaluatedPipeline(options, process)
+    files = open_folder(options.images)[: options.count] if options.images else []
+    dataset = _open_shards(options, need_captions=chosen is not None and not chosen.pipeline.is_unconditional)
+    networks = [load_feature_network(name, process.device()) for name in options.network or ("inception", "clip")]
+    scorer = Scorer(networks, process, options.batch_size or BATCH_SIZE)
+    with several_processes(process):
+        generated, count, sizes = None, options.count or DEFAULT_COUNT, () if chosen is None else chosen.sizes
+        if chosen is None:
+            with Progress("scoring the folder", len(files), quiet) as progress:
+                generated = scorer.image_files(files, progress.update)
+            count, sizes = len(generated), generated.different_sizes
+        count = min(count, len(dataset))
+        dataset.buckets = FixedSizes(sizes=sizes)
+        samples = np.random.default_rng(options.seed).permutation(len(dataset))[: 2 * count].tolist()
+        with Progress("scoring real images", len(samples), quiet) as progress:
+            reference = Reference(scorer, scorer.real_images(dataset, samples, progress.update), count)
+        if chosen is not None:
+            with Progress("generating", len(reference.images), quiet) as progress:
+                generated = chosen.generate(scorer, reference.images, progress.update)
+        assert generated is not None
+        results = reference.compare(generated)
+    if quiet:
+        return
+    source = dataset.sources[0]
+    protocol = {"shards": source.spec, "shards_hash": source.manifest.hash, "seed": options.seed} | results.protocol
+    protocol |= {"images": options.images} if chosen is None else chosen.protocol()
+    protocol |= {"sizes": [f"{width}x{height}" for height, width in generated.different_sizes]}
+    protocol |= {"networks": networks_protocol(networks), "versions": versions()}
+    record = {"format_version": 1, "metrics": results.to_json(), "protocol": protocol}
+    if options.page is not None:
+        title = options.model or options.images
+        write_page(options.page, f"{title}, against {source.spec}", results, reference.images, generated, protocol)
+    if options.json == "-":
+        say(json.dumps(record, indent=2))
+        return
+    if options.json is not None:
+        write_json(options.json, record)
+    rows = {
+        label(metric.name) + "*" * bool(metric.note): [
+            *("–" if value is None else f"{value:.4g}" for value in (metric.value, metric.real)),
+            "lower" if metric.lower_is_better else "higher",
+        ]
+        for metric in results.metrics
+    }
+    print_table(rows, "generated", "real images", "better")
+    for note in dict.fromkeys(metric.note for metric in results.metrics if metric.note):
+        say(f"* {note}")
+    if "agreement" in results.protocol:
+        say(f"agreement with captions is {results.protocol['agreement']}")
+    if options.page is not None:
+        say(f"look at {options.page}")
+
+
+class EvaluatedPipeline:
+    """A pipeline and how it samples, as the options say."""
+
+    def __init__(self, options: argparse.Namespace, process: Process) -> None:
+        """Raises UsageError for a size or a scheduler that the model cannot take."""
+        from ldm.diffusion.scheduler import make_scheduler
+        from ldm.inference.prompts import parse_size
+        from ldm.pipeline import load_pipeline
+
+        self.options = options
+        self.pipeline = load_pipeline(options.model, process.device())
+        self.pipeline.set_progress_bar_config(disable=True)
+        if options.scheduler is not None:
+            self.pipeline.scheduler = make_scheduler(options.scheduler, *self.pipeline.diffusion)
+        self.pipeline.make_sampler(options.steps)
+        self.sizes = tuple(self.pipeline.trained_sizes)
+        if options.size is not None:
+            width, height = parse_size(options.size)
+            self.pipeline.latent_shape(1, height, width)
+            self.sizes = ((height, width),)
+
+    def generate(self, scorer: Scorer, real: ImageSet, on_progress: OnProgress) -> ImageSet:
+        """Images of the captions of real ones, and of their sizes."""
+        settings = {"num_inference_steps": self.options.steps, "guidance_scale": self.options.guidance}
+        captions = [caption or "" for caption in real.captions]
+        images = scorer.generated_images(self.pipeline, captions, real.sizes, self.options.seed, on_progress, **settings)
+        return images.without_captions() if self.pipeline.is_unconditional else images
+
+    def protocol(self) -> dict[str, Any]:
+        """The model, its fingerprint, and how it sampled."""
+        from dataclasses import asdict
+
+        from ldm.inference.metadata import provenance_of
+
+        made_by = asdict(provenance_of(self.pipeline, self.options.model))
+        named = ("model", "model_hash", "scheduler", "sampler", "dtype", "device", "ldm")
+        return {name: made_by[name] for name in named} | {"steps": self.options.steps, "guidance": self.options.guidance}
+
+
+def _open_shards(options: argparse.Namespace, need_captions: bool) -> ImageDataset:
+    """Raises UsageError for shards that do not hold what is asked for."""
+    from ldm.data.image_dataset import ImageDataset
+
+    dataset = ImageDataset(options.shards, require_captions=need_captions)
+    if need_captions and dataset.sources[0].manifest.captioned is False:
+        raise UsageError(f"{options.shards} has no captions, and the model generates from captions; give shards with captions")
+    if options.images is None and options.count is not None and options.count > len(dataset):
+        raise UsageError(f"--count is {options.count}, but {options.shards} holds {len(dataset)} images; give that or less")
+    return dataset
