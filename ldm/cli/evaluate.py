@@ -52,7 +52,7 @@ def _add_pipeline(evaluate: Commands) -> None:
         "from the captions of --shards or of the images in a folder; without --shards, prompt accuracy on held-out shapes, "
         "read back from the pixels",
         """ldm evaluate pipeline pipeline --shards validation --network inception --network clip --page evaluation.html
-  ldm evaluate pipeline --images other-tool/images --shards validation --network runs/matcher
+  ldm evaluate pipeline --images other-tool/images --shards validation --network runs/matcher/matcher
   torchrun --nproc-per-node 8 -m ldm evaluate pipeline pipeline --shards validation --json evaluation.json
   ldm evaluate pipeline quickstart/pipeline --prompts 256""",
     )
