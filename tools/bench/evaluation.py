@@ -48,7 +48,11 @@ def provide_weights(folder: Path) -> Path:
     made.parent.mkdir()
     torch.save({}, made)
     torch.manual_seed(0)
-    torch.save(Untrained("inception-v3-compat", ["2048"], str(made)).state_dict(), made)
+    network = Untrained("inception-v3-compat", ["2048"], str(made))
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # else the features of all images are equal
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    torch.save(network.state_dict(), made)
     return made
 
 
