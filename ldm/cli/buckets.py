@@ -20,6 +20,8 @@ def add_buckets(parser: Parser) -> None:
     parser.add_argument("--max-aspect", type=float, metavar="X", help="longer over shorter side, at most (default: 2)")
     what = "enlarge an image by this factor at most, and leave out those that are too small (default: 1)"
     parser.add_argument("--max-upscale", type=float, metavar="X", help=what)
+    what = "leave out an image of which more than this share would be cropped off, such as 0.3 (default: crop any)"
+    parser.add_argument("--max-crop", type=float, metavar="SHARE", help=what)
 
 
 def sides(text: str) -> tuple[int, ...]:
@@ -35,9 +37,12 @@ def buckets_of(options: argparse.Namespace) -> Buckets | None:
     from ldm.data.buckets import Buckets
 
     given = {"step": options.bucket_step, "max_aspect": options.max_aspect, "max_upscale": options.max_upscale}
+    given["max_crop"] = options.max_crop
     given = {name: value for name, value in given.items() if value is not None}
     if options.buckets is not None:
         return Buckets(options.buckets, **given)
     if given:
-        raise UsageError("--bucket-step, --max-aspect and --max-upscale describe buckets; give --buckets too, for example 256")
+        raise UsageError(
+            "--bucket-step, --max-aspect, --max-upscale and --max-crop describe buckets; give --buckets too, for example 256"
+        )
     return None

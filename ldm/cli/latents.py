@@ -190,6 +190,8 @@ def print_counts(manifest: Manifest, out: str) -> None:
         say(f"{skipped} could not be used; {Path(out) / 'quarantine.jsonl'} says why")
     if small := manifest.extra.get("too_small"):
         say(f"{small} of these are too small for every bucket; --max-upscale allows to enlarge them")
+    if cropped := manifest.extra.get("too_long"):
+        say(f"{cropped} of these would be cropped too much in every bucket; --max-crop allows more")
     if enlarged := manifest.extra.get("enlarged"):
         say(f"{enlarged} were enlarged to fill their buckets")
     for encoder in manifest.extra["text_encoders"]:

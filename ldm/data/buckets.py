@@ -6,7 +6,7 @@ Sizes are (height, width) in pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
@@ -20,7 +20,7 @@ Size = tuple[int, int]
 # (short, long) of paper and screens, as diffusers has them up to 1:2; longer ones follow in halves (2:5, 1:3, ...)
 RATIOS = ((1, 1), (4, 5), (3, 4), (2, 3), (9, 16))
 MAX_ASPECT, MAX_UPSCALE = 16.0, 1024.0
-TOO_SMALL = "too small for every bucket"
+TOO_SMALL, TOO_LONG = "too small for every bucket", "cropped too much in every bucket"  # why an image fits none
 UNFIT_SHARE = 0.1  # of images that fit no bucket; more are refused unless that is asked for
 
 
@@ -33,12 +33,14 @@ class Buckets:
         step: all sides are multiples of it.
         max_aspect: longer over shorter side, at most, before the sides are rounded to ``step``.
         max_upscale: an image may be enlarged by this factor at most; 1: not at all.
+        max_crop: the share of an image's area that may be cropped off, at most; None: any.
     """
 
     bases: tuple[int, ...]
     step: int = 32
     max_aspect: float = 2.0
     max_upscale: float = 1.0
+    max_crop: float | None = field(default=None, repr=False)  # runs of before are known by the repr
 
     def __post_init__(self) -> None:
         """Raises :class:`UsageError` for settings that make no table."""
@@ -56,6 +58,8 @@ class Buckets:
             raise UsageError(f"the largest aspect ratio of buckets is {self.max_aspect}; give 1 to {MAX_ASPECT:g}")
         if not 1 <= self.max_upscale <= MAX_UPSCALE:
             raise UsageError(f"images may be enlarged {self.max_upscale} times; give 1 to {MAX_UPSCALE:g}")
+        if self.max_crop is not None and not 0 <= self.max_crop < 1:
+            raise UsageError(f"the share that may be cropped off is {self.max_crop}; give 0 to 1, or leave it out")
 
     @cached_property
     def tiers(self) -> tuple[tuple[Size, ...], ...]:
@@ -68,7 +72,7 @@ class Buckets:
         return tuple(dict.fromkeys(size for tier in self.tiers for size in tier))
 
     def choose(self, height: int, width: int) -> int | None:
-        """The number of an image's bucket; None where it would have to be enlarged too much for every one.
+        """The number of an image's bucket; None where it would have to be enlarged or cropped too much for every one.
 
         Of the tier of the largest base in which any serves, the one that crops least; of equal ones the first.
         """
@@ -76,8 +80,9 @@ class Buckets:
             return None
         for tier in self.tiers:
             serve = [size for size in tier if enlargement(height, width, size) <= self.max_upscale]
-            if serve:
-                return self.table.index(min(serve, key=lambda size: cropped_share(height, width, size)))
+            best = min(serve, key=lambda size: cropped_share(height, width, size), default=None)
+            if best and (self.max_crop is None or cropped_share(height, width, best) <= self.max_crop):
+                return self.table.index(best)
         return None
 
     def size_for(self, height: int, width: int) -> Size:
@@ -85,6 +90,11 @@ class Buckets:
         if (number := self.choose(height, width)) is None:
             least = ceil(100 * min(enlargement(height, width, size) for size in self.table)) / 100
             what = f"is {width} x {height} pixels, {TOO_SMALL}"
+            serve = [size for size in self.table if enlargement(height, width, size) <= self.max_upscale]
+            if serve and self.max_crop is not None:
+                lost = ceil(1000 * min(cropped_share(height, width, size) for size in serve)) / 1000
+                what = f"is {width} x {height} pixels, {TOO_LONG}"
+                raise DecodeError(f"{what}: that takes a max_crop of {lost:g}, it is {self.max_crop:g}")
             raise DecodeError(f"{what}: that takes a max_upscale of {least:g}, it is {self.max_upscale:g}")
         return self.table[number]
 
@@ -112,8 +122,8 @@ def require_fits(unfit: int, total: int, spec: str, max_bad_share: float) -> Non
     if unfit and (unfit == total or unfit > max(max_bad_share, UNFIT_SHARE) * total):
         fix = "" if unfit == total else f", or max_bad_share to {ceil(100 * unfit / total) / 100:g} to leave them out"
         raise UsageError(
-            f"{unfit} of {total} images in {spec} fit no bucket: they are {TOO_SMALL}, or cannot be read; give smaller "
-            f"buckets, or raise max_upscale{fix} (ldm shards show names them)"
+            f"{unfit} of {total} images in {spec} fit no bucket: they are {TOO_SMALL}, {TOO_LONG}, or cannot be "
+            f"read; give smaller buckets, or raise max_upscale, max_crop{fix} (ldm shards show names them)"
         )
 
 

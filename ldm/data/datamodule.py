@@ -61,6 +61,7 @@ class ShardDataModule(LightningDataModule):
         bucket_step: int = 32,
         max_aspect: float = 2.0,
         max_upscale: float = 1.0,
+        max_crop: float | None = None,
         flip: float = 0.0,
         caption: Literal["first", "random"] | dict[str, float] = "first",
         caption_dropout: float = 0.0,
@@ -98,6 +99,7 @@ class ShardDataModule(LightningDataModule):
             bucket_step: all sides of buckets are multiples of it.
             max_aspect: longer over shorter side of a bucket, at most.
             max_upscale: an image is enlarged by this factor at most; 1: not at all.
+            max_crop: leave out images of which more than this share of the area would be cropped off, as 0.3.
             flip: probability of a mirrored training image; for latents, where those of mirrored images were exported.
             caption: which of several captions to train on; or weights by which one is drawn, as ``{short: 0.3, long: 0.7}``.
                 A name is that of a field of a sample's ``.json``, ``txt``, or the place of a caption in the list of all, such
@@ -130,7 +132,7 @@ class ShardDataModule(LightningDataModule):
             raise UsageError(f"crop is {crop} and buckets is {buckets}; {fix}")
         if buckets is not None and image_size is not None:
             raise UsageError(f"image_size is {image_size}, but buckets give images their sizes; leave out image_size")
-        self.buckets = None if buckets is None else Buckets(tuple(buckets), bucket_step, max_aspect, max_upscale)
+        self.buckets = None if buckets is None else Buckets(tuple(buckets), bucket_step, max_aspect, max_upscale, max_crop)
         if isinstance(caption, dict) and not (caption and min(caption.values()) >= 0 and sum(caption.values()) > 0):
             raise UsageError(f"caption has the weights {caption}; give numbers of 0 or more, one above 0")
         self.batch_size, self.max_tokens, self.image_size = batch_size, max_tokens, image_size
@@ -244,7 +246,9 @@ class ShardDataModule(LightningDataModule):
             folder and folder / (QUARANTINE_NAME if rank == 0 else f"{rank}-{QUARANTINE_NAME}"),
         )
         identity = [[source.manifest.hash, weight] for source, weight in zip(sources, weights, strict=True)]
-        buckets = () if self.buckets is None else (self.buckets,)  # they decide which samples wait for others
+        # they decide which samples there are, and which wait for others
+        buckets = () if self.buckets is None else (self.buckets, self.buckets.max_crop)
+        buckets = tuple(each for each in buckets if each is not None)
         self.loader = ShardLoader(
             self.train_set,
             plan,

@@ -138,6 +138,8 @@ class LatentInfo:
         for text in extra["text_encoders"]:
             if not text["settings"]:  # as manifests were before there were any
                 del text["settings"]
+        if self.buckets is not None and self.buckets.max_crop is None:  # as manifests were before
+            del extra["buckets"]["max_crop"]
         return extra | {"fingerprint": self.fingerprint}
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.data.buckets import TOO_SMALL, UNFIT_SHARE
+from ldm.data.buckets import TOO_LONG, TOO_SMALL, UNFIT_SHARE
 from ldm.errors import LdmError
 from ldm.files import open_regular, parse_json
 
@@ -35,7 +35,7 @@ class BadSample(NamedTuple):
     @property
     def unfit(self) -> bool:
         """Whether it is an image that fits no bucket, and not broken."""
-        return TOO_SMALL in self.reason
+        return TOO_SMALL in self.reason or TOO_LONG in self.reason
 
 
 def too_many_in_a_row(number: int, last: BadSample, adjustable: bool = True) -> LdmError:

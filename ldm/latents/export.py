@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, NotRequired
 import numpy as np
 import torch
 
-from ldm.data.buckets import TOO_SMALL, Buckets, require_fits
+from ldm.data.buckets import TOO_LONG, TOO_SMALL, Buckets, require_fits
 from ldm.data.latent_schema import LatentInfo, relative_path, write_null_text
 from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
 from ldm.data.parallel_map import parallel_map
@@ -210,7 +210,10 @@ class Exporter:
             extra = replace(summary.complete(info, out, shapes), null_text=null_text).as_extra()
             if info.buckets is not None:
                 extra["enlarged"] = sum(record.get("enlarged", 0) for record in records)
-                extra["too_small"] = sum(TOO_SMALL in bad.reason for record in records for bad in record["bad"])
+                reasons = [bad.reason for record in records for bad in record["bad"]]
+                extra["too_small"] = sum(TOO_SMALL in reason for reason in reasons)
+                if info.buckets.max_crop is not None:
+                    extra["too_long"] = sum(TOO_LONG in reason for reason in reasons)
             Manifest(LATENT_SHARDS, entries, extra | {"quarantined": len(quarantine), "request": request}).save(out)
 
 

@@ -34,7 +34,11 @@ FEW_CHANNELS = 16
 # vectors sampled from each latent: enough for statistics, and memory does not grow with the size of the images
 VECTORS_PER_LATENT = 1024
 # counted by an export with buckets
-COUNTED = {"of these too small for every bucket": "too_small", "images enlarged": "enlarged"}
+COUNTED = {
+    "of these too small for every bucket": "too_small",
+    "of these cropped too much in every bucket": "too_long",
+    "images enlarged": "enlarged",
+}
 BINS, REACH = 48, 4.0  # of histograms, from -REACH to REACH standard deviations
 TOKEN_BINS = 60
 
@@ -272,7 +276,7 @@ def _resolution(info: LatentInfo, counts: Counts) -> str:
     how, bases = info.buckets, " and ".join(map(str, info.buckets.bases))
     return (
         f"{len(counts.shapes)} of {len(how.table)} buckets of {bases} pixels, in steps of {how.step}, to {how.max_aspect:g}:1, "
-        f"enlarged up to {how.max_upscale:g} times"
+        f"enlarged up to {how.max_upscale:g} times" + ("" if how.max_crop is None else f", cropped up to {how.max_crop:.0%}")
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.data.buckets import Buckets, crop_box, cropped_share, enlargement
+from ldm.data.buckets import TOO_SMALL, Buckets, crop_box, cropped_share, enlargement
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.image_sizes import image_sizes
 from ldm.data.manifest import IMAGE_SHARDS
@@ -65,6 +65,7 @@ def _buckets(report: Report, dataset: ImageDataset, sizes: np.ndarray, buckets: 
     """What the buckets make of images of these ``sizes`` (N, 2), of which some may be unknown."""
     which = buckets.assign(sizes)
     fits, known = which >= 0, sizes.min(1) > 0
+    unfit = TOO_SMALL if buckets.max_crop is None else f"{TOO_SMALL}, or cropped too much"
     pairs = zip(sizes[fits].tolist(), which[fits].tolist(), strict=True)
     assigned = [(height, width, buckets.table[number]) for (height, width), number in pairs]
     cropped = np.zeros(len(sizes))
@@ -74,7 +75,7 @@ def _buckets(report: Report, dataset: ImageDataset, sizes: np.ndarray, buckets: 
         {
             "images in buckets": int(fits.sum()),
             "of these enlarged": enlarged,
-            "too small for every bucket": int((known & ~fits).sum()),
+            unfit: int((known & ~fits).sum()),
             "% cropped off on average": round(100 * float(cropped[fits].mean()), 2) if fits.any() else float("nan"),
         }
     )
@@ -94,4 +95,4 @@ def _buckets(report: Report, dataset: ImageDataset, sizes: np.ndarray, buckets: 
     if len(small):
         order = small[np.argsort(sizes[small].prod(1), kind="stable")][:NAMED]
         rows = [(printable(dataset.name_of(row)[1]), f"{sizes[row][1]} × {sizes[row][0]}") for row in order.tolist()]
-        report.table("Too small for every bucket" + ", the smallest" * (len(small) > NAMED), ("image", "size"), rows)
+        report.table(unfit.capitalize() + ", the smallest" * (len(small) > NAMED), ("image", "size"), rows)

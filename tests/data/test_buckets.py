@@ -47,6 +47,24 @@ def test_an_images_bucket_is_the_one_of_its_tier_that_crops_least(bases, upscale
             assert cropped_share(height, width, size) == min(cropped_share(height, width, other) for other in best)
 
 
+def test_images_that_would_be_cropped_too_much_are_left_out_or_go_to_a_smaller_tier():
+    buckets, limited = (Buckets((256, 512), 32, max_crop=limit) for limit in (None, 0.05))
+    assert repr(buckets) == "Buckets(bases=(256, 512), step=32, max_aspect=2.0, max_upscale=1.0)"  # by which runs are known
+    chosen = []
+    for height, width in SIZES.tolist():
+        tiers = [[size for size in tier if enlargement(height, width, size) <= 1] for tier in buckets.tiers]
+        best = [min((cropped_share(height, width, size), size) for size in tier) for tier in tiers if tier]
+        within = [size for share, size in best if share <= 0.05]
+        chosen.append(limited.choose(height, width))
+        assert chosen[-1] == (buckets.table.index(within[0]) if within else None)
+        if best and not within:
+            with pytest.raises(
+                DecodeError, match=r"cropped too much in every bucket: that takes a max_crop of 0.\d+, it is 0.05"
+            ):
+                limited.size_for(height, width)
+    assert {None} < {*chosen} and buckets.assign(SIZES).tolist() != limited.assign(SIZES).tolist()
+
+
 def test_a_part_has_the_buckets_proportions_and_one_side_of_the_image():
     for height, width in SIZES.tolist():
         for size in Buckets((256,), 32, 3.0).table:

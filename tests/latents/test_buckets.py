@@ -141,7 +141,12 @@ def test_sizes_that_the_image_shards_tell_change_no_byte(export, folder, shards,
     """And too many small images are refused before any is encoded."""
     shutil.copytree(shards, tmp_path / "sized")
     index_here(tmp_path / "sized")
-    export(tmp_path / "sized", tmp_path / "out", flip=True)
+    plain = export(tmp_path / "sized", tmp_path / "out", flip=True).extra
+    strict = export(tmp_path / "sized", tmp_path / "strict", buckets=replace(BUCKETS, max_crop=0.1), max_bad_share=1).extra
+    bad, _ = read_quarantine(tmp_path / "strict" / QUARANTINE_NAME)
+    long = sum("cropped too much in every bucket: that takes a max_crop of " in sample.reason for sample in bad)
+    assert 0 < long == strict["too_long"] == strict["quarantined"] - 1 - strict["too_small"]
+    assert strict["buckets"]["max_crop"] == 0.1 and not {"max_crop", "too_long"} & {*plain["buckets"], *plain}
     ours, theirs = contents(tmp_path / "out"), contents(folder)
     assert {name for name in ours if ours[name] != theirs[name]} == {Path("manifest.json"), Path(QUARANTINE_NAME)}
     with pytest.raises(UsageError, match=r"5 of 40 images in .*sized fit no bucket.* max_bad_share to 0.13 to leave them out"):

@@ -155,7 +155,8 @@ def test_the_page_offers_the_classes_of_a_model_and_no_prompt_of_an_unconditiona
     for classes in (["ring", "<b>cat</b>"], []):
         with served(worker_of(*classes)) as address:
             browser.call("Page.navigate", url=address)
-            browser.until("document.querySelector('#generate') && !document.querySelector('#generate').disabled")
+            # the button is enabled before the script runs, too
+            browser.until("document.querySelector('#model')?.textContent.includes('tiny') && !$('generate').disabled")
             labels = {*map(str.strip, browser.evaluate(shown))}
             assert ("Class" in labels, "Negative prompt" in labels, "Guidance" in labels) == (bool(classes),) * 3
             assert "Prompt" not in labels and "Steps" in labels
