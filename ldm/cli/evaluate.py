@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli import likelihood
 from ldm.cli.parser import Commands, add_command, add_group, print_table
 from ldm.errors import UsageError
 from ldm.progress import Progress
@@ -41,6 +42,7 @@ def add(commands: Commands) -> None:
     )
     autoencoder.add_argument("--json", metavar="FILE", help="write all metrics there, too; -: to stdout, without the table")
     _add_pipeline(evaluate)
+    likelihood.add(evaluate)
 
 
 def _add_pipeline(evaluate: Commands) -> None:

@@ -45,13 +45,18 @@ class Prediction(ABC):
         c, d = self.coefficients(path, t)
         return path.alpha(t) * d - path.sigma(t) * c
 
+    def determines(self, path: ProbabilityPath, t: Tensor) -> Tensor:
+        """Whether x_t and y determine x0 and eps at each t, bool (B,)."""
+        (alpha, sigma), (c, d) = (path.alpha(t), path.sigma(t)), self.coefficients(path, t)
+        # infinite coefficients give NaN, which is not greater
+        return self.determinant(path, t).abs() > LEAST_DETERMINANT * torch.hypot(alpha, sigma) * torch.hypot(c, d)
+
     def endpoints(self, path: ProbabilityPath, x_t: Tensor, y: Tensor, t: Tensor) -> Endpoints:
         """x0 and eps from a noisy ``x_t`` and a prediction ``y``. Raises ValueError if the system is singular at a t."""
         alpha, sigma = path.alpha(t), path.sigma(t)
         c, d = self.coefficients(path, t)
         determinant = self.determinant(path, t)
-        # the negated comparison also catches infinite coefficients
-        singular = ~(determinant.abs() > LEAST_DETERMINANT * torch.hypot(alpha, sigma) * torch.hypot(c, d))
+        singular = ~self.determines(path, t)
         if singular.any():
             at, where = t[singular][0].item(), type(path).__name__
             raise ValueError(f"{type(self).__name__} does not determine x0 and eps at t = {at:g} on {where}")
