@@ -42,7 +42,9 @@ def add(commands: Commands) -> None:
     likelihood.add_argument("--probes", type=int, default=1, help="of the divergence, for each image (default: 1)")
     likelihood.add_argument("--ddpm-steps", type=int, default=50, help="terms of DDPM's bound that are evaluated (default: 50)")
     likelihood.add_argument("--levels", type=int, default=8, help="of noise, at which captions are compared (default: 8)")
-    likelihood.add_argument("--others", type=int, default=4, help="captions to compare an image's own with (default: 4)")
+    likelihood.add_argument(
+        "--others", type=int, default=3, help="captions to compare an image's own with, beside the empty one (default: 3)"
+    )
     likelihood.add_argument("--suspects", type=int, default=20, metavar="N", help="images to list (default: 20)")
     likelihood.add_argument("--batch-size", type=int, default=16, help="default: 16")
     likelihood.add_argument("--page", metavar="FILE", help="write a page with images and plots there")

@@ -8,9 +8,9 @@ Of each image, all in nats:
   for the images measured (Rybkin et al. 2021, arXiv 2006.13202), and pixels are spread evenly over their 1/255 (Theis et al.
   2016, arXiv 1511.01844); it stays a bound.
 - **ddpm**: DDPM's variational bound of ln p of the same latents, for variance-preserving models.
-- **captions**: the bound −½∫‖ε̂ − ε‖² d ln SNR (Kingma et al. 2021, arXiv 2107.00630) under its own caption and under some of
-  other images, with the same noise for all: by the difference the image is likelier under its own (Li et al. 2023, arXiv
-  2303.16203).
+- **captions**: the bound −½∫‖ε̂ − ε‖² d ln SNR (Kingma et al. 2021, arXiv 2107.00630) under its own caption and under others,
+  with the same noise for all (Li et al. 2023, arXiv 2303.16203): the empty one, which stands for every caption where the model
+  was trained with caption dropout, and some of other images.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ MEASURES = ("latent", "image", "ddpm", "captions")
 BIN = 2 / 255  # between neighbouring values of a pixel, in [−1, 1]
 # between which the noise hides what a caption tells, neither nothing nor all of it
 LOW, HIGH = -6.0, 4.0
+CAPTIONS = ("own caption", "empty caption", "other captions")
 CHECKED = 8  # images that are measured again, with more steps
 GUESS = 100  # evaluations of dopri5, before there has been any
 
@@ -60,7 +61,7 @@ class LikelihoodSettings:
         probes: of Hutchinson's estimate, for each image.
         ddpm_steps: terms of DDPM's sum that are evaluated.
         levels: of noise, at which captions are compared.
-        others: captions of other images, with which an image's own is compared.
+        others: captions of other images, with which an image's own is compared, beside the empty one.
         batch_size: images at once.
     """
 
@@ -73,7 +74,7 @@ class LikelihoodSettings:
     probes: int = 1
     ddpm_steps: int = 50
     levels: int = 8
-    others: int = 4
+    others: int = 3
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -90,7 +91,7 @@ class LikelihoodSettings:
         """Of the denoiser for an image, where a backward pass counts as two of them; of dopri5 as many as it often takes."""
         fixed = SOLVERS[self.solver]
         flow = (GUESS if fixed is None else fixed * self.steps) * (1 + 2 * self.probes)
-        costs = {"latent": flow, "image": 0, "ddpm": self.ddpm_steps + 1, "captions": self.levels * (1 + self.others)}
+        costs = {"latent": flow, "image": 0, "ddpm": self.ddpm_steps + 1, "captions": self.levels * (2 + self.others)}
         return sum(costs[name] for name in self.measures)
 
 
@@ -106,7 +107,7 @@ class ImageLikelihood:
         squares: Σ(x − x̂)² over the pixels, with the variance of their spread; 0 where the latents are pixels.
         ddpm: the bound of ln p of its normalised latents.
         own, others: the bound under its caption and under other captions, less what they have in common.
-        compared: those captions.
+        compared: those captions, the empty one first.
     """
 
     number: int
@@ -124,9 +125,9 @@ class ImageLikelihood:
 
     @property
     def margin(self) -> float:
-        """By how many nats the image is likelier under its own caption than under the others on average."""
+        """By how many nats the image is likelier under its own caption than under one of the others at random."""
         assert self.own is not None
-        return self.own - sum(self.others) / len(self.others)
+        return self.own - float(np.logaddexp.reduce(self.others)) + math.log(len(self.others))
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,14 @@ class Likelihoods:
         solver_error: by how many bits per dimension a stricter solver differs, at most over a few images; None where no ODE was
             solved.
         evaluations: of the denoiser for the ODE of a batch, on average.
-        errors: ‖ε̂ − ε‖² per dimension by ln SNR, the highest first: under the own and under other captions.
+        errors: ‖ε̂ − ε‖² per dimension by ln SNR, the highest first: under the own, the empty and other captions.
     """
 
     images: list[ImageLikelihood]
     settings: LikelihoodSettings
     solver_error: float | None
     evaluations: float | None
-    errors: dict[float, tuple[float, float]]
+    errors: dict[float, tuple[float, ...]]
 
     @property
     def checked(self) -> int:
@@ -198,7 +199,7 @@ class Likelihoods:
     def record(self) -> dict[str, Any]:
         """All of it, for JSON."""
         images = [{name: value for name, value in asdict(image).items() if value is not None} for image in self.images]
-        errors = [{"log_snr": level, "own": own, "others": others} for level, (own, others) in self.errors.items()]
+        errors = [{"log_snr": level} | dict(zip(CAPTIONS, values, strict=True)) for level, values in self.errors.items()]
         return {"settings": asdict(self.settings), "metrics": self.summary(), "noise_errors": errors, "images": images}
 
 
@@ -241,7 +242,7 @@ class LikelihoodEvaluator:
         self.evaluations: list[int] = []
         path, prediction = pipeline.diffusion
         self.levels, self.width = evidence_levels(path, prediction, settings.levels, LOW, HIGH)
-        self.noise_errors = torch.zeros(settings.levels, 2, dtype=torch.float64)
+        self.noise_errors = torch.zeros(settings.levels, len(CAPTIONS), dtype=torch.float64)
 
     @torch.no_grad()
     def measure(
@@ -277,7 +278,7 @@ class LikelihoodEvaluator:
         errors = self.noise_errors / sum(image.values[0] for image in images)
         path = self.pipeline.diffusion.path
         snr = [float(2 * (path.alpha(t) / path.sigma(t)).log()) for t in self.levels[:, None]]
-        by_level = dict(zip(snr, [(own, others) for own, others in errors.tolist()], strict=True))
+        by_level = dict(zip(snr, map(tuple, errors.tolist()), strict=True))
         return Likelihoods(
             sorted(images, key=lambda image: image.number),
             settings,
@@ -414,14 +415,14 @@ class LikelihoodEvaluator:
             eps = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(x0)
             errors = torch.stack([snr * squared_error(path, prediction, each, x0, eps, t.to(x0)).cpu() for each in denoisers])
             evidence -= errors / 2 * self.width
-            self.noise_errors[level] += torch.stack([errors[0].sum(), errors[1:].mean(0).sum()])
+            self.noise_errors[level] += torch.stack([errors[0].sum(), errors[1].sum(), errors[2:].mean(0).sum()])
         return [
             replace(one, own=nats[0], others=tuple(nats[1:]), compared=tuple(texts))
             for one, nats, texts in zip(found, evidence.T.tolist(), compared, strict=True)
         ]
 
     def _others(self, image: ImageLikelihood, generator: torch.Generator) -> list[str]:
-        """Other captions of the set, at random."""
+        """The empty caption, and others of the set at random."""
         rest = [text for text in self.captions if text != image.caption]
         order = torch.randperm(len(rest), generator=generator)[: self.settings.others]
-        return [rest[number] for number in order.tolist()]
+        return ["", *(rest[number] for number in order.tolist())]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.evaluation.likelihood import ImageLikelihood, LikelihoodEvaluator, Likelihoods
+from ldm.evaluation.likelihood import CAPTIONS, ImageLikelihood, LikelihoodEvaluator, Likelihoods
 from ldm.reporting.grids import captioned_grid
 from ldm.reporting.pages import Report
 from ldm.terminal import printable
@@ -76,8 +76,8 @@ def _captions(report: Report, found: Likelihoods, evaluator: LikelihoodEvaluator
     shown = few[: 4 * COLUMNS]
     texts = [f"{image.margin:+.1f} nats. {image.caption}" for image in shown]
     note = (
-        "Suspects of a wrong caption: by how many nats each is likelier under its own caption than under "
-        f"{len(few[0].others)} captions of other images on average, the worst first. Below 0 the others fit better."
+        "By how many nats each image is likelier under its own caption than under the empty one and "
+        f"{len(few[0].others) - 1} of other images, the worst first. Below 0 the others fit better."
     )
     report.image("Suspects of a wrong caption", _grid(evaluator, shown, texts), note)
     rows = []
@@ -85,7 +85,7 @@ def _captions(report: Report, found: Likelihoods, evaluator: LikelihoodEvaluator
         best = max(range(len(image.others)), key=lambda number: image.others[number])
         shard, key = evaluator.dataset.name_of(image.number)
         name = printable(f"{Path(shard).name}: {key}")
-        rows.append((name, image.caption, round(image.margin, 2), image.compared[best]))
+        rows.append((name, image.caption, round(image.margin, 2), image.compared[best] or "the empty one"))
     columns = ("image", "caption", "nats above others", "the likeliest of the others")
     report.table("The suspects by name", columns, rows)
     margins = np.array([image.margin for image in found.images])
@@ -93,8 +93,7 @@ def _captions(report: Report, found: Likelihoods, evaluator: LikelihoodEvaluator
     name = f"{(margins > 0).mean():.1%} of the images are likelier under their own caption"
     report.bars("Own caption against others, nats", {name: np.histogram(margins, BINS, (low, high))[0]}, low, high)
     levels = [*found.errors]
-    own, others = ([found.errors[level][side] for level in levels] for side in (0, 1))
-    series = {"own caption": (levels, own), "other captions": (levels, others)}
+    series = {name: (levels, [found.errors[level][side] for level in levels]) for side, name in enumerate(CAPTIONS)}
     report.curve("What captions tell, by the level of noise", series, "ln SNR", "squared error of the noise per dimension")
 
 

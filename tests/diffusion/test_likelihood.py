@@ -79,9 +79,9 @@ def generated_density(path, prediction):
 def test_the_density_of_gaussians_is_exact_on_every_path(path, prediction):
     """To a thousandth of a nat, by steps that adapt and by fixed ones."""
     says, true = GAUSSIAN.denoiser(path, prediction), generated_density(path, prediction)
-    found = FlowLikelihood(path, prediction)(says, X, EXACT)
+    found = FlowLikelihood(path, prediction, tolerance=1e-6)(says, X, EXACT)
     assert (found.nats - true).abs().max() < 1e-3
-    assert found.evaluations < 200
+    assert found.evaluations < 400
     fixed = FlowLikelihood(path, prediction, "rk4", steps=100)
     assert (fixed(says, X, EXACT).nats - true).abs().max() < 1e-3
 
@@ -92,7 +92,7 @@ def test_it_is_that_of_the_data_where_the_path_ends_in_noise_alone():
     flow, says = FlowLikelihood(RectifiedFlow(), Velocity()), GAUSSIAN.denoiser(RectifiedFlow(), Velocity())
     assert (flow(says, X, EXACT).nats - true).abs().max() < 1e-3
     cosine = VariancePreserving("squaredcos_cap_v2", zero_terminal_snr=True)
-    found = FlowLikelihood(cosine, V(), start=0.0)(GAUSSIAN.denoiser(cosine, V()), X, EXACT)
+    found = FlowLikelihood(cosine, V(), tolerance=1e-6, start=0.0)(GAUSSIAN.denoiser(cosine, V()), X, EXACT)
     assert (found.nats - true).abs().max() < 1e-3
     generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
     found = flow(says, X, rademacher(X.shape, generators, 64))
@@ -107,9 +107,9 @@ def test_it_is_that_of_the_data_where_the_path_ends_in_noise_alone():
 def test_the_bound_of_ddpm_lies_below_the_density_and_is_estimated_without_bias():
     """On a Gaussian its expectation has a closed form: each error is the variance of x0 given x_t."""
     for path, prediction in ((VariancePreserving("linear"), Epsilon()), (VariancePreserving(zero_terminal_snr=True), V())):
-        says, data = GAUSSIAN.denoiser(path, prediction), GAUSSIAN.sample(4096)
+        says, data = GAUSSIAN.denoiser(path, prediction), GAUSSIAN.sample(512)
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(data))]
-        found = ddpm_bound(path, prediction, says, data, generators, steps=20)
+        found = ddpm_bound(path, prediction, says, data, generators, steps=10)
         k = torch.arange(1001, dtype=torch.float64) / 1000
         alpha, sigma = path.alpha(k)[:, None], path.sigma(k)[:, None]
         values = torch.linalg.eigvalsh(GAUSSIAN.covariance)
@@ -121,7 +121,7 @@ def test_the_bound_of_ddpm_lies_below_the_density_and_is_estimated_without_bias(
         expected = float(-prior - kl - errors[1] / (2 * first) - 2 * (2 * math.pi * first).log())
         assert abs(found.mean() - expected) < 4 * found.std() / math.sqrt(len(found))
         entropy = float(GAUSSIAN.at(1.0, 0.0).entropy())
-        assert -entropy - 0.2 < expected < -entropy
+        assert -entropy - 2 < expected < -entropy  # its first steps are long
     every = ddpm_bound(path, prediction, says, data[:8], generators[:8])
     assert abs(every.mean() - expected) < 6
 
