@@ -355,7 +355,8 @@ class LikelihoodEvaluator:
         posterior = in_float32(encode(vae, images.to(vae.dtype)))
         if posterior.deterministic:
             z = posterior.mode()
-            return self.normalizer.normalize(z), *z.new_zeros(2, len(z)).double().cpu()
+            nothing = torch.zeros(len(z), dtype=torch.float64)
+            return self.normalizer.normalize(z), nothing, nothing
         noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators]).to(images)
         z = posterior.mean + posterior.std * noise
         log_q = torch.distributions.Normal(posterior.mean.double(), posterior.std.double()).log_prob(z.double())

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_shuffled_captions_are_the_first_suspects(pipeline, tmp_path, monkeypatc
     """Under a denoiser of a normal density around the image that a caption belongs to; 2 of 40 captions are swapped."""
     write_images(tmp_path / "shards", "shapes", generate(40, 32, seed=0))
     evaluator = LikelihoodEvaluator(pipeline, str(tmp_path / "shards"), replace(QUICK, measures=("captions",), count=40))
-    samples = [evaluator.dataset[row] | {"number": row} for row in range(40)]
+    samples: list[dict[str, Any]] = [{**evaluator.dataset[row], "number": row} for row in range(40)]
     path, prediction = pipeline.diffusion
     latents = evaluator._latents(samples, evaluator._generators(samples))[0]
     belongs = dict(zip((sample["captions"][0] for sample in samples), latents, strict=True))
