@@ -120,12 +120,15 @@ class FlowLikelihood:
         ends = torch.tensor([start, end], dtype=torch.float64)
         if isinstance(self.path, VariancePreserving):
             ends = torch.atan2(self.path.sigma(ends), self.path.alpha(ends))
-        options = {"grid_constructor": self._grid} if fixed else {"norm": _worst_row}
+        ends = ends.to(x0.device)
+        # torchdiffeq would try a first step of any length, and step over the end and interpolate: beyond it is no path
+        bounded = {"first_step": (ends[1] - ends[0]) / 100, "step_t": ends[1:]}
+        options = {"grid_constructor": self._grid} if fixed else {"norm": _worst_row, **bounded}
         state = self._alpha(start) * x0, x0.new_zeros(len(x0), len(probes))
         probes = probes.to(x0)
         try:
             x, integral = odeint(
-                slope, state, ends.to(x0.device), rtol=self.tolerance, atol=self.tolerance, method=self.solver, options=options
+                slope, state, ends, rtol=self.tolerance, atol=self.tolerance, method=self.solver, options=options
             )
         except AssertionError as error:  # as torchdiffeq has it for steps of no length, and for values that are not finite
             raise LdmError(

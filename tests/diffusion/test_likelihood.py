@@ -44,9 +44,10 @@ class Gaussian:
         return MultivariateNormal(zero, alpha**2 * self.covariance + sigma**2 * one)
 
     def denoiser(self, path, prediction):
-        """What a network says that knows E[x0 | x_t]."""
+        """What a network says that knows E[x0 | x_t], which is asked for times of the path alone."""
 
         def says(scaled, network_time, t):
+            assert t.min() >= 0 and t.max() <= 1
             t = t.double()
             alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
             values, vectors = torch.linalg.eigh(self.covariance)
