@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm.cli.parser import Commands, add_command, print_table
 from ldm.errors import UsageError
 from ldm.progress import Progress, duration
-from ldm.terminal import printable, say
+from ldm.terminal import say
 
 MEASURES = ["latent", "image", "ddpm", "captions"]
 
@@ -35,7 +35,10 @@ def add(commands: Commands) -> None:
         "(default: all that the model has)",
     )
     likelihood.add_argument(
-        "--solver", default="dopri5", help="dopri5 (default), or rk4, midpoint or euler, which take fixed steps"
+        "--solver",
+        choices=["dopri5", "rk4", "midpoint", "euler"],
+        default="dopri5",
+        help="of the ODE; all but dopri5 (default) take fixed steps",
     )
     likelihood.add_argument("--tolerance", type=float, default=1e-4, help="of dopri5, a step (default: 1e-4)")
     likelihood.add_argument("--steps", type=int, default=50, help="of the other solvers (default: 50)")
@@ -105,5 +108,6 @@ def run_evaluate_likelihood(options: argparse.Namespace) -> None:
     if "captions" in measures:
         rows = {}
         for image in found.suspects(options.suspects):
-            rows[printable(image.key)] = [f"{image.margin:+.2f}", image.caption]
+            shard, key = evaluator.dataset.name_of(image.number)
+            rows[f"{Path(shard).name}: {key}"] = [f"{image.margin:+.2f}", image.caption]
         print_table(rows, "nats above others", "suspects of a wrong caption")

@@ -58,7 +58,8 @@ def save_page(found: Likelihoods, evaluator: LikelihoodEvaluator, path: str | Pa
             low, high = float(bits.min()), float(bits.max())
             low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
             name = f"mean {bits.mean():.3f}, from {bits.min():.3f} to {bits.max():.3f}"
-            report.bars(LABELS[measure].capitalize(), {name: np.histogram(bits, BINS, (low, high))[0]}, low, high)
+            title = LABELS[measure][0].upper() + LABELS[measure][1:]
+            report.bars(title, {name: np.histogram(bits, BINS, (low, high))[0]}, low, high)
     if "captions" in found.settings.measures:
         _captions(report, found, evaluator, suspects)
     measure = next((name for name in ("latent", "ddpm") if name in found.settings.measures), None)

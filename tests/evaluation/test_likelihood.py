@@ -104,7 +104,7 @@ def test_what_cannot_be_measured_is_refused(saved, make_pipeline, image_shards, 
             main(["evaluate", "likelihood", str(saved), "--shards", str(shards), "--count", "2", *options])
         return capsys.readouterr().err
 
-    assert "no solver 'rk5'; choose one of: dopri5" in refusal("--solver", "rk5")
+    assert "invalid choice: 'rk5'" in refusal("--solver", "rk5")
     assert "tolerance is 2; give" in refusal("--tolerance", "2")
     assert "probes is 0; give 1 to" in refusal("--probes", "0")
     assert "image is computed from latent; measure both" in refusal("--measure", "image")
