@@ -139,7 +139,7 @@ class FlowLikelihood:
         if not nats.isfinite().all():
             raise LdmError("the likelihood is not finite; give more steps, or dopri5")
         known = dimensions * math.log(self._alpha(start)) + self._prior(x[-1], end)
-        error = nats.std(1) / math.sqrt(nats.shape[1])
+        error = nats.std(1) / math.sqrt(len(probes)) if len(probes) > 1 else torch.full_like(known, math.nan)
         return LogLikelihood(known + nats.mean(1), error, evaluations)
 
     def _grid(self, slope: object, state: object, times: Tensor) -> Tensor:
