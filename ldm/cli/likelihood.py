@@ -73,7 +73,7 @@ def run_evaluate_likelihood(options: argparse.Namespace) -> None:
     names = ("count", "seed", "solver", "tolerance", "steps", "probes", "ddpm_steps", "levels", "others", "batch_size")
     asked = None if options.measure is None else tuple(name for name in MEASURES if name in options.measure)
     settings = {name: getattr(options, name) for name in names}
-    LikelihoodSettings(**settings)  # before the pipeline is loaded
+    LikelihoodSettings(asked or ("latent", "image"), **settings)  # before the pipeline is loaded
     pipeline = load_pipeline(options.model)
     lacking = {} if asked is not None else inapplicable(pipeline)
     measures = asked or tuple(name for name in MEASURES if name not in lacking)

@@ -54,6 +54,16 @@ def rademacher(shape: Sequence[int], generators: Sequence[torch.Generator], prob
     return (2 * torch.stack(rows, 1) - 1).float()
 
 
+def check_solver(solver: str, tolerance: float, steps: int) -> None:
+    """Raise UsageError for settings of :class:`FlowLikelihood` that cannot be."""
+    if solver not in SOLVERS:
+        raise UsageError(f"no solver {solver!r}; choose one of: {', '.join(SOLVERS)}")
+    if not 1e-9 <= tolerance <= 1:
+        raise UsageError(f"the solver's tolerance is {tolerance:g}; give 1e-9 to 1")
+    if not 1 <= steps <= 100_000:
+        raise UsageError(f"the solver's steps are {steps}; give 1 to 100,000")
+
+
 @dataclass(frozen=True)
 class FlowLikelihood:
     """ln p(x0) = ln p(x_1) + ∫ div v dt, v the velocity of the probability-flow ODE (Chen et al. 2018, arXiv 1806.07366; Song
@@ -78,12 +88,7 @@ class FlowLikelihood:
     start: float | None = None
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise UsageError(f"no solver {self.solver!r}; choose one of: {', '.join(SOLVERS)}")
-        if not 1e-9 <= self.tolerance <= 1:
-            raise UsageError(f"the solver's tolerance is {self.tolerance:g}; give 1e-9 to 1")
-        if not 1 <= self.steps <= 100_000:
-            raise UsageError(f"the solver's steps are {self.steps}; give 1 to 100,000")
+        check_solver(self.solver, self.tolerance, self.steps)
 
     @torch.no_grad()
     def __call__(self, denoiser: Denoiser, x0: Tensor, probes: Tensor) -> LogLikelihood:

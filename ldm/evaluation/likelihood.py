@@ -31,7 +31,16 @@ from ldm.data.manifest import IMAGE_SHARDS
 from ldm.data.quarantine import BadSample, Quarantine
 from ldm.data.sources import ShardSource, open_source
 from ldm.diffusion.conditioning import Condition, denoise, encode_condition, micro_conditions, takes_sizes
-from ldm.diffusion.likelihood import SOLVERS, FlowLikelihood, ddpm_bound, evidence_levels, rademacher, squared_error, time_range
+from ldm.diffusion.likelihood import (
+    SOLVERS,
+    FlowLikelihood,
+    check_solver,
+    ddpm_bound,
+    evidence_levels,
+    rademacher,
+    squared_error,
+    time_range,
+)
 from ldm.diffusion.path import VariancePreserving
 from ldm.diffusion.sampler import Denoiser
 from ldm.errors import LdmError, UsageError
@@ -79,13 +88,16 @@ class LikelihoodSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for what cannot be."""
-        for name in ("count", "steps", "probes", "ddpm_steps", "levels", "others", "batch_size"):
+        for name in ("count", "probes", "ddpm_steps", "levels", "others", "batch_size"):
             if not 1 <= (value := getattr(self, name)) <= 10**7:
                 raise UsageError(f"{name.replace('_', ' ')} is {value}; give 1 to {10**7:,}")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"the seed is {self.seed}; give 0 to {2**32 - 1}")
         if unknown := [name for name in self.measures if name not in MEASURES]:
             raise UsageError(f"{unknown[0]!r} cannot be measured; choose from: {', '.join(MEASURES)}")
+        if "image" in self.measures and "latent" not in self.measures:
+            raise UsageError("image is computed from latent; measure both")
+        check_solver(self.solver, self.tolerance, self.steps)
 
     def forward_passes(self) -> float:
         """Of the denoiser for an image, where a backward pass counts as two of them; of dopri5 as many as it often takes."""
@@ -224,8 +236,6 @@ class LikelihoodEvaluator:
         for name, reason in inapplicable(pipeline).items():
             if name in settings.measures:
                 raise UsageError(f"{name} cannot be measured of this pipeline: {reason}; leave it out")
-        if "image" in settings.measures and "latent" not in settings.measures:
-            raise UsageError("image is computed from latent; measure both")
         source = open_source(shards, IMAGE_SHARDS) if isinstance(shards, str) else shards
         if not pipeline.is_unconditional and source.manifest.captioned is False:  # not counted by all writers
             raise UsageError(f"{source.spec} has no captions, which the model was trained on; pack them with the images")
