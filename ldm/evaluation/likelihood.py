@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.buckets import FixedSizes
 from ldm.data.manifest import IMAGE_SHARDS
 from ldm.data.quarantine import BadSample, Quarantine
 from ldm.data.sources import ShardSource, open_source
@@ -44,6 +43,7 @@ from ldm.diffusion.likelihood import (
 from ldm.diffusion.path import VariancePreserving
 from ldm.diffusion.sampler import Denoiser
 from ldm.errors import LdmError, UsageError
+from ldm.evaluation.image_sets import FixedSizes
 from ldm.latents.images import CaptionedImages
 from ldm.models.autoencoder import LatentNormalizer, decode, encode, has_posterior, in_float32, pixels_to_images
 from ldm.models.pixels import PixelAutoencoder
