@@ -9,6 +9,7 @@ from common import bench_parser, print_ratios, quieten, seconds_of, time_in_turn
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ldm.evaluation.image_sets import Scorer, open_folder
 class Untrained(inception.FeatureExtractorInceptionV3):
     """With random weights: those that it is given are not loaded."""
 
-    def load_state_dict(self, *_: object, **__: object) -> None: ...
+    def load_state_dict(self, *_: Any, **__: Any) -> Any: ...
 
 
 def write_folder(folder: Path, count: int, side: int, seed: int) -> Path:
@@ -70,7 +71,7 @@ def main(options: argparse.Namespace) -> None:
 
         def theirs() -> None:
             settings = {"cuda": device == "cuda", "batch_size": options.batch_size, "verbose": False, "cache": False}
-            values = calculate_metrics(
+            values: dict[Any, float] = calculate_metrics(
                 input1=str(made),
                 input2=str(real),
                 fid=True,
