@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> None:
 
         def theirs() -> None:
             settings = {"cuda": device == "cuda", "batch_size": options.batch_size, "verbose": False, "cache": False}
-            values: dict[Any, float] = calculate_metrics(
+            values = calculate_metrics(
                 input1=str(made),
                 input2=str(real),
                 fid=True,
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> None:
                 **settings,
             )
             names = {"frechet_inception_distance": "fid", "kernel_inception_distance_mean": "kid"}
-            found["torch-fidelity"] = {names.get(name, name): value for name, value in values.items()}
+            found["torch-fidelity"] = {names.get(str(name), str(name)): value for name, value in values.items()}
 
         timed = {"ours": lambda: seconds_of(ours, device), "torch-fidelity": lambda: seconds_of(theirs, device)}
         seconds = time_in_turn(timed, options.rounds)
