@@ -28,6 +28,7 @@ ROOMS = {
     "ldm.serve": 3,
     "ldm.runs": 4,
     "ldm.doctor": 5,
+    "ldm.lineage": 5,
     "ldm.quickstart": 5,
     "ldm.cli": 6,  # also imports quickstart and doctor
 }

@@ -81,6 +81,9 @@ class LatentDataset(ShardDataset[LatentShard]):
         chunk, row = shard.locate(row)
         return shard.metadata(chunk)["keys"][row]
 
+    def keys(self, shard: LatentShard, samples: int) -> Sequence[str]:
+        return [key for chunk in range(len(shard.spans)) for key in shard.metadata(chunk)["keys"]]
+
     def read(self, source: ShardSource, shard: LatentShard, row: int) -> tuple[dict[str, StoredTensor], int]:
         """The tensors of the image's chunk (:mod:`ldm.data.latent_schema`), and its row there."""
         chunk, row = shard.locate(row)

@@ -11,8 +11,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import islice
+from dataclasses import asdict, replace
+from itertools import islice, repeat
 from math import inf, prod
 from typing import Annotated, Any, Protocol
 
@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ldm.data.plan import Plan, PlannedBatch, PlannedSample, Position
+from ldm.data.plan import LoaderRecord, Plan, PlannedBatch, PlannedSample, Position, SourceRecord
 from ldm.data.quarantine import Quarantine
 from ldm.data.shard_dataset import ShardDataset
 from ldm.errors import LdmError, first_line
@@ -33,6 +33,7 @@ MIB = 2**20
 
 _Number = Annotated[int, Field(ge=0, lt=2**63)]
 _Draw = Annotated[list[_Number], Field(min_length=2, max_length=2)]  # sample and number, in a checkpoint
+
 
 log = logging.getLogger(__name__)
 
@@ -415,6 +416,24 @@ class ShardLoader:
         batch = self.dataset.batch(draws)
         noise = {} if self.noise is None else self.noise(batch, draws)
         return batch | noise | {"draws": np.array(draws, np.int64)}
+
+    def record(self) -> LoaderRecord:
+        """All that the order of the samples depends on from here on, but the number of processes; the same on every rank."""
+        sources, weights = self.dataset.sources, iter(self.plan.weights or repeat(1.0))
+        buckets = getattr(self.dataset, "buckets", None)
+        described: list[SourceRecord] = []
+        for source in sources:
+            weight, *_ = [next(weights) for _ in source.manifest.shards]
+            manifest = source.manifest
+            described.append({"path": source.spec, "hash": manifest.hash, "samples": manifest.samples, "weight": weight})
+        sizes = [self.batch_size] if isinstance(self.batch_size, int) else [*self.batch_size]
+        return {
+            "sources": described,
+            "window": self.plan.window,
+            "batch_sizes": sizes,
+            "buckets": None if buckets is None else asdict(buckets),
+            "position": self.state_dict(),
+        }
 
     def consumed(self, position: Position) -> None:
         """The batch that carried this ``position`` reached the training step."""

@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from ldm.errors import UsageError
 
@@ -59,6 +60,26 @@ class Position(NamedTuple):
 
 
 START = Position()
+
+
+class SourceRecord(TypedDict):
+    """One source of training data: what the config calls it, the hash of its manifest, its samples, and its weight."""
+
+    path: str
+    hash: str
+    samples: int
+    weight: float
+
+
+class LoaderRecord(TypedDict):
+    """The training data of a start of a run, and the position it began at; see
+    :meth:`ldm.data.loader.ShardLoader.record`."""
+
+    sources: list[SourceRecord]
+    window: int
+    batch_sizes: list[int]
+    buckets: dict[str, Any] | None
+    position: dict[str, Any]
 
 
 class PlannedBatch(list[PlannedSample]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -115,6 +115,24 @@ class ShardDataset(Dataset, Generic[AnyShard]):
         """The key of a sample that cannot be used."""
         raise NotImplementedError
 
+    def keys(self, shard: AnyShard, samples: int) -> Sequence[str]:
+        """The keys of all ``samples`` of a shard, in order."""
+        return [self.key(shard, row) for row in range(samples)]
+
+    def find(self, keys: Collection[str], on_progress: Callable[[int, int], None] | None = None) -> dict[str, list[int]]:
+        """The numbers of all samples with each of these keys, mostly one or none. Reads the index of every shard, and calls
+        ``on_progress`` with (shards read, shards)."""
+        found: dict[str, list[int]] = {key: [] for key in keys}
+        for number, first in enumerate(self.starts[:-1].tolist()):
+            with self._lock:
+                of_shard = self.keys(self._open(number), int(self.starts[number + 1]) - first)
+            for row, key in enumerate(of_shard):
+                if key in found:
+                    found[key].append(first + row)
+            if on_progress is not None:
+                on_progress(number + 1, len(self.shards))
+        return found
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 
@@ -174,13 +192,13 @@ class ShardDataset(Dataset, Generic[AnyShard]):
                 return self._load(index, number, out) | {"bad": bad}
             except DecodeError as error:
                 bad.append(self.bad(index, error))
-            following = self._following(index)
+            following = self.following(index)
             if len(bad) > self.max_in_a_row or following == first:
                 raise too_many_in_a_row(len(bad), bad[-1])
             index = following
 
-    def _following(self, index: int) -> int:
-        """The next sample of the same size; after the last one, the first."""
+    def following(self, index: int) -> int:
+        """The next sample of the same size, which replaces one that cannot be used; after the last one, the first."""
         if self.groups is None:
             return (index + 1) % len(self)
         same = np.flatnonzero(self.groups == self.groups[index])

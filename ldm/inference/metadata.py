@@ -197,7 +197,18 @@ def encode_png(image: Image.Image, settings: Settings, provenance: Provenance, m
 
 def read_png(path: str | os.PathLike) -> tuple[GenerationSettings, Provenance]:
     """The settings and provenance that :func:`save_png` wrote; the file is not trusted. Raises UsageError for a file that is no
-    whole PNG, or without valid settings."""
+    whole PNG, or without valid settings of one image."""
+    images, provenance = read_metadata(path)
+    if isinstance(images, list):
+        raise UsageError(
+            f"{path} is not an image of one prompt (a grid, a frame between two images, or another output); give an image "
+            "that ldm sample wrote"
+        )
+    return images, provenance
+
+
+def read_metadata(path: str | os.PathLike) -> tuple[GenerationSettings | list[GenerationSettings], Provenance]:
+    """As :func:`read_png`, also of what is made of several images: a list of the settings of each."""
     text = _chunk(path)
     if text is None:
         raise UsageError(
@@ -207,23 +218,18 @@ def read_png(path: str | os.PathLike) -> tuple[GenerationSettings, Provenance]:
         if len(text) > MAX_CHUNK:
             raise ValueError(f"{len(text)} characters")
         content = json.loads(text)
-        if isinstance(content, dict) and isinstance(content.get("settings"), list):
-            raise UsageError(
-                f"{path} is not an image of one prompt (a grid, a frame between two images, or another output); give an image "
-                "that ldm sample wrote"
-            )
         if not isinstance(content, dict) or not {"provenance", "settings"} <= content.keys():
             raise ValueError("not settings and provenance")
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: its ldm chunk is broken ({error}); give the settings yourself") from None
+    stored = content["settings"]
     try:
-        return (
-            GenerationSettings.from_json(content["settings"], str(path)),
-            Provenance.from_json(content["provenance"], str(path)),
-        )
+        several = [GenerationSettings.from_json(one, str(path)) for one in (stored if isinstance(stored, list) else [stored])]
+        provenance = Provenance.from_json(content["provenance"], str(path))
     except UsageError as error:
         line = str(error)  # which may quote what the file holds
         raise UsageError(line if len(line) <= MAX_VALUE else f"{line[:MAX_VALUE]}…; give the settings yourself") from None
+    return several if isinstance(stored, list) else several[0], provenance
 
 
 def a1111_parameters(settings: GenerationSettings, provenance: Provenance) -> str:

@@ -19,6 +19,7 @@ from ldm.machine import device_type
 from ldm.runs.checkpoints.files import ANOTHER, read_checkpoint, require_whole
 from ldm.runs.checkpoints.sharded import read_sharded
 from ldm.runs.layout import RunFolder
+from ldm.runs.lineage import write_lineage
 from ldm.runs.training_cli import TrainingCLI
 from ldm.terminal import printable, say
 from ldm.training.base import TrainingModule
@@ -30,12 +31,21 @@ TRUSTED = ("ldm", "torch", "diffusers", "lightning")
 Writer = Callable[[Any, Path], None]
 
 
-def write_artifact(module: TrainingModule, out: Path, device: torch.device | str, write: Writer | None = None) -> None:
-    """Write the directory that other programs open, with the averaged weights; what has to be computed is on ``device``."""
+def write_artifact(
+    module: TrainingModule, out: Path, device: torch.device | str, run: RunFolder, step: int, write: Writer | None = None
+) -> None:
+    """Write the directory that other programs open, with the averaged weights and the record of what they were made from.
+
+    Args:
+        device: where what has to be computed is.
+        run, step: that trained the module, and for how many steps.
+        write: see :data:`Writer`.
+    """
     module.to(device)  # after training Lightning moves it to the CPU, where previews of a card take hours
     with atomic_folder(out) as folder, module.average_applied():
         require_finite(module.averaged(), "the average")
         (write or type(module).save)(module, folder)
+        write_lineage(folder, module.command, step, run.read_starts())
     say(f"{module.artifact}: {printable(out)}")
 
 
@@ -89,6 +99,7 @@ class SavedRun(TrainingCLI):
         require_whole(self.checkpoint)
         try:
             checkpoint = (read_sharded if self.checkpoint.is_dir() else read_checkpoint)(self.checkpoint)
+            self.step = checkpoint["global_step"]
             self.model.on_load_checkpoint(checkpoint)
             self.model.load_state_dict(checkpoint["state_dict"])
         except LdmError:
@@ -136,4 +147,5 @@ def export_run(
     """
     require_new_folder(out, "what is exported")
     saved = SavedRun(module_class, run, checkpoint, trust, moved)
-    write_artifact(saved.load(), out, device_type(str(saved.options.trainer.accelerator)), write)
+    module, device = saved.load(), device_type(str(saved.options.trainer.accelerator))
+    write_artifact(module, out, device, RunFolder(run), saved.step, write)

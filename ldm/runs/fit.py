@@ -36,7 +36,8 @@ from ldm.runs.faults import explained
 from ldm.runs.initial import as_options, initial_weights
 from ldm.runs.layout import is_checkpoint, step_of
 from ldm.runs.lightning_private import is_rank_zero, set_ddp_options
-from ldm.runs.logging import loggers, recorded
+from ldm.runs.lineage import DataRecord, initial_record, weights_hash
+from ldm.runs.logging import amend_start, loggers, recorded
 from ldm.runs.preemption import Preemption, ended_by_sigterm
 from ldm.runs.torchrun import run_under_torchrun
 from ldm.runs.training_cli import TrainingCLI
@@ -190,6 +191,7 @@ class FitCLI(TrainingCLI):
         report = self.model.start_from(initial)
         require_finite(self.model.denoiser, initial.source)
         if is_rank_zero():
+            amend_start(Path(self.options.out), initial=initial_record(self.model.init_from))
             say(report)
 
     def _check_trainer(self) -> None:
@@ -221,6 +223,7 @@ class FitCLI(TrainingCLI):
                 ProgressLine(self.options.title or self.module_class.artifact, model_flops),
                 PreviewGrid(),
                 AverageSnapshots(),
+                DataRecord(),
             ],
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -260,4 +263,7 @@ class FitCLI(TrainingCLI):
         if is_sharded(self.model.averaged()):
             export_run(self.module_class, Path(self.options.out), self.artifact, trust=True)  # as it was trained
         else:
-            write_artifact(self.model, self.artifact, self.trainer.strategy.root_device)
+            device, step = self.trainer.strategy.root_device, self.trainer.global_step
+            write_artifact(self.model, self.artifact, device, self.folder, step)
+        exported = {"step": self.trainer.global_step, "weights": weights_hash(self.artifact)}
+        amend_start(self.folder.path, exported=exported)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from ldm.data.plan import LoaderRecord
 from ldm.data.quarantine import QUARANTINE_NAME
 from ldm.errors import UsageError
 from ldm.files import read_json, read_yaml
@@ -76,8 +77,23 @@ class End(TypedDict):
     why: NotRequired[str]
 
 
+class InitialRecord(TypedDict):
+    """What a run began with: the name that its config gives it, and :func:`ldm.runs.lineage.weights_hash` of its folder, or the
+    sha256 of the checkpoint."""
+
+    name: str
+    weights: str
+
+
+class ExportRecord(TypedDict):
+    """The model that a run exported: after how many steps, and :func:`ldm.runs.lineage.weights_hash` of it."""
+
+    step: Count
+    weights: str
+
+
 class Start(TypedDict):
-    """A record of a start, see :func:`ldm.runs.logging.start_record`."""
+    """A record of a start, see :func:`ldm.runs.logging.start_record`; the last three entries are added when they are known."""
 
     started: str
     resumed_at_step: Count | None
@@ -88,6 +104,9 @@ class Start(TypedDict):
     git: Git | None
     versions: dict[str, str]
     ended: NotRequired[End]
+    data: NotRequired[LoaderRecord]
+    initial: NotRequired[InitialRecord]
+    exported: NotRequired[ExportRecord]
 
 
 class RunFolder:

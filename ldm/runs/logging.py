@@ -106,7 +106,8 @@ def recorded(trainer: Trainer, module: LightningModule, command: Sequence[str], 
         record = start_record(trainer, module, command, resumed_at) if first else {}
         started = "started" if resumed_at is None else f"resumed at step {resumed_at}"
         if first:
-            _append_record(RunFolder(out).environment, record)
+            environment = RunFolder(out).environment
+            write_json(environment, [*_records(environment), record])
             _status.info("%s: %s", started, record["command"])
         why = f"before max_steps {trainer.max_steps}"
         try:
@@ -124,9 +125,9 @@ def recorded(trainer: Trainer, module: LightningModule, command: Sequence[str], 
             how = f"stopped at step {step}: {why}" if why else f"finished at step {step}"
             (_status.warning if why else _status.info)(how)
             if first:
-                record["ended"] = {"time": _now(), "step": step} | ({"why": why} if why else {})
+                ended = {"time": _now(), "step": step} | ({"why": why} if why else {})
                 with suppress(OSError):  # on a full disk the error that led here matters more
-                    _append_record(RunFolder(out).environment, record, replace_last=True)
+                    amend_start(out, **record, ended=ended)
 
 
 def start_record(trainer: Trainer, module: LightningModule, command: Sequence[str], resumed_at: int | None) -> dict[str, Any]:
@@ -161,9 +162,15 @@ def _git(checkout: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
 
 
-def _append_record(path: Path, record: dict[str, Any], replace_last: bool = False) -> None:
-    records = read_json(path, list[dict[str, Any]]) if path.exists() else []
-    write_json(path, [*(records[:-1] if replace_last else records), record])
+def amend_start(out: Path, **entries: Any) -> None:
+    """Add entries to the record of the present start of the run in ``out``."""
+    path = RunFolder(out).environment
+    *before, last = _records(path) or [{}]
+    write_json(path, [*before, last | entries])
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    return read_json(path, list[dict[str, Any]]) if path.exists() else []
 
 
 def _now() -> str:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import torch
 import yaml
@@ -33,6 +32,7 @@ from ldm.reporting.grids import captioned_grid
 from ldm.reporting.metrics_csv import read_metrics
 from ldm.reporting.pages import render
 from ldm.runs.layout import RunFolder
+from ldm.runs.lineage import base_name
 from ldm.training.denoiser import DenoiserTraining
 
 CARD, SAMPLES = "README.md", "samples.png"
@@ -136,17 +136,6 @@ def without_paths(value: Any, name: str = "") -> Any:
     if not isinstance(value, str) or name == "preview_prompts" or (name == "text_encoder" and HUB_NAME.fullmatch(value)):
         return value
     return base_name(value)
-
-
-def base_name(path: str) -> str:
-    """The last part of a path or a URL."""
-    if "://" in path:
-        try:
-            url = urlsplit(path)
-        except ValueError:  # a host in half a pair of brackets
-            return ""
-        path = url.path.strip("/") or url.hostname or ""
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def sampling_settings(pipeline: DiffusionPipeline, module: DenoiserTraining) -> dict[str, Any]:

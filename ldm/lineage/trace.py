@@ -1,0 +1,376 @@
+"""From an image or a model back to what it was made from; each fingerprint that was recorded is compared with what is there."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from ldm.data.latent_schema import latent_info, path_of
+from ldm.data.manifest import LATENT_SHARDS
+from ldm.data.sources import ShardSource, open_source
+from ldm.errors import LdmError, UsageError
+from ldm.files import read_json, read_yaml, sha256_file
+from ldm.inference.metadata import model_hash, read_metadata
+from ldm.inference.settings import GenerationSettings
+from ldm.lineage.finder import Finder, OtherError, kind_of
+from ldm.lineage.node import Node
+from ldm.lineage.samples import sample_uses
+from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.pipeline import PRECISIONS, TEXT_PARTS, LatentDiffusionPipeline, ModelIndex, load_pipeline
+from ldm.runs.layout import RunFolder, is_checkpoint, step_of
+from ldm.runs.lineage import Lineage, history, initial_record, read_lineage, weights_hash
+from ldm.runs.report import RunRecord
+
+Check = Literal["recorded", "weights", "all"]
+NOT_READ = "its weights were not read"
+NOT_RECORDED = "no fingerprint of it was recorded"
+# entries of the manifests of image shards, and of latents, that are shown
+FACTS = (
+    ("source", "image_size", "resize", "captioned"),
+    ("resolution", "posterior", "flips", "captions", "dtype", "precision"),
+)
+
+
+class Tracer:
+    """Follows records from one thing to the next. Each is shown once; later mentions refer to it."""
+
+    def __init__(self, finder: Finder, check: Check = "weights", sample: str | None = None):
+        """
+        Args:
+            finder: where to look for what a record names.
+            check: compare the fingerprints that are recorded, also those of the networks' weights, or also the bytes of all
+                shards.
+            sample: a key; of every run that is met, say at which steps it was trained on.
+        """
+        self.finder, self.check, self.sample = finder, check, sample
+        self._shown: set[tuple[str, str]] = set()
+        self._texts: dict[str, bool] = {}  # by hash: text encoders that were looked at
+        self._hash_of = cache(
+            lambda folder: {autoencoder_hash(load_autoencoder(folder), dtype) for dtype in (None, *PRECISIONS)}
+        )
+
+    def trace(self, place: str) -> Node:
+        """The tree of a PNG, a run, a checkpoint, a pipeline, an autoencoder, or shards.
+
+        Raises :class:`UsageError` for anything else.
+        """
+        path = Path(place)
+        if path.is_file() and path.suffix.lower() == ".png":
+            return self._image(path)
+        if is_checkpoint(path) and path.exists():
+            return self._run(path.absolute().parent.parent, step_of(path))
+        kind = kind_of(path)
+        if kind == "run":
+            return self._run(path)
+        if kind == "pipeline":
+            return self._pipeline(path)
+        if kind == "autoencoder":
+            node = Node("autoencoder", place, self._hash(path) if self.check != "recorded" else "")
+            self._add_origin(node, path)
+            return node
+        if kind == "shards" or "://" in place or path.suffix == ".tar":
+            return self._shards(open_source(place), None)
+        raise UsageError(
+            f"{place} is nothing that can be traced; give a PNG that ldm sample wrote, or the folder of a pipeline, an "
+            "autoencoder, a run, latents or image shards"
+        )
+
+    # -- images and models -----------------------------------------------------------------------------------------------
+
+    def _image(self, path: Path) -> Node:
+        settings, provenance = read_metadata(path)
+        node = Node("image", str(path))
+        if isinstance(settings, GenerationSettings):
+            node.notes.append(
+                f"{settings.prompt!r}, seed {settings.seed}, {settings.steps} steps, guidance {settings.guidance}"
+            )
+        else:
+            node.notes.append(f"made of {len(settings)} images")
+        node.notes.append(f"{provenance.scheduler}, {provenance.dtype} on {provenance.device}, ldm {provenance.ldm}")
+        wanted, name = provenance.model_hash, provenance.model
+        found = sorted(self.finder.folders["pipeline"], key=lambda folder: folder.name != name)
+        same = next((folder for folder in found if self.check != "recorded" and _model_hash(folder) == wanted), None)
+        if same is not None:
+            child = self._pipeline(same)
+            child.state = child.state or "checked"
+            child.notes.insert(0, f"the model of the image ({wanted[:12]})")
+        else:
+            child = Node("pipeline", name, wanted)
+            namesakes = ", ".join(str(folder) for folder in found if folder.name == name)
+            looked = f"models of this name have other files now: {namesakes}" if namesakes else "no such model is here"
+            child.leave_unchecked(
+                f"{NOT_READ}; perhaps {namesakes}" if self.check == "recorded" and namesakes
+                else f"{looked} (looked in {self.finder.shown}); give --search the folder that has it"
+            )  # fmt: skip
+        node.children.append(child)
+        return node
+
+    def _pipeline(self, path: Path) -> Node:
+        index = read_json(path / "model_index.json", ModelIndex)
+        node = Node("pipeline", str(path))
+        if self._is_shown(node, path):
+            return node
+        lineage = self._lineage(node, path)
+        trained_on: dict[str, Any] = dict(index.get("trained_on") or {})
+        why = None if index.get("_class_name") == LatentDiffusionPipeline.__name__ else f"a {index.get('_class_name')}"
+        state = "checked" if self.check != "recorded" and why is None else "not checked"
+        if state == "checked":
+            try:
+                load_pipeline(path, "cpu")
+            except LdmError as error:
+                state = "differs"
+                node.notes.append(str(error))
+        run = self._run_of(path, lineage)
+        for what in ("autoencoder", *TEXT_PARTS):
+            if (fingerprint := trained_on.get(what)) is None:
+                continue
+            part = Node(
+                "autoencoder" if what == "autoencoder" else "text encoder", str(path / _folder(what)), fingerprint, state
+            )
+            if state == "checked":
+                self._texts[fingerprint] = True
+            if what == "autoencoder" and run is not None:
+                self._add_autoencoder(part, self._config(run)["model"].get("autoencoder"), run)
+            node.children.append(part)
+        if not trained_on:
+            node.notes.append("it does not say which autoencoder and text encoder it was trained with")
+        self._add_origin(node, path, lineage, run)
+        return node
+
+    def _lineage(self, node: Node, path: Path) -> Lineage | None:
+        """What a model's directory says of itself, compared with its weights."""
+        lineage = read_lineage(path)
+        if lineage is None:
+            return None
+        node.fingerprint = lineage["weights"]
+        node.notes.append(f"after {lineage['step']:,} steps")
+        if self.check == "recorded":
+            node.leave_unchecked(NOT_READ)
+        else:
+            node.set_state(weights_hash(path) == lineage["weights"], f"its weights are others ({weights_hash(path)[:12]})")
+        return lineage
+
+    def _add_origin(self, node: Node, path: Path, lineage: Lineage | None = None, run: RunRecord | None = None) -> None:
+        """The run that made a model; without it, what its directory says of the data."""
+        if node.kind == "autoencoder" and (lineage := read_lineage(path)) is not None:
+            node.notes.append(f"after {lineage['step']:,} steps")
+        if (run := run or self._run_of(path, lineage)) is not None:
+            child = self._run(run.folder, lineage["step"] if lineage else None)
+            exported = [start["exported"]["weights"] for start in run.starts if "exported" in start][-1:]
+            if not exported:
+                child.leave_unchecked("by its config it exported this model; it has no record of the weights")
+            elif self.check == "recorded":
+                child.leave_unchecked(NOT_READ)
+            else:
+                child.set_state(weights_hash(path) in exported, f"it exported other weights ({exported[0][:12]})")
+            node.children.append(child)
+            return
+        for source in lineage["data"] if lineage else ():
+            node.children.append(self._find_shards("", source["hash"], path))
+        if lineage or node.kind == "pipeline":
+            node.notes.append(f"its run is not here (looked in {self.finder.shown}); give --search the folder that has it")
+
+    def _run_of(self, model: Path, lineage: Lineage | None) -> RunRecord | None:
+        """The run that exported a model: by its weights, else by the path of its export."""
+        named, place = None, os.path.realpath(model)
+        for folder in dict.fromkeys((model.absolute().parent, *self.finder.folders["run"])):
+            if kind_of(folder) != "run":
+                continue
+            try:
+                run = RunRecord.read(folder)
+            except LdmError:
+                continue
+            exported = [start["exported"]["weights"] for start in run.starts if "exported" in start]
+            if lineage is not None and lineage["weights"] in exported:
+                return run
+            if named is None and place in {os.path.realpath(each) for each in self.finder.places(str(run.artifact), folder)}:
+                named = run
+        return named
+
+    def _add_autoencoder(self, part: Node, name: Any, run: RunRecord) -> None:
+        """The directory that a pipeline's autoencoder was copied from, and its run."""
+        if isinstance(name, str) and (found := self._find_autoencoder(name, part.fingerprint, run.folder)) is not None:
+            part.name = str(found)
+            if not self._is_shown(part, found):
+                self._add_origin(part, found)
+
+    def _find_autoencoder(self, name: str, expected: str, near: Path) -> Path | None:
+        """The autoencoder with a fingerprint. Weights that may not be read count as those that are recorded there."""
+        here = [Path(place) for place in self.finder.places(name, near) if kind_of(Path(place)) is not None] if name else []
+        for folder in dict.fromkeys((*here, *self.finder.folders["autoencoder"])):
+            if self.check == "recorded" and folder in here:
+                return folder
+            try:
+                if self.check != "recorded" and expected in self._hash_of(folder):
+                    return folder
+            except LdmError:
+                continue
+        return None
+
+    def _hash(self, folder: Path) -> str:
+        return autoencoder_hash(load_autoencoder(folder))
+
+    # -- runs ------------------------------------------------------------------------------------------------------------
+
+    def _config(self, run: RunRecord) -> dict[str, Any]:
+        return read_yaml(RunFolder(run.folder).config, dict[str, Any])
+
+    def _run(self, folder: Path, steps: int | None = None) -> Node:
+        """A run up to a step (default: all)."""
+        node = Node("run", str(folder))
+        if self._is_shown(node, folder):
+            return node
+        run = RunRecord.read(folder)
+        steps = run.step if steps is None else steps
+        config, trained = self._config(run), history(run.starts, steps)
+        node.notes.append(
+            f"ldm {run.stage} fit: {steps:,} steps, starts: {len(run.starts)}, seed {config.get('seed_everything')}"
+        )
+        if trained and trained[0][0].start:
+            node.notes.append(f"its first {trained[0][0].start:,} steps were trained elsewhere")
+        model = config["model"]
+        initial = (model["autoencoder"] if run.stage == "autoencoder" else model).get("init_from")
+        if initial:
+            records = [start["initial"]["weights"] for start in run.starts if "initial" in start]
+            node.children.append(self._initial(initial, records[-1] if records else None, folder))
+        if run.stage == "denoiser" and model.get("online"):
+            self._add_online(node, model, run)
+        recorded = {
+            (each["path"], each["hash"]): each for _, start in trained if "data" in start for each in start["data"]["sources"]
+        }
+        given = config["data"]["train"]
+        names = [(given, None)] if isinstance(given, str) else [(each["path"], None) for each in given]
+        for name, expected in recorded or names:
+            child = self._find_shards(name, expected, folder)
+            if not child.state:
+                child.leave_unchecked(NOT_RECORDED)
+            node.children.append(child)
+        if self.sample is not None:
+            try:
+                node.uses = sample_uses(
+                    run, self.sample, steps, lambda name, expected: self.finder.shards(name, expected, folder)
+                )
+            except LdmError as error:
+                node.notes.append(f"sample {self.sample}: {error}")
+        return node
+
+    def _add_online(self, node: Node, model: dict[str, Any], run: RunRecord) -> None:
+        """The networks of a run that encodes images itself; their fingerprints are in its checkpoints and pipelines."""
+        for place in self.finder.places(str(model["autoencoder"]), run.folder):
+            if kind_of(Path(place)) is not None:
+                child = Node("autoencoder", place)
+                if not self._is_shown(child, Path(place)):
+                    self._add_origin(child, Path(place))
+                node.children.append(child)
+                return
+
+    def _initial(self, name: str, expected: str | None, near: Path) -> Node:
+        """What a run began with."""
+        for place in map(Path, self.finder.places(name, near)):
+            if not place.exists():
+                continue
+            is_known = is_checkpoint(place) or kind_of(place) is not None
+            node = self.trace(str(place)) if is_known else Node("network", str(place))
+            node.notes.insert(0, "the run began with its weights")
+            if expected is None:
+                node.leave_unchecked(NOT_RECORDED)
+            elif self.check == "recorded":
+                node.leave_unchecked(NOT_READ)
+            else:
+                node.fingerprint = expected
+                node.set_state(initial_record(str(place))["weights"] == expected, "its weights are others now")
+            return node
+        node = Node("network", name, expected or "")
+        node.leave_unchecked("the run began with its weights; it is not here")
+        return node
+
+    # -- data ------------------------------------------------------------------------------------------------------------
+
+    def _find_shards(self, name: str, expected: str | None, near: Path) -> Node:
+        try:
+            return self._shards(self.finder.shards(name, expected, near), expected)
+        except LdmError as error:
+            node = Node(
+                "shards", name or "unknown", expected or "", "differs" if isinstance(error, OtherError) else "not checked"
+            )
+            node.notes.append(str(error))
+            return node
+
+    def _shards(self, source: ShardSource, expected: str | None) -> Node:
+        manifest, is_latents = source.manifest, source.manifest.format == LATENT_SHARDS
+        node = Node("latents" if is_latents else "image shards", source.spec, manifest.hash)
+        if expected is not None:
+            node.state = "checked"  # or it would not have been found
+        if self._is_shown(node, source.spec if source.is_remote else os.path.abspath(source.spec)):
+            return node
+        node.notes.append(f"{manifest.samples:,} samples in {len(manifest.shards):,} shards")
+        facts = {name: manifest.extra[name] for name in FACTS[is_latents] if name in manifest.extra}
+        node.notes.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
+        try:
+            source.check_cheap()
+            if self.check == "all":
+                _require_bytes(source)
+            if is_latents:
+                self._add_latents(node, source)
+        except LdmError as error:
+            node.set_state(False, str(error))
+        return node
+
+    def _add_latents(self, node: Node, source: ShardSource) -> None:
+        """What latents were made from, by their manifest."""
+        info, near = latent_info(source), Path(os.path.abspath(source.spec))
+        autoencoder = Node("autoencoder", "unknown", info.autoencoder)
+        if (found := self._find_autoencoder("", info.autoencoder, near)) is not None:
+            autoencoder.name, autoencoder.state = str(found), "checked"
+            if not self._is_shown(autoencoder, found):
+                self._add_origin(autoencoder, found)
+        elif ("autoencoder", info.autoencoder) in self._shown:
+            autoencoder.name, autoencoder.state = "above", "checked"
+        else:
+            why = NOT_READ if self.check == "recorded" else f"no autoencoder of this fingerprint is in {self.finder.shown}"
+            autoencoder.leave_unchecked(why)
+        node.children.append(autoencoder)
+        for text in info.text_encoders:
+            place = text.name if text.folder is None else path_of(source, text.folder)
+            child = Node("text encoder", place, text.hash)
+            if self.check == "recorded":
+                child.leave_unchecked(NOT_READ)
+            elif self._texts.get(text.hash):
+                child.state = "checked"
+            else:
+                try:
+                    child.set_state(TextEncoder.load(place).hash == text.hash, "it is another one now")
+                except LdmError as error:
+                    child.leave_unchecked(str(error))
+            node.children.append(child)
+        node.children.append(self._find_shards(path_of(source, info.source_shards), info.source, near))
+
+    def _is_shown(self, node: Node, place: object) -> bool:
+        """Whether a thing was shown before, which is then said; else it counts as shown."""
+        key = (node.kind, os.path.realpath(str(place)))
+        if key in self._shown:
+            node.notes.append("see above")
+            return True
+        self._shown.add(key)
+        return False
+
+
+def _folder(part: str) -> str:
+    return "vae" if part == "autoencoder" else part
+
+
+def _model_hash(folder: Path) -> str | None:
+    try:
+        return model_hash(folder)
+    except (LdmError, OSError):
+        return None
+
+
+def _require_bytes(source: ShardSource) -> None:
+    """Raise :class:`LdmError` naming the first shard whose bytes are not those of the manifest."""
+    for number, entry in enumerate(source.manifest.shards):
+        if sha256_file(source.path(number)) != entry.sha256:
+            raise LdmError(f"{source.name(number)} has other bytes than its manifest says")
