@@ -9,6 +9,7 @@ from ldm.cli.parser import Commands, add_command
 from ldm.errors import LdmError
 from ldm.files import require_folder
 
+FORMAT_VERSION = 1  # of the JSON
 MAX_LINE = 10_000  # characters, of a line that no terminal wraps
 
 
@@ -53,14 +54,15 @@ def run_trace(options: argparse.Namespace) -> None:
         require_output_file(options.json, [options.file])
     roots = [Path(require_folder(folder, "a folder to look in")) for folder in options.search]
     root = Tracer(Finder(roots), options.check, options.sample).trace(options.file)
+    content = {"format_version": FORMAT_VERSION} | root.as_json()
     if options.json == "-":
-        print(json.dumps(root.as_json(), indent=2))
+        print(json.dumps(content, indent=2))
     else:
         console = Console()
         console.width = console.width if console.is_terminal else MAX_LINE
         console.print(root.tree())
         if options.json is not None:
-            write_json(options.json, root.as_json())
+            write_json(options.json, content)
     if differing := [node for node in root.walk() if node.state == "differs"]:
         names = ", ".join(dict.fromkeys(f"{node.kind} {node.name}" for node in differing))
         raise LdmError(f"not what was recorded: {names}; the tree says why")

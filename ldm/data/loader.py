@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.plan import LoaderRecord, Plan, PlannedBatch, PlannedSample, Position, SourceRecord
 from ldm.data.quarantine import Quarantine
 from ldm.data.shard_dataset import ShardDataset
@@ -425,7 +426,16 @@ class ShardLoader:
         for source in sources:
             weight, *_ = [next(weights) for _ in source.manifest.shards]
             manifest = source.manifest
-            described.append({"path": source.spec, "hash": manifest.hash, "samples": manifest.samples, "weight": weight})
+            images = manifest.extra.get("source", "") if manifest.format == LATENT_SHARDS else manifest.hash
+            described.append(
+                {
+                    "path": source.spec,
+                    "hash": manifest.hash,
+                    "images": images,
+                    "samples": manifest.samples,
+                    "weight": weight,
+                }
+            )
         sizes = [self.batch_size] if isinstance(self.batch_size, int) else [*self.batch_size]
         return {
             "sources": described,

@@ -63,10 +63,12 @@ START = Position()
 
 
 class SourceRecord(TypedDict):
-    """One source of training data: what the config calls it, the hash of its manifest, its samples, and its weight."""
+    """One source of training data: what the config calls it, the hash of its manifest, that of the manifest of its images (of
+    latents, those that they were made from), its samples, and its weight."""
 
     path: str
     hash: str
+    images: str
     samples: int
     weight: float
 

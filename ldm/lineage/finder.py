@@ -71,6 +71,7 @@ class Finder:
         """Where a path may be that was relative to where a command ran: to the current folder, or to one above ``near``."""
         if "://" in name or os.path.isabs(name):
             yield name
+        if not name or "://" in name or os.path.isabs(name):
             return
         for base in dict.fromkeys((Path.cwd(), *near.resolve().parents)):
             place = base / name
@@ -82,7 +83,9 @@ class Finder:
 
         Raises :class:`OtherError` where others are in their place, and :class:`LdmError` where there are none.
         """
-        error: LdmError = UsageError(f"{name} is not here; give --search the folder that has it")
+        error: LdmError = UsageError(
+            f"{name or f'what has the fingerprint {expected}'} is not here; give --search the folder that has it"
+        )
         for place in self.places(name, near):
             try:
                 source = open_source(place)

@@ -15,11 +15,12 @@ from ldm.files import read_json, read_yaml, sha256_file
 from ldm.inference.metadata import model_hash, read_metadata
 from ldm.inference.settings import GenerationSettings
 from ldm.lineage.finder import Finder, OtherError, kind_of
-from ldm.lineage.node import Node
+from ldm.lineage.node import Node, State
 from ldm.lineage.samples import sample_uses
 from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
+from ldm.models.fingerprint import HALF_PRECISION
 from ldm.models.text_encoder import TextEncoder
-from ldm.pipeline import PRECISIONS, TEXT_PARTS, LatentDiffusionPipeline, ModelIndex, load_pipeline
+from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline, ModelIndex, load_pipeline
 from ldm.runs.layout import RunFolder, is_checkpoint, step_of
 from ldm.runs.lineage import Lineage, history, initial_record, read_lineage, weights_hash
 from ldm.runs.report import RunRecord
@@ -49,7 +50,7 @@ class Tracer:
         self._shown: set[tuple[str, str]] = set()
         self._texts: dict[str, bool] = {}  # by hash: text encoders that were looked at
         self._hash_of = cache(
-            lambda folder: {autoencoder_hash(load_autoencoder(folder), dtype) for dtype in (None, *PRECISIONS)}
+            lambda folder: {autoencoder_hash(load_autoencoder(folder), dtype) for dtype in (None, *HALF_PRECISION)}
         )
 
     def trace(self, place: str) -> Node:
@@ -68,9 +69,7 @@ class Tracer:
         if kind == "pipeline":
             return self._pipeline(path)
         if kind == "autoencoder":
-            node = Node("autoencoder", place, self._hash(path) if self.check != "recorded" else "")
-            self._add_origin(node, path)
-            return node
+            return self._autoencoder(path)
         if kind == "shards" or "://" in place or path.suffix == ".tar":
             return self._shards(open_source(place), None)
         raise UsageError(
@@ -115,9 +114,9 @@ class Tracer:
             return node
         lineage = self._lineage(node, path)
         trained_on: dict[str, Any] = dict(index.get("trained_on") or {})
-        why = None if index.get("_class_name") == LatentDiffusionPipeline.__name__ else f"a {index.get('_class_name')}"
-        state = "checked" if self.check != "recorded" and why is None else "not checked"
-        if state == "checked":
+        state: State = "not checked"
+        if self.check != "recorded" and index.get("_class_name") == LatentDiffusionPipeline.__name__:
+            state = "checked"
             try:
                 load_pipeline(path, "cpu")
             except LdmError as error:
@@ -138,6 +137,15 @@ class Tracer:
         if not trained_on:
             node.notes.append("it does not say which autoencoder and text encoder it was trained with")
         self._add_origin(node, path, lineage, run)
+        return node
+
+    def _autoencoder(self, path: Path) -> Node:
+        node = Node("autoencoder", str(path))
+        if self.check != "recorded":
+            node.fingerprint = autoencoder_hash(load_autoencoder(path))
+            if (lineage := read_lineage(path)) is not None:
+                node.set_state(weights_hash(path) == lineage["weights"], "its weights are others")
+        self._add_origin(node, path)
         return node
 
     def _lineage(self, node: Node, path: Path) -> Lineage | None:
@@ -171,7 +179,10 @@ class Tracer:
         for source in lineage["data"] if lineage else ():
             node.children.append(self._find_shards("", source["hash"], path))
         if lineage or node.kind == "pipeline":
-            node.notes.append(f"its run is not here (looked in {self.finder.shown}); give --search the folder that has it")
+            node.notes.append(
+                f"no run in {self.finder.shown} exported it by itself; give --search the folder that has its run, or "
+                "trace the run, where ldm denoiser export made the model of it"
+            )
 
     def _run_of(self, model: Path, lineage: Lineage | None) -> RunRecord | None:
         """The run that exported a model: by its weights, else by the path of its export."""
@@ -209,9 +220,6 @@ class Tracer:
             except LdmError:
                 continue
         return None
-
-    def _hash(self, folder: Path) -> str:
-        return autoencoder_hash(load_autoencoder(folder))
 
     # -- runs ------------------------------------------------------------------------------------------------------------
 

@@ -26,9 +26,11 @@ FORMAT_VERSION = 1
 
 
 class SourceLineage(TypedDict):
-    """A source of training data: the hash of its manifest, its samples, and how often they were drawn per epoch."""
+    """A source of training data: the hash of its manifest and of that of its images, its samples, and how often they were drawn
+    per epoch."""
 
     hash: str
+    images: str
     samples: Count
     weight: float
 
@@ -84,7 +86,7 @@ def write_lineage(folder: Path, stage: str, step: int, starts: Sequence[Start]) 
     """Write ``lineage.json`` into the directory of a model that ``step`` steps of a run have trained; ``starts``: of it."""
     trained = [start for _, start in history(starts, step)]
     data = [source for start in trained if "data" in start for source in start["data"]["sources"]]
-    sources = {source["hash"]: {name: source[name] for name in ("hash", "samples", "weight")} for source in data}
+    sources = {source["hash"]: {name: source[name] for name in ("hash", "images", "samples", "weight")} for source in data}
     initial = [start["initial"] for start in starts if "initial" in start][-1:]
     content = {
         "format_version": FORMAT_VERSION,

@@ -20,6 +20,8 @@ from ldm.errors import LdmError, UsageError, first_line
 from ldm.files import atomic_folder, open_regular, require_new_folder
 from ldm.reporting.metrics_csv import MAX_STEPS
 from ldm.runs.export import SavedRun, require_finite
+from ldm.runs.layout import RunFolder
+from ldm.runs.lineage import write_lineage
 from ldm.terminal import printable, say
 from ldm.training.base import TrainingModule, require_weights
 from ldm.training.ema import SNAPSHOTS, gamma_of
@@ -142,4 +144,6 @@ def export_average(
     require_finite(network, str(snapshots[0].file.parent))
     with atomic_folder(out) as folder:
         module.save(folder)
+        last = max(snapshot.step for snapshot in snapshots) if step is None else step
+        write_lineage(folder, module.command, last, RunFolder(run).read_starts())
     say(f"{module.artifact}: {printable(out)}, the average of {how}")
