@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice, repeat
 from math import inf, prod
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldm.data.manifest import LATENT_SHARDS
-from ldm.data.plan import LoaderRecord, Plan, PlannedBatch, PlannedSample, Position, SourceRecord
+from ldm.data.plan import LoaderRecord, Plan, PlannedBatch, PlannedSample, Position, PositionRecord, SourceRecord
 from ldm.data.quarantine import Quarantine
 from ldm.data.shard_dataset import ShardDataset
 from ldm.errors import LdmError, first_line
@@ -442,7 +442,7 @@ class ShardLoader:
             "window": self.plan.window,
             "batch_sizes": sizes,
             "buckets": None if buckets is None else asdict(buckets),
-            "position": self.state_dict(),
+            "position": cast(PositionRecord, self.state_dict()),
         }
 
     def consumed(self, position: Position) -> None:

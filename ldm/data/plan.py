@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -73,6 +73,16 @@ class SourceRecord(TypedDict):
     weight: float
 
 
+class PositionRecord(TypedDict):
+    """The state of a loader; see :meth:`ldm.data.loader.ShardLoader.state_dict`."""
+
+    seed: int
+    epoch: int
+    samples_consumed: int
+    data: str
+    waiting: NotRequired[list[list[int]]]
+
+
 class LoaderRecord(TypedDict):
     """The training data of a start of a run, and the position it began at; see
     :meth:`ldm.data.loader.ShardLoader.record`."""
@@ -81,7 +91,7 @@ class LoaderRecord(TypedDict):
     window: int
     batch_sizes: list[int]
     buckets: dict[str, Any] | None
-    position: dict[str, Any]
+    position: PositionRecord
 
 
 class PlannedBatch(list[PlannedSample]):

@@ -24,17 +24,18 @@ _PASSED_OVER = {"checkpoints", "previews", "snapshots", "node_modules", "__pycac
 
 def kind_of(folder: Path) -> Kind | None:
     """What a folder holds, as far as its files tell; None for anything else."""
-    if (folder / LOGS / "config.yaml").is_file():
+    # os.path.isfile: unlike Path.is_file it never raises
+    if os.path.isfile(folder / LOGS / "config.yaml"):
         return "run"
-    if (folder / "model_index.json").is_file():
+    if os.path.isfile(folder / "model_index.json"):
         return "pipeline"
-    if (folder / MANIFEST_NAME).is_file():
+    if os.path.isfile(folder / MANIFEST_NAME):
         return "shards"
     try:
-        config = read_json(folder / "config.json", dict) if (folder / "config.json").is_file() else {}
+        config = read_json(folder / "config.json", dict) if os.path.isfile(folder / "config.json") else {}
     except LdmError:
         return None
-    return "autoencoder" if config.get("_class_name") in KINDS else None
+    return "autoencoder" if str(config.get("_class_name")) in KINDS else None
 
 
 class OtherError(UsageError):

@@ -240,8 +240,9 @@ class Tracer:
         if trained and trained[0][0].start:
             node.notes.append(f"its first {trained[0][0].start:,} steps were trained elsewhere")
         model = config["model"]
-        initial = (model["autoencoder"] if run.stage == "autoencoder" else model).get("init_from")
-        if initial:
+        section = model.get("autoencoder") if run.stage == "autoencoder" else model
+        initial = section.get("init_from") if isinstance(section, dict) else None
+        if isinstance(initial, str):
             records = [start["initial"]["weights"] for start in run.starts if "initial" in start]
             node.children.append(self._initial(initial, records[-1] if records else None, folder))
         if run.stage == "denoiser" and model.get("online"):
@@ -249,7 +250,7 @@ class Tracer:
         recorded = {
             (each["path"], each["hash"]): each for _, start in trained if "data" in start for each in start["data"]["sources"]
         }
-        given = config["data"]["train"]
+        given = run.config.get("data", {}).get("train", [])
         names = [(given, None)] if isinstance(given, str) else [(each["path"], None) for each in given]
         for name, expected in recorded or names:
             child = self._find_shards(name, expected, folder)
@@ -277,22 +278,21 @@ class Tracer:
 
     def _initial(self, name: str, expected: str | None, near: Path) -> Node:
         """What a run began with."""
-        for place in map(Path, self.finder.places(name, near)):
-            if not place.exists():
-                continue
-            is_known = is_checkpoint(place) or kind_of(place) is not None
-            node = self.trace(str(place)) if is_known else Node("network", str(place))
-            node.notes.insert(0, "the run began with its weights")
-            if expected is None:
-                node.leave_unchecked(NOT_RECORDED)
-            elif self.check == "recorded":
-                node.leave_unchecked(NOT_READ)
-            else:
-                node.fingerprint = expected
-                node.set_state(initial_record(str(place))["weights"] == expected, "its weights are others now")
+        named = [place for place in map(Path, self.finder.places(name, near)) if place.exists()]
+        reads = expected is not None and self.check != "recorded"
+        others = self.finder.folders["pipeline"] if reads else ()
+        place = next((place for place in (*named, *others) if reads and _weights_of(place) == expected), None)
+        if place is None and not named:
+            node = Node("network", name, expected or "")
+            node.leave_unchecked("the run began with its weights; it is not here")
             return node
-        node = Node("network", name, expected or "")
-        node.leave_unchecked("the run began with its weights; it is not here")
+        shown = place or named[0]
+        node = self.trace(str(shown)) if is_checkpoint(shown) or kind_of(shown) else Node("network", str(shown))
+        node.notes.insert(0, "the run began with its weights")
+        if reads:
+            node.set_state(place is not None, "its weights are others now")
+        else:
+            node.leave_unchecked(NOT_RECORDED if expected is None else NOT_READ)
         return node
 
     # -- data ------------------------------------------------------------------------------------------------------------
@@ -374,6 +374,13 @@ def _model_hash(folder: Path) -> str | None:
     try:
         return model_hash(folder)
     except (LdmError, OSError):
+        return None
+
+
+def _weights_of(place: Path) -> str | None:
+    try:
+        return initial_record(str(place))["weights"]
+    except LdmError:
         return None
 
 
