@@ -102,8 +102,9 @@ class _Order:
         self.plan = Plan(sizes, weighted, record["position"]["seed"], record["window"], self.dataset.groups)
         self.batch_sizes, self.specs = record["batch_sizes"], [source.spec for source in sources]
         state = record["position"]
-        waiting = np.array(state["waiting"], np.int64) if state.get("waiting") else None
-        self.position = Position(state["epoch"], state["samples_consumed"], waiting)
+        waiting = state.get("waiting")
+        draws = np.array(waiting, np.int64) if waiting else None
+        self.position = Position(state["epoch"], state["samples_consumed"], draws)
 
     def steps(self, processes: int, position: Position) -> Iterator[tuple[np.ndarray, Position]]:
         return self.plan.steps(self.batch_sizes, processes, position)
@@ -137,18 +138,18 @@ class _Order:
 
 def _record_of_config(run: RunRecord, find: Find) -> LoaderRecord:
     """The record of a run of an older ldm, which had none, from its config."""
-    config = read_yaml(RunFolder(run.folder).config, dict[str, Any])["data"]
+    config = read_yaml(RunFolder(run.folder).config, dict[str, Any]).get("data", {})
     if config.get("max_tokens") is not None:
         raise UsageError(f"{run.folder} has batches of max_tokens and no record of their sizes; nothing is known of its order")
     given = config["train"]
-    given = [{"path": given}] if isinstance(given, str) else given
-    located = [WeightedSource(**source | {"path": find(source["path"], None).spec}) for source in given]
+    named = [WeightedSource(given)] if isinstance(given, str) else [WeightedSource(**source) for source in given]
+    located = [WeightedSource(find(source.path, None).spec, source.weight) for source in named]
     known = {name: value for name, value in config.items() if name not in ("train", "validation")}
     data = ShardDataModule(train=located, validation=located[0].path, **known)
     data.setup("fit")
     record = data.train_dataloader().record()
-    for source, named in zip(record["sources"], given, strict=True):
-        source["path"] = named["path"]
+    for source, given in zip(record["sources"], named, strict=True):
+        source["path"] = given.path
     return record
 
 

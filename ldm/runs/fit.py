@@ -191,7 +191,7 @@ class FitCLI(TrainingCLI):
         report = self.model.start_from(initial)
         require_finite(self.model.denoiser, initial.source)
         if is_rank_zero():
-            amend_start(Path(self.options.out), initial=initial_record(self.model.init_from))
+            amend_start(Path(self.options.out), initial=initial_record(str(self.model.init_from)))
             say(report)
 
     def _check_trainer(self) -> None:
