@@ -8,6 +8,7 @@ from pathlib import Path
 from ldm.cli.parser import Commands, add_command
 from ldm.errors import LdmError
 from ldm.files import require_folder
+from ldm.terminal import say
 
 FORMAT_VERSION = 1  # of the JSON
 MAX_LINE = 10_000  # characters, of a line that no terminal wraps
@@ -56,7 +57,7 @@ def run_trace(options: argparse.Namespace) -> None:
     root = Tracer(Finder(roots), options.check, options.sample).trace(options.file)
     content = {"format_version": FORMAT_VERSION} | root.as_json()
     if options.json == "-":
-        print(json.dumps(content, indent=2))
+        say(json.dumps(content, indent=2))
     else:
         console = Console()
         console.width = console.width if console.is_terminal else MAX_LINE
