@@ -57,11 +57,11 @@ def fork(
     return Fork(process, log)
 
 
-def run(command: Sequence[str], folder: Path, processes: int = 1) -> tuple[int, str]:
+def run(command: Sequence[str], folder: Path, processes: int = 1, seconds: float = 300) -> tuple[int, str]:
     """``python -m ldm …`` or ``python SCRIPT …`` on ``processes`` processes in torchrun's environment: the worst exit status,
     and all output.
 
-    ``folder``: for the logs.
+    ``folder``: for the logs. A process that takes longer than ``seconds`` fails the test.
     """
     port = find_free_network_port()
     script, arguments = (None, command[3:]) if command[1] == "-m" else (command[1], command[2:])
@@ -73,7 +73,7 @@ def run(command: Sequence[str], folder: Path, processes: int = 1) -> tuple[int, 
         # no daemon: it may have loader processes
         forks.append(fork(folder / f"{rank}.log", arguments, environment, daemon=False, script=script))
     try:
-        ends = [each.end() for each in forks]
+        ends = [each.end(seconds) for each in forks]
     finally:
         for each in forks:  # if one hangs the others may too
             each.process.kill()
