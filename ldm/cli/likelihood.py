@@ -60,9 +60,12 @@ def run_evaluate_likelihood(options: argparse.Namespace) -> None:
     from ldm.evaluation.likelihood import LikelihoodEvaluator, LikelihoodSettings, inapplicable
     from ldm.evaluation.likelihood_page import metric_rows, save_page
     from ldm.files import require_output_file, write_json
+    from ldm.latents.compute import Process
     from ldm.models.fingerprint import network_hash
     from ldm.pipeline import load_pipeline
 
+    if (processes := Process.from_environment().world_size) > 1:
+        raise UsageError(f"a likelihood is measured by one process, not {processes}; start the command without torchrun")
     if options.suspects < 1:
         raise UsageError(f"--suspects is {options.suspects}; give 1 or more")
     for name, out in (("json", options.json), ("page", options.page)):

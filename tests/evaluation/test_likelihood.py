@@ -98,13 +98,17 @@ def test_the_command_writes_a_page_and_json(saved, image_shards, tmp_path, capsy
     assert "Suspects of a wrong caption" in page and "data:image/png" in page
 
 
-def test_what_cannot_be_measured_is_refused(saved, make_pipeline, image_shards, tmp_path, capsys):
+def test_what_cannot_be_measured_is_refused(saved, make_pipeline, image_shards, tmp_path, capsys, monkeypatch):
     def refusal(*options, shards=image_shards):
         with pytest.raises(SystemExit):
             main(["evaluate", "likelihood", str(saved), "--shards", str(shards), "--count", "2", *options])
         return capsys.readouterr().err
 
     assert "invalid choice: 'rk5'" in refusal("--solver", "rk5")
+    with monkeypatch.context() as launched:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+            launched.setenv(name, value)
+        assert "one process, not 2; start the command without torchrun" in refusal()
     assert "tolerance is 2; give" in refusal("--tolerance", "2")
     assert "probes is 0; give 1 to" in refusal("--probes", "0")
     assert "image is computed from latent; measure both" in refusal("--measure", "image")
