@@ -80,7 +80,7 @@ class ParserOnly(DryRunCLI):
 
 
 def config(stage: str) -> list[str]:
-    return ["fit", "--config", f"configs/shapes/{stage}.yaml", "--out", "run"]
+    return ["fit", "--config", str(ROOT / "configs" / "shapes" / f"{stage}.yaml"), "--out", "run"]
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,8 @@ def keys(fits: dict[str, ParserOnly]) -> set[str]:
     found = set()
     for stage, fit in fits.items():
         for recipe in sorted((ROOT / "configs" / stage).glob("*.yaml")):
-            found |= {*fit.parser.parse_args(["fit", "--config", str(recipe), "--out", "run"]).fit.keys(branches=True)}
+            whole = [*config(stage), "--config", str(recipe)]  # some recipes are given after another one
+            found |= {*fit.parser.parse_args(whole).fit.keys(branches=True)}
     return found
 
 
