@@ -27,9 +27,9 @@ from ldm.training.denoiser import DenoiserTraining
 def main() -> None:
     """Print prompt accuracy and agreement of each checkpoint, and their rank correlation."""
     parser = common.bench_parser(__doc__, "few prompts and denoising steps")
-    parser.add_argument("--run", type=Path, required=True, help="of a denoiser on shapes of the preset one")
-    parser.add_argument("--matcher", required=True, help="directory of a matcher of the same shapes")
-    parser.add_argument("--steps", type=int, nargs="+", required=True, help="of the checkpoints")
+    parser.add_argument("--run", type=Path, default=Path("runs/denoiser"), help="of a denoiser on shapes of the preset one")
+    parser.add_argument("--matcher", default="runs/matcher/matcher", help="directory of a matcher of the same shapes")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 100, 200, 400, 800], help="of the checkpoints")
     parser.add_argument("--prompts", type=int, default=256, help="of each kind, held-out and seen (default: 256)")
     options = parser.parse_args()
     common.quieten()
