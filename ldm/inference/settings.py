@@ -48,13 +48,13 @@ class GenerationSettings:
         scheduler: a name of :data:`ldm.diffusion.scheduler.SAMPLERS`; the pipeline's own unless given.
         eta: of the scheduler ddim, from 0 (deterministic) to 1.
         width, height: in pixels; the size that the model was trained on unless given.
-        original_width, original_height, crop_left, crop_top: in pixels, of a model with micro-conditioning: the size of the
-            image that this one would have been made from, and where it would have been cropped. The size itself, and no crop,
-            unless given.
         image: path of an image to start from, or the hash of its file, ``sha256:…``, as :mod:`ldm.inference.inputs` gives it.
         strength: above 0 and up to 1, how far to leave that image.
         mask: path or hash of an image that is white where ``image`` is to be regenerated.
         weak: directory of a weaker checkpoint's pipeline, or its hash, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
+        original_width, original_height, crop_left, crop_top: in pixels, of a model with micro-conditioning: the size of the
+            image that this one would have been made from, and where it would have been cropped. The size itself, and no crop,
+            unless given.
 
     Raises:
         UsageError: for a value out of range; names the field.
@@ -72,14 +72,14 @@ class GenerationSettings:
     eta: float | None = None
     width: int | None = None
     height: int | None = None
-    original_width: int | None = None
-    original_height: int | None = None
-    crop_left: int | None = None
-    crop_top: int | None = None
     image: str | None = None
     strength: float | None = None
     mask: str | None = None
     weak: str | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    crop_left: int | None = None
+    crop_top: int | None = None
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval

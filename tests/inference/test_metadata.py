@@ -102,6 +102,7 @@ def test_every_field_comes_back(tmp_path):
     full = GenerationSettings(
         "a", "b", 1, 2, 3.0, "apg", 0.5, (0.25, 0.75), "ddim", 0.3, 16, 24, "start.png", 0.6, "mask.png"
     )  # fmt: skip
+    full = replace(full, original_width=32, original_height=48, crop_left=4, crop_top=0)
     assert read_png(saved(tmp_path, full))[0] == full
     weak = GenerationSettings("a", weak="pipelines/weak")
     assert read_png(saved(tmp_path, weak))[0] == weak

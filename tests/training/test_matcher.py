@@ -24,11 +24,15 @@ from ldm.training.matcher import MatcherTraining, pooled
 from ldm.training.optimiser import MuonConfig
 from tests.tiny import make_trainer
 
-SIZES = dict[str, Any](
+SIZES: dict[str, Any] = dict(
     in_channels=4, sample_size=16, patch_size=4, width=32, num_layers=1, num_attention_heads=2, caption_channels=8,
     text_layers=1, embedding_size=16,
 )  # fmt: skip
 NOISE = dict[str, Any](path=RectifiedFlow(), timesteps=Uniform())
+
+
+def sizes(**changes: Any) -> dict[str, Any]:
+    return {**SIZES, **changes}
 
 
 def make(autoencoder: Path, noisy: bool = False, loss: Any = "contrastive", **changes: Any) -> MatcherTraining:
@@ -41,7 +45,8 @@ def fit(
     module: MatcherTraining, shards: Path, folder: Path, steps: int, data: dict[str, Any] | None = None, **how: Any
 ) -> Trainer:
     trainer = make_trainer(folder, steps, val_check_interval=steps, **how)
-    trainer.fit(module, ShardDataModule(str(shards), str(shards), **{"batch_size": 10} | (data or {})))
+    settings: dict[str, Any] = {"batch_size": 10, **(data or {})}
+    trainer.fit(module, ShardDataModule(str(shards), str(shards), **settings))
     return trainer
 
 
@@ -118,7 +123,7 @@ def data_of(shards: Path) -> ShardDataModule:
 
 def test_pixels_and_captions_encoded_online(image_shards: Path, tiny_text_encoder: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = Matcher(**SIZES | {"in_channels": 3, "sample_size": 32, "patch_size": 8})
+    network = Matcher(**sizes(in_channels=3, sample_size=32, patch_size=8))
     module = MatcherTraining("identity", network, MuonConfig(3e-3), online=True, text_encoder=tiny_text_encoder)
     fit(module, image_shards, tmp_path, 2)
     module.save(tmp_path / "matcher")
@@ -149,6 +154,6 @@ def test_a_matcher_of_other_sizes_is_refused(latents: tuple[Path, Path], tmp_pat
         "in_channels": "the matcher's in_channels",
     }.items():
         with pytest.raises(UsageError, match=named):
-            fit(MatcherTraining(str(latents[0]), Matcher(**SIZES | {size: 12}), MuonConfig()), latents[1], tmp_path, 1)
+            fit(MatcherTraining(str(latents[0]), Matcher(**sizes(**{size: 12})), MuonConfig()), latents[1], tmp_path, 1)
     with pytest.raises(UsageError, match="width 32 is not a multiple of num_attention_heads 3"):
-        Matcher(**SIZES | {"num_attention_heads": 3})
+        Matcher(**sizes(num_attention_heads=3))

@@ -94,8 +94,9 @@ class ReadyBatches(ShardDataModule):
     def train_dataloader(self) -> Iterator[dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]  not a loader
         assert self.trainer is not None
         draws = planned(self.batch_size)
-        noise = cast(TrainingModule, self.trainer.lightning_module).batch_noise()(self.batch, draws)
-        return repeat(self.batch | noise | {"draws": np.array(draws)})
+        make_noise = cast(TrainingModule, self.trainer.lightning_module).batch_noise()
+        assert make_noise is not None
+        return repeat(self.batch | make_noise(self.batch, draws) | {"draws": np.array(draws)})
 
 
 def planned(number: int) -> list[PlannedSample]:

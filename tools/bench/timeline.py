@@ -175,4 +175,5 @@ def noise_seconds(trainer: Trainer, module: TrainingModule) -> float:
     data = datamodule_of(trainer)
     draws = [PlannedSample(number % len(data.train_set), number) for number in range(data.batch_size)]
     batch, noise = data.train_set.batch([draw.sample for draw in draws]), module.batch_noise()
+    assert noise is not None
     return common.seconds_of(lambda: noise(batch, draws), "cpu", times=3)
