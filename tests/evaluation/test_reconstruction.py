@@ -155,7 +155,7 @@ class TestCommand:
         table = capsys.readouterr().out
         record = json.loads((tmp_path / "metrics.json").read_text())
         assert record["shards"] == str(mixed) and record["shards_hash"] == Manifest.load(mixed).hash
-        assert record["metrics"] == {"lpips": "LPIPS (alex, random trunk)", "rfid_alex_random": "rFID (alex, random trunk)"}
+        assert record["metrics"] == {"lpips": "LPIPS (alex, random trunk)", "rfid_alex_random": "rFID (alex, random weights)"}
         rows = {cells[1].strip(): [cell.strip() for cell in cells[2:4]] for cells in map(split, table.splitlines()) if cells}
         assert rows["metric"] == [str(folder) for folder in directories]
         for column, (folder, found) in enumerate(zip(directories, record["autoencoders"], strict=True)):
