@@ -237,14 +237,16 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device
     # of the three only this one takes sigmas and shifts them
     shift *= scheduler.config.get("shift", 1.0)
     euler: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, shift=shift)
-    sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-    euler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
-    scheduler.timesteps, scheduler.sigmas = euler.timesteps, euler.sigmas
+    even = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    euler.set_timesteps(num_inference_steps, device=device, sigmas=even)
+    # shifting may round a 1 up, where log(1 - sigma) is no number
+    sigmas, timesteps = euler.sigmas.clamp(max=1), euler.timesteps.clamp(max=euler.config.num_train_timesteps)
     if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):  # two evaluations at each level but the first and the end
-        first, rest = euler.timesteps.tensor_split([1])
-        scheduler.timesteps = torch.cat([first, rest.repeat_interleave(2)])
-        first, rest, last = euler.sigmas.tensor_split([1, -1])
-        scheduler.sigmas = torch.cat([first, rest.repeat_interleave(2), last])
+        first, rest = timesteps.tensor_split([1])
+        timesteps = torch.cat([first, rest.repeat_interleave(2)])
+        first, rest, last = sigmas.tensor_split([1, -1])
+        sigmas = torch.cat([first, rest.repeat_interleave(2), last])
+    scheduler.timesteps, scheduler.sigmas = timesteps, sigmas
 
 
 def respace(scheduler: DDIMScheduler) -> None:

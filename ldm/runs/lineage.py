@@ -68,7 +68,8 @@ def initial_record(name: str) -> InitialRecord:
         place = RunFolder(place).last_checkpoint.resolve()
     if place.is_file():
         return {"name": name, "weights": sha256_file(place)}
-    return {"name": name, "weights": weights_hash(downloaded(name, "transformer"))}
+    # the request with which its weights were loaded, not another one
+    return {"name": name, "weights": weights_hash(downloaded(name, "transformer", "vae"))}
 
 
 def history(starts: Sequence[Start], steps: int) -> list[tuple[range, Start]]:

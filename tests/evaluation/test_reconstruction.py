@@ -166,7 +166,7 @@ class TestCommand:
                 "PSNR (dB)": found["psnr"],
                 "SSIM": found["ssim"],
                 "LPIPS (alex, random trunk)": found["lpips"],
-                "rFID (alex, random trunk)": found["rfid_alex_random"],
+                "rFID (alex, random weights)": found["rfid_alex_random"],
                 "dead channels": found["latent_dead"],
             }.items():
                 assert float(rows[label][column]) == pytest.approx(value, rel=1e-3)

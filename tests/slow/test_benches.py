@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from tests.gpu.launch import needs_pretended_gpu, on_pretended_gpu
-
-from .warm import run
+from tests.slow.warm import run
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if '__name__ == "__main__"' in path.read_text())
