@@ -100,5 +100,5 @@ def _captions(report: Report, found: Likelihoods, evaluator: LikelihoodEvaluator
 
 def _grid(evaluator: LikelihoodEvaluator, images: Sequence[ImageLikelihood], texts: Sequence[str]) -> Image.Image:
     """Images as they are measured."""
-    pictures = [Image.fromarray(evaluator.dataset[image.number]["image"].transpose(1, 2, 0)) for image in images]
-    return captioned_grid(pictures, [printable(text) for text in texts], columns=COLUMNS, cell=CELL)
+    shown = [Image.fromarray(evaluator.dataset[image.number]["image"].transpose(1, 2, 0)) for image in images]
+    return captioned_grid(shown, [printable(text) for text in texts], columns=COLUMNS, cell=CELL)
