@@ -22,7 +22,7 @@ from ldm.shapes.scenes import held_out_prompts
 
 
 def main() -> None:
-    """Train both and print their accuracies and the ratio."""
+    """Train both and print their accuracies, then the ratio: pixels over latents."""
     parser = common.bench_parser(__doc__, "a quickstart of a few steps: shows that it runs")
     parser.add_argument("--out", type=Path, default=Path("pixels-bench"), help="a new folder, or that of an interrupted run")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the quickstart (default: 10)")
@@ -44,7 +44,7 @@ def main() -> None:
     found = shape_accuracy(generate_from_captions(load_pipeline(pipeline), prompts, 0, 64, **SAMPLING), prompts)
     for name, value in found.items():
         print(f"{name}: {report['held_out'][name]:.3f} latents, {value:.3f} pixels")
-    print(f"ratio {found['prompt_accuracy'] / max(report['prompt_accuracy'], 1e-9):.2f}")
+    common.print_ratios({"pixels_prompt_accuracy": [found["prompt_accuracy"] / max(report["prompt_accuracy"], 1e-9)]})
 
 
 def fit(folder: Path, out: Path, steps: int, *more: str) -> None:
