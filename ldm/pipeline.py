@@ -699,7 +699,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _guided(
         self, condition: Condition, null: Condition, guidance: Guidance, weak: ModelMixin | None = None
     ) -> GuidedDenoiser:
-        null = null if weak is None else condition
+        null = condition if weak is not None or self.is_unconditional else null
         return GuidedDenoiser(self.transformer, condition, null, guidance, Conversion(*self.diffusion), weak)
 
     @property

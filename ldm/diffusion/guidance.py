@@ -263,7 +263,8 @@ class GuidedDenoiser:
         """
         Args:
             condition: of the captions, B rows.
-            null: of the empty caption or a negative prompt, B rows.
+            null: of the empty caption or a negative prompt, B rows. Where it is ``condition`` itself and there is no ``weak``,
+                as of an unconditional model, both predictions are one, and computed once.
             conversion: for rules that are defined on x0; without it they act on the raw prediction.
             weak: a weaker checkpoint of the model (same path, prediction and text encoder) for the null prediction. With
                 ``null=condition`` this is autoguidance (Karras et al. 2024, arXiv 2406.02507).
@@ -297,7 +298,9 @@ class GuidedDenoiser:
         """
         if not self.guidance.guides(t):
             return denoise(self.denoiser, x_t, timestep, self._conditional).float()
-        if self.weak is None:
+        if self.weak is None and self.null is self.condition:
+            null = conditional = denoise(self.denoiser, x_t, timestep, self._conditional).float()
+        elif self.weak is None:
             both = denoise(self.denoiser, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), self._both)
             null, conditional = both.float().chunk(2)
         else:

@@ -27,7 +27,7 @@ from ldm.files import read_json, read_yaml
 from ldm.machine import machine_info
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.directories import is_hub_name
-from ldm.pipeline import TEXT_PARTS
+from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline
 from ldm.reporting.grids import captioned_grid
 from ldm.reporting.metrics_csv import read_metrics
 from ldm.reporting.pages import render
@@ -173,6 +173,7 @@ def last_validation(run: Path, step: int) -> dict[str, float]:
 def _network(pipeline: Any, module: DenoiserTraining) -> dict[str, Any]:
     shape = module.encoders.trained_on["latent_shape"]
     return {
+        "kind": _task(pipeline).removesuffix("-image-generation"),
         "network": type(pipeline.transformer).__name__,
         "parameters": _millions(pipeline.transformer),
         "path": type(module.objective.path).__name__,
@@ -185,10 +186,11 @@ def _network(pipeline: Any, module: DenoiserTraining) -> dict[str, Any]:
 def _usage(pipeline: Any, prompts: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """How to open the pipeline: a command, where the guidance is plain, and Python."""
     stock, kind = isinstance(pipeline, PixArtAlphaPipeline), type(pipeline).__name__
-    prompt, command = prompts[0] if prompts else "what to generate", ""
+    classes, command = None if stock else pipeline.classes, ""
+    prompt = "" if classes == [] else next(iter([*prompts, *(classes or ())]), "what to generate")
     if not stock and "guidance_scale" in settings:
         options = f"--steps {settings['num_inference_steps']} --guidance {settings['guidance_scale']:g} --seed 0 --out images"
-        command = f"ldm sample . {shlex.quote(prompt)} {options}"
+        command = " ".join(filter(None, ["ldm sample .", prompt and shlex.quote(prompt), options]))
     return {
         "stock": stock,
         "pipeline": kind,
@@ -253,27 +255,33 @@ def _metadata(
     fields: CardFields,
     base: str | None,
 ) -> ModelCardData:
-    held_out = config["data"]["validation"]
+    held_out, task = config["data"]["validation"], _task(pipeline)
     measured = []
     if validation:
-        measured.append(_result(held_out, "loss", "validation loss", validation["val/loss"]))
+        measured.append(_result(task, held_out, "loss", "validation loss", validation["val/loss"]))
     if fields.prompt_accuracy is not None:
-        measured.append(_result("ldm shapes, pairs held out", "accuracy", "prompt accuracy", fields.prompt_accuracy))
+        measured.append(_result(task, "ldm shapes, pairs held out", "accuracy", "prompt accuracy", fields.prompt_accuracy))
     return ModelCardData(
         base_model=base,
         license=fields.license,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "latent-diffusion", "ldm", f"diffusers:{type(pipeline).__name__}"],
+        pipeline_tag=task,
+        tags=[task, "latent-diffusion", "ldm", f"diffusers:{type(pipeline).__name__}"],
         datasets=list(fields.datasets) or None,
         model_name=name,
         eval_results=measured or None,
     )
 
 
-def _result(dataset: str, kind: str, name: str, value: float) -> EvalResult:
+def _task(pipeline: DiffusionPipeline) -> str:
+    """By the hub's names of tasks."""
+    unconditional = isinstance(pipeline, LatentDiffusionPipeline) and pipeline.is_unconditional
+    return "unconditional-image-generation" if unconditional else "text-to-image"
+
+
+def _result(task: str, dataset: str, kind: str, name: str, value: float) -> EvalResult:
     return EvalResult(
-        task_type="text-to-image",
+        task_type=task,
         dataset_type=re.sub(r"\W+", "-", dataset).strip("-"),
         dataset_name=dataset,
         metric_type=kind,

@@ -201,6 +201,15 @@ def test_outside_the_interval_only_the_conditional_prediction_is_computed():
     assert 0 < denoiser.batches.count(4) < 8
 
 
+@pytest.mark.parametrize("rule", [ClassifierFree(3.0), ZeroStar(3.0), AdaptiveProjected(3.0), Rescale(ClassifierFree(3.0))])
+def test_one_condition_is_computed_once_with_the_result_of_twice(inputs, rule):
+    same_rows = condition(3, 5)
+    once, twice = Gaussian(), Gaussian()
+    found = guided(once, (same_rows, same_rows), inputs, rule)
+    same(found, guided(twice, (same_rows, Condition(*same_rows)), inputs, rule))
+    assert (once.batches, twice.batches) == ([3], [6])
+
+
 def test_the_interval_is_open_below_and_closed_above_and_asks_its_inner_rule():
     rule = Rescale(Interval(ClassifierFree(3.0), low=0.25, high=0.75))
     guides = [rule.guides(torch.full((2,), t)) for t in (0.125, 0.25, 0.375, 0.75, 0.875)]

@@ -183,6 +183,21 @@ def test_a_stock_pipeline_has_a_card_that_opens_it(
     assert first_of_the_grid(out, snippet(out, monkeypatch), PROMPTS).max() <= 2
 
 
+def test_an_unconditional_model_is_called_so_and_is_given_no_prompt(
+    latents: tuple[Path, Path], image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = ["latents", "export", "--autoencoder", str(latents[0]), "--shards", str(image_shards), "--text-encoder", "none"]
+    main([*export, "--out", str(tmp_path / "latents")])
+    model = {"preview_prompts": [""], "preview_steps": 2, "denoiser.init_args.caption_channels": 1}
+    write_config(tmp_path / "fit.yaml", (latents[0], tmp_path / "latents"), {"max_steps": 1, "val_check_interval": 1}, 8, **model)
+    main(["denoiser", "fit", "--config", str(tmp_path / "fit.yaml"), "--out", str(tmp_path / "run")])
+    main(["denoiser", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--model-card"])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert data_of(card).pipeline_tag == "unconditional-image-generation"
+    assert "An unconditional latent diffusion model" in card.text and "ldm sample . --steps 2" in card.text
+    assert first_of_the_grid(tmp_path / "out", snippet(tmp_path / "out", monkeypatch), [""]).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
