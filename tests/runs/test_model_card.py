@@ -189,7 +189,8 @@ def test_an_unconditional_model_is_called_so_and_is_given_no_prompt(
     export = ["latents", "export", "--autoencoder", str(latents[0]), "--shards", str(image_shards), "--text-encoder", "none"]
     main([*export, "--out", str(tmp_path / "latents")])
     model = {"preview_prompts": [""], "preview_steps": 2, "denoiser.init_args.caption_channels": 1}
-    write_config(tmp_path / "fit.yaml", (latents[0], tmp_path / "latents"), {"max_steps": 1, "val_check_interval": 1}, 8, **model)
+    trainer = {"max_steps": 1, "val_check_interval": 1}
+    write_config(tmp_path / "fit.yaml", (latents[0], tmp_path / "latents"), trainer, 8, **model)
     main(["denoiser", "fit", "--config", str(tmp_path / "fit.yaml"), "--out", str(tmp_path / "run")])
     main(["denoiser", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--model-card"])
     card = ModelCard.load(tmp_path / "out" / "README.md")
