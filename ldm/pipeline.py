@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -17,7 +17,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import TypedDict
@@ -26,7 +26,7 @@ from ldm.data.decode import decode_image
 from ldm.diffusion.conditioning import Condition, join_encoders, takes_sizes
 from ldm.diffusion.editing import KnownPart, invert, latent_mask
 from ldm.diffusion.guidance import ClassifierFree, Conversion, Guidance, GuidedDenoiser
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.sampler import MAX_STEPS, Sampler
 from ldm.diffusion.scheduler import (
     Diffusion,
     Scheduler,
@@ -34,11 +34,13 @@ from ldm.diffusion.scheduler import (
     diffusion_config,
     diffusion_from,
     diffusion_of,
+    make_scheduler,
     resolution_shift_from,
+    scheduler_from,
 )
 from ldm.diffusion.timesteps import ResolutionShift
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_bytes, read_json, require_version
+from ldm.files import check_type, read_bytes, read_json, require_version
 from ldm.images import MAX_IMAGE_BYTES, DecodeError
 from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
 from ldm.models.autoencoder import (
@@ -60,6 +62,7 @@ FORMAT_VERSION = 1  # of model_index.json
 Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 GIVE_AN_IMAGE = "give a JPEG, PNG or WebP image"
+STEPS, GUIDANCE = 30, 3.0  # of a pipeline that recommends none
 STRENGTH = 0.6  # keeps what an image shows, and leaves colours and details to the prompt
 # names that the DiT's config once had; diffusers would ignore them and build a network of another size
 RENAMED = {"text_width": "caption_channels", "num_heads": "num_attention_heads"}
@@ -100,6 +103,22 @@ class Fingerprints(TypedDict, total=False):
     denoiser: dict[str, Any]  # its config
 
 
+class Recommended(TypedDict):
+    """The settings that were found best for a model; they are the defaults of its images.
+
+    Attributes:
+        scheduler: its name in :data:`ldm.diffusion.scheduler.SAMPLERS`; ``scheduler/`` of the pipeline holds it.
+        steps: of that scheduler.
+        guidance: the scale w.
+        replaces: the config of the scheduler that ``scheduler/`` held before.
+    """
+
+    scheduler: str
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    guidance: FiniteFloat
+    replaces: dict[str, Any]
+
+
 Part = Annotated[list[str | None], Field(min_length=2, max_length=2)]  # library and class
 
 
@@ -119,6 +138,7 @@ class ModelIndex(TypedDict, total=False):
     trained_on: TrainedOn | None
     fingerprints: Fingerprints | None
     diffusion: dict[str, dict[str, Any]] | None
+    recommended: Recommended | None
     format_version: Any
 
 
@@ -146,6 +166,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         tokenizer_2: PreTrainedTokenizerBase | None = None,
         text_encoder_3: PreTrainedModel | None = None,
         tokenizer_3: PreTrainedTokenizerBase | None = None,
+        recommended: dict[str, Any] | None = None,
     ):
         """
         Args:
@@ -158,6 +179,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 kept in ``model_index.json``. Where it is not given, it is derived from ``scheduler``.
             format_version: of the ``model_index.json`` that it was loaded from; it is saved as the present one.
             fingerprints: of the parts, as :meth:`save_pretrained` wrote them to ``model_index.json``.
+            recommended: see :class:`Recommended`; kept in ``model_index.json``.
 
         Raises:
             LdmError: for a newer format.
@@ -178,6 +200,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.register_to_config(
             trained_on=trained_on, diffusion=diffusion, format_version=FORMAT_VERSION, fingerprints=fingerprints
         )
+        if recommended is not None:
+            checked = check_type(recommended, "model_index.json: recommended", Recommended)
+            self.register_to_config(recommended=checked)
         if diffusion is None and scheduler is not None:
             self.register_to_config(diffusion=diffusion_config(*diffusion_of(cast(Scheduler, scheduler))))
         self.warned: set[str | tuple[int, int]] = set()  # words and sizes that a warning named already
@@ -194,6 +219,39 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def resolution_shift(self) -> ResolutionShift:
         """By what the samplers' noise levels are shifted at each size: as times were in training."""
         return resolution_shift_from(self.config["diffusion"] or {})
+
+    def recommended_settings(self, scheduler: str | None = None) -> dict[str, Any]:
+        """``scheduler``, ``steps`` and ``guidance``, as far as they are recommended with a scheduler (default: the pipeline's
+        present one): the steps are those of the recommended scheduler, with another one only the guidance holds."""
+        if not (found := self.config.get("recommended")):
+            return {}
+        same = self._samples_as_recommended if scheduler is None else scheduler == found["scheduler"]
+        return {name: found[name] for name in (("scheduler", "steps", "guidance") if same else ("guidance",))}
+
+    @property
+    def _samples_as_recommended(self) -> bool:
+        """Whether its scheduler is still the recommended one, as it was saved."""
+
+        def settings(scheduler: Scheduler) -> dict[str, Any]:
+            return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+        wanted, found = (
+            make_scheduler(self.config["recommended"]["scheduler"], *self.diffusion),
+            cast(Scheduler, self.scheduler),
+        )
+        return type(found) is type(wanted) and settings(found) == settings(wanted)
+
+    def with_recommended(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings by their names, with the recommended ones where they are absent or None."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        return {**settings} | self.recommended_settings(given.get("scheduler")) | given
+
+    def forget_recommended(self) -> None:
+        """Put back the scheduler that the recommended one has replaced; nothing is recommended then."""
+        if (found := self.config.get("recommended")) is not None:
+            if self._samples_as_recommended:
+                self.scheduler = scheduler_from(found["replaces"])
+            self.register_to_config(recommended=None)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> LatentDiffusionPipeline:
@@ -212,6 +270,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 known[what] = [*dict.fromkeys(hashes)]
         known["denoiser"] = self._denoiser_config()
         self.register_to_config(fingerprints=known)
+        if self.config.get("recommended") and not self._samples_as_recommended:
+            self.register_to_config(recommended=None)  # another scheduler is saved
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _fingerprinted(self) -> dict[str, tuple[str, torch.nn.Module | None, Callable[[torch.dtype | None], str]]]:
@@ -421,8 +481,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 3.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -453,8 +513,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Args:
             prompt: one or several, B; it may be empty where there are an ``image``, for variations of it, or ``latents``.
             negative_prompt: what guidance leads away from; one for all, or one per prompt. None is the empty text.
-            num_inference_steps: steps of the scheduler, each one function evaluation (``heun``: two).
-            guidance_scale: w of ``null + w·(cond − null)``; 1 is no guidance.
+            num_inference_steps: steps of the scheduler, each one function evaluation (``heun``: two). Those of ``recommended``
+                in the pipeline's config unless given, where its scheduler is the recommended one; else 30.
+            guidance_scale: w of ``null + w·(cond − null)``; 1 is no guidance. That of ``recommended`` unless given; else 3.
             num_images_per_prompt: N, images per prompt.
             height, width: in pixels; those of ``image``, or the size trained on, unless given.
             generator: one, or one per image (then an image does not depend on the batch it is generated in).
@@ -501,7 +562,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise UsageError(f"num_images_per_prompt is {num_images_per_prompt!r}; give 1 or more")
         if image is None and not (strength is None and mask_image is None):
             raise UsageError("strength and mask_image are of an image; give image, too")
-        guidance = guidance or ClassifierFree(guidance_scale)
+        default = {"steps": STEPS, "guidance": GUIDANCE} | self.recommended_settings()
+        steps: int = default["steps"] if num_inference_steps is None else num_inference_steps
+        guidance = guidance or ClassifierFree(default["guidance"] if guidance_scale is None else guidance_scale)
         prepared = None if image is None else self.prepare_images(image, mask_image, height, width)
         if prepared is not None:
             height, width = self._generated_size(prepared)
@@ -515,7 +578,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
         shape = self.latent_shape(count, height, width)
         if sampler is None:
-            sampler = self.make_sampler(num_inference_steps, strength, prepared, height=height, width=width)
+            sampler = self.make_sampler(steps, strength, prepared, height=height, width=width)
         elif sampler.shift != (shift := self.resolution_shift.at(*shape[2:])):
             raise UsageError(
                 f"the sampler shifts noise levels by {sampler.shift:.4g}, but this size needs {shift:.4g}; make it by "

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ldm.cli.parser import Commands, Parser, add_command
+from ldm.cli.sample import sampling, say_recommended
 from ldm.errors import UsageError
 from ldm.progress import Progress
 from ldm.terminal import printable, say
 
 if TYPE_CHECKING:
     from ldm.inference.settings import GenerationSettings
+    from ldm.pipeline import LatentDiffusionPipeline
 
 
 def add(commands: Commands) -> None:
@@ -59,8 +62,8 @@ def add(commands: Commands) -> None:
 
 
 def add_settings(command: Parser) -> None:
-    command.add_argument("--steps", type=int, default=30, help="of the scheduler (default: 30)")
-    command.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none (default: 3)")
+    command.add_argument("--steps", type=int, help="of the scheduler (default: those recommended for the model, else 30)")
+    command.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: that recommended, else 3)")
     command.add_argument("--negative", default="", help="negative prompt")
     command.add_argument("--size", metavar="WxH", help="in pixels, or one number (default: what the model was trained on)")
     command.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU, where there is one)")
@@ -74,13 +77,15 @@ def run_interpolate(options: argparse.Namespace) -> None:
 
     if options.batch_size < 1:
         raise UsageError(f"--batch-size is {options.batch_size}; give 1 or more")
-    keys = key_settings(settings_of(options, options.prompts[0], options.seeds[0]), options.prompts, options.seeds)
+    settings = settings_of(options, options.prompts[0], options.seeds[0])
+    keys = key_settings(settings, options.prompts, options.seeds)
     frames = even_steps(len(keys), options.frames, options.loop)
     require_rate(options.fps, gif=options.gif)
     if options.mp4:
         require_video()
     out = require_new_folder(options.out, "the frames")
     pipeline = open_pipeline(options.model, options.device)
+    keys = key_settings(with_recommended(pipeline, options, settings), options.prompts, options.seeds)
     images = generate_frames(pipeline, keys, options.frames, options.loop, options.batch_size)
     provenance = provenance_of(pipeline, options.model).of_scheduler(scheduler_for(pipeline, keys[0]))
     formats = ["gif"] * options.gif + ["mp4"] * options.mp4
@@ -101,6 +106,7 @@ def run_attention(options: argparse.Namespace) -> None:
     settings = settings_of(options, options.prompt, options.seed)
     out = require_new_folder(options.out, "the maps")
     pipeline = open_pipeline(options.model, options.device)
+    settings = with_recommended(pipeline, options, settings)
     with atomic_folder(out) as folder:
         image, maps = generate_with_attention(pipeline, settings, (low, high))
         provenance = provenance_of(pipeline, options.model)
@@ -117,13 +123,14 @@ def settings_of(options: argparse.Namespace, prompt: str, seed: int) -> Generati
     from ldm.inference.settings import GenerationSettings
 
     width, height = (None, None) if options.size is None else parse_size(options.size)
-    return GenerationSettings(
-        prompt,
-        negative=options.negative,
-        seed=seed,
-        steps=options.steps,
-        guidance=options.guidance,
-        scheduler=getattr(options, "scheduler", None),
-        width=width,
-        height=height,
-    )
+    given = {name: value for name, value in sampling(options).items() if value is not None}
+    return GenerationSettings(prompt, negative=options.negative, seed=seed, width=width, height=height, **given)
+
+
+def with_recommended(
+    pipeline: LatentDiffusionPipeline, options: argparse.Namespace, settings: GenerationSettings
+) -> GenerationSettings:
+    """The settings, with what the model recommends where the options say nothing."""
+    given = sampling(options)
+    say_recommended(pipeline, given)
+    return replace(settings, **{name: value for name, value in pipeline.with_recommended(given).items() if value is not None})

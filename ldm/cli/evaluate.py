@@ -5,8 +5,18 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli import likelihood
-from ldm.cli.evaluated import GUIDANCE, STEPS, EvaluatedPipeline, add_sampling, open_shards, require_count
+from ldm.cli.evaluated import (
+    BATCH_SIZE,
+    DEFAULT_COUNT,
+    EvaluatedPipeline,
+    add_sampling,
+    check_sampling,
+    open_shards,
+    real_reference,
+    require_count,
+)
 from ldm.cli.parser import Commands, add_command, add_group, print_table
+from ldm.cli.sample import sampling, say_recommended
 from ldm.errors import UsageError
 from ldm.progress import Progress
 from ldm.terminal import say
@@ -134,8 +144,6 @@ def run_evaluate_autoencoder(options: argparse.Namespace) -> None:
 
 
 def run_evaluate_pipeline(options: argparse.Namespace) -> None:
-    if not 0 <= options.seed < 2**32:
-        raise UsageError(f"--seed is {options.seed}; give 0 to {2**32 - 1}")
     if options.shards:
         wrong, why = ("preset", "prompts", "seen"), "is of the built-in shapes; leave it out, or --shards"
     else:
@@ -147,9 +155,7 @@ def run_evaluate_pipeline(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value is not False:
             raise UsageError(f"--{name.replace('_', '-')} {why}")
-    options.steps = STEPS if options.steps is None else options.steps
-    options.guidance = GUIDANCE if options.guidance is None else options.guidance
-    require_count("steps", options.steps)
+    check_sampling(options)
     if options.shards:
         _evaluate_on_shards(options)
     elif options.model is None:
@@ -168,6 +174,7 @@ def _evaluate_on_shapes(options: argparse.Namespace) -> None:
     require_count("prompts", count)
     width, height = (None, None) if options.size is None else parse_size(options.size)
     pipeline = load_pipeline(options.model)
+    say_recommended(pipeline, sampling(options))
     prompts = (seen_prompts if options.seen else held_out_prompts)(options.preset or "one", count, options.seed)
     with Progress("generating", len(prompts)) as progress:
         images = generate_from_captions(
@@ -187,12 +194,10 @@ def _evaluate_on_shapes(options: argparse.Namespace) -> None:
 def _evaluate_on_shards(options: argparse.Namespace) -> None:
     import json
 
-    import numpy as np
-
     from ldm.evaluation.features import load_feature_network
-    from ldm.evaluation.image_sets import FixedSizes, Scorer, open_folder, several_processes
+    from ldm.evaluation.image_sets import Scorer, open_folder, several_processes
     from ldm.evaluation.page import label, write_page
-    from ldm.evaluation.results import Reference, networks_protocol
+    from ldm.evaluation.results import networks_protocol
     from ldm.files import require_output_file, write_json
     from ldm.latents.compute import Process, versions
 
@@ -207,8 +212,11 @@ def _evaluate_on_shards(options: argparse.Namespace) -> None:
     process = Process.from_environment()
     quiet = process.rank > 0
     chosen = None if options.images else EvaluatedPipeline(options, process)
+    if chosen is not None and not quiet:
+        say_recommended(chosen.pipeline, sampling(options))
     files = open_folder(options.images)[: options.count] if options.images else []
-    dataset = open_shards(options, need_captions=chosen is not None and not chosen.pipeline.is_unconditional)
+    need_captions = chosen is not None and not chosen.pipeline.is_unconditional
+    dataset = open_shards(options.shards, need_captions, None if chosen is None else options.count)
     networks = [load_feature_network(name, process.device()) for name in options.network or ("inception", "clip")]
     scorer = Scorer(networks, process, options.batch_size or BATCH_SIZE)
     with several_processes(process):
@@ -217,11 +225,7 @@ def _evaluate_on_shards(options: argparse.Namespace) -> None:
             with Progress("scoring the folder", len(files), quiet) as progress:
                 generated = scorer.image_files(files, progress.update)
             count, sizes = len(generated), generated.different_sizes
-        count = min(count, len(dataset))
-        dataset.buckets = FixedSizes(sizes=sizes)
-        samples = np.random.default_rng(options.seed).permutation(len(dataset))[: 2 * count].tolist()
-        with Progress("scoring real images", len(samples), quiet) as progress:
-            reference = Reference(scorer, scorer.real_images(dataset, samples, progress.update), count)
+        reference = real_reference(scorer, dataset, sizes, count, options.seed)
         if chosen is not None:
             with Progress("generating", len(reference.images), quiet) as progress:
                 generated = chosen.generate(scorer, reference.images, progress.update)

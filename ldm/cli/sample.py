@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from ldm.errors import LdmError, UsageError
 from ldm.terminal import printable, say
 
 if TYPE_CHECKING:
-    from ldm.inference.prompts import Check
+    from ldm.inference.prompts import Check, Complete
     from ldm.inference.settings import GenerationSettings
+    from ldm.pipeline import LatentDiffusionPipeline
 
 EXAMPLE = """ldm sample pipeline "a red ring" --out images --seed 1
   ldm sample pipeline --prompts prompts.txt --out images --batch-size 8
@@ -66,10 +67,10 @@ def add(commands: Commands) -> None:
     image.add_argument("--mask", metavar="FILE", help="image that is white where --image is regenerated")
 
     sampler = sample.add_argument_group("sampling")
-    sampler.add_argument("--steps", type=int, help="steps of the scheduler (default: 30)")
+    sampler.add_argument("--steps", type=int, help="steps of the scheduler (default: those recommended for the model, else 30)")
     sampler.add_argument("--scheduler", metavar="NAME", help="such as euler; a wrong one lists them (default: the pipeline's)")
     sampler.add_argument("--eta", type=float, metavar="E", help="of ddim: 0 (deterministic) to 1 (as much new noise as ddpm)")
-    sampler.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: 3)")
+    sampler.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: that recommended, else 3)")
     sampler.add_argument("--guidance-rule", metavar="RULE", help="classifier-free (default), zero-star or apg")
     sampler.add_argument("--guidance-rescale", type=float, metavar="PHI", help="against over-exposure, 0 (default) to 1")
     sampler.add_argument(
@@ -142,8 +143,13 @@ def sample_into_folder(options: argparse.Namespace) -> None:
             raise UsageError(mismatch)
         if mismatch:
             warn(mismatch)
+    if options.from_image:
+        if given.get("scheduler") is None:  # it was generated with the pipeline's own, before another one was recommended
+            pipeline.forget_recommended()
+    else:
+        say_recommended(pipeline, given)
     generator = ImageGenerator(pipeline, options.strict, warn, inputs)
-    settings = plan(options, given, generator.check)
+    settings = plan(options, given, generator.check, pipeline.with_recommended)
     broken = [error for error in settings if isinstance(error, UsageError)]
     for error in broken:
         if not options.keep_going:
@@ -184,17 +190,35 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def plan(options: argparse.Namespace, given: dict[str, Any], check: Check) -> Sequence[GenerationSettings | UsageError]:
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a model may recommend; None where they are not given."""
+    return {name: getattr(options, name, None) for name in ("scheduler", "steps", "guidance")}
+
+
+def say_recommended(pipeline: LatentDiffusionPipeline, given: Mapping[str, Any]) -> None:
+    """Say which settings that are not given are the recommended ones, and where another scheduler is given without steps."""
+    recommended, scheduler = pipeline.recommended_settings(), given.get("scheduler")
+    used = {name: value for name, value in pipeline.recommended_settings(scheduler).items() if given.get(name) is None}
+    if used:
+        shown = (f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in used.items())
+        say(f"recommended for this model: {', '.join(shown)}", sys.stderr)
+    if "steps" in recommended.keys() - used.keys() and given.get("steps") is None:
+        say(f"the {recommended['steps']} steps that are recommended are those of {recommended['scheduler']}", sys.stderr)
+
+
+def plan(
+    options: argparse.Namespace, given: dict[str, Any], check: Check, complete: Complete
+) -> Sequence[GenerationSettings | UsageError]:
     """Every image of the run; a broken line of a prompt file as its error."""
     from ldm.inference.prompts import Limits, plan_prompts, read_prompts, repeated
 
     # steps that are an option are meant
     limits = Limits(options.max_images, max(options.max_steps, options.steps or 0))
     if options.prompts:
-        return read_prompts(options.prompts, given, options.count, check, limits)
+        return read_prompts(options.prompts, given, options.count, check, limits, complete)
     if options.from_image:
         return repeated(given, options.count, options.from_image, check, limits)
-    return plan_prompts(options.given_prompts or [""], given, options.count, check, limits)
+    return plan_prompts(options.given_prompts or [""], given, options.count, check, limits, complete)
 
 
 def warn(message: str) -> None:

@@ -187,6 +187,14 @@ def sampler_name(scheduler: Scheduler) -> str:
     return max(fitting, default=(0, type(scheduler).__name__))[1]
 
 
+def scheduler_from(config: dict[str, Any]) -> Any:
+    """The scheduler of a config that diffusers saved. Raises UsageError for one that is not of :data:`SAMPLERS`."""
+    kinds = {kind.__name__: kind for spec in SAMPLERS.values() for kind in spec.schedulers.values()}
+    if (name := config.get("_class_name")) not in kinds:
+        raise UsageError(f"the scheduler {name!r} is none of: {', '.join(sorted(kinds))}; name another one")
+    return kinds[name].from_config(config)
+
+
 def adds_noise(scheduler: Scheduler) -> bool:
     """Whether its steps add random noise, by its kind or by the options of its config."""
     spec, config = SAMPLERS.get(sampler_name(scheduler)), scheduler.config

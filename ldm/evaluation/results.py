@@ -24,6 +24,9 @@ from ldm.evaluation.distances import (
 from ldm.evaluation.features import FeatureNetwork
 from ldm.evaluation.image_sets import ImageSet, Scorer
 
+METRICS = ("fid", "kid", "precision", "recall", "density", "coverage", "vendi")
+#: of a network that takes texts; agreement also wants captions
+METRICS_OF_TEXTS, AGREEMENT = ("cmmd",), ("clipscore", "retrieval")
 LOWER_IS_BETTER = ("fid", "kid", "cmmd")
 #: real images are split in two halves of this many or more
 LEAST_REAL = 2 * LEAST
@@ -179,6 +182,12 @@ class Reference:
         if name in ("fid", "recall", "precision", "density", "coverage", "cmmd") and halves < count:
             notes.append(f"the halves of real images hold {halves}, not {count}")
         return "; ".join(notes)
+
+
+def metric_names(networks: Sequence[FeatureNetwork], with_captions: bool = True) -> list[str]:
+    """The names of the metrics that :meth:`Reference.compare` gives, by network."""
+    of_texts = (*METRICS_OF_TEXTS, *(AGREEMENT if with_captions else ()))
+    return [f"{name}_{each.name}" for each in networks for name in (*METRICS, *(of_texts if each.takes_texts else ()))]
 
 
 def networks_protocol(networks: Sequence[FeatureNetwork]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from ldm.diffusion.scheduler import SAMPLERS, Scheduler, sampler_name
 from ldm.errors import UsageError
 from ldm.files import atomic_file, read_json, sha256_file, sha256_folder
 from ldm.images import DecodeError, open_image
+from ldm.inference.recommended import INDEX, SCHEDULER, files_before
 from ldm.inference.settings import GenerationSettings
 from ldm.machine import cpu_name
 from ldm.pipeline import LatentDiffusionPipeline, read_input
@@ -136,7 +137,10 @@ def provenance_of(pipeline: LatentDiffusionPipeline, model_path: str | os.PathLi
 
 
 def model_hash(path: str | os.PathLike) -> str:
-    """Hex sha256 of a pipeline directory: its index and the files of its parts, not of other files."""
+    """Hex sha256 of a pipeline directory: its index and the files of its parts, not of other files.
+
+    Recommended settings do not count: the model is the same, and an image says which settings it was generated with.
+    """
     path = Path(path).resolve()
     stamps = [(file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
     return _model_hash(path, tuple((file, stamp.st_size, stamp.st_mtime_ns) for file, stamp in stamps))
@@ -144,10 +148,14 @@ def model_hash(path: str | os.PathLike) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _model_hash(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> str:
-    index = path / "model_index.json"
-    digest = hashlib.sha256(sha256_file(index).encode())
-    for part in sorted(part for part in read_json(index) if (path / part).is_dir()):
-        digest.update(f"\n{part} {sha256_folder(path / part, MODEL_FILES)}".encode())
+    index = read_json(path / INDEX)
+    before = {name: hashlib.sha256(data).hexdigest() for name, data in files_before(index).items()}
+    digest = hashlib.sha256(before.get(INDEX, sha256_file(path / INDEX)).encode())
+    for part in sorted(part for part in index if (path / part).is_dir()):
+        found = sha256_folder(path / part, MODEL_FILES)
+        if part == "scheduler" and before:
+            found = hashlib.sha256(f"{Path(SCHEDULER).name}\0{before[SCHEDULER]}\n".encode()).hexdigest()
+        digest.update(f"\n{part} {found}".encode())
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import read_input, require_text
 
 Check = Callable[[GenerationSettings], None]
+Complete = Callable[[dict[str, Any]], dict[str, Any]]  # settings as JSON, with defaults for those that are not given
 MAX_FILE_BYTES = 256 * 2**20
 
 
@@ -91,6 +92,7 @@ def repeated(
     check: Check = lambda settings: None,
     limits: Limits = Limits(),
     before: int = 0,
+    complete: Complete = dict,
 ) -> list[GenerationSettings]:
     """``count`` images of one prompt, each with the seed after the one before.
 
@@ -100,6 +102,7 @@ def repeated(
         where: whose content it is, for errors.
         check: called with the first image, for example :meth:`ldm.inference.generate.ImageGenerator.check`.
         before: number of images before these in the run, which count to the limit, too.
+        complete: such as :meth:`ldm.pipeline.LatentDiffusionPipeline.with_recommended`.
 
     Raises:
         UsageError: naming ``where`` and the setting.
@@ -112,7 +115,7 @@ def repeated(
         for which in ("", "original_"):
             if (size := f"{which}size") in content:
                 content[f"{which}width"], content[f"{which}height"] = parse_size(content.pop(size), size)
-        first = GenerationSettings.from_json(content, where)
+        first = GenerationSettings.from_json(complete(content), where)
         limits.require(before + count, first.steps)
         images = [dataclasses.replace(first, seed=first.seed + copy) for copy in range(count)]
     except UsageError as error:
@@ -130,13 +133,19 @@ def parse_size(size: str | int, name: str = "size") -> tuple[int, int]:
 
 
 def plan_prompts(
-    prompts: Sequence[str], defaults: Mapping[str, Any], count: int, check: Check, limits: Limits = Limits()
+    prompts: Sequence[str],
+    defaults: Mapping[str, Any],
+    count: int,
+    check: Check,
+    limits: Limits = Limits(),
+    complete: Complete = dict,
 ) -> list[GenerationSettings]:
     """``count`` images of each prompt; the seed counts on from image to image. For a file see :func:`read_prompts`.
 
     Args:
         defaults: the other settings, as JSON.
         check: called with the first image of each prompt.
+        complete: as in :func:`repeated`.
 
     Raises:
         UsageError: naming the setting.
@@ -145,7 +154,7 @@ def plan_prompts(
     for prompt in prompts:
         seed = defaults.get("seed", 0) + len(planned)
         content = dict(defaults) | {"prompt": prompt, "seed": seed}
-        planned += repeated(content, count, "the command line", check, limits, len(planned))
+        planned += repeated(content, count, "the command line", check, limits, len(planned), complete)
     return planned
 
 
@@ -155,6 +164,7 @@ def read_prompts(
     count: int = 1,
     check: Check = lambda settings: None,
     limits: Limits = Limits(),
+    complete: Complete = dict,
 ) -> list[GenerationSettings | UsageError]:
     """The images that a prompt file asks for; a broken line is returned as its error, in the place of one image.
 
@@ -166,6 +176,7 @@ def read_prompts(
         defaults: settings as JSON for what a line leaves out.
         count: images of each line that does not say.
         check: called with each line's first image; its UsageError makes the line a broken one.
+        complete: as in :func:`repeated`.
 
     Raises:
         UsageError: for a file that cannot be read, is of another kind, or holds no prompt.
@@ -184,7 +195,8 @@ def read_prompts(
             content = _line(raw, path.suffix, where)
             copies = content.pop("count", count)
             counted_on = {"seed": defaults.get("seed", 0) + len(found)}
-            images = repeated(dict(defaults) | counted_on | content, copies, where, limits=limits, before=len(found))
+            content = dict(defaults) | counted_on | content
+            images = repeated(content, copies, where, limits=limits, before=len(found), complete=complete)
             try:
                 check(images[0])
             except UsageError as error:

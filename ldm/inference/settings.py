@@ -17,6 +17,7 @@ from ldm.diffusion.guidance import AdaptiveProjected, ClassifierFree, Guidance, 
 from ldm.diffusion.scheduler import SAMPLERS
 from ldm.errors import UsageError
 from ldm.images import MAX_PIXELS
+from ldm.pipeline import GUIDANCE, STEPS
 
 RULES: dict[str, Callable[[float], Guidance]] = {
     "classifier-free": ClassifierFree,
@@ -63,8 +64,8 @@ class GenerationSettings:
     prompt: str = ""
     negative: str = ""
     seed: int = 0
-    steps: int = 30
-    guidance: float = 3.0
+    steps: int = STEPS
+    guidance: float = GUIDANCE
     guidance_rule: Literal["classifier-free", "zero-star", "apg"] = "classifier-free"
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)

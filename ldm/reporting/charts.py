@@ -7,7 +7,7 @@ their text does not stretch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -65,12 +65,12 @@ class Histogram(NamedTuple):
     ticks: list[Tick]
 
 
-def line_chart(title: str, series: Series, log_y: bool = False, smooth: int = 0) -> LineChart:
+def line_chart(title: str, series: Series, log_y: bool = False, smooth: int = 0, dots: Collection[str] = ()) -> LineChart:
     """Lay out named (x, y) series.
 
     Points that are not finite (with ``log_y``: not positive) are omitted and counted in the legend. Longer series are reduced
     to :data:`MAX_CURVE_POINTS` points that include all extremes. ``smooth`` > 1 draws the centred mean over that many points
-    above the faint curve.
+    above the faint curve. Of the series named in ``dots`` the points are not joined.
 
     Raises:
         ValueError: where x and y differ in length.
@@ -103,8 +103,10 @@ def line_chart(title: str, series: Series, log_y: bool = False, smooth: int = 0)
         return Line(points, number, style) if len(kept) > 1 else Line(f"{points} {points}", number, f"{style} dot".strip())
 
     lines = []
-    for number, (x, y) in enumerate(shown):
-        if len(x) and 1 < smooth < len(x):
+    for number, ((x, y), name) in enumerate(zip(shown, series, strict=True)):
+        if name in dots:
+            lines += [line(x[at : at + 1], y[at : at + 1], number) for at in thin(y)]
+        elif len(x) and 1 < smooth < len(x):
             ones = np.ones(smooth)
             mean = np.convolve(y, ones, "same") / np.convolve(np.ones(len(y)), ones, "same")
             lines += [line(x, y, number, "faint"), line(x, mean, number)]

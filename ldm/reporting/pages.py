@@ -10,7 +10,7 @@ import base64
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,21 @@ class Report:
         self._add("table", title, columns=columns, rows=rows, numeric=numeric)
 
     def curve(
-        self, title: str, series: Series, x_label: str, y_label: str, log_y: bool = False, smooth: int = 0, half: bool = False
+        self,
+        title: str,
+        series: Series,
+        x_label: str,
+        y_label: str,
+        log_y: bool = False,
+        smooth: int = 0,
+        half: bool = False,
+        dots: Collection[str] = (),
     ) -> None:
         """A line chart of named (x, y) series; see :func:`line_chart`.
 
         ``half``: takes half the width of a wide page. Raises ValueError where x and y differ in length.
         """
-        chart = line_chart(title, series, log_y, smooth)
+        chart = line_chart(title, series, log_y, smooth, dots)
         self._add("curve", title, half, chart=chart, x_label=x_label, y_label=y_label, log_y=log_y)
 
     def bars(

@@ -102,6 +102,7 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, access: Access | No
             "name": worker.name,
             "classes": worker.classes,
             "schedulers": worker.schedulers,
+            "recommended": worker.recommended,
             "width": width,
             "height": height,
             "sizes": worker.sizes,
@@ -150,7 +151,7 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, access: Access | No
         try:
             # in a thread, so that other requests are answered; one at a time, since a decoded upload takes a lot of memory
             async with checking:
-                parsed = await asyncio.to_thread(parse_request, body, limits, worker.size)
+                parsed = await asyncio.to_thread(parse_request, body, limits, worker.size, worker.complete)
                 await asyncio.to_thread(worker.check, parsed.settings)
             name, job = add(parsed)
         except UsageError as error:

@@ -33,6 +33,7 @@ async function setUp() {
     $("guidance").value = 1; // which costs no second evaluation
   }
   $("steps").max = model.limits.steps;
+  recommend(model.recommended);
   for (const side of ["width", "height"]) {
     $(side).min = $(side).step = model.unit;
     $(side).max = Math.floor(model.limits.pixels / model.unit);
@@ -44,6 +45,15 @@ async function setUp() {
   for (const image of await get("/images")) finish(newCard(image.settings), image);
   $("generate").disabled = false;
   watch();
+}
+
+// settings that were found best for this model are the defaults of the form
+function recommend(settings) {
+  for (const name of ["steps", "guidance"]) if (name in settings) $(name).value = settings[name];
+  if (settings.scheduler) $("scheduler").options[0].textContent = `${settings.scheduler} (recommended)`;
+  const shown = Object.entries(settings).map(([name, value]) => `${name} ${value}`).join(", ");
+  $("recommended").textContent = `Recommended for this model: ${shown}.`;
+  $("recommended").hidden = !shown;
 }
 
 // a list in the place of a field

@@ -17,6 +17,7 @@ from ldm.data.decode import decode_image
 from ldm.errors import UsageError
 from ldm.images import DecodeError, open_image
 from ldm.inference.inputs import reference
+from ldm.inference.prompts import Complete
 from ldm.inference.settings import INPUTS, GenerationSettings
 from ldm.models.image_processor import fit_mask
 from ldm.serve import Limits
@@ -33,7 +34,7 @@ class GenerationRequest:
     start: Image.Image | None = None
 
 
-def parse_request(body: bytes, limits: Limits, size: tuple[int, int]) -> GenerationRequest:
+def parse_request(body: bytes, limits: Limits, size: tuple[int, int], complete: Complete = dict) -> GenerationRequest:
     """Parse JSON of the form ``{"settings": {"prompt": …}, "start": base64 of an image}``.
 
     ``settings`` holds fields of :class:`GenerationSettings` without its paths. ``start`` is optional; it is cropped and
@@ -41,6 +42,7 @@ def parse_request(body: bytes, limits: Limits, size: tuple[int, int]) -> Generat
 
     Args:
         size: default width and height of an image.
+        complete: gives defaults to settings that are not given.
 
     Raises:
         UsageError: for any other content, and for values beyond the limits.
@@ -58,6 +60,7 @@ def parse_request(body: bytes, limits: Limits, size: tuple[int, int]) -> Generat
             raise UsageError(f"{given[0]} would name a file of the server; send an image as start, in base64")
         if start is not None:
             fields = fields | {"image": "start"}  # replaced below by the name with the hash
+        fields = complete(fields)
     settings = GenerationSettings.from_json(fields, "settings")
     for name in ("prompt", "negative"):
         text = getattr(settings, name)

@@ -91,6 +91,15 @@ class Worker:
         """Names that settings can choose from."""
         return samplers_for(*self.pipeline.diffusion)
 
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """Settings that are the defaults of this model."""
+        return self.pipeline.recommended_settings()
+
+    def complete(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings as JSON, with the recommended ones where none are given."""
+        return self.pipeline.with_recommended(settings)
+
     def check(self, settings: GenerationSettings) -> None:
         """Raise :class:`UsageError` for settings that the model cannot use; thread-safe beside :meth:`generate`."""
         pipeline = self._checker.pipeline
