@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ldm.evaluation.page import label
 from ldm.evaluation.sweep import CELL, PAGE, REAL, SamplerSettings, SweepFolder, SweptSettings, pareto_front, settings_of
 from ldm.reporting.grids import paired_grid
-from ldm.reporting.pages import Report
+from ldm.reporting.pages import Report, format_value
 from ldm.terminal import printable
 
 FRONT = "Pareto front"
@@ -66,7 +66,7 @@ def _quality(report: Report, results: Sequence[SweptSettings], front: Sequence[S
     log = all(_value(each, metric) > 0 for each in results) and results[0]["metrics"][metric]["better"] == "lower"
     title = f"{label(metric)} against evaluations"
     x_label = "evaluations of the denoiser for an image; with guidance two a step"
-    report.curve(title, line | series, x_label, label(metric), log_y=log, dots=[*series])
+    report.curve(title, series | line, x_label, label(metric), log_y=log, dots=[*series])
 
 
 def _series(
@@ -99,13 +99,14 @@ def _images(report: Report, folder: SweepFolder, front: Sequence[SweptSettings],
     for name in SamplerSettings._fields:
         alike = [each for each in sorted(folder.results) if _without(each, name) == _without(chosen, name)]
         if len(alike) > 1:
-            fixed = ", ".join(f"{other} {value}" for other, value in _without(chosen, name).items())
-            grids[f"Images by {name}, at {fixed}"] = [(f"{getattr(each, name)}", each.name) for each in alike]
+            fixed = ", ".join(f"{other} {format_value(value)}" for other, value in _without(chosen, name).items())
+            grids[f"Images by {name}, at {fixed}"] = [(format_value(getattr(each, name)), each.name) for each in alike]
     captions = [printable(caption) for caption in folder.protocol["captions"] if caption]
-    note = f"From left to right: {' · '.join(captions)}" if captions else ""
+    note = f"From left to right: {' · '.join(captions)}." if captions else ""
     for heading, rows in grids.items():
         if shown := [(text, images) for text, name in rows if (images := folder.images(name))]:
             report.image(heading, paired_grid(shown, CELL), note)
+            note = ""  # once is enough
 
 
 def _without(settings: SamplerSettings, name: str) -> dict[str, object]:
