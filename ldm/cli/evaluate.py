@@ -21,8 +21,6 @@ from ldm.errors import UsageError
 from ldm.progress import Progress
 from ldm.terminal import say
 
-DEFAULT_COUNT, BATCH_SIZE = 1000, 32
-
 
 def add(commands: Commands) -> None:
     evaluate = add_group(commands, "evaluate", "metrics of a trained model")

@@ -39,14 +39,14 @@ def add_group(commands: Commands, name: str, description: str) -> Commands:
     return commands.add_parser(name, help=description).add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
 
-def print_table(rows: Mapping[str, Sequence[str]], *columns: str) -> None:
-    """Print rows of values by metric name, under a header of column names."""
+def print_table(rows: Mapping[str, Sequence[str]], *columns: str, first: str = "metric") -> None:
+    """Print rows of values by their name, under a header: what these names are, and the names of the columns."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
-    for name in ("metric", *columns):
+    for name in (first, *columns):
         table.add_column(Text(printable(name)))  # Text, because rich would interpret brackets as markup
     for name, values in rows.items():
         table.add_row(*(Text(printable(cell)) for cell in (name, *values)))

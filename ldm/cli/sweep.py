@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.evaluate import BATCH_SIZE, DEFAULT_COUNT, EvaluatedPipeline, open_shards, real_reference, require_count
+from ldm.cli.evaluated import BATCH_SIZE, DEFAULT_COUNT, EvaluatedPipeline, open_shards, real_reference, require_count
 from ldm.cli.parser import Commands, add_command, print_table
 from ldm.errors import UsageError
 from ldm.progress import Progress
@@ -97,11 +97,12 @@ def run_sweep(options: argparse.Namespace) -> None:
     named = None if options.recommend in (None, BEST) else parse_settings(options.recommend)
 
     process = Process.from_environment()
-    chosen = EvaluatedPipeline(options.model, options.size, process)
+    unset = dict.fromkeys(given)
+    chosen = EvaluatedPipeline(argparse.Namespace(**vars(options) | unset), process)
     with_captions = not chosen.pipeline.is_unconditional
     if options.recommend is not None and not os.access(options.model, os.W_OK):
         raise UsageError(f"{options.model} cannot be written, where --recommend writes to; leave it out, or copy the model")
-    dataset = open_shards(options, with_captions)
+    dataset = open_shards(options.shards, with_captions, options.count)
     networks = [load_feature_network(name, process.device()) for name in options.network or ("inception", "clip")]
     metric = find_metric(options.by, metric_names(networks, with_captions))
     made_by, source = chosen.protocol(), dataset.sources[0]
@@ -183,11 +184,9 @@ def evaluations(settings: SamplerSettings, chosen: EvaluatedPipeline) -> int:
     """Of the denoiser for one image. Raises UsageError for settings that the model cannot take."""
     require_count("steps", settings.steps)
     steps = len(chosen.sample_with(*settings))
-    if settings.guidance == 1:
-        return steps
-    if chosen.pipeline.is_unconditional:
+    if chosen.pipeline.is_unconditional and settings.guidance != 1:
         raise UsageError("the model is unconditional, so that there is nothing to guide to; give --guidance 1, or leave it out")
-    return 2 * steps
+    return steps if settings.guidance == 1 else 2 * steps
 
 
 def sweep(
@@ -201,8 +200,8 @@ def sweep(
     """Generate and score images of each of the ``missing`` settings, whose evaluations for an image are given."""
     from ldm.evaluation.sweep import REAL, STRIP
 
-    first, count, seed = scorer.process.rank == 0, folder.protocol["count"], folder.protocol["seed"]
-    reference = real_reference(scorer, dataset, chosen.sizes, count, seed)
+    first, count = scorer.process.rank == 0, folder.protocol["count"]
+    reference = real_reference(scorer, dataset, chosen.sizes, count, chosen.options.seed)
     images, done = reference.images, 0
     if first:
         folder.save_images(REAL, images)
@@ -215,7 +214,7 @@ def sweep(
 
             chosen.sample_with(*settings)
             try:
-                generated = chosen.generate(scorer, images, seed, show)
+                generated = chosen.generate(scorer, images, show)
             except KeyboardInterrupt:
                 say(f"ldm: {number} of {len(missing)} settings are finished; the same command computes the rest", sys.stderr)
                 raise
@@ -236,7 +235,7 @@ def print_front(folder: SweepFolder, metric: str, best: SweptSettings) -> None:
         str(settings_of(each)): [f"{each['evaluations']}", *(f"{each['metrics'][name]['value']:.4g}" for name in shown)]
         for each in pareto_front(folder.results.values(), metric)
     }
-    print_table(rows, "evaluations", *map(label, shown))
+    print_table(rows, "evaluations", *map(label, shown), first="settings")
     for note in dict.fromkeys(one["note"] for one in best["metrics"].values() if "note" in one):
         say(f"note: {note}")
     say(f"{len(folder.results)} settings; chosen by {label(metric)}: {settings_of(best)}")

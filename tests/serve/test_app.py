@@ -6,10 +6,12 @@ import io
 import json
 import re
 import secrets
+import shutil
 import struct
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
@@ -26,8 +28,9 @@ from ldm.errors import LdmError, UsageError
 from ldm.inference.generate import ImageGenerator
 from ldm.inference.inputs import reference
 from ldm.inference.metadata import read_png
+from ldm.inference.recommended import recommend
 from ldm.inference.settings import GenerationSettings
-from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
 from ldm.serve import Limits
 from ldm.serve.app import Access, create_app, follow, read_body
 from ldm.serve.request import MAX_SEED, GenerationRequest, parse_request
@@ -101,7 +104,7 @@ def noise():
 
 def test_the_page_is_told_the_sizes_trained_on(client):
     told = client.get("/model").json()
-    assert told["classes"] is None
+    assert told["classes"] is None and told["recommended"] == {}
     assert [told["width"], told["height"]] == told["sizes"][0] == [16, 16] and told["sizes"][1:] == [[32, 16]]
 
 
@@ -116,6 +119,18 @@ def test_an_image_is_that_of_ldm_sample_and_carries_its_settings(client, worker,
     assert settings_inside == chosen and provenance.model == "tiny" and provenance.scheduler == "heun"
     previews = [line["preview"] for line in lines if "preview" in line]
     assert all(preview.startswith("data:image/jpeg;base64,") for preview in previews)
+
+
+def test_recommended_settings_are_the_defaults_of_page_and_requests(model_path, queue, limits, tmp_path):
+    copy = Path(shutil.copytree(model_path, tmp_path / "tiny"))
+    settings = {"scheduler": "unipc", "steps": 2, "guidance": 1.5}
+    recommend(load_pipeline(copy), copy, **settings)
+    with TestClient(create_app(Worker(load_pipeline(copy), copy), queue, limits), base_url="http://localhost") as client:
+        assert client.get("/model").json()["recommended"] == settings
+        for given in ({}, {"scheduler": None, "guidance": 2.0}, {"scheduler": "heun", "steps": 1}):
+            wanted = settings | {name: value for name, value in given.items() if value is not None}
+            image = json.loads(post(client, {"settings": {"prompt": "ring"} | given}).text.splitlines()[-1])["image"]
+            assert image["settings"].items() >= wanted.items()
 
 
 def test_class_models_take_a_class_and_unconditional_ones_no_prompt(worker_of, queue, limits):

@@ -30,3 +30,10 @@ def test_two_processes_write_the_metrics_of_one(make_pipeline: Callable, tiny_te
         assert said.count("metric") == 1  # one process prints
         records.append(json.loads((tmp_path / f"{processes}.json").read_text()))
     assert records[0] == records[1] and records[0]["protocol"]["generated"] == 26
+    sweep = ["python", "-m", "ldm", "sweep", *command[5:-3], "--batch-size", "3", "--guidance", "1,2", "--scheduler", "euler"]
+    for processes in (1, 2):
+        status, said = run([*sweep, "--out", f"{tmp_path}/{processes}/sweep"], tmp_path / str(processes), processes)
+        assert status == 0, said
+    first, second = ((tmp_path / each / "sweep").rglob("*.*") for each in "12")
+    for one, other in zip(sorted(first), sorted(second), strict=True):
+        assert one.name == other.name and one.read_bytes() == other.read_bytes(), one
