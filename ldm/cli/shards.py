@@ -60,6 +60,8 @@ def add(commands: Commands) -> None:
     )
     what = "images alone, for an autoencoder: captions are neither read nor stored"
     pack.add_argument("--no-captions", action="store_true", help=what)
+    what = "of images that have none: 'a photo of sks dog' (default: such images cannot be used)"
+    pack.add_argument("--caption", metavar="TEXT", help=what)
     what = "so many images (500) or such a share (2%%) go to OUT/validation; an image stays there when others are added"
     pack.add_argument("--validation", metavar="N", help=what)
     source = "package.module.Class, a subclass of ldm.data.pack.sources.ImageSource that reads SRC"
@@ -151,6 +153,7 @@ def run_pack(options: argparse.Namespace) -> None:
                 image_column=options.image_column,
                 caption_columns=_caption_columns(options.caption_columns, options.caption_names),
                 with_captions=not options.no_captions,
+                default_caption=options.caption,
                 validation=options.validation,
                 workers=options.workers,
             )

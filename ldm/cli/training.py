@@ -21,6 +21,7 @@ MOVABLE = {
     "model.text_encoder": "directory of the text encoder",
     "data.train": "folder of the training data",
     "data.validation": "folder of the validation data",
+    "data.regularisation": "folder of the images of regularisation",
 }
 
 

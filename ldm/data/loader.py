@@ -371,6 +371,7 @@ class ShardLoader:
         max_wait: float = 0,
         on_wait: Callable[[], None] = nothing,
         noise: BatchNoise | None = None,
+        loss_weights: Sequence[float] | None = None,
     ):
         """
         Args:
@@ -385,13 +386,14 @@ class ShardLoader:
             confirm: batches count as consumed when :meth:`consumed` is called, for a trainer that prefetches; otherwise when
                 they are yielded.
             max_wait, on_wait, noise: see :func:`batch_loader`.
+            loss_weights: of the samples of each source; each batch then holds ``loss_weight`` (B,). None: all count alike.
         """
         plan.together(batch_size, world_size)  # or refuse them now
         self.dataset, self.plan, self.batch_size = dataset, plan, batch_size
         self.rank, self.world_size, self.workers, self.pin_memory = rank, world_size, workers, pin_memory
         self.quarantine = quarantine if quarantine is not None else Quarantine(len(dataset))
         self.data_hash, self.confirm, self.max_wait, self.on_wait = data_hash, confirm, max_wait, on_wait
-        self.noise = noise
+        self.noise, self.loss_weights = noise, loss_weights
         self.position = Position()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -410,13 +412,22 @@ class ShardLoader:
             assert isinstance(draws, PlannedBatch)
             if not self.confirm:
                 self.position = draws.position
-            yield batch | {"draws": np.array(draws, np.int64), "position": draws.position}
+            yield batch | self._about(draws) | {"position": draws.position}
 
     def batch(self, draws: Sequence[PlannedSample]) -> dict[str, Any]:
         """The batch of these draws, as training gets it; it does not count."""
         batch = self.dataset.batch(draws)
         noise = {} if self.noise is None else self.noise(batch, draws)
-        return batch | noise | {"draws": np.array(draws, np.int64)}
+        return batch | noise | self._about(draws)
+
+    def _about(self, draws: Sequence[PlannedSample]) -> dict[str, Any]:
+        """``draws`` and, where sources differ in it, ``loss_weight``."""
+        numbers = np.array(draws, np.int64)
+        if self.loss_weights is None:
+            return {"draws": numbers}
+        ends = np.cumsum([source.manifest.samples for source in self.dataset.sources])
+        weights = np.array(self.loss_weights, np.float32)[np.searchsorted(ends, numbers[:, 0], side="right")]
+        return {"draws": numbers, "loss_weight": torch.from_numpy(weights)}
 
     def record(self) -> LoaderRecord:
         """All that the order of the samples depends on from here on, but the number of processes; the same on every rank."""

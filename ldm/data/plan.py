@@ -246,19 +246,21 @@ class Plan:
             fullest = np.argmax(counts / sizes)
             raise UsageError(
                 f"{counts[fullest]} samples {'' if self.groups is None else 'of the most frequent size '}do not fill one batch "
-                f"of {sizes[fullest]} (batch_size times processes); lower batch_size or add samples"
+                f"of {sizes[fullest]} (batch_size times processes); lower batch_size, add samples or raise their weight"
             )
         return sizes
 
     @cached_property
     def _counts(self) -> np.ndarray:
-        """Samples of each group, (G,): those that are drawn at all."""
+        """Samples of each group, (G,): those that are drawn at all, and those drawn several times per epoch as often."""
+        times = np.maximum(np.ceil(self.weights or np.ones(len(self._sizes))), 1).astype(np.int64)  # of each shard, (S,)
         if self.groups is None:
-            return np.array([self.samples])
+            return np.array([self._sizes @ times])
         drawn = self.groups >= 0
-        if self.weights is not None:
-            drawn &= np.repeat(np.array(self.weights) > 0, self._sizes)
-        return np.bincount(self.groups[drawn], minlength=1)
+        if self.weights is None:
+            return np.bincount(self.groups[drawn], minlength=1)
+        drawn &= np.repeat(np.array(self.weights) > 0, self._sizes)
+        return np.bincount(self.groups[drawn], np.repeat(times, self._sizes)[drawn], minlength=1).astype(np.int64)
 
     def _groups_of(self, draws: np.ndarray) -> np.ndarray:
         return np.zeros(len(draws), np.uint8) if self.groups is None else self.groups[draws[:, 0]]

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from ldm.data.image_folder import packed_folders
 from ldm.data.manifest import MANIFEST_NAME, Manifest
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
@@ -96,7 +97,7 @@ class Finder:
             if expected in (None, source.manifest.hash):
                 return source
             error = OtherError(f"{place} holds other shards now ({source.manifest.hash[:12]})")
-        for folder in self.folders["shards"] if expected is not None else ():
+        for folder in [*self.folders["shards"], *packed_folders()] if expected is not None else ():
             try:
                 if Manifest.load(folder).hash == expected:
                     return open_source(folder)

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 
-from ldm.data.sources import open_source
+from ldm.data.image_folder import open_data
+from ldm.data.sources import ShardCache
 from ldm.errors import UsageError
 from ldm.files import LOCK_NAME, require_new_folder
 from ldm.locks import hold_folder
@@ -162,13 +163,19 @@ class FitCLI(TrainingCLI):
             raise UsageError(f"{out} is not the folder of a run; give as --out the run that the checkpoint is of")
 
     def _check_data(self) -> None:
-        for split in ("train", "validation"):
-            given = self.options.data[split]
-            for path in [given] if isinstance(given, str) else [source.path for source in given]:
-                try:
-                    open_source(path)
-                except UsageError as error:
-                    raise UsageError(f"data.{split}: {error}") from None
+        data, prior = self.options.data, self.options.data.regularisation
+        cache = ShardCache(Path(data.cache)) if data.cache else None
+        train = [data.train] if isinstance(data.train, str) else [source.path for source in data.train]
+        places = [("train", path, data.default_caption) for path in train]
+        places.append(("validation", data.validation, data.default_caption))
+        if prior is not None:
+            path, caption = (prior, None) if isinstance(prior, str) else (prior.path, prior.caption)
+            places.append(("regularisation", path, caption))
+        for split, path, caption in places:
+            try:
+                open_data(path, caption, cache, self.module_class.reads_captions)
+            except UsageError as error:
+                raise UsageError(f"data.{split}: {error}") from None
 
     def _find_initial_weights(self) -> None:
         """Set ``initial``, what ``model.init_from`` names unless the run resumes; fill in the denoiser where it is left out."""

@@ -83,6 +83,8 @@ class TrainingModule(LightningModule):
     command, artifact = "stage", "model"
     #: whether it is trained on captions; where not, the data need none and their captions are not read
     reads_captions = True
+    #: whether the loss of each sample counts by the ``loss_weight`` of a batch
+    weighs_samples = False
     #: micro-batches that a batch is split into
     accumulate: int
     #: losses whose parameters, if any, are trained with those of :meth:`averaged`

@@ -54,6 +54,7 @@ class DenoiserTraining(EncodedTraining):
     """A denoiser, trained on normalised latents and exported as a pipeline directory."""
 
     command, artifact = "denoiser", "pipeline"
+    weighs_samples = True
 
     def __init__(
         self,
@@ -173,7 +174,7 @@ class DenoiserTraining(EncodedTraining):
         """The loss of a micro-batch as ``train/loss``, and its auxiliary terms by name."""
         x0, condition = self.encode(batch)
         output = self.objective(self.denoiser, x0, condition, batch["t"], batch["eps"], blocks=self._blocks_with_activations)
-        loss, terms = output.loss.mean(), {}
+        loss, terms = (output.loss * batch.get("loss_weight", 1)).mean(), {}
         for name, auxiliary in zip(names_of(self.auxiliary_losses), self.auxiliary_losses, strict=True):
             terms[f"train/{name}"] = term = auxiliary(output.activations, batch, output)
             loss = loss + auxiliary.weight * term

@@ -72,6 +72,7 @@ def pack(
     image_column: str | None = None,
     caption_columns: CaptionColumns = (),
     with_captions: bool = True,
+    default_caption: str | None = None,
     validation: int | str | None = None,
     workers: int | None = None,
 ) -> PackResult:
@@ -97,6 +98,7 @@ def pack(
             may hold a list of captions. A mapping of names to columns: each caption is also kept under its name, for
             :func:`ldm.data.decode.captions_called`; of a folder of images, see :class:`ldm.data.pack.sources.FolderSource`.
         with_captions: False: captions are neither read nor stored, for an autoencoder; the manifest says that there are none.
+        default_caption: of images that have none, which are refused otherwise.
         validation: so many images (``500``) or such a share (``"2%"``) go to shards in ``out/validation`` instead. A hash of
             the key decides: with a share, an image stays in its set when others are added; with a number, an added image may
             take the place of one that then goes to training, never the reverse.
@@ -107,7 +109,8 @@ def pack(
             invalid.
         LdmError: ``src`` changed during packing, or an unfinished ``out`` is damaged.
     """
-    preparation = Preparation(size, resize, min_size, keep_bytes, format, quality, background, with_captions).checked()
+    preparation = Preparation(size, resize, min_size, keep_bytes, format, quality, background, with_captions, default_caption)
+    preparation = preparation.checked()
     samples_per_shard, bytes_per_shard = parse_shard_size(shard_size)
     workers = os.cpu_count() or 1 if workers is None else workers
     if workers < 1:
@@ -122,7 +125,9 @@ def pack(
         fix = "call it otherwise, as in long=txt" if with_captions else "they are of packing with captions"
         raise UsageError(f"captions cannot be called {printable(wrong[0])}; {fix}")
     source, src = src, src.src
-    source.read_captions = with_captions
+    if names and default_caption is not None:
+        raise UsageError("captions have names, and one for images without has none; give one of the two")
+    source.read_captions, source.require_captions = with_captions, default_caption is None
     found, listing = source.survey()
     limit = 0 if validation is None else _validation_limit(source, str(validation))
 
@@ -176,7 +181,7 @@ def pack(
                     journal.abandon()
                 raise UsageError(
                     f"none of the {count} images in {src} can be used (first: {first_reason}); captions come from files beside "
-                    "each image or from a table, and an autoencoder needs none: then pack without captions"
+                    "each image, from a table or from one for all, and an autoencoder needs none: then pack without captions"
                 )
             counts = {"found": count, "quarantined": count - packed, "captioned": packed if with_captions else 0}
             extra = {"image_size": size, "resize": preparation.resize, "source": "pack"} | counts

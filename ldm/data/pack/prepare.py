@@ -62,6 +62,7 @@ class Preparation:
         quality: of JPEG (without chroma subsampling) and WebP, 1 to 100.
         background: colour behind transparent images: a name or ``#rrggbb``.
         captions: False: images alone, for an autoencoder; none needs a caption, and none is stored.
+        caption: of images that have none; without it they are refused.
     """
 
     size: int | None = None
@@ -72,6 +73,7 @@ class Preparation:
     quality: int = 95
     background: str = "white"
     captions: bool = True
+    caption: str | None = None
 
     def checked(self) -> Preparation:
         """The same, with the default ``resize`` filled in. Raises :class:`UsageError` for invalid values."""
@@ -86,6 +88,8 @@ class Preparation:
             raise UsageError(f"resize {self.resize} needs a size in pixels; give one")
         if self.resize == "none" and self.size is not None:
             raise UsageError(f"resize none leaves images as they are, but size is {self.size}; give one of the two")
+        if self.caption is not None and not (self.captions and self.caption.strip()):
+            raise UsageError(f"caption is {self.caption!r} for images without one; give a text, and pack with captions")
         self.colour()
         return replace(self, resize=self.resize or ("none" if self.size is None else "square"))
 
@@ -102,6 +106,8 @@ class Preparation:
     def __call__(self, file: str, data: bytes, captions: Sequence[str], extras: Mapping[str, Any] = NO_EXTRAS) -> Prepared:
         """Prepare the image ``data`` called ``file``; ``extras`` are added to its json. Raises :class:`DecodeError`."""
         texts = [text for text in map(_clean, captions if self.captions else ()) if text]
+        if not texts and self.caption is not None:
+            texts = [_clean(self.caption)]
         if self.captions and not texts:
             raise DecodeError("empty caption")
         # Decided by the header. decode_pixels releases the GIL, and refuses broken JPEGs that Pillow accepts.

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from ldm.data.decode import (
     IMAGE_EXTENSIONS,
@@ -49,7 +50,7 @@ from ldm.data.pack.tables import (
     texts_of,
 )
 from ldm.errors import LdmError, UsageError, first_line
-from ldm.files import open_regular, read_bytes, require_folder
+from ldm.files import open_regular, read_bytes, read_json, require_folder
 from ldm.images import KIND_BYTES, is_image, kind_of
 from ldm.terminal import printable
 
@@ -58,6 +59,8 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = (".txt", ".caption", ".tags")
 # Tables of a folder's captions by file name, as the Hub's image folders have them; those in deeper folders come first.
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# The list of images and their settings in an output folder of ``ldm sample``.
+GENERATED = "run.json"
 
 _ALLOWED = frozenset(("JPEG", "PNG", "WebP"))
 _TEXTS = frozenset((*TEXT_SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"))
@@ -117,11 +120,13 @@ class ImageSource(ABC):
     Attributes:
         src: where it reads, as the user named it; for messages.
         read_captions: False where images are packed without captions: a source need not look for any.
+        require_captions: False where an item without a caption is given one by the packer; then it is loaded with none.
         identity: changes when the content changes but neither keys, captions nor :meth:`state` do.
     """
 
     identity = ""
     read_captions = True
+    require_captions = True
 
     def __init__(self, src: str | os.PathLike) -> None:
         self.src = Path(src)
@@ -235,6 +240,8 @@ class FolderSource(ImageSource):
         text, about = _caption_files(self.src, item.key)
         if captions := _captions_in(text, about) or item.captions:
             return captions
+        if not self.require_captions:
+            return ()
         if text is not None or item.captions is not None:
             raise DecodeError("empty caption")
         if about is not None:
@@ -299,6 +306,30 @@ class _Metadata:
 
     def close(self) -> None:
         self._rows.close()
+
+
+class _Prompt(TypedDict):
+    prompt: str
+
+
+class _Generated(TypedDict):
+    """``run.json`` of ``ldm sample``, as far as it is read here."""
+
+    images: dict[str, _Prompt]
+
+
+class GeneratedSource(FolderSource):
+    """The images of an output folder of ``ldm sample``, without its grid; their captions are their prompts.
+
+    Its ``run.json`` names both. An image that is not there is an item that cannot be used.
+    """
+
+    def items(self) -> Iterator[Item]:
+        listed = read_json(self.src / GENERATED, _Generated)["images"]
+        for name, settings in sorted(listed.items()):
+            known = name == os.path.basename(name) and os.path.isfile(os.path.join(self.src, name))
+            problem = None if known else "is listed in run.json but has not been generated; run the same ldm sample again"
+            yield Item(name, (settings["prompt"],), problem)
 
 
 class TableSource(FolderSource):
@@ -537,6 +568,8 @@ def open_pack_source(
         source = TableSource(src, table, image_column, caption_columns)
     elif (src / "dataset_dict.json").is_file() or ((src / "state.json").is_file() and (src / "dataset_info.json").is_file()):
         return DatasetSource(src, *columns)
+    elif _is_generated(src):
+        source = GeneratedSource(src)
     elif tables := _with_images(src, found := _tables_in(src), image_column):
         return ParquetSource(src, tables, *columns)
     elif image_column or (caption_columns and not isinstance(caption_columns, Mapping)):
@@ -546,6 +579,12 @@ def open_pack_source(
         source = FolderSource(src, [table for table in found if os.path.basename(table) in METADATA_NAMES], names)
     source.read_captions = read_captions
     return source
+
+
+def _is_generated(src: Path) -> bool:
+    with suppress(LdmError):  # there is none, or another program's
+        return {"images", "model_hash"} <= read_json(src / GENERATED, dict).keys()
+    return False
 
 
 def _tables_in(src: Path) -> list[str]:

@@ -495,6 +495,12 @@ def test_without_captions_none_are_read_and_the_manifest_says_so(src, tmp_path):
     assert pack(src, tmp_path / "listed", captions=tmp_path / "c.csv", with_captions=False).packed == 1
     assert main(["shards", "pack", str(src), str(tmp_path / "again"), "--no-captions", "--keep-bytes"]) is None
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    (src / "b.txt").write_text(" ")
+    main(["shards", "pack", str(src), str(tmp_path / "default"), "--caption", "a photo of sks"])
+    texts = [sample.captions for sample in samples(tmp_path / "default")]
+    assert texts == [["a photo of sks"], ["a photo of sks"], ["the third"]]  # none beside z.JPG, an empty one beside b.png
+    with pytest.raises(UsageError, match="captions have names, and one for images without has none"):
+        pack(src, tmp_path / "named", caption_columns={"short": "short"}, default_caption="sks")
 
 
 def names(folder):
