@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -78,12 +78,14 @@ class ImageSet:
         captions: None of an image whose caption is not known.
         sizes: (height, width).
         shown: some of the images, by their number.
+        samples: numbers in the data set, of images of shards.
     """
 
     features: list[Tensor]
     captions: list[str | None]
     sizes: list[Size]
     shown: dict[int, Image.Image]
+    samples: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, images: Sequence[Scored]) -> ImageSet:
@@ -102,7 +104,13 @@ class ImageSet:
     def part(self, start: int, end: int) -> ImageSet:
         """Its images from number ``start`` to before ``end``."""
         shown = {number - start: image for number, image in self.shown.items() if start <= number < end}
-        return ImageSet([of[start:end] for of in self.features], self.captions[start:end], self.sizes[start:end], shown)
+        return ImageSet(
+            [of[start:end] for of in self.features],
+            self.captions[start:end],
+            self.sizes[start:end],
+            shown,
+            self.samples[start:end],
+        )
 
     def without_captions(self) -> ImageSet:
         """The same, for images that were not generated from captions."""
@@ -190,8 +198,15 @@ class Scorer:
             found.append(torch.from_numpy(np.concatenate(vectors))[which])
         return found
 
-    def real_images(self, dataset: ImageDataset, samples: Sequence[int], on_progress: OnProgress | None = None) -> ImageSet:
-        """Images of shards, cropped and resized to the data set's buckets; those that cannot be used are left out.
+    def real_images(
+        self,
+        dataset: ImageDataset,
+        samples: Sequence[int],
+        on_progress: OnProgress | None = None,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> ImageSet:
+        """Images of shards, cropped and resized to the data set's buckets, and then changed, uint8 (B, 3, H, W) to the same;
+        those that cannot be used are left out.
 
         Raises LdmError where they are too many.
         """
@@ -204,16 +219,20 @@ class Scorer:
             scored: dict[int, Scored] = {}
             for numbers in _of_one_size({number: sample["image"].shape for number, sample in good.items()}):
                 alike = dataset.collate([good[number] for number in numbers])
-                scored |= zip(numbers, self.score(alike["image"], alike["caption"], numbers), strict=True)
+                pixels = alike["image"] if change is None else change(alike["image"])
+                scored |= zip(numbers, self.score(pixels, alike["caption"], numbers), strict=True)
             return [sample if isinstance(sample, BadSample) else scored[number] for number, sample in read.items()]
 
         quarantine = Quarantine(len(samples), adjustable=False, quiet=self.process.rank > 0)
         images: list[Scored] = []
-        for each in (one for batch in shared_work(batches, work, self.process, count) for one in batch):
+        used: list[int] = []
+        found = (one for batch in shared_work(batches, work, self.process, count) for one in batch)
+        for sample, each in zip(samples, found, strict=True):
             bad = isinstance(each, BadSample)
             quarantine.add([[each] if bad else []])
             images += [] if bad else [each]
-        return ImageSet.of(images)
+            used += [] if bad else [sample]
+        return replace(ImageSet.of(images), samples=used)
 
     def generated_images(
         self,
