@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ldm.cli import likelihood
+from ldm.cli import likelihood, memorisation
 from ldm.cli.evaluated import (
     BATCH_SIZE,
     DEFAULT_COUNT,
@@ -45,6 +45,7 @@ def add(commands: Commands) -> None:
     autoencoder.add_argument("--json", metavar="FILE", help="write all metrics there, too; -: to stdout, without the table")
     _add_pipeline(evaluate)
     likelihood.add(evaluate)
+    memorisation.add(evaluate)
 
 
 def _add_pipeline(evaluate: Commands) -> None:

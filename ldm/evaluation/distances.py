@@ -79,10 +79,19 @@ def density_coverage(real: Tensor, generated: Tensor) -> tuple[float, float]:
     return inside / (NEIGHBOURS * len(generated)), covered / len(real)
 
 
-def nearest(images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each image the Euclidean distance to the nearest of ``others``, (N,), and its number, (N,)."""
-    found = [torch.cdist(rows.double(), others.double()).min(1) for rows in images.split(_ROWS)]
-    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+def nearest(images: Tensor, others: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of each image the Euclidean distance to the nearest of ``others``, (N,), and its number, (N,); ``own``: the number of one
+    that it is not compared with, (N,)."""
+    images, values, numbers = images.double(), [], []
+    for start in range(0, len(others), _ROWS):
+        distances = torch.cdist(images, others[start : start + _ROWS].double())
+        if own is not None:
+            (rows,) = torch.where((own >= start) & (own < start + distances.shape[1]))
+            distances[rows, own[rows] - start] = torch.inf
+        found = distances.min(1)
+        values, numbers = [*values, found.values], [*numbers, found.indices + start]
+    best = torch.stack(values).min(0)
+    return best.values, torch.stack(numbers).gather(0, best.indices[None])[0]
 
 
 def vendi_score(features: Tensor) -> float:
