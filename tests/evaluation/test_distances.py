@@ -61,6 +61,11 @@ def test_known_answers() -> None:
     assert maximum_mean_discrepancy(real, other) == pytest.approx(1000 * float(expected), rel=1e-6)
     distances, numbers = nearest(real[5:9], real)
     assert numbers.tolist() == [5, 6, 7, 8] and float(distances.max()) < 1e-6
+    many = features(5000, 2, 3)  # sought in parts
+    own = torch.tensor([0, 2047, 2048, 4999])
+    every = torch.cdist(many[own].double(), many.double())
+    distances, numbers = nearest(many[own], many, own)
+    torch.testing.assert_close((distances, numbers), tuple(every.scatter(1, own[:, None], torch.inf).min(1)))
 
 
 def test_agreement_falls_with_the_share_of_shuffled_captions() -> None:
