@@ -205,7 +205,7 @@ def sweep(
     images, done = reference.images, 0
     if first:
         folder.save_images(REAL, images)
-    folder.protocol["captions"] = images.captions[:STRIP]
+    folder.captions = images.captions[:STRIP]
     with Progress("sweeping", len(images) * sum(missing.values()), quiet=not first) as progress:
         for number, (settings, cost) in enumerate(missing.items()):
 

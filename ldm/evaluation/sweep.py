@@ -63,7 +63,7 @@ class SweptSettings(TypedDict):
         evaluations: of the denoiser for one image; guidance takes two a step.
     """
 
-    scheduler: str
+    scheduler: Annotated[str, Field(pattern=r"^[\w+-]+$")]  # a part of file names
     steps: Count
     guidance: FiniteFloat
     evaluations: Count
@@ -71,10 +71,11 @@ class SweptSettings(TypedDict):
 
 
 class Record(TypedDict):
-    """``sweep.json``."""
+    """``sweep.json``; ``captions``: of the images that are kept."""
 
     format_version: int
     protocol: dict[str, Any]
+    captions: list[str | None]
     results: list[SweptSettings]
 
 
@@ -88,7 +89,9 @@ class SweepFolder:
         Raises:
             UsageError: for a folder of anything else, or of a sweep that these results cannot be compared with.
         """
-        self.path, self.protocol, self.results = Path(path), dict(protocol), {}
+        self.path, self.protocol = Path(path), dict(protocol)
+        self.captions: list[str | None] = []
+        self.results: dict[SamplerSettings, SweptSettings] = {}
         file = self.path / RECORD
         if not os.path.lexists(file):
             require_new_folder(self.path, "the sweep", in_place=True)
@@ -98,9 +101,11 @@ class SweepFolder:
         before, now = _comparable(record["protocol"]), _comparable(protocol)
         for name in SAME:
             if before.get(name) != now.get(name):
-                shown = (str(each.get(name))[:60] for each in (before, now))
+                shown = (str(each.get(name))[:80] for each in (before, now))
                 raise UsageError(f"{file} is a sweep with {name} {', not '.join(shown)}; give a new folder")
-        self.protocol = record["protocol"]
+        if len({frozenset(each["metrics"]) for each in record["results"]}) > 1:
+            raise LdmError(f"{file} has other metrics for some settings than for others; give a new folder")
+        self.protocol, self.captions = record["protocol"], record["captions"]
         self.results = {settings_of(each): each for each in record["results"]}
 
     def missing(self, wanted: Iterable[SamplerSettings]) -> list[SamplerSettings]:
@@ -115,7 +120,8 @@ class SweepFolder:
         self.results[settings] = SweptSettings(**settings._asdict(), evaluations=evaluations, metrics=metrics)
         # in the order of the settings: however the folder came about, it holds the same
         results = [self.results[each] for each in sorted(self.results)]
-        write_json(self.path / RECORD, {"format_version": FORMAT_VERSION, "protocol": self.protocol, "results": results})
+        record = {"format_version": FORMAT_VERSION, "protocol": self.protocol, "captions": self.captions, "results": results}
+        write_json(self.path / RECORD, record)
 
     def save_images(self, name: str, images: ImageSet) -> None:
         """Keep the first images of a set, reduced for the page."""
@@ -138,8 +144,10 @@ def settings_of(swept: SweptSettings) -> SamplerSettings:
 
 
 def _comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of :data:`SAME`; of networks their hashes."""
-    networks = [each.get("hash") for each in protocol.get("networks", ()) if isinstance(each, Mapping)]
+    """The entries of :data:`SAME`; of networks their names and hashes, not their paths."""
+    networks = protocol.get("networks")
+    if isinstance(networks, list):
+        networks = {str(each.get("name")): str(each.get("hash"))[:12] for each in networks if isinstance(each, Mapping)}
     return dict(protocol) | {"networks": networks}
 
 

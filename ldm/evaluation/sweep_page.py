@@ -29,7 +29,7 @@ def write_page(folder: SweepFolder, title: str, metric: str, best: SweptSettings
             "chosen": str(chosen),
             label(metric): best["metrics"][metric]["value"],
             "evaluations of the denoiser for an image": best["evaluations"],
-            "images of each setting": folder.protocol["generated"],
+            "images of each setting": folder.protocol["count"],
         }
     )
     _quality(report, results, front, metric)
@@ -101,7 +101,7 @@ def _images(report: Report, folder: SweepFolder, front: Sequence[SweptSettings],
         if len(alike) > 1:
             fixed = ", ".join(f"{other} {format_value(value)}" for other, value in _without(chosen, name).items())
             grids[f"Images by {name}, at {fixed}"] = [(format_value(getattr(each, name)), each.name) for each in alike]
-    captions = [printable(caption) for caption in folder.protocol["captions"] if caption]
+    captions = [printable(caption) for caption in folder.captions if caption]
     note = f"From left to right: {' · '.join(captions)}." if captions else ""
     for heading, rows in grids.items():
         if shown := [(text, images) for text, name in rows if (images := folder.images(name))]:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from ldm.cli import main
 from ldm.data.writer import write_images
-from ldm.evaluation.sweep import SweptSettings, choose, find_metric, pareto_front, settings_of
+from ldm.evaluation.sweep import SamplerSettings, SweepFolder, SweptSettings, choose, find_metric, pareto_front, settings_of
+from ldm.evaluation.sweep_page import write_page
 from ldm.inference.metadata import model_hash, read_png
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
@@ -71,10 +72,17 @@ def test_a_sweep_has_the_metrics_of_evaluate_and_is_resumed_and_extended(
     one = ["--scheduler", "heun", "--steps", "2", "--guidance", "2", "--json", f"{tmp_path}/one.json"]
     main(["evaluate", "pipeline", *common, *one])
     evaluated = json.loads((tmp_path / "one.json").read_text())
-    assert evaluated["metrics"] == found["heun", 2, 2.0]["metrics"]
+    assert evaluated["metrics"] == found[SamplerSettings("heun", 2, 2.0)]["metrics"]
     assert record["protocol"].items() >= {"count": 7, "seed": 0, "generated": 7, "model_hash": model_hash(saved)}.items()
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Pareto front" in page and "Guidance and FID (alex_random)" in page and "Images by steps" in page
+
+    folder = SweepFolder(tmp_path / "out", record["protocol"])
+    for number, each in enumerate(folder.results.values()):
+        each["metrics"]["clipscore_x"] = {"value": number, "real": None, "better": "higher"}
+    write_page(folder, "a sweep", "clipscore_x", choose(folder.results.values(), "clipscore_x", 0.0))
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Guidance and CLIPScore (x)" in page and "heun, 2 steps, guidance 2" in page
 
     # what is missing is computed, and all of it is as it was
     file = tmp_path / "out" / "sweep.json"
@@ -87,6 +95,7 @@ def test_a_sweep_has_the_metrics_of_evaluate_and_is_resumed_and_extended(
     file.write_bytes(whole)
     for options, said in [
         (["--seed", "1"], f"{file} is a sweep with seed 0, not 1; give a new folder"),
+        (["--network", "vgg-random"], f"{file} is a sweep with networks {{'alex_random': '"),
         (["--steps", "5,,10"], "--steps is '5,,10'; give values with commas between them, such as 5,10,20"),
         (["--guidance", "nan"], "--guidance is 'nan'; give values"),
         (["--scheduler", "euler,eular"], "no sampler 'eular'"),
