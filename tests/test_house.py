@@ -27,6 +27,7 @@ ROOMS = {
     "ldm.training": 3,
     "ldm.serve": 3,
     "ldm.runs": 4,
+    "ldm.ablation": 5,
     "ldm.doctor": 5,
     "ldm.lineage": 5,
     "ldm.quickstart": 5,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ldm.errors import UsageError
 from ldm.terminal import printable
@@ -13,7 +13,34 @@ Commands = argparse._SubParsersAction
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises its errors as :class:`UsageError`."""
+    """argparse that raises its errors as :class:`UsageError`.
+
+    Attributes:
+        passes_on: tells of the name of an option whether it is one of another parser's; ``passed_on`` of the parsed options
+            holds these, each as ``--name=value``.
+    """
+
+    passes_on: Callable[[str], bool] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.passes_on is None or args is None:
+            return super().parse_known_args(args, namespace)
+        own: list[str] = []
+        passed_on: list[str] = []
+        words = iter(args)
+        for word in words:
+            name, equals, _ = word.partition("=")
+            if not self.passes_on(name):
+                own.append(word)
+            elif equals:
+                passed_on.append(word)
+            elif (value := next(words, None)) is not None:
+                passed_on.append(f"{word}={value}")
+            else:
+                self.error(f"{word} has no value")
+        namespace, rest = super().parse_known_args(own, namespace)
+        namespace.passed_on = passed_on
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")

@@ -131,12 +131,10 @@ class Reference:
         found = Results([])
         for number, network in enumerate(self.scorer.networks):
             real, made = self.images.features[number], generated.features[number]
-            values = distance_metrics(real, made, network.takes_texts) | {"vendi": vendi_score(made)}
-            of_real = self._of_real(number, network)
-            if with_texts and (text := texts[number]) is not None:
-                scores = clip_scores(made, text)
-                values |= {"clipscore": float(scores.mean()), "retrieval": retrieval_accuracy(made, text, captions)}
-                found.agreement[network.name] = (scores, self._agreement(number))
+            text, of_real = texts[number] if with_texts else None, self._of_real(number, network)
+            values = _values(real, made, network.takes_texts, text, captions)
+            if text is not None:
+                found.agreement[network.name] = (clip_scores(made, text), self._agreement(number))
             for name, value in values.items():
                 note = self._note(name, network, min(len(real), len(made)))
                 found.metrics.append(Metric(f"{name}_{network.name}", value, of_real.get(name), note))
@@ -155,18 +153,30 @@ class Reference:
             found.protocol["agreement"] = f"not measured: the captions of {missing} of {len(generated)} images are not known"
         return found
 
+    def values(self, features: Sequence[Tensor], rows: Sequence[int]) -> dict[str, float]:
+        """All metrics of some of the images that were generated from the reference's captions, for the bootstrap.
+
+        Args:
+            features: of these images, by each network.
+            rows: their numbers, some perhaps more than once.
+        """
+        captions = [self.images.captions[row] or "" for row in rows]
+        found = {}
+        for real, made, network, texts in zip(self.images.features, features, self.scorer.networks, self.texts, strict=True):
+            values = _values(real, made, network.takes_texts, None if texts is None else texts[[*rows]], captions)
+            found |= {f"{name}_{network.name}": value for name, value in values.items()}
+        return found
+
     def _of_real(self, number: int, network: FeatureNetwork) -> dict[str, float]:
         """The metrics of real images, computed once."""
         if number not in self._real:
             features = self.images.features[number]
             first, second = (half.features[number] for half in self.halves)
-            values = distance_metrics(first, second, network.takes_texts)
-            values["vendi"] = vendi_score(features)
-            if (text := self.texts[number]) is not None:
-                captions = [caption or "" for caption in self.images.captions]
-                values |= {"clipscore": float(self._agreement(number).mean())}
-                values |= {"retrieval": retrieval_accuracy(features, text, captions)}
-            self._real[number] = values
+            captions = [caption or "" for caption in self.images.captions]
+            agreement = _agreement_metrics(features, self.texts[number], captions)
+            self._real[number] = (
+                distance_metrics(first, second, network.takes_texts) | {"vendi": vendi_score(features)} | agreement
+            )
         return self._real[number]
 
     def _agreement(self, number: int) -> Tensor:
@@ -188,6 +198,22 @@ def metric_names(networks: Sequence[FeatureNetwork], with_captions: bool = True)
     """The names of the metrics that :meth:`Reference.compare` gives, by network."""
     of_texts = (*METRICS_OF_TEXTS, *(AGREEMENT if with_captions else ()))
     return [f"{name}_{each.name}" for each in networks for name in (*METRICS, *(of_texts if each.takes_texts else ()))]
+
+
+def _values(real: Tensor, made: Tensor, of_texts: bool, texts: Tensor | None, captions: Sequence[str]) -> dict[str, float]:
+    """The metrics of one network."""
+    found = distance_metrics(real, made, of_texts) | {"vendi": vendi_score(made)}
+    return found | _agreement_metrics(made, texts, captions)
+
+
+def _agreement_metrics(images: Tensor, texts: Tensor | None, captions: Sequence[str]) -> dict[str, float]:
+    """Of images with their captions; none without texts."""
+    if texts is None:
+        return {}
+    return {
+        "clipscore": float(clip_scores(images, texts).mean()),
+        "retrieval": retrieval_accuracy(images, texts, captions),
+    }
 
 
 def networks_protocol(networks: Sequence[FeatureNetwork]) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ import numpy as np
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 Heights = Sequence[float] | np.ndarray
+#: the lower and the upper end of an interval at each point of a series
+Bands = Mapping[str, tuple[Heights, Heights]]
 
 SIDE = 1000.0
 MAX_CURVE_POINTS = 600
@@ -48,9 +50,10 @@ class LegendEntry(NamedTuple):
 
 
 class LineChart(NamedTuple):
-    """A line chart; without lines where no series has a point to show."""
+    """A line chart; without lines where no series has a point to show. ``bands`` are polygons behind them."""
 
     legend: list[LegendEntry]
+    bands: list[Line]
     lines: list[Line]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
@@ -65,12 +68,20 @@ class Histogram(NamedTuple):
     ticks: list[Tick]
 
 
-def line_chart(title: str, series: Series, log_y: bool = False, smooth: int = 0, dots: Collection[str] = ()) -> LineChart:
+def line_chart(
+    title: str,
+    series: Series,
+    log_y: bool = False,
+    smooth: int = 0,
+    dots: Collection[str] = (),
+    bands: Bands | None = None,
+) -> LineChart:
     """Lay out named (x, y) series.
 
     Points that are not finite (with ``log_y``: not positive) are omitted and counted in the legend. Longer series are reduced
     to :data:`MAX_CURVE_POINTS` points that include all extremes. ``smooth`` > 1 draws the centred mean over that many points
-    above the faint curve. Of the series named in ``dots`` the points are not joined.
+    above the faint curve. Of the series named in ``dots`` the points are not joined. ``bands`` are
+    intervals of some of the series, by name.
 
     Raises:
         ValueError: where x and y differ in length.
@@ -81,14 +92,22 @@ def line_chart(title: str, series: Series, log_y: bool = False, smooth: int = 0,
         x, y = np.asarray(xs, dtype=np.float64).ravel(), np.asarray(ys, dtype=np.float64).ravel()
         if len(x) != len(y):
             raise ValueError(f"series {name!r} of curve {title!r} has {len(x)} x values and {len(y)} y values")
-        usable = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST) & ((y > 0) if log_y else True)
+        usable = _can_be_shown(x, False) & _can_be_shown(y, log_y)
         shown.append((x[usable], y[usable]))
         last = float(y[usable][-1]) if usable.any() else None
         legend.append(LegendEntry(name, last, int(len(usable) - usable.sum())))
     if not any(len(x) for x, _ in shown):
-        return LineChart(legend, [], [], [])
+        return LineChart(legend, [], [], [], [])
 
-    all_x, all_y = (np.concatenate([pair[axis] for pair in shown]) for axis in (0, 1))
+    shown_bands = []
+    for number, (name, (xs, _)) in enumerate(series.items()):
+        if name in (bands or {}):
+            x, low, high = (np.asarray(values, np.float64).ravel() for values in (xs, *(bands or {})[name]))
+            usable = _can_be_shown(x, False) & _can_be_shown(low, log_y) & _can_be_shown(high, log_y)
+            shown_bands.append((number, x[usable], low[usable], high[usable]))
+
+    all_x = np.concatenate([x for x, _ in shown])
+    all_y = np.concatenate([*(y for _, y in shown), *(end for _, _, *ends in shown_bands for end in ends)])
     x_low, x_high = _widen(all_x.min(), all_x.max(), 0.0)
     if log_y:
         y_low, y_high = _widen(math.log10(all_y.min()), math.log10(all_y.max()), 0.04)
@@ -96,12 +115,19 @@ def line_chart(title: str, series: Series, log_y: bool = False, smooth: int = 0,
         y_low, y_high = _widen(all_y.min(), all_y.max(), 0.04)
         y_low = 0.0 if all_y.min() >= 0 > y_low else y_low
 
+    def place(x: np.ndarray, y: np.ndarray) -> str:
+        height = np.log10(y) if log_y else y
+        return _points(SIDE * (x - x_low) / (x_high - x_low), SIDE * (y_high - height) / (y_high - y_low))
+
     def line(x: np.ndarray, y: np.ndarray, number: int, style: str = "") -> Line:
         kept = thin(y)
-        height = np.log10(y[kept]) if log_y else y[kept]
-        points = _points(SIDE * (x[kept] - x_low) / (x_high - x_low), SIDE * (y_high - height) / (y_high - y_low))
+        points = place(x[kept], y[kept])
         return Line(points, number, style) if len(kept) > 1 else Line(f"{points} {points}", number, f"{style} dot".strip())
 
+    polygons = [
+        Line(place(np.concatenate([x, x[::-1]]), np.concatenate([low, high[::-1]])), number)
+        for number, x, low, high in shown_bands
+    ]
     lines = []
     for number, ((x, y), name) in enumerate(zip(shown, series, strict=True)):
         if name in dots:
@@ -114,7 +140,9 @@ def line_chart(title: str, series: Series, log_y: bool = False, smooth: int = 0,
             lines.append(line(x, y, number))
     x_ticks = [Tick(100 * (value - x_low) / (x_high - x_low), label) for value, label in ticks(x_low, x_high)]
     y_values = log_ticks(y_low, y_high) if log_y else ticks(y_low, y_high)
-    return LineChart(legend, lines, x_ticks, [Tick(100 * (y_high - at) / (y_high - y_low), label) for at, label in y_values])
+    return LineChart(
+        legend, polygons, lines, x_ticks, [Tick(100 * (y_high - at) / (y_high - y_low), label) for at, label in y_values]
+    )
 
 
 def histograms(
@@ -142,6 +170,10 @@ def histograms(
 
 def _points(x: np.ndarray, y: np.ndarray) -> str:
     return " ".join(f"{across:.1f},{down:.1f}" for across, down in zip(x, y, strict=True))
+
+
+def _can_be_shown(y: np.ndarray, log_y: bool) -> np.ndarray:
+    return (np.abs(y) < LARGEST) & ((y > 0) if log_y else True)
 
 
 def _widen(low: float, high: float, share: float) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from PIL import Image
 
 from ldm.files import atomic_file
-from ldm.reporting.charts import Heights, Series, histograms, line_chart
+from ldm.reporting.charts import Bands, Heights, Series, histograms, line_chart
 
 
 def format_value(value: object) -> str:
@@ -85,12 +85,13 @@ class Report:
         smooth: int = 0,
         half: bool = False,
         dots: Collection[str] = (),
+        bands: Bands | None = None,
     ) -> None:
         """A line chart of named (x, y) series; see :func:`line_chart`.
 
         ``half``: takes half the width of a wide page. Raises ValueError where x and y differ in length.
         """
-        chart = line_chart(title, series, log_y, smooth, dots)
+        chart = line_chart(title, series, log_y, smooth, dots, bands)
         self._add("curve", title, half, chart=chart, x_label=x_label, y_label=y_label, log_y=log_y)
 
     def bars(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
@@ -53,7 +53,9 @@ LATEST = "latest"
 class FitCLI(TrainingCLI):
     """Trains in the folder ``--out``, from nothing or from a checkpoint, and exports the model at the end."""
 
-    def __init__(self, module_class: type[TrainingModule], arguments: Sequence[str]):
+    def __init__(self, module_class: type[TrainingModule], arguments: Sequence[str], callbacks: Sequence[Callback] = ()):
+        """``callbacks``: beside those of the config."""
+        self.callbacks = callbacks
         with ExitStack() as self.held:  # the lock of the run's folder, up to the end of the export
             super().__init__(module_class, arguments)
 
@@ -225,6 +227,7 @@ class FitCLI(TrainingCLI):
             logger=loggers(Path(self.options.out), settings.logger, self.resumed_at),
             callbacks=[
                 *(given if isinstance(given := settings.callbacks or [], list) else [given]),
+                *self.callbacks,
                 Preemption(),
                 model_flops,
                 ProgressLine(self.options.title or self.module_class.artifact, model_flops),

@@ -1,0 +1,154 @@
+"""Ablations of tiny trainings: those that are compared are the same as ever, and share what they are said to share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ldm.ablation import page
+from ldm.cli import main
+from tests.tiny import TinyRuns, write_config
+
+STEPS = 10
+CHANGES: dict[str, dict[str, Any]] = {
+    "log": {"trainer": {"log_every_n_steps": 3}},  # changes nothing
+    "uniform": {"model": {"timesteps": {"class_path": "ldm.diffusion.timesteps.LogitNormal"}, "ema_decay": 0.5}},
+    "broken": {"model": {"optimiser": {"learning_rate": 1e38}, "max_skipped": 0}},
+}
+
+
+class Stopped(Exception):
+    """In the place of Ctrl-C between two looks."""
+
+
+@pytest.fixture(scope="module")
+def configs(tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base.yaml``, a whole config, and short ones that change it."""
+    folder = tmp_path_factory.mktemp("configs")
+    latents = tiny_runs.folder / "autoencoder", tiny_runs.folder / "latents"
+    trainer = {"max_steps": STEPS, "log_every_n_steps": 1, "devices": 1}
+    write_config(folder / "base.yaml", latents, trainer, preview_prompts=["a ring"], preview_steps=2)
+    for name, change in CHANGES.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(change))
+    (folder / "empty.yaml").write_text("model: {}\n")
+    return folder
+
+
+def command(configs: Path, out: Path, *words: str, names: Sequence[str] = ("empty", "log", "uniform", "broken")) -> list[str]:
+    files = [str(configs / f"{name}.yaml") for name in names]
+    return ["ablate", *files, "--config", str(configs / "base.yaml"), "--out", str(out), "--looks", "2", *words]
+
+
+@pytest.fixture(scope="module")
+def ablation(configs: Path, tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished ablation of four variants, which was interrupted after its first look."""
+    out = tmp_path_factory.mktemp("ablation") / "out"
+    images = ["--shards", f"{tiny_runs.folder}/shards", "--network", "alex-random", "--count", "8", "--steps", "1"]
+    words = command(configs, out, "--no-stop", *images)
+
+    def stop(ablation: Any) -> None:
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(page, "write_page", stop)
+        main(words)
+    assert not (out / "ablation.html").exists() and len([*(out / "looks").glob("*.json")]) == 3
+    main(words)
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(ablation: Path) -> dict[str, Any]:
+    return json.loads((ablation / "results.json").read_text())
+
+
+def test_a_variant_is_trained_as_it_is_by_itself(ablation: Path, configs: Path, tmp_path: Path) -> None:
+    """Stopped at each look and resumed, and measured there, with others between: the same weights, bit for bit."""
+    main(["denoiser", "fit", "--config", str(configs / "base.yaml"), "--out", str(tmp_path / "run")])
+    there = ablation / "runs" / "empty-0" / "pipeline"
+    for file in ("transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        ours, theirs = load_file(there / file), load_file(tmp_path / "run" / "pipeline" / file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_change_that_changes_nothing_makes_no_difference_and_others_are_named(results: dict[str, Any]) -> None:
+    log, uniform = (results["comparisons"][name] for name in ("log", "uniform"))
+    assert [look["images"] for look in log["looks"]] == [20, 40]
+    for look in log["looks"]:
+        assert look["difference"] == look["low"] == look["high"] == 0
+    assert log["answer"] == "no difference above 1.0% after 40 images" and log["clear_at_images"] is None
+    assert log["metrics"].keys() == results["variants"]["log"]["looks"][0]["metrics"].keys() >= {"fid_alex_random"}
+    assert all(each == {"difference": 0, "low": 0, "high": 0} for each in log["metrics"].values())
+    assert log["paired"] == {"samples": True, "times": True, "noise": True, "captions": True}
+    # drawn before the noise, other times leave other noise
+    assert uniform["paired"] == {"samples": True, "times": False, "noise": False, "captions": True}
+    assert uniform["looks"][1]["difference"] != 0
+
+
+def test_results_are_those_of_the_looks(ablation: Path, results: dict[str, Any]) -> None:
+    files = sorted((ablation / "looks").glob("*.json"))
+    first, second = (json.loads((ablation / "looks" / f"{name}-0-00000010.json").read_text()) for name in ("empty", "uniform"))
+    ratios = np.log(np.array(second["errors"]) / np.array(first["errors"]))
+    look = results["comparisons"]["uniform"]["looks"][1]
+    assert len(files) == 6 and look["difference"] == pytest.approx(ratios.mean())
+    assert look["low"] < look["difference"] < look["high"] and len(look["levels"]) == 3
+    variant = results["variants"]["uniform"]
+    assert variant["looks"][1]["x0_error"] == pytest.approx(math.exp(np.log(second["errors"]).mean()))
+    seconds = variant["seconds_per_step"]
+    assert 0 < seconds["least"] <= seconds["median"] <= seconds["most"]
+    assert variant["looks"][1]["seconds"] == pytest.approx(10 * seconds["median"])
+    assert results["comparisons"]["uniform"]["equal_seconds"]["seconds"] > 0
+
+
+def test_a_training_that_diverges_is_given_up_and_the_others_go_on(ablation: Path, results: dict[str, Any]) -> None:
+    assert "not finite" in results["variants"]["broken"]["failed"] and not results["variants"]["broken"]["looks"]
+    said = (ablation / "ablation.html").read_text()
+    assert "given up" in said and "model.ema_decay" in said and "Previews, from the same prompts" in said
+    assert "broken" not in results["comparisons"]
+
+
+def test_a_finished_ablation_only_shows_its_results_and_another_one_is_refused(
+    ablation: Path, configs: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command(configs, ablation, "--no-stop", "--seeds", "2"))
+    assert ended.value.code == 2 and "holds an ablation with other seeds; give a new --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "said"),
+    [
+        (["empty"], [], "compares two variants or more"),
+        (["empty", "log"], ["--trainer.log_every_n_steps", "2"], "log and empty are the same"),
+        (["empty", "log"], ["--trainer.devices", "2"], "give trainer.devices 1"),
+        (["empty"], ["--vary", "data.batch_size", "4", "8"], "different numbers of images (batch_size=4 40, batch_size=8 80)"),
+        (
+            ["empty"],
+            ["--vary", "data.validation_samples", "16", "24"],
+            "data.validation_samples of validation_samples=24 is 24",
+        ),
+        (["empty"], ["--vary", "model.nonsense", "1", "2"], "nonsense"),
+        (["empty"], ["--vary", "model.ema_decay"], "--vary model.ema_decay has no values"),
+        (["empty", "log"], ["--looks", "20"], "empty has 10 steps for 20 looks"),
+        (["empty", "log"], ["--count", "9"], "--count is of the metrics of generated images; give --shards, too"),
+        (["empty", "log"], ["--trainer.max_steps"], "--trainer.max_steps has no value"),
+        (["empty", "log"], ["--margin", "1"], "--margin is 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line(
+    names: list[str], words: list[str], said: str, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command(configs, tmp_path / "out", *words, names=names))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ldm:")]
+    assert ended.value.code == 2 and len(errors) == 1 and said in errors[0]
+    assert not (tmp_path / "out").exists()
