@@ -79,10 +79,11 @@ class Series:
 
     @property
     def seconds(self) -> list[float]:
-        """Of training until each look, by the median of all parts; none where none was timed."""
+        """Of training until each look, by the fastest part, since other work of the machine only slows a step down; none where
+        none was timed."""
         if not self.step_seconds:
             return []
-        return [look[0]["step"] * statistics.median(self.step_seconds) for look in self.records]
+        return [look[0]["step"] * min(self.step_seconds) for look in self.records]
 
     def errors(self, look: int) -> list[np.ndarray]:
         """Of each seed, (N,)."""

@@ -52,6 +52,10 @@ def _answers(page: Report, ablation: Ablation, comparisons: Sequence[Comparison]
         f"±{rule.margin:.1%}: with {rule.looks} looks and {rule.comparisons} comparisons, the probability that any of them is "
         f"called clear without a difference above {rule.margin:.1%} is at most {1 - rule.level:.0%}.",
     ]
+    said.append(
+        "Seconds are those of steps, without validations, looks and checkpoints, by the fastest part of each training. Intervals "
+        "leave their uncertainty out; the last table has it."
+    )
     if seeds == 1:
         said.append(
             "With one seed, this is about these trained models. Another seed may differ by a percent; train with several."
@@ -142,7 +146,7 @@ def _interval(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
     low, high = estimate.interval()
-    return f"{estimate.value:+.4g} ({low:+.4g} to {high:+.4g})"
+    return f"{estimate.value:+.3g} ({low:+.2g} to {high:+.2g})"
 
 
 def _images(page: Report, ablation: Ablation) -> None:
@@ -172,13 +176,13 @@ def _what_differs(page: Report, ablation: Ablation, comparisons: Sequence[Compar
     if comparisons:
         page.table("What the trainings share with the baseline's", ["variant", *comparisons[0].paired], rows)
     rows = [[name, series.variant.parameters, *_speed(series)] for name, series in ablation.series.items()]
-    page.table("Speed", ["variant", "trained parameters", "seconds per step", "least", "most", "steps"], rows)
+    page.table("Speed", ["variant", "trained parameters", "seconds per step", "median", "most", "steps"], rows)
 
 
 def _speed(series: Series) -> list[float | int]:
     seconds = series.step_seconds or [math.nan]
     steps = series.records[-1][0]["step"] if series.records else 0
-    return [float(np.median(seconds)), min(seconds), max(seconds), steps]
+    return [min(seconds), float(np.median(seconds)), max(seconds), steps]
 
 
 def _short(value: object) -> str:

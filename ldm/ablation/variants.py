@@ -151,4 +151,4 @@ def names_of(configs: Sequence[str]) -> list[str]:
 
 def folder_name(text: str) -> str:
     """``text`` as the name of a folder."""
-    return re.sub(r"[^\w.=+-]+", "-", text).strip("-.")[:LONGEST_NAME]
+    return re.sub(r"[^\w.,=+-]+", "-", text).strip("-.")[:LONGEST_NAME]

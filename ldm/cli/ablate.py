@@ -70,9 +70,12 @@ def is_of_fit(name: str) -> bool:
 
 
 def run_ablate(options: argparse.Namespace) -> None:
+    from jsonargparse import ArgumentError
+
     from ldm.ablation.ablation import Ablation
     from ldm.ablation.variants import find_variants
     from ldm.latents.compute import Process
+    from ldm.runs.config import explain
     from ldm.terminal import say
 
     for name, most in (("looks", MOST_LOOKS), ("seeds", MOST_SEEDS)):
@@ -85,7 +88,10 @@ def run_ablate(options: argparse.Namespace) -> None:
     if Process.from_environment().world_size > 1:
         raise UsageError("ldm ablate trains in one process; start it without torchrun")
     judge = _judge(options)
-    variants = find_variants(_given(options), Path(options.out), options.images)
+    try:
+        variants = find_variants(_given(options), Path(options.out), options.images)
+    except ArgumentError as error:
+        raise UsageError(f"{explain(error)}; see ldm denoiser fit --help") from error
     looks = [(number + 1) / options.looks for number in range(options.looks)]
     ablation = Ablation(Path(options.out), variants, looks, options.seeds, options.margin, not options.no_stop, judge)
     ablation.run()
@@ -107,7 +113,7 @@ def _given(options: argparse.Namespace) -> dict[str, list[str]]:
         for values in product(*([(key, value) for value in values] for key, *values in options.vary)):
             changes = [f"{key.rpartition('.')[2]}={value}" for key, value in values]
             words = [name] if len(options.configs) > 1 or not changes else []
-            variant = folder_name(" ".join([*words, *changes]))
+            variant = folder_name(",".join([*words, *changes]))
             if variant in given or not variant:
                 raise UsageError(f"two variants are called {variant!r}; give the configs other names")
             overrides = [f"--{key}={value}" for key, value in values]
