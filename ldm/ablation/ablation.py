@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -156,10 +156,11 @@ class Ablation:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train and compare, from where an earlier run of the same ablation ended; the results are written after each look."""
-        from ldm.ablation.page import write_page
+    def run(self, show: Callable[[Ablation], None]) -> None:
+        """Train and compare, from where an earlier run of the same ablation ended.
 
+        ``show``: called after each look, once ``results.json`` is written.
+        """
         with hold_folder(self.out, f"running the ablation in {self.out}"):
             self._claim()
             active = [*self.variants]
@@ -173,7 +174,7 @@ class Ablation:
                         self.final[variant.name] = self._metric_differences(variant)
                 active = [variant for variant in active if variant not in decided]
                 write_json(self.out / "results.json", self.results())
-                write_page(self)
+                show(self)
                 if len(active) < 2:
                     break
 

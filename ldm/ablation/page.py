@@ -53,8 +53,8 @@ def _answers(page: Report, ablation: Ablation, comparisons: Sequence[Comparison]
         f"called clear without a difference above {rule.margin:.1%} is at most {1 - rule.level:.0%}.",
     ]
     said.append(
-        "Seconds are those of steps, without validations, looks and checkpoints, by the fastest part of each training. Intervals "
-        "leave their uncertainty out; the last table has it."
+        "Seconds are those of steps, without validations, looks and checkpoints, by the fastest part of each training. "
+        "Intervals leave their uncertainty out; the last table has it."
     )
     if seeds == 1:
         said.append(

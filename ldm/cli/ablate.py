@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.evaluated import GUIDANCE, STEPS, require_count
+from ldm.cli.evaluated import require_count
 from ldm.cli.parser import Commands, add_command
 from ldm.errors import UsageError
 
@@ -60,8 +60,8 @@ def add(commands: Commands) -> None:
     images.add_argument("--shards", metavar="DIR", help="image shards of a validation set, with captions")
     images.add_argument("--network", action="append", metavar="NAME", help="as of ldm evaluate pipeline; repeatable")
     images.add_argument("--count", type=int, metavar="N", help="images of each look (default: 256)")
-    images.add_argument("--steps", type=int, help=f"of the sampler (default: {STEPS})")
-    images.add_argument("--guidance", type=float, help=f"guidance scale; 1 is none (default: {GUIDANCE:g})")
+    images.add_argument("--steps", type=int, help="of the sampler (default: 30)")
+    images.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: 3)")
 
 
 def is_of_fit(name: str) -> bool:
@@ -73,6 +73,7 @@ def run_ablate(options: argparse.Namespace) -> None:
     from jsonargparse import ArgumentError
 
     from ldm.ablation.ablation import Ablation
+    from ldm.ablation.page import write_page
     from ldm.ablation.variants import find_variants
     from ldm.latents.compute import Process
     from ldm.runs.config import explain
@@ -94,7 +95,7 @@ def run_ablate(options: argparse.Namespace) -> None:
         raise UsageError(f"{explain(error)}; see ldm denoiser fit --help") from error
     looks = [(number + 1) / options.looks for number in range(options.looks)]
     ablation = Ablation(Path(options.out), variants, looks, options.seeds, options.margin, not options.no_stop, judge)
-    ablation.run()
+    ablation.run(write_page)
     for comparison in ablation.comparisons():
         say(f"{comparison.variant.name}: {ablation.answer(comparison)}")
     say(f"look at {ablation.out / 'ablation.html'}")
@@ -131,6 +132,7 @@ def _judge(options: argparse.Namespace) -> ImageJudge | None:
     from ldm.ablation.judge import ImageJudge
     from ldm.evaluation.features import load_feature_network
     from ldm.machine import device_type
+    from ldm.pipeline import GUIDANCE, STEPS
 
     count, steps = options.count or 256, STEPS if options.steps is None else options.steps
     for name, value in (("count", count), ("steps", steps)):

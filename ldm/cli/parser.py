@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     passes_on: Callable[[str], bool] | None = None
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.passes_on is None or args is None:
             return super().parse_known_args(args, namespace)
         own: list[str] = []

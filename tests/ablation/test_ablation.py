@@ -116,12 +116,10 @@ def test_a_training_that_diverges_is_given_up_and_the_others_go_on(ablation: Pat
     assert "broken" not in results["comparisons"]
 
 
-def test_a_finished_ablation_only_shows_its_results_and_another_one_is_refused(
-    ablation: Path, configs: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_folder_of_another_ablation_is_refused(ablation: Path, configs: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(command(configs, ablation, "--no-stop", "--seeds", "2"))
-    assert ended.value.code == 2 and "holds an ablation with other seeds; give a new --out" in capsys.readouterr().err
+        main(command(configs, ablation, "--no-stop", names=("empty", "log")))
+    assert ended.value.code == 2 and "holds an ablation with other variants; give a new --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
