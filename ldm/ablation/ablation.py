@@ -130,7 +130,7 @@ class Ablation:
     ):
         """
         Args:
-            variants: the first one is the baseline.
+            variants: the first one is the baseline; a single one is trained and measured alone.
             looks: when to look, as shares of the training; the last one is 1.
             seeds: trainings of each variant.
             margin: of :class:`StopRule`.
@@ -138,7 +138,7 @@ class Ablation:
             judge: of generated images.
         """
         self.out, self.variants, self.seeds, self.judge, self.stops = out, [*variants], seeds, judge, stops
-        self.rule = StopRule(len(looks), len(variants) - 1, margin)
+        self.rule = StopRule(len(looks), max(len(variants) - 1, 1), margin)
         images = max(variant.steps * (variant.batch_size or 1) for variant in variants)
         self.steps = {
             variant.name: [min(variant.steps_for(round(images * share)), variant.steps) for share in looks]
@@ -175,7 +175,7 @@ class Ablation:
                 active = [variant for variant in active if variant not in decided]
                 write_json(self.out / "results.json", self.results())
                 show(self)
-                if len(active) < 2:
+                if len(active) < min(len(self.variants), 2):
                     break
 
     def _claim(self) -> None:

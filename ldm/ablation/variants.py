@@ -90,8 +90,6 @@ def find_variants(given: Mapping[str, Sequence[str]], out: Path, images: int | N
     Raises:
         UsageError: for a variant that cannot be trained or compared.
     """
-    if len(given) < 2:
-        raise UsageError("an ablation compares two variants or more; give another config, or vary a setting")
     variants = []
     for name, arguments in given.items():
         try:

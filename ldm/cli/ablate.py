@@ -119,6 +119,8 @@ def _given(options: argparse.Namespace) -> dict[str, list[str]]:
                 raise UsageError(f"two variants are called {variant!r}; give the configs other names")
             overrides = [f"--{key}={value}" for key, value in values]
             given[variant] = [*before, f"--config={config}", *options.passed_on, *overrides]
+    if len(given) < 2:
+        raise UsageError("an ablation compares two variants or more; give another config, or vary a setting")
     return given
 
 

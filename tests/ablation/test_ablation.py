@@ -15,7 +15,11 @@ import yaml
 from safetensors.torch import load_file
 
 from ldm.ablation import page
+from ldm.ablation.ablation import Ablation
+from ldm.ablation.look import LookRecord
+from ldm.ablation.variants import Variant
 from ldm.cli import main
+from ldm.errors import LdmError, UsageError
 from tests.tiny import TinyRuns, write_config
 
 STEPS = 10
@@ -150,3 +154,70 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ldm:")]
     assert ended.value.code == 2 and len(errors) == 1 and said in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+class Made(Ablation):
+    """An ablation of trainings that are made up: of each variant its error relative to the baseline's, and seconds per step."""
+
+    def __init__(self, out: Path, made: dict[str, tuple[float, float]], seeds: int, looks: int, **settings: Any):
+        config = {"seed_everything": 0, "data.seed": 0}
+        variants = [Variant(name, (), config | {"model.made": name}, 80, 4, 1) for name in made]
+        self.made, self.trained, self.samples = made, [], dict.fromkeys(made, 1.0)
+        super().__init__(out, variants, [(look + 1) / looks for look in range(looks)], seeds, **settings)
+
+    def _train(self, variant: Variant, seed: int, number: int) -> LookRecord:
+        if variant.name == "broken" and number == 1:
+            raise LdmError("it diverged")
+        self.trained.append((variant.name, seed, number))
+        (factor, seconds), step = self.made[variant.name], self.steps[variant.name][number]
+        hard = np.random.default_rng(0).lognormal(0, 1, 64) / step
+        noise = np.random.default_rng([seed, *variant.name.encode()]).normal(0, 0.02, 64)
+        errors = (factor * hard * np.exp(noise)).tolist()
+        return LookRecord(
+            step=step,
+            images=4 * step,
+            seconds_per_step=seconds * (1 + number),
+            errors=errors,
+            samples=[self.samples[variant.name]] * 64,
+            val_loss=1.0,
+            paired={"samples": "a", "times": variant.name},
+            metrics={"accuracy": factor + seed},
+        )
+
+
+def test_variants_take_turns_and_end_when_their_answer_is_clear(tmp_path: Path) -> None:
+    made = {"base": (1.0, 1.0), "better": (0.8, 2.0), "same": (1.0, 0.5), "broken": (1.0, 1.0)}
+    ablation, shown = Made(tmp_path / "out", made, seeds=3, looks=4), []
+    ablation.run(lambda each: shown.append(len(each.baseline.records)))
+    assert shown == [1, 2, 3, 4] and len(ablation.series["better"].records) == 2
+    first = [(name, seed) for name, seed, number in ablation.trained if number == 0]
+    forwards = [*made]
+    assert first == [(name, seed) for seed in range(3) for name in (forwards if seed % 2 == 0 else forwards[::-1])]
+    assert [name for name, seed, number in ablation.trained if (seed, number) == (0, 3)] == ["same", "base"]
+    better, same, broken = ablation.comparisons()
+    assert better.clear == 1 and same.clear is None and "clear after 160" in ablation.answer(better)
+    assert better.looks[1].overall.value == pytest.approx(math.log(0.8), abs=0.02) and better.looks[1].overall.freedom == 2
+    assert ablation.answer(better).startswith("the error of x0 is 2") and "% smaller (" in ablation.answer(better)
+    assert len(broken.looks) == 1 and ablation.series["broken"].failed == "it diverged"
+    assert better.paired == {"samples": True, "times": False}
+    # the fastest part counts: after 40 s the baseline is at half of its images, where the error is half as large
+    assert ablation.series["better"].seconds == [40, 80] and ablation.baseline.seconds == [20, 40, 60, 80]
+    assert better.equal_seconds is not None and better.equal_seconds[0] == 40
+    assert better.equal_seconds[1].overall.value == pytest.approx(math.log(0.8 * 2), abs=0.02)
+    assert same.equal_seconds is not None and same.equal_seconds[0] == 40
+    assert ablation.series["better"].metrics(0) == pytest.approx({"accuracy": 1.8})
+    page.write_page(ablation)
+    assert "3 seeds" in (tmp_path / "out" / "ablation.html").read_text()
+
+
+def test_what_is_not_clear_is_trained_to_the_end_and_other_samples_are_refused(tmp_path: Path) -> None:
+    ablation = Made(tmp_path / "one", {"base": (1.0, 1.0), "better": (0.8, 1.0)}, 1, 4, stops=False)
+    ablation.run(lambda each: None)
+    assert len(ablation.series["better"].records) == 4 and ablation.comparisons()[0].clear == 1
+    shown: list[int] = []
+    Made(tmp_path / "alone", {"base": (1.0, 1.0)}, 1, 2).run(lambda each: shown.append(len(each.comparisons())))
+    assert shown == [0, 0]
+    other = Made(tmp_path / "other", {"base": (1.0, 1.0), "better": (0.8, 1.0)}, 1, 1)
+    other.samples["base"] = 1.1
+    with pytest.raises(UsageError, match="the validation samples of better are other latents"):
+        other.run(lambda each: None)
