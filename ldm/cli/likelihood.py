@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
     likelihood.add_argument(
         "--others", type=int, default=3, help="captions to compare an image's own with, beside the empty one (default: 3)"
     )
-    likelihood.add_argument("--suspects", type=int, default=20, metavar="N", help="images to list (default: 20)")
+    likelihood.add_argument("--suspects", type=int, default=20, metavar="N", help="images to list at most (default: 20)")
     likelihood.add_argument("--batch-size", type=int, default=16, help="default: 16")
     likelihood.add_argument("--page", metavar="FILE", help="write a page with images and plots there")
     likelihood.add_argument("--json", metavar="FILE", help="write all results there; -: to stdout, without the table")
@@ -57,15 +57,14 @@ def add(commands: Commands) -> None:
 def run_evaluate_likelihood(options: argparse.Namespace) -> None:
     import json
 
+    from ldm.evaluation.image_sets import several_processes
     from ldm.evaluation.likelihood import LikelihoodEvaluator, LikelihoodSettings, inapplicable
-    from ldm.evaluation.likelihood_page import metric_rows, save_page
+    from ldm.evaluation.likelihood_page import NO_SUSPECTS, metric_rows, save_page
     from ldm.files import require_output_file, write_json
     from ldm.latents.compute import Process
     from ldm.models.fingerprint import network_hash
     from ldm.pipeline import load_pipeline
 
-    if (processes := Process.from_environment().world_size) > 1:
-        raise UsageError(f"a likelihood is measured by one process, not {processes}; start the command without torchrun")
     if options.suspects < 1:
         raise UsageError(f"--suspects is {options.suspects}; give 1 or more")
     for name, out in (("json", options.json), ("page", options.page)):
@@ -77,19 +76,23 @@ def run_evaluate_likelihood(options: argparse.Namespace) -> None:
     asked = None if options.measure is None else tuple(name for name in MEASURES if name in options.measure)
     settings = {name: getattr(options, name) for name in names}
     LikelihoodSettings(asked or ("latent", "image"), **settings)  # before the pipeline is loaded
-    pipeline = load_pipeline(options.model)
+    process = Process.from_environment()
+    quiet, pipeline = process.rank > 0, load_pipeline(options.model, process.device())
     lacking = {} if asked is not None else inapplicable(pipeline)
     measures = asked or tuple(name for name in MEASURES if name not in lacking)
-    evaluator = LikelihoodEvaluator(pipeline, options.shards, LikelihoodSettings(measures, **settings))
-    for name, reason in lacking.items():
+    evaluator = LikelihoodEvaluator(pipeline, options.shards, LikelihoodSettings(measures, **settings), process)
+    for name, reason in () if quiet else lacking.items():
         say(f"{name} is not measured: {reason}", sys.stderr)
 
     def estimate(seconds: float) -> None:
         about = "" if options.solver != "dopri5" or "latent" not in measures else ", if dopri5 needs 100 evaluations"
         say(f"this takes about {duration(seconds)}{about}", sys.stderr)
 
-    with Progress("measuring", min(settings["count"], len(evaluator.dataset))) as progress:
-        found = evaluator.measure(progress.update, estimate)
+    count = min(settings["count"], len(evaluator.dataset))
+    with several_processes(process), Progress("measuring", count, quiet) as progress:
+        found = evaluator.measure(progress.update, None if quiet else estimate)
+    if quiet:
+        return
     if options.page is not None:
         save_page(found, evaluator, options.page, options.model, options.suspects)
     if options.json is not None:
@@ -109,8 +112,13 @@ def run_evaluate_likelihood(options: argparse.Namespace) -> None:
         write_json(options.json, record)
     print_table({name: [value] for name, value in metric_rows(found).items()}, "value")
     if "captions" in measures:
-        rows = {}
+        rows: dict[str, list[str]] = {}
         for image in found.suspects(options.suspects):
             shard, key = evaluator.dataset.name_of(image.number)
             rows[f"{Path(shard).name}: {key}"] = [f"{image.margin:+.2f}", image.caption]
-        print_table(rows, "nats above others", "suspects of a wrong caption")
+        if rows:
+            print_table(rows, "nats above the likeliest other caption", "its own caption", first="suspects of a wrong caption")
+        else:
+            say(f"suspects of a wrong caption: {NO_SUSPECTS[0].lower()}{NO_SUSPECTS[1:]}")
+    if options.page is not None:
+        say(f"look at {options.page}")

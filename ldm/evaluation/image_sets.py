@@ -211,7 +211,7 @@ class Scorer:
         Raises LdmError where they are too many.
         """
         batches = self._batches(range(len(samples)))
-        count = _Count(len(samples), self.process, on_progress)
+        count = Count(len(samples), self.process, on_progress)
 
         def work(batch: Sequence[int]) -> list[Scored | BadSample]:
             read = {number: dataset.attempt(samples[number]) for number in batch}
@@ -252,7 +252,7 @@ class Scorer:
         """
         alike = _of_one_size(dict(enumerate(sizes)))
         batches = [batch for numbers in alike for batch in self._batches(numbers)]
-        count = _Count(len(captions), self.process, on_progress)
+        count = Count(len(captions), self.process, on_progress)
 
         def work(numbers: Sequence[int]) -> list[Scored]:
             height, width = sizes[numbers[0]]
@@ -280,7 +280,7 @@ class Scorer:
 
     def image_files(self, files: Sequence[tuple[Path, str | None]], on_progress: OnProgress | None = None) -> ImageSet:
         """Image files with their captions, in their order. Raises LdmError, naming the file, for one that cannot be read."""
-        count = _Count(len(files), self.process, on_progress)
+        count = Count(len(files), self.process, on_progress)
 
         def work(batch: Sequence[int]) -> list[Scored]:
             read = {number: _read(files[number][0]) for number in batch}
@@ -298,8 +298,8 @@ class Scorer:
         return [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
 
 
-class _Count:
-    """Progress of the first process, which stands for all of them."""
+class Count:
+    """Progress of the first process, which stands for all of them; called with each batch that is done."""
 
     def __init__(self, total: int, process: Process, on_progress: OnProgress | None):
         self.total, self.done, self.process, self.on_progress = total, 0, process, on_progress

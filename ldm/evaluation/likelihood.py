@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,8 @@ from ldm.diffusion.likelihood import (
 from ldm.diffusion.path import VariancePreserving
 from ldm.diffusion.sampler import Denoiser
 from ldm.errors import LdmError, UsageError
-from ldm.evaluation.image_sets import FixedSizes
+from ldm.evaluation.image_sets import ALONE, Count, FixedSizes, shared_work
+from ldm.latents.compute import Process
 from ldm.latents.images import CaptionedImages
 from ldm.models.autoencoder import LatentNormalizer, decode, encode, has_posterior, in_float32, pixels_to_images
 from ldm.models.pixels import PixelAutoencoder
@@ -137,9 +138,23 @@ class ImageLikelihood:
 
     @property
     def margin(self) -> float:
-        """By how many nats the image is likelier under its own caption than under one of the others at random."""
+        """By how many nats the image is likelier under its own caption than under the likeliest of the others."""
         assert self.own is not None
-        return self.own - float(np.logaddexp.reduce(self.others)) + math.log(len(self.others))
+        return self.own - max(self.others)
+
+
+class Measured(NamedTuple):
+    """Images of one size that were measured together.
+
+    Attributes:
+        noise_errors: (levels, :data:`CAPTIONS`), sums over the images; None where captions were not compared.
+        evaluations, solver_error: as in :class:`Likelihoods`; None where they were not measured.
+    """
+
+    images: list[ImageLikelihood]
+    noise_errors: Tensor | None = None
+    evaluations: int | None = None
+    solver_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,8 +202,9 @@ class Likelihoods:
         return density + pixels * math.log(BIN) + image.density
 
     def suspects(self, count: int) -> list[ImageLikelihood]:
-        """The images that are least likely under their own caption against others, the worst first."""
-        return sorted(self.images, key=lambda image: (image.margin, image.number))[:count]
+        """The images that are likelier under another caption than under their own, the worst first."""
+        wrong = [image for image in self.images if image.margin < 0]
+        return sorted(wrong, key=lambda image: (image.margin, image.number))[:count]
 
     def summary(self) -> dict[str, float]:
         """Means over the images with their standard errors, in bits per dimension."""
@@ -230,8 +246,16 @@ def inapplicable(pipeline: LatentDiffusionPipeline) -> dict[str, str]:
 class LikelihoodEvaluator:
     """Measures the images of shards under a pipeline."""
 
-    def __init__(self, pipeline: LatentDiffusionPipeline, shards: str | ShardSource, settings: LikelihoodSettings):
-        """Raises UsageError for a measure that the pipeline does not have, shards without captions where it takes some, or with
+    def __init__(
+        self,
+        pipeline: LatentDiffusionPipeline,
+        shards: str | ShardSource,
+        settings: LikelihoodSettings,
+        process: Process = ALONE,
+    ):
+        """``process``: which of several processes, which share the batches, this is.
+
+        Raises UsageError for a measure that the pipeline does not have, shards without captions where it takes some, or with
         nothing to compare one with."""
         for name, reason in inapplicable(pipeline).items():
             if name in settings.measures:
@@ -239,7 +263,7 @@ class LikelihoodEvaluator:
         source = open_source(shards, IMAGE_SHARDS) if isinstance(shards, str) else shards
         if not pipeline.is_unconditional and source.manifest.captioned is False:  # not counted by all writers
             raise UsageError(f"{source.spec} has no captions, which the model was trained on; pack them with the images")
-        self.pipeline, self.settings, self.source = pipeline, settings, source
+        self.pipeline, self.settings, self.source, self.process = pipeline, settings, source, process
         self.normalizer = LatentNormalizer.of(pipeline.vae)
         pipeline.transformer.eval().requires_grad_(False)
         pipeline.vae.requires_grad_(False)
@@ -248,11 +272,9 @@ class LikelihoodEvaluator:
         self.dataset = CaptionedImages(source, None, pipeline.vae_scale_factor, captions, sizes)
         self.flow = FlowLikelihood(*pipeline.diffusion, settings.solver, settings.tolerance, settings.steps)
         self.captions: list[str] = []
-        self.solver_error: float | None = None
-        self.evaluations: list[int] = []
+        self.is_solver_checked = False
         path, prediction = pipeline.diffusion
         self.levels, self.width = evidence_levels(path, prediction, settings.levels, LOW, HIGH)
-        self.noise_errors = torch.zeros(settings.levels, len(CAPTIONS), dtype=torch.float64)
 
     @torch.no_grad()
     def measure(
@@ -273,41 +295,52 @@ class LikelihoodEvaluator:
             self.captions = [*dict.fromkeys(text for row in range(total) for text in self.dataset.captions_of(row)[:1])]
             if len(self.captions) < 2:
                 raise UsageError(f"{self.source.spec} has one caption for all of its images; there is none to compare it with")
-        quarantine, images = Quarantine(total, adjustable=False), list[ImageLikelihood]()
-        for start in range(0, total, settings.batch_size):
-            rows = range(start, min(start + settings.batch_size, total))
-            for samples in self._of_one_size(rows, quarantine):
-                if on_estimate is not None:
-                    on_estimate(self._seconds(samples) * total / len(samples))
-                    on_estimate = None
-                images += self._measure(samples)
-            if on_progress is not None:
-                on_progress(rows.stop, total)
+        quarantine = Quarantine(total, adjustable=False)
+
+        def work(rows: Sequence[int]) -> tuple[list[list[BadSample]], list[Measured]]:
+            nonlocal on_estimate
+            bad, groups = self._of_one_size(rows)
+            quarantine.add(bad)
+            if groups and on_estimate is not None:
+                on_estimate(self._seconds(groups[0]) * total / len(groups[0]) / self.process.world_size)
+                on_estimate = None
+            return bad, [self._measure(samples) for samples in groups]
+
+        batches = [range(total)[start : start + settings.batch_size] for start in range(0, total, settings.batch_size)]
+        found = shared_work(batches, work, self.process, Count(total, self.process, on_progress))
+        if self.process.world_size > 1:  # each has counted its own
+            Quarantine(total, adjustable=False, quiet=True).add([row for bad, _ in found for row in bad])
+        measured = [group for _, groups in found for group in groups]
+        images = [image for group in measured for image in group.images]
         if not images:
             raise LdmError(f"{self.source.spec} holds no image that can be used; `ldm shards check --deep` names what is wrong")
-        errors = self.noise_errors / sum(image.values[0] for image in images)
-        path = self.pipeline.diffusion.path
-        snr = [float(2 * (path.alpha(t) / path.sigma(t)).log()) for t in self.levels[:, None]]
-        by_level = dict(zip(snr, map(tuple, errors.tolist()), strict=True))
+        solver_errors = [group.solver_error for group in measured if group.solver_error is not None]
+        evaluations = [group.evaluations for group in measured if group.evaluations is not None]
         return Likelihoods(
             sorted(images, key=lambda image: image.number),
             settings,
-            self.solver_error,
-            float(np.mean(self.evaluations)) if self.evaluations else None,
-            by_level if "captions" in settings.measures else {},
+            solver_errors[0] if solver_errors else None,
+            float(np.mean(evaluations)) if evaluations else None,
+            self._by_level([group.noise_errors for group in measured if group.noise_errors is not None], images),
         )
 
-    def _of_one_size(self, rows: Sequence[int], quarantine: Quarantine) -> Iterator[list[dict[str, Any]]]:
-        """The samples of these rows that can be used, those of one size together, each with its ``number``."""
-        good = []
-        for row in rows:
-            sample = self.dataset.attempt(row)
-            bad = isinstance(sample, BadSample)
-            quarantine.add([[sample] if bad else []])  # pyright: ignore[reportArgumentType]
-            good += [] if bad else [sample | {"number": row}]
+    def _by_level(self, errors: Sequence[Tensor], images: Sequence[ImageLikelihood]) -> dict[float, tuple[float, ...]]:
+        """``errors`` of :class:`Likelihoods`, by the sums of groups of images."""
+        if not errors:
+            return {}
+        path, dimensions = self.pipeline.diffusion.path, sum(image.values[0] for image in images)
+        snr = [float(2 * (path.alpha(t) / path.sigma(t)).log()) for t in self.levels[:, None]]
+        return dict(zip(snr, map(tuple, (sum(errors[1:], errors[0]) / dimensions).tolist()), strict=True))
+
+    def _of_one_size(self, rows: Sequence[int]) -> tuple[list[list[BadSample]], list[list[dict[str, Any]]]]:
+        """The bad samples of these rows, of each one or none; and the others with their ``number``, those of one size
+        together."""
+        read = [(row, self.dataset.attempt(row)) for row in rows]
+        good: list[dict[str, Any]]
+        good = [sample | {"number": row} for row, sample in read if not isinstance(sample, BadSample)]
         good.sort(key=lambda sample: (sample["image"].shape, sample["number"]))
-        for _, alike in groupby(good, key=lambda sample: sample["image"].shape):
-            yield [*alike]
+        groups = [[*alike] for _, alike in groupby(good, key=lambda sample: sample["image"].shape)]
+        return [[sample] if isinstance(sample, BadSample) else [] for _, sample in read], groups
 
     def _seconds(self, samples: Sequence[Mapping[str, Any]]) -> float:
         """How long all measures of these images will take, by one evaluation of the denoiser."""
@@ -321,7 +354,7 @@ class LikelihoodEvaluator:
         denoiser(x0, network_time, t).sum().item()
         return (time.monotonic() - began) * self.settings.forward_passes()
 
-    def _measure(self, samples: Sequence[Mapping[str, Any]]) -> list[ImageLikelihood]:
+    def _measure(self, samples: Sequence[Mapping[str, Any]]) -> Measured:
         generators, measures = self._generators(samples), self.settings.measures
         x0, density, squares = self._latents(samples, generators)
         texts = [sample["captions"][0] for sample in samples]
@@ -329,23 +362,26 @@ class LikelihoodEvaluator:
             ImageLikelihood(sample["number"], sample["key"], text, (x0[0].numel(), sample["image"].size))
             for sample, text in zip(samples, texts, strict=True)
         ]
-        denoiser = self._denoiser(samples, texts)
+        denoiser, measured = self._denoiser(samples, texts), Measured(found)
         if "latent" in measures:
-            found = self._flow(found, samples, denoiser, x0, rademacher(x0.shape, generators, self.settings.probes))
+            measured = self._flow(found, samples, denoiser, x0, rademacher(x0.shape, generators, self.settings.probes))
         if "image" in measures:
             shift = float(self.normalizer.std.double().log().sum()) * x0[0, 0].numel()
             found = [
                 replace(one, density=(one.latent or 0.0) - shift + more, squares=square)
-                for one, more, square in zip(found, density.tolist(), squares.tolist(), strict=True)
+                for one, more, square in zip(measured.images, density.tolist(), squares.tolist(), strict=True)
             ]
+            measured = measured._replace(images=found)
         if "ddpm" in measures:
             path, prediction = self.pipeline.diffusion
             assert isinstance(path, VariancePreserving)
             bound = ddpm_bound(path, prediction, denoiser, x0, generators, self.settings.ddpm_steps)
-            found = [replace(one, ddpm=nats) for one, nats in zip(found, bound.tolist(), strict=True)]
+            found = [replace(one, ddpm=nats) for one, nats in zip(measured.images, bound.tolist(), strict=True)]
+            measured = measured._replace(images=found)
         if "captions" in measures:
-            found = self._compare(found, samples, denoiser, x0, generators)
-        return found
+            found, noise_errors = self._compare(measured.images, samples, denoiser, x0, generators)
+            measured = measured._replace(images=found, noise_errors=noise_errors)
+        return measured
 
     def _generators(self, samples: Sequence[Mapping[str, Any]]) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(self.settings.seed + sample["number"]) for sample in samples]
@@ -395,17 +431,18 @@ class LikelihoodEvaluator:
         denoiser: Denoiser,
         x0: Tensor,
         probes: Tensor,
-    ) -> list[ImageLikelihood]:
-        result = self.flow(denoiser, x0, probes)
-        self.evaluations.append(result.evaluations)
-        if self.solver_error is None:  # once, on the first images
+    ) -> Measured:
+        result, solver_error = self.flow(denoiser, x0, probes), None
+        if not self.is_solver_checked:  # once in each process; that of the first images counts
+            self.is_solver_checked = True
             few, flow = slice(CHECKED), self.flow
             stricter = replace(flow, tolerance=max(flow.tolerance / 10, 1e-9), steps=min(2 * flow.steps, 100_000))
             denoiser = self._denoiser(samples[few], [one.caption for one in found[few]])
             again = stricter(denoiser, x0[few], probes[:, few])
-            self.solver_error = float((again.nats - result.nats[few]).abs().max()) / (x0[0].numel() * math.log(2))
+            solver_error = float((again.nats - result.nats[few]).abs().max()) / (x0[0].numel() * math.log(2))
         pairs = zip(found, result.nats.tolist(), result.standard_error.tolist(), strict=True)
-        return [replace(one, latent=nats, error=None if math.isnan(error) else error) for one, nats, error in pairs]
+        images = [replace(one, latent=nats, error=None if math.isnan(error) else error) for one, nats, error in pairs]
+        return Measured(images, None, result.evaluations, solver_error)
 
     def _compare(
         self,
@@ -414,23 +451,26 @@ class LikelihoodEvaluator:
         denoiser: Denoiser,
         x0: Tensor,
         generators: Sequence[torch.Generator],
-    ) -> list[ImageLikelihood]:
-        """Each with its evidence under its own and under other captions, by the same noise at the same levels."""
+    ) -> tuple[list[ImageLikelihood], Tensor]:
+        """Each with its evidence under its own and under other captions, by the same noise at the same levels; and
+        ``noise_errors`` of :class:`Measured`."""
         path, prediction = self.pipeline.diffusion
         compared = [self._others(one, generator) for one, generator in zip(found, generators, strict=True)]
         denoisers = [denoiser, *(self._denoiser(samples, texts) for texts in zip(*compared, strict=True))]
         evidence = torch.zeros(len(denoisers), len(x0), dtype=torch.float64)
-        for level, time_ in enumerate(self.levels):
+        noise_errors = []
+        for time_ in self.levels:
             t = time_.expand(len(x0))
             snr = (path.alpha(t) / path.sigma(t)).square()
             eps = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(x0)
             errors = torch.stack([snr * squared_error(path, prediction, each, x0, eps, t.to(x0)).cpu() for each in denoisers])
             evidence -= errors / 2 * self.width
-            self.noise_errors[level] += torch.stack([errors[0].sum(), errors[1].sum(), errors[2:].mean(0).sum()])
-        return [
+            noise_errors.append(torch.stack([errors[0].sum(), errors[1].sum(), errors[2:].mean(0).sum()]))
+        images = [
             replace(one, own=nats[0], others=tuple(nats[1:]), compared=tuple(texts))
             for one, nats, texts in zip(found, evidence.T.tolist(), compared, strict=True)
         ]
+        return images, torch.stack(noise_errors)
 
     def _others(self, image: ImageLikelihood, generator: torch.Generator) -> list[str]:
         """The empty caption, and others of the set at random."""

@@ -18,6 +18,7 @@ from ldm.terminal import printable
 COLUMNS, CELL = 5, 150
 SHOWN = 2 * COLUMNS
 BINS = 40
+NO_SUSPECTS = "None: each image is likelier under its own caption than under those that it was compared with."
 LABELS = {
     "latent": "latents, bits per dimension",
     "image": "images through the autoencoder, bits per dimension (upper bound)",
@@ -37,7 +38,7 @@ def metric_rows(found: Likelihoods) -> dict[str, str]:
         "solver_error": (f"largest error of the solver over {found.checked} images, bits per dimension", "{:.5f}"),
         "evaluations": ("evaluations of the denoiser for the ODE", "{:.0f}"),
         "decoder_std": ("standard deviation of the decoder's distribution, in [−1, 1]", "{:.4f}"),
-        "caption_margin_nats": ("own caption against others, nats on average", "{:.2f}"),
+        "caption_margin_nats": ("own caption against the likeliest other, nats on average", "{:.2f}"),
         "likelier_under_own": ("images likelier under their own caption", "{:.1%}"),
     }
     return rows | {label: form.format(summary[name]) for name, (label, form) in names.items() if name in summary}
@@ -74,25 +75,28 @@ def save_page(found: Likelihoods, evaluator: LikelihoodEvaluator, path: str | Pa
 
 def _captions(report: Report, found: Likelihoods, evaluator: LikelihoodEvaluator, suspects: int) -> None:
     few = found.suspects(suspects)
-    shown = few[: 4 * COLUMNS]
-    texts = [f"{image.margin:+.1f} nats. {image.caption}" for image in shown]
-    note = (
-        "By how many nats each image is likelier under its own caption than under the empty one and "
-        f"{len(few[0].others) - 1} of other images, the worst first. Below 0 the others fit better."
-    )
-    report.image("Suspects of a wrong caption", _grid(evaluator, shown, texts), note)
-    rows = []
-    for image in few:
-        best = max(range(len(image.others)), key=lambda number: image.others[number])
-        shard, key = evaluator.dataset.name_of(image.number)
-        name = printable(f"{Path(shard).name}: {key}")
-        rows.append((name, image.caption, round(image.margin, 2), image.compared[best] or "the empty one"))
-    columns = ("image", "caption", "nats above others", "the likeliest of the others")
-    report.table("The suspects by name", columns, rows)
+    if few:
+        shown = few[: 4 * COLUMNS]
+        texts = [f"{image.margin:+.1f} nats. {image.caption}" for image in shown]
+        note = (
+            "Images that are likelier under the empty caption, or one of "
+            f"{len(few[0].others) - 1} of other images, than under their own, the worst first, and by how many nats."
+        )
+        report.image("Suspects of a wrong caption", _grid(evaluator, shown, texts), note)
+        rows = []
+        for image in few:
+            best = max(range(len(image.others)), key=lambda number: image.others[number])
+            shard, key = evaluator.dataset.name_of(image.number)
+            name = printable(f"{Path(shard).name}: {key}")
+            rows.append((name, image.caption, round(image.margin, 2), image.compared[best] or "the empty one"))
+        columns = ("image", "caption", "nats above the likeliest other", "the likeliest other")
+        report.table("The suspects by name", columns, rows)
+    else:
+        report.text("Suspects of a wrong caption", NO_SUSPECTS)
     margins = np.array([image.margin for image in found.images])
     low, high = min(float(margins.min()), 0.0), max(float(margins.max()), 0.1)
     name = f"{(margins > 0).mean():.1%} of the images are likelier under their own caption"
-    report.bars("Own caption against others, nats", {name: np.histogram(margins, BINS, (low, high))[0]}, low, high)
+    report.bars("Own caption against the likeliest other, nats", {name: np.histogram(margins, BINS, (low, high))[0]}, low, high)
     levels = [*found.errors]
     series = {name: (levels, [found.errors[level][side] for level in levels]) for side, name in enumerate(CAPTIONS)}
     report.curve("What captions tell, by the level of noise", series, "ln SNR", "squared error of the noise per dimension")

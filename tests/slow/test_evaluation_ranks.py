@@ -29,7 +29,11 @@ def folder(make_pipeline: Callable, tiny_text_encoder: str, tmp_path_factory: py
 
 @pytest.mark.parametrize(
     ("what", "options"),
-    [("pipeline", SAMPLING), ("memorisation", [*SAMPLING, "--held-out", "held-out"])],
+    [
+        ("pipeline", SAMPLING),
+        ("memorisation", [*SAMPLING, "--held-out", "held-out"]),
+        ("likelihood", ["--solver", "euler", "--steps", "2", "--levels", "2", "--count", "8"]),
+    ],
 )
 def test_two_processes_write_the_results_of_one(what: str, options: list[str], folder: Path, tmp_path: Path) -> None:
     command = ["python", "-m", "ldm", "evaluate", what, f"{folder}/pipeline", "--shards", f"{folder}/shards"]
