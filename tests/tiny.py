@@ -95,6 +95,12 @@ class TinyRuns:
         recipe = ROOT / "configs" / "shapes" / f"{stage}.yaml"
         return [sys.executable, "-m", "ldm", stage, "fit", "--config", str(recipe), *common, *own, *options]
 
+    def evaluation(self, **settings: Any) -> list[str]:
+        """Options of an evaluation of a few images, in batches that two processes cannot share evenly."""
+        asked = {"shards": f"{self.folder}/shards", "every": 4, "networks": ["alex-random"]}
+        asked |= {"count": 12, "steps": 2, "batch_size": 5}
+        return ["--model.evaluation", json.dumps(asked | settings)]
+
     def torchrun(self, command: Sequence[str], processes: int = 2) -> list[str]:
         """The command under torchrun with DDP on ``processes`` processes."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -196,9 +196,9 @@ def _evaluate_on_shards(options: argparse.Namespace) -> None:
     from ldm.evaluation.features import load_feature_network
     from ldm.evaluation.image_sets import Scorer, open_folder, several_processes
     from ldm.evaluation.page import label, write_page
-    from ldm.evaluation.results import networks_protocol
+    from ldm.evaluation.results import record_of
     from ldm.files import require_output_file, write_json
-    from ldm.latents.compute import Process, versions
+    from ldm.latents.compute import Process
 
     if (options.model is None) == (options.images is None):
         raise UsageError("give the directory of a pipeline, or --images with a folder of images: one of them")
@@ -232,15 +232,11 @@ def _evaluate_on_shards(options: argparse.Namespace) -> None:
         results = reference.compare(generated)
     if quiet:
         return
-    source = dataset.sources[0]
-    protocol = {"shards": source.spec, "shards_hash": source.manifest.hash, "seed": options.seed} | results.protocol
-    protocol |= {"images": options.images} if chosen is None else chosen.protocol()
-    protocol |= {"sizes": [f"{width}x{height}" for height, width in generated.different_sizes]}
-    protocol |= {"networks": networks_protocol(networks), "versions": versions()}
-    record = {"format_version": 1, "metrics": results.to_json(), "protocol": protocol}
+    source, made_by = dataset.sources[0], {"images": options.images} if chosen is None else chosen.protocol()
+    record = record_of(results, generated, reference, source, options.seed, made_by)
     if options.page is not None:
         title = options.model or options.images
-        write_page(options.page, f"{title}, against {source.spec}", results, reference.images, generated, protocol)
+        write_page(options.page, f"{title}, against {source.spec}", results, reference.images, generated, record["protocol"])
     if options.json == "-":
         say(json.dumps(record, indent=2))
         return

@@ -115,11 +115,9 @@ class EvaluatedPipeline:
 
 def open_shards(shards: str, need_captions: bool, count: int | None = None) -> ImageDataset:
     """Raises UsageError for shards that do not hold what is asked for: captions, and ``count`` images."""
-    from ldm.data.image_dataset import ImageDataset
+    from ldm.evaluation import image_sets
 
-    dataset = ImageDataset(shards, require_captions=need_captions)
-    if need_captions and dataset.sources[0].manifest.captioned is False:
-        raise UsageError(f"{shards} has no captions, and the model generates from captions; give shards with captions")
+    dataset = image_sets.open_shards(shards, need_captions)
     if count is not None and count > len(dataset):
         raise UsageError(f"--count is {count}, but {shards} holds {len(dataset)} images; give that or less")
     return dataset
@@ -127,13 +125,7 @@ def open_shards(shards: str, need_captions: bool, count: int | None = None) -> I
 
 def real_reference(scorer: Scorer, dataset: ImageDataset, sizes: Sequence[Size], count: int, seed: int) -> Reference:
     """``count`` images of the shards, taken at random, of these sizes; and as many others, for the metrics of real images."""
-    import numpy as np
-
-    from ldm.evaluation.image_sets import FixedSizes
     from ldm.evaluation.results import Reference
 
-    count = min(count, len(dataset))
-    dataset.buckets = FixedSizes(sizes=tuple(sizes))
-    samples = np.random.default_rng(seed).permutation(len(dataset))[: 2 * count].tolist()
-    with Progress("scoring real images", len(samples), quiet=scorer.process.rank > 0) as progress:
-        return Reference(scorer, scorer.real_images(dataset, samples, progress.update), count)
+    with Progress("scoring real images", quiet=scorer.process.rank > 0) as progress:
+        return Reference.of_shards(scorer, dataset, sizes, count, seed, progress.update)

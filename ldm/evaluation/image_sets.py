@@ -39,6 +39,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 SHOWN = 16  # images that are kept of a set
 ALONE = Process(0, 1, 0, 1)
 OnProgress = Callable[[int, int], None]
+Embed = Callable[[Sequence[str]], dict[str, Tensor]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -140,9 +141,14 @@ def several_processes(process: Process) -> Iterator[None]:
 def shared_work(
     items: Sequence[Item], work: Callable[[Item], Result], process: Process, done: Callable[[Item], None] = lambda item: None
 ) -> list[Result]:
-    """The result of each item, in their order; each process computes its share, and all get all of them."""
+    """The result of each item, in their order; each process computes its share, and all get all of them.
+
+    All work equally often, since networks whose weights are sharded need all processes: in the last round, one for which no
+    item is left repeats the last.
+    """
     own = []
-    for item in items[process.rank :: process.world_size]:
+    for first in range(0, len(items), process.world_size):
+        item = items[min(first + process.rank, len(items) - 1)]
         own.append(work(item))
         done(item)
     if process.world_size == 1:
@@ -169,7 +175,8 @@ class Scorer:
         """Images of one size, uint8 (B, 3, H, W), of these ``numbers``: the first :data:`SHOWN` are kept."""
         images, found = pixels_to_images(pixels.to(self.device)), []
         for network in self.networks:
-            with full_fp32():
+            # of any training, whatever its precision
+            with full_fp32(), torch.autocast(self.device.type, enabled=False):
                 features = network(images).cpu()
             if not features.isfinite().all():
                 raise LdmError(f"the feature network {network.description} gives features that are not finite; take another")
@@ -241,6 +248,7 @@ class Scorer:
         sizes: Sequence[Size],
         seed: int,
         on_progress: OnProgress | None = None,
+        embed: Embed | None = None,
         **settings: Any,
     ) -> ImageSet:
         """An image of each caption, which starts from noise of seed ``seed + number``.
@@ -248,6 +256,8 @@ class Scorer:
         Captions are cut where the text encoders take no more, as in training. Pixels have 8 bits, as in a PNG.
 
         Args:
+            on_progress: called on every process, equally often: after each of its batches.
+            embed: in the place of the pipeline's text encoders, as :func:`embeds_of` has it.
             settings: of the pipeline (``num_inference_steps``, ``guidance_scale``, ``guidance``, …).
         """
         alike = _of_one_size(dict(enumerate(sizes)))
@@ -257,11 +267,8 @@ class Scorer:
         def work(numbers: Sequence[int]) -> list[Scored]:
             height, width = sizes[numbers[0]]
             texts = [captions[number] for number in numbers]
-            tokens = [encoder.tokenize(texts, cut=True) for encoder in pipeline.text_encoders]
-            condition = pipeline.embed([[*ids] for ids in zip(*tokens, strict=True)])
             (images,) = pipeline(
-                prompt_embeds=condition.embeddings,
-                prompt_attention_mask=condition.mask,
+                **(embeds_of(pipeline, texts) if embed is None else embed(texts)),
                 generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
                 height=height,
                 width=width,
@@ -298,15 +305,22 @@ class Scorer:
         return [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
 
 
+def embeds_of(pipeline: LatentDiffusionPipeline, texts: Sequence[str]) -> dict[str, Tensor]:
+    """What a pipeline takes in the place of these prompts, which are cut where its text encoders take no more."""
+    tokens = [encoder.tokenize(texts, cut=True) for encoder in pipeline.text_encoders]
+    condition = pipeline.embed([[*ids] for ids in zip(*tokens, strict=True)])
+    return {"prompt_embeds": condition.embeddings, "prompt_attention_mask": condition.mask}
+
+
 class Count:
-    """Progress of the first process, which stands for all of them; called with each batch that is done."""
+    """Progress of one process, which stands for all of them; called with each batch that is done."""
 
     def __init__(self, total: int, process: Process, on_progress: OnProgress | None):
         self.total, self.done, self.process, self.on_progress = total, 0, process, on_progress
 
     def __call__(self, batch: Sequence) -> None:
         self.done = min(self.done + len(batch) * self.process.world_size, self.total)
-        if self.on_progress is not None and self.process.rank == 0:
+        if self.on_progress is not None:
             self.on_progress(self.done, self.total)
 
 
@@ -322,6 +336,14 @@ def _read(path: Path) -> np.ndarray:
         return decode_pixels(read_bytes(path, MAX_IMAGE_BYTES, "give a folder of images"))
     except DecodeError as error:
         raise LdmError(f"{path} {error}; remove it or save it again") from None
+
+
+def open_shards(folder: str, need_captions: bool) -> ImageDataset:
+    """Real images with their captions. Raises UsageError for shards without captions, where they are needed."""
+    dataset = ImageDataset(folder, require_captions=need_captions)
+    if need_captions and dataset.sources[0].manifest.captioned is False:
+        raise UsageError(f"{folder} has no captions, and the model generates from captions; give shards with captions")
+    return dataset
 
 
 def open_folder(folder: str | Path) -> list[tuple[Path, str | None]]:

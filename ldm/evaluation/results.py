@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from ldm.data.buckets import Size
+from ldm.data.image_dataset import ImageDataset
+from ldm.data.sources import ShardSource
 from ldm.errors import UsageError
 from ldm.evaluation.distances import (
     CANDIDATES,
@@ -22,7 +26,8 @@ from ldm.evaluation.distances import (
     vendi_score,
 )
 from ldm.evaluation.features import FeatureNetwork
-from ldm.evaluation.image_sets import ImageSet, Scorer
+from ldm.evaluation.image_sets import FixedSizes, ImageSet, OnProgress, Scorer
+from ldm.latents.compute import versions
 
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage", "vendi")
 #: of a network that takes texts; agreement also wants captions
@@ -113,6 +118,22 @@ class Reference:
         captions = [caption or "" for caption in self.images.captions]
         self.texts = scorer.embed_texts(captions) if any(captions) else [None] * len(scorer.networks)
         self._real: dict[int, dict[str, float]] = {}
+
+    @classmethod
+    def of_shards(
+        cls,
+        scorer: Scorer,
+        dataset: ImageDataset,
+        sizes: Sequence[Size],
+        count: int,
+        seed: int,
+        on_progress: OnProgress | None = None,
+    ) -> Reference:
+        """``count`` images, and as many others where there are, taken at random by ``seed`` and cropped and resized to
+        ``sizes``. Raises UsageError as the class does."""
+        count, dataset.buckets = min(count, len(dataset)), FixedSizes(sizes=tuple(sizes))
+        samples = np.random.default_rng(seed).permutation(len(dataset))[: 2 * count].tolist()
+        return cls(scorer, scorer.real_images(dataset, samples, on_progress), count)
 
     def compare(self, generated: ImageSet) -> Results:
         """All metrics of generated images.
@@ -214,6 +235,21 @@ def _agreement_metrics(images: Tensor, texts: Tensor | None, captions: Sequence[
         "clipscore": float(clip_scores(images, texts).mean()),
         "retrieval": retrieval_accuracy(images, texts, captions),
     }
+
+
+def record_of(
+    results: Results, generated: ImageSet, reference: Reference, source: ShardSource, seed: int, made_by: dict[str, Any]
+) -> dict[str, Any]:
+    """All metrics with their whole protocol, as JSON.
+
+    Args:
+        source: of the real images; ``seed``: of their choice, and of the noise.
+        made_by: what made the generated images.
+    """
+    protocol = {"shards": source.spec, "shards_hash": source.manifest.hash, "seed": seed} | results.protocol | made_by
+    protocol |= {"sizes": [f"{width}x{height}" for height, width in generated.different_sizes]}
+    protocol |= {"networks": networks_protocol(reference.scorer.networks), "versions": versions()}
+    return {"format_version": 1, "metrics": results.to_json(), "protocol": protocol}
 
 
 def networks_protocol(networks: Sequence[FeatureNetwork]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from ldm.errors import LdmError, first_line
 from ldm.runs.agreement import agreed
 from ldm.runs.checkpoints.callback import checkpoints_of
 from ldm.runs.lightning_private import accumulates, ignore_after_training, log_step_metrics, without_sigterm_exchange
+from ldm.training.base import TrainingModule
 from ldm.training.step import Request
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -80,6 +81,8 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prints = trainer.is_global_zero
         without_sigterm_exchange(trainer)
+        if isinstance(pl_module, TrainingModule):
+            pl_module.pause = lambda: self._stop_if_asked(trainer)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning restores the previous ones
                 signal.signal(number, self._record)

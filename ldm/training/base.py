@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
-from ldm.data.loader import BatchNoise
+from ldm.data.loader import BatchNoise, nothing
 from ldm.errors import UsageError
 from ldm.training.ema import Average, PowerAverages
 from ldm.training.fsdp import is_sharded, shard
@@ -95,6 +95,8 @@ class TrainingModule(LightningModule):
     _random_states: list[dict[str, Any]] | None = None
     #: of the last step, until it is read
     _report: Report | None = None
+    #: called by a long validation between its parts, on all processes; it may raise to end the run
+    pause: Callable[[], None] = staticmethod(nothing)
     #: beginnings of the names of weights that are built from the config and not kept in checkpoints
     absent: tuple[str, ...] = ()
 

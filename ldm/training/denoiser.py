@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from lightning import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from ldm.models.text_encoder import TextEncoderConfig
 from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline, text_parts
 from ldm.training.ema import PowerAverages
 from ldm.training.encoded import EncodedTraining, by_time, fixed_noise, split_batch
+from ldm.training.evaluation import Evaluate, Evaluation
 from ldm.training.fp8 import require_fp8, to_fp8
 from ldm.training.initial import InitialWeights
 from ldm.training.nonfinite import SkippedSteps
@@ -83,6 +85,7 @@ class DenoiserTraining(EncodedTraining):
         preview_steps: int = 30,
         preview_guidance: float | Guidance = 3.0,
         max_skipped: int = 10,
+        evaluation: Evaluation | None = None,
     ):
         """
         Args:
@@ -124,6 +127,7 @@ class DenoiserTraining(EncodedTraining):
             preview_steps: denoising steps of a preview.
             preview_guidance: guidance scale of a preview, or any rule of :mod:`ldm.diffusion.guidance`.
             max_skipped: steps in a row with a loss or gradients that are not finite; each is skipped, one more stops the run.
+            evaluation: metrics of images that are generated with the averaged weights: FID and others. Default: none.
         """
         super().__init__(autoencoder, online, online_precision, text_encoder)
         if denoiser is None:
@@ -151,6 +155,7 @@ class DenoiserTraining(EncodedTraining):
         self.losses = [*self.auxiliary_losses]
         self._blocks_with_activations = sorted({number for loss in self.auxiliary_losses for number in loss.blocks})
         self.num_images_seen = 0
+        self.evaluation = evaluation
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -302,14 +307,22 @@ class DenoiserTraining(EncodedTraining):
             trained_on=self.encoders.trained_on,
         )
 
+    def pipeline_on_device(self) -> LatentDiffusionPipeline:
+        """The same on the device and silent, without text encoders: a T5-XXL would take 19 GB of it."""
+        pipeline = self.pipeline()
+        for part in TEXT_PARTS:
+            setattr(pipeline, part, None)
+        pipeline.to(self.device).set_progress_bar_config(disable=True)
+        return pipeline
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [] if self.evaluation is None else [Evaluate(self.evaluation)]
+
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
         if not self.preview_prompts:
             return []
-        embeds, pipeline = self._preview_embeds(), self.pipeline()
-        for part in TEXT_PARTS:
-            setattr(pipeline, part, None)  # a T5-XXL would take 19 GB of the device
-        pipeline.to(self.device).set_progress_bar_config(disable=True)
-        images = pipeline(
+        embeds = self._preview_embeds()
+        images = self.pipeline_on_device()(
             **embeds,
             num_inference_steps=self.preview_steps,
             guidance=self.preview_guidance,

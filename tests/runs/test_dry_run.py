@@ -16,6 +16,7 @@ from ldm.runs.dry_run.find_batch import Trial, find_largest, largest_by_line, re
 from ldm.runs.dry_run.flops import ImageFlops
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.denoiser import DenoiserTraining
+from tests.tiny import TinyRuns
 
 RECIPES = Path(__file__).parents[2] / "configs" / "shapes"
 STEPS, BATCH = 12, 2  # fewer steps than a dry run takes
@@ -57,14 +58,15 @@ def autoencoder(shards: Path, out: Path, *options: str) -> DryRunCLI:
 
 
 def test_stage_two_and_a_disk_that_is_too_small(
-    latents: tuple[Path, Path], runs: Path, capsys: pytest.CaptureFixture[str]
+    latents: tuple[Path, Path], tiny_runs: TinyRuns, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    averages = '{"sigma_rel": [0.1], "snapshot_every": 2}'
-    cli = denoiser(latents, runs / "not" / "yet" / "run", "--dry-run", "--model.power_averages", averages)
+    averages = ["--model.power_averages", '{"sigma_rel": [0.1], "snapshot_every": 2}', *tiny_runs.evaluation()]
+    cli = denoiser(latents, runs / "not" / "yet" / "run", "--dry-run", *averages)
     assert list(runs.iterdir()) == []
     shown, measured = capsys.readouterr().out, cli.measure.measured
     number = sum(parameter.numel() for parameter in cli.model.averaged().parameters())
     assert f"{number:,}" in shown and "text encoder" in shown and "snapshots" in shown and "data.validation" in shown
+    assert "3 of them, from its first batch" in shown and measured.evaluation_seconds > 0
     (kind,) = measured.kinds
     assert kind.steps == STEPS == cli.trainer.max_steps
     assert kind.flops == pytest.approx(3 * kind.flops_forward, rel=0.05)  # no gradient to the latents, hence the rest
@@ -77,7 +79,7 @@ def test_stage_two_and_a_disk_that_is_too_small(
     assert 0 < matrices < number and (5 * number - matrices) * 4 < measured.checkpoint_bytes
 
     def lines(free: int, **bytes_of: int) -> list[str]:
-        total = Total(0.0, 0, {name: (size, "") for name, size in bytes_of.items()})
+        total = Total(0.0, 0, 0, {name: (size, "") for name, size in bytes_of.items()})
         return [line for line in warnings_of(cli.trainer, measured, total, free, runs) if "disk" in line]
 
     assert lines(1000, checkpoints=900, logs=100) == []
@@ -120,10 +122,15 @@ def test_errors_of_the_run_are_raised_and_nothing_stays(latents: tuple[Path, Pat
 
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 def test_the_largest_batch_is_found_with_its_line(
-    stage: str, latents: tuple[Path, Path], image_shards: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+    stage: str,
+    latents: tuple[Path, Path],
+    image_shards: Path,
+    tiny_runs: TinyRuns,
+    runs: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if stage == "denoiser":
-        cli = denoiser(latents, runs / "run", "--find-batch", "--model.accumulate", "2")
+        cli = denoiser(latents, runs / "run", "--find-batch", "--model.accumulate", "2", *tiny_runs.evaluation())
     else:
         cli = autoencoder(image_shards, runs / "run", "--find-batch", "--model.accumulate", "2")
     sizes = [trial.size for trial in cli.finder.fits]

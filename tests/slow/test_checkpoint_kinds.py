@@ -79,7 +79,8 @@ def test_ddp_then_fsdp_then_one_process(tiny_runs: TinyRuns, tmp_path: Path, sta
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 def test_fsdp_in_bf16_trains_as_ddp_in_bf16(tiny_runs: TinyRuns, tmp_path: Path, stage: str, randomised: Any) -> None:
-    """Every metric but for what bf16 rounds, of validation too; and a preview, outside of Lightning's autocast, is made.
+    """Every metric but for what bf16 rounds, of validation and of generated images too, although those are generated outside of
+    Lightning's autocast; and a preview is made.
 
     Stage two starts from weights whose loss is another than that of random ones.
     """
@@ -87,10 +88,10 @@ def test_fsdp_in_bf16_trains_as_ddp_in_bf16(tiny_runs: TinyRuns, tmp_path: Path,
     if stage == "denoiser":
         sizes: dict[str, Any] = {"sample_size": 16, "width": 16, "num_layers": 2, "num_attention_heads": 2}
         randomised(DiT(**sizes, caption_channels=8, positions="sincos_rope")).save_pretrained(tmp_path / "start")
-        start = ["--model.init_from", f"{tmp_path}/start"]
+        start = ["--model.init_from", f"{tmp_path}/start", *tiny_runs.evaluation()]
     for name, how in (("ddp", DDP), ("fsdp", FSDP)):
         options = ["--trainer.precision", "bf16-mixed", "--data.batch_size", "2", *how, *start]
         status, said = run(tiny_runs.command(stage, tmp_path / name, *options), tmp_path, 2)
         assert status == 0, said
         assert [*(tmp_path / name / "previews").iterdir()]
-    assert_same_metrics(tmp_path / "fsdp", tmp_path / "ddp", 0.02)
+    assert_same_metrics(tmp_path / "fsdp", tmp_path / "ddp", 0.02, evaluation=0.2)

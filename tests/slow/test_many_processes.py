@@ -38,9 +38,13 @@ def assert_close(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
         torch.testing.assert_close(mine[name], weight, rtol=tolerance, atol=tolerance)
 
 
-def assert_same_metrics(out: Path, other: Path, tolerance: float) -> None:
+def assert_same_metrics(out: Path, other: Path, tolerance: float, evaluation: float = 0.0) -> None:
+    """``evaluation``: the tolerance of metrics of generated images, whose pixels are rounded."""
     for row, expected in zip(metrics(out), metrics(other), strict=True):
-        assert row == pytest.approx(expected, rel=tolerance, abs=tolerance)
+        for name, value in expected.items():
+            allowed = evaluation if name.endswith("_alex_random") else tolerance
+            assert row[name] == pytest.approx(value, rel=allowed, abs=allowed), name
+        assert row.keys() == expected.keys()
 
 
 @pytest.mark.slow
@@ -50,6 +54,8 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(tiny_runs: Tin
     options = ["--trainer.precision", "32-true"]  # in bf16, sums on two processes would be rounded differently
     if stage == "autoencoder":
         options += ["--model.adversary.lecam.weight", "0.1"]
+    elif stage == "denoiser":
+        options += tiny_runs.evaluation()
     status, said = run(tiny_runs.command(stage, tmp_path / "one", *options), tmp_path)
     assert status == 0, said
     two = tiny_runs.command(stage, tmp_path / "two", *options, "--data.batch_size", "2", *DDP)
@@ -58,7 +64,7 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(tiny_runs: Tin
     assert status == 0, said
     two_model, one_model = (tmp_path / name / ARTIFACT[stage] for name in ("two", "one"))
     assert_close(weights(two_model, stage), weights(one_model, stage), 1e-5)
-    assert_same_metrics(tmp_path / "two", tmp_path / "one", 1e-5)
+    assert_same_metrics(tmp_path / "two", tmp_path / "one", 1e-5, evaluation=1e-3)
     if stage == "autoencoder":
         assert any(row.get("train/g_weight", 0) > 0 for row in metrics(tmp_path / "two"))
 

@@ -26,6 +26,7 @@ from ldm.runs.checkpoints.io import VerifiedCheckpointIO
 from ldm.runs.layout import BEST_CHECKPOINT, LAST_CHECKPOINT, RunFolder, checkpoint_name, checkpoints_in, step_of
 from ldm.runs.lightning_private import accumulates, current_hook, validate_first, validation_is_due, writes_shards
 from ldm.training.base import TrainingModule
+from ldm.training.evaluation import evaluation_of
 from ldm.training.step import Request
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,8 @@ class Checkpoints(Checkpoint):
     def _is_better(self, trainer: Trainer) -> bool:
         metrics = trainer.callback_metrics
         if self.best not in metrics:
+            if (evaluation := evaluation_of(trainer)) and self.best in evaluation.names:
+                return False  # the first one is still to come
             known = ", ".join(sorted(name for name in metrics if not name.startswith("train/")))
             raise UsageError(f"checkpoints.best {self.best} is no metric of validation; give one of {known}")
         value = float(metrics[self.best])

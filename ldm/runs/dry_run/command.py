@@ -55,6 +55,8 @@ class DryRunCLI(FitCLI):
                 raise UsageError("--find-batch finds data.batch_size; leave out data.max_tokens")
             options.data.batch_size = options.model.accumulate
             options.trainer.limit_val_batches = 0
+            if "evaluation" in options.model:
+                options.model.evaluation = None
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         trainer = super().instantiate_trainer(**settings)

@@ -25,6 +25,7 @@ from ldm.runs.lightning_private import log_interval
 from ldm.terminal import printable
 from ldm.training.base import TrainingModule
 from ldm.training.encoded import EncodedTraining
+from ldm.training.evaluation import evaluation_of
 from ldm.training.fsdp import is_sharded
 
 # share of a step spent waiting for data that is worth a warning
@@ -37,8 +38,9 @@ Row = tuple[str, str, str]
 class Total:
     """Of the whole run."""
 
-    seconds: float  # of steps, validations, previews and checkpoints
+    seconds: float  # of steps, validations, previews, evaluations and checkpoints
     validations: int
+    evaluations: int
     bytes_of: dict[str, tuple[int, str]]  # what it leaves on the disk by name: bytes, and how they come about
 
     @property
@@ -53,6 +55,8 @@ def total_of(module: TrainingModule, trainer: Trainer, measured: Measured, folde
     validations = int(steps // every) if every and math.isfinite(every) else 0
     seconds = sum(kind.steps * kind.seconds for kind in measured.kinds)
     seconds += validations * measured.validation_seconds + (validations + 1) * measured.preview_seconds
+    evaluations = steps // evaluation.asked.every if (evaluation := evaluation_of(trainer)) else 0
+    seconds += evaluations * measured.evaluation_seconds
     timed = int(seconds / 60 / callback.every_minutes) if callback.every_minutes else 0
     written = 1 + timed + (steps // callback.every_steps if callback.every_steps else validations)
     if not callback.background:
@@ -72,7 +76,7 @@ def total_of(module: TrainingModule, trainer: Trainer, measured: Measured, folde
     if module.average.snapshot_every:
         number = (steps // module.average.snapshot_every + 1) * len(module.average.power)
         bytes_of["snapshots"] = (number * averaged, f"{number:,} of {decimal(averaged)}; model.power_averages")
-    return Total(seconds, validations, bytes_of)
+    return Total(seconds, validations, evaluations, bytes_of)
 
 
 def show_costs(module: TrainingModule, trainer: Trainer, measured: Measured, total: Total, free: int, place: Path) -> None:
@@ -138,6 +142,8 @@ def step_rows(trainer: Trainer, measured: Measured) -> Iterable[Row]:
 def run_rows(measured: Measured, total: Total, free: int, place: Path) -> Iterable[Row]:
     yield "a validation", f"{measured.validation_seconds:.3g} s", f"{total.validations:,} of them"
     yield "a preview", f"{measured.preview_seconds:.3g} s", f"{total.validations + 1:,} of them"
+    if total.evaluations:
+        yield "an evaluation", f"{measured.evaluation_seconds:.3g} s", f"{total.evaluations:,} of them, from its first batch"
     yield "a checkpoint", f"{measured.checkpoint_seconds:.3g} s", f"{measured.reading_seconds:.3g} s to read"
     steps = " and ".join(f"{kind.steps:,}" for kind in measured.kinds)
     yield "the whole run", str(timedelta(seconds=round(total.seconds))), f"{steps} steps, validations, previews, checkpoints"

@@ -26,6 +26,8 @@ from ldm.runs.dry_run.memory import PeakMemory
 from ldm.terminal import say
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
+from ldm.training.denoiser import DenoiserTraining
+from ldm.training.evaluation import evaluation_of
 
 # Untimed batches of each kind of step: the first is slow, FLOPs are counted in the second, the third is again like a first.
 WARM_UP = 3
@@ -70,10 +72,11 @@ class Measured:
     kinds: list[StepKind]
     validation_seconds: float = 0.0
     preview_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
     reading_seconds: float = 0.0
     checkpoint_bytes: int = 0
-    later_peak_bytes: int = 0  # of validation and preview
+    later_peak_bytes: int = 0  # of validation, preview and evaluation
 
 
 class Measure(Callback):
@@ -171,6 +174,14 @@ class Measure(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         synchronise(trainer)
         self.measured.validation_seconds = time.perf_counter() - self._validation_start
+        if evaluation := evaluation_of(trainer):
+            _print("images of an evaluation")
+            assert isinstance(pl_module, DenoiserTraining)
+            start, total = time.perf_counter(), len(evaluation.reference.images)
+            count = min(evaluation.asked.batch_size * trainer.world_size, total)
+            evaluation.generate(trainer, pl_module, count)
+            synchronise(trainer)
+            self.measured.evaluation_seconds = (time.perf_counter() - start) * math.ceil(total / count)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.fit_loop.epoch_loop.max_steps, trainer.val_check_batch = self._asked
