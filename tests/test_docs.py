@@ -334,7 +334,7 @@ def test_yaml_of_readmes_is_a_config(
         (tmp_path / name).write_text(block)
     for block in blocks(readme, "yaml"):
         (tmp_path / "block.yaml").write_text(block)
-        stage = "denoiser" if re.search("auxiliary_losses|freeze|denoiser:", block) else "autoencoder"
+        stage = "denoiser" if re.search("auxiliary_losses|freeze|denoiser:|evaluation:", block) else "autoencoder"
         fits[stage].parser.parse_args([*config(stage), "--config", str(tmp_path / "block.yaml")])
 
 
