@@ -434,7 +434,7 @@ def main() -> None:
     large = gpu and not options.quick
     size = options.size or (256 if large else 64)
     batch = options.batch or (16 if large else 2 if options.quick else 4)
-    rounds, steps = (2, 2) if options.quick else (options.rounds, 4)
+    rounds, steps = (1, 1) if options.quick else (options.rounds, 4)
     print(machine_info())
     how = "bf16 autocast" if bf16 else "fp32"
     print(f"widths {network[0]}, {size} px, batch {batch}, {how}, {rounds} rounds of {steps} steps, both with an average")

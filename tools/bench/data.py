@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    count, rounds = (384, 2) if options.quick else (options.images, options.rounds)
+    count, rounds = (384, 1) if options.quick else (options.images, options.rounds)
     sizes = (256,) if options.quick else (256, 512)
     peers = [] if options.quick else [name for name in OPTIONAL if importlib.util.find_spec(name)]
     print(machine_info())

@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10240, help=f"whole shards of {PER_SHARD}")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    count, rounds = (2048, 2) if options.quick else (options.samples // PER_SHARD * PER_SHARD, options.rounds)
+    count, rounds = (2048, 1) if options.quick else (options.samples // PER_SHARD * PER_SHARD, options.rounds)
     peers = [] if options.quick else [name for name in OPTIONAL if importlib.util.find_spec(name)]
     print(machine_info())
     print(f"{count} samples, {rounds} rounds; not measured: {', '.join(set(OPTIONAL) - set(peers)) or 'none'}")
