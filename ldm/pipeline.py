@@ -331,6 +331,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 )
         check_scheduler(self.scheduler, *self.diffusion)
         _ = self.resolution_shift  # refused where it is none
+        if (recommended := self.config.get("recommended")) is not None:
+            for scheduler in (
+                make_scheduler(recommended["scheduler"], *self.diffusion),
+                scheduler_from(recommended["replaces"]),
+            ):
+                check_scheduler(scheduler, *self.diffusion)
         config = self.transformer.config
         channels, *sides = before.get("latent_shape") or (config.in_channels, config.sample_size)
         # older pipelines have no record of the config, but their sample_size is the longer side

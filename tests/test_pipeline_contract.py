@@ -22,6 +22,7 @@ from ldm.pipeline import LatentDiffusionPipeline, load_pipeline
 
 PROMPT = "a red circle"
 DIFFUSION = diffusion_config(RectifiedFlow(), Velocity())
+RECOMMENDED = {"scheduler": "euler", "steps": 2, "guidance": 1.0, "replaces": {"_class_name": "None"}}
 NOISE = torch.zeros(1, 4, 8, 8)
 
 
@@ -363,6 +364,9 @@ SCHEDULER, TEXT, TOKENIZER = "scheduler/scheduler_config.json", "text_encoder/co
         (INDEX, {"diffusion": DIFFUSION | {"resolution_shift": {"side": 3}}}, "resolution_shift of model_index.json is"),
         (INDEX, {"diffusion": DIFFUSION | {"resolution_shift": {"shift": 0}}}, "ResolutionShift: shift is 0"),
         (INDEX, {"diffusion": {"path": {"class_path": 3, "init_args": {}}, "prediction": {}}}, "diffusion of model_index.json"),
+        (INDEX, {"recommended": RECOMMENDED | {"steps": 0}}, "model_index.json: recommended.steps: "),
+        (INDEX, {"recommended": RECOMMENDED | {"scheduler": "x"}}, "no sampler 'x' for "),
+        (INDEX, {"recommended": RECOMMENDED}, "the scheduler 'None' is none of: DDIMScheduler, "),
         (INDEX, {"format_version": "new"}, "model_index.json: the pipeline has format version 'new'"),
     ],
 )

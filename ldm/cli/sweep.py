@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.evaluated import BATCH_SIZE, DEFAULT_COUNT, EvaluatedPipeline, open_shards, real_reference, require_count
+from ldm.cli.evaluated import (
+    BATCH_SIZE,
+    DEFAULT_COUNT,
+    EvaluatedPipeline,
+    check_sampling,
+    open_shards,
+    real_reference,
+    require_count,
+)
 from ldm.cli.parser import Commands, add_command, print_table
 from ldm.errors import UsageError
 from ldm.progress import Progress
@@ -86,8 +94,8 @@ def run_sweep(options: argparse.Namespace) -> None:
     from ldm.latents.compute import Process, versions
     from ldm.locks import hold_folder
 
-    if not 0 <= options.seed < 2**32:
-        raise UsageError(f"--seed is {options.seed}; give 0 to {2**32 - 1}")
+    sampled = argparse.Namespace(**vars(options) | dict.fromkeys(SamplerSettings._fields))  # they vary
+    check_sampling(sampled)
     if not 0 <= options.tolerance < math.inf:
         raise UsageError(f"--tolerance is {options.tolerance:g}; give a share of the best value, such as {TOLERANCE:g}")
     count = DEFAULT_COUNT if options.count is None else options.count
@@ -97,8 +105,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     named = None if options.recommend in (None, BEST) else parse_settings(options.recommend)
 
     process = Process.from_environment()
-    unset = dict.fromkeys(given)
-    chosen = EvaluatedPipeline(argparse.Namespace(**vars(options) | unset), process)
+    chosen = EvaluatedPipeline(sampled, process)
     with_captions = not chosen.pipeline.is_unconditional
     if options.recommend is not None and not os.access(options.model, os.W_OK):
         raise UsageError(f"{options.model} cannot be written, where --recommend writes to; leave it out, or copy the model")

@@ -192,6 +192,9 @@ def scheduler_from(config: dict[str, Any]) -> Any:
     kinds = {kind.__name__: kind for spec in SAMPLERS.values() for kind in spec.schedulers.values()}
     if (name := config.get("_class_name")) not in kinds:
         raise UsageError(f"the scheduler {name!r} is none of: {', '.join(sorted(kinds))}; name another one")
+    # refused before a table of any length is made
+    if (number := config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)) != NUM_TRAIN_TIMESTEPS:
+        raise UsageError(f"the scheduler's num_train_timesteps is {str(number)[:20]}; give {NUM_TRAIN_TIMESTEPS}")
     return kinds[name].from_config(config)
 
 
