@@ -23,7 +23,8 @@ def add(commands: Commands) -> None:
         "ldm trace images/0000-red-heart.png --sample 000123",
     )
     trace.add_argument(
-        "file", help="a PNG of ldm sample, or the folder of a pipeline, an autoencoder, a run, latents or image shards"
+        "file",
+        help="a PNG of ldm sample, or the folder of a pipeline, matcher, autoencoder, run, latents or image shards",
     )
     trace.add_argument("--sample", metavar="KEY", help="also say how often and at which steps each run trained on this sample")
     trace.add_argument(

@@ -165,12 +165,6 @@ class LatentInfo:
         return self.latent_shapes[0] if len(self.latent_shapes) == 1 else None
 
 
-def relative_path(place: str | Path, folder: str | Path) -> str:
-    """``place`` seen from ``folder``, for a manifest there: nothing that moves or is passed on names a machine's folders. A URL
-    stays as it is."""
-    return str(place) if "://" in str(place) else os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
-
-
 def path_of(source: ShardSource, place: str) -> str:
     """Where the relative path in a source's manifest leads; another one, of older manifests, stays as it is."""
     found = os.path.join(os.path.dirname(source.beside), place)

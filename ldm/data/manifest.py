@@ -53,6 +53,21 @@ class ShardEntry:
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # it names files of the cache
 
 
+class PackedTable(TypedDict):
+    """A table of captions or images, by its path, as in :class:`PackedFrom`, and the hex sha256 of the file."""
+
+    path: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PackedFrom(TypedDict):
+    """What image shards were packed from: ``path`` of a folder or a file, relative to the manifest's folder, and the tables
+    that were read."""
+
+    path: str
+    tables: list[PackedTable]
+
+
 class _Contents(TypedDict):
     """What every manifest has, and what some have."""
 
@@ -63,6 +78,7 @@ class _Contents(TypedDict):
     captioned: NotRequired[Annotated[int, Field(ge=0)] | None]
     key_dot: NotRequired[KeyDot]
     sizes: NotRequired[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    packed_from: NotRequired[PackedFrom]
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,11 @@ class Manifest:
     def location(self) -> str | None:
         """Where the shards are if not beside the manifest: a URL, or a path relative to the manifest's folder."""
         return self.extra.get("location")
+
+    @property
+    def packed_from(self) -> PackedFrom | None:
+        """What image shards were packed from; None where that is not known."""
+        return self.extra.get("packed_from")
 
     @property
     def captioned(self) -> bool | None:
@@ -209,6 +230,12 @@ def require_finished_pack(folder: Path) -> None:
 def tar_paths(folder: str | os.PathLike) -> list[Path]:
     """The folder's ``*.tar`` by name, whatever they are, except folders and hidden ones (temporary files, macOS ``._x``)."""
     return sorted(path for path in Path(folder).glob("*.tar") if not path.name.startswith(".") and not path.is_dir())
+
+
+def relative_path(place: str | Path, folder: str | Path) -> str:
+    """``place`` seen from ``folder``, for a manifest there: nothing that moves or is passed on names a machine's folders. A URL
+    stays as it is."""
+    return str(place) if "://" in str(place) else os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
 
 
 def _npy(sizes: np.ndarray) -> bytes:

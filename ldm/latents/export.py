@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from ldm.data.buckets import TOO_LONG, TOO_SMALL, Buckets, require_fits
-from ldm.data.latent_schema import LatentInfo, relative_path, write_null_text
-from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry
+from ldm.data.latent_schema import LatentInfo, write_null_text
+from ldm.data.manifest import IMAGE_SHARDS, LATENT_SHARDS, Manifest, ShardEntry, relative_path
 from ldm.data.parallel_map import parallel_map
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.sources import open_source

@@ -19,8 +19,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from ldm.data.decode import DecodeError
-from ldm.data.latent_schema import LatentInfo, relative_path, write_null_text
-from ldm.data.manifest import LATENT_SHARDS, Manifest
+from ldm.data.latent_schema import LatentInfo, write_null_text
+from ldm.data.manifest import LATENT_SHARDS, Manifest, relative_path
 from ldm.data.quarantine import QUARANTINE_NAME, BadSample, Quarantine
 from ldm.data.writer import ShardWriter
 from ldm.errors import LdmError, UsageError

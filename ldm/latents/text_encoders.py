@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ldm.data.latent_schema import TextInfo, relative_path
+from ldm.data.latent_schema import TextInfo
+from ldm.data.manifest import relative_path
 from ldm.errors import UsageError
 from ldm.latents.compute import Dtype, Precision, autocast, require_precision
 from ldm.models.text_encoder import TextChoice, TextEncoder, TextEncoderConfig, embed

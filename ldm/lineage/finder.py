@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ldm.data.image_folder import packed_folders
 from ldm.data.manifest import MANIFEST_NAME, Manifest
@@ -14,9 +14,10 @@ from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json
 from ldm.models.autoencoder_kinds import KINDS
+from ldm.models.matcher import is_matcher
 from ldm.runs.layout import LOGS
 
-Kind = Literal["run", "pipeline", "shards", "autoencoder"]
+Kind = Literal["run", "pipeline", "matcher", "shards", "autoencoder"]
 # what is looked through: folders below those given, and in all
 MAX_DEPTH, MAX_FOLDERS = 6, 20_000
 # folders of a run that hold nothing to find
@@ -30,6 +31,8 @@ def kind_of(folder: Path) -> Kind | None:
         return "run"
     if os.path.isfile(folder / "model_index.json"):
         return "pipeline"
+    if is_matcher(folder):
+        return "matcher"
     if os.path.isfile(folder / MANIFEST_NAME):
         return "shards"
     try:
@@ -53,7 +56,7 @@ class Finder:
     @cached_property
     def folders(self) -> dict[Kind, list[Path]]:
         """All that is below the folders, by kind."""
-        found: dict[Kind, list[Path]] = {"run": [], "pipeline": [], "shards": [], "autoencoder": []}
+        found: dict[Kind, list[Path]] = {kind: [] for kind in get_args(Kind)}
         seen: set[str] = set()
         for root in self.roots:
             for place, below, _ in os.walk(root):
@@ -66,7 +69,7 @@ class Finder:
                 if kind is not None:
                     found[kind].append(Path(place))
                 kept = [name for name in below if not name.startswith(".") and name not in _PASSED_OVER]
-                below[:] = sorted(kept) if depth < MAX_DEPTH and kind not in ("pipeline", "autoencoder", "shards") else []
+                below[:] = sorted(kept) if depth < MAX_DEPTH and kind in (None, "run") else []
         return found
 
     def places(self, name: str, near: Path) -> Iterator[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from ldm.data.latent_schema import latent_info, path_of
-from ldm.data.manifest import LATENT_SHARDS
+from ldm.data.manifest import LATENT_SHARDS, PackedFrom
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, read_yaml, sha256_file
@@ -19,6 +20,7 @@ from ldm.lineage.node import Node, State
 from ldm.lineage.samples import sample_uses
 from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
 from ldm.models.fingerprint import HALF_PRECISION
+from ldm.models.matcher import INDEX_NAME, ImageTextModel, MatcherIndex
 from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline, ModelIndex, load_pipeline
 from ldm.runs.layout import RunFolder, is_checkpoint, step_of
@@ -54,7 +56,7 @@ class Tracer:
         )
 
     def trace(self, place: str) -> Node:
-        """The tree of a PNG, a run, a checkpoint, a pipeline, an autoencoder, or shards.
+        """The tree of a PNG, a run, a checkpoint, a pipeline, a matcher, an autoencoder, or shards.
 
         Raises :class:`UsageError` for anything else.
         """
@@ -68,13 +70,15 @@ class Tracer:
             return self._run(path)
         if kind == "pipeline":
             return self._pipeline(path)
+        if kind == "matcher":
+            return self._matcher(path)
         if kind == "autoencoder":
             return self._autoencoder(path)
         if kind == "shards" or "://" in place or path.suffix == ".tar":
             return self._shards(open_source(place), None)
         raise UsageError(
-            f"{place} is nothing that can be traced; give a PNG that ldm sample wrote, or the folder of a pipeline, an "
-            "autoencoder, a run, latents or image shards"
+            f"{place} is nothing that can be traced; give a PNG that ldm sample wrote, or the folder of a pipeline, a "
+            "matcher, an autoencoder, a run, latents or image shards"
         )
 
     # -- images and models -----------------------------------------------------------------------------------------------
@@ -112,13 +116,22 @@ class Tracer:
         node = Node("pipeline", str(path))
         if self._is_shown(node, path):
             return node
+        load = load_pipeline if index.get("_class_name") == LatentDiffusionPipeline.__name__ else None
+        return self._model(node, path, index.get("trained_on") or {}, load)
+
+    def _matcher(self, path: Path) -> Node:
+        node = Node("matcher", str(path))
+        index = read_json(path / INDEX_NAME, MatcherIndex)
+        return node if self._is_shown(node, path) else self._model(node, path, index["trained_on"], ImageTextModel.load)
+
+    def _model(self, node: Node, path: Path, trained_on: Mapping[str, Any], load: Callable[[Path, str], object] | None) -> Node:
+        """A model of latents with the networks that it was ``trained_on``; ``load`` compares these with their fingerprints."""
         lineage = self._lineage(node, path)
-        trained_on: dict[str, Any] = dict(index.get("trained_on") or {})
         state: State = "not checked"
-        if self.check != "recorded" and index.get("_class_name") == LatentDiffusionPipeline.__name__:
+        if self.check != "recorded" and load is not None:
             state = "checked"
             try:
-                load_pipeline(path, "cpu")
+                load(path, "cpu")
             except LdmError as error:
                 state = "differs"
                 node.notes.append(str(error))
@@ -178,10 +191,10 @@ class Tracer:
             return
         for source in lineage["data"] if lineage else ():
             node.children.append(self._find_shards("", source["hash"], path))
-        if lineage or node.kind == "pipeline":
+        if lineage or node.kind != "autoencoder":
             node.notes.append(
                 f"no run in {self.finder.shown} exported it by itself; give --search the folder that has its run, or "
-                "trace the run, where ldm denoiser export made the model of it"
+                "trace the run, where an export made the model of it"
             )
 
     def _run_of(self, model: Path, lineage: Lineage | None) -> RunRecord | None:
@@ -245,7 +258,7 @@ class Tracer:
         if isinstance(initial, str):
             records = [start["initial"]["weights"] for start in run.starts if "initial" in start]
             node.children.append(self._initial(initial, records[-1] if records else None, folder))
-        if run.stage == "denoiser" and model.get("online"):
+        if run.stage != "autoencoder" and model.get("online"):
             self._add_online(node, model, run)
         recorded = {
             (each["path"], each["hash"]): each for _, start in trained if "data" in start for each in start["data"]["sources"]
@@ -325,6 +338,24 @@ class Tracer:
                 self._add_latents(node, source)
         except LdmError as error:
             node.set_state(False, str(error))
+        if manifest.packed_from is not None:
+            node.children.append(self._packed_from(manifest.packed_from, source))
+        return node
+
+    def _packed_from(self, record: PackedFrom, shards: ShardSource) -> Node:
+        """What image shards were packed from, of which tables alone have a fingerprint."""
+        place = path_of(shards, record["path"])
+        node = Node("images", place, notes=[] if os.path.lexists(place) else [f"not here: {place}"])
+        for table in record["tables"]:
+            child = Node("table", path_of(shards, table["path"]), table["sha256"])
+            if self.check == "recorded":
+                child.leave_unchecked("it was not read")
+            else:
+                try:
+                    child.set_state(sha256_file(child.name) == table["sha256"], "it has changed since")
+                except (LdmError, OSError) as error:
+                    child.leave_unchecked(str(error))
+            node.children.append(child)
         return node
 
     def _add_latents(self, node: Node, source: ShardSource) -> None:

@@ -7,8 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ldm.data.latent_schema import relative_path
-from ldm.data.manifest import Manifest
+from ldm.data.manifest import Manifest, relative_path
 from ldm.latents.export import export_latents
 from ldm.models.autoencoder import AutoencoderConfig
 from tests.samples import INFO

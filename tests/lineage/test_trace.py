@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldm.cli import main
 from ldm.data.writer import write_images
@@ -118,8 +120,6 @@ def chain(tiny_runs: TinyRuns, tiny_text_encoder: str, tmp_path_factory: pytest.
     main(tiny_runs.command("denoiser", folder / "two", *common, *initial, "--export", f"{folder}/model", steps=12)[3:])
     pipeline = load_pipeline(folder / "model", "cpu")
     image = pipeline("a ring", num_inference_steps=1, output_type="np").images[0]
-    from PIL import Image
-
     made = Image.fromarray((255 * np.asarray(image)).astype(np.uint8))
     settings = GenerationSettings("a ring", seed=3, steps=1)
     save_png(made, folder / "image.png", settings, provenance_of(pipeline, folder / "model"))
@@ -153,6 +153,47 @@ def test_an_image_is_traced_to_the_images_of_every_training(chain: Path, capsys,
         assert states["autoencoder", "vae"] == "checked"  # the pipeline's own copy
     finally:
         hidden.rename(chain)
+
+
+def test_a_matcher_is_traced_to_the_tables_of_its_images(tiny_runs: TinyRuns, tiny_text_encoder: str, tmp_path, capsys):
+    """Shards packed from a folder with a table in it, and of a listing beside it; of older shards the source is not known."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for key, pixels, _ in generate(6, 32, seed=0):
+        Image.fromarray(pixels).save(photos / f"{key}.png")
+    rows = "".join(f"{path.name},shape {path.stem}\n" for path in sorted(photos.glob("*.png")))
+    for table in (photos / "metadata.csv", tmp_path / "list.csv"):
+        table.write_text(f"file_name,caption\n{rows}")
+    for name, options in (("shards", []), ("listed", ["--captions", f"{tmp_path}/list.csv", "--validation", "2"])):
+        main(["shards", "pack", str(photos), str(tmp_path / name), *options])
+    export = ["latents", "export", "--autoencoder", f"{tiny_runs.folder}/autoencoder", "--shards", f"{tmp_path}/shards"]
+    main([*export, "--out", f"{tmp_path}/latents", "--text-encoder", tiny_text_encoder])
+    data = ("--data.train", f"{tmp_path}/latents", "--data.validation", f"{tmp_path}/latents")
+    main(tiny_runs.command("matcher", tmp_path / "run", *data, steps=2)[3:])
+    search = ("--search", tmp_path, tiny_runs.folder)
+    nodes = walk(traced(tmp_path / "run" / "matcher", *search, capsys=capsys))
+    assert [node["kind"] for node in nodes[:2]] == ["matcher", "autoencoder"]
+    assert {node["kind"]: node["state"] for node in nodes} == {
+        **{kind: "checked" for kind in ("matcher", "autoencoder", "text encoder", "run", "latents", "image shards", "table")},
+        "images": "",
+    }
+    for place in (tmp_path / "listed", tmp_path / "listed" / "validation"):
+        (images,) = traced(place, capsys=capsys)["children"]
+        assert images["name"] == str(photos) and images["children"][0]["name"] == str(tmp_path / "list.csv")
+        assert images["children"][0]["state"] == "checked"
+    (photos / "metadata.csv").write_text(f"file_name,caption\n{rows}more.png,more\n")
+    (tmp_path / "list.csv").unlink()
+    assert traced(tmp_path / "listed", capsys=capsys)["children"][0]["children"][0]["state"] == "not checked"
+    with pytest.raises(SystemExit):
+        main(["trace", str(tmp_path / "run" / "matcher"), "--search", *map(str, search[1:])])
+    out, err = capsys.readouterr()
+    assert err == f"ldm: not what was recorded: table {photos}/metadata.csv; the tree says why\n" and "changed since" in out
+    manifest = json.loads((tmp_path / "listed" / "manifest.json").read_text())
+    for value, fails in (("nowhere", True), (None, False)):
+        changed = {**manifest, "packed_from": value} if fails else {k: v for k, v in manifest.items() if k != "packed_from"}
+        (tmp_path / "listed" / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(SystemExit) if fails else nullcontext():
+            assert traced(tmp_path / "listed", capsys=capsys)["children"] == []
 
 
 def test_what_differs_is_named(chain: Path, tmp_path, capsys):

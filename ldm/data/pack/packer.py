@@ -20,7 +20,7 @@ from itertools import islice
 import numpy as np
 
 from ldm.data.decode import DecodeError
-from ldm.data.manifest import IMAGE_SHARDS, Manifest
+from ldm.data.manifest import IMAGE_SHARDS, Manifest, relative_path
 from ldm.data.pack.journal import Journal, require_claimable
 from ldm.data.pack.prepare import Preparation, Prepared
 from ldm.data.pack.sources import ImageSource, Item, hash_of, open_pack_source
@@ -28,7 +28,7 @@ from ldm.data.pack.tables import CaptionColumns
 from ldm.data.parallel_map import parallel_map
 from ldm.data.writer import ShardWriter, parse_shard_size
 from ldm.errors import LdmError, UsageError
-from ldm.files import exiting_on_sigterm
+from ldm.files import exiting_on_sigterm, sha256_file
 from ldm.terminal import printable
 
 VALIDATION_NAME = "validation"
@@ -149,6 +149,7 @@ def pack(
         )
         for folder in parts
     }
+    tables = [(table, sha256_file(table)) for table in source.tables]
     with exiting_on_sigterm(), journal:
         to_skip = journal.consumed
         if to_skip and on_progress is not None:
@@ -186,6 +187,9 @@ def pack(
             counts = {"found": count, "quarantined": count - packed, "captioned": packed if with_captions else 0}
             extra = {"image_size": size, "resize": preparation.resize, "source": "pack"} | counts
             extra["enlarged"] = journal.enlarged[folder]
+            place = out / folder
+            listed = [{"path": stored_name(relative_path(table, place)), "sha256": sha256} for table, sha256 in tables]
+            extra["packed_from"] = {"path": stored_name(relative_path(src, place)), "tables": listed}
             if names:
                 extra["caption_names"] = {name: journal.named[folder][name] for name in names}
             if validation is not None:

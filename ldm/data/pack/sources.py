@@ -121,10 +121,12 @@ class ImageSource(ABC):
         src: where it reads, as the user named it; for messages.
         read_captions: False where images are packed without captions: a source need not look for any.
         require_captions: False where an item without a caption is given one by the packer; then it is loaded with none.
+        tables: files that list the images or hold them, whose fingerprints the manifest has.
         identity: changes when the content changes but neither keys, captions nor :meth:`state` do.
     """
 
     identity = ""
+    tables: Sequence[Path] = ()
     read_captions = True
     require_captions = True
 
@@ -182,7 +184,9 @@ class FolderSource(ImageSource):
         if self._metadata is None:
             self._metadata = [file for file in sorted_files(self.src) if os.path.basename(file) in METADATA_NAMES]
         try:
-            with closing(_Metadata(self.src, self._metadata if self.read_captions else (), self.names)) as rows:
+            read = self._metadata if self.read_captions else []
+            self.tables = [self.src / file for file in read]
+            with closing(_Metadata(self.src, read, self.names)) as rows:
                 for file in image_files(self.src):
                     captions, named = rows.captions(file)
                     yield Item(file, captions, named=named)
@@ -341,6 +345,7 @@ class TableSource(FolderSource):
     def __init__(self, src: Path, table: Path, file_column: str | None = None, caption_columns: CaptionColumns = ()) -> None:
         super().__init__(src)
         self.table, self.file_column, self.caption_columns = table, file_column, caption_columns
+        self.tables = [table]
 
     def items(self) -> Iterator[Item]:
         return (item for _, item in self._rows())
@@ -485,6 +490,7 @@ class ParquetSource(ImageSource):
                 )
             captions = _choose(caption_columns, CAPTION_COLUMNS, schema.names, where, "caption") if read_captions else []
             self._tables[table] = image, captions
+        self.tables = [src / table for table in tables]
         self.identity = json.dumps([(table, _stat(os.path.join(src, table))) for table in tables])
 
     def items(self) -> Iterator[Item]:
