@@ -250,7 +250,8 @@ class Ablation:
                 if ended.code:
                     raise
             except Preempted as stopped:
-                raise type(stopped)(f"{name} {stopped}; the same ldm ablate resumes it") from None
+                said = str(stopped).partition(": resume with")[0]
+                raise type(stopped)(f"{name} {said}; the same ldm ablate resumes it") from None
             finally:
                 free()
             if not file.is_file():

@@ -107,6 +107,10 @@ def test_results_are_those_of_the_looks(ablation: Path, results: dict[str, Any])
     assert look["low"] < look["difference"] < look["high"] and len(look["levels"]) == 3
     variant = results["variants"]["uniform"]
     assert variant["looks"][1]["x0_error"] == pytest.approx(math.exp(np.log(second["errors"]).mean()))
+    fid = results["comparisons"]["uniform"]["metrics"]["fid_alex_random"]
+    baseline = results["variants"]["empty"]["looks"][1]["metrics"]["fid_alex_random"]
+    assert fid["difference"] == pytest.approx(variant["looks"][1]["metrics"]["fid_alex_random"] - baseline)
+    assert fid["low"] < fid["difference"] < fid["high"]
     seconds = variant["seconds_per_step"]
     assert 0 < seconds["least"] <= seconds["median"] <= seconds["most"]
     assert variant["looks"][1]["seconds"] == pytest.approx(10 * seconds["least"])

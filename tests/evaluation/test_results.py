@@ -80,6 +80,7 @@ def test_images_of_a_pipeline_and_of_its_files_score_the_same(
     for ours, theirs in zip(made.features, read.features, strict=True):
         torch.testing.assert_close(ours, theirs)  # not bit by bit: the batches hold other images
     found, of_files = reference.compare(made), reference.compare(read)
+    assert reference.values(made.features, range(14)) == {metric.name: metric.value for metric in found.metrics}
     assert [metric.name for metric in found.metrics][:3] == ["fid_alex_random", "kid_alex_random", "precision_alex_random"]
     for metric, of_file in zip(found.metrics, of_files.metrics, strict=True):
         assert of_file.value == pytest.approx(metric.value, rel=1e-3, abs=1e-5), metric.name

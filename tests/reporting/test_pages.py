@@ -194,6 +194,18 @@ def test_a_line_keeps_the_shape_of_its_data():
         assert line[0, 1] - line[1, 1] == pytest.approx(line[1, 1] - line[2, 1], abs=0.2) and line[0, 1] > line[2, 1]
 
 
+def test_a_band_lies_around_its_line_and_within_the_plot():
+    series = {"other": ([0, 2], [1.0, 1.0]), "loss": ([0, 1, 2], [1.0, 2.0, 3.0])}
+    page = curve(series, bands={"loss": ([0, 1, float("nan")], [2, 3, 9])})
+    ((style, points),) = [(attrs["class"], attrs["points"]) for tag, attrs in page.tags if tag == "polygon"]
+    band = np.array([point.split(",") for point in points.split()], dtype=float)
+    line = page.lines()[1]
+    assert style == "s1" and band.min() >= 0 and band.max() <= 1000
+    assert band[:, 0].tolist() == [0, 500, 500, 0]  # where both ends are known, there and back
+    # y grows downwards: the low end below the line, the high one above it, by as much
+    assert band[:2, 1] - line[:2, 1] == pytest.approx(line[:2, 1] - band[:1:-1, 1], abs=0.2)
+
+
 def test_points_that_cannot_be_drawn_are_omitted_and_counted():
     nan, inf = float("nan"), float("inf")
     page = curve({"loss": ([0, 1, 2, 3, nan], [1.0, nan, inf, 0.5, 1.0]), "late": ([], [])})
