@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -383,7 +384,8 @@ def free() -> None:
     """Give back the memory of a training that is over, and forget what was compiled for it: dynamo compiles a function a
     few times, and runs it uncompiled from then on."""
     gc.collect()
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -72,11 +72,7 @@ class NoiseLevels:
         Raises:
             UsageError: for too few samples.
         """
-        if len(places) < LEAST_SAMPLES:
-            raise UsageError(
-                f"{len(places)} validation samples are too few to compare trainings with; {LEAST_SAMPLES} are needed, and some "
-                "hundreds are better"
-            )
+        require_enough(len(places))
         self.count = min(MOST_LEVELS, len(places) // LEAST_PER_LEVEL)
         numbers = np.minimum((places * self.count).astype(int), self.count - 1)
         self._rows = [np.flatnonzero(numbers == number) for number in range(self.count)]
@@ -99,6 +95,15 @@ class NoiseLevels:
         by_level = zip(*(seed.levels for seed in seeds), strict=True)
         return Difference(
             Estimate.over_seeds([seed.overall for seed in seeds]), [Estimate.over_seeds([*level]) for level in by_level]
+        )
+
+
+def require_enough(samples: int) -> None:
+    """Raise :class:`UsageError` for too few validation samples."""
+    if samples < LEAST_SAMPLES:
+        raise UsageError(
+            f"{samples} validation samples are too few to compare trainings with; {LEAST_SAMPLES} are needed, and some "
+            "hundreds are better"
         )
 
 

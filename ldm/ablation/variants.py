@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from ldm.ablation.comparison import require_enough
+from ldm.data.sources import open_source
 from ldm.errors import UsageError
 from ldm.runs.fit import FitCLI
 from ldm.runs.torchrun import processes_asked
@@ -64,6 +66,8 @@ class Trial(FitCLI):
             raise UsageError("an ablation trains each variant in one process; give trainer.devices 1")
         if trainer.max_steps < 1 or trainer.max_time is not None:
             raise UsageError("an ablation needs the length of a training in steps; give trainer.max_steps, and no max_time")
+        if trainer.limit_val_batches == 0:
+            raise UsageError("trainer.limit_val_batches is 0, but variants are compared on validation samples; leave it out")
         if self.any_seed:
             raise UsageError("seed_everything is no number, but variants are compared at the same seed; give one")
 
@@ -113,6 +117,7 @@ def find_variants(given: Mapping[str, Sequence[str]], out: Path, images: int | N
 def _variant(name: str, arguments: tuple[str, ...], trial: Path, images: int | None) -> Variant:
     tried = Trial(arguments, trial)
     data, steps = tried.options.data, tried.options.trainer.max_steps
+    require_enough(min(data.validation_samples, open_source(data.validation).manifest.samples))
     size = None if data.max_tokens is not None else data.batch_size
     if images is not None:
         if size is None:
