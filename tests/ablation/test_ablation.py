@@ -89,7 +89,7 @@ def test_a_change_that_changes_nothing_makes_no_difference_and_others_are_named(
     assert [look["images"] for look in log["looks"]] == [20, 40]
     for look in log["looks"]:
         assert look["difference"] == look["low"] == look["high"] == 0
-    assert log["answer"] == "no difference above 1.0% after 40 images" and log["clear_at_images"] is None
+    assert log["answer"] == "no difference above 5.0% after 40 images" and log["clear_at_images"] is None
     assert log["metrics"].keys() == results["variants"]["log"]["looks"][0]["metrics"].keys() >= {"fid_alex_random"}
     assert all(each == {"difference": 0, "low": 0, "high": 0} for each in log["metrics"].values())
     assert log["paired"] == {"samples": True, "times": True, "noise": True, "captions": True}
