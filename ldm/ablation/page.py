@@ -58,7 +58,7 @@ def _answers(page: Report, ablation: Ablation, comparisons: Sequence[Comparison]
     )
     if seeds == 1:
         said.append(
-            "With one seed, this is about these trained models. Another seed may differ by some percent; train with several."
+            "With one seed, this is about these trained models. Another seed may differ by some percent: train with three."
         )
     page.text("", said)
 

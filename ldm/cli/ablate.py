@@ -57,8 +57,8 @@ def add(commands: Commands) -> None:
     ablate.add_argument(
         "--margin",
         type=float,
-        help="relative difference of the error that does not matter (default: 0.01, and 0.05 of one seed, which differs from the "
-        "next by so much)",
+        help="relative difference of the error that does not matter (default: 0.01, and 0.05 of one seed, which may "
+        "differ from the next by so much)",
     )
     ablate.add_argument("--no-stop", action="store_true", help="train all variants to the end")
     images = ablate.add_argument_group("metrics of generated images, at each look")
