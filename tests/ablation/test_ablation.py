@@ -26,7 +26,6 @@ STEPS = 10
 CHANGES: dict[str, dict[str, Any]] = {
     "log": {"trainer": {"log_every_n_steps": 3}},  # changes nothing
     "uniform": {"model": {"timesteps": {"class_path": "ldm.diffusion.timesteps.LogitNormal"}, "ema_decay": 0.5}},
-    "broken": {"model": {"optimiser": {"learning_rate": 1e38}, "max_skipped": 0}},
 }
 
 
@@ -47,14 +46,14 @@ def configs(tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def command(configs: Path, out: Path, *words: str, names: Sequence[str] = ("empty", "log", "uniform", "broken")) -> list[str]:
+def command(configs: Path, out: Path, *words: str, names: Sequence[str] = ("empty", "log", "uniform")) -> list[str]:
     files = [str(configs / f"{name}.yaml") for name in names]
     return ["ablate", *files, "--config", str(configs / "base.yaml"), "--out", str(out), "--looks", "2", *words]
 
 
 @pytest.fixture(scope="module")
 def ablation(configs: Path, tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished ablation of four variants, which was interrupted after its first look."""
+    """A finished ablation of three variants, which was interrupted after its first look."""
     out = tmp_path_factory.mktemp("ablation") / "out"
     images = ["--shards", f"{tiny_runs.folder}/shards", "--network", "alex-random", "--count", "8", "--steps", "1"]
     words = command(configs, out, "--no-stop", *images)
@@ -117,11 +116,9 @@ def test_results_are_those_of_the_looks(ablation: Path, results: dict[str, Any])
     assert results["comparisons"]["uniform"]["equal_seconds"]["seconds"] > 0
 
 
-def test_a_training_that_diverges_is_given_up_and_the_others_go_on(ablation: Path, results: dict[str, Any]) -> None:
-    assert "not finite" in results["variants"]["broken"]["failed"] and not results["variants"]["broken"]["looks"]
+def test_the_page_names_what_differs_and_shows_previews(ablation: Path) -> None:
     said = (ablation / "ablation.html").read_text()
-    assert "given up" in said and "model.ema_decay" in said and "Previews, from the same prompts" in said
-    assert "broken" not in results["comparisons"]
+    assert "model.ema_decay" in said and "Previews, from the same prompts" in said and "FID (alex_random)" in said
 
 
 def test_the_folder_of_another_ablation_is_refused(ablation: Path, configs: Path, capsys: pytest.CaptureFixture) -> None:
@@ -214,7 +211,8 @@ def test_variants_take_turns_and_end_when_their_answer_is_clear(tmp_path: Path) 
     assert same.equal_seconds is not None and same.equal_seconds[0] == 40
     assert ablation.series["better"].metrics(0) == pytest.approx({"accuracy": 1.8})
     page.write_page(ablation)
-    assert "3 seeds" in (tmp_path / "out" / "ablation.html").read_text()
+    said = (tmp_path / "out" / "ablation.html").read_text()
+    assert "3 seeds" in said and "given up: it diverged" in said
 
 
 def test_what_is_not_clear_is_trained_to_the_end_and_other_samples_are_refused(tmp_path: Path) -> None:
