@@ -33,6 +33,7 @@ from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
 from ldm.training.matcher import MatcherTraining
+from ldm.training.textual_inversion import TextualInversion
 
 ROOT = Path(__file__).parents[1]
 READMES = [
@@ -42,6 +43,7 @@ READMES = [
 STAGES: dict[str, type[TrainingModule]] = {
     "autoencoder": AutoencoderTraining,
     "denoiser": DenoiserTraining,
+    "embedding": TextualInversion,
     "matcher": MatcherTraining,
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)

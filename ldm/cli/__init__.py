@@ -25,7 +25,12 @@ EXAMPLE = """example:
 LONGEST_LINE = 1000  # of an error, in characters
 # these start quickly because they do not import torch; doctor checks whether torch can be imported at all
 WITHOUT_NETWORKS = ("shards", "report", "doctor")
-TRAININGS = {"autoencoder": "stage one", "denoiser": "stage two", "matcher": "a model of images and text, for metrics"}
+TRAININGS = {
+    "autoencoder": "stage one",
+    "denoiser": "stage two",
+    "embedding": "a new word for a few images (textual inversion)",
+    "matcher": "a model of images and text, for metrics",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,8 +35,10 @@ def run(name: str, arguments: list[str]) -> None:
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.denoiser import DenoiserTraining
     from ldm.training.matcher import MatcherTraining
+    from ldm.training.textual_inversion import TextualInversion
 
-    module_class = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining, "matcher": MatcherTraining}[name]
+    kinds = AutoencoderTraining, DenoiserTraining, TextualInversion, MatcherTraining
+    (module_class,) = (kind for kind in kinds if kind.command == name)
     commands = {"export": run_export} | ({"ema": run_ema} if name == "denoiser" else {})
     try:
         if arguments[0] in commands:

@@ -94,7 +94,6 @@ class ShardDataModule(LightningDataModule):
         cache_gib: float = 50.0,
         default_caption: str | None = None,
         regularisation: str | Regularisation | None = None,
-        trigger_words: list[str] | None = None,
     ):
         """
         Args:
@@ -143,15 +142,12 @@ class ShardDataModule(LightningDataModule):
             default_caption: of images in folders (of training and validation) that have none, as in ``a photo of sks dog``.
             regularisation: images of the subject's class, of which as many are drawn as of all of ``train``: a folder, or
                 ``{path: FOLDER, caption: a photo of a dog, loss_weight: 0.5}``. For a denoiser.
-            trigger_words: words of the captions that call up what is trained, for the model's users (default:
-                ``default_caption``).
         """
         super().__init__()
         self.default_caption = default_caption
         self.regularisation = Regularisation(regularisation) if isinstance(regularisation, str) else regularisation
         if self.regularisation is not None and not 0 <= self.regularisation.loss_weight < inf:
             raise UsageError(f"loss_weight of the regularisation is {self.regularisation.loss_weight:g}; give 0 or more")
-        self.trigger_words = trigger_words or ([] if default_caption is None else [default_caption])
         several = [WeightedSource(str(train))] if isinstance(train, str | Path) else train
         self.train, self.validation = [WeightedSource(**vars(source)) for source in several], validation
         for name, value in (("flip", flip), ("caption_dropout", caption_dropout), ("max_bad_share", max_bad_share)):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
@@ -156,6 +159,20 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
     return [word for word, ids in zip(words, tokens, strict=True) if not ids or tokenizer.unk_token_id in ids]
 
 
+def _vector_names(token: str, vectors: int) -> list[str]:
+    """The tokens of a word of several embeddings, as diffusers calls them."""
+    return [token, *(f"{token}_{number}" for number in range(1, vectors))]
+
+
+def with_all_vectors(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text in which a learned token of several embeddings, ``<sks>``, is followed by its other ones, ``<sks>_1 <sks>_2``."""
+    added = cast("dict[str, int]", tokenizer.added_tokens_encoder)
+    for token in [token for token in added if f"{token}_1" in added]:
+        count = next(number for number in count_from(1) if f"{token}_{number}" not in added)
+        text = re.sub(rf"{re.escape(token)}(?!_\d)", " ".join(_vector_names(token, count)), text, flags=re.IGNORECASE)
+    return text
+
+
 def pad_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, L), int64, of the token ids of B captions, padded at their ends, where it makes no difference."""
     ids = [torch.tensor(caption) for caption in tokens]
@@ -171,9 +188,10 @@ def reading_of(model: PreTrainedModel) -> Reading:
         raise LdmError(f"{READING} in the config of the text encoder is broken ({first_line(error)}); restore it") from None
 
 
-def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor, differentiable: bool = False) -> tuple[Tensor, Tensor]:
     """Embeddings (B, L, D) float32 of token ids (B, L), padded positions zeroed, and the mask (B, L), on one device.
 
+    ``differentiable``: for gradients with respect to what the encoder reads.
     Raises LdmError for tokens that the model does not have, because the tokenizer is another model's.
     """
     reading = reading_of(model)
@@ -190,7 +208,7 @@ def embed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
     if model.device.type == "cuda":  # where a copy from page-locked memory makes nobody wait
         ids, mask = ids.pin_memory(), mask.pin_memory()
     ids, mask = ids.to(model.device, non_blocking=True), mask.to(model.device, non_blocking=True)
-    with torch.inference_mode():
+    with nullcontext() if differentiable else torch.inference_mode():
         hidden = _hidden_states(model, ids, mask, reading.get("layer")).float()
         if prefix:
             hidden, mask = (torch.cat([x[:, :first], x[:, first + len(prefix) :]], 1) for x in (hidden, mask))
@@ -388,7 +406,7 @@ class TextEncoder:
         so that the empty one has a token. Raises UsageError for what is no class, where it encodes classes.
         """
         tokenizer = self.tokenizer
-        texts = [""] * len(texts) if self.is_unconditional else [*texts]
+        texts = [""] * len(texts) if self.is_unconditional else [with_all_vectors(tokenizer, text) for text in texts]
         ends = [] if tokenizer.num_special_tokens_to_add() else [cast(int, tokenizer.eos_token_id)]
         limit = {"truncation": True, "max_length": self.max_tokens - len(ends)} if cut else {}
         ids = [tokens + ends for tokens in tokenizer(texts, **limit).input_ids] if texts else []
@@ -402,16 +420,53 @@ class TextEncoder:
         """See :func:`unknown_words`; none of class names, which :meth:`tokenize` refuses."""
         return [] if self.classes is not None else unknown_words(self.tokenizer, texts)
 
-    def embed(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def embed(self, tokens: Sequence[Sequence[int]], differentiable: bool = False) -> tuple[Tensor, Tensor]:
         """Embeddings and mask of texts by their token ids, as :meth:`encode` gives them."""
-        return embed(self.model, *pad_tokens(self.tokenizer, tokens))
+        return embed(self.model, *pad_tokens(self.tokenizer, tokens), differentiable)
 
-    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) float32 and mask (B, L) int64 of captions, cut at :attr:`max_tokens`.
+    def encode(self, captions: Sequence[str], differentiable: bool = False) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) float32 and mask (B, L) int64 of captions, cut at :attr:`max_tokens`; see :func:`embed`.
 
         Padded positions are zeroed, so that a caption's embedding does not depend on its batch.
         """
-        return self.embed(self.tokenize(captions, cut=True))
+        return self.embed(self.tokenize(captions, cut=True), differentiable)
+
+    @torch.no_grad()
+    def add_token(self, token: str, vectors: int, initial: str) -> tuple[int, Tensor]:
+        """Make ``token`` a word of ``vectors`` new embeddings, for textual inversion. The encoder is not used elsewhere.
+
+        Args:
+            token: in angle brackets, so that no other word holds it.
+            initial: words whose embeddings the new ones begin with, in turn.
+
+        Returns:
+            The number of the first, and the embeddings (vectors, D).
+
+        Raises:
+            UsageError: for a token that is none or is known already, and for initial words that are unknown, or too many.
+        """
+        if self.classes is not None:
+            raise UsageError(f"the text encoder {self.name} encodes classes, and takes no new token")
+        if re.fullmatch(r"<[^\s<>]+>", token) is None:
+            raise UsageError(f"the token is {token!r}; give one in angle brackets and without spaces, as <sks>")
+        names = _vector_names(token, vectors)
+        if known := {*names} & self.tokenizer.get_vocab().keys():
+            raise UsageError(f"the text encoder {self.name} knows {min(known)} already; give another token")
+        begin = self.tokenizer(initial, add_special_tokens=False).input_ids
+        if not 1 <= len(begin) <= vectors or self.tokenizer.unk_token_id in begin:
+            raise UsageError(
+                f"the initial words {initial!r} are {len(begin)} tokens of {self.name}, or not known to it, and {token} has "
+                f"{vectors} vectors; give known words of no more tokens"
+            )
+        hash(self.hash)  # of the encoder as it was
+        self.tokenizer.add_tokens(names)
+        first = cast(int, self.tokenizer.convert_tokens_to_ids(token))
+        if first + vectors > cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings:
+            self.model.resize_token_embeddings(first + vectors, mean_resizing=False)
+            self.model.requires_grad_(False)
+        table = cast(nn.Embedding, self.model.get_input_embeddings()).weight
+        table[first : first + vectors] = table[[begin[number % len(begin)] for number in range(vectors)]]
+        return first, table[first : first + vectors].clone()
 
 
 def _read(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, bool]:

@@ -46,6 +46,7 @@ from ldm.terminal import say
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
 from ldm.training.fsdp import is_sharded
+from ldm.training.textual_inversion import TextualInversion
 
 LATEST = "latest"
 
@@ -182,7 +183,7 @@ class FitCLI(TrainingCLI):
     def _find_initial_weights(self) -> None:
         """Set ``initial``, what ``model.init_from`` names unless the run resumes; fill in the denoiser where it is left out."""
         model, self.initial = self.options.model, None
-        if model.get("init_from") and self.checkpoint is None:
+        if model.get("init_from") and (self.checkpoint is None or self.module_class is TextualInversion):
             self.initial = initial_weights(model.init_from, model.autoencoder)
         if "denoiser" in model and model.denoiser is None:
             if self.initial is not None:
@@ -199,7 +200,7 @@ class FitCLI(TrainingCLI):
         initial = self.initial.read(self.model.denoiser, self.model.init_weights)
         report = self.model.start_from(initial)
         require_finite(self.model.denoiser, initial.source)
-        if is_rank_zero():
+        if is_rank_zero() and self.checkpoint is None:
             amend_start(Path(self.options.out), initial=initial_record(str(self.model.init_from)))
             say(report)
 

@@ -70,6 +70,8 @@ class RunWeights:
         self.checkpoint, self.config = checkpoint, RunFolder(run).read_config()
         if "denoiser" not in self.config["model"]:
             raise UsageError(f"{run} is no run of a denoiser; give one of ldm denoiser fit")
+        if "token" in self.config["model"]:
+            raise UsageError(f"{run} trained a token's embedding, not a denoiser; give the model that it was trained for")
 
     def denoiser(self) -> Namespace:
         """Class and config of the network, as a config of ``fit`` has them."""

@@ -33,7 +33,11 @@ LOG_LINES, LOG_BYTES = 40, 64 * 1024
 STRIP_ROWS, STRIP_IMAGES, STRIP_CELL = 8, 6, 110
 SHOWN_QUARANTINED = 8
 
-TITLES = {"autoencoder": "Stage one: autoencoder", "denoiser": "Stage two: denoiser", "matcher": "Matcher of images and text"}
+TITLES = {
+    "autoencoder": "Stage one: autoencoder",
+    "denoiser": "Stage two: denoiser",
+    "matcher": "Matcher of images and text",
+} | {"embedding": "Embedding of a token"}
 
 # title, patterns of metrics, label of the y axis, whether it is logarithmic, points that the bold line averages
 CHARTS = (
@@ -83,6 +87,8 @@ class RunRecord:
 
     @property
     def stage(self) -> str:
+        if "token" in self.config["model"]:
+            return "embedding"
         return next((stage for stage in ("denoiser", "matcher") if stage in self.config["model"]), "autoencoder")
 
     @property

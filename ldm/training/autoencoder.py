@@ -60,7 +60,6 @@ class AutoencoderTraining(TrainingModule):
     """Reconstruction loss + LPIPS + KL, and an adversarial loss that starts late and rises slowly, under a guard."""
 
     command, artifact = "autoencoder", "autoencoder"
-    absent = ("perceptual.", "fid.")
     reads_captions = False
 
     def __init__(
@@ -410,12 +409,5 @@ class AutoencoderTraining(TrainingModule):
         nn.Module.to(network, memory_format=torch.contiguous_format)
         network.save_pretrained(folder)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(self.absent)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if "state_dict" in checkpoint:  # from a sharded checkpoint the weights are loaded already
-            frozen = {k: v for k, v in self.state_dict().items() if k.startswith(self.absent)}
-            checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
+    def is_absent(self, name: str) -> bool:
+        return name.startswith(("perceptual.", "fid."))

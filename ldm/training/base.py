@@ -35,13 +35,15 @@ T = TypeVar("T")
 FREE = frozenset({"sample_size", "dropout", "latents_mean", "latents_std", "scaling_factor", "shift_factor", "force_upcast"})
 
 
-def require_weights(network: nn.Module, shapes: Mapping[str, Sequence[int]], what: str, absent: tuple[str, ...] = ()) -> None:
+def require_weights(
+    network: nn.Module, shapes: Mapping[str, Sequence[int]], what: str, is_absent: Callable[[str], bool] = lambda name: False
+) -> None:
     """Raise :class:`UsageError`, listing the keys, unless ``what`` holds weights of the network's names and shapes.
 
-    Names that begin with one of ``absent`` need not be there.
+    Names of which ``is_absent`` is true need not be there.
     """
     found = {name: tuple(shape) for name, shape in shapes.items()}
-    own = ((name, weight) for name, weight in network.state_dict().items() if not name.startswith(absent))
+    own = ((name, weight) for name, weight in network.state_dict().items() if not is_absent(name))
     expected = {name: tuple(weight.shape) for name, weight in own}
     parameters = [name for name, _ in network.named_parameters() if name in expected]  # buffers need not be there
     differing = [
@@ -97,8 +99,6 @@ class TrainingModule(LightningModule):
     _report: Report | None = None
     #: called by a long validation between its parts, on all processes; it may raise to end the run
     pause: Callable[[], None] = staticmethod(nothing)
-    #: beginnings of the names of weights that are built from the config and not kept in checkpoints
-    absent: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,15 +362,20 @@ class TrainingModule(LightningModule):
             prefix = next(name for name, module in self.named_modules() if module is network)
             names = [f"{prefix}.{name}" for name, _ in network.named_parameters()]
             checkpoint["state_dict"] |= dict(zip(names, trained, strict=True))
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self.is_absent(k)}
 
     def _network_config(self) -> dict[str, Any]:
         """What the weights of :meth:`averaged` mean, in plain values."""
         config = getattr(self.averaged(), "config", {})
         return {name: value for name, value in config.items() if not name.startswith("_") and name not in FREE}
 
+    def is_absent(self, name: str) -> bool:
+        """Whether a weight is built or loaded anew for every start, and not kept in checkpoints."""
+        return False
+
     def require_same_network(self, checkpoint: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise :class:`UsageError`, listing the keys, unless a checkpoint with weights of these shapes fits the module."""
-        require_weights(self, shapes, "the checkpoint", self.absent)
+        require_weights(self, shapes, "the checkpoint", self.is_absent)
         require_settings(self._network_config(), checkpoint.get("network", {}), "the checkpoint")  # an older ldm saved none
         trained = sum(parameter.requires_grad for parameter in self.trained().parameters())
         for state in checkpoint.get("optimizer_states", [])[:1]:
@@ -385,6 +390,7 @@ class TrainingModule(LightningModule):
         if "state_dict" in checkpoint:  # a sharded one has been checked and loaded by the strategy
             weights = checkpoint["state_dict"]
             self.require_same_network(checkpoint, {name: weight.shape for name, weight in weights.items()})
+            checkpoint["state_dict"] = {k: v for k, v in self.state_dict().items() if self.is_absent(k)} | weights
         self.average.load_state_dict(checkpoint["average"])
         self.skips.load_state_dict(checkpoint["skipped"])
         self.seed, self._random_states = checkpoint["seed"], checkpoint["random"]

@@ -51,11 +51,16 @@ class EncodedTraining(TrainingModule):
         replaces a dropped caption by the empty one: by its embedding in latent shards, by "" in image shards.
         """
         if self.online:
-            batch = batch | self.encoders.encode(batch, self.online_precision)
+            batch = batch | self.encoders.encode_images(batch["image"], self.online_precision)
+            batch |= self.encode_captions(batch["caption"])
         z = batch["mean"].float()
         if "posterior_noise" in batch:
             z = z + batch["std"].float() * batch["posterior_noise"]
         return self.encoders.normalizer.normalize(z), Condition(batch["text"].float(), batch["text_mask"])
+
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        """``text`` (B, L, D) and ``text_mask`` (B, L) of captions, with ``online``."""
+        return self.encoders.encode_captions(captions, self.online_precision)
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -94,15 +94,27 @@ class FrozenEncoders:
 
     @torch.no_grad()
     @full_fp32()
-    def encode(self, batch: dict[str, Any], precision: Precision = "fp32") -> dict[str, Tensor]:
-        """Latents and text of a batch of images and captions, as latent shards of an export in ``precision`` hold them."""
-        images = pixels_to_images(batch["image"])
-        # within the autocast of training, whatever that is
-        with torch.autocast(images.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+    def encode_images(self, pixels: Tensor, precision: Precision = "fp32") -> dict[str, Tensor]:
+        """Latents of images (B, 3, H, W), as latent shards of an export in ``precision`` hold them."""
+        images = pixels_to_images(pixels)
+        with _computing(images.device, precision):
             posterior = in_float32(encode(self.autoencoder, images))
-            text = join_encoders([Condition(*encoder.encode(batch["caption"])) for encoder in self.text_encoders])
+        return {"mean": posterior.mean, "std": posterior.std}
+
+    def encode(self, batch: dict[str, Any], precision: Precision = "fp32") -> dict[str, Tensor]:
+        """Both of a batch: of its ``image`` and ``caption``."""
+        return self.encode_images(batch["image"], precision) | self.encode_captions(batch["caption"], precision)
+
+    @full_fp32()
+    def encode_captions(
+        self, captions: list[str], precision: Precision = "fp32", differentiable: bool = False
+    ) -> dict[str, Tensor]:
+        """Text of captions, likewise. ``differentiable``: see :func:`ldm.models.text_encoder.embed`."""
+        with _computing(self.text_encoders[0].model.device, precision), torch.set_grad_enabled(differentiable):
+            encoded = [Condition(*encoder.encode(captions, differentiable)) for encoder in self.text_encoders]
+            text = join_encoders(encoded)
         text, mask, _ = text.pad(padded_length(text.mask.shape[1]))
-        return {"mean": posterior.mean, "std": posterior.std, "text": text.float(), "text_mask": mask}
+        return {"text": text.float(), "text_mask": mask}
 
 
 def encoders_of_latents(
@@ -141,6 +153,11 @@ def encoders_of_latents(
     encoders = [_load_exported(data.train_set.sources[0], text, place) for text, place in zip(texts, given, strict=True)]
     set_latent_statistics(network, info.latents_mean, info.latents_std)
     return FrozenEncoders(network, encoders, shapes, info.autoencoder)
+
+
+def _computing(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context of a computation in ``precision``, within the autocast of training, whatever that is."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def _load_exported(source: ShardSource, text: TextInfo, given: str | TextEncoderConfig | None) -> TextEncoder:

@@ -1,0 +1,88 @@
+"""Textual inversion: one word's embedding is trained, resumed, exported, and read by diffusers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ldm.cli import dispatch
+from ldm.errors import UsageError
+from ldm.models.text_encoder import TextEncoder
+from ldm.pipeline import load_pipeline
+from ldm.runs.layout import RunFolder
+from tests.data.test_image_folder import images
+from tests.tiny import write_config
+
+
+@pytest.fixture
+def base(latents: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model."""
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "base").mkdir()
+    config = write_config(tmp_path / "base/config.yaml", latents, {"max_steps": 20, "val_check_interval": 20})
+    dispatch(["denoiser", "fit", "--config", str(config), "--out", str(tmp_path / "base/run")])
+    return tmp_path / "base/run/pipeline"
+
+
+def test_a_word_is_trained_resumed_and_read_by_diffusers(
+    base: Path, latents: tuple[Path, Path], tiny_text_encoder: str, tmp_path: Path
+) -> None:
+    photos = images(tmp_path / "photos", 5, 32)
+    model: dict[str, Any] = {
+        "token": "<sks>", "initial": "a", "vectors": 2, "denoiser": None, "init_from": str(base), "online": True,
+        "text_encoder": tiny_text_encoder, "preview_prompts": ["a <sks>"], "preview_steps": 2, "ema_decay": 0.5,
+        "optimiser": {"learning_rate": 0.1},
+    }  # fmt: skip
+
+    def run(name: str, steps: int, *options: str, **changes: Any) -> dict[str, Any]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        trainer = {"max_steps": steps, "val_check_interval": steps}
+        config = write_config(tmp_path / name / "config.yaml", (latents[0], photos), trainer, **model | changes)
+        few = ["--data.default_caption", "a photo of <sks>", *options]
+        dispatch(["embedding", "fit", "--config", str(config), "--out", str(tmp_path / name / "run"), *few])
+        return torch.load(RunFolder(tmp_path / name / "run").last_checkpoint, weights_only=True)
+
+    whole, _ = run("whole", 6), run("parts", 3)
+    shutil.rmtree(tmp_path / "parts/run/embedding")
+    resumed = run("parts", 6, "--resume", "latest")
+    assert whole["state_dict"].keys() == {"embedding.vectors"} and whole["state_dict"]["embedding.vectors"].shape == (2, 8)
+    assert torch.equal(whole["state_dict"]["embedding.vectors"], resumed["state_dict"]["embedding.vectors"])
+    file = tmp_path / "whole/run/embedding/learned_embeds.safetensors"
+    (learned,) = load_file(file).values()
+    assert load_file(file).keys() == {"<sks>"} and learned.shape == (2, 8)
+    assert torch.equal(learned, whole["average"]["shadow_params"][0])
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["ldm"])["text_encoder"] == TextEncoder.load(tiny_text_encoder).hash
+    dispatch(["embedding", "export", str(tmp_path / "whole/run"), str(tmp_path / "again")])
+    assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+    # of the text encoder that diffusers puts it into, and of no other word, the embedding changes
+    pipeline, plain = load_pipeline(base), load_pipeline(base)
+    pipeline.load_textual_inversion(str(file.parent))
+    (tokens,) = pipeline.tokenize(["a <sks>"])
+    assert len(tokens[0]) == 2 + 1 + 2  # with those that begin and end a text
+    assert torch.equal(pipeline._embed_all(["a ring"]).embeddings, plain._embed_all(["a ring"]).embeddings)
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[tokens[0][2:4]], learned)
+    start = plain.text_encoder.get_input_embeddings().weight[plain.tokenize(["a"])[0][0][1]]
+    assert (learned - start).abs().min(1).values.max() > 0  # both vectors have moved from the initial word
+
+    for options, changes, said in (
+        ([], {"token": "sks"}, "the token is 'sks'; give one in angle brackets"),
+        ([], {"token": "<dog>"}, "no caption of .*photos holds <dog>"),
+        ([], {"initial": "abc"}, "the initial words 'abc' are 3 tokens"),
+        ([], {"init_from": None, "denoiser": json.loads((tmp_path / "base/config.yaml").read_text())["model"]["denoiser"]},
+         "give init_from, and set online"),
+        ([], {"text_encoder": "minilm"}, "caption_channels"),
+        ([], {"init_from": str(tmp_path / "whole/run")}, "trained a token's embedding, not a denoiser"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            run("refused", 1, *options, **changes)
+        assert not (tmp_path / "refused/run").exists()
