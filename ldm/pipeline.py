@@ -14,6 +14,7 @@ from typing import Annotated, Any, cast
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -55,6 +56,7 @@ from ldm.models.autoencoder_kinds import Autoencoder
 from ldm.models.directories import in_memory, loading, read_config
 from ldm.models.fingerprint import HALF_PRECISION, is_half_precision
 from ldm.models.image_processor import Images, PreparedImages, to_output
+from ldm.models.learned_token import LearnedToken, read_token
 from ldm.models.text_encoder import TextEncoder, listed, text_encoder_hash
 
 FORMAT_VERSION = 1  # of model_index.json
@@ -142,7 +144,7 @@ class ModelIndex(TypedDict, total=False):
     format_version: Any
 
 
-class LatentDiffusionPipeline(DiffusionPipeline):
+class LatentDiffusionPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
     """Text encoders (one, or up to three), denoiser, scheduler and autoencoder of one trained model."""
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
@@ -150,6 +152,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ("latents", "pred_original_sample")
     _interrupt = False
     _num_timesteps = 0
+    _has_new_tokens = False
 
     def __init__(
         self,
@@ -265,6 +268,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         known, trained_on = dict(self.config["fingerprints"] or {}), self.config["trained_on"] or {}
         for what, (_, _, fingerprint) in self._fingerprinted().items():
             hashes = [fingerprint(dtype) for dtype in PRECISIONS]
+            if self._has_new_tokens and what in TEXT_PARTS:
+                known[what] = [*dict.fromkeys([*known.get(what, ()), *hashes])]
             # a part in half precision keeps the record of the one that it is a copy of
             if not {*hashes} & {*known.get(what, ())} and trained_on.get(what) in (None, fingerprint(None), *hashes):
                 known[what] = [*dict.fromkeys(hashes)]
@@ -273,6 +278,41 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if self.config.get("recommended") and not self._samples_as_recommended:
             self.register_to_config(recommended=None)  # another scheduler is saved
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_textual_inversion(
+        self, pretrained_model_name_or_path: Any, token: str | list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As diffusers does: add a token that ``ldm embedding fit`` has learned to the text encoder. It is saved with it.
+
+        Raises UsageError for a file that is none of a token, or was learned for another text encoder.
+        """
+        given: Any = pretrained_model_name_or_path
+        if isinstance(given, os.PathLike) or (isinstance(given, str) and os.path.exists(given)):
+            learned = read_token(given)
+            self._require_fits(learned, given)
+            # diffusers does the same, but with a warning and random numbers
+            self.text_encoder.resize_token_embeddings(len(self.tokenizer) + len(learned.vectors), mean_resizing=False)
+            given, token = {token if isinstance(token, str) else learned.token: learned.vectors}, None
+        with loading(f"the token of {pretrained_model_name_or_path!s:.200} cannot be added", "give one of this text encoder"):
+            super().load_textual_inversion(cast(Any, given), token, *args, **kwargs)
+        self._has_new_tokens = True
+
+    def _require_fits(self, learned: LearnedToken, place: object) -> None:
+        """Raise UsageError for a token of another text encoder, or one that is there already."""
+        of, trained = learned.about.get("text_encoder"), (self.config["trained_on"] or {}).get("text_encoder")
+        width = self.text_encoder.get_input_embeddings().weight.shape[1]
+        if of and trained and of != trained:
+            raise UsageError(
+                f"{place} was learned for the text encoder {str(of)[:12]}, and that of the pipeline is {trained[:12]}; give "
+                "one of this encoder"
+            )
+        if learned.vectors.shape[1] != width:
+            raise UsageError(
+                f"{place} has vectors of {learned.vectors.shape[1]} numbers, and the text encoder's have {width}; give one of "
+                "this encoder"
+            )
+        if learned.token in self.tokenizer.get_vocab():
+            raise UsageError(f"{place}: the text encoder knows {learned.token} already; add it once")
 
     def _fingerprinted(self) -> dict[str, tuple[str, torch.nn.Module | None, Callable[[torch.dtype | None], str]]]:
         """Of each thing that has a fingerprint: its place for messages, its network, and the function of its hash."""

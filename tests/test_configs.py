@@ -37,7 +37,8 @@ TRAINED_DENOISERS = ("dit_b_8gb", "dit_l_24gb", "dit_s_cpu", "dit_xl_8gpu")
 FINE_TUNED = ("denoiser/pixart_finetune_24gb",)
 # given after another recipe
 TEXT = "denoiser/two_text_encoders"
-FEW = "denoiser/few_images"  # in tests/training/test_few_images.py
+# in tests/training
+FEW = ("denoiser/few_images", "shapes/embedding")
 STAGES = (256, 512, 1024)  # each starts from the one before
 # both stages: sizes of the images here, and options of the export between them, as in the recipe's header
 BUCKETS = ["--captions", "all", "--buckets", "64", "--bucket-step", "8", "--max-aspect", "3", "--max-upscale", "2"]
@@ -53,7 +54,7 @@ def test_every_recipe_is_tried_here() -> None:
     tried += [f"autoencoder/{name}" for name in TRAINED_AUTOENCODERS] + [f"denoiser/{name}" for name in TRAINED_DENOISERS]
     shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")]
     tried += [f"stages/{side}" for side in STAGES]
-    assert sorted(shipped) == sorted([*tried, *COMPARED, *SHARDED, *FINE_TUNED, TEXT, FEW])
+    assert sorted(shipped) == sorted([*tried, *COMPARED, *SHARDED, *FINE_TUNED, TEXT, *FEW])
 
 
 def keys(node: object, prefix: str = "") -> set[str]:

@@ -245,7 +245,7 @@ def keys(fits: dict[str, ParserOnly]) -> set[str]:
     """Of every config: those of the parsers, and those of the recipes with all defaults."""
     found = set()
     for stage, fit in fits.items():
-        for recipe in sorted((ROOT / "configs" / stage).glob("*.yaml")):
+        for recipe in (config(stage)[2], *sorted((ROOT / "configs" / stage).glob("*.yaml"))):
             whole = [*config(stage), "--config", str(recipe)]  # some recipes are given after another one
             found |= {*fit.parser.parse_args(whole).fit.keys(branches=True)}
     return found

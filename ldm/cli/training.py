@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.parser import Parser
 from ldm.errors import UsageError
-from ldm.terminal import say
+from ldm.terminal import printable, say
 
 if TYPE_CHECKING:
     from ldm.training.base import TrainingModule
@@ -39,7 +39,7 @@ def run(name: str, arguments: list[str]) -> None:
 
     kinds = AutoencoderTraining, DenoiserTraining, TextualInversion, MatcherTraining
     (module_class,) = (kind for kind in kinds if kind.command == name)
-    commands = {"export": run_export} | ({"ema": run_ema} if name == "denoiser" else {})
+    commands = {"export": run_export} | {"denoiser": {"ema": run_ema}, "embedding": {"merge": run_merge}}.get(name, {})
     try:
         if arguments[0] in commands:
             commands[arguments[0]](module_class, arguments[1:])
@@ -125,6 +125,31 @@ def run_ema(module_class: type[TrainingModule], arguments: list[str]) -> None:
     parser.add_argument("--step", type=int, help="step where it ends (default: the last one stored)")
     options = parser.parse_args(arguments)
     export_average(module_class, options.run, options.out, options.sigma_rel, options.step, options.trust, moved(options))
+
+
+def run_merge(module_class: type[TrainingModule], arguments: list[str]) -> None:
+    from ldm.files import atomic_folder, require_new_folder
+    from ldm.pipeline import load_pipeline
+    from ldm.runs.lineage import copy_lineage
+
+    parser = Parser(
+        "ldm embedding merge",
+        description="A pipeline that knows learned tokens: its text encoder with their embeddings, all else as it was.",
+        epilog="example:\n  ldm embedding merge runs/denoiser/pipeline runs/sks/embedding pipeline-sks",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("pipeline", type=Path, help="pipeline directory, for whose text encoder the tokens were learned")
+    parser.add_argument("tokens", type=Path, nargs="+", metavar="token", help="learned_embeds.safetensors, or its folder")
+    parser.add_argument("out", type=Path, help="new folder")
+    options = parser.parse_args(arguments)
+    require_new_folder(options.out, "the pipeline")
+    pipeline = load_pipeline(options.pipeline, "cpu")
+    for token in options.tokens:
+        pipeline.load_textual_inversion(token)
+    with atomic_folder(options.out) as folder:
+        pipeline.save_pretrained(folder)
+        copy_lineage(options.pipeline, folder)
+    say(f"pipeline: {printable(options.out)}")
 
 
 def _parser(module_class: type[TrainingModule], command: str, description: str, example: str) -> Parser:

@@ -7,6 +7,7 @@ the run's own records have the paths.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NotRequired
@@ -110,6 +111,12 @@ def read_lineage(folder: Path) -> Lineage | None:
         return None
     require_version(read_json(path, dict).get("format_version"), FORMAT_VERSION, f"{path}: the lineage")
     return read_json(path, Lineage)
+
+
+def copy_lineage(source: Path, folder: Path) -> None:
+    """Give a model that has the same weights as that of ``source`` its record, where there is one."""
+    if (source / LINEAGE_NAME).is_file():
+        shutil.copyfile(source / LINEAGE_NAME, folder / LINEAGE_NAME)
 
 
 def base_name(path: str) -> str:

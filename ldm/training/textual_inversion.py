@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import UsageError
 from ldm.models.dit import transformer_blocks
+from ldm.models.learned_token import LearnedToken, write_token
 from ldm.models.text_encoder import TextEncoder
 from ldm.training.denoiser import DenoiserTraining
 from ldm.training.ema import PowerAverages
 
-# the name by which diffusers finds it
-FILE = "learned_embeds.safetensors"
 # training samples whose captions are searched for the token
 SEARCHED = 64
 
@@ -175,6 +172,4 @@ class TextualInversion(DenoiserTraining):
             "steps": self.average.step,
             "learning_rate": self.optimiser.learning_rate,
         }
-        # one entry: safetensors would write several in any order
-        vectors = {self.token: self.embedding.vectors.detach().cpu().contiguous()}
-        save_file(vectors, folder / FILE, {"ldm": json.dumps(record)})
+        write_token(folder, LearnedToken(self.token, self.embedding.vectors.detach().cpu(), record))

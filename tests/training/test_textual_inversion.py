@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ldm.cli import dispatch
 from ldm.errors import UsageError
@@ -18,7 +18,7 @@ from ldm.models.text_encoder import TextEncoder
 from ldm.pipeline import load_pipeline
 from ldm.runs.layout import RunFolder
 from tests.data.test_image_folder import images
-from tests.tiny import write_config
+from tests.tiny import ROOT, write_config
 
 
 @pytest.fixture
@@ -45,8 +45,9 @@ def test_a_word_is_trained_resumed_and_read_by_diffusers(
         (tmp_path / name).mkdir(exist_ok=True)
         trainer = {"max_steps": steps, "val_check_interval": steps}
         config = write_config(tmp_path / name / "config.yaml", (latents[0], photos), trainer, **model | changes)
-        few = ["--data.default_caption", "a photo of <sks>", *options]
-        dispatch(["embedding", "fit", "--config", str(config), "--out", str(tmp_path / name / "run"), *few])
+        few = ["--data.default_caption", "a photo of <sks>", "--data.image_size", "32", *options]
+        recipes = ["--config", str(ROOT / "configs/shapes/embedding.yaml"), "--config", str(config)]
+        dispatch(["embedding", "fit", *recipes, "--out", str(tmp_path / name / "run"), *few])
         return torch.load(RunFolder(tmp_path / name / "run").last_checkpoint, weights_only=True)
 
     whole, _ = run("whole", 6), run("parts", 3)
@@ -71,6 +72,33 @@ def test_a_word_is_trained_resumed_and_read_by_diffusers(
     assert torch.equal(pipeline._embed_all(["a ring"]).embeddings, plain._embed_all(["a ring"]).embeddings)
     table = pipeline.text_encoder.get_input_embeddings().weight
     assert torch.equal(table[tokens[0][2:4]], learned)
+    dispatch(["embedding", "merge", str(base), str(file), str(tmp_path / "merged")])
+    merged = load_pipeline(tmp_path / "merged")
+    prompts = ["a <sks>", "a <SKS> ring"]
+    assert torch.equal(merged._embed_all(prompts).embeddings, pipeline._embed_all(prompts).embeddings)
+    dispatch(["sample", str(tmp_path / "merged"), "a <sks>", "--out", str(tmp_path / "images"), "--steps", "1"])
+    with pytest.raises(UsageError, match="the text encoder knows <sks> already; add it once"):
+        merged.load_textual_inversion(str(file))
+    save_file({"<x>": learned}, tmp_path / "other.safetensors", {"ldm": '{"text_encoder": "0123"}'})
+    save_file({"<x>": learned[:, :4].contiguous()}, tmp_path / "narrow.safetensors")
+    save_file({"clip_l": learned, "clip_g": learned.clone()}, tmp_path / "two.safetensors")
+    save_file({"<x>": learned * torch.nan}, tmp_path / "nan.safetensors")
+    save_file({"<x>": learned[None]}, tmp_path / "deep.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    save_file({"emb_params": learned.half()}, tmp_path / "old.safetensors")  # as A1111 has it
+    for name, said in {
+        "other": "was learned for the text encoder 0123, and that of the pipeline is",
+        "narrow": "has vectors of 4 numbers, and the text encoder's have 8",
+        "two": r"holds 2 tensors \(clip_g, clip_l\), and a token has one",
+        "nan": "not finite",
+        "deep": r"holds a tensor \(1, 2, 8\)",
+        "text": "cannot be read",
+        "nowhere": "is no .safetensors file",
+    }.items():
+        with pytest.raises(UsageError, match=said):
+            dispatch(["embedding", "merge", str(base), str(tmp_path / f"{name}.safetensors"), str(tmp_path / "refused")])
+    merged.load_textual_inversion(tmp_path / "old.safetensors")
+    assert len(merged.tokenize(["old"])[0][0]) == 2 + 2
     start = plain.text_encoder.get_input_embeddings().weight[plain.tokenize(["a"])[0][0][1]]
     assert (learned - start).abs().min(1).values.max() > 0  # both vectors have moved from the initial word
 
