@@ -71,7 +71,8 @@ class TextualInversion(DenoiserTraining):
         self.token, self.initial_words, self.num_vectors = token, initial, vectors
         if not (self.init_from and self.online):
             raise UsageError("a token is trained for a model, on images: give init_from, and set online")
-        for name, given in (("freeze", self.frozen), ("fp8", self.fp8), ("auxiliary_losses", self.losses)):
+        denoiser_s = {"freeze": self.frozen, "fp8": self.fp8, "auxiliary_losses": self.losses, "evaluation": self.evaluation}
+        for name, given in denoiser_s.items():
             if given:
                 raise UsageError(
                     f"{name} is for the denoiser's training, and only a token's embedding is trained; leave it out"
