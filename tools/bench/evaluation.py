@@ -91,12 +91,12 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = bench_parser(__doc__, "24 images, one round")
+    parser = bench_parser(__doc__, "16 images, one round")
     parser.add_argument("--count", type=int, help="images of each folder (default: 512)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, help="default: 3")
     options = parser.parse_args()
-    options.count = options.count or (24 if options.quick else 512)
+    options.count = options.count or (16 if options.quick else 512)
     options.rounds = options.rounds or (1 if options.quick else 3)
     quieten()
     main(options)
