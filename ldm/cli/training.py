@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MOVABLE = {
     "model.autoencoder": "directory of the autoencoder",
     "model.text_encoder": "directory of the text encoder",
+    "model.init_from": "the model that an adapter is trained on",
     "data.train": "folder of the training data",
     "data.validation": "folder of the validation data",
     "data.regularisation": "folder of the images of regularisation",
@@ -58,6 +59,7 @@ def run(name: str, arguments: list[str]) -> None:
 
 def run_export(module_class: type[TrainingModule], arguments: list[str]) -> None:
     from ldm.runs.export import export_run
+    from ldm.runs.layout import RunFolder
 
     what = "The model of any checkpoint of a run, as a directory that other programs open."
     parser = _parser(module_class, "export", what, f"runs/{module_class.command} {module_class.artifact}")
@@ -66,6 +68,10 @@ def run_export(module_class: type[TrainingModule], arguments: list[str]) -> None
         add_denoiser_options(parser)
     options = parser.parse_args(arguments)
     write = denoiser_writer(options) if module_class.command == "denoiser" else None
+    if write is not None and RunFolder(options.run).read_config()["model"].get("adapter"):
+        raise UsageError(
+            f"{options.run} trained an adapter, which is exported as a file for its base; leave out --as and --model-card"
+        )
     export_run(module_class, options.run, options.out, options.checkpoint, write, options.trust, moved(options))
 
 
@@ -163,8 +169,9 @@ def _parser(module_class: type[TrainingModule], command: str, description: str, 
     parser.add_argument("out", type=Path, help="new folder")
     trust = "build any class that the config of RUN names, not only those of ldm, torch, diffusers and lightning: it runs code"
     parser.add_argument("--trust", action="store_true", help=trust)
+    has = {"autoencoder": ("data.",), "matcher": ("data.", "model.autoencoder", "model.text_encoder")}
     for name, what in MOVABLE.items():
-        if module_class.command != "autoencoder" or name.startswith("data."):
+        if name.startswith(has.get(module_class.command, "")):
             since = f"{what}, if it has moved since the training: the one that it was trained with"
             parser.add_argument(f"--{name.partition('.')[2].replace('_', '-')}", dest=name, metavar="DIR", help=since)
     return parser

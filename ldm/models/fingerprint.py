@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -18,8 +18,13 @@ def network_hash(network: nn.Module, config: Mapping[str, Any], dtype: torch.dty
 
     ``dtype`` rounds the weights first: the hash of a network's half-precision copy, computed from either of the two.
     """
+    return weights_hash(network.state_dict(), config, dtype)
+
+
+def weights_hash(weights: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype | None = None) -> str:
+    """:func:`network_hash` of weights by name."""
     digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -24,6 +24,8 @@ from ldm.machine import device_type
 from ldm.runs.layout import MAX_STEPS
 from ldm.terminal import printable
 
+#: packages whose classes are built from a run's config without asking
+TRUSTED = ("ldm", "torch", "diffusers", "lightning")
 MAX_PROCESSES = 256  # on the CPU
 # characters of a message that quotes a config
 MAX_MESSAGE = 500

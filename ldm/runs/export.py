@@ -18,14 +18,14 @@ from ldm.files import atomic_folder, require_new_folder
 from ldm.machine import device_type
 from ldm.runs.checkpoints.files import ANOTHER, read_checkpoint, require_whole
 from ldm.runs.checkpoints.sharded import read_sharded
+from ldm.runs.config import TRUSTED
+from ldm.runs.initial import initial_weights
 from ldm.runs.layout import RunFolder
 from ldm.runs.lineage import write_lineage
 from ldm.runs.training_cli import TrainingCLI
 from ldm.terminal import printable, say
 from ldm.training.base import TrainingModule
-
-#: packages whose classes are built from a run's config without asking
-TRUSTED = ("ldm", "torch", "diffusers", "lightning")
+from ldm.training.denoiser import DenoiserTraining
 
 #: writes something else than a module's ``save`` into an empty folder
 Writer = Callable[[Any, Path], None]
@@ -91,6 +91,13 @@ class SavedRun(TrainingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
 
+    def _start_beside_the_base(self) -> None:
+        """Load the weights of the model that an adapter is trained beside, which its checkpoints do not hold."""
+        model = self.model
+        if isinstance(model, DenoiserTraining) and model.adapter_config is not None:
+            initial = initial_weights(str(model.init_from), str(model.autoencoder_path))
+            model.start_from(initial.read(model.denoiser, model.init_weights))
+
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
@@ -99,6 +106,7 @@ class SavedRun(TrainingCLI):
         require_whole(self.checkpoint)
         try:
             checkpoint = (read_sharded if self.checkpoint.is_dir() else read_checkpoint)(self.checkpoint)
+            self._start_beside_the_base()
             self.step = checkpoint["global_step"]
             self.model.on_load_checkpoint(checkpoint)
             self.model.load_state_dict(checkpoint["state_dict"])

@@ -63,7 +63,8 @@ class FitCLI(TrainingCLI):
     @property
     def artifact(self) -> Path:
         """The folder of the exported model."""
-        return Path(self.options.export or Path(self.options.out) / self.module_class.artifact)
+        name = "adapter" if self.options.model.get("adapter") else self.module_class.artifact
+        return Path(self.options.export or Path(self.options.out) / name)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -181,9 +182,11 @@ class FitCLI(TrainingCLI):
                 raise UsageError(f"data.{split}: {error}") from None
 
     def _find_initial_weights(self) -> None:
-        """Set ``initial``, what ``model.init_from`` names unless the run resumes; fill in the denoiser where it is left out."""
+        """Set ``initial``, what ``model.init_from`` names, unless the run resumes from a checkpoint that holds all weights; fill
+        in the denoiser where it is left out."""
         model, self.initial = self.options.model, None
-        if model.get("init_from") and (self.checkpoint is None or self.module_class is TextualInversion):
+        beside = self.module_class is TextualInversion or bool(model.get("adapter"))  # a checkpoint is of what is beside it
+        if model.get("init_from") and (self.checkpoint is None or beside):
             self.initial = initial_weights(model.init_from, model.autoencoder)
         if "denoiser" in model and model.denoiser is None:
             if self.initial is not None:
@@ -231,7 +234,7 @@ class FitCLI(TrainingCLI):
                 *self.callbacks,
                 Preemption(),
                 model_flops,
-                ProgressLine(self.options.title or self.module_class.artifact, model_flops),
+                ProgressLine(self.options.title or self.artifact.name, model_flops),
                 PreviewGrid(),
                 AverageSnapshots(),
                 DataRecord(),

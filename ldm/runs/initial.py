@@ -23,7 +23,7 @@ from ldm.models.dit import DiT
 from ldm.pipeline import FORMAT_VERSION, LatentDiffusionPipeline, ModelIndex
 from ldm.runs.checkpoints.files import ANOTHER, read_checkpoint, require_whole
 from ldm.runs.checkpoints.sharded import read_sharded
-from ldm.runs.export import TRUSTED
+from ldm.runs.config import TRUSTED
 from ldm.runs.layout import RunFolder
 from ldm.training.encoders import Statistics
 from ldm.training.initial import InitialWeights
@@ -72,6 +72,10 @@ class RunWeights:
             raise UsageError(f"{run} is no run of a denoiser; give one of ldm denoiser fit")
         if "token" in self.config["model"]:
             raise UsageError(f"{run} trained a token's embedding, not a denoiser; give the model that it was trained for")
+        if self.config["model"].get("adapter"):
+            raise UsageError(
+                f"{run} trained an adapter, and its checkpoints hold that alone; give the model that it was trained on"
+            )
 
     def denoiser(self) -> Namespace:
         """Class and config of the network, as a config of ``fit`` has them."""

@@ -139,7 +139,9 @@ def export_average(
     snapshots = [snapshot for snapshot in stored if snapshot.step <= module.average.step]
     weights, how = reconstruct(snapshots, sigma_rel, step)
     network = module.averaged().eval()
-    require_weights(network, {name: weight.shape for name, weight in weights.items()}, str(snapshots[0].file.parent))
+    kept = {*dict(network.named_parameters())} - {*module.average.names}  # beside an adapter
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    require_weights(network, shapes, str(snapshots[0].file.parent), kept.__contains__)
     network.load_state_dict(weights, strict=False)  # without buffers
     require_finite(network, str(snapshots[0].file.parent))
     with atomic_folder(out) as folder:

@@ -94,7 +94,8 @@ class RunRecord:
     @property
     def artifact(self) -> Path:
         """The folder of the exported model."""
-        return Path(self.config.get("export") or self.folder / {"denoiser": "pipeline"}.get(self.stage, self.stage))
+        name = "adapter" if self.config["model"].get("adapter") else {"denoiser": "pipeline"}.get(self.stage, self.stage)
+        return Path(self.config.get("export") or self.folder / name)
 
     @property
     def max_steps(self) -> int:

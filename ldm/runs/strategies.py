@@ -64,10 +64,10 @@ class FullySharded(ModelParallelStrategy):
         weights = {
             name: shard_like(weight, own[name]) if name in own else weight for name, weight in checkpoint["state_dict"].items()
         }
-        self.training_module.load_state_dict(own | weights if own.keys() - weights.keys() <= self._frozen() else weights)
+        self.training_module.load_state_dict(own | weights if own.keys() - weights.keys() <= self._absent() else weights)
         for optimiser, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimiser.load_state_dict(shard_optimiser_state(state, optimiser))
-        parameters = [*self.training_module.average.network.parameters()]
+        parameters = self.training_module.average.averaged
         for average in each_average(checkpoint["average"]):
             shadows = zip(average["shadow_params"], parameters, strict=True)
             average["shadow_params"] = [local_tensor(shard_like(*pair)).clone() for pair in shadows]
@@ -92,8 +92,8 @@ class FullySharded(ModelParallelStrategy):
         self.training_module.require_same_network(checkpoint, shapes)
         assert self.model is not None
         # in place: into the tensors of the network and the averages
-        frozen = self._frozen()
-        weights = {name: weight for name, weight in self.training_module.state_dict().items() if name not in frozen}
+        absent = self._absent()
+        weights = {name: weight for name, weight in self.training_module.state_dict().items() if name not in absent}
         dcp.load({"state_dict": weights | self._averages()}, checkpoint_id=path)
         for number, optimiser in enumerate(self.optimizers):
             states = {f"{OPTIMISER}{number}": get_optimizer_state_dict(self.model, optimiser)}
@@ -103,19 +103,21 @@ class FullySharded(ModelParallelStrategy):
             average["shadow_params"] = ema.shadow_params
         return checkpoint
 
-    def _frozen(self) -> set[str]:
-        """Names of weights of frozen networks, which are not in checkpoints."""
-        return {
+    def _absent(self) -> set[str]:
+        """Names of weights that are not in checkpoints."""
+        module = self.training_module
+        frozen = {
             f"{part}.{name}"
-            for part, network in self.training_module.named_children()
+            for part, network in module.named_children()
             if not any(parameter.requires_grad for parameter in network.parameters())
             for name in network.state_dict()
         }
+        return frozen | {name for name in module.state_dict() if module.is_absent(name)}
 
     def _averages(self) -> dict[str, Tensor]:
         average = self.training_module.average
         return {
             f"{AVERAGES}{number}.{index}": from_local(shadow, parameter)
             for number, ema in enumerate(average.all())
-            for index, (shadow, parameter) in enumerate(zip(ema.shadow_params, average.network.parameters(), strict=True))
+            for index, (shadow, parameter) in enumerate(zip(ema.shadow_params, average.averaged, strict=True))
         }

@@ -360,7 +360,7 @@ class TrainingModule(LightningModule):
         if trained is not None:
             network = self.averaged()
             prefix = next(name for name, module in self.named_modules() if module is network)
-            names = [f"{prefix}.{name}" for name, _ in network.named_parameters()]
+            names = [f"{prefix}.{name}" for name in self.average.names]
             checkpoint["state_dict"] |= dict(zip(names, trained, strict=True))
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self.is_absent(k)}
 

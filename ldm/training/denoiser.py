@@ -32,10 +32,12 @@ from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
 from ldm.losses.auxiliary import AuxiliaryLoss, names_of
+from ldm.models.adapters import is_adapter_weight, write_adapter
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.compiling import Compile, compile_blocks
 from ldm.models.text_encoder import TextEncoderConfig
 from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline, text_parts
+from ldm.training.adapters import Adapter, AdapterConfig
 from ldm.training.ema import PowerAverages
 from ldm.training.encoded import EncodedTraining, by_time, fixed_noise, split_batch
 from ldm.training.evaluation import Evaluate, Evaluation
@@ -69,6 +71,7 @@ class DenoiserTraining(EncodedTraining):
         init_from: str | None = None,
         init_weights: Literal["average", "trained"] = "average",
         freeze: list[str] | None = None,
+        adapter: AdapterConfig | None = None,
         weighting: Weighting | None = None,
         auxiliary_losses: list[AuxiliaryLoss] | None = None,
         accumulate: int = 1,
@@ -100,6 +103,8 @@ class DenoiserTraining(EncodedTraining):
                 run reads its own checkpoint alone.
             init_weights: of a run, its averaged weights or those in training.
             freeze: weights that are not trained, by name; ``*`` stands for anything: ``blocks.0.*``, ``text_embed*``.
+            adapter: train a low-rank adapter beside the weights of ``init_from``, which stay as they are. What is exported is a
+                file of a few megabytes for that model: ``pytorch_lora_weights.safetensors``.
             weighting: of the squared error by t; without one, all times count equally.
             auxiliary_losses: further terms of the loss, computed from prediction, target or activations of the denoiser.
             accumulate: micro-batches that a batch is split into, to save memory; the step is still that of the whole batch.
@@ -137,6 +142,8 @@ class DenoiserTraining(EncodedTraining):
         self.initial: InitialWeights | None = None
         self.frozen = freeze or []
         freeze_weights(denoiser, self.frozen)
+        self.adapter_config = adapter
+        self.adapter: Adapter | None = None  # from start_from on
         self.objective = DenoisingObjective(path, prediction, timesteps, weighting)
         self.scheduler = matching_scheduler(path, prediction)
         self.optimiser = optimiser
@@ -144,6 +151,9 @@ class DenoiserTraining(EncodedTraining):
             denoiser.enable_gradient_checkpointing()
         self.compile_choice: Compile = compile
         self.fp8 = fp8
+        if adapter is not None:
+            self.artifact = "adapter"
+            self._require_a_base()
         self.preview_prompts = preview_prompts or []
         self._embeds: dict[str, Any] = {}  # of the preview prompts
         self.preview_steps = preview_steps
@@ -212,7 +222,20 @@ class DenoiserTraining(EncodedTraining):
         return self.denoiser
 
     def _network_config(self) -> dict[str, Any]:
-        return super()._network_config() | ({"freeze": self.frozen} if self.frozen else {})
+        adapter = {"adapter": self.adapter.settings()} if self.adapter else {}
+        return super()._network_config() | ({"freeze": self.frozen} if self.frozen else {}) | adapter
+
+    def is_absent(self, name: str) -> bool:
+        """With an adapter, checkpoints hold that alone."""
+        return self.adapter is not None and name.startswith("denoiser.") and not is_adapter_weight(name)
+
+    def _require_a_base(self) -> None:
+        """Refuse options that an adapter does not go together with."""
+        if not self.init_from:
+            raise UsageError("an adapter is trained beside a model's weights; give that model as init_from")
+        if self.frozen or self.fp8:
+            what = "freeze" if self.frozen else "fp8"
+            raise UsageError(f"{what} cannot be used with an adapter, beside which all weights stay as they are; leave it out")
 
     def setup(self, stage: str) -> None:
         self._require_activations()
@@ -230,7 +253,7 @@ class DenoiserTraining(EncodedTraining):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self.init_from and self.initial is None and self.global_step == 0:
+        if self.init_from and self.initial is None and (self.global_step == 0 or self.adapter_config):
             raise UsageError(f"the weights of {self.init_from} were not loaded; train by ldm denoiser fit, or call start_from")
 
     def _require_activations(self) -> None:
@@ -253,25 +276,33 @@ class DenoiserTraining(EncodedTraining):
         """Load the frozen encoders, and refuse data that do not fit them or the denoiser."""
         super().prepare(data)
         if self.initial is not None and self.statistics is None:
-            self.statistics = self.initial.statistics_for(self.encoders.trained_on)
+            self.statistics = self.initial.statistics_for(self.encoders.trained_on, same=self.adapter is not None)
             if self.statistics is not None:
                 self.encoders.set_statistics(*self.statistics)
 
     def start_from(self, initial: InitialWeights) -> str:
         """Start with these weights; called before training. Returns a line about them, see :meth:`InitialWeights.load`."""
-        report = initial.load(self.denoiser)
-        self.start_average(*self._averaging)
+        report, own = initial.load(self.denoiser), self._diffusion()
         self.initial = replace(initial, weights={})
-        if initial.diffusion is not None and initial.diffusion != (own := self._diffusion()):
+        if self.adapter_config is not None:
+            initial.require_same(self.denoiser, own)
+            self.adapter = Adapter(self.adapter_config, self.denoiser, initial.name)
+            report += f"; {self.adapter.summary()}"
+        elif initial.diffusion is not None and initial.diffusion != own:
             log.warning("%s was trained with %s, and this run trains with %s", initial.source, initial.diffusion, own)
+        self.start_average(*self._averaging)
         return report
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["num_images_seen"] = self.num_images_seen
         checkpoint["diffusion"] = self._diffusion()
+        if self.adapter:
+            checkpoint["base"] = self.adapter.base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.adapter:
+            self.adapter.require_same_base(checkpoint.get("base"))
         super().on_load_checkpoint(checkpoint)
         self.num_images_seen = checkpoint["num_images_seen"]
         if self.online or self.init_from:
@@ -321,15 +352,18 @@ class DenoiserTraining(EncodedTraining):
     def preview(self) -> list[tuple[str, list[Image.Image]]]:
         if not self.preview_prompts:
             return []
-        embeds = self._preview_embeds()
-        images = self.pipeline_on_device()(
-            **embeds,
-            num_inference_steps=self.preview_steps,
-            guidance=self.preview_guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in range(len(self.preview_prompts))],
-            return_dict=False,
-        )[0]
-        return [(prompt, [image]) for prompt, image in zip(self.preview_prompts, images, strict=True)]
+        embeds, pipeline = self._preview_embeds(), self.pipeline_on_device()
+
+        def images() -> list[Image.Image]:
+            generators = [torch.Generator().manual_seed(seed) for seed in range(len(self.preview_prompts))]
+            settings = {"num_inference_steps": self.preview_steps, "guidance": self.preview_guidance}
+            return pipeline(**embeds, **settings, generator=generators, return_dict=False)[0]
+
+        columns = [images()]
+        if self.adapter:
+            with self.adapter.disabled():  # beside it the base's own
+                columns.insert(0, images())
+        return [(prompt, [*row]) for prompt, row in zip(self.preview_prompts, zip(*columns, strict=True), strict=True)]
 
     def _preview_embeds(self) -> dict[str, Any]:
         """What the pipeline takes in the place of ``preview_prompts``; encoded once, where the text encoder is."""
@@ -339,7 +373,24 @@ class DenoiserTraining(EncodedTraining):
         return self._embeds
 
     def save(self, folder: Path) -> None:
-        self.pipeline().save_pretrained(folder)
+        if self.adapter:
+            write_adapter(folder, *self.adapter.exported(), self.adapter.record(self._training_settings()))
+        else:
+            self.pipeline().save_pretrained(folder)
+
+    def _training_settings(self) -> dict[str, Any]:
+        """Of the metadata of an adapter."""
+        optimiser = self.optimiser
+        return {
+            "steps": self.average.step,
+            "num_images_seen": self.num_images_seen,
+            "learning_rate": optimiser.learning_rate,
+            "schedule": optimiser.schedule,
+            "optimiser": "AdamW" if optimiser.muon_learning_rate is None else "Muon",
+            "max_grad_norm": optimiser.max_grad_norm,
+            "ema_decay": self.average.exponential.decay,
+            "seed": self.seed,
+        }
 
 
 def freeze_weights(network: nn.Module, patterns: Sequence[str]) -> None:

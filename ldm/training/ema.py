@@ -127,10 +127,26 @@ class Average:
         """The exponential average, then the power-function averages."""
         return [self.exponential, *self.power.values()]
 
+    def _averaged(self) -> dict[str, nn.Parameter]:
+        """The averaged parameters by name: the network's or, where it has an adapter that is trained, those of that alone."""
+        adapted = bool(getattr(self.network, "peft_config", None))
+        named = self.network.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad or not adapted}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the averaged parameters, in the order of their averages."""
+        return [*self._averaged()]
+
+    @property
+    def averaged(self) -> list[nn.Parameter]:
+        """The averaged parameters of the network, in that order."""
+        return [*self._averaged().values()]
+
     def _parameters(self) -> list[nn.Parameter]:
-        """The network's parameters; when sharded, this process's shards."""
+        """The averaged parameters; when sharded, this process's shards."""
         # diffusers' EMAModel is annotated for parameters, and works on any tensor
-        return cast("list[nn.Parameter]", [local_tensor(parameter) for parameter in self.network.parameters()])
+        return cast("list[nn.Parameter]", [local_tensor(parameter) for parameter in self.averaged])
 
     @property
     def step(self) -> int:
@@ -140,7 +156,7 @@ class Average:
     def update(self) -> None:
         """After each optimiser step."""
         for ema in self.all():
-            ema.step(self.network.parameters())
+            ema.step(self.averaged)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -159,7 +175,7 @@ class Average:
 
     def _sharded(self, tensors: list[Tensor]) -> list[Tensor]:
         """This process's shards as tensors sharded like the network's parameters."""
-        return [from_local(tensor, parameter) for tensor, parameter in zip(tensors, self.network.parameters(), strict=True)]
+        return [from_local(tensor, parameter) for tensor, parameter in zip(tensors, self.averaged, strict=True)]
 
     def _wait(self) -> None:
         """Before the host reads offloaded averages: wait until the device has written them."""
@@ -173,10 +189,9 @@ class Average:
         A collective operation; one process passes ``write``.
         """
         self._wait()
-        names = [name for name, _ in self.network.named_parameters()]
         for sigma_rel, ema in self.power.items():
             shadows = map(full_tensor, self._sharded(ema.shadow_params))
-            tensors = {name: shadow.contiguous() for name, shadow in zip(names, shadows, strict=True)}
+            tensors = {name: shadow.contiguous() for name, shadow in zip(self.names, shadows, strict=True)}
             if not write:
                 continue
             metadata = {"step": str(self.step), "sigma_rel": repr(sigma_rel)}

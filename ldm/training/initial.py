@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from ldm.errors import UsageError
+from ldm.models.directories import is_hub_name
 from ldm.training.base import FREE, require_settings, require_weights
 from ldm.training.encoders import Statistics
 
@@ -80,17 +83,43 @@ class InitialWeights:
         resized_or_new = f"resized: {', '.join(resized) or 'none'}; new: {', '.join(new) or 'none'}"
         return f"{len(fitted)} weights loaded from {self.source}; {resized_or_new}"
 
-    def statistics_for(self, trained_on: Mapping[str, Any]) -> Statistics | None:
+    def statistics_for(self, trained_on: Mapping[str, Any], same: bool = False) -> Statistics | None:
         """The statistics that latents of ``trained_on`` are to be normalised with, so that the weights read what they know.
 
         None: those of the data, because another autoencoder made these latents, or because the weights' are unknown. Encoders
-        other than the weights' are named in the log.
+        other than the weights' are named in the log; with ``same`` they are refused by a :class:`UsageError`.
         """
         for name in ("autoencoder", "text_encoder"):
             before, now = self.trained_on.get(name), trained_on[name]
+            if same and before not in (None, now):
+                raise UsageError(
+                    f"{self.source} was trained with the {name} {before[:12]}, and these data are of {now[:12]}; an adapter is "
+                    f"used with the {name} of its base: export the data with that one"
+                )
             if before not in (None, now):
                 log.warning("%s was trained with %s %s, and this run's is %s", self.source, name, before[:12], now[:12])
         return self.statistics if self.trained_on.get("autoencoder") in (None, trained_on["autoencoder"]) else None
+
+    @property
+    def name(self) -> str:
+        """Of the model, without the folders that it lies in."""
+        return self.source if is_hub_name(self.source) else Path(self.source).name
+
+    def require_same(self, network: ModelMixin, diffusion: Mapping[str, Any]) -> None:
+        """Raise :class:`UsageError` unless ``network``, trained with ``diffusion``, is used as that of these weights was: what
+        is trained beside them is used with that."""
+        for name in ("sample_size", "in_channels", "micro_conditioning", "use_additional_conditions"):
+            own, theirs = network.config.get(name), self.config.get(name)
+            if own is not None and theirs is not None and own != theirs:
+                raise UsageError(
+                    f"{name} of the denoiser is {own}, and {theirs} in {self.source}, beside whose weights an adapter is "
+                    "trained; leave the denoiser out, to have that one's"
+                )
+        if self.diffusion is not None and self.diffusion != diffusion:
+            raise UsageError(
+                f"{self.source} was trained with {self.diffusion}, and an adapter of it is to be trained with {diffusion}; give "
+                "the same path, prediction and base_side of timesteps"
+            )
 
     def _fit(self, name: str, weight: Tensor, like: Tensor) -> Tensor:
         """A weight with as many channels of the latents as ``like``, where it is of the first or the last layer."""

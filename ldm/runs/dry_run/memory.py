@@ -70,7 +70,7 @@ def module_memory(module: TrainingModule, shards: int = 1) -> StaticMemory:
     return static_memory(
         trained,
         frozen,
-        averaged=sum(parameter.numel() for parameter in module.averaged().parameters()),
+        averaged=sum(parameter.numel() for parameter in module.average.averaged),
         averages=0 if module.average.offload else 1 + len(module.average.power),
         shards=shards,
         matrices=sum(matrix.numel() for group in groups if group.get("muon") for matrix in group["params"]),

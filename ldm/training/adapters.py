@@ -1,0 +1,219 @@
+"""Training a low-rank adapter beside a frozen denoiser, by peft: LoRA and its relatives.
+
+The weight W of an adapted layer becomes W + s·B·A with B (out, r) and A (r, in), of which B·A alone is trained: a file of a few
+megabytes. The denoiser itself stays as it is; where a method begins with B·A ≠ 0, a second, frozen adapter takes that away.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, cast
+
+import peft
+import torch
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from ldm.errors import UsageError
+from ldm.models.adapters import (
+    NEAR_NAMES,
+    RECORD_VERSION,
+    Base,
+    Record,
+    adaptable,
+    adaptable_layers,
+    adapted_layers,
+    base_of,
+    is_adapter_weight,
+)
+from ldm.models.dit import transformer_blocks
+
+# names of the trained adapter, and of the frozen one that takes away what it begins with
+TRAINED, START = "default", "start"
+# initialisations in which B·A is not zero at first
+BEGIN_WITH = ("pissa",)
+
+
+@dataclass
+class AdapterConfig:
+    """A low-rank adapter, the only weights that are trained: W + s·B·A (Hu et al. 2021, arXiv 2106.09685).
+
+    Attributes:
+        rank: r, of the matrices; more learns more, and makes the file larger.
+        alpha: the scale s is alpha / rank (default: rank, for a scale of 1).
+        rank_stabilised: the scale is alpha / √rank, which keeps the size of updates the same at every rank (rsLoRA,
+            Kalajdzievski 2023, arXiv 2312.03732).
+        method: ``lora``; ``dora`` also trains the length of every row of the weight (Liu et al. 2024, arXiv 2402.09353),
+            which costs time in every step.
+        init: of A and B. ``default`` and ``gaussian``: A is random (uniform; normal of deviation 1 / rank) and B zero.
+            ``orthogonal``: both are random, with orthogonal rows, so that B·A is zero; the rank is even. ``pissa``: B·A is
+            the largest singular components of W, and the layer begins with W all the same (Meng et al. 2024, arXiv
+            2404.02948); its file has twice the rank, because it says what to take from W, too.
+        dropout: of the adapter's inputs.
+        target_modules: layers to adapt, by name; ``*`` stands for anything: ``blocks.*.attention.to_*``; the end of a name
+            suffices: ``to_q`` (default: all linear layers of the transformer blocks).
+        trigger_words: that prompts need for what is trained; kept in the file, and shown where it is used.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    rank_stabilised: bool = False
+    method: Literal["lora", "dora"] = "lora"
+    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+    trigger_words: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"the adapter's rank is {self.rank}; give 1 or more")
+        if not math.isfinite(self.scaled_by) or self.scaled_by <= 0:
+            raise UsageError(f"the adapter's alpha is {self.scaled_by:g}; give a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"the adapter's dropout is {self.dropout:g}; give 0 or more and less than 1")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise UsageError(f"init orthogonal halves the rank, which is {self.rank}; give an even one")
+        if self.init in BEGIN_WITH and self.method == "dora":
+            raise UsageError(f"init {self.init} is of the method lora, and not of dora; give one or the other")
+
+    @property
+    def scaled_by(self) -> float:
+        """alpha."""
+        return self.rank if self.alpha is None else self.alpha
+
+    def layers(self, network: nn.Module) -> list[str]:
+        """Names of the layers to adapt. Raises :class:`UsageError` for a pattern that matches none, naming near ones, and for a
+        layer that has no room for the rank."""
+        layers = adaptable_layers(network)
+        if self.target_modules is None:
+            ours = {id(module) for block in transformer_blocks(network) for module in block.modules()}
+            chosen = [name for name, layer in layers.items() if id(layer) in ours and isinstance(layer, nn.Linear)]
+        else:
+            chosen = [name for name in layers if any(_matches(name, pattern) for pattern in self.target_modules)]
+        for pattern in self.target_modules or []:
+            if not any(_matches(name, pattern) for name in layers):
+                near = [*dict.fromkeys([*difflib.get_close_matches(pattern, layers, NEAR_NAMES), *layers])][:NEAR_NAMES]
+                raise UsageError(f"target_modules {pattern} matches no layer; give names such as {', '.join(near)}, or with *")
+        if not chosen:
+            raise UsageError("target_modules is empty, so that nothing would be trained; leave it out, or name layers")
+        for name in chosen:
+            weight = cast(Tensor, layers[name].weight)
+            if self.rank > (most := min(weight.shape[0], weight[0].numel())):
+                raise UsageError(
+                    f"the adapter's rank is {self.rank}, and the layer {name} is {tuple(weight.shape)}; give at most {most}"
+                )
+        return chosen
+
+    def peft_config(self, layers: Sequence[str], **changed: Any) -> peft.LoraConfig:
+        """peft's config of an adapter of these layers."""
+        settings = {
+            "r": self.rank,
+            "lora_alpha": self.scaled_by,
+            "lora_dropout": self.dropout,
+            "target_modules": sorted(layers),
+            "use_rslora": self.rank_stabilised,
+            "use_dora": self.method == "dora",
+            "init_lora_weights": True,
+        }
+        return peft.LoraConfig(**settings | changed)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+class Adapter:
+    """The adapter that is trained in a network, whose own weights are frozen from here on.
+
+    Attributes:
+        base: the record of the network that it is trained on.
+    """
+
+    def __init__(self, config: AdapterConfig, network: nn.Module, base_name: str):
+        """Raises :class:`UsageError` for a config that does not fit the network."""
+        self.config, self.network = config, network
+        self.base: Base = base_of(network, base_name)
+        self.layers = config.layers(network)
+        network.requires_grad_(False)
+        own = {name: layer.weight.data for name, layer in adaptable_layers(network).items()}
+        init = {"init_lora_weights": True if config.init == "default" else config.init}
+        adaptable(network).add_adapter(config.peft_config(self.layers, **init), TRAINED)
+        if config.init in BEGIN_WITH:
+            self._take_away_the_start(own)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(is_adapter_weight(name) and f".{START}" not in name)
+
+    def _take_away_the_start(self, own: dict[str, Tensor]) -> None:
+        """Give the base its own weights back, from which peft has taken B·A, and have a frozen adapter take it away."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*multiple adapters.*")  # as it is meant
+            adaptable(self.network).add_adapter(self.config.peft_config(self.layers, lora_dropout=0.0), START)
+        for name, layer in adapted_layers(self.network):
+            layer.get_base_layer().weight.data = own[name]
+            for factors in (layer.lora_A, layer.lora_B):
+                factors[START].load_state_dict(factors[TRAINED].state_dict())
+            layer.scaling[START] = -layer.scaling[START]
+        self.network.set_adapter([TRAINED, START])
+
+    def exported(self) -> tuple[dict[str, Tensor], peft.LoraConfig]:
+        """The adapter's weights by name, and peft's config of them, which add to the base what the network has learned."""
+        trained, settings = get_peft_model_state_dict(self.network, adapter_name=TRAINED), {}
+        if self.config.init in BEGIN_WITH:
+            # s·(B·A − B₀·A₀) = s·[B, −B₀]·[A; A₀], of twice the rank
+            start = get_peft_model_state_dict(self.network, adapter_name=START)
+            for name, tensor in trained.items():
+                is_a = ".lora_A." in name
+                trained[name] = torch.cat([tensor, start[name] if is_a else -start[name]], dim=0 if is_a else 1)
+            double = math.sqrt(2) if self.config.rank_stabilised else 2
+            settings = {"r": 2 * self.config.rank, "lora_alpha": double * self.config.scaled_by}
+        return trained, self.config.peft_config(self.layers, **settings)
+
+    def settings(self) -> dict[str, Any]:
+        """What the weights mean, in plain values."""
+        own = asdict(self.config) | {"alpha": self.config.scaled_by, "target_modules": self.layers}
+        return {name: value for name, value in own.items() if name not in ("trigger_words", "dropout")}
+
+
+
+    def summary(self) -> str:
+        """A line about what is trained."""
+        trained = sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
+        total = sum(weight.numel() for name, weight in self.network.named_parameters() if not is_adapter_weight(name))
+        return f"adapter of rank {self.config.rank} of {len(self.layers)} layers: {trained:,} weights, {trained / total:.2%}"
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the network is the base."""
+        network = adaptable(self.network)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        network.disable_adapters()
+        try:
+            yield
+        finally:
+            network.enable_adapters()
+            network.requires_grad_(False)  # peft turns it on for the frozen adapter, too
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def require_same_base(self, recorded: Base | None) -> None:
+        """Raise :class:`UsageError` where a checkpoint's adapter, beside the ``recorded`` weights, is beside others here."""
+        if recorded is not None and recorded["hashes"][0] not in self.base["hashes"]:
+            raise UsageError(
+                f"the checkpoint's adapter was trained beside the weights of {recorded['name']} {recorded['hashes'][0][:12]}, and "
+                f"init_from {self.base['name']} is {self.base['hashes'][0][:12]}; give the former"
+            )
+
+    def record(self, training: Mapping[str, Any]) -> Record:
+        """ldm's metadata of the file; ``training``: settings by name."""
+        return {
+            "format_version": RECORD_VERSION,
+            "base": self.base,
+            "trigger_words": self.config.trigger_words,
+            "training": {**training, "adapter": self.settings() | {"dropout": self.config.dropout}},
+        }
