@@ -15,7 +15,9 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import get_adapter_name
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from pydantic import Field, FiniteFloat
@@ -44,6 +46,7 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import check_type, read_bytes, read_json, require_version
 from ldm.images import MAX_IMAGE_BYTES, DecodeError
 from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
+from ldm.models.adapters import AdapterFile, adaptable, add_to
 from ldm.models.autoencoder import (
     autoencoder_hash,
     decode_latents,
@@ -144,8 +147,12 @@ class ModelIndex(TypedDict, total=False):
     format_version: Any
 
 
-class LatentDiffusionPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
-    """Text encoders (one, or up to three), denoiser, scheduler and autoencoder of one trained model."""
+class LatentDiffusionPipeline(TextualInversionLoaderMixin, CogVideoXLoraLoaderMixin, DiffusionPipeline):
+    """Text encoders (one, or up to three), denoiser, scheduler and autoencoder of one trained model.
+
+    Adapters of the denoiser are used as in diffusers: :meth:`load_lora_weights`, ``set_adapters``, ``fuse_lora``,
+    ``unload_lora_weights``. The mixin is the plainest of diffusers' own: one network, and no names to convert.
+    """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
     _optional_components = ["text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]  # noqa: RUF012 (as diffusers has it)
@@ -404,6 +411,40 @@ class LatentDiffusionPipeline(TextualInversionLoaderMixin, DiffusionPipeline):
         before, side = self.config["trained_on"] or {}, self.transformer.config.sample_size
         shapes = before.get("latent_shapes") or [before.get("latent_shape") or (0, side, side)]
         return [(height * self.vae_scale_factor, width * self.vae_scale_factor) for _, height, width in shapes]
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        force: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter to the denoiser and activate it.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: its file, its directory, a name on the Hugging Face hub, or its tensors as in
+                diffusers.
+            adapter_name: for ``set_adapters``.
+            weight_name: of the file in the directory.
+            force: take an adapter that was trained on another base of the same architecture.
+            kwargs: of diffusers' own method, for tensors.
+
+        Raises:
+            UsageError: for what is no adapter, or is one of another model.
+        """
+        where = pretrained_model_name_or_path_or_dict
+        if isinstance(where, dict):
+            adaptable(self.transformer)
+            super().load_lora_weights(where, adapter_name, **kwargs)
+            return
+        if kwargs:
+            raise UsageError(f"load_lora_weights takes no {next(iter(kwargs))}; leave it out")
+        if adapter_name in getattr(self.transformer, "peft_config", {}):
+            raise UsageError(f"there is an adapter called {adapter_name} already; give another name, or unload_lora_weights")
+        adapter = AdapterFile.read(where, weight_name)
+        adapter.require_fits(self.transformer, force)
+        add_to(self.transformer, adapter, adapter_name or get_adapter_name(self.transformer), self)
 
     def enable_vae_tiling(self) -> None:
         """Decode and encode images larger than the autoencoder was trained on in tiles; see

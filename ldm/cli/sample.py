@@ -66,6 +66,9 @@ def add(commands: Commands) -> None:
     image.add_argument("--strength", type=float, help="how far to leave it, 0 to 1")
     image.add_argument("--mask", metavar="FILE", help="image that is white where --image is regenerated")
 
+    adapters = "adapter of the model and its weight (default: 1), such as runs/lora/adapter=0.8; repeatable"
+    image.add_argument("--lora", metavar="FILE[=W]", action="append", help=adapters)
+
     sampler = sample.add_argument_group("sampling")
     sampler.add_argument("--steps", type=int, help="steps of the scheduler (default: those recommended for the model, else 30)")
     sampler.add_argument("--scheduler", metavar="NAME", help="such as euler; a wrong one lists them (default: the pipeline's)")

@@ -55,6 +55,7 @@ def write_gallery(folder: str | os.PathLike) -> Path:
                     [
                         f"ldm sample {shlex.quote(provenance.model)} --from-image {shlex.quote(path.name)}",
                         *(f"--{name} {name.upper()}" for name in needed),
+                        *("--lora FILE" for _ in settings.adapters()),
                         "--out again",
                     ]
                 ),

@@ -6,13 +6,15 @@ import dataclasses
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ldm.errors import UsageError
-from ldm.files import atomic_file
+from ldm.files import atomic_file, sha256_file
 from ldm.inference.metadata import model_hash
-from ldm.inference.settings import INPUTS, GenerationSettings, is_reference
+from ldm.inference.settings import INPUTS, GenerationSettings, is_reference, split_lora
+from ldm.models.adapters import adapter_path
 from ldm.pipeline import image_of, read_input
 
 FOLDER = "inputs"  # beside the images, with copies of their inputs
@@ -49,6 +51,9 @@ class Inputs:
             if not index.is_file():
                 raise UsageError(f"weak {path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
             found = f"sha256:{model_hash(path)}"
+        elif name == "lora":
+            path = str(adapter_path(path))
+            found = f"sha256:{sha256_file(Path(path))}"
         else:
             found = reference(read_input(path))
         self._paths[found] = Path(path)
@@ -56,10 +61,13 @@ class Inputs:
 
     def named(self, settings: GenerationSettings) -> GenerationSettings:
         """The settings with references in the place of paths. Raises UsageError as :meth:`add` does."""
-        given = {name: value for name in INPUTS if (value := getattr(settings, name)) is not None}
-        if not given:
-            return settings
-        return dataclasses.replace(settings, **{name: self.add(name, path) for name, path in given.items()})
+        given = {name: self.add(name, value) for name in INPUTS if (value := getattr(settings, name)) is not None}
+        if settings.lora:
+            adapters = [(self.add("lora", path), weight) for path, weight in settings.adapters()]
+            if len({*dict(adapters)}) < len(adapters):
+                raise UsageError("the same adapter is given twice as lora; give it once, with its weight")
+            given["lora"] = tuple(f"{found}={weight!r}" for found, weight in adapters)
+        return dataclasses.replace(settings, **given) if given else settings
 
     def read(self, found: str) -> bytes:
         """The bytes of a file. Raises UsageError where it has changed since :meth:`add`."""
@@ -76,22 +84,35 @@ class Inputs:
         self._require_same(f"sha256:{model_hash(self._paths[found])}", found)
         return self._paths[found]
 
+    def adapter(self, found: str) -> Path:
+        """The file of an adapter. Raises UsageError where it has changed since :meth:`add`."""
+        self._require_same(f"sha256:{sha256_file(self._paths[found])}", found)
+        return self._paths[found]
+
     def _require_same(self, now: str, found: str) -> None:
         if now != found:
             raise UsageError(f"{self._paths[found]} has changed since this run began; run it again")
 
-    def restore(self, png: str | Path, stored: GenerationSettings, given: dict[str, str]) -> dict[str, str]:
+    def restore(self, png: str | Path, stored: GenerationSettings, given: dict[str, Any]) -> dict[str, Any]:
         """The inputs of an image that is generated again, as references: those that the user gives, which must be the same
         files, else copies in the folder ``inputs`` beside the image. A path inside the image is never followed.
 
         Args:
             png: the image, whose settings are ``stored``.
-            given: paths by the names of settings.
+            given: paths by the names of settings; an adapter without a weight has that of the image.
 
         Raises:
             UsageError: an input is missing, or is another file.
         """
-        restored = {}
+        restored: dict[str, Any] = {}
+        if stored.lora:
+            before = dict(stored.adapters())
+            mine = {self.add("lora", path): weight for path, weight in map(split_lora, given.get("lora") or ())}
+            if before.keys() != mine.keys():
+                raise UsageError(
+                    f"{png} was generated with --lora of {', '.join(before)}; give the files of these adapters again, by --lora"
+                )
+            restored["lora"] = [f"{found}={before[found] if weight is None else weight!r}" for found, weight in mine.items()]
         for name in INPUTS:
             before, option = getattr(stored, name), f"--{name}"
             if before is None:

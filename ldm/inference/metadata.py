@@ -256,11 +256,18 @@ def a1111_parameters(settings: GenerationSettings, provenance: Provenance) -> st
         "Model": provenance.model,
         "Denoising strength": settings.strength,
         "Eta DDIM": settings.eta,
+        "Lora hashes": ", ".join(map(_lora_hash, settings.adapters())) or None,
         "Version": f"ldm {provenance.ldm}",
     }
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None)
     text = f"{settings.prompt}\nNegative prompt: {settings.negative}\n{line}"
     return text.encode("utf-8", "replace").decode()
+
+
+def _lora_hash(adapter: tuple[str, float]) -> str:
+    """A1111's ``name: hash`` of an adapter, which settings name by its hash alone."""
+    short = Path(adapter[0]).name.removeprefix("sha256:")[:12]
+    return f"{short}: {short}"
 
 
 def _quoted(value: str | int | float) -> str:

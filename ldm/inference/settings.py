@@ -24,7 +24,8 @@ RULES: dict[str, Callable[[float], Guidance]] = {
     "zero-star": ZeroStar,
     "apg": AdaptiveProjected,
 }
-INPUTS = ("image", "mask", "weak")  # fields that name files
+INPUTS = ("image", "mask", "weak")  # fields that name a file
+NAMES_FILES = (*INPUTS, "lora")  # fields that name files
 MAX_PROMPT = 20_000  # characters, so that settings fit into an image's metadata
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", type(None): "null"}
 
@@ -53,6 +54,8 @@ class GenerationSettings:
         strength: above 0 and up to 1, how far to leave that image.
         mask: path or hash of an image that is white where ``image`` is to be regenerated.
         weak: directory of a weaker checkpoint's pipeline, or its hash, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
+        lora: low-rank adapters of the model, each the path or the hash of its file, and its weight after ``=``, which is 1
+            unless given: ``("style.safetensors=0.8",)``.
         original_width, original_height, crop_left, crop_top: in pixels, of a model with micro-conditioning: the size of the
             image that this one would have been made from, and where it would have been cropped. The size itself, and no crop,
             unless given.
@@ -81,6 +84,7 @@ class GenerationSettings:
     original_height: int | None = None
     crop_left: int | None = None
     crop_top: int | None = None
+    lora: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -115,6 +119,13 @@ class GenerationSettings:
         for complaint, holds in wrong.items():
             if holds:
                 raise UsageError(complaint)
+        for adapter, weight in self.adapters():
+            if not math.isfinite(weight):
+                raise UsageError(f"the weight of lora {adapter} is {weight}; give a finite number")
+
+    def adapters(self) -> list[tuple[str, float]]:
+        """The files of ``lora`` with their weights."""
+        return [(file, 1.0 if weight is None else weight) for file, weight in map(split_lora, self.lora or ())]
 
     def rule(self) -> Guidance:
         """The guidance of these settings."""
@@ -138,8 +149,13 @@ class GenerationSettings:
         Of an absolute path only the last name is kept: the settings leave this machine inside images.
         """
         paths = {name: Path(value) for name in INPUTS if (value := getattr(self, name)) is not None}
-        names = {name: path.name for name, path in paths.items() if path.is_absolute()}
-        return dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)} | names
+        names: dict[str, Any] = {name: path.name for name, path in paths.items() if path.is_absolute()}
+        content = dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)} | names
+        del content["lora"]  # of images without one
+        if self.lora:
+            files = [(Path(file).name if Path(file).is_absolute() else file, weight) for file, weight in self.adapters()]
+            content["lora"] = [f"{file}={weight!r}" for file, weight in files]
+        return content
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> GenerationSettings:
@@ -163,6 +179,15 @@ class GenerationSettings:
             raise UsageError(f"{where}: {error}") from None
 
 
+def split_lora(value: str) -> tuple[str, float | None]:
+    """The file and the weight of ``FILE=WEIGHT``; None where no weight is given."""
+    file, equals, weight = value.rpartition("=")
+    try:
+        return (file, float(weight)) if equals else (value, None)
+    except ValueError:  # of a name with an equals sign
+        return value, None
+
+
 def is_reference(value: str) -> bool:
     """Whether a field of :data:`INPUTS` is a hash, not a path."""
     return re.fullmatch("sha256:[0-9a-f]{64}", value) is not None
@@ -170,6 +195,12 @@ def is_reference(value: str) -> bool:
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """A JSON value as the field's type."""
+    if key == "lora" and value is not None:
+        if not (isinstance(value, list | tuple) and all(isinstance(one, str) and one for one in value)):
+            raise UsageError(
+                f'lora is {reprlib.repr(value)}; give a list of files with their weights: ["style.safetensors=0.8"]'
+            )
+        return tuple(value) or None
     if typing.get_origin(hint) is tuple:
         if not (isinstance(value, list | tuple) and len(value) == 2):
             raise UsageError(f"{key} is {reprlib.repr(value)}; give two numbers, [low, high]")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, cast
+from typing import Any, NotRequired, cast
 
 import peft
 import torch
@@ -21,7 +22,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.loaders.peft import PeftAdapterMixin
 from huggingface_hub import hf_hub_download
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field, FiniteFloat
+from pydantic import FiniteFloat
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -68,9 +69,6 @@ class _Config(TypedDict):
     lora_alpha: NotRequired[FiniteFloat | int]
     alpha_pattern: NotRequired[dict[str, FiniteFloat | int] | None]
     use_rslora: NotRequired[bool]
-
-
-Rank = Annotated[int, Field(ge=1)]
 
 
 def adaptable(network: nn.Module) -> Any:
@@ -138,19 +136,20 @@ class AdapterFile:
     metadata: Mapping[str, str]
 
     @classmethod
-    def read(cls, where: str | Path) -> AdapterFile:
-        """The adapter of a file, a directory, or a name on the Hugging Face hub. Raises :class:`LdmError` for anything else."""
-        path = adapter_path(where)
-        with loading(f"{where} cannot be read as an adapter", "give a whole .safetensors file"), safe_open(
-            path, "pt", backend="pread"
-        ) as file:
+    def read(cls, where: str | os.PathLike, file_name: str | None = None) -> AdapterFile:
+        """The adapter that ``where`` names, as :func:`adapter_path` says. Raises :class:`LdmError` for anything else."""
+        path = adapter_path(where, file_name)
+        with (
+            loading(f"{where} cannot be read as an adapter", "give a whole .safetensors file"),
+            safe_open(path, "pt", backend="pread") as file,
+        ):
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         foreign = [name for name in tensors if not name.startswith(PREFIX) or not is_adapter_weight(name)]
         if foreign or not tensors:
             raise UsageError(
-                f"{where} holds {foreign[0] if foreign else 'nothing'}, which is no weight of a denoiser's adapter; give a file "
-                f"in diffusers' format, whose names begin with {PREFIX}"
+                f"{where} holds {foreign[0] if foreign else 'nothing'}, which is no weight of a denoiser's adapter; give a "
+                f"file in diffusers' format, whose names begin with {PREFIX}"
             )
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         record = _read_record(metadata, str(where))
@@ -172,8 +171,8 @@ class AdapterFile:
             if name not in layers:
                 near = ", ".join(difflib.get_close_matches(name, layers, NEAR_NAMES)) or "none like it"
                 raise UsageError(
-                    f"{self.source} adapts the layer {name}, which this {type(network).__name__} does not have (it has {near}); "
-                    "give an adapter of this model"
+                    f"{self.source} adapts the layer {name}, which this {type(network).__name__} does not have (it has {near});"
+                    " give an adapter of this model"
                 )
             self._require_shapes(name, layers[name])
         if self.record is None or force:
@@ -203,14 +202,18 @@ def layer_of(name: str) -> str:
     return ".".join(parts[: next(number for number, part in enumerate(parts) if part.startswith(ADAPTER_WEIGHTS))])
 
 
-def adapter_path(where: str | Path) -> Path:
-    """The file that ``where`` names: itself, that of a directory, or one downloaded from the hub."""
+def adapter_path(where: str | os.PathLike, file_name: str | None = None) -> Path:
+    """The file that ``where`` names: itself, one of a directory, or one downloaded from the hub; ``file_name``: in these."""
     if is_hub_name(str(where)):
-        with loading(f"{where} is no file here, and cannot be downloaded from the Hugging Face hub", "give a file, or a name there"):
-            return Path(hf_hub_download(str(where), LORA_WEIGHT_NAME_SAFE))
-    path = Path(where)
+        with loading(
+            f"{where} is no file here, and cannot be downloaded from the Hugging Face hub", "give a file, or a name there"
+        ):
+            return Path(hf_hub_download(str(where), file_name or LORA_WEIGHT_NAME_SAFE))
+    path = Path(where) if file_name is None else Path(where) / file_name
     if path.is_dir():
-        found = [path / LORA_WEIGHT_NAME_SAFE] if (path / LORA_WEIGHT_NAME_SAFE).exists() else sorted(path.glob("*.safetensors"))
+        found = (
+            [path / LORA_WEIGHT_NAME_SAFE] if (path / LORA_WEIGHT_NAME_SAFE).exists() else sorted(path.glob("*.safetensors"))
+        )
         if len(found) != 1:
             raise UsageError(f"{where} holds {len(found)} .safetensors files; give the file of one adapter")
         path = found[0]
@@ -276,7 +279,9 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: peft.Peft
     metadata = {
         **_shown_elsewhere(config, record),
         "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps({f"{PREFIX}{key}": value for key, value in plain(config).items()}, sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: json.dumps(
+            {f"{PREFIX}{key}": value for key, value in plain(config).items()}, sort_keys=True
+        ),
         RECORD: json.dumps(record, sort_keys=True),
     }
     named = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -187,7 +188,7 @@ def _text_projections(channels: int, width: int, pooling: Pooling) -> dict[str, 
     return {"text_embed": embed, "pooled_embed": nn.Sequential(LayerNorm(channels), nn.Linear(channels, width))}
 
 
-class DiT(ModelMixin, ConfigMixin):
+class DiT(ModelMixin, PeftAdapterMixin, ConfigMixin):
     """Noisy latents, a time and a caption -> the prediction, in the shape of the latents.
 
     diffusers' ``enable_gradient_checkpointing()`` and ``compile_repeated_blocks()`` work on it.

@@ -182,8 +182,8 @@ class FitCLI(TrainingCLI):
                 raise UsageError(f"data.{split}: {error}") from None
 
     def _find_initial_weights(self) -> None:
-        """Set ``initial``, what ``model.init_from`` names, unless the run resumes from a checkpoint that holds all weights; fill
-        in the denoiser where it is left out."""
+        """Set ``initial``, what ``model.init_from`` names, unless the run resumes from a checkpoint that holds all weights;
+        fill in the denoiser where it is left out."""
         model, self.initial = self.options.model, None
         beside = self.module_class is TextualInversion or bool(model.get("adapter"))  # a checkpoint is of what is beside it
         if model.get("init_from") and (self.checkpoint is None or beside):

@@ -18,7 +18,7 @@ from ldm.errors import UsageError
 from ldm.images import DecodeError, open_image
 from ldm.inference.inputs import reference
 from ldm.inference.prompts import Complete
-from ldm.inference.settings import INPUTS, GenerationSettings
+from ldm.inference.settings import NAMES_FILES, GenerationSettings
 from ldm.models.image_processor import fit_mask
 from ldm.serve import Limits
 
@@ -55,7 +55,7 @@ def parse_request(body: bytes, limits: Limits, size: tuple[int, int], complete: 
         raise UsageError('a request is {"settings": {"prompt": "a red ring"}} with an optional start, an image in base64')
     fields, start = content["settings"], content.get("start")
     if isinstance(fields, dict):
-        given = [key for key in INPUTS if fields.get(key) is not None]
+        given = [key for key in NAMES_FILES if fields.get(key) is not None]
         if given:
             raise UsageError(f"{given[0]} would name a file of the server; send an image as start, in base64")
         if start is not None:

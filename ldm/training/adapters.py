@@ -102,12 +102,10 @@ class AdapterConfig:
                 raise UsageError(f"target_modules {pattern} matches no layer; give names such as {', '.join(near)}, or with *")
         if not chosen:
             raise UsageError("target_modules is empty, so that nothing would be trained; leave it out, or name layers")
-        for name in chosen:
-            weight = cast(Tensor, layers[name].weight)
-            if self.rank > (most := min(weight.shape[0], weight[0].numel())):
-                raise UsageError(
-                    f"the adapter's rank is {self.rank}, and the layer {name} is {tuple(weight.shape)}; give at most {most}"
-                )
+        shapes = {name: tuple(cast(Tensor, layers[name].weight).flatten(1).shape) for name in chosen}
+        narrowest = min(chosen, key=lambda name: min(shapes[name]))
+        if self.rank > (most := min(shapes[narrowest])):
+            raise UsageError(f"the adapter's rank is {self.rank}, and {narrowest} is {shapes[narrowest]}; give at most {most}")
         return chosen
 
     def peft_config(self, layers: Sequence[str], **changed: Any) -> peft.LoraConfig:
@@ -179,8 +177,6 @@ class Adapter:
         own = asdict(self.config) | {"alpha": self.config.scaled_by, "target_modules": self.layers}
         return {name: value for name, value in own.items() if name not in ("trigger_words", "dropout")}
 
-
-
     def summary(self) -> str:
         """A line about what is trained."""
         trained = sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
@@ -205,8 +201,8 @@ class Adapter:
         """Raise :class:`UsageError` where a checkpoint's adapter, beside the ``recorded`` weights, is beside others here."""
         if recorded is not None and recorded["hashes"][0] not in self.base["hashes"]:
             raise UsageError(
-                f"the checkpoint's adapter was trained beside the weights of {recorded['name']} {recorded['hashes'][0][:12]}, and "
-                f"init_from {self.base['name']} is {self.base['hashes'][0][:12]}; give the former"
+                f"the checkpoint's adapter was trained beside the weights of {recorded['name']} {recorded['hashes'][0][:12]}, "
+                f"and init_from {self.base['name']} is {self.base['hashes'][0][:12]}; give the former"
             )
 
     def record(self, training: Mapping[str, Any]) -> Record:

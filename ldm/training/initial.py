@@ -117,8 +117,8 @@ class InitialWeights:
                 )
         if self.diffusion is not None and self.diffusion != diffusion:
             raise UsageError(
-                f"{self.source} was trained with {self.diffusion}, and an adapter of it is to be trained with {diffusion}; give "
-                "the same path, prediction and base_side of timesteps"
+                f"{self.source} was trained with {self.diffusion}, and an adapter of it is to be trained with {diffusion}; "
+                "give the same path, prediction and base_side of timesteps"
             )
 
     def _fit(self, name: str, weight: Tensor, like: Tensor) -> Tensor:

@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
 
-from ldm.cli import dispatch
-from ldm.errors import UsageError
-from ldm.models.adapters import AdapterFile, add_to, base_hash
+from ldm.cli import dispatch, main
+from ldm.errors import LdmError, UsageError
+from ldm.inference.metadata import read_png
+from ldm.models.adapters import AdapterFile, add_to, base_hash, write_adapter
+from ldm.models.dit import DiT
+from ldm.pipeline import load_pipeline
 from ldm.training.adapters import Adapter, AdapterConfig
-from tests.tiny import write_config
+from tests.tiny import ROOT, write_config
 
 KINDS = {
     "lora": {"rank": 4},
@@ -37,15 +43,13 @@ def base(latents: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     return fit(tmp_path_factory.mktemp("base"), latents, 4) / "pipeline"
 
 
-def tune(folder: Path, latents: tuple[Path, Path], base: Path, kind: dict[str, Any], *options: str, steps: int = 8) -> Path:
+def tune(folder: Path, latents: tuple[Path, Path], base: Path, kind: dict[str, Any], *options: str, steps: int) -> Path:
     prompts = {"preview_prompts": ["a ring"], "preview_steps": 2}
     return fit(folder, latents, steps, *options, denoiser=None, init_from=str(base), adapter=kind, **prompts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_begins_as_the_base_and_the_file_gives_what_was_trained(kind: str, tiny_dit: Any, tmp_path: Path) -> None:
-    from ldm.models.adapters import write_adapter
-
     inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.rand(2)
     before, plain = tiny_dit(*inputs).sample, {name: weight.clone() for name, weight in tiny_dit.state_dict().items()}
     config = AdapterConfig(**KINDS[kind])
@@ -88,11 +92,11 @@ def state(run: Path) -> dict[str, Any]:
 
 def test_a_run_keeps_the_adapter_alone_and_resumes_exactly(base: Path, latents: tuple[Path, Path], tmp_path: Path) -> None:
     kind = {"rank": 2, "init": "pissa", "dropout": 0.1}
-    whole = tune(tmp_path / "whole", latents, base, kind)
-    half = tune(tmp_path / "half", latents, base, kind, steps=4)
+    whole = tune(tmp_path / "whole", latents, base, kind, steps=4)
+    half = tune(tmp_path / "half", latents, base, kind, steps=2)
     (half / "adapter").rename(tmp_path / "first")
     config = json.loads((tmp_path / "half" / "config.yaml").read_text())
-    config["trainer"]["max_steps"] = 8
+    config["trainer"]["max_steps"] = 4
     (tmp_path / "half" / "config.yaml").write_text(json.dumps(config))
     dispatch(["denoiser", "fit", "--config", str(tmp_path / "half" / "config.yaml"), "--out", str(half), "--resume", "latest"])
     names = ["adapter/pytorch_lora_weights.safetensors"]
@@ -104,3 +108,121 @@ def test_a_run_keeps_the_adapter_alone_and_resumes_exactly(base: Path, latents: 
     assert len(kept["average"]["shadow_params"]) == 2 * 20  # of A and B, and not of the base
     dispatch(["denoiser", "export", str(whole), str(tmp_path / "again")])
     assert (tmp_path / "again" / "pytorch_lora_weights.safetensors").read_bytes() == (whole / names[0]).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, latents: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By the recipe that ships."""
+    out, (autoencoder, data) = tmp_path_factory.mktemp("tuned") / "run", map(str, latents)
+    sizes = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4", "--data.batch_size", "4"]
+    places = ["--data.train", data, "--data.validation", data, "--model.autoencoder", autoencoder]
+    own = ["--model.adapter.rank", "2", "--model.adapter.alpha", "64", "--model.adapter.trigger_words", "[sks ring]"]
+    machine = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--model.preview_prompts", "[a ring]"]
+    recipe = ["--config", str(ROOT / "configs/denoiser/lora_8gb.yaml"), "--model.init_from", str(base)]
+    dispatch(["denoiser", "fit", *recipe, "--out", str(out), *sizes, *places, *own, *machine])
+    return out / "adapter"
+
+
+def generate(pipeline: Any) -> Tensor:
+    return pipeline("a ring", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
+def test_a_pipeline_takes_adapters_as_in_diffusers(base: Path, tuned: Path) -> None:
+    pipeline = load_pipeline(base, "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    plain = generate(pipeline)
+    pipeline.load_lora_weights(tuned, adapter_name="a")
+    adapted = generate(pipeline)
+    assert (adapted - plain).abs().max() > 1e-3
+    pipeline.load_lora_weights(str(tuned / "pytorch_lora_weights.safetensors"), adapter_name="b")
+    pipeline.set_adapters(["a", "b"], [0.75, 0.25])
+    torch.testing.assert_close(generate(pipeline), adapted, rtol=0, atol=1e-5)
+    pipeline.set_adapters("a")
+    pipeline.fuse_lora()
+    torch.testing.assert_close(generate(pipeline), adapted, rtol=0, atol=1e-5)
+    pipeline.unfuse_lora()
+    with pytest.raises(UsageError, match="called a already"):
+        pipeline.load_lora_weights(tuned, adapter_name="a")
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(generate(pipeline), plain, rtol=0, atol=1e-5)
+    pipeline.load_lora_weights(load_file(tuned / "pytorch_lora_weights.safetensors"), "tensors")  # whose scale is then 1
+
+
+def test_the_file_says_what_it_is_of(tuned: Path) -> None:
+    with safe_open(tuned / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_dim"] == "2" and metadata["ss_network_alpha"] == "64.0" and metadata["ss_steps"] == "4"
+    assert metadata["modelspec.trigger_phrase"] == "sks ring" and json.loads(metadata["ldm"])["base"]["name"] == "pipeline"
+    assert AdapterFile.read(tuned).trigger_words == ["sks ring"]
+    assert (tuned / "lineage.json").exists()
+
+
+def sample(*arguments: Any) -> list[bytes]:
+    *given, out = map(str, arguments)
+    main(["sample", *given, "--steps", "2", "--device", "cpu", "--out", out])
+    return [path.read_bytes() for path in sorted(Path(out).glob("[0-9]*.png"))]
+
+
+def test_sample_takes_adapters_and_repeats_their_images(
+    base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    made = sample(base, "a ring", "--lora", f"{tuned}=0.5", tmp_path / "with")
+    assert made != sample(base, "a ring", tmp_path / "without")
+    image = next((tmp_path / "with").glob("0*.png"))
+    settings, _ = read_png(image)
+    ((file, weight),) = settings.adapters()
+    assert file.startswith("sha256:") and weight == 0.5
+    assert sample(base, "--from-image", image, "--lora", tuned, tmp_path / "again") == made
+    lines = [{"prompt": "a ring", "lora": [f"{tuned}=0.5"]}, {"prompt": "a ring", "seed": 0}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    mixed = sample(base, "--prompts", tmp_path / "prompts.jsonl", tmp_path / "mixed")
+    assert mixed == made + sample(base, "a ring", tmp_path / "plain")
+    for wrong, said in (
+        (["--from-image", image], "give the files of these adapters again"),
+        (["a ring", "--lora", str(base)], "holds 0 .safetensors files"),
+        (["a ring", "--lora", str(tuned), "--lora", f"{tuned}=0.1"], "twice"),
+    ):
+        with pytest.raises(SystemExit):
+            sample(base, *wrong, tmp_path / "wrong")
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"adapter": {"rank": 64}}, "give at most 32"),
+        ({"adapter": {"target_modules": ["to_kv"]}}, "to_kv matches no layer; give names such as"),
+        ({"adapter": {"rank": 3, "init": "orthogonal"}}, "give an even one"),
+        ({"adapter": {"method": "dora", "init": "pissa"}}, "not of dora"),
+        ({"adapter": {}, "freeze": ["blocks.0.*"]}, "freeze cannot be used with an adapter"),
+        ({"adapter": {}, "init_from": None}, "give that model as init_from"),
+        ({"adapter": {}, "prediction": {"class_path": "ldm.diffusion.prediction.X0"}}, "give the same path, prediction"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(
+    options: dict[str, Any], said: str, base: Path, latents: tuple[Path, Path], tmp_path: Path
+) -> None:
+    network = {} if options.get("init_from", "") is None else {"denoiser": None}
+    with pytest.raises(LdmError, match=said):
+        fit(tmp_path / "wrong", latents, 1, **network | {"init_from": str(base)} | options)
+    assert not (tmp_path / "wrong" / "run").exists()
+
+
+def test_adapters_of_other_models_and_broken_files_are_refused(tuned: Path, base: Path, tmp_path: Path) -> None:
+    pipeline, file = load_pipeline(base, "cpu"), tuned / "pytorch_lora_weights.safetensors"
+    other = DiT(sample_size=16, patch_size=4, width=16, num_layers=1, num_attention_heads=2, caption_channels=8)
+    with pytest.raises(UsageError, match=r"of \(32, 32\), which is \(16, 16\) in this model"):
+        AdapterFile.read(tuned).require_fits(other)
+    for number, (content, said) in enumerate(
+        [
+            (file.read_bytes()[:900], "cannot be read as an adapter"),
+            (save({"transformer.blocks.0.attention.to_q.weight": torch.zeros(1)}), "no weight of a denoiser's adapter"),
+            (save({"transformer.blocks.0.attention.to_q.lora_A.weight": torch.zeros(2, 32)}), "two matrices of one rank"),
+            (save({"x": torch.zeros(1)}), "no weight of a denoiser's adapter"),
+            (save(dict(load_file(file)), {"ldm": "{"}), "its metadata"),
+            (save(dict(load_file(file)), {"lora_adapter_metadata": '{"transformer.lora_alpha": "8"}'}), "lora_alpha"),
+        ]
+    ):
+        (tmp_path / f"{number}.safetensors").write_bytes(content)
+        with pytest.raises(LdmError, match=said):
+            pipeline.load_lora_weights(tmp_path / f"{number}.safetensors")
