@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
@@ -58,7 +58,6 @@ class AdapterConfig:
         dropout: of the adapter's inputs.
         target_modules: layers to adapt, by name; ``*`` stands for anything: ``blocks.*.attention.to_*``; the end of a name
             suffices: ``to_q`` (default: all linear layers of the transformer blocks).
-        trigger_words: that prompts need for what is trained; kept in the file, and shown where it is used.
     """
 
     rank: int = 8
@@ -68,7 +67,6 @@ class AdapterConfig:
     init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
     dropout: float = 0.0
     target_modules: list[str] | None = None
-    trigger_words: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -175,7 +173,7 @@ class Adapter:
     def settings(self) -> dict[str, Any]:
         """What the weights mean, in plain values."""
         own = asdict(self.config) | {"alpha": self.config.scaled_by, "target_modules": self.layers}
-        return {name: value for name, value in own.items() if name not in ("trigger_words", "dropout")}
+        return {name: value for name, value in own.items() if name != "dropout"}
 
     def summary(self) -> str:
         """A line about what is trained."""
@@ -205,11 +203,11 @@ class Adapter:
                 f"and init_from {self.base['name']} is {self.base['hashes'][0][:12]}; give the former"
             )
 
-    def record(self, training: Mapping[str, Any]) -> Record:
-        """ldm's metadata of the file; ``training``: settings by name."""
+    def record(self, training: Mapping[str, Any], trigger_words: Sequence[str] = ()) -> Record:
+        """ldm's metadata of the file. ``training``: settings by name; ``trigger_words``: that call up what is trained."""
         return {
             "format_version": RECORD_VERSION,
             "base": self.base,
-            "trigger_words": self.config.trigger_words,
+            "trigger_words": [*trigger_words],
             "training": {**training, "adapter": self.settings() | {"dropout": self.config.dropout}},
         }
