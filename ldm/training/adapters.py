@@ -58,6 +58,7 @@ class AdapterConfig:
         dropout: of the adapter's inputs.
         target_modules: layers to adapt, by name; ``*`` stands for anything: ``blocks.*.attention.to_*``; the end of a name
             suffices: ``to_q`` (default: all linear layers of the transformer blocks).
+        trigger_words: that call up what is trained; kept in the file, for its users (default: the data's default caption).
     """
 
     rank: int = 8
@@ -67,6 +68,7 @@ class AdapterConfig:
     init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
     dropout: float = 0.0
     target_modules: list[str] | None = None
+    trigger_words: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -173,7 +175,7 @@ class Adapter:
     def settings(self) -> dict[str, Any]:
         """What the weights mean, in plain values."""
         own = asdict(self.config) | {"alpha": self.config.scaled_by, "target_modules": self.layers}
-        return {name: value for name, value in own.items() if name != "dropout"}
+        return {name: value for name, value in own.items() if name not in ("dropout", "trigger_words")}
 
     def summary(self) -> str:
         """A line about what is trained."""

@@ -275,7 +275,7 @@ class DenoiserTraining(EncodedTraining):
     def prepare(self, data: ShardDataModule) -> None:
         """Load the frozen encoders, and refuse data that do not fit them or the denoiser."""
         super().prepare(data)
-        self.trigger_words = data.trigger_words
+        self.default_caption = data.default_caption
         if self.initial is not None and self.statistics is None:
             self.statistics = self.initial.statistics_for(self.encoders.trained_on, same=self.adapter is not None)
             if self.statistics is not None:
@@ -375,7 +375,10 @@ class DenoiserTraining(EncodedTraining):
 
     def save(self, folder: Path) -> None:
         if self.adapter:
-            write_adapter(folder, *self.adapter.exported(), self.adapter.record(self._training_settings(), self.trigger_words))
+            words = self.adapter.config.trigger_words
+            if words is None:
+                words = [self.default_caption] if self.default_caption else []
+            write_adapter(folder, *self.adapter.exported(), self.adapter.record(self._training_settings(), words))
         else:
             self.pipeline().save_pretrained(folder)
 

@@ -116,7 +116,7 @@ def tuned(base: Path, latents: tuple[Path, Path], tmp_path_factory: pytest.TempP
     out, (autoencoder, data) = tmp_path_factory.mktemp("tuned") / "run", map(str, latents)
     sizes = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4", "--data.batch_size", "4"]
     places = ["--data.train", data, "--data.validation", data, "--model.autoencoder", autoencoder]
-    own = ["--model.adapter.rank", "2", "--model.adapter.alpha", "64", "--data.trigger_words", "[sks ring]"]
+    own = ["--model.adapter.rank", "2", "--model.adapter.alpha", "64", "--model.adapter.trigger_words", "[sks ring]"]
     own += ["--model.optimiser.learning_rate", "0.01", "--model.optimiser.warmup_steps", "0"]
     machine = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--model.preview_prompts", "[a ring]"]
     recipe = ["--config", str(ROOT / "configs/denoiser/lora_8gb.yaml"), "--model.init_from", str(base)]
