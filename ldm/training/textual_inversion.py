@@ -72,7 +72,7 @@ class TextualInversion(DenoiserTraining):
         if not (self.init_from and self.online):
             raise UsageError("a token is trained for a model, on images: give init_from, and set online")
         denoiser_s = {"freeze": self.frozen, "fp8": self.fp8, "auxiliary_losses": self.losses, "evaluation": self.evaluation}
-        for name, given in denoiser_s.items():
+        for name, given in (denoiser_s | {"adapter": self.adapter_config}).items():
             if given:
                 raise UsageError(
                     f"{name} is for the denoiser's training, and only a token's embedding is trained; leave it out"
