@@ -416,6 +416,8 @@ class LatentDiffusionPipeline(TextualInversionLoaderMixin, CogVideoXLoraLoaderMi
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
         adapter_name: str | None = None,
+        hotswap: bool = False,
+        *,
         weight_name: str | None = None,
         force: bool = False,
         **kwargs: Any,
@@ -428,7 +430,7 @@ class LatentDiffusionPipeline(TextualInversionLoaderMixin, CogVideoXLoraLoaderMi
             adapter_name: for ``set_adapters``.
             weight_name: of the file in the directory.
             force: take an adapter that was trained on another base of the same architecture.
-            kwargs: of diffusers' own method, for tensors.
+            hotswap, kwargs: of diffusers' own method, for tensors alone.
 
         Raises:
             UsageError: for what is no adapter, or is one of another model.
@@ -436,10 +438,10 @@ class LatentDiffusionPipeline(TextualInversionLoaderMixin, CogVideoXLoraLoaderMi
         where = pretrained_model_name_or_path_or_dict
         if isinstance(where, dict):
             adaptable(self.transformer)
-            super().load_lora_weights(where, adapter_name, **kwargs)
+            super().load_lora_weights(where, adapter_name, hotswap, **kwargs)
             return
-        if kwargs:
-            raise UsageError(f"load_lora_weights takes no {next(iter(kwargs))}; leave it out")
+        if kwargs or hotswap:
+            raise UsageError(f"load_lora_weights takes no {next(iter(kwargs), 'hotswap')} with a file; leave it out")
         if adapter_name in getattr(self.transformer, "peft_config", {}):
             raise UsageError(f"there is an adapter called {adapter_name} already; give another name, or unload_lora_weights")
         adapter = AdapterFile.read(where, weight_name)

@@ -61,7 +61,8 @@ class Inputs:
 
     def named(self, settings: GenerationSettings) -> GenerationSettings:
         """The settings with references in the place of paths. Raises UsageError as :meth:`add` does."""
-        given = {name: self.add(name, value) for name in INPUTS if (value := getattr(settings, name)) is not None}
+        paths = {name: value for name in INPUTS if (value := getattr(settings, name)) is not None}
+        given: dict[str, Any] = {name: self.add(name, path) for name, path in paths.items()}
         if settings.lora:
             adapters = [(self.add("lora", path), weight) for path, weight in settings.adapters()]
             if len({*dict(adapters)}) < len(adapters):

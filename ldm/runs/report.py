@@ -37,7 +37,8 @@ TITLES = {
     "autoencoder": "Stage one: autoencoder",
     "denoiser": "Stage two: denoiser",
     "matcher": "Matcher of images and text",
-} | {"embedding": "Embedding of a token"}
+    "embedding": "Embedding of a token",
+}
 
 # title, patterns of metrics, label of the y axis, whether it is logarithmic, points that the bold line averages
 CHARTS = (
@@ -291,8 +292,13 @@ def _size(path: Path) -> int:
 def _commands(page: Report, run: RunRecord, state: str) -> None:
     folder, config = shlex.quote(str(run.folder)), shlex.quote(str(RunFolder(run.folder).config))
     commands, artifact = [], shlex.quote(str(run.artifact))
-    if state == "finished" and run.stage == "denoiser":
+    base = shlex.quote(run.config["model"].get("init_from") or "BASE")
+    if state == "finished" and run.artifact.name == "adapter":
+        commands.append(("generate images", f'ldm sample {base} "a prompt" --lora {artifact} --out images'))
+    elif state == "finished" and run.stage == "denoiser":
         commands.append(("generate images", f'ldm sample {artifact} "a prompt" --out images'))
+    elif state == "finished" and run.stage == "embedding":
+        commands.append(("a pipeline that knows the token", f"ldm embedding merge {base} {artifact} pipeline"))
     elif state == "finished" and run.stage == "autoencoder":
         shards = run.config.get("data", {}).get("train")
         shards = shlex.quote(shards) if isinstance(shards, str) else "SHARDS"

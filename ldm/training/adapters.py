@@ -139,7 +139,7 @@ class Adapter:
         self.base: Base = base_of(network, base_name)
         self.layers = config.layers(network)
         network.requires_grad_(False)
-        own = {name: layer.weight.data for name, layer in adaptable_layers(network).items()}
+        own = {name: cast(Tensor, layer.weight).data for name, layer in adaptable_layers(network).items()}
         init = {"init_lora_weights": True if config.init == "default" else config.init}
         adaptable(network).add_adapter(config.peft_config(self.layers, **init), TRAINED)
         if config.init in BEGIN_WITH:
@@ -157,7 +157,7 @@ class Adapter:
             for factors in (layer.lora_A, layer.lora_B):
                 factors[START].load_state_dict(factors[TRAINED].state_dict())
             layer.scaling[START] = -layer.scaling[START]
-        self.network.set_adapter([TRAINED, START])
+        adaptable(self.network).set_adapter([TRAINED, START])
 
     def exported(self) -> tuple[dict[str, Tensor], peft.LoraConfig]:
         """The adapter's weights by name, and peft's config of them, which add to the base what the network has learned."""

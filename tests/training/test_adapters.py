@@ -75,7 +75,7 @@ def test_it_begins_as_the_base_and_the_file_gives_what_was_trained(kind: str, ti
     file = AdapterFile.read(tmp_path / "once")
     file.require_fits(other)
     add_to(other, file, "own")
-    close = {"rtol": 1e-5, "atol": 1e-5 * float(after.abs().max())}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5 * float(after.abs().max())}
     torch.testing.assert_close(other(*inputs).sample, after, **close)
     assert base_hash(other) == base_hash(tiny_dit)
     other.fuse_lora()
