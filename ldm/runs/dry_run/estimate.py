@@ -66,12 +66,16 @@ def total_of(module: TrainingModule, trainer: Trainer, measured: Measured, folde
     images = max((file.stat().st_size for file in RunFolder(folder).previews_folder.glob("*.png")), default=0)
     rows, logged_rows = (number // log_interval(trainer) for number in (steps, trainer.global_step))
     logged = sum(file.stat().st_size for file in RunFolder(folder).logs.rglob("*") if file.is_file())
-    averaged = _bytes(module.averaged())
+    averaged = sum(parameter.numel() * parameter.element_size() for parameter in module.average.averaged)
+    # what is trained beside a network is exported without it
+    exported = averaged
+    if module.artifact not in ("adapter", "embedding"):
+        exported = _bytes(module.averaged()) + sum(map(_bytes, _encoders(module).values()))
     bytes_of = {
         "checkpoints": (kept * measured.checkpoint_bytes, f"{kept:,} of {decimal(measured.checkpoint_bytes)}"),
         "previews": (2 * (validations + 1) * images, f"{validations + 1:,} of {decimal(images)}, in TensorBoard too"),
         "logs": (logged * rows // max(logged_rows, 1), f"about, {rows:,} rows"),
-        "exported model": (averaged + sum(map(_bytes, _encoders(module).values())), f"the {module.artifact}'s directory"),
+        "exported model": (exported, f"the {module.artifact}'s directory"),
     }
     if module.average.snapshot_every:
         number = (steps // module.average.snapshot_every + 1) * len(module.average.power)
@@ -112,7 +116,8 @@ def data_rows(trainer: Trainer) -> Iterable[Row]:
 
 def parameter_rows(module: TrainingModule) -> Iterable[Row]:
     for name, (trained, frozen) in network_parameters(module).items():
-        yield f"parameters, {name}", f"{trained + frozen:,}", "trained" if trained else "frozen"
+        of_them = "frozen" if not trained else "trained" if not frozen else f"{trained:,} of them trained"
+        yield f"parameters, {name}", f"{trained + frozen:,}", of_them
     for name, network in _encoders(module).items():
         yield f"parameters, {name}", f"{sum(parameter.numel() for parameter in network.parameters()):,}", "frozen"
 
