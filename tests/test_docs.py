@@ -26,9 +26,11 @@ from transformers import AutoModel, AutoTokenizer
 
 from ldm.cli import build_parser, training
 from ldm.cli.parser import Parser
+from ldm.models.adapters import write_adapter
 from ldm.models.dit import DiT
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.runs.dry_run.command import DryRunCLI
+from ldm.training.adapters import Adapter, AdapterConfig
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
@@ -310,7 +312,7 @@ def test_files_that_notice_names_exist() -> None:
 def test_python_of_readmes_runs(
     readme: Path, tiny_autoencoder, randomised, tiny_text_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where they open ``quickstart/pipeline``, that is a tiny one, untrained."""
+    """Where they open ``quickstart/pipeline``, that is a tiny one, untrained, and so are adapters of it."""
     monkeypatch.chdir(tmp_path)
     found = blocks(readme, "python")
     if any("quickstart/pipeline" in block for block in found):
@@ -322,6 +324,10 @@ def test_python_of_readmes_runs(
             transformer=randomised(dit).eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(),
         ).save_pretrained("quickstart/pipeline")
+        if folders := re.findall(r'load_lora_weights\("([^"]+)"', "".join(found)):
+            adapter = Adapter(AdapterConfig(rank=2), dit, "tiny")
+            for folder in folders:
+                write_adapter(Path(folder), *adapter.exported(), adapter.record({}))
     for block in found:
         exec(compile(block, str(readme), "exec"), {"__name__": "__main__"})
 
@@ -336,7 +342,7 @@ def test_yaml_of_readmes_is_a_config(
         (tmp_path / name).write_text(block)
     for block in blocks(readme, "yaml"):
         (tmp_path / "block.yaml").write_text(block)
-        stage = "denoiser" if re.search("auxiliary_losses|freeze|denoiser:|evaluation:", block) else "autoencoder"
+        stage = "denoiser" if re.search("auxiliary_losses|freeze|adapter|denoiser:|evaluation:", block) else "autoencoder"
         fits[stage].parser.parse_args([*config(stage), "--config", str(tmp_path / "block.yaml")])
 
 

@@ -28,6 +28,7 @@ EVERYTHING = {
     "crop_top": None,
     "mask": "b.png",
     "weak": None,
+    "lora": ["style.safetensors=0.8"],
 }
 
 

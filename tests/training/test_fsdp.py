@@ -36,6 +36,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
 
 
 def denoiser(randomised: Any, variant: str) -> DiT:
+    torch.manual_seed(0)
     sizes: dict[str, Any] = {"sample_size": 8, "width": 32, "num_layers": 3, "num_attention_heads": 2, "caption_channels": 16}
     return randomised(DiT(**sizes | DENOISERS[variant]))
 
@@ -98,6 +99,7 @@ def pixart() -> PixArtTransformer2DModel:
 
 def autoencoder() -> tuple[AutoencoderKL, list[nn.Module], list[nn.Module]]:
     """With its levels and all parts that are gathered, as stage one names them."""
+    torch.manual_seed(0)
     config = AutoencoderConfig(block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, sample_size=16)
     network = config.build()
     encoder, decoder = network.encoder, network.decoder
