@@ -60,7 +60,7 @@ def run_evaluate_memorisation(options: argparse.Namespace) -> None:
 
     from ldm.evaluation.features import load_feature_network
     from ldm.evaluation.image_sets import FixedSizes, Scorer, several_processes
-    from ldm.evaluation.memorisation import PixelFeatures, write_page
+    from ldm.evaluation.memorisation import LEAST, PixelFeatures, require_threshold, write_page
     from ldm.evaluation.results import networks_protocol
     from ldm.files import require_output_file, write_json
     from ldm.latents.compute import Process, versions
@@ -79,6 +79,9 @@ def run_evaluate_memorisation(options: argparse.Namespace) -> None:
     folders = {"shards": options.shards} | ({} if options.held_out is None else {"held_out": options.held_out})
     need_captions = not chosen.pipeline.is_unconditional
     datasets = {name: open_shards(folder, need_captions, options.count) for name, folder in folders.items()}
+    require_threshold(len([*datasets.values()][-1]), options.held_out is None)
+    if options.count is not None and options.count < LEAST:
+        raise UsageError(f"--count is {options.count}, which sets no threshold; give {LEAST} or more")
     limits = _unlike_training(options.model, datasets)
     for dataset in datasets.values():
         dataset.buckets = FixedSizes(sizes=chosen.sizes)
@@ -133,9 +136,11 @@ def _unlike_training(model: str, datasets: Mapping[str, ImageDataset]) -> list[s
     from ldm.runs.lineage import read_lineage
 
     hashes = {name: dataset.sources[0].manifest.hash for name, dataset in datasets.items()}
+    if hashes.get("held_out") == hashes["shards"]:
+        raise UsageError(f"--held-out and --shards are the same, {datasets['shards'].sources[0].spec}; give other images")
     lineage = read_lineage(Path(model))
     known = {source[name] for source in lineage["data"] for name in ("hash", "images")} if lineage else set()
-    if hashes.get("held_out") in (hashes["shards"], *known):
+    if hashes.get("held_out") in known:
         raise UsageError(
             f"{datasets['held_out'].sources[0].spec} is what the model was trained on; give --held-out other images"
         )

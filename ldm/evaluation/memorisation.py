@@ -37,6 +37,13 @@ COLUMNS, CELL = 4, 150  # of the page's images
 HEADER = ("too near", "if nothing is memorised", "copies found", "authenticity", "threshold")
 
 
+def require_threshold(images: int, of_training: bool) -> None:
+    """Raise UsageError for a control of too few images."""
+    if images < LEAST:
+        whose = "training" if of_training else "held-out"
+        raise UsageError(f"{images} {whose} images set no threshold; give {LEAST} or more")
+
+
 class PixelFeatures(FeatureNetwork):
     """The pixels of an image themselves, averaged to 32 x 32: the distance of two is the root mean square of their difference,
     0 to 1."""
@@ -121,9 +128,7 @@ def memorised(
     else:
         size = min(size, len(held_out))
         of_control, _ = nearest(control, held_out[:size])
-    if len(of_control) < LEAST:
-        whose = "training" if control is None else "held-out"
-        raise UsageError(f"{len(of_control)} {whose} images set no threshold; give {LEAST} or more")
+    require_threshold(len(of_control), control is None)
     (of_generated, _), (of_copies, _) = (nearest(images, train[:size]) for images in (generated, copies))
     distances, neighbours = nearest(generated, train)
     to_others, _ = nearest(train[neighbours], train, own=neighbours)

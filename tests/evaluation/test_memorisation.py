@@ -160,7 +160,8 @@ def test_the_data_are_compared_with_what_the_model_was_trained_on(
     assert f"{model} was trained on other shards, by its record" in " ".join(run("held-out").split())
     for options, said in (
         (("held-out", "--held-out", f"{tmp_path}/shards"), f"{tmp_path}/shards is what the model was trained on"),
-        (("shards", "--held-out", f"{tmp_path}/shards"), f"{tmp_path}/shards is what the model was trained on"),
+        (("shards", "--held-out", f"{tmp_path}/shards"), "--held-out and --shards are the same"),
+        (("shards", "--count", "16"), "--count is 16, which sets no threshold; give 20 or more"),
         (("shards", "--held-out", f"{tmp_path}/few"), "4 held-out images set no threshold; give 20 or more"),
         (("shards", "--held-out", f"{tmp_path}/few", "--count", "5"), f"--count is 5, but {tmp_path}/few holds 4 images"),
         (("few",), "4 training images set no threshold"),
