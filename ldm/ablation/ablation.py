@@ -28,8 +28,8 @@ import torch
 from lightning import Callback
 
 from ldm.ablation.comparison import Difference, Estimate, NoiseLevels, StopRule, at_seconds
-from ldm.ablation.judge import read_features
-from ldm.ablation.look import Judge, Look, LookRecord, noise_places
+from ldm.ablation.evaluator import read_features
+from ldm.ablation.look import Evaluator, Look, LookRecord, noise_places
 from ldm.ablation.variants import Variant
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json, require_new_folder, require_version, write_json
@@ -127,7 +127,7 @@ class Ablation:
         seeds: int = 1,
         margin: float = 0.01,
         stops: bool = True,
-        judge: Judge | None = None,
+        evaluator: Evaluator | None = None,
     ):
         """
         Args:
@@ -136,9 +136,9 @@ class Ablation:
             seeds: trainings of each variant.
             margin: of :class:`StopRule`.
             stops: whether a variant whose answer is clear is not trained on.
-            judge: of generated images.
+            evaluator: of generated images.
         """
-        self.out, self.variants, self.seeds, self.judge, self.stops = out, [*variants], seeds, judge, stops
+        self.out, self.variants, self.seeds, self.evaluator, self.stops = out, [*variants], seeds, evaluator, stops
         self.rule = StopRule(len(looks), max(len(variants) - 1, 1), margin)
         images = max(variant.steps * (variant.batch_size or 1) for variant in variants)
         self.steps = {
@@ -188,7 +188,7 @@ class Ablation:
             "seeds": self.seeds,
             "margin": self.rule.margin,
             "stops": self.stops,
-            "images": None if self.judge is None else self.judge.settings,
+            "images": None if self.evaluator is None else self.evaluator.settings,
         }
         asked = json.loads(json.dumps(asked, default=str))
         file = self.out / "ablation.json"
@@ -245,7 +245,7 @@ class Ablation:
             try:
                 Part(
                     ["fit", *variant.arguments, *(f"--{key}={value}" for key, value in own.items())],
-                    Look(step, file, self.judge),
+                    Look(step, file, self.evaluator),
                 )
             except SystemExit as ended:
                 if ended.code:
@@ -307,10 +307,10 @@ class Ablation:
             [self.out / "looks" / f"{name}-{seed}-{self.steps[name][number]:08d}.npz" for seed in range(self.seeds)]
             for name in (self.variants[0].name, variant.name)
         ]
-        if self.judge is None or not all(file.is_file() for side in sides for file in side):
+        if self.evaluator is None or not all(file.is_file() for side in sides for file in side):
             return {}
         say(f"the metrics of {variant.name} against those of {self.variants[0].name}, by the bootstrap")
-        return self.judge.differences(*([read_features(file) for file in side] for side in sides))
+        return self.evaluator.differences(*([read_features(file) for file in side] for side in sides))
 
     def results(self) -> dict[str, Any]:
         """All results, as JSON."""
@@ -323,7 +323,7 @@ class Ablation:
             "margin": self.rule.margin,
             "variants": {name: self._series_record(series) for name, series in self.series.items()},
             "comparisons": {each.variant.name: self._comparison_record(each) for each in self.comparisons()},
-            "images": None if self.judge is None else self.judge.settings,
+            "images": None if self.evaluator is None else self.evaluator.settings,
         }
 
     def error(self, series: Series, look: int) -> float:

@@ -37,14 +37,14 @@ UNTIMED = 2
 Features = Mapping[str, np.ndarray]
 
 
-class Judged(NamedTuple):
+class Evaluated(NamedTuple):
     """Metrics of generated images, and their features."""
 
     metrics: dict[str, float]
     features: Features = MappingProxyType({})
 
 
-class Judge(ABC):
+class Evaluator(ABC):
     """Measures images of a model that is being trained.
 
     Attributes:
@@ -54,7 +54,7 @@ class Judge(ABC):
     settings: dict[str, Any]
 
     @abstractmethod
-    def __call__(self, pipeline: LatentDiffusionPipeline) -> Judged:
+    def __call__(self, pipeline: LatentDiffusionPipeline) -> Evaluated:
         """The pipeline has the averaged weights."""
 
     def differences(self, firsts: Sequence[Features], seconds: Sequence[Features]) -> dict[str, Estimate]:
@@ -88,9 +88,9 @@ class LookRecord(TypedDict):
 class Look(Callback):
     """Measures the averaged weights after ``at`` steps, writes a :class:`LookRecord`, and ends this part of the training."""
 
-    def __init__(self, at: int, file: Path, judge: Judge | None = None):
+    def __init__(self, at: int, file: Path, evaluator: Evaluator | None = None):
         """``file``: of the record; features of images are written beside it."""
-        self.at, self.file, self.judge = at, file, judge
+        self.at, self.file, self.evaluator = at, file, evaluator
         self._digests = {name: blake2b(digest_size=16) for name in ("samples", "times", "noise", "captions")}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,15 +116,15 @@ class Look(Callback):
             errors, samples = x0_errors(module, cast("Iterable[dict[str, Any]]", trainer.val_dataloaders))
         if not (errors.isfinite() & (errors > 0)).all():
             raise LdmError(f"the errors of x0 at step {self.at} are not finite, or 0")
-        judged = Judged({})
-        if self.judge is not None:
+        evaluated = Evaluated({})
+        if self.evaluator is not None:
             pipeline = module.pipeline()
             pipeline.to(module.device)
             pipeline.set_progress_bar_config(disable=True)
-            judged = self.judge(pipeline)
-        if judged.features:
+            evaluated = self.evaluator(pipeline)
+        if evaluated.features:
             with atomic_file(self.file.with_suffix(".npz")) as file:
-                np.savez(file, **cast(Any, dict(judged.features)))
+                np.savez(file, **cast(Any, dict(evaluated.features)))
         record = LookRecord(
             step=self.at,
             images=module.num_images_seen,
@@ -133,7 +133,7 @@ class Look(Callback):
             samples=samples.tolist(),
             val_loss=float(trainer.callback_metrics["val/loss"]),
             paired={name: digest.hexdigest() for name, digest in self._digests.items()},
-            metrics=judged.metrics,
+            metrics=evaluated.metrics,
         )
         write_json(self.file, record)
         trainer.should_stop = True

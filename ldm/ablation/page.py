@@ -34,7 +34,7 @@ def write_page(ablation: Ablation) -> None:
     _metrics(page, ablation, comparisons)
     _images(page, ablation)
     _what_differs(page, ablation, comparisons)
-    page.folded("Settings of the generated images", json.dumps(ablation.judge and ablation.judge.settings, indent=2))
+    page.folded("Settings of the generated images", json.dumps(ablation.evaluator and ablation.evaluator.settings, indent=2))
     page.save(ablation.out / "ablation.html")
 
 

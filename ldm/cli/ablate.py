@@ -12,7 +12,7 @@ from ldm.cli.parser import Commands, add_command
 from ldm.errors import UsageError
 
 if TYPE_CHECKING:
-    from ldm.ablation.judge import ImageJudge
+    from ldm.ablation.evaluator import ImageEvaluator
 
 # options of fit whose names have no dot
 OF_FIT = ("--seed_everything", "--matmul_precision")
@@ -95,13 +95,13 @@ def run_ablate(options: argparse.Namespace) -> None:
         require_count("images", options.images)
     if Process.from_environment().world_size > 1:
         raise UsageError("ldm ablate trains in one process; start it without torchrun")
-    judge = _judge(options)
+    evaluator = _evaluator(options)
     try:
         variants = find_variants(_given(options), Path(options.out), options.images)
     except ArgumentError as error:
         raise UsageError(f"{explain(error)}; see ldm denoiser fit --help") from error
     looks = [(number + 1) / options.looks for number in range(options.looks)]
-    ablation = Ablation(Path(options.out), variants, looks, options.seeds, options.margin, not options.no_stop, judge)
+    ablation = Ablation(Path(options.out), variants, looks, options.seeds, options.margin, not options.no_stop, evaluator)
     ablation.run(write_page)
     for comparison in ablation.comparisons():
         say(f"{comparison.variant.name}: {ablation.answer(comparison)}")
@@ -131,14 +131,14 @@ def _given(options: argparse.Namespace) -> dict[str, list[str]]:
     return given
 
 
-def _judge(options: argparse.Namespace) -> ImageJudge | None:
+def _evaluator(options: argparse.Namespace) -> ImageEvaluator | None:
     """What measures generated images; None where that is not asked for."""
     if options.shards is None:
         for name in ("network", "count", "steps", "guidance"):
             if getattr(options, name) is not None:
                 raise UsageError(f"--{name} is of the metrics of generated images; give --shards, too")
         return None
-    from ldm.ablation.judge import ImageJudge
+    from ldm.ablation.evaluator import ImageEvaluator
     from ldm.evaluation.features import load_feature_network
     from ldm.machine import device_type
     from ldm.pipeline import GUIDANCE, STEPS
@@ -147,4 +147,4 @@ def _judge(options: argparse.Namespace) -> ImageJudge | None:
     for name, value in (("count", count), ("steps", steps)):
         require_count(name, value)
     networks = [load_feature_network(name, device_type()) for name in options.network or ("inception", "clip")]
-    return ImageJudge(options.shards, networks, count, steps, GUIDANCE if options.guidance is None else options.guidance)
+    return ImageEvaluator(options.shards, networks, count, steps, GUIDANCE if options.guidance is None else options.guidance)

@@ -176,7 +176,7 @@ class ComparedImages:
 
 
 def through_autoencoder(pixels: Tensor, autoencoder: Autoencoder, device: torch.device) -> Tensor:
-    """Images as a model returns them that has learnt their latents by heart: uint8 (B, 3, H, W) to the same."""
+    """Images as a model that has memorised their latents returns them: uint8 (B, 3, H, W) to the same."""
     with torch.no_grad():
         images = reconstruct(autoencoder, pixels_to_images(pixels.to(device)))
     return ((images + 1) * 127.5).round().byte().cpu()

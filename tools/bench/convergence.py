@@ -34,7 +34,7 @@ import torch
 
 from ldm.ablation.ablation import Ablation, Series
 from ldm.ablation.comparison import at_seconds
-from ldm.ablation.look import Judge, Judged
+from ldm.ablation.look import Evaluated, Evaluator
 from ldm.ablation.page import write_page
 from ldm.ablation.variants import find_variants
 from ldm.cli import dispatch
@@ -51,17 +51,17 @@ SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 3.0}
 ATTRIBUTES = ("background", "colour", "shape", "size", "relation")
 
 
-class Scenes(Judge):
+class Scenes(Evaluator):
     """What a scorer reads from images of held-out prompts."""
 
     def __init__(self, count: int):
         self.prompts = held_out_prompts("two", count)
         self.settings = {"prompts": count, "scheduler": "dpm++2m"} | SAMPLING
 
-    def __call__(self, pipeline: LatentDiffusionPipeline) -> Judged:
+    def __call__(self, pipeline: LatentDiffusionPipeline) -> Evaluated:
         pipeline.scheduler = make_scheduler("dpm++2m", *pipeline.diffusion)
         found = shape_accuracy(generate_from_captions(pipeline, self.prompts, seed=0, batch_size=64, **SAMPLING), self.prompts)
-        return Judged(found | {"attributes": statistics.mean(found[name] for name in ATTRIBUTES)})
+        return Evaluated(found | {"attributes": statistics.mean(found[name] for name in ATTRIBUTES)})
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ class Bench:
         words = [f"--{key}={value}" for key, value in options.items()]
         given = {recipe: [f"--config={CONFIGS / f'{recipe}.yaml'}", *words] for recipe in recipes}
         out = self.out / name
-        ablation = Ablation(out, find_variants(given, out, images), looks, self.seeds, stops=False, judge=Scenes(self.prompts))
+        ablation = Ablation(
+            out, find_variants(given, out, images), looks, self.seeds, stops=False, evaluator=Scenes(self.prompts)
+        )
         ablation.run(write_page)
         return ablation
 

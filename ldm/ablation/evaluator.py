@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ldm.ablation.comparison import Estimate
-from ldm.ablation.look import Features, Judge, Judged
+from ldm.ablation.look import Evaluated, Evaluator, Features
 from ldm.data.image_dataset import ImageDataset
 from ldm.data.sources import open_source
 from ldm.errors import UsageError
@@ -23,7 +23,7 @@ from ldm.progress import Progress
 RESAMPLES = 40
 
 
-class ImageJudge(Judge):
+class ImageEvaluator(Evaluator):
     """Generates images from captions of shards, and compares them with the images of these captions."""
 
     def __init__(
@@ -59,7 +59,7 @@ class ImageJudge(Judge):
                 self._reference = Reference(self.scorer, self.scorer.real_images(dataset, numbers, progress.update), self.count)
         return self._reference
 
-    def __call__(self, pipeline: LatentDiffusionPipeline) -> Judged:
+    def __call__(self, pipeline: LatentDiffusionPipeline) -> Evaluated:
         real = self.reference(pipeline.trained_sizes).images
         captions = [caption or "" for caption in real.captions]
         with Progress("generating", len(captions)) as progress:
@@ -68,7 +68,7 @@ class ImageJudge(Judge):
         names = [network.name for network in self.networks]
         features = {name: of.numpy() for name, of in zip(names, made.features, strict=True)}
         sizes = {"sizes": np.array(pipeline.trained_sizes)}
-        return Judged({metric.name: metric.value for metric in results.metrics}, features | sizes)
+        return Evaluated({metric.name: metric.value for metric in results.metrics}, features | sizes)
 
     def differences(self, firsts: Sequence[Features], seconds: Sequence[Features]) -> dict[str, Estimate]:
         """Of all metrics. Images of the same caption and noise are resampled together."""
