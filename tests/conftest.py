@@ -1,6 +1,7 @@
 """Tiny models and data that several tests share. Nothing here uses the network."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
 # Before torch is imported, and for every process that a test starts: tiny models gain nothing from threads, which slow
@@ -81,6 +82,15 @@ def randomise(network):
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) / max(parameter.shape[-1], 4) ** 0.5)
     return network
+
+
+@pytest.fixture
+def restored_signals():
+    """A run that was asked to stop ignores signals while its process ends; here other tests follow."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

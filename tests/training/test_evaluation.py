@@ -34,6 +34,7 @@ def state(run: RunFolder) -> dict[str, Any]:
     return {**checkpoint["state_dict"], "random": checkpoint["random"][0]["torch"]}
 
 
+@pytest.mark.usefixtures("restored_signals")
 def test_metrics_are_those_of_the_exported_pipeline_and_training_does_not_notice_them(
     tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
