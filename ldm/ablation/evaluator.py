@@ -10,11 +10,9 @@ import torch
 
 from ldm.ablation.comparison import Estimate
 from ldm.ablation.look import Evaluated, Evaluator, Features
-from ldm.data.image_dataset import ImageDataset
-from ldm.data.sources import open_source
 from ldm.errors import UsageError
 from ldm.evaluation.features import FeatureNetwork
-from ldm.evaluation.image_sets import FixedSizes, Scorer
+from ldm.evaluation.image_sets import Scorer, open_shards
 from ldm.evaluation.results import Reference, networks_protocol
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.progress import Progress
@@ -38,12 +36,11 @@ class ImageEvaluator(Evaluator):
         Raises:
             UsageError: for shards that do not hold what is asked for.
         """
-        source = open_source(shards)
-        if source.manifest.captioned is False:
-            raise UsageError(f"{shards} has no captions, and the variants generate from captions; give shards with captions")
+        self.dataset = open_shards(shards, need_captions=True)
+        source = self.dataset.sources[0]
         if count > source.manifest.samples:
             raise UsageError(f"{count} images are asked for, but {shards} holds {source.manifest.samples}; give that or less")
-        self.shards, self.count, self.networks = shards, count, [*networks]
+        self.count, self.networks = count, [*networks]
         self.scorer = Scorer(self.networks, batch_size=batch_size)
         self.sampling = {"num_inference_steps": steps, "guidance_scale": guidance}
         self.settings = {"shards": shards, "shards_hash": source.manifest.hash, "count": count} | self.sampling
@@ -53,10 +50,8 @@ class ImageEvaluator(Evaluator):
     def reference(self, sizes: Sequence[tuple[int, int]]) -> Reference:
         """The real images, of these sizes; computed once."""
         if self._reference is None:
-            dataset = ImageDataset(self.shards, require_captions=True, buckets=FixedSizes(sizes=tuple(sizes)))
-            numbers = np.random.default_rng(0).permutation(len(dataset))[: 2 * self.count].tolist()
-            with Progress("scoring real images", len(numbers)) as progress:
-                self._reference = Reference(self.scorer, self.scorer.real_images(dataset, numbers, progress.update), self.count)
+            with Progress("scoring real images") as progress:
+                self._reference = Reference.of_shards(self.scorer, self.dataset, sizes, self.count, 0, progress.update)
         return self._reference
 
     def __call__(self, pipeline: LatentDiffusionPipeline) -> Evaluated:
