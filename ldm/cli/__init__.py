@@ -9,7 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import __version__
-from ldm.cli import ablate, animation, doctor, evaluate, invert, latents, report, sample, serve, shards, sweep, trace, training
+from ldm.cli import (
+    ablate,
+    adapter,
+    animation,
+    doctor,
+    evaluate,
+    invert,
+    latents,
+    report,
+    sample,
+    serve,
+    shards,
+    sweep,
+    trace,
+    training,
+)
 from ldm.cli.parser import Commands, Parser, add_command
 from ldm.errors import LdmError, UsageError, first_line, is_out_of_memory
 from ldm.terminal import escape_logs, say
@@ -40,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     add_quickstart(commands)
-    for part in (shards, latents, sample, invert, animation, serve, evaluate, sweep, ablate, report, trace, doctor):
+    for part in (shards, latents, adapter, sample, invert, animation, serve, evaluate, sweep, ablate, report, trace, doctor):
         part.add(commands)
     for name, what in TRAININGS.items():
         commands.add_parser(name, help=f"{what}: ldm {name} fit --config FILE --out DIR, ldm {name} export DIR OUT")

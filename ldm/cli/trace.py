@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     )
     trace.add_argument(
         "file",
-        help="a PNG of ldm sample, or the folder of a pipeline, matcher, autoencoder, run, latents or image shards",
+        help="a PNG of ldm sample, or the folder of a pipeline, adapter, matcher, autoencoder, run, latents or image shards",
     )
     trace.add_argument("--sample", metavar="KEY", help="also say how often and at which steps each run trained on this sample")
     trace.add_argument(

@@ -13,11 +13,12 @@ from ldm.data.manifest import MANIFEST_NAME, Manifest
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json
+from ldm.models.adapters import ADAPTER_NAME
 from ldm.models.autoencoder_kinds import KINDS
 from ldm.models.matcher import is_matcher
 from ldm.runs.layout import LOGS
 
-Kind = Literal["run", "pipeline", "matcher", "shards", "autoencoder"]
+Kind = Literal["run", "pipeline", "matcher", "adapter", "shards", "autoencoder"]
 # what is looked through: folders below those given, and in all
 MAX_DEPTH, MAX_FOLDERS = 6, 20_000
 # folders of a run that hold nothing to find
@@ -33,6 +34,8 @@ def kind_of(folder: Path) -> Kind | None:
         return "pipeline"
     if is_matcher(folder):
         return "matcher"
+    if os.path.isfile(folder / ADAPTER_NAME):
+        return "adapter"
     if os.path.isfile(folder / MANIFEST_NAME):
         return "shards"
     try:

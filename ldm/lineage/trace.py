@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from ldm.inference.settings import GenerationSettings
 from ldm.lineage.finder import Finder, OtherError, kind_of
 from ldm.lineage.node import Node, State
 from ldm.lineage.samples import sample_uses
+from ldm.models.adapters import ADAPTER_NAME, AdapterFile
 from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
 from ldm.models.fingerprint import HALF_PRECISION
 from ldm.models.matcher import INDEX_NAME, ImageTextModel, MatcherIndex
@@ -29,6 +30,7 @@ from ldm.runs.report import RunRecord
 
 Check = Literal["recorded", "weights", "all"]
 NOT_READ = "its weights were not read"
+BEGAN = "the run began with its weights"
 NOT_RECORDED = "no fingerprint of it was recorded"
 # entries of the manifests of image shards, and of latents, that are shown
 FACTS = (
@@ -72,13 +74,15 @@ class Tracer:
             return self._pipeline(path)
         if kind == "matcher":
             return self._matcher(path)
+        if kind == "adapter" or (path.suffix == ".safetensors" and path.is_file()):
+            return self._adapter(path)
         if kind == "autoencoder":
             return self._autoencoder(path)
         if kind == "shards" or "://" in place or path.suffix == ".tar":
             return self._shards(open_source(place), None)
         raise UsageError(
-            f"{place} is nothing that can be traced; give a PNG that ldm sample wrote, or the folder of a pipeline, a "
-            "matcher, an autoencoder, a run, latents or image shards"
+            f"{place} is nothing that can be traced; give a PNG that ldm sample wrote, or the folder of a pipeline, an "
+            "adapter, a matcher, an autoencoder, a run, latents or image shards"
         )
 
     # -- images and models -----------------------------------------------------------------------------------------------
@@ -109,6 +113,41 @@ class Tracer:
                 else f"{looked} (looked in {self.finder.shown}); give --search the folder that has it"
             )  # fmt: skip
         node.children.append(child)
+        used = settings if isinstance(settings, Sequence) else [settings]
+        for file in dict.fromkeys(file for each in used for file, _ in each.adapters()):
+            node.children.append(self._find_adapter("unknown", file.removeprefix("sha256:")))
+        return node
+
+    def _find_adapter(self, name: str, expected: str) -> Node:
+        """The adapter whose file has this sha256."""
+        for folder in self.finder.folders["adapter"] if self.check != "recorded" else ():
+            if sha256_file(folder / ADAPTER_NAME) == expected:
+                node = self._adapter(folder)
+                node.state = node.state or "checked"
+                return node
+        node = Node("adapter", name, expected)
+        node.leave_unchecked(
+            NOT_READ
+            if self.check == "recorded"
+            else f"it is not here; give --search the folder that has it ({self.finder.shown})"
+        )
+        return node
+
+    def _adapter(self, path: Path) -> Node:
+        adapter = AdapterFile.read(path)
+        node = Node("adapter", str(path), sha256_file(adapter.path))
+        if self._is_shown(node, adapter.path):
+            return node
+        node.notes.append(f"rank {adapter.rank}, {len(adapter.layers)} layers")
+        if adapter.trigger_words:
+            node.notes.append(f"trigger words: {', '.join(adapter.trigger_words)}")
+        folder, record = adapter.path.parent, adapter.record
+        lineage = read_lineage(folder) if adapter.path.name == ADAPTER_NAME else None
+        if lineage is not None:
+            self._compare(node, folder, lineage)
+        elif record is not None:
+            node.notes.append(f"of the base {record['base']['name']}, whose denoiser is {record['base']['hashes'][0][:12]}")
+        self._add_origin(node, folder, lineage, self._run_of(folder, lineage))
         return node
 
     def _pipeline(self, path: Path) -> Node:
@@ -167,12 +206,16 @@ class Tracer:
         if lineage is None:
             return None
         node.fingerprint = lineage["weights"]
-        node.notes.append(f"after {lineage['step']:,} steps")
+        self._compare(node, path, lineage)
+        return lineage
+
+    def _compare(self, node: Node, path: Path, lineage: Lineage) -> None:
+        merged = lineage.get("adapters")
+        node.notes.append(f"with {len(merged)} merged adapters" if merged else f"after {lineage['step']:,} steps")
         if self.check == "recorded":
             node.leave_unchecked(NOT_READ)
         else:
             node.set_state(weights_hash(path) == lineage["weights"], f"its weights are others ({weights_hash(path)[:12]})")
-        return lineage
 
     def _add_origin(self, node: Node, path: Path, lineage: Lineage | None = None, run: RunRecord | None = None) -> None:
         """The run that made a model; without it, what its directory says of the data."""
@@ -189,8 +232,16 @@ class Tracer:
                 child.set_state(weights_hash(path) in exported, f"it exported other weights ({exported[0][:12]})")
             node.children.append(child)
             return
-        for source in lineage["data"] if lineage else ():
+        merged = lineage.get("adapters", []) if lineage else []
+        if lineage and "initial" in lineage:
+            what = "the adapters were merged into its weights" if merged else BEGAN
+            node.children.append(self._initial(lineage["initial"]["name"], lineage["initial"]["weights"], path, what))
+        for adapter in merged:
+            node.children.append(self._find_adapter(adapter["name"], adapter["weights"]))
+        for source in lineage["data"] if lineage and not merged else ():
             node.children.append(self._find_shards("", source["hash"], path))
+        if merged:
+            return
         if lineage or node.kind != "autoencoder":
             node.notes.append(
                 f"no run in {self.finder.shown} exported it by itself; give --search the folder that has its run, or "
@@ -289,19 +340,19 @@ class Tracer:
                 node.children.append(child)
                 return
 
-    def _initial(self, name: str, expected: str | None, near: Path) -> Node:
-        """What a run began with."""
+    def _initial(self, name: str, expected: str | None, near: Path, what: str = BEGAN) -> Node:
+        """What a run began with, or, as ``what`` says, what else was made of its weights."""
         named = [place for place in map(Path, self.finder.places(name, near)) if place.exists()]
         reads = expected is not None and self.check != "recorded"
         others = self.finder.folders["pipeline"] if reads else ()
         place = next((place for place in (*named, *others) if reads and _weights_of(place) == expected), None)
         if place is None and not named:
             node = Node("network", name, expected or "")
-            node.leave_unchecked("the run began with its weights; it is not here")
+            node.leave_unchecked(f"{what}; it is not here")
             return node
         shown = place or named[0]
         node = self.trace(str(shown)) if is_checkpoint(shown) or kind_of(shown) else Node("network", str(shown))
-        node.notes.insert(0, "the run began with its weights")
+        node.notes.insert(0, what)
         if reads:
             node.set_state(place is not None, "its weights are others now")
         else:

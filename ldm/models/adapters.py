@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, cast
@@ -22,6 +23,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.loaders.peft import PeftAdapterMixin
 from huggingface_hub import hf_hub_download
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from pydantic import FiniteFloat
 from safetensors import safe_open
 from safetensors.torch import save
@@ -29,10 +31,12 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from ldm.errors import LdmError, UsageError
-from ldm.files import atomic_file, check_type, parse_json, require_version
+from ldm.files import atomic_file, check_type, parse_json, require_version, write_json
 from ldm.models.directories import is_hub_name, loading
 from ldm.models.fingerprint import HALF_PRECISION, weights_hash
 
+#: of the file in an adapter's directory
+ADAPTER_NAME = LORA_WEIGHT_NAME_SAFE
 #: of the denoiser's layers among the names in a file, as diffusers has it
 PREFIX = "transformer."
 RECORD, RECORD_VERSION = "ldm", 1
@@ -41,6 +45,11 @@ ADAPTER_WEIGHTS = ("lora_",)
 #: layers that can be adapted
 LAYERS = (nn.Linear, nn.Conv2d)
 NEAR_NAMES = 3
+# what the names in a file tell: how it was trained, and which program wrote it; the first that is found counts
+METHODS = {"magnitude": "DoRA", "dora_scale": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "lora_": "LoRA"}
+FORMATS = {PREFIX: "diffusers", "unet.": "diffusers, of a U-Net", ("lora_", "lycoris_"): "kohya", "base_model.": "peft"}
+# metadata of other programs that say what a file is
+SAID = ("ss_base", "ss_network", "ss_sd_model", "ss_steps", "ss_output", "modelspec.")
 MAX_METADATA = 2**22  # characters
 
 
@@ -100,14 +109,22 @@ def is_adapter_weight(name: str) -> bool:
 def base_hash(network: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Hex sha256 of the network's own weights, whatever adapters it has; ``dtype`` as in
     :func:`ldm.models.fingerprint.network_hash`."""
+    return weights_hash(own_weights(network), {}, dtype)
+
+
+def own_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The network's own weights by their names, whatever adapters it has."""
     named = network.named_parameters()
-    own = {name.replace(".base_layer.", "."): weight for name, weight in named if not is_adapter_weight(name)}
-    return weights_hash(own, {}, dtype)
+    return {name.replace(".base_layer.", "."): weight for name, weight in named if not is_adapter_weight(name)}
 
 
-def base_of(network: nn.Module, name: str) -> Base:
-    """The record of a network, called ``name``, that an adapter is trained on."""
+def base_of(network: nn.Module, name: str, source: Mapping[str, Tensor] | None = None) -> Base:
+    """The record of a network, called ``name``, that an adapter is trained on; ``source``: the weights that the network's are
+    from, which can have more channels."""
     hashes = [base_hash(network, dtype) for dtype in (None, *HALF_PRECISION)]
+    own, source = own_weights(network), source or {}
+    if any(source[name].shape != own[name].shape for name in own.keys() & source.keys()):
+        hashes += [weights_hash(source, {}, dtype) for dtype in (None, *HALF_PRECISION)]
     return {"name": name, "network": type(network).__name__, "hashes": [*dict.fromkeys(hashes)]}
 
 
@@ -123,6 +140,7 @@ class AdapterFile:
 
     Attributes:
         source: where it is from, for messages.
+        path: of the file.
         tensors: by name, without :data:`PREFIX`.
         config: peft's, of these tensors.
         record: ldm's own; None for the file of another program.
@@ -130,6 +148,7 @@ class AdapterFile:
     """
 
     source: str
+    path: Path
     tensors: Mapping[str, Tensor]
     config: peft.PeftConfig
     record: Record | None
@@ -153,12 +172,17 @@ class AdapterFile:
             )
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         record = _read_record(metadata, str(where))
-        return cls(str(where), tensors, _config(tensors, metadata, str(where)), record, metadata)
+        return cls(str(where), path, tensors, _config(tensors, metadata, str(where)), record, metadata)
 
     @property
     def layers(self) -> list[str]:
         """Names of the layers that it adapts."""
         return sorted({layer_of(name) for name in self.tensors})
+
+    @property
+    def rank(self) -> int:
+        """The largest of its layers."""
+        return max(len(tensor) for name, tensor in self.tensors.items() if name.endswith(".lora_A.weight"))
 
     @property
     def trigger_words(self) -> list[str]:
@@ -208,12 +232,10 @@ def adapter_path(where: str | os.PathLike, file_name: str | None = None) -> Path
         with loading(
             f"{where} is no file here, and cannot be downloaded from the Hugging Face hub", "give a file, or a name there"
         ):
-            return Path(hf_hub_download(str(where), file_name or LORA_WEIGHT_NAME_SAFE))
+            return Path(hf_hub_download(str(where), file_name or ADAPTER_NAME))
     path = Path(where) if file_name is None else Path(where) / file_name
     if path.is_dir():
-        found = (
-            [path / LORA_WEIGHT_NAME_SAFE] if (path / LORA_WEIGHT_NAME_SAFE).exists() else sorted(path.glob("*.safetensors"))
-        )
+        found = [path / ADAPTER_NAME] if (path / ADAPTER_NAME).exists() else sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             raise UsageError(f"{where} holds {len(found)} .safetensors files; give the file of one adapter")
         path = found[0]
@@ -269,33 +291,77 @@ def add_to(network: nn.Module, adapter: AdapterFile, name: str, pipeline: Any = 
         adaptable(network).load_lora_adapter(tensors, adapter_name=name, metadata=metadata, _pipeline=pipeline)
 
 
+def merge_into(network: nn.Module, adapters: Sequence[tuple[AdapterFile, float]]) -> None:
+    """Add adapters that fit, each with its weight, to a network's own weights.
+
+    Raises UsageError for DoRA beside another adapter: it scales the weights that it finds, so that the order would count.
+    """
+    scaling = [adapter.source for adapter, _ in adapters if cast(peft.LoraConfig, adapter.config).use_dora]
+    if scaling and len(adapters) > 1:
+        raise UsageError(f"{scaling[0]} is of DoRA, which cannot be merged together with others; merge it alone")
+    names = [f"merged_{number}" for number in range(len(adapters))]
+    for name, (adapter, _) in zip(names, adapters, strict=True):
+        add_to(network, adapter, name)
+    adapted = adaptable(network)
+    adapted.set_adapters(names, [weight for _, weight in adapters])
+    sources = ", ".join(adapter.source for adapter, _ in adapters)
+    with loading(f"{sources} cannot be merged", "give whole files"):
+        adapted.fuse_lora(safe_fusing=True)
+    adapted.unload_lora()
+
+
 def adapted_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
     """The adapted layers of a network with their names."""
     return ((name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: peft.PeftConfig, record: Record) -> None:
-    """Write an adapter's file into ``folder``; equal input gives equal bytes. ``tensors`` are without :data:`PREFIX`."""
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: peft.PeftConfig,
+    record: Record | None,
+    others: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter's file into ``folder``; equal input gives equal bytes.
+
+    Args:
+        tensors: without :data:`PREFIX`.
+        record: None for an adapter that another program has trained.
+        others: further metadata, such as those of the file that it was made from.
+    """
     metadata = {
+        **(others or {}),
         **_shown_elsewhere(config, record),
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps(
             {f"{PREFIX}{key}": value for key, value in plain(config).items()}, sort_keys=True
         ),
-        RECORD: json.dumps(record, sort_keys=True),
+        **({} if record is None else {RECORD: json.dumps(record, sort_keys=True)}),
     }
     named = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    with atomic_file(folder / LORA_WEIGHT_NAME_SAFE) as file:
+    with atomic_file(folder / ADAPTER_NAME) as file:
         file.write(_in_order(save(named, metadata)))
 
 
-def _shown_elsewhere(config: Any, record: Record) -> dict[str, str]:
+def write_for_peft(folder: Path, tensors: Mapping[str, Tensor], config: peft.PeftConfig) -> None:
+    """Write the same as :func:`write_adapter` for ``peft.PeftModel.from_pretrained(pipeline.transformer, folder)``: networks of
+    diffusers that have no methods for adapters, such as PixArt's, take them from peft alone."""
+    folder.mkdir()
+    named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    with atomic_file(folder / SAFETENSORS_WEIGHTS_NAME) as file:
+        file.write(save(named, {"format": "pt"}))
+    write_json(folder / CONFIG_NAME, plain(config))
+
+
+def _shown_elsewhere(config: Any, record: Record | None) -> dict[str, str]:
     """Metadata that A1111, ComfyUI and image sites show: kohya's, and those of the model specification of Stability AI."""
+    size = {"ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}
+    if record is None:
+        return size
     training, words = record["training"], record["trigger_words"]
     values = {
+        **size,
         "ss_network_module": "networks.lora",
-        "ss_network_dim": config.r,
-        "ss_network_alpha": config.lora_alpha,
         "ss_sd_model_name": record["base"]["name"],
         "ss_new_sd_model_hash": record["base"]["hashes"][0],
         "ss_steps": training.get("steps"),
@@ -310,6 +376,49 @@ def _shown_elsewhere(config: Any, record: Record) -> dict[str, str]:
         "modelspec.trigger_phrase": ", ".join(words) or None,
     }
     return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def describe(where: str | os.PathLike) -> dict[str, Any]:
+    """What a file says of itself, in plain values, also where another program made it for another model.
+
+    Raises :class:`LdmError` for what is no file of tensors.
+    """
+    path = adapter_path(where)
+    with loading(f"{where} cannot be read as an adapter", "give a whole .safetensors file"), safe_open(path, "pt") as file:
+        metadata = dict(sorted((file.metadata() or {}).items()))
+        shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+        dtypes = sorted({str(file.get_slice(name).get_dtype()) for name in shapes})
+    ranks = {
+        name.removesuffix(ending): shape[0]
+        for name, shape in shapes.items()
+        for ending in (".lora_A.weight", ".lora_down.weight")
+        if name.endswith(ending) and shape
+    }
+    kinds = [kind for part, kind in METHODS.items() if any(part in name for name in shapes)]
+    formats = [kind for start, kind in FORMATS.items() if any(name.startswith(start) for name in shapes)]
+    described: dict[str, Any] = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "format": formats[0] if formats else "unknown",
+        "method": kinds[0] if kinds else "unknown",
+        "layers": len(ranks),
+        "rank": sorted({*ranks.values()}),
+        "weights": sum(math.prod(shape) for shape in shapes.values()),
+        "dtype": dtypes,
+    }
+    try:
+        record = AdapterFile.read(where).record
+        described["opens here"] = "yes" if record else "yes, where the layers fit: it does not say its base"
+    except LdmError as error:
+        record = None
+        described["opens here"] = f"no: {error}"
+    if record is not None:
+        base = record["base"]
+        described["base"] = {"name": base["name"], "network": base["network"], "weights": base["hashes"][0][:12]}
+        described["trigger words"], described["training"] = record["trigger_words"], record["training"]
+    else:
+        described["says"] = {name: value[:80] for name, value in metadata.items() if name.startswith(SAID)}
+    return described | {"metadata": metadata, "ranks": ranks}
 
 
 def _in_order(data: bytes) -> bytes:

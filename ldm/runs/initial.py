@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ldm.data.latent_schema import common_info
 from ldm.data.manifest import LATENT_SHARDS
 from ldm.data.sources import open_source
 from ldm.errors import LdmError, UsageError
-from ldm.files import read_json, require_version
+from ldm.files import LOCK_NAME, read_json, require_version
 from ldm.models.autoencoder import Autoencoder, LatentNormalizer, autoencoder_hash, load_autoencoder
 from ldm.models.directories import downloaded, loading, read_config, require_regular_files, variant_of
 from ldm.models.dit import DiT
@@ -25,6 +26,7 @@ from ldm.runs.checkpoints.files import ANOTHER, read_checkpoint, require_whole
 from ldm.runs.checkpoints.sharded import read_sharded
 from ldm.runs.config import TRUSTED
 from ldm.runs.layout import RunFolder
+from ldm.runs.lineage import LINEAGE_NAME
 from ldm.training.encoders import Statistics
 from ldm.training.initial import InitialWeights
 
@@ -140,11 +142,11 @@ def statistics_of(autoencoder: Autoencoder) -> Statistics | None:
 class DirectoryWeights:
     """The weights in a network's directory, which may be a pipeline's ``transformer``."""
 
-    def __init__(self, name: str, autoencoder: str):
+    def __init__(self, name: str, autoencoder: str | None = None):
         """
         Args:
             name: the directory, or a name on the hub.
-            autoencoder: whose statistics normalise the latents where the directory has no ``vae``.
+            autoencoder: whose statistics normalise the latents where the directory has no ``vae``; for :meth:`read`.
 
         Raises:
             LdmError: for no directory of a network, or a pipeline of a newer format.
@@ -173,12 +175,13 @@ class DirectoryWeights:
             config["out_channels"] = config["in_channels"]  # without the learned variance
         return as_options({"class_path": f"{__name__}.{FromConfig.__name__}", "init_args": {"config": config}})
 
-    def read(self, network: ModelMixin, which: str) -> InitialWeights:
-        """The weights. Raises :class:`UsageError` for weights that are missing, or are not of their config."""
-        if which != "average":
-            raise UsageError(f"init_weights {which}: {self.name} is no run and has one kind of weights; leave it out")
+    def network(self, like: ModelMixin | None = None) -> ModelMixin:
+        """The network in float32, of a known class or that of ``like``.
+
+        Raises :class:`UsageError` for weights that are missing, or are not of their config.
+        """
         require_regular_files(self.folder)
-        kind: Any = network_class(self.config, self.folder, network)
+        kind: Any = network_class(self.config, self.folder, like)
         with loading(f"{self.folder} cannot be loaded as a {kind.__name__}", "restore it, or give another one"):
             loaded, info = kind.from_pretrained(
                 self.folder,
@@ -190,7 +193,26 @@ class DirectoryWeights:
         for what in ("missing", "unexpected"):
             if keys := [*info[f"{what}_keys"]]:
                 raise UsageError(f"{self.folder}: {len(keys)} weights are {what} ({', '.join(keys[:8])}); restore it")
+        return loaded
+
+    def copy_with(self, network: ModelMixin, folder: Path) -> None:
+        """Copy the directory to ``folder``, with other weights of the network."""
+        part = self.folder.relative_to(self.place)
+
+        def leave_out(place: str, names: list[str]) -> list[str]:
+            own = [name for name in names if name.startswith((WEIGHTS, "config.json"))] if Path(place) == self.folder else []
+            return [*own, *(name for name in names if name in (LINEAGE_NAME, LOCK_NAME))]
+
+        shutil.copytree(self.place, folder, ignore=leave_out, dirs_exist_ok=True)
+        network.save_pretrained(folder / part)
+
+    def read(self, network: ModelMixin, which: str) -> InitialWeights:
+        """The weights. Raises :class:`UsageError` for weights that are missing, or are not of their config."""
+        if which != "average":
+            raise UsageError(f"init_weights {which}: {self.name} is no run and has one kind of weights; leave it out")
+        loaded: Any = self.network(network)
         own = self.place / "vae"
+        assert self.autoencoder is not None
         normaliser = load_autoencoder(own if own.is_dir() else self.autoencoder)
         trained_on = self.index.get("trained_on") or ({"autoencoder": autoencoder_hash(normaliser)} if own.is_dir() else {})
         weights: dict[str, Tensor] = dict(loaded.named_parameters())
@@ -199,7 +221,7 @@ class DirectoryWeights:
         )
 
 
-def initial_weights(name: str, autoencoder: str) -> RunWeights | DirectoryWeights:
+def initial_weights(name: str, autoencoder: str | None = None) -> RunWeights | DirectoryWeights:
     """What ``name`` names; ``autoencoder``: as of :class:`DirectoryWeights`. Raises :class:`LdmError` for anything else."""
     path = Path(name)
     if path.suffix == ".ckpt":

@@ -45,6 +45,7 @@ class Lineage(TypedDict):
         weights: :func:`weights_hash` of the directory.
         data: everything that it was trained on up to that step; empty where an older ldm kept no record of it.
         initial: what it began with, unless that was random.
+        adapters: that were merged into these weights, with the sha256 of their files.
     """
 
     format_version: int
@@ -53,6 +54,7 @@ class Lineage(TypedDict):
     weights: str
     data: list[SourceLineage]
     initial: NotRequired[InitialRecord]
+    adapters: NotRequired[list[InitialRecord]]
 
 
 def weights_hash(folder: Path) -> str:
@@ -117,6 +119,23 @@ def copy_lineage(source: Path, folder: Path) -> None:
     """Give a model that has the same weights as that of ``source`` its record, where there is one."""
     if (source / LINEAGE_NAME).is_file():
         shutil.copyfile(source / LINEAGE_NAME, folder / LINEAGE_NAME)
+
+
+def write_merged_lineage(folder: Path, base: Path, adapters: Sequence[Path]) -> None:
+    """Write ``lineage.json`` into the directory of a model whose weights are those of ``base`` with the adapters of these
+    files."""
+    before = read_lineage(base)
+    known = [each for each in (before, *(read_lineage(path.parent) for path in adapters)) if each is not None]
+    content = {
+        "format_version": FORMAT_VERSION,
+        "stage": "denoiser",
+        "step": before["step"] if before else 0,
+        "weights": weights_hash(folder),
+        "data": [*{source["hash"]: source for each in known for source in each["data"]}.values()],
+        "initial": {"name": base_name(str(base)), "weights": weights_hash(base)},
+        "adapters": [{"name": base_name(str(path.parent)), "weights": sha256_file(path)} for path in adapters],
+    }
+    write_json(folder / LINEAGE_NAME, content)
 
 
 def base_name(path: str) -> str:

@@ -102,6 +102,12 @@ class AdapterConfig:
                 raise UsageError(f"target_modules {pattern} matches no layer; give names such as {', '.join(near)}, or with *")
         if not chosen:
             raise UsageError("target_modules is empty, so that nothing would be trained; leave it out, or name layers")
+        convolutions = [name for name in chosen if not isinstance(layers[name], nn.Linear)]
+        if convolutions and self.init not in ("default", "gaussian"):
+            raise UsageError(
+                f"init {self.init} is for linear layers, and {convolutions[0]} is a convolution; give default or gaussian, or "
+                "leave the layer out of target_modules"
+            )
         shapes = {name: tuple(cast(Tensor, layers[name].weight).flatten(1).shape) for name in chosen}
         narrowest = min(chosen, key=lambda name: min(shapes[name]))
         if self.rank > (most := min(shapes[narrowest])):
@@ -133,10 +139,11 @@ class Adapter:
         base: the record of the network that it is trained on.
     """
 
-    def __init__(self, config: AdapterConfig, network: nn.Module, base_name: str):
-        """Raises :class:`UsageError` for a config that does not fit the network."""
+    def __init__(self, config: AdapterConfig, network: nn.Module, base_name: str, source: Mapping[str, Tensor] | None = None):
+        """``source``: see :func:`ldm.models.adapters.base_of`. Raises :class:`UsageError` for a config that does not fit the
+        network."""
         self.config, self.network = config, network
-        self.base: Base = base_of(network, base_name)
+        self.base: Base = base_of(network, base_name, source)
         self.layers = config.layers(network)
         network.requires_grad_(False)
         own = {name: cast(Tensor, layer.weight).data for name, layer in adaptable_layers(network).items()}

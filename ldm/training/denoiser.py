@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from diffusers import PixArtTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
 from lightning import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -32,7 +33,7 @@ from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
 from ldm.losses.auxiliary import AuxiliaryLoss, names_of
-from ldm.models.adapters import is_adapter_weight, write_adapter
+from ldm.models.adapters import is_adapter_weight, write_adapter, write_for_peft
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.compiling import Compile, compile_blocks
 from ldm.models.text_encoder import TextEncoderConfig
@@ -284,10 +285,10 @@ class DenoiserTraining(EncodedTraining):
     def start_from(self, initial: InitialWeights) -> str:
         """Start with these weights; called before training. Returns a line about them, see :meth:`InitialWeights.load`."""
         report, own = initial.load(self.denoiser), self._diffusion()
-        self.initial = replace(initial, weights={})
+        self.initial = replace(initial, weights={})  # they are not kept
         if self.adapter_config is not None:
             initial.require_same(self.denoiser, own)
-            self.adapter = Adapter(self.adapter_config, self.denoiser, initial.name)
+            self.adapter = Adapter(self.adapter_config, self.denoiser, initial.name, initial.weights)
             report += f"; {self.adapter.summary()}"
         elif initial.diffusion is not None and initial.diffusion != own:
             log.warning("%s was trained with %s, and this run trains with %s", initial.source, initial.diffusion, own)
@@ -378,7 +379,10 @@ class DenoiserTraining(EncodedTraining):
             words = self.adapter.config.trigger_words
             if words is None:
                 words = [self.default_caption] if self.default_caption else []
-            write_adapter(folder, *self.adapter.exported(), self.adapter.record(self._training_settings(), words))
+            tensors, config = self.adapter.exported()
+            write_adapter(folder, tensors, config, self.adapter.record(self._training_settings(), words))
+            if isinstance(self.denoiser, PixArtTransformer2DModel):
+                write_for_peft(folder / "peft", tensors, config)
         else:
             self.pipeline().save_pretrained(folder)
 

@@ -221,7 +221,10 @@ def encoders_of_images(
     for source in (*data.train_set.sources, *data.validation_set.sources):
         named = isinstance(data.augmentation.caption, Mapping)
         if source.manifest.captioned is False and not named and not encoders[0].is_unconditional:
-            raise UsageError(f"{source.spec} has no captions; a {name} needs one for every image, or text_encoder none")
+            raise UsageError(
+                f"{source.spec} has no captions; a {name} needs one for every image: pack it with captions (a denoiser can "
+                "also be unconditional, with text_encoder none)"
+            )
     factor = downsampling_factor(network)
     sizes = image_sizes(data.train_set, factor)
     if isinstance(sizes, BadSample):

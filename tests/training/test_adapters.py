@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -43,9 +45,11 @@ def base(latents: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     return fit(tmp_path_factory.mktemp("base"), latents, 4) / "pipeline"
 
 
-def tune(folder: Path, latents: tuple[Path, Path], base: Path, kind: dict[str, Any], *options: str, steps: int) -> Path:
+def tune(
+    folder: Path, latents: tuple[Path, Path], base: Path, kind: dict[str, Any], *options: str, steps: int, **model: Any
+) -> Path:
     prompts = {"preview_prompts": ["a ring"], "preview_steps": 2}
-    return fit(folder, latents, steps, *options, denoiser=None, init_from=str(base), adapter=kind, **prompts)
+    return fit(folder, latents, steps, *options, denoiser=None, init_from=str(base), adapter=kind, **prompts | model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,6 +192,78 @@ def test_sample_takes_adapters_and_repeats_their_images(
         assert said in capsys.readouterr().err
 
 
+def run(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    capsys.readouterr()
+    main([*map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_merged_resized_and_extracted_adapters(base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By the commands; a merged model is a model like any other, and everything says what it is of."""
+    run(capsys, "adapter", "merge", base, f"{tuned}=0.5", f"{tuned}=0.25", tmp_path / "merged")
+    run(capsys, "adapter", "extract", tmp_path / "merged", base, tmp_path / "extracted", "--rank", 4)
+    assert run(capsys, "adapter", "resize", tmp_path / "extracted", tmp_path / "resized", "--rank", 2).startswith(
+        "rank 2, with 100.00%"
+    )
+    pipeline, images = load_pipeline(base, "cpu"), []
+    for adapter, weight in ((tuned, 0.75), (tmp_path / "extracted", 1.0), (tmp_path / "resized", 1.0)):
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.load_lora_weights(adapter, adapter.name)
+        pipeline.set_adapters(adapter.name, weight)
+        images.append(generate(pipeline))
+        pipeline.unload_lora_weights()
+    merged = load_pipeline(tmp_path / "merged", "cpu")
+    merged.set_progress_bar_config(disable=True)
+    for other in images:
+        torch.testing.assert_close(generate(merged), other, rtol=0, atol=1e-5)
+    shown = json.loads(run(capsys, "adapter", "show", tmp_path / "resized", "--json"))
+    assert shown["rank"] == [2] and shown["base"]["name"] == "pipeline" and shown["training"]["resized_from"]["rank"] == 4
+    assert "sks ring" in run(capsys, "adapter", "show", tuned)
+    tree = json.loads(run(capsys, "trace", tmp_path / "merged", "--search", tuned.parent, "--json", "-"))
+    found = {node["name"]: node["state"] for node in tree["children"] if node["kind"] == "adapter"}
+    assert tree["state"] == "checked" and found == {str(tuned): "checked"}
+
+
+def test_a_merge_refuses_what_it_cannot_do(
+    base: Path, tuned: Path, latents: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(capsys, "adapter", "merge", base, tuned, tmp_path / "merged")
+    for wrong, said in (
+        ([tmp_path / "merged", tuned], "was trained on pipeline"),
+        ([base, f"{tuned}=nan"], "finite"),
+        ([tuned.parent, tuned], "adapter"),
+    ):
+        with pytest.raises(SystemExit):
+            run(capsys, "adapter", "merge", *wrong, tmp_path / "out")
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+    run(capsys, "adapter", "merge", tmp_path / "merged", tuned, tmp_path / "out", "--force")
+
+
+def test_an_adapter_of_pixart_serves_the_stock_network(
+    latents: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """By peft, and merged. The published weights also predict a variance, which is not trained."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "cross_attention_dim": 16}
+    base = tmp_path / "pixart" / "transformer"
+    PixArtTransformer2DModel(**sizes, caption_channels=8, sample_size=16).save_pretrained(base)
+    diffusion = {
+        "path": {"class_path": "ldm.diffusion.path.VariancePreserving", "init_args": {"schedule": "linear"}},
+        "prediction": {"class_path": "ldm.diffusion.prediction.Epsilon"},
+    }
+    run_folder = tune(tmp_path / "tuned", latents, base.parent, {"rank": 2}, steps=2, **diffusion)
+    adapted = peft.PeftModel.from_pretrained(
+        PixArtTransformer2DModel.from_pretrained(base), str(run_folder / "adapter" / "peft")
+    )
+    run(capsys, "adapter", "merge", base.parent, run_folder / "adapter", tmp_path / "merged")
+    merged: Any = PixArtTransformer2DModel.from_pretrained(tmp_path / "merged" / "transformer")
+    inputs = torch.randn(2, 4, 16, 16), torch.randn(2, 3, 8), torch.tensor([5, 500])
+    with torch.no_grad():
+        found, plain = adapted(*inputs).sample, PixArtTransformer2DModel.from_pretrained(base)(*inputs).sample
+        torch.testing.assert_close(merged(*inputs).sample, found, rtol=1e-5, atol=1e-6)
+    assert (found - plain).abs().max() > 1e-5 and found.shape[1] == 8
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -195,6 +271,7 @@ def test_sample_takes_adapters_and_repeats_their_images(
         ({"adapter": {"target_modules": ["to_kv"]}}, "to_kv matches no layer; give names such as"),
         ({"adapter": {"rank": 3, "init": "orthogonal"}}, "give an even one"),
         ({"adapter": {"method": "dora", "init": "pissa"}}, "not of dora"),
+        ({"adapter": {"init": "pissa", "target_modules": ["patch_embed"], "rank": 2}}, "patch_embed is a convolution"),
         ({"adapter": {}, "freeze": ["blocks.0.*"]}, "freeze cannot be used with an adapter"),
         ({"adapter": {}, "init_from": None}, "give that model as init_from"),
         ({"adapter": {}, "prediction": {"class_path": "ldm.diffusion.prediction.X0"}}, "give the same path, prediction"),
