@@ -126,8 +126,16 @@ class FitCLI(TrainingCLI):
     def _require_same_optimiser(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the moments of another optimiser; torch's own error would only count them."""
         muon = self.options.model.optimiser.muon_learning_rate is not None
-        rates = checkpoint["lr_schedulers"][0]["base_lrs"]  # the second is Muon's
-        if (len(rates) > 1) != muon:
+        rates = checkpoint["lr_schedulers"][0]["base_lrs"]  # the second is Muon's, or of an adapter's B
+        ratio = (self.options.model.get("adapter") or {}).get("loraplus_lr_ratio")
+        if self.options.model.get("adapter") and not muon:
+            if (len(rates) > 1) != (ratio is not None):
+                before = f"{rates[1] / rates[0]:g}" if len(rates) > 1 else "null"
+                raise UsageError(
+                    f"{self.checkpoint} was trained with another loraplus_lr_ratio: give --model.adapter.loraplus_lr_ratio "
+                    f"{before} to resume from it"
+                )
+        elif (len(rates) > 1) != muon:
             how, fix = ("without", "null") if muon else ("with", f"{rates[1]:g}")
             raise UsageError(
                 f"{self.checkpoint} was trained {how} Muon: give --model.optimiser.muon_learning_rate {fix} to resume from it"

@@ -37,7 +37,11 @@ from ldm.models.dit import transformer_blocks
 # names of the trained adapter, and of the frozen one that takes away what it begins with
 TRAINED, START = "default", "start"
 # initialisations in which B·A is not zero at first
-BEGIN_WITH = ("pissa",)
+BEGIN_WITH = ("pissa", "lora_ga")
+# settings that a resumed run may change: the weights mean the same
+OF_TRAINING = ("dropout", "loraplus_lr_ratio")
+# LoRA-GA: samples whose gradient it begins along, and γ of its size (Wang et al. 2024, section 3.3)
+GRADIENT_SAMPLES, GAMMA = 64, 16
 
 
 @dataclass
@@ -54,7 +58,11 @@ class AdapterConfig:
         init: of A and B. ``default`` and ``gaussian``: A is random (uniform; normal of deviation 1 / rank) and B zero.
             ``orthogonal``: both are random, with orthogonal rows, so that B·A is zero; the rank is even. ``pissa``: B·A is
             the largest singular components of W, and the layer begins with W all the same (Meng et al. 2024, arXiv
-            2404.02948); its file has twice the rank, because it says what to take from W, too.
+            2404.02948); its file has twice the rank, because it says what to take from W, too. ``lora_ga``: the same, but
+            A and B are singular vectors of the loss's gradient with respect to W over 64 training samples, spread over the
+            data, so that the first step goes nearly where training all of W would (Wang et al. 2024, arXiv 2407.05000).
+        loraplus_lr_ratio: learning rate of B over that of A, which is the optimiser's (LoRA+, Hayou et al. 2024, arXiv
+            2402.12354): 4 to 16, with AdamW; None: the same for both.
         dropout: of the adapter's inputs.
         target_modules: layers to adapt, by name; ``*`` stands for anything: ``blocks.*.attention.to_*``; the end of a name
             suffices: ``to_q`` (default: all linear layers of the transformer blocks).
@@ -65,7 +73,8 @@ class AdapterConfig:
     alpha: float | None = None
     rank_stabilised: bool = False
     method: Literal["lora", "dora"] = "lora"
-    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "lora_ga"] = "default"
+    loraplus_lr_ratio: float | None = None
     dropout: float = 0.0
     target_modules: list[str] | None = None
     trigger_words: list[str] | None = None
@@ -77,6 +86,8 @@ class AdapterConfig:
             raise UsageError(f"the adapter's alpha is {self.scaled_by:g}; give a number above 0")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"the adapter's dropout is {self.dropout:g}; give 0 or more and less than 1")
+        if self.loraplus_lr_ratio is not None and not 0 < self.loraplus_lr_ratio < math.inf:
+            raise UsageError(f"the adapter's loraplus_lr_ratio is {self.loraplus_lr_ratio:g}; give a number above 0")
         if self.init == "orthogonal" and self.rank % 2:
             raise UsageError(f"init orthogonal halves the rank, which is {self.rank}; give an even one")
         if self.init in BEGIN_WITH and self.method == "dora":
@@ -110,7 +121,8 @@ class AdapterConfig:
             )
         shapes = {name: tuple(cast(Tensor, layers[name].weight).flatten(1).shape) for name in chosen}
         narrowest = min(chosen, key=lambda name: min(shapes[name]))
-        if self.rank > (most := min(shapes[narrowest])):
+        most = min(shapes[narrowest]) // (2 if self.init == "lora_ga" else 1)  # of whose directions A and B take half each
+        if self.rank > most:
             raise UsageError(f"the adapter's rank is {self.rank}, and {narrowest} is {shapes[narrowest]}; give at most {most}")
         return chosen
 
@@ -147,7 +159,7 @@ class Adapter:
         self.layers = config.layers(network)
         network.requires_grad_(False)
         own = {name: cast(Tensor, layer.weight).data for name, layer in adaptable_layers(network).items()}
-        init = {"init_lora_weights": True if config.init == "default" else config.init}
+        init = {"init_lora_weights": True if config.init in ("default", "lora_ga") else config.init}
         adaptable(network).add_adapter(config.peft_config(self.layers, **init), TRAINED)
         if config.init in BEGIN_WITH:
             self._take_away_the_start(own)
@@ -166,6 +178,36 @@ class Adapter:
             layer.scaling[START] = -layer.scaling[START]
         adaptable(self.network).set_adapter([TRAINED, START])
 
+    @property
+    def begins_along_gradients(self) -> bool:
+        """Whether :meth:`begin_along` is to be called before the first step."""
+        return self.config.init == "lora_ga"
+
+    @contextmanager
+    def gradients_of_base(self) -> Iterator[dict[str, Tensor]]:
+        """Within this context backward passes add up gradients of the base's adapted weights, which are given by layer."""
+        weights = {name: cast(Tensor, layer.get_base_layer().weight) for name, layer in adapted_layers(self.network)}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        try:
+            yield weights
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(False)
+                weight.grad = None
+
+    @torch.no_grad()
+    def begin_along(self, gradients: Mapping[str, Tensor]) -> None:
+        """Begin with the singular vectors of these gradients (out, in) by layer: A with the first r on the right, B with the
+        next r on the left, each times √√out / √γ. The frozen adapter takes s·B·A away again."""
+        rank = self.config.rank
+        for name, layer in adapted_layers(self.network):
+            u, _, v = torch.linalg.svd(gradients[name].float(), full_matrices=False)
+            size = len(u) ** 0.25 / GAMMA**0.5
+            for adapter in (TRAINED, START):
+                layer.lora_A[adapter].weight.copy_(size * v[:rank])
+                layer.lora_B[adapter].weight.copy_(size * u[:, rank : 2 * rank])
+
     def exported(self) -> tuple[dict[str, Tensor], peft.LoraConfig]:
         """The adapter's weights by name, and peft's config of them, which add to the base what the network has learned."""
         trained, settings = get_peft_model_state_dict(self.network, adapter_name=TRAINED), {}
@@ -182,7 +224,7 @@ class Adapter:
     def settings(self) -> dict[str, Any]:
         """What the weights mean, in plain values."""
         own = asdict(self.config) | {"alpha": self.config.scaled_by, "target_modules": self.layers}
-        return {name: value for name, value in own.items() if name not in ("dropout", "trigger_words")}
+        return {name: value for name, value in own.items() if name not in (*OF_TRAINING, "trigger_words")}
 
     def summary(self) -> str:
         """A line about what is trained."""
@@ -218,5 +260,5 @@ class Adapter:
             "format_version": RECORD_VERSION,
             "base": self.base,
             "trigger_words": [*trigger_words],
-            "training": {**training, "adapter": self.settings() | {"dropout": self.config.dropout}},
+            "training": {**training, "adapter": self.settings() | {name: getattr(self.config, name) for name in OF_TRAINING}},
         }

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
 from lightning import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.data.datamodule import ShardDataModule
+from ldm.data.datamodule import ShardDataModule, datamodule_of
+from ldm.data.plan import PlannedSample
 from ldm.diffusion.conditioning import Condition, micro_conditions, takes_sizes
 from ldm.diffusion.guidance import ClassifierFree, Guidance
 from ldm.diffusion.objective import DenoisingObjective
@@ -38,7 +41,7 @@ from ldm.models.autoencoder import downsampling_factor
 from ldm.models.compiling import Compile, compile_blocks
 from ldm.models.text_encoder import TextEncoderConfig
 from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline, text_parts
-from ldm.training.adapters import Adapter, AdapterConfig
+from ldm.training.adapters import GRADIENT_SAMPLES, Adapter, AdapterConfig
 from ldm.training.ema import PowerAverages
 from ldm.training.encoded import EncodedTraining, by_time, fixed_noise, split_batch
 from ldm.training.evaluation import Evaluate, Evaluation
@@ -243,6 +246,8 @@ class DenoiserTraining(EncodedTraining):
         if self.fp8:
             require_fp8(self.trainer.strategy.root_device, self.compute_dtype, bool(self.compile_choice))
         super().setup(stage)
+        if self.adapter and self.adapter.begins_along_gradients and self.trainer.ckpt_path is None:
+            self._begin_along_gradients(self.adapter, datamodule_of(self.trainer))
         if self.fp8:
             to_fp8(self.blocks())
         if self.compile_choice:
@@ -251,6 +256,27 @@ class DenoiserTraining(EncodedTraining):
                     "compile cuda_graphs cannot be used with fsdp, which moves the weights at every step; give true"
                 )
             compile_blocks(self.denoiser, self.blocks(), self.compile_choice, self.trainer.strategy.root_device)
+
+    def _begin_along_gradients(self, adapter: Adapter, data: ShardDataModule) -> None:
+        """Let the adapter begin along the gradient of the loss over some training samples, the same on all processes."""
+        device, dataset = self.trainer.strategy.root_device, data.train_set
+        nn.Module.to(self.denoiser, device)  # diffusers declares no type for its own
+        number, self.seed = min(GRADIENT_SAMPLES, len(dataset)), torch.initial_seed() if self.seed is None else self.seed
+        chosen = np.arange(number) * len(dataset) // number
+        with adapter.gradients_of_base() as weights:
+            for few in dataset.batches_of_one_size(chosen, data.batch_sizes(dataset)):
+                draws = [PlannedSample(sample, sample) for sample in few]
+                batch = dataset.batch(draws)
+                batch = data.transfer_batch_to_device(batch | self.batch_noise()(batch, draws), device, 0)
+                self.manual_backward(len(few) / number * self.loss_terms(batch)["train/loss"])
+            gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        adapter.begin_along(gradients)
+        self.start_average(*self._averaging)
+        rank_zero_info(f"the adapter begins along the gradient of {number} training samples")
+
+    def learning_rates(self) -> Mapping[str, float]:
+        ratio = self.adapter_config.loraplus_lr_ratio if self.adapter_config else None
+        return {} if ratio is None else {".lora_B.": ratio}
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -76,9 +76,15 @@ class EncodedTraining(TrainingModule):
         """The transformer blocks: each is compiled, and under FSDP gathered, by itself."""
         return transformer_blocks(self.averaged())
 
+    def learning_rates(self) -> Mapping[str, float]:
+        """Factors on the learning rate of the parameters whose names contain a text."""
+        return {}
+
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         blocks = () if self.optimiser.muon_learning_rate is None else self.blocks()
-        optimiser, schedule = self.optimiser.build(self.trained(), self.trainer.max_steps, blocks, self.compute_dtype)
+        optimiser, schedule = self.optimiser.build(
+            self.trained(), self.trainer.max_steps, blocks, self.compute_dtype, rates=self.learning_rates()
+        )
         self.keep_settings([optimiser])
         return [optimiser], [schedule]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -55,11 +55,28 @@ class OptimiserConfig:
     fused: bool = True
     eight_bit: bool = False
 
-    def build(self, network: nn.Module, num_steps: int) -> tuple[Optimizer, LRScheduler]:
-        """The optimiser of the network's trained parameters and its schedule, stepped once a batch."""
-        settings = self._adamw_settings()
-        optimiser = adamw_8bit(_trained(network), **settings) if self.eight_bit else AdamW(_trained(network), **settings)
-        return self._with_schedule(optimiser, num_steps)
+    def build(
+        self, network: nn.Module, num_steps: int, *, rates: Mapping[str, float] | None = None
+    ) -> tuple[Optimizer, LRScheduler]:
+        """The optimiser of the network's trained parameters and its schedule, stepped once a batch.
+
+        ``rates``: factors on the learning rate of the parameters whose names contain a text.
+        """
+        settings, groups = self._adamw_settings(), self._groups(network, rates or {})
+        return self._with_schedule(adamw_8bit(groups, **settings) if self.eight_bit else AdamW(groups, **settings), num_steps)
+
+    def _groups(self, network: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+        """The trained parameters, those of each rate in a group."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                factor = next((factor for part, factor in rates.items() if part in name), 1.0)
+                groups.setdefault(factor, []).append(parameter)
+        own = {
+            factor: {} if factor == 1 else {"lr": factor * self.learning_rate}
+            for factor in sorted(groups, key=lambda factor: factor != 1)
+        }
+        return [{"params": groups[factor], **settings} for factor, settings in own.items()]
 
     def _adamw_settings(self) -> dict[str, Any]:
         return {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay, "fused": self.fused}
@@ -86,11 +103,19 @@ class MuonConfig(OptimiserConfig):
     muon_learning_rate: float | None = None
 
     def build(
-        self, network: nn.Module, num_steps: int, blocks: Iterable[nn.Module] = (), dtype: torch.dtype = torch.float32
+        self,
+        network: nn.Module,
+        num_steps: int,
+        blocks: Iterable[nn.Module] = (),
+        dtype: torch.dtype = torch.float32,
+        *,
+        rates: Mapping[str, float] | None = None,
     ) -> tuple[Optimizer, LRScheduler]:
         """See the base class. ``blocks``: parts of ``network`` whose weights Muon updates; ``dtype``: see :class:`Muon`."""
         if self.muon_learning_rate is None:
-            return super().build(network, num_steps)
+            return super().build(network, num_steps, rates=rates)
+        if rates:
+            raise UsageError("Muon has one learning rate for all matrices; leave out muon_learning_rate, or the other rates")
         if self.eight_bit:
             raise UsageError("eight_bit is of AdamW's moments, which Muon's weights do not have; give one or the other")
         if self.muon_learning_rate < 0:
@@ -106,11 +131,12 @@ def _trained(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def adamw_8bit(parameters: list[nn.Parameter], fused: bool = True, **settings: Any) -> Optimizer:
-    """AdamW with moments in 8 bits; its group of parameters has the entry ``eight_bit``. ``fused`` has no meaning for it.
+def adamw_8bit(groups: list[dict[str, Any]], fused: bool = True, **settings: Any) -> Optimizer:
+    """AdamW with moments in 8 bits; its groups of parameters have the entry ``eight_bit``. ``fused`` has no meaning for it.
 
     Raises :class:`UsageError` where bitsandbytes is missing, or cannot update these parameters on their device.
     """
+    parameters = [parameter for group in groups for parameter in group["params"]]
     if any(local_tensor(parameter) is not parameter for parameter in parameters):
         raise UsageError("eight_bit: bitsandbytes cannot update sharded weights; train with ddp, or set it to false")
     if not all(parameter.is_contiguous() for parameter in parameters):
@@ -126,7 +152,7 @@ def adamw_8bit(parameters: list[nn.Parameter], fused: bool = True, **settings: A
         AdamW8bit([trial]).step()
     except Exception as error:  # its library may lack this device, or this version of CUDA
         raise UsageError(f"eight_bit: bitsandbytes cannot run on {device} ({first_line(error)}); set it to false") from error
-    return AdamW8bit([{"params": parameters, "eight_bit": True}], **settings)
+    return AdamW8bit([group | {"eight_bit": True} for group in groups], **settings)
 
 
 class Muon(AdamW):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ldm.inference.metadata import read_png
 from ldm.models.adapters import AdapterFile, add_to, base_hash, write_adapter
 from ldm.models.dit import DiT
 from ldm.pipeline import load_pipeline
-from ldm.training.adapters import Adapter, AdapterConfig
+from ldm.training.adapters import GAMMA, Adapter, AdapterConfig
 from tests.tiny import ROOT, write_config
 
 KINDS = {
@@ -112,6 +113,31 @@ def test_a_run_keeps_the_adapter_alone_and_resumes_exactly(base: Path, latents: 
     assert len(kept["average"]["shadow_params"]) == 2 * 20  # of A and B, and not of the base
     dispatch(["denoiser", "export", str(whole), str(tmp_path / "again")])
     assert (tmp_path / "again" / "pytorch_lora_weights.safetensors").read_bytes() == (whole / names[0]).read_bytes()
+
+
+def test_lora_ga_begins_along_the_gradient_and_resumes_exactly(base: Path, latents: tuple[Path, Path], tmp_path: Path) -> None:
+    """The base's output stays as it was, and the file restores what it began with; LoRA+ has a rate for B."""
+    kind = {"rank": 2, "init": "lora_ga", "loraplus_lr_ratio": 8.0}
+    optimiser = {"learning_rate": 1e-3, "warmup_steps": 0}
+    whole = tune(tmp_path / "whole", latents, base, kind, steps=4, optimiser=optimiser)
+    half = tune(tmp_path / "half", latents, base, kind, steps=2, optimiser=optimiser)
+    shutil.rmtree(half / "adapter")
+    config = json.loads((tmp_path / "half" / "config.yaml").read_text())
+    config["trainer"]["max_steps"] = 4
+    (tmp_path / "half" / "config.yaml").write_text(json.dumps(config))
+    dispatch(["denoiser", "fit", "--config", str(tmp_path / "half" / "config.yaml"), "--out", str(half), "--resume", "latest"])
+    files = [run / "adapter" / "pytorch_lora_weights.safetensors" for run in (whole, half)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    weights = state(whole)["state_dict"]
+    start = {name: weight for name, weight in weights.items() if ".start." in name}
+    a, b = (weight for name, weight in start.items() if "blocks.0.attention.to_q" in name)
+    identity = torch.eye(2) * len(b) ** 0.5 / GAMMA
+    torch.testing.assert_close(a @ a.T, identity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(b.T @ b, identity, rtol=0, atol=1e-5)
+    groups = state(whole)["optimizer_states"][0]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-3, 8e-3] and [len(group["params"]) for group in groups] == [20, 20]
+    with pytest.raises(UsageError, match="Muon has one learning rate"):
+        tune(tmp_path / "muon", latents, base, kind, steps=1, optimiser=optimiser | {"muon_learning_rate": 1e-3})
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +296,8 @@ def test_an_adapter_of_pixart_serves_the_stock_network(
         ({"adapter": {"rank": 64}}, "give at most 32"),
         ({"adapter": {"target_modules": ["to_kv"]}}, "to_kv matches no layer; give names such as"),
         ({"adapter": {"rank": 3, "init": "orthogonal"}}, "give an even one"),
+        ({"adapter": {"rank": 17, "init": "lora_ga"}}, "give at most 16"),
+        ({"adapter": {"loraplus_lr_ratio": 0}}, "loraplus_lr_ratio is 0; give a number above 0"),
         ({"adapter": {"method": "dora", "init": "pissa"}}, "not of dora"),
         ({"adapter": {"init": "pissa", "target_modules": ["patch_embed"], "rank": 2}}, "patch_embed is a convolution"),
         ({"adapter": {}, "freeze": ["blocks.0.*"]}, "freeze cannot be used with an adapter"),
