@@ -148,6 +148,11 @@ def test_the_folder_of_another_ablation_is_refused(ablation: Path, configs: Path
         (["empty", "log"], ["--count", "9"], "--count is of the metrics of generated images; give --shards, too"),
         (["empty", "log"], ["--trainer.max_steps"], "--trainer.max_steps has no value"),
         (["empty", "log"], ["--margin", "1"], "--margin is 1"),
+        (
+            ["empty", "log"],
+            ["--model.evaluation.shards", "shards"],
+            "measures images at its own looks, and not by model.evaluation",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(
