@@ -150,7 +150,7 @@ def test_the_folder_of_another_ablation_is_refused(ablation: Path, configs: Path
         (["empty", "log"], ["--margin", "1"], "--margin is 1"),
         (
             ["empty", "log"],
-            ["--model.evaluation.shards", "shards"],
+            ["--model.evaluation.shards", "shards", "--model.evaluation.every", "10"],
             "measures images at its own looks, and not by model.evaluation",
         ),
     ],
