@@ -126,6 +126,7 @@ def sample_into_folder(options: argparse.Namespace) -> None:
     from ldm.inference.inputs import Inputs
     from ldm.inference.metadata import provenance_of, read_png
     from ldm.inference.output_folder import OutputFolder, generate_missing
+    from ldm.models.adapters import AdapterFile
     from ldm.models.text_encoder import listed
 
     inputs, made_by = Inputs(), None
@@ -163,6 +164,9 @@ def sample_into_folder(options: argparse.Namespace) -> None:
     if planned:
         folder, metadata = OutputFolder(options.out, planned, provenance), not options.no_metadata
         missing = len(folder.missing())
+        for adapter in {file: inputs.adapter(file) for one in planned.values() for file, _ in one.adapters()}.values():
+            if words := AdapterFile.read(adapter).trigger_words:
+                say(printable(f"trigger words of {adapter}: {', '.join(words)}"), sys.stderr)
         if options.copy_inputs:
             for one in {batch_key(one) for one in planned.values()}:
                 inputs.copy(folder.path, one)

@@ -19,6 +19,8 @@ def add(commands: Commands) -> None:
         commands, "serve", run_serve, "generate images on a local web page", "ldm serve runs/denoiser/pipeline --open"
     )
     serve.add_argument("model", help="pipeline directory")
+    adapters = "adapter that the page offers, with its weight at first (default: 1): runs/lora/adapter=0.8; repeatable"
+    serve.add_argument("--lora", metavar="FILE[=W]", action="append", default=[], help=adapters)
     serve.add_argument("--port", type=int, default=7860, help="port; 0 takes a free one (default: 7860)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     serve.add_argument(
@@ -65,7 +67,7 @@ def run_serve(options: argparse.Namespace) -> None:
             warning = f"anyone who can reach {options.host} can generate images, unencrypted and without a password"
             say(f"ldm: warning: {warning}", sys.stderr)
         connections = connection_limit(limits.connections)
-        worker = Worker(load_pipeline(options.model), Path(options.model))
+        worker = Worker(load_pipeline(options.model), Path(options.model), options.lora)
         queue = Queue(limits.waiting)
         app = create_app(worker, queue, limits, access)
         say(f"{url} serves {printable(worker.name)}; stop with Ctrl-C")

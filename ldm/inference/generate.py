@@ -105,6 +105,24 @@ def scheduler_for(pipeline: LatentDiffusionPipeline, settings: GenerationSetting
     return make_scheduler(settings.scheduler, *pipeline.diffusion, **choice)
 
 
+def select_adapters(pipeline: LatentDiffusionPipeline, adapters: Sequence[tuple[str, float]], inputs: Inputs) -> None:
+    """Let these adapters, each by its reference among the inputs and with its weight, act in the denoiser, and no others; new
+    ones are loaded. Raises UsageError for one of another model."""
+    loaded = getattr(pipeline.transformer, "peft_config", {})
+    names, weights = [], []
+    for found, weight in adapters:
+        name = found.removeprefix("sha256:")
+        if name not in loaded:
+            pipeline.load_lora_weights(inputs.adapter(found), name)
+        if weight:  # DoRA's with a weight of 0 would still scale
+            names, weights = [*names, name], [*weights, weight]
+    if names:
+        pipeline.enable_lora()
+        pipeline.set_adapters(names, weights)
+    elif getattr(pipeline.transformer, "peft_config", {}):
+        pipeline.disable_lora()
+
+
 def batch_key(settings: GenerationSettings) -> GenerationSettings:
     """The settings that images of one batch share: all but the prompts and the seed."""
     return dataclasses.replace(settings, prompt="any", negative="", seed=0)
@@ -234,25 +252,10 @@ class ImageGenerator:
             image = pipeline.prepare_images(self.inputs.image(shared.image), mask, shared.height, shared.width)
         if shared.weak is not None:
             _check_weak(pipeline, self.inputs.model(shared.weak))
-        self._select_adapters(shared)
+        if shared.lora:
+            select_adapters(pipeline, shared.adapters(), self.inputs)
         sampler = pipeline.make_sampler(shared.steps, shared.strength, image, scheduler, shared.height, shared.width)
         return Prepared(sampler, image)
-
-    def _select_adapters(self, shared: GenerationSettings) -> None:
-        """Let these adapters act, and no others; new ones are loaded."""
-        pipeline, network = self.pipeline, self.pipeline.transformer
-        names, weights = [], []
-        for found, weight in shared.adapters():
-            name = found.removeprefix("sha256:")
-            if name not in getattr(network, "peft_config", {}):
-                pipeline.load_lora_weights(self.inputs.adapter(found), name)
-            if weight:  # DoRA's with a weight of 0 would still scale
-                names, weights = [*names, name], [*weights, weight]
-        if names:
-            pipeline.enable_lora()
-            pipeline.set_adapters(names, weights)
-        elif getattr(network, "peft_config", {}):
-            pipeline.disable_lora()
 
     def _encode(self, prompts: tuple[str, ...], negatives: tuple[str, ...]) -> tuple[Condition, Condition]:
         fits = self.fit(prompts + negatives)
@@ -267,7 +270,7 @@ class ImageGenerator:
         self, shared: GenerationSettings, batch: list[GenerationSettings], on_step: OnStep | None, preview_every: int
     ) -> list[Image.Image]:
         pipeline, (sampler, image) = self.pipeline, self.prepare(shared)
-        self._select_adapters(shared)
+        select_adapters(pipeline, shared.adapters(), self.inputs)
 
         def after_step(_: DiffusionPipeline, number: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
             if on_step is not None:

@@ -15,7 +15,7 @@ import re
 import secrets
 import socket
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -103,6 +103,7 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, access: Access | No
             "classes": worker.classes,
             "schedulers": worker.schedulers,
             "recommended": worker.recommended,
+            "adapters": [asdict(adapter) for adapter in worker.adapters],
             "width": width,
             "height": height,
             "sizes": worker.sizes,
@@ -151,7 +152,8 @@ def create_app(worker: Worker, queue: Queue, limits: Limits, access: Access | No
         try:
             # in a thread, so that other requests are answered; one at a time, since a decoded upload takes a lot of memory
             async with checking:
-                parsed = await asyncio.to_thread(parse_request, body, limits, worker.size, worker.complete)
+                adapters = [adapter.reference for adapter in worker.adapters]
+                parsed = await asyncio.to_thread(parse_request, body, limits, worker.size, worker.complete, adapters)
                 await asyncio.to_thread(worker.check, parsed.settings)
             name, job = add(parsed)
         except UsageError as error:

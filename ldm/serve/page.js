@@ -42,6 +42,7 @@ async function setUp() {
   for (const [width, height] of model.sizes) $("size").add(new Option(`${width}×${height}`));
   $("sizes").hidden = model.sizes.length < 2;
   for (const name of model.schedulers) $("scheduler").add(new Option(name, name));
+  model.adapters.forEach(offer);
   for (const image of await get("/images")) finish(newCard(image.settings), image);
   $("generate").disabled = false;
   watch();
@@ -54,6 +55,27 @@ function recommend(settings) {
   const shown = Object.entries(settings).map(([name, value]) => `${name} ${value}`).join(", ");
   $("recommended").textContent = `Recommended for this model: ${shown}.`;
   $("recommended").hidden = !shown;
+}
+
+// an adapter of the server, with the words that call up what it was trained on
+function offer(adapter) {
+  const row = $("adapter").content.firstElementChild.cloneNode(true);
+  row.querySelector(".name").textContent = printable(adapter.name);
+  adapter.field = row.querySelector("input");
+  adapter.field.value = adapter.weight;
+  row.querySelector("p").textContent = `Trigger words: ${printable(adapter.trigger_words.join(", "))}`;
+  row.querySelector("p").hidden = !adapter.trigger_words.length;
+  $("adapters").append(row);
+  $("adapters").hidden = false;
+}
+
+// the adapters of settings, such as "sha256:…=0.8"
+function adaptersOf(settings) {
+  return (settings.lora ?? []).map((each) => {
+    const at = each.lastIndexOf("=");
+    const [reference, weight] = [each.slice(0, at), each.slice(at + 1)];
+    return { reference, weight, name: model.adapters.find((one) => one.reference === reference)?.name ?? reference };
+  });
 }
 
 // a list in the place of a field
@@ -75,6 +97,8 @@ function readForm() {
   const settings = { prompt: $("prompt").value, negative: $("negative").value.trim() };
   for (const name of ["seed", "steps", "guidance", "width", "height"]) settings[name] = Number($(name).value);
   settings.scheduler = $("scheduler").value || null;
+  const adapters = model.adapters.filter((one) => Number(one.field.value));
+  if (adapters.length) settings.lora = adapters.map((one) => `${one.reference}=${Number(one.field.value)}`);
   if (start) settings.strength = Number($("strength").value);
   return settings;
 }
@@ -83,6 +107,9 @@ function fillForm(settings) {
   for (const name of ["prompt", "negative", "seed", "steps", "guidance"]) $(name).value = settings[name];
   for (const side of ["width", "height"]) $(side).value = settings[side] ?? model[side];
   $("scheduler").value = settings.scheduler ?? "";
+  for (const one of model.adapters) {
+    one.field.value = adaptersOf(settings).find((used) => used.reference === one.reference)?.weight ?? 0;
+  }
   if (settings.strength !== null) $("strength").value = settings.strength;
   showStrength();
   $("random").checked = false;
@@ -172,6 +199,7 @@ function newCard(settings) {
     negative: settings.negative, seed: settings.seed, steps: settings.steps, guidance: settings.guidance,
     size: `${settings.width ?? model.width}×${settings.height ?? model.height}`, scheduler: settings.scheduler,
     strength: settings.strength,
+    adapters: adaptersOf(settings).map((one) => `${one.name} ${one.weight}`).join(", "),
   };
   for (const [name, value] of Object.entries(shown)) {
     if (value === "" || value === null || value === undefined) continue;

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ldm.errors import UsageError
 from ldm.images import DecodeError, open_image
 from ldm.inference.inputs import reference
 from ldm.inference.prompts import Complete
-from ldm.inference.settings import NAMES_FILES, GenerationSettings
+from ldm.inference.settings import INPUTS, GenerationSettings
 from ldm.models.image_processor import fit_mask
 from ldm.serve import Limits
 
@@ -34,15 +35,19 @@ class GenerationRequest:
     start: Image.Image | None = None
 
 
-def parse_request(body: bytes, limits: Limits, size: tuple[int, int], complete: Complete = dict) -> GenerationRequest:
+def parse_request(
+    body: bytes, limits: Limits, size: tuple[int, int], complete: Complete = dict, adapters: Collection[str] = ()
+) -> GenerationRequest:
     """Parse JSON of the form ``{"settings": {"prompt": …}, "start": base64 of an image}``.
 
-    ``settings`` holds fields of :class:`GenerationSettings` without its paths. ``start`` is optional; it is cropped and
+    ``settings`` holds fields of :class:`GenerationSettings` without its paths; ``lora`` names adapters of the server by their
+    references. ``start`` is optional; it is cropped and
     resized to the size of the result, and ``settings.image`` names it by its hash.
 
     Args:
         size: default width and height of an image.
         complete: gives defaults to settings that are not given.
+        adapters: references of those that can be chosen.
 
     Raises:
         UsageError: for any other content, and for values beyond the limits.
@@ -55,13 +60,17 @@ def parse_request(body: bytes, limits: Limits, size: tuple[int, int], complete: 
         raise UsageError('a request is {"settings": {"prompt": "a red ring"}} with an optional start, an image in base64')
     fields, start = content["settings"], content.get("start")
     if isinstance(fields, dict):
-        given = [key for key in NAMES_FILES if fields.get(key) is not None]
+        given = [key for key in INPUTS if fields.get(key) is not None]
         if given:
             raise UsageError(f"{given[0]} would name a file of the server; send an image as start, in base64")
         if start is not None:
             fields = fields | {"image": "start"}  # replaced below by the name with the hash
         fields = complete(fields)
     settings = GenerationSettings.from_json(fields, "settings")
+    chosen = [file for file, _ in settings.adapters()]
+    if wrong := [file for file in chosen if file not in adapters or chosen.count(file) > 1]:
+        known = "each once" if wrong[0] in adapters else ", ".join(adapters) or "none: it was started without adapters"
+        raise UsageError(f"lora is {wrong[0]:.80}; give adapters of this server ({known})")
     for name in ("prompt", "negative"):
         text = getattr(settings, name)
         if len(text) > limits.prompt:

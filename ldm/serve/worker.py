@@ -7,7 +7,7 @@ import dataclasses
 import io
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,24 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.scheduler import samplers_for
 from ldm.errors import LdmError, is_out_of_memory
-from ldm.inference.generate import ImageGenerator, batch_key, scheduler_for
+from ldm.inference.generate import ImageGenerator, batch_key, scheduler_for, select_adapters
+from ldm.inference.inputs import Inputs
 from ldm.inference.metadata import encode_png, provenance_of
-from ldm.inference.settings import GenerationSettings
+from ldm.inference.settings import GenerationSettings, split_lora
+from ldm.models.adapters import AdapterFile
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.serve.request import GenerationRequest
 
 PREVIEWS = 8  # per image: each costs one decoding
 PREVIEW_SIDE = 512  # pixels, at most
+# of files and folders that say nothing about an adapter
+PLAIN_NAMES = (Path(LORA_WEIGHT_NAME_SAFE).stem, "adapter")
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,29 @@ class StoredImage:
     seconds: float
 
 
+@dataclass(frozen=True)
+class OfferedAdapter:
+    """An adapter that images can be generated with: how settings name it, what it is called, the weight that the page begins
+    with, and the words that call up what it was trained on."""
+
+    reference: str
+    name: str
+    weight: float
+    trigger_words: list[str]
+
+
 class Worker:
     """Generates images with a pipeline, one after the other."""
 
-    def __init__(self, pipeline: LatentDiffusionPipeline, model_path: Path):
-        self.pipeline, self.name = pipeline, model_path.resolve().name
+    def __init__(self, pipeline: LatentDiffusionPipeline, model_path: Path, adapters: Sequence[str] = ()):
+        """
+        Args:
+            adapters: files, each with its weight as in ``style=0.8``, that settings can choose.
+
+        Raises:
+            UsageError: for an adapter of another model.
+        """
+        self.pipeline, self.name, self._inputs = pipeline, model_path.resolve().name, Inputs()
         self._provenance = provenance_of(pipeline, model_path)
         pipeline.set_progress_bar_config(disable=True)
         # requests are checked while an image is generated, and a tokenizer is not safe in two threads
@@ -64,6 +87,16 @@ class Worker:
         checked = LatentDiffusionPipeline(**parts, diffusion=diffusion, trained_on=trained_on)
         checked.warned = pipeline.warned  # once is enough
         self._checker = ImageGenerator(checked)
+        offered = self._inputs.named(GenerationSettings(lora=tuple(adapters))).adapters()
+        # loaded now, so that a wrong one is refused before the server starts
+        select_adapters(pipeline, offered, self._inputs)
+        self.adapters = [self._offered(reference, weight) for reference, weight in offered]
+
+    def _offered(self, reference: str, weight: float) -> OfferedAdapter:
+        path = self._inputs.adapter(reference)
+        # of "runs/dog/adapter/pytorch_lora_weights.safetensors" this is "dog"
+        named = [part for part in (path.stem, *reversed(path.resolve().parent.parts)) if part not in PLAIN_NAMES]
+        return OfferedAdapter(reference, named[0], weight, AdapterFile.read(path).trigger_words)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -107,8 +140,8 @@ class Worker:
             pipeline.check_prompt(settings.prompt)
         if settings.negative.strip():
             pipeline.check_prompt(settings.negative)
-        # the start image was checked by parse_request, and is not a file
-        self._checker.prepare(batch_key(dataclasses.replace(settings, image=None, strength=None)))
+        # the start image was checked by parse_request, and is not a file; adapters were, and are not changed meanwhile
+        self._checker.prepare(batch_key(dataclasses.replace(settings, image=None, strength=None, lora=None)))
 
     def generate(self, request: GenerationRequest, report: Callable[[JobProgress], None]) -> StoredImage:
         """Generate an image; raises :class:`LdmError` when memory is short.
@@ -128,6 +161,7 @@ class Worker:
         try:
             prepared = request.start and self.pipeline.prepare_images(request.start, None, settings.height, settings.width)
             composite = prepared is not None and prepared.mask is not None
+            select_adapters(self.pipeline, settings.adapters(), self._inputs)
             scheduler, size = scheduler_for(self.pipeline, settings), (settings.height, settings.width)
             image = self.pipeline(
                 settings.prompt,

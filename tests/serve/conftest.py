@@ -8,11 +8,14 @@ import sys
 import time
 
 import pytest
+import torch
 
+from ldm.models.adapters import write_adapter
 from ldm.models.text_encoder import TextEncoder, label_encoder
 from ldm.pipeline import load_pipeline
 from ldm.serve.queue import Queue
 from ldm.serve.worker import Worker
+from ldm.training.adapters import Adapter, AdapterConfig
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +29,22 @@ def model_path(tmp_path_factory, make_pipeline):
 
 
 @pytest.fixture(scope="session")
-def worker(model_path):
-    return Worker(load_pipeline(model_path), model_path)
+def adapter_path(model_path):
+    """The directory of an adapter of that model, with random weights."""
+    network = load_pipeline(model_path, "cpu").transformer
+    torch.manual_seed(0)
+    adapter = Adapter(AdapterConfig(rank=2, alpha=16), network, "tiny")
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    path = model_path.parent / "dog" / "adapter"
+    write_adapter(path, *adapter.exported(), adapter.record({}, ["sks dog"]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def worker(model_path, adapter_path):
+    return Worker(load_pipeline(model_path), model_path, [f"{adapter_path}=0.5"])
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +61,10 @@ def worker_of(tmp_path_factory, make_pipeline):
 
 
 @contextlib.contextmanager
-def serve(model_path):
+def serve(model_path, adapter_path):
     """``ldm serve`` as a process, and its address."""
-    command = [sys.executable, "-m", "ldm", "serve", str(model_path), "--port", "0", "--max-steps", "2000"]
+    options = ["--lora", f"{adapter_path}=0.5", "--port", "0", "--max-steps", "2000"]
+    command = [sys.executable, "-m", "ldm", "serve", str(model_path), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -59,16 +77,16 @@ def serve(model_path):
 
 
 @pytest.fixture
-def own_server(model_path):
+def own_server(model_path, adapter_path):
     """A server for one test: its process and address."""
-    with serve(model_path) as process_and_address:
+    with serve(model_path, adapter_path) as process_and_address:
         yield process_and_address
 
 
 @pytest.fixture(scope="session")
-def address(model_path):
+def address(model_path, adapter_path):
     """The address of a server for all tests that leave it running; it takes seconds to start."""
-    with serve(model_path) as (_, address):
+    with serve(model_path, adapter_path) as (_, address):
         yield address
 
 

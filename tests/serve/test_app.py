@@ -24,6 +24,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 from starlette.testclient import TestClient
 
+from ldm.cli import main
 from ldm.errors import LdmError, UsageError
 from ldm.inference.generate import ImageGenerator
 from ldm.inference.inputs import reference
@@ -119,6 +120,24 @@ def test_an_image_is_that_of_ldm_sample_and_carries_its_settings(client, worker,
     assert settings_inside == chosen and provenance.model == "tiny" and provenance.scheduler == "heun"
     previews = [line["preview"] for line in lines if "preview" in line]
     assert all(preview.startswith("data:image/jpeg;base64,") for preview in previews)
+
+
+def test_an_image_has_the_adapters_that_it_asks_for(client, worker, model_path, adapter_path, tmp_path):
+    (offered,) = client.get("/model").json()["adapters"]
+    assert (offered["name"], offered["weight"], offered["trigger_words"]) == ("dog", 0.5, ["sks dog"])
+    plain, used = generated(client)[1], f"{offered['reference']}=0.75"
+    image, adapted, _ = generated(client, lora=[used])
+    assert adapted != plain and image["settings"]["lora"] == [used] and generated(client)[1] == plain
+    without = generated(client, lora=[f"{offered['reference']}=0"])[1]
+    assert Image.open(io.BytesIO(without)).tobytes() == Image.open(io.BytesIO(plain)).tobytes()
+    (tmp_path / "image.png").write_bytes(adapted)
+    again = ["--from-image", str(tmp_path / "image.png"), "--lora", str(adapter_path), "--device", "cpu"]
+    main(["sample", str(model_path), *again, "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "0000-a-red-circle.png").read_bytes() == adapted
+    for wrong in ([str(adapter_path)], [used, used], ["sha256:" + "0" * 64], [f"{offered['reference']}=nan"]):
+        assert "lora" in refused(post(client, {"settings": RED | {"lora": wrong}}), 422, "give a").json()["error"]
+    with pytest.raises(UsageError, match="twice"):
+        Worker(worker.pipeline, model_path, [str(adapter_path), f"{adapter_path}=2"])
 
 
 def test_recommended_settings_are_the_defaults_of_page_and_requests(model_path, queue, limits, tmp_path):

@@ -195,17 +195,20 @@ def test_the_page_generates_and_repeats_images_without_requests_to_other_hosts(b
     wait_for_images(1)
     assert browser.evaluate(f"{PIXELS}(0)")[:2] == [32, 16]
     shown = browser.evaluate("document.querySelector('.card').textContent")
-    assert "a red circle" in shown and "32×16" in shown
+    assert "a red circle" in shown and "32×16" in shown and "dog 0.5" in shown
+    assert "sks dog" in browser.evaluate("document.querySelector('#adapters').textContent")
 
     # other settings, then those of the image again
     browser.type("#prompt", "something else")
     browser.type("#seed", "8")
+    browser.type("#adapters input", "0")
     browser.click(".again")
     wait_for_images(2)
     first, second = browser.evaluate(f"{PIXELS}(0)"), browser.evaluate(f"{PIXELS}(1)")
     assert first == second and len(first[2]) > 100
-    restored = "[document.querySelector('#prompt').value, document.querySelector('#seed').value]"
-    assert browser.evaluate(restored) == ["a red circle", "7"]
+    restored = "['#prompt', '#seed', '#adapters input'].map((field) => document.querySelector(field).value)"
+    assert browser.evaluate(restored) == ["a red circle", "7", "0.5"]
+    browser.type("#adapters input", "0")
     browser.type("#seed", "9")
     browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
     wait_for_images(3)
