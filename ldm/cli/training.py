@@ -68,10 +68,8 @@ def run_export(module_class: type[TrainingModule], arguments: list[str]) -> None
         add_denoiser_options(parser)
     options = parser.parse_args(arguments)
     write = denoiser_writer(options) if module_class.command == "denoiser" else None
-    if write is not None and RunFolder(options.run).read_config()["model"].get("adapter"):
-        raise UsageError(
-            f"{options.run} trained an adapter, which is exported as a file for its base; leave out --as and --model-card"
-        )
+    if write is not None and options.kind != "pipeline" and RunFolder(options.run).read_config()["model"].get("adapter"):
+        raise UsageError(f"{options.run} trained an adapter, which is exported as a file for its base; leave out --as")
     export_run(module_class, options.run, options.out, options.checkpoint, write, options.trust, moved(options))
 
 

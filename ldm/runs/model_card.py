@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtTransformer2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from PIL import Image
 from pydantic import Field
@@ -25,6 +25,7 @@ from ldm.diffusion.guidance import ClassifierFree
 from ldm.errors import UsageError
 from ldm.files import read_json, read_yaml
 from ldm.machine import machine_info
+from ldm.models.adapters import AdapterFile, own_weights
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.directories import is_hub_name
 from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline
@@ -89,7 +90,7 @@ def write_model_card(folder: Path, name: str, module: DenoiserTraining, run: Pat
     """Write ``README.md`` and ``samples.png`` into ``folder``, without any path of this machine.
 
     Args:
-        folder: of a pipeline that ``module`` was just saved as, ldm's or a ``PixArtAlphaPipeline``.
+        folder: of what ``module`` was just saved as: a pipeline, ldm's or a ``PixArtAlphaPipeline``, or an adapter.
         name: of the model.
         module: as its run trained it.
         run: that run's folder, with ``logs/config.yaml`` and, if it is still there, ``logs/metrics.csv``.
@@ -98,7 +99,9 @@ def write_model_card(folder: Path, name: str, module: DenoiserTraining, run: Pat
     config = read_yaml(RunFolder(run).config, dict[str, Any])
     base = fields.base_model or downloaded_base(config["model"].get("init_from") or "")
     config = without_paths({key: value for key, value in config.items() if key not in OF_THE_RUN_ALONE})
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    adapter = AdapterFile.read(folder) if module.adapter is not None else None
+    opened = DiffusionPipeline.from_pretrained(folder, local_files_only=True) if adapter is None else module.pipeline()
+    pipeline: Any = opened
     settings = sampling_settings(pipeline, module)
     validation = last_validation(run, module.average.step)
     prompts = module.preview_prompts
@@ -110,11 +113,12 @@ def write_model_card(folder: Path, name: str, module: DenoiserTraining, run: Pat
         "model_card.md",
         **{"name": name, "fields": fields, "prompts": prompts, "samples": SAMPLES, "to_write": TO_WRITE},
         **_network(pipeline, module),
-        **_usage(pipeline, prompts, settings),
+        **_usage(pipeline, prompts, settings, base or base_name(module.init_from or "") if adapter else None),
+        **_adapter(module, adapter),
         **_metrics(module, validation, fields),
         **_training(pipeline, module, config, base),
     )
-    data = _metadata(name, pipeline, config, validation, fields, base)
+    data = _metadata(name, pipeline, config, validation, fields, base, adapter)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD)
 
 
@@ -183,15 +187,28 @@ def _network(pipeline: Any, module: DenoiserTraining) -> dict[str, Any]:
     }
 
 
-def _usage(pipeline: Any, prompts: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """How to open the pipeline: a command, where the guidance is plain, and Python."""
+def _adapter(module: DenoiserTraining, adapter: AdapterFile | None) -> dict[str, Any]:
+    """What an adapter's card says beside a model's."""
+    if adapter is None or module.adapter is None:
+        return {"adapter": None}
+    return {"adapter": module.adapter.summary(), "trigger_words": adapter.trigger_words}
+
+
+def _usage(pipeline: Any, prompts: Sequence[str], settings: dict[str, Any], base: str | None) -> dict[str, Any]:
+    """How to open the pipeline, which is of the ``base`` of an adapter: a command, where the guidance is plain, and Python."""
     stock, kind = isinstance(pipeline, PixArtAlphaPipeline), type(pipeline).__name__
     classes, command = None if stock else pipeline.classes, ""
     prompt = "" if classes == [] else next(iter([*prompts, *(classes or ())]), "what to generate")
-    if not stock and "guidance_scale" in settings:
+    # whose class in diffusers has no methods for adapters
+    by_peft = base is not None and isinstance(pipeline.transformer, PixArtTransformer2DModel)
+    if not stock and not by_peft and "guidance_scale" in settings:
         options = f"--steps {settings['num_inference_steps']} --guidance {settings['guidance_scale']:g} --seed 0 --out images"
-        command = " ".join(filter(None, ["ldm sample .", prompt and shlex.quote(prompt), options]))
+        model = "." if base is None else shlex.quote(base)
+        adapter = base and "--lora ."
+        command = " ".join(filter(None, ["ldm sample", model, prompt and shlex.quote(prompt), adapter, options]))
     return {
+        "base": base,
+        "by_peft": by_peft,
         "stock": stock,
         "pipeline": kind,
         "opener": kind if stock else "DiffusionPipeline",
@@ -217,8 +234,9 @@ def _training(pipeline: Any, module: DenoiserTraining, config: dict[str, Any], b
     source = base or (base_name(module.init_from) if module.init_from else None)
     trained_on = module.encoders.trained_on
     # an export for another pipeline may have folded the latents' statistics into the autoencoder
+    made = "the base" if module.adapter else "fine-tuned here from"
     parts = [
-        ("transformer", f"fine-tuned here from {source}" if source else "trained here", ""),
+        ("transformer", f"{made} {source}" if source else "trained here", ""),
         ("vae", base_name(str(module.autoencoder_path)), trained_on["autoencoder"]),
         *(
             (part, without_paths(encoder.name, "text_encoder"), trained_on[part])
@@ -243,8 +261,8 @@ def _training(pipeline: Any, module: DenoiserTraining, config: dict[str, Any], b
 
 
 def _millions(network: torch.nn.Module) -> str:
-    """Parameters, such as ``1.25M``."""
-    return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}M"
+    """Parameters, without those of adapters, such as ``1.25M``."""
+    return f"{sum(parameter.numel() for parameter in own_weights(network).values()) / 1e6:.2f}M"
 
 
 def _metadata(
@@ -254,6 +272,7 @@ def _metadata(
     validation: dict[str, float],
     fields: CardFields,
     base: str | None,
+    adapter: AdapterFile | None,
 ) -> ModelCardData:
     held_out, task = config["data"]["validation"], _task(pipeline)
     measured = []
@@ -261,12 +280,17 @@ def _metadata(
         measured.append(_result(task, held_out, "loss", "validation loss", validation["val/loss"]))
     if fields.prompt_accuracy is not None:
         measured.append(_result(task, "ldm shapes, pairs held out", "accuracy", "prompt accuracy", fields.prompt_accuracy))
+    tags, of_adapter = [task, "latent-diffusion", "ldm", f"diffusers:{type(pipeline).__name__}"], {}
+    if adapter is not None:
+        tags = [task, "lora", "diffusers", "ldm"]
+        of_adapter = {"base_model_relation": "adapter" if base else None, "instance_prompt": ", ".join(adapter.trigger_words)}
     return ModelCardData(
+        **{name: value for name, value in of_adapter.items() if value},
         base_model=base,
         license=fields.license,
         library_name="diffusers",
         pipeline_tag=task,
-        tags=[task, "latent-diffusion", "ldm", f"diffusers:{type(pipeline).__name__}"],
+        tags=tags,
         datasets=list(fields.datasets) or None,
         model_name=name,
         eval_results=measured or None,

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from torch import Tensor
 
@@ -24,15 +23,15 @@ from ldm.errors import LdmError, is_out_of_memory
 from ldm.inference.generate import ImageGenerator, batch_key, scheduler_for, select_adapters
 from ldm.inference.inputs import Inputs
 from ldm.inference.metadata import encode_png, provenance_of
-from ldm.inference.settings import GenerationSettings, split_lora
-from ldm.models.adapters import AdapterFile
+from ldm.inference.settings import GenerationSettings
+from ldm.models.adapters import ADAPTER_NAME, AdapterFile
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.serve.request import GenerationRequest
 
 PREVIEWS = 8  # per image: each costs one decoding
 PREVIEW_SIDE = 512  # pixels, at most
 # of files and folders that say nothing about an adapter
-PLAIN_NAMES = (Path(LORA_WEIGHT_NAME_SAFE).stem, "adapter")
+PLAIN_NAMES = (Path(ADAPTER_NAME).stem, "adapter")
 
 
 @dataclass(frozen=True)

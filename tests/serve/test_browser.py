@@ -124,6 +124,8 @@ def browser(tmp_path):
     made.close()
 
 
+# the button is enabled before the script runs, too
+READY = "document.querySelector('#model')?.textContent.includes('tiny') && !document.querySelector('#generate').disabled"
 PIXELS = """(async (number) => {
     const image = document.querySelectorAll(".card img")[number];
     const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
@@ -155,8 +157,7 @@ def test_the_page_offers_the_classes_of_a_model_and_no_prompt_of_an_unconditiona
     for classes in (["ring", "<b>cat</b>"], []):
         with served(worker_of(*classes)) as address:
             browser.call("Page.navigate", url=address)
-            # the button is enabled before the script runs, too
-            browser.until("document.querySelector('#model')?.textContent.includes('tiny') && !$('generate').disabled")
+            browser.until(READY)
             labels = {*map(str.strip, browser.evaluate(shown))}
             assert ("Class" in labels, "Negative prompt" in labels, "Guidance" in labels) == (bool(classes),) * 3
             assert "Prompt" not in labels and "Steps" in labels
@@ -177,7 +178,7 @@ def test_the_page_offers_the_classes_of_a_model_and_no_prompt_of_an_unconditiona
 @pytest.mark.slow
 def test_the_page_generates_and_repeats_images_without_requests_to_other_hosts(browser, address, tmp_path):
     browser.call("Page.navigate", url=address)
-    browser.until("document.querySelector('#generate') && !document.querySelector('#generate').disabled")
+    browser.until(READY)
     finished = "document.querySelectorAll('.actions:not([hidden])').length"
     before = browser.evaluate(finished)  # images of other tests
 

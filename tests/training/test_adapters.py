@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -152,6 +157,22 @@ def tuned(base: Path, latents: tuple[Path, Path], tmp_path_factory: pytest.TempP
     recipe = ["--config", str(ROOT / "configs/denoiser/lora_8gb.yaml"), "--model.init_from", str(base)]
     dispatch(["denoiser", "fit", *recipe, "--out", str(out), *sizes, *places, *own, *machine])
     return out / "adapter"
+
+
+def test_its_card_says_how_to_use_it(base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "dog"
+    dispatch(["denoiser", "export", str(tuned.parent), str(out), "--model-card", "--license", "mit"])
+    card = ModelCard.load(out / "README.md")
+    assert "Trigger words: sks ring." in card.text and "| the base pipeline |" in card.text
+    (command,) = re.findall(r"```bash\nldm sample (.*?)\n```", card.text)
+    assert command.startswith("pipeline 'a ring' --lora .") and card.data.to_dict()["instance_prompt"] == "sks ring"
+    monkeypatch.chdir(out)
+    Path("pipeline").symlink_to(base)
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    exec(code, {})
+    main(["sample", *shlex.split(command), "--device", "cpu"])
+    with Image.open("image.png") as one, Image.open(next(Path("images").glob("0*.png"))) as other:
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1 and Path("samples.png").exists()
 
 
 def generate(pipeline: Any) -> Tensor:
