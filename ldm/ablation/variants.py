@@ -70,8 +70,8 @@ class Trial(FitCLI):
             raise UsageError("trainer.limit_val_batches is 0, but variants are compared on validation samples; leave it out")
         if self.options.model.get("evaluation"):
             raise UsageError(
-                "an ablation generates and measures images at its own looks, and not by model.evaluation; leave it out, or give "
-                "--model.evaluation null for all variants, and --shards to the ablation"
+                "an ablation generates and measures images at its own looks, and not by model.evaluation; leave it out, or "
+                "give --model.evaluation null for all variants, and --shards to the ablation"
             )
         if self.any_seed:
             raise UsageError("seed_everything is no number, but variants are compared at the same seed; give one")
