@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ldm.models.adapters import ADAPTER_NAME
 from ldm.models.dit import DiT
 from ldm.runs.checkpoints.files import load_checkpoint
 from ldm.runs.checkpoints.sharded import read_sharded
@@ -95,3 +97,21 @@ def test_fsdp_in_bf16_trains_as_ddp_in_bf16(tiny_runs: TinyRuns, tmp_path: Path,
         assert status == 0, said
         assert [*(tmp_path / name / "previews").iterdir()]
     assert_same_metrics(tmp_path / "fsdp", tmp_path / "ddp", 0.02, evaluation=0.2)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_the_same_however_it_is_trained(tiny_runs: TinyRuns, tmp_path: Path, randomised: Any) -> None:
+    """Also one that begins along the gradient; under FSDP the frozen base is sharded, too."""
+    sizes: dict[str, Any] = {"sample_size": 16, "width": 16, "num_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    randomised(DiT(**sizes, caption_channels=8, positions="sincos_rope")).save_pretrained(tmp_path / "start")
+    adapter = ["--model.adapter.rank", "2", "--model.adapter.init", "lora_ga", "--model.init_from", f"{tmp_path}/start"]
+    files = {}
+    for name, how in (("one", []), ("ddp", DDP), ("fsdp", FSDP)):
+        processes = 2 if how else 1
+        options = ["--trainer.precision", "32-true", "--data.batch_size", str(4 // processes), *how, *adapter]
+        status, said = run(tiny_runs.command("denoiser", tmp_path / name, *options), tmp_path, processes)
+        assert status == 0, said
+        files[name] = load_file(tmp_path / name / "adapter" / ADAPTER_NAME)
+    assert_close(files["ddp"], files["one"], 1e-4)
+    assert_close(files["fsdp"], files["one"], 1e-4)
