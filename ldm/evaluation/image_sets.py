@@ -26,15 +26,17 @@ from torch import Tensor
 from ldm.data.buckets import MAX_UPSCALE, Buckets, Size
 from ldm.data.decode import decode_pixels
 from ldm.data.image_dataset import ImageDataset
+from ldm.data.pack.sources import GeneratedSource, is_generated
 from ldm.data.quarantine import BadSample, Quarantine
 from ldm.errors import LdmError, UsageError
 from ldm.evaluation.features import FeatureNetwork
-from ldm.files import parse_json, read_bytes
+from ldm.files import read_bytes
 from ldm.images import MAX_IMAGE_BYTES, DecodeError, is_image
 from ldm.latents.compute import Process
 from ldm.machine import full_fp32
 from ldm.models.autoencoder import pixels_to_images
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.terminal import printable
 
 SHOWN = 16  # images that are kept of a set
 ALONE = Process(0, 1, 0, 1)
@@ -355,19 +357,12 @@ def open_folder(folder: str | Path) -> list[tuple[Path, str | None]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; give a folder of images")
-    run = folder / "run.json"
-    if run.is_file():
-        content = parse_json(read_bytes(run, 2**28), str(run), dict[str, Any])
-        images = content.get("images")
-        if isinstance(images, dict):
-            # of the folder itself: the file is not trusted
-            named = {Path(name).name: one.get("prompt") for name, one in sorted(images.items()) if isinstance(one, dict)}
-            if missing := [name for name in named if not (folder / name).is_file()]:
-                raise UsageError(
-                    f"{folder} lacks {missing[0]}, which its run.json lists; generate it by the same ldm sample command"
-                )
-            if named:
-                return [(folder / name, prompt if isinstance(prompt, str) else None) for name, prompt in named.items()]
+    if is_generated(folder):
+        items = [*GeneratedSource(folder).items()]
+        if missing := next((item for item in items if item.problem), None):
+            raise UsageError(f"{folder}: {printable(missing.key)} {missing.problem}")
+        if items:
+            return [(folder / item.key, (item.captions or (None,))[0]) for item in items]
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path.name))
     if not paths:
         raise UsageError(f"{folder} holds no images; give a folder of PNG, JPEG or WebP files")

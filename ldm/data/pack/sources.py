@@ -574,7 +574,7 @@ def open_pack_source(
         source = TableSource(src, table, image_column, caption_columns)
     elif (src / "dataset_dict.json").is_file() or ((src / "state.json").is_file() and (src / "dataset_info.json").is_file()):
         return DatasetSource(src, *columns)
-    elif _is_generated(src):
+    elif is_generated(src):
         source = GeneratedSource(src)
     elif tables := _with_images(src, found := _tables_in(src), image_column):
         return ParquetSource(src, tables, *columns)
@@ -587,10 +587,11 @@ def open_pack_source(
     return source
 
 
-def _is_generated(src: Path) -> bool:
-    with suppress(LdmError):  # there is none, or another program's
-        return {"images", "model_hash"} <= read_json(src / GENERATED, dict).keys()
-    return False
+def is_generated(src: Path) -> bool:
+    """Whether a folder is an output folder of ``ldm sample``, and no other program's. Raises LdmError for a broken list:
+    without it the grid would count as an image."""
+    content = read_json(src / GENERATED) if (src / GENERATED).is_file() else None
+    return isinstance(content, dict) and {"images", "model_hash"} <= content.keys()
 
 
 def _tables_in(src: Path) -> list[str]:
