@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,8 +144,11 @@ def _evaluator(options: argparse.Namespace) -> ImageEvaluator | None:
     from ldm.machine import device_type
     from ldm.pipeline import GUIDANCE, STEPS
 
-    count, steps = options.count or 256, STEPS if options.steps is None else options.steps
+    count, steps = 256 if options.count is None else options.count, STEPS if options.steps is None else options.steps
     for name, value in (("count", count), ("steps", steps)):
         require_count(name, value)
+    guidance = GUIDANCE if options.guidance is None else options.guidance
+    if not math.isfinite(guidance):  # else it is found at the first look, after training
+        raise UsageError(f"--guidance is {guidance}; give a finite number")
     networks = [load_feature_network(name, device_type()) for name in options.network or ("inception", "clip")]
-    return ImageEvaluator(options.shards, networks, count, steps, GUIDANCE if options.guidance is None else options.guidance)
+    return ImageEvaluator(options.shards, networks, count, steps, guidance)

@@ -146,6 +146,8 @@ def test_the_folder_of_another_ablation_is_refused(ablation: Path, configs: Path
         (["empty"], ["--vary", "model.ema_decay"], "--vary model.ema_decay has no values"),
         (["empty", "log"], ["--looks", "20"], "empty has 10 steps for 20 looks"),
         (["empty", "log"], ["--count", "9"], "--count is of the metrics of generated images; give --shards, too"),
+        (["empty", "log"], ["--shards", "shards", "--count", "0"], "--count is 0"),
+        (["empty", "log"], ["--shards", "shards", "--guidance", "nan"], "--guidance is nan"),
         (["empty", "log"], ["--trainer.max_steps"], "--trainer.max_steps has no value"),
         (["empty", "log"], ["--margin", "1"], "--margin is 1"),
         (
