@@ -88,7 +88,7 @@ class Bench:
         # a discriminator that trains at the last step alone, and never weighs in
         timetable = {"start": steps - 1, "discriminator_warmup": 10**9, "generator_ramp": 0}
         if discriminator:
-            timetable = {"start": 0, "discriminator_warmup": steps // 10, "generator_ramp": steps // 5}
+            timetable = {"start": 0, "discriminator_warmup": steps // 5, "generator_ramp": steps // 6}
         given |= {f"model.adversary.{name}": value for name, value in timetable.items()}
         words = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         return [*words, *self.options, *(self.of_discriminator if discriminator else ())]
@@ -219,8 +219,8 @@ def main() -> None:
     parser.add_argument("--windows", type=Path, metavar="DIR", help="what tools/wallpapers.py wrote: train and validation")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--before", type=int, default=1500, help="steps before the two runs part (default: 1500)")
-    parser.add_argument("--steps", type=int, default=1500, help="steps of the run without a discriminator (default: 1500)")
+    parser.add_argument("--before", type=int, default=1000, help="steps before the two runs part (default: 1000)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the run without a discriminator (default: 1000)")
     parser.add_argument("--every", type=int, default=250, help="steps between validations (default: 250)")
     options, rest = parser.parse_known_args()
     common.quieten()
