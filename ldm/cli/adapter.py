@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.parser import Commands, add_command, add_group, print_table
+from ldm.cli.parser import Commands, add_command, add_force, add_group, print_table
 from ldm.errors import UsageError
 from ldm.terminal import printable, say
 
@@ -64,12 +64,6 @@ def add(commands: Commands) -> None:
     resize.add_argument("file", help=".safetensors file of an adapter, or its folder")
     resize.add_argument("out", type=Path, help="new folder")
     resize.add_argument("--rank", type=int, required=True, metavar="R", help="of every layer, at most")
-
-
-def add_force(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--force", action="store_true", help="take adapters that were trained on another base of the same shape"
-    )
 
 
 def run_show(options: argparse.Namespace) -> None:

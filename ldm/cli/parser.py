@@ -66,6 +66,13 @@ def add_group(commands: Commands, name: str, description: str) -> Commands:
     return commands.add_parser(name, help=description).add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
 
+def add_force(parser: argparse._ActionsContainer) -> None:
+    """The option that takes adapters of another base."""
+    parser.add_argument(
+        "--force", action="store_true", help="take adapters that were trained on another base of the same architecture"
+    )
+
+
 def print_table(rows: Mapping[str, Sequence[str]], *columns: str, first: str = "metric") -> None:
     """Print rows of values by their name, under a header: what these names are, and the names of the columns."""
     from rich.console import Console

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.parser import Commands, add_command
+from ldm.cli.parser import Commands, add_command, add_force
 from ldm.errors import LdmError, UsageError
 from ldm.terminal import printable, say
 
@@ -68,6 +68,7 @@ def add(commands: Commands) -> None:
 
     adapters = "adapter of the model and its weight (default: 1), such as runs/lora/adapter=0.8; repeatable"
     image.add_argument("--lora", metavar="FILE[=W]", action="append", help=adapters)
+    add_force(image)
 
     sampler = sample.add_argument_group("sampling")
     sampler.add_argument("--steps", type=int, help="steps of the scheduler (default: those recommended for the model, else 30)")
@@ -129,7 +130,7 @@ def sample_into_folder(options: argparse.Namespace) -> None:
     from ldm.models.adapters import AdapterFile
     from ldm.models.text_encoder import listed
 
-    inputs, made_by = Inputs(), None
+    inputs, made_by = Inputs(options.force), None
     given = given_settings(options)
     if options.from_image:
         stored, made_by = read_png(options.from_image)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import fields
 
-from ldm.cli.parser import Commands, add_command
+from ldm.cli.parser import Commands, add_command, add_force
 from ldm.errors import UsageError
 from ldm.serve import Limits
 from ldm.terminal import printable, say
@@ -21,6 +21,7 @@ def add(commands: Commands) -> None:
     serve.add_argument("model", help="pipeline directory")
     adapters = "adapter that the page offers, with its weight at first (default: 1): runs/lora/adapter=0.8; repeatable"
     serve.add_argument("--lora", metavar="FILE[=W]", action="append", default=[], help=adapters)
+    add_force(serve)
     serve.add_argument("--port", type=int, default=7860, help="port; 0 takes a free one (default: 7860)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     serve.add_argument(
@@ -67,7 +68,7 @@ def run_serve(options: argparse.Namespace) -> None:
             warning = f"anyone who can reach {options.host} can generate images, unencrypted and without a password"
             say(f"ldm: warning: {warning}", sys.stderr)
         connections = connection_limit(limits.connections)
-        worker = Worker(load_pipeline(options.model), Path(options.model), options.lora)
+        worker = Worker(load_pipeline(options.model), Path(options.model), options.lora, options.force)
         queue = Queue(limits.waiting)
         app = create_app(worker, queue, limits, access)
         say(f"{url} serves {printable(worker.name)}; stop with Ctrl-C")

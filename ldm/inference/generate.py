@@ -113,7 +113,7 @@ def select_adapters(pipeline: LatentDiffusionPipeline, adapters: Sequence[tuple[
     for found, weight in adapters:
         name = found.removeprefix("sha256:")
         if name not in loaded:
-            pipeline.load_lora_weights(inputs.adapter(found), name)
+            pipeline.load_lora_weights(inputs.adapter(found), name, force=inputs.any_base)
         if weight:  # DoRA's with a weight of 0 would still scale
             names, weights = [*names, name], [*weights, weight]
     if names:

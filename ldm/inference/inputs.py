@@ -27,9 +27,14 @@ def reference(data: bytes) -> str:
 
 
 class Inputs:
-    """The input files that a user has given. A file is read again when it is used, and refused if it has changed since."""
+    """The input files that a user has given. A file is read again when it is used, and refused if it has changed since.
 
-    def __init__(self) -> None:
+    Attributes:
+        any_base: adapters may be of another base of the same architecture.
+    """
+
+    def __init__(self, any_base: bool = False) -> None:
+        self.any_base = any_base
         self._paths: dict[str, Path] = {}
         self._add = functools.cache(self._hash)
 

@@ -68,15 +68,18 @@ class OfferedAdapter:
 class Worker:
     """Generates images with a pipeline, one after the other."""
 
-    def __init__(self, pipeline: LatentDiffusionPipeline, model_path: Path, adapters: Sequence[str] = ()):
+    def __init__(
+        self, pipeline: LatentDiffusionPipeline, model_path: Path, adapters: Sequence[str] = (), any_base: bool = False
+    ):
         """
         Args:
             adapters: files, each with its weight as in ``style=0.8``, that settings can choose.
+            any_base: they may be of another base of the same architecture.
 
         Raises:
             UsageError: for an adapter of another model.
         """
-        self.pipeline, self.name, self._inputs = pipeline, model_path.resolve().name, Inputs()
+        self.pipeline, self.name, self._inputs = pipeline, model_path.resolve().name, Inputs(any_base)
         self._provenance = provenance_of(pipeline, model_path)
         pipeline.set_progress_bar_config(disable=True)
         # requests are checked while an image is generated, and a tokenizer is not safe in two threads

@@ -284,6 +284,10 @@ def test_a_merge_refuses_what_it_cannot_do(
             run(capsys, "adapter", "merge", *wrong, tmp_path / "out")
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
     run(capsys, "adapter", "merge", tmp_path / "merged", tuned, tmp_path / "out", "--force")
+    with pytest.raises(SystemExit):
+        sample(tmp_path / "merged", "a ring", "--lora", tuned, tmp_path / "refused")
+    assert "was trained on pipeline" in capsys.readouterr().err
+    assert sample(tmp_path / "merged", "a ring", "--lora", tuned, "--force", tmp_path / "forced")
 
 
 def test_an_adapter_of_pixart_serves_the_stock_network(
