@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -159,7 +160,8 @@ class LatentDiffusionPipeline(TextualInversionLoaderMixin, CogVideoXLoraLoaderMi
     _callback_tensor_inputs = ("latents", "pred_original_sample")
     _interrupt = False
     _num_timesteps = 0
-    _has_new_tokens = False
+    # before tokens were added: the tokenizer, the rows of the table of embeddings, and those of them that no token has
+    _without_tokens: tuple[PreTrainedTokenizerBase, int, Tensor] | None = None
 
     def __init__(
         self,
@@ -275,7 +277,7 @@ class LatentDiffusionPipeline(TextualInversionLoaderMixin, CogVideoXLoraLoaderMi
         known, trained_on = dict(self.config["fingerprints"] or {}), self.config["trained_on"] or {}
         for what, (_, _, fingerprint) in self._fingerprinted().items():
             hashes = [fingerprint(dtype) for dtype in PRECISIONS]
-            if self._has_new_tokens and what in TEXT_PARTS:
+            if self._without_tokens is not None and what in TEXT_PARTS:
                 known[what] = [*dict.fromkeys([*known.get(what, ()), *hashes])]
             # a part in half precision keeps the record of the one that it is a copy of
             if not {*hashes} & {*known.get(what, ())} and trained_on.get(what) in (None, fingerprint(None), *hashes):
@@ -294,18 +296,42 @@ class LatentDiffusionPipeline(TextualInversionLoaderMixin, CogVideoXLoraLoaderMi
         Raises UsageError for a file that is none of a token, or was learned for another text encoder.
         """
         given: Any = pretrained_model_name_or_path
+        before = self._without_tokens or self._tokens_now()
         if isinstance(given, os.PathLike) or (isinstance(given, str) and os.path.exists(given)):
             learned = read_token(given)
+            learned = learned._replace(token=token) if isinstance(token, str) else learned
             self._require_fits(learned, given)
             # diffusers does the same, but with a warning and random numbers
             self.text_encoder.resize_token_embeddings(len(self.tokenizer) + len(learned.vectors), mean_resizing=False)
-            given, token = {token if isinstance(token, str) else learned.token: learned.vectors}, None
+            given, token = {learned.token: learned.vectors}, None
         with loading(f"the token of {pretrained_model_name_or_path!s:.200} cannot be added", "give one of this text encoder"):
             super().load_textual_inversion(cast(Any, given), token, *args, **kwargs)
-        self._has_new_tokens = True
+        self._without_tokens = before
+
+    def unload_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+        """Take all tokens away that :meth:`load_textual_inversion` has added to the text encoder.
+
+        diffusers' own takes a vocabulary's special tokens for its last ones; where they are not, as in BERT's, the tokens that
+        stay would get the numbers of other words. Raises UsageError where only some are to go.
+        """
+        if args or kwargs:
+            raise UsageError("all tokens are taken away at once; call it without arguments, and load those again that stay")
+        if self._without_tokens is not None:
+            self.tokenizer, rows, spare = self._without_tokens
+            self.text_encoder.resize_token_embeddings(rows, mean_resizing=False)
+            table = self.text_encoder.get_input_embeddings().weight
+            table.data[rows - len(spare) :] = spare.to(table.device, table.dtype)
+            self._without_tokens = None
+
+    def _tokens_now(self) -> tuple[PreTrainedTokenizerBase, int, Tensor]:
+        table = self.text_encoder.get_input_embeddings().weight
+        return copy.deepcopy(self.tokenizer), len(table), table.data[len(self.tokenizer) :].clone()
 
     def _require_fits(self, learned: LearnedToken, place: object) -> None:
         """Raise UsageError for a token of another text encoder, or one that is there already."""
+        if self.classes is not None or self.text_encoder_2 is not None:
+            kind = "has several text encoders" if self.classes is None else "is of classes"
+            raise UsageError(f"{place} is a token of one text encoder, and the model {kind}; this is not supported")
         of, trained = learned.about.get("text_encoder"), (self.config["trained_on"] or {}).get("text_encoder")
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
         if of and trained and of != trained:
@@ -319,7 +345,7 @@ class LatentDiffusionPipeline(TextualInversionLoaderMixin, CogVideoXLoraLoaderMi
                 "this encoder"
             )
         if learned.token in self.tokenizer.get_vocab():
-            raise UsageError(f"{place}: the text encoder knows {learned.token} already; add it once")
+            raise UsageError(f"{place}: the text encoder knows {learned.token} already; add it once, or by another name")
 
     def _fingerprinted(self) -> dict[str, tuple[str, torch.nn.Module | None, Callable[[torch.dtype | None], str]]]:
         """Of each thing that has a fingerprint: its place for messages, its network, and the function of its hash."""

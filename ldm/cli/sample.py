@@ -69,6 +69,10 @@ def add(commands: Commands) -> None:
     adapters = "adapter of the model and its weight (default: 1), such as runs/lora/adapter=0.8; repeatable"
     image.add_argument("--lora", metavar="FILE[=W]", action="append", help=adapters)
     add_force(image)
+    tokens = (
+        "learned token of ldm embedding fit, A1111 or diffusers, which prompts hold, such as runs/new/embedding; repeatable"
+    )
+    image.add_argument("--embedding", metavar="FILE", action="append", help=tokens)
 
     sampler = sample.add_argument_group("sampling")
     sampler.add_argument("--steps", type=int, help="steps of the scheduler (default: those recommended for the model, else 30)")
@@ -165,7 +169,7 @@ def sample_into_folder(options: argparse.Namespace) -> None:
     if planned:
         folder, metadata = OutputFolder(options.out, planned, provenance), not options.no_metadata
         missing = len(folder.missing())
-        for adapter in {file: inputs.adapter(file) for one in planned.values() for file, _ in one.adapters()}.values():
+        for adapter in {file: inputs.file(file) for one in planned.values() for file, _ in one.adapters()}.values():
             if words := AdapterFile.read(adapter).trigger_words:
                 say(printable(f"trigger words of {adapter}: {', '.join(words)}"), sys.stderr)
         if options.copy_inputs:

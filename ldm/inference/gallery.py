@@ -16,7 +16,7 @@ from ldm.files import atomic_file, require_folder
 from ldm.images import open_image
 from ldm.inference.inputs import has_copy
 from ldm.inference.metadata import Provenance, read_png
-from ldm.inference.settings import INPUTS, GenerationSettings
+from ldm.inference.settings import INPUTS, LISTS, GenerationSettings
 from ldm.reporting.pages import render
 
 GRIDS = ("grid.png", "preview.png")  # of several images
@@ -55,7 +55,7 @@ def write_gallery(folder: str | os.PathLike) -> Path:
                     [
                         f"ldm sample {shlex.quote(provenance.model)} --from-image {shlex.quote(path.name)}",
                         *(f"--{name} {name.upper()}" for name in needed),
-                        *("--lora FILE" for _ in settings.adapters()),
+                        *(f"--{name} FILE" for name in LISTS for _ in getattr(settings, name) or ()),
                         "--out again",
                     ]
                 ),

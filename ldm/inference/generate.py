@@ -113,7 +113,7 @@ def select_adapters(pipeline: LatentDiffusionPipeline, adapters: Sequence[tuple[
     for found, weight in adapters:
         name = found.removeprefix("sha256:")
         if name not in loaded:
-            pipeline.load_lora_weights(inputs.adapter(found), name, force=inputs.any_base)
+            pipeline.load_lora_weights(inputs.file(found), name, force=inputs.any_base)
         if weight:  # DoRA's with a weight of 0 would still scale
             names, weights = [*names, name], [*weights, weight]
     if names:
@@ -163,7 +163,8 @@ class ImageGenerator:
         """
         self.inputs = inputs or Inputs()
         self.pipeline, self.strict, self.warn = pipeline, strict, warn
-        self._warned: set[str] = set()
+        self._warned: set[Any] = set()
+        self._tokens: tuple[str, ...] | None = ()  # that the text encoder knows now; None: an unknown part of them
         self._fits: dict[str, list[Fit]] = {}  # by each text encoder
         self.prepare = functools.lru_cache(8)(self._prepare)
         self._encoded = functools.lru_cache(8)(self._encode)
@@ -171,12 +172,14 @@ class ImageGenerator:
 
     def check(self, settings: GenerationSettings) -> None:
         """Raise UsageError, before anything is generated, for settings that the pipeline cannot use."""
+        named = self.inputs.named(settings)
+        self._use_tokens(named)
         if settings.image is None or settings.prompt.strip():
             self.pipeline.require_prompt(settings.prompt)
         if settings.negative.strip():
             self.pipeline.require_prompt(settings.negative)
         for text, fits in self.fit((settings.prompt, settings.negative)).items():
-            if text in self._warned:
+            if (text, self._tokens) in self._warned:
                 continue
             messages, unknown = [], {}
             for encoder, fit in zip(self.pipeline.text_encoders, fits, strict=True):
@@ -193,8 +196,8 @@ class ImageGenerator:
                 if self.strict:
                     raise UsageError(message)
                 self.warn(message)
-            self._warned.add(text)
-        self.prepare(batch_key(self.inputs.named(settings)))
+            self._warned.add((text, self._tokens))
+        self.prepare(batch_key(named))
 
     def generate(
         self,
@@ -257,6 +260,19 @@ class ImageGenerator:
         sampler = pipeline.make_sampler(shared.steps, shared.strength, image, scheduler, shared.height, shared.width)
         return Prepared(sampler, image)
 
+    def _use_tokens(self, settings: GenerationSettings) -> None:
+        """Have the text encoder know the learned tokens of settings, and no others."""
+        wanted = settings.embedding or ()
+        if wanted == self._tokens:
+            return
+        self._tokens = None
+        self._fits.clear()
+        self._encoded.cache_clear()
+        self.pipeline.unload_textual_inversion()
+        for found in wanted:
+            self.pipeline.load_textual_inversion(self.inputs.file(found))
+        self._tokens = wanted
+
     def _encode(self, prompts: tuple[str, ...], negatives: tuple[str, ...]) -> tuple[Condition, Condition]:
         fits = self.fit(prompts + negatives)
         prompt, negative = ([[fit.tokens for fit in fits[text]] for text in texts] for texts in (prompts, negatives))
@@ -271,6 +287,7 @@ class ImageGenerator:
     ) -> list[Image.Image]:
         pipeline, (sampler, image) = self.pipeline, self.prepare(shared)
         select_adapters(pipeline, shared.adapters(), self.inputs)
+        self._use_tokens(shared)
 
         def after_step(_: DiffusionPipeline, number: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
             if on_step is not None:

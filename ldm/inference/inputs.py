@@ -13,8 +13,9 @@ from PIL import Image
 from ldm.errors import UsageError
 from ldm.files import atomic_file, sha256_file
 from ldm.inference.metadata import model_hash
-from ldm.inference.settings import INPUTS, GenerationSettings, is_reference, split_lora
+from ldm.inference.settings import INPUTS, LISTS, GenerationSettings, is_reference, split_lora
 from ldm.models.adapters import adapter_path
+from ldm.models.learned_token import token_path
 from ldm.pipeline import image_of, read_input
 
 FOLDER = "inputs"  # beside the images, with copies of their inputs
@@ -56,8 +57,8 @@ class Inputs:
             if not index.is_file():
                 raise UsageError(f"weak {path} is not a pipeline directory (no model_index.json); ldm denoiser fit makes one")
             found = f"sha256:{model_hash(path)}"
-        elif name == "lora":
-            path = str(adapter_path(path))
+        elif name in LISTS:
+            path = str(adapter_path(path) if name == "lora" else token_path(path))
             found = f"sha256:{sha256_file(Path(path))}"
         else:
             found = reference(read_input(path))
@@ -73,6 +74,11 @@ class Inputs:
             if len({*dict(adapters)}) < len(adapters):
                 raise UsageError("the same adapter is given twice as lora; give it once, with its weight")
             given["lora"] = tuple(f"{found}={weight!r}" for found, weight in adapters)
+        if settings.embedding:
+            tokens = [self.add("embedding", path) for path in settings.embedding]
+            given["embedding"] = tuple(dict.fromkeys(tokens))
+            if len(given["embedding"]) < len(tokens):
+                raise UsageError("the same token is given twice as embedding; give it once")
         return dataclasses.replace(settings, **given) if given else settings
 
     def read(self, found: str) -> bytes:
@@ -90,8 +96,8 @@ class Inputs:
         self._require_same(f"sha256:{model_hash(self._paths[found])}", found)
         return self._paths[found]
 
-    def adapter(self, found: str) -> Path:
-        """The file of an adapter. Raises UsageError where it has changed since :meth:`add`."""
+    def file(self, found: str) -> Path:
+        """The file of an adapter or of a token. Raises UsageError where it has changed since :meth:`add`."""
         self._require_same(f"sha256:{sha256_file(self._paths[found])}", found)
         return self._paths[found]
 
@@ -119,6 +125,14 @@ class Inputs:
                     f"{png} was generated with --lora of {', '.join(before)}; give the files of these adapters again, by --lora"
                 )
             restored["lora"] = [f"{found}={before[found] if weight is None else weight!r}" for found, weight in mine.items()]
+        if stored.embedding:
+            tokens = {self.add("embedding", path) for path in given.get("embedding") or ()}
+            if tokens != {*stored.embedding}:
+                raise UsageError(
+                    f"{png} was generated with --embedding of {', '.join(stored.embedding)}; give the files of these tokens "
+                    "again, by --embedding"
+                )
+            restored["embedding"] = [*stored.embedding]
         for name in INPUTS:
             before, option = getattr(stored, name), f"--{name}"
             if before is None:

@@ -256,7 +256,8 @@ def a1111_parameters(settings: GenerationSettings, provenance: Provenance) -> st
         "Model": provenance.model,
         "Denoising strength": settings.strength,
         "Eta DDIM": settings.eta,
-        "Lora hashes": ", ".join(map(_lora_hash, settings.adapters())) or None,
+        "Lora hashes": ", ".join(_short_hash(file) for file, _ in settings.adapters()) or None,
+        "TI hashes": ", ".join(map(_short_hash, settings.embedding or ())) or None,
         "Version": f"ldm {provenance.ldm}",
     }
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None)
@@ -264,9 +265,9 @@ def a1111_parameters(settings: GenerationSettings, provenance: Provenance) -> st
     return text.encode("utf-8", "replace").decode()
 
 
-def _lora_hash(adapter: tuple[str, float]) -> str:
-    """A1111's ``name: hash`` of an adapter, which settings name by its hash alone."""
-    short = Path(adapter[0]).name.removeprefix("sha256:")[:12]
+def _short_hash(found: str) -> str:
+    """A1111's ``name: hash`` of a file, which settings name by its hash alone."""
+    short = Path(found).name.removeprefix("sha256:")[:12]
     return f"{short}: {short}"
 
 

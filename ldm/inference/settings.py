@@ -25,7 +25,8 @@ RULES: dict[str, Callable[[float], Guidance]] = {
     "apg": AdaptiveProjected,
 }
 INPUTS = ("image", "mask", "weak")  # fields that name a file
-NAMES_FILES = (*INPUTS, "lora")  # fields that name files
+LISTS = ("lora", "embedding")  # fields that name several files
+NAMES_FILES = (*INPUTS, *LISTS)
 MAX_PROMPT = 20_000  # characters, so that settings fit into an image's metadata
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", type(None): "null"}
 
@@ -56,6 +57,7 @@ class GenerationSettings:
         weak: directory of a weaker checkpoint's pipeline, or its hash, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
         lora: low-rank adapters of the model, each the path or the hash of its file, and its weight after ``=``, which is 1
             unless given: ``("style.safetensors=0.8",)``.
+        embedding: learned tokens (textual inversion), each the path or the hash of its file. Prompts hold the token.
         original_width, original_height, crop_left, crop_top: in pixels, of a model with micro-conditioning: the size of the
             image that this one would have been made from, and where it would have been cropped. The size itself, and no crop,
             unless given.
@@ -85,6 +87,7 @@ class GenerationSettings:
     crop_left: int | None = None
     crop_top: int | None = None
     lora: tuple[str, ...] | None = None
+    embedding: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -151,10 +154,12 @@ class GenerationSettings:
         paths = {name: Path(value) for name in INPUTS if (value := getattr(self, name)) is not None}
         names: dict[str, Any] = {name: path.name for name, path in paths.items() if path.is_absolute()}
         content = dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)} | names
-        del content["lora"]  # of images without one
+        for name in LISTS:  # of images without one
+            del content[name]
         if self.lora:
-            files = [(Path(file).name if Path(file).is_absolute() else file, weight) for file, weight in self.adapters()]
-            content["lora"] = [f"{file}={weight!r}" for file, weight in files]
+            content["lora"] = [f"{_shown(file)}={weight!r}" for file, weight in self.adapters()]
+        if self.embedding:
+            content["embedding"] = [*map(_shown, self.embedding)]
         return content
 
     @classmethod
@@ -179,6 +184,11 @@ class GenerationSettings:
             raise UsageError(f"{where}: {error}") from None
 
 
+def _shown(path: str) -> str:
+    """A path without the folders of this machine."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
 def split_lora(value: str) -> tuple[str, float | None]:
     """The file and the weight of ``FILE=WEIGHT``; None where no weight is given."""
     file, equals, weight = value.rpartition("=")
@@ -195,11 +205,10 @@ def is_reference(value: str) -> bool:
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """A JSON value as the field's type."""
-    if key == "lora" and value is not None:
+    if key in LISTS and value is not None:
         if not (isinstance(value, list | tuple) and all(isinstance(one, str) and one for one in value)):
-            raise UsageError(
-                f'lora is {reprlib.repr(value)}; give a list of files with their weights: ["style.safetensors=0.8"]'
-            )
+            example = 'with their weights: ["style.safetensors=0.8"]' if key == "lora" else '["learned_embeds.safetensors"]'
+            raise UsageError(f"{key} is {reprlib.repr(value)}; give a list of files {example}")
         return tuple(value) or None
     if typing.get_origin(hint) is tuple:
         if not (isinstance(value, list | tuple) and len(value) == 2):

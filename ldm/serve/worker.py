@@ -95,7 +95,7 @@ class Worker:
         self.adapters = [self._offered(reference, weight) for reference, weight in offered]
 
     def _offered(self, reference: str, weight: float) -> OfferedAdapter:
-        path = self._inputs.adapter(reference)
+        path = self._inputs.file(reference)
         # of "runs/dog/adapter/pytorch_lora_weights.safetensors" this is "dog"
         named = [part for part in (path.stem, *reversed(path.resolve().parent.parts)) if part not in PLAIN_NAMES]
         return OfferedAdapter(reference, named[0], weight, AdapterFile.read(path).trigger_words)

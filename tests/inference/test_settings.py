@@ -29,6 +29,7 @@ EVERYTHING = {
     "mask": "b.png",
     "weak": None,
     "lora": ["style.safetensors=0.8"],
+    "embedding": ["learned_embeds.safetensors"],
 }
 
 

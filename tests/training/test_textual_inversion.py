@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -93,12 +94,46 @@ def test_a_word_is_trained_resumed_and_read_by_diffusers(
         "nan": "not finite",
         "deep": r"holds a tensor \(1, 2, 8\)",
         "text": "cannot be read",
-        "nowhere": "is no .safetensors file",
+        "nowhere": "is no file of a token",
     }.items():
         with pytest.raises(UsageError, match=said):
             dispatch(["embedding", "merge", str(base), str(tmp_path / f"{name}.safetensors"), str(tmp_path / "refused")])
     merged.load_textual_inversion(tmp_path / "old.safetensors")
     assert len(merged.tokenize(["old"])[0][0]) == 2 + 2
+    merged.unload_textual_inversion()
+    assert merged.tokenize(prompts) == pipeline.tokenize(prompts)
+
+    # a file is given beside the model, of one image of several; as A1111's it is the same
+    a1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": learned}, "name": "<sks>", "step": 3}
+    torch.save(a1111, tmp_path / "a1111.pt")
+
+    def pixels(*arguments: Any) -> list[bytes]:
+        out = tmp_path / f"out{len([*tmp_path.glob('out*')])}"
+        dispatch(["sample", *map(str, arguments), "--steps", "2", "--out", str(out)])
+        return [Image.open(path).tobytes() for path in sorted(out.glob("0*.png"))]
+
+    (wanted,) = pixels(tmp_path / "merged", "a <sks> ring")
+    (without,) = pixels(base, "a <sks> ring")
+    assert wanted != without
+    lines: list[Any] = [
+        {"prompt": "a <sks> ring", "seed": 0},
+        {"prompt": "a <sks> ring", "seed": 0, "embedding": [str(tmp_path / "a1111.pt")]},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, [*lines, lines[0]])))
+    assert pixels(base, "--prompts", tmp_path / "prompts.jsonl") == [without, wanted, without]
+    assert pixels(base, "a <sks> ring", "--embedding", file) == [wanted]
+    (image,) = sorted((tmp_path / "out3").glob("0*.png"))
+    assert pixels(base, "--from-image", image, "--embedding", file.parent) == [wanted]
+    for options, said in (
+        ([], "give the files of these tokens again"),
+        (["--embedding", tmp_path / "old.safetensors"], "again"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            pixels(base, "--from-image", image, *options)
+    with pytest.raises(UsageError, match="twice"):
+        pixels(base, "a <sks>", "--embedding", file, "--embedding", file)
+    with pytest.raises(UsageError, match="knows <sks> already"):
+        pixels(base, "a <sks>", "--embedding", file, "--embedding", tmp_path / "a1111.pt")
     start = plain.text_encoder.get_input_embeddings().weight[plain.tokenize(["a"])[0][0][1]]
     assert (learned - start).abs().min(1).values.max() > 0  # both vectors have moved from the initial word
 
