@@ -64,7 +64,7 @@ def export_pixart(pipeline: LatentDiffusionPipeline, folder: Path) -> list[str]:
             f"{longest}; train with a text encoder that reads more, such as a T5"
         )
     PixArtAlphaPipeline(
-        tokenizer=pipeline.tokenizer,
+        tokenizer=cast(Any, pipeline.tokenizer),
         text_encoder=pipeline.text_encoder,
         vae=with_normalised_latents(pipeline.vae),
         transformer=transformer,
