@@ -127,9 +127,9 @@ class FitCLI(TrainingCLI):
         """Refuse the moments of another optimiser; torch's own error would only count them."""
         muon = self.options.model.optimiser.muon_learning_rate is not None
         rates = checkpoint["lr_schedulers"][0]["base_lrs"]  # the second is Muon's, or of an adapter's B
-        ratio = (self.options.model.get("adapter") or {}).get("loraplus_lr_ratio")
+        ratio = (self.options.model.get("adapter") or {}).get("loraplus_lr_ratio") or 1  # with 1 all have one rate
         if self.options.model.get("adapter") and not muon:
-            if (len(rates) > 1) != (ratio is not None):
+            if (len(rates) > 1) != (ratio != 1):
                 before = f"{rates[1] / rates[0]:g}" if len(rates) > 1 else "null"
                 raise UsageError(
                     f"{self.checkpoint} was trained with another loraplus_lr_ratio: give --model.adapter.loraplus_lr_ratio "
