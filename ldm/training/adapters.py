@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 import peft
 import torch
+import torch.distributed as dist
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -207,6 +208,9 @@ class Adapter:
             for adapter in (TRAINED, START):
                 layer.lora_A[adapter].weight.copy_(size * v[:rank])
                 layer.lora_B[adapter].weight.copy_(size * u[:, rank : 2 * rank])
+                if dist.is_available() and dist.is_initialized():  # GPUs may round differently, and a singular vector has either sign
+                    dist.broadcast(layer.lora_A[adapter].weight, 0)
+                    dist.broadcast(layer.lora_B[adapter].weight, 0)
 
     def exported(self) -> tuple[dict[str, Tensor], peft.LoraConfig]:
         """The adapter's weights by name, and peft's config of them, which add to the base what the network has learned."""

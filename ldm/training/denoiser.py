@@ -237,6 +237,8 @@ class DenoiserTraining(EncodedTraining):
         """Refuse options that an adapter does not go together with."""
         if not self.init_from:
             raise UsageError("an adapter is trained beside a model's weights; give that model as init_from")
+        if self.adapter_config and self.adapter_config.loraplus_lr_ratio and self.optimiser.muon_learning_rate is not None:
+            raise UsageError("loraplus_lr_ratio is of AdamW's rates; leave out muon_learning_rate, or the ratio")
         if self.frozen or self.fp8:
             what = "freeze" if self.frozen else "fp8"
             raise UsageError(f"{what} cannot be used with an adapter, beside which all weights stay as they are; leave it out")

@@ -141,7 +141,7 @@ def test_lora_ga_begins_along_the_gradient_and_resumes_exactly(base: Path, laten
     torch.testing.assert_close(b.T @ b, identity, rtol=0, atol=1e-5)
     groups = state(whole)["optimizer_states"][0]["param_groups"]
     assert [group["lr"] for group in groups] == [1e-3, 8e-3] and [len(group["params"]) for group in groups] == [20, 20]
-    with pytest.raises(UsageError, match="Muon has one learning rate"):
+    with pytest.raises(UsageError, match="loraplus_lr_ratio is of AdamW's rates"):
         tune(tmp_path / "muon", latents, base, kind, steps=1, optimiser=optimiser | {"muon_learning_rate": 1e-3})
 
 
