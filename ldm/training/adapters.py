@@ -208,7 +208,8 @@ class Adapter:
             for adapter in (TRAINED, START):
                 layer.lora_A[adapter].weight.copy_(size * v[:rank])
                 layer.lora_B[adapter].weight.copy_(size * u[:, rank : 2 * rank])
-                if dist.is_available() and dist.is_initialized():  # GPUs may round differently, and a singular vector has either sign
+                # GPUs may round differently, and a singular vector has either sign
+                if dist.is_available() and dist.is_initialized():
                     dist.broadcast(layer.lora_A[adapter].weight, 0)
                     dist.broadcast(layer.lora_B[adapter].weight, 0)
 
