@@ -89,6 +89,7 @@ def test_fsdp_in_bf16_trains_as_ddp_in_bf16(tiny_runs: TinyRuns, tmp_path: Path,
     start = []
     if stage == "denoiser":
         sizes: dict[str, Any] = {"sample_size": 16, "width": 16, "num_layers": 2, "num_attention_heads": 2}
+        torch.manual_seed(0)
         randomised(DiT(**sizes, caption_channels=8, positions="sincos_rope")).save_pretrained(tmp_path / "start")
         start = ["--model.init_from", f"{tmp_path}/start", *tiny_runs.evaluation()]
     for name, how in (("ddp", DDP), ("fsdp", FSDP)):
