@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -112,9 +113,7 @@ class Concept:
         """Samples (key, pixels, caption) of the concept."""
         with self.applied():
             found = (sample for sample in scenes.generate(64 * count, size, seed) if self.shows(sample.caption))
-            return [
-                sample._replace(caption=self.caption(sample.caption)) for sample, _ in zip(found, range(count), strict=False)
-            ]
+            return [sample._replace(caption=self.caption(sample.caption)) for sample in islice(found, count)]
 
     def accuracy(self, pipeline: LatentDiffusionPipeline, prompts: Sequence[str], **settings: Any) -> float:
         images = generate_from_captions(pipeline, prompts, 0, 64, **settings)
