@@ -47,7 +47,8 @@ from ldm.errors import LdmError, UsageError
 from ldm.files import check_type, read_bytes, read_json, require_version
 from ldm.images import MAX_IMAGE_BYTES, DecodeError
 from ldm.models import dit as dit  # diffusers opens a saved denoiser only where its module is imported
-from ldm.models.adapters import AdapterFile, adaptable, add_to
+from ldm.models.adapter_file import AdapterFile, add_to
+from ldm.models.adapters import adaptable
 from ldm.models.autoencoder import (
     autoencoder_hash,
     decode_latents,

@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from ldm.cli import build_parser, training
 from ldm.cli.parser import Parser
-from ldm.models.adapters import write_adapter
+from ldm.models.adapter_file import write_adapter
 from ldm.models.dit import DiT
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.runs.dry_run.command import DryRunCLI

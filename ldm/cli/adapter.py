@@ -13,7 +13,7 @@ from ldm.errors import UsageError
 from ldm.terminal import printable, say
 
 if TYPE_CHECKING:
-    from ldm.models.adapters import Record
+    from ldm.models.adapter_file import Record
     from ldm.models.low_rank import LowRank
     from ldm.runs.initial import DirectoryWeights
 
@@ -69,7 +69,7 @@ def add(commands: Commands) -> None:
 def run_show(options: argparse.Namespace) -> None:
     import json
 
-    from ldm.models.adapters import describe
+    from ldm.models.adapter_file import describe
 
     described = describe(options.file)
     if options.json:
@@ -94,7 +94,7 @@ def _rows(described: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, 
 def run_merge(options: argparse.Namespace) -> None:
     from ldm.files import atomic_folder, require_new_folder
     from ldm.inference.settings import split_lora
-    from ldm.models.adapters import AdapterFile, merge_into
+    from ldm.models.adapter_file import AdapterFile, merge_into
     from ldm.runs.lineage import write_merged_lineage
 
     require_new_folder(options.out, "the model")
@@ -115,7 +115,8 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_extract(options: argparse.Namespace) -> None:
-    from ldm.models.adapters import RECORD_VERSION, base_of
+    from ldm.models.adapter_file import RECORD_VERSION
+    from ldm.models.adapters import base_of
     from ldm.models.low_rank import difference
     from ldm.progress import Progress
 
@@ -138,7 +139,7 @@ def run_extract(options: argparse.Namespace) -> None:
 
 
 def run_resize(options: argparse.Namespace) -> None:
-    from ldm.models.adapters import AdapterFile
+    from ldm.models.adapter_file import AdapterFile
     from ldm.models.low_rank import resized
 
     _require_rank(options)
@@ -169,7 +170,7 @@ def _require_rank(options: argparse.Namespace) -> None:
 
 def _write(out: Path, found: LowRank, record: Record | None, metadata: Mapping[str, str] | None = None) -> None:
     from ldm.files import atomic_folder
-    from ldm.models.adapters import write_adapter
+    from ldm.models.adapter_file import write_adapter
 
     with atomic_folder(out) as folder:
         write_adapter(folder, found.tensors, found.config, record, metadata)

@@ -131,7 +131,7 @@ def sample_into_folder(options: argparse.Namespace) -> None:
     from ldm.inference.inputs import Inputs
     from ldm.inference.metadata import provenance_of, read_png
     from ldm.inference.output_folder import OutputFolder, generate_missing
-    from ldm.models.adapters import AdapterFile
+    from ldm.models.adapter_file import AdapterFile
     from ldm.models.text_encoder import listed
 
     inputs, made_by = Inputs(options.force), None

@@ -14,7 +14,7 @@ from ldm.errors import UsageError
 from ldm.files import atomic_file, sha256_file
 from ldm.inference.metadata import model_hash
 from ldm.inference.settings import INPUTS, LISTS, GenerationSettings, is_reference, split_lora
-from ldm.models.adapters import adapter_path
+from ldm.models.adapter_file import adapter_path
 from ldm.models.learned_token import token_path
 from ldm.pipeline import image_of, read_input
 

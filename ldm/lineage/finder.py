@@ -13,7 +13,7 @@ from ldm.data.manifest import MANIFEST_NAME, Manifest
 from ldm.data.sources import ShardSource, open_source
 from ldm.errors import LdmError, UsageError
 from ldm.files import read_json
-from ldm.models.adapters import ADAPTER_NAME
+from ldm.models.adapter_file import ADAPTER_NAME
 from ldm.models.autoencoder_kinds import KINDS
 from ldm.models.matcher import is_matcher
 from ldm.runs.layout import LOGS

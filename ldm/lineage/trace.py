@@ -18,7 +18,7 @@ from ldm.inference.settings import GenerationSettings
 from ldm.lineage.finder import Finder, OtherError, kind_of
 from ldm.lineage.node import Node, State
 from ldm.lineage.samples import sample_uses
-from ldm.models.adapters import ADAPTER_NAME, AdapterFile
+from ldm.models.adapter_file import ADAPTER_NAME, AdapterFile
 from ldm.models.autoencoder import autoencoder_hash, load_autoencoder
 from ldm.models.fingerprint import HALF_PRECISION
 from ldm.models.matcher import INDEX_NAME, ImageTextModel, MatcherIndex

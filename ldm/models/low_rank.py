@@ -16,7 +16,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.models.adapters import AdapterFile, adaptable_layers, layer_of
+from ldm.models.adapter_file import AdapterFile
+from ldm.models.adapters import adaptable_layers, layer_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class LowRank:
     """Matrices of a rank for every layer, whose product is what is added to its weight: their scale is 1.
 
     Attributes:
-        tensors: by name, as in :class:`ldm.models.adapters.AdapterFile`.
+        tensors: by name, as in :class:`ldm.models.adapter_file.AdapterFile`.
         rank: the largest of all layers.
         kept: share of the squared change of the weights that is in the matrices, 0 to 1.
         left_out: weights that differ and cannot be in an adapter, with the norm of their change over their own.
@@ -106,11 +107,11 @@ def difference(tuned: nn.Module, base: nn.Module, rank: int, progress: Callable[
 def resized(adapter: AdapterFile, rank: int) -> LowRank:
     """The same adapter with at most this rank for each layer.
 
-    Raises UsageError where no layer has more, and for DoRA, whose weights are not a sum.
+    Raises UsageError where no layer has more, and for other methods than LoRA, which do not add a product of two matrices.
     """
     config = cast(peft.LoraConfig, adapter.config)
-    if config.use_dora:
-        raise UsageError(f"{adapter.source} is of DoRA, which also scales the base's weights; only LoRA can be resized")
+    if adapter.method != "LoRA":
+        raise UsageError(f"{adapter.source} is of {adapter.method}; only LoRA can be resized")
     factors = {
         name: (adapter.tensors[f"{name}.lora_A.weight"], adapter.tensors[f"{name}.lora_B.weight"]) for name in adapter.layers
     }

@@ -25,7 +25,8 @@ from ldm.diffusion.guidance import ClassifierFree
 from ldm.errors import UsageError
 from ldm.files import read_json, read_yaml
 from ldm.machine import machine_info
-from ldm.models.adapters import AdapterFile, own_weights
+from ldm.models.adapter_file import AdapterFile
+from ldm.models.adapters import own_weights
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.directories import is_hub_name
 from ldm.pipeline import TEXT_PARTS, LatentDiffusionPipeline

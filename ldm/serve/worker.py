@@ -24,7 +24,7 @@ from ldm.inference.generate import ImageGenerator, batch_key, scheduler_for, sel
 from ldm.inference.inputs import Inputs
 from ldm.inference.metadata import encode_png, provenance_of
 from ldm.inference.settings import GenerationSettings
-from ldm.models.adapters import ADAPTER_NAME, AdapterFile
+from ldm.models.adapter_file import ADAPTER_NAME, AdapterFile
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.serve.request import GenerationRequest
 

@@ -1,6 +1,6 @@
 """Training a low-rank adapter beside a frozen denoiser, by peft: LoRA and its relatives.
 
-The weight W of an adapted layer becomes W + s·B·A with B (out, r) and A (r, in), of which B·A alone is trained: a file of a few
+The weight W of an adapted layer becomes W + s·B·A with B (out, r) and A (r, in), which alone are trained: a file of a few
 megabytes. The denoiser itself stays as it is; where a method begins with B·A ≠ 0, a second, frozen adapter takes that away.
 """
 
@@ -22,23 +22,16 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.models.adapters import (
-    NEAR_NAMES,
-    RECORD_VERSION,
-    Base,
-    Record,
-    adaptable,
-    adaptable_layers,
-    adapted_layers,
-    base_of,
-    is_adapter_weight,
-)
+from ldm.models.adapter_file import NEAR_NAMES, RECORD_VERSION, Record
+from ldm.models.adapters import Base, adaptable, adaptable_layers, adapted_layers, base_of, is_adapter_weight
 from ldm.models.dit import transformer_blocks
 
 # names of the trained adapter, and of the frozen one that takes away what it begins with
 TRAINED, START = "default", "start"
 # initialisations in which B·A is not zero at first
 BEGIN_WITH = ("pissa", "lora_ga")
+# methods of LyCORIS, which have other matrices than A and B
+LYCORIS = ("lokr", "loha")
 # settings that a resumed run may change: the weights mean the same
 OF_TRAINING = ("dropout", "loraplus_lr_ratio")
 # LoRA-GA: samples whose gradient it begins along, and γ of its size (Wang et al. 2024, section 3.3)
@@ -55,7 +48,11 @@ class AdapterConfig:
         rank_stabilised: the scale is alpha / √rank, which keeps the size of updates the same at every rank (rsLoRA,
             Kalajdzievski 2023, arXiv 2312.03732).
         method: ``lora``; ``dora`` also trains the length of every row of the weight (Liu et al. 2024, arXiv 2402.09353),
-            which costs time in every step.
+            which costs time in every step. In the place of B·A, ``loha`` has the elementwise product of two such products, of
+            rank r² (Hyeon-Woo et al. 2022, arXiv 2108.06098), and ``lokr`` a Kronecker product of a small matrix and one of
+            rank r, with the fewest weights (Yeh et al. 2024, arXiv 2309.14859).
+        lokr_factor: rows and columns of LoKr's small matrix, where they divide the layer's; fewer make the file larger
+            (default: as many as make both matrices about equally large).
         init: of A and B. ``default`` and ``gaussian``: A is random (uniform; normal of deviation 1 / rank) and B zero.
             ``orthogonal``: both are random, with orthogonal rows, so that B·A is zero; the rank is even. ``pissa``: B·A is
             the largest singular components of W, and the layer begins with W all the same (Meng et al. 2024, arXiv
@@ -73,7 +70,8 @@ class AdapterConfig:
     rank: int = 8
     alpha: float | None = None
     rank_stabilised: bool = False
-    method: Literal["lora", "dora"] = "lora"
+    method: Literal["lora", "dora", "lokr", "loha"] = "lora"
+    lokr_factor: int | None = None
     init: Literal["default", "gaussian", "orthogonal", "pissa", "lora_ga"] = "default"
     loraplus_lr_ratio: float | None = None
     dropout: float = 0.0
@@ -93,6 +91,14 @@ class AdapterConfig:
             raise UsageError(f"init orthogonal halves the rank, which is {self.rank}; give an even one")
         if self.init in BEGIN_WITH and self.method == "dora":
             raise UsageError(f"init {self.init} is of the method lora, and not of dora; give one or the other")
+        if self.lokr_factor is not None and (self.method != "lokr" or self.lokr_factor < 1):
+            raise UsageError(f"lokr_factor is {self.lokr_factor}, and the method {self.method}; give 1 or more, with lokr")
+        if self.method in LYCORIS:
+            for name in ("rank_stabilised", "dropout", "loraplus_lr_ratio"):
+                if getattr(self, name):
+                    raise UsageError(f"{name} is of the methods lora and dora, and not of {self.method}; leave it out")
+            if self.init != "default":
+                raise UsageError(f"init {self.init} is of the methods lora and dora, and not of {self.method}; leave it out")
 
     @property
     def scaled_by(self) -> float:
@@ -115,10 +121,11 @@ class AdapterConfig:
         if not chosen:
             raise UsageError("target_modules is empty, so that nothing would be trained; leave it out, or name layers")
         convolutions = [name for name in chosen if not isinstance(layers[name], nn.Linear)]
-        if convolutions and self.init not in ("default", "gaussian"):
+        if convolutions and (self.init not in ("default", "gaussian") or self.method in LYCORIS):
+            what = f"method {self.method}" if self.method in LYCORIS else f"init {self.init}"
             raise UsageError(
-                f"init {self.init} is for linear layers, and {convolutions[0]} is a convolution; give default or gaussian, or "
-                "leave the layer out of target_modules"
+                f"{what} is for linear layers, and {convolutions[0]} is a convolution; give another, or leave the layer out of "
+                "target_modules"
             )
         shapes = {name: tuple(cast(Tensor, layers[name].weight).flatten(1).shape) for name in chosen}
         narrowest = min(chosen, key=lambda name: min(shapes[name]))
@@ -127,16 +134,19 @@ class AdapterConfig:
             raise UsageError(f"the adapter's rank is {self.rank}, and {narrowest} is {shapes[narrowest]}; give at most {most}")
         return chosen
 
-    def peft_config(self, layers: Sequence[str], **changed: Any) -> peft.LoraConfig:
-        """peft's config of an adapter of these layers."""
-        settings = {
-            "r": self.rank,
+    def peft_config(self, layers: Sequence[str], init: bool | str = True, **changed: Any) -> peft.PeftConfig:
+        """peft's config of an adapter of these layers. ``init``: as peft calls it; ``changed``: other settings of LoRA's."""
+        settings: dict[str, Any] = {"r": self.rank, "target_modules": sorted(layers)}
+        if self.method == "lokr":
+            return peft.LoKrConfig(**settings, alpha=self.scaled_by, decompose_factor=self.lokr_factor or -1)  # pyright: ignore
+        if self.method == "loha":
+            return peft.LoHaConfig(**settings, alpha=self.scaled_by)  # pyright: ignore
+        settings |= {
             "lora_alpha": self.scaled_by,
             "lora_dropout": self.dropout,
-            "target_modules": sorted(layers),
             "use_rslora": self.rank_stabilised,
             "use_dora": self.method == "dora",
-            "init_lora_weights": True,
+            "init_lora_weights": init,
         }
         return peft.LoraConfig(**settings | changed)
 
@@ -160,8 +170,8 @@ class Adapter:
         self.layers = config.layers(network)
         network.requires_grad_(False)
         own = {name: cast(Tensor, layer.weight).data for name, layer in adaptable_layers(network).items()}
-        init = {"init_lora_weights": True if config.init in ("default", "lora_ga") else config.init}
-        adaptable(network).add_adapter(config.peft_config(self.layers, **init), TRAINED)
+        init = True if config.init in ("default", "lora_ga") else config.init
+        adaptable(network).add_adapter(config.peft_config(self.layers, init), TRAINED)
         if config.init in BEGIN_WITH:
             self._take_away_the_start(own)
         for name, parameter in network.named_parameters():
@@ -213,7 +223,7 @@ class Adapter:
                     dist.broadcast(layer.lora_A[adapter].weight, 0)
                     dist.broadcast(layer.lora_B[adapter].weight, 0)
 
-    def exported(self) -> tuple[dict[str, Tensor], peft.LoraConfig]:
+    def exported(self) -> tuple[dict[str, Tensor], peft.PeftConfig]:
         """The adapter's weights by name, and peft's config of them, which add to the base what the network has learned."""
         trained, settings = get_peft_model_state_dict(self.network, adapter_name=TRAINED), {}
         if self.config.init in BEGIN_WITH:

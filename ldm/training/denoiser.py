@@ -36,7 +36,8 @@ from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weighting import Weighting
 from ldm.errors import UsageError
 from ldm.losses.auxiliary import AuxiliaryLoss, names_of
-from ldm.models.adapters import is_adapter_weight, write_adapter, write_for_peft
+from ldm.models.adapter_file import write_adapter, write_for_peft
+from ldm.models.adapters import is_adapter_weight
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.compiling import Compile, compile_blocks
 from ldm.models.text_encoder import TextEncoderConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldm.errors import UsageError
-from ldm.models.adapters import AdapterFile, merge_into, write_adapter
+from ldm.models.adapter_file import AdapterFile, merge_into, write_adapter
 from ldm.models.low_rank import LowRank, difference, resized
 from ldm.training.adapters import Adapter, AdapterConfig
 

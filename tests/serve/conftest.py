@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from ldm.models.adapters import write_adapter
+from ldm.models.adapter_file import write_adapter
 from ldm.models.text_encoder import TextEncoder, label_encoder
 from ldm.pipeline import load_pipeline
 from ldm.serve.queue import Queue

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.models.adapters import ADAPTER_NAME
+from ldm.models.adapter_file import ADAPTER_NAME
 from ldm.models.dit import DiT
 from ldm.runs.checkpoints.files import load_checkpoint
 from ldm.runs.checkpoints.sharded import read_sharded

@@ -23,7 +23,8 @@ from torch import Tensor
 from ldm.cli import dispatch, main
 from ldm.errors import LdmError, UsageError
 from ldm.inference.metadata import read_png
-from ldm.models.adapters import AdapterFile, add_to, base_hash, write_adapter
+from ldm.models.adapter_file import AdapterFile, add_to, write_adapter
+from ldm.models.adapters import base_hash
 from ldm.models.dit import DiT
 from ldm.pipeline import load_pipeline
 from ldm.training.adapters import GAMMA, Adapter, AdapterConfig
@@ -35,6 +36,9 @@ KINDS = {
     "dora": {"rank": 4, "method": "dora"},
     "orthogonal": {"rank": 4, "init": "orthogonal", "alpha": 8.0},
     "gaussian": {"rank": 2, "init": "gaussian", "target_modules": ["to_q", "blocks.*.feed_forward.0", "patch_embed"]},
+    "lokr": {"rank": 2, "method": "lokr", "alpha": 4.0},
+    "lokr of few rows": {"rank": 2, "method": "lokr", "lokr_factor": 2},
+    "loha": {"rank": 4, "method": "loha", "alpha": 2.0},
 }
 
 
@@ -290,8 +294,9 @@ def test_a_merge_refuses_what_it_cannot_do(
     assert sample(tmp_path / "merged", "a ring", "--lora", tuned, "--force", tmp_path / "forced")
 
 
+@pytest.mark.parametrize("method", ["lora", "lokr", "loha"])
 def test_an_adapter_of_pixart_serves_the_stock_network(
-    latents: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    method: str, latents: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """By peft, and merged. The published weights also predict a variance, which is not trained."""
     torch.manual_seed(0)
@@ -302,7 +307,7 @@ def test_an_adapter_of_pixart_serves_the_stock_network(
         "path": {"class_path": "ldm.diffusion.path.VariancePreserving", "init_args": {"schedule": "linear"}},
         "prediction": {"class_path": "ldm.diffusion.prediction.Epsilon"},
     }
-    run_folder = tune(tmp_path / "tuned", latents, base.parent, {"rank": 2}, steps=2, **diffusion)
+    run_folder = tune(tmp_path / "tuned", latents, base.parent, {"rank": 2, "method": method}, steps=2, **diffusion)
     adapted = peft.PeftModel.from_pretrained(
         PixArtTransformer2DModel.from_pretrained(base), str(run_folder / "adapter" / "peft")
     )
@@ -325,6 +330,10 @@ def test_an_adapter_of_pixart_serves_the_stock_network(
         ({"adapter": {"loraplus_lr_ratio": 0}}, "loraplus_lr_ratio is 0; give a number above 0"),
         ({"adapter": {"method": "dora", "init": "pissa"}}, "not of dora"),
         ({"adapter": {"init": "pissa", "target_modules": ["patch_embed"], "rank": 2}}, "patch_embed is a convolution"),
+        ({"adapter": {"method": "lokr", "dropout": 0.1}}, "dropout is of the methods lora and dora"),
+        ({"adapter": {"method": "loha", "init": "pissa"}}, "init pissa is of the methods lora and dora"),
+        ({"adapter": {"method": "lora", "lokr_factor": 4}}, "with lokr"),
+        ({"adapter": {"method": "loha", "target_modules": ["patch_embed"], "rank": 2}}, "method loha is for linear layers"),
         ({"adapter": {}, "freeze": ["blocks.0.*"]}, "freeze cannot be used with an adapter"),
         ({"adapter": {}, "init_from": None}, "give that model as init_from"),
         ({"adapter": {}, "prediction": {"class_path": "ldm.diffusion.prediction.X0"}}, "give the same path, prediction"),
@@ -339,6 +348,21 @@ def test_what_cannot_be_is_refused_before_training(
     assert not (tmp_path / "wrong" / "run").exists()
 
 
+def test_adapters_of_two_kinds_are_not_used_together(
+    tuned: Path, base: Path, latents: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = tune(tmp_path, latents, base, {"rank": 2, "method": "lokr"}, steps=1) / "adapter"
+    pipeline = load_pipeline(base, "cpu")
+    pipeline.load_lora_weights(tuned)
+    with pytest.raises(UsageError, match="of LoKr, which cannot be used beside an adapter of LORA"):
+        pipeline.load_lora_weights(other)
+    run(capsys, "adapter", "merge", base, other, tmp_path / "merged")
+    load_pipeline(tmp_path / "merged", "cpu").load_lora_weights(tuned, force=True)
+    assert "LoKr" in run(capsys, "adapter", "show", other)
+    with pytest.raises(UsageError, match="only LoRA can be resized"):
+        dispatch(["adapter", "resize", str(other), str(tmp_path / "small"), "--rank", "1"])
+
+
 def test_adapters_of_other_models_and_broken_files_are_refused(tuned: Path, base: Path, tmp_path: Path) -> None:
     pipeline, file = load_pipeline(base, "cpu"), tuned / "pytorch_lora_weights.safetensors"
     other = DiT(sample_size=16, patch_size=4, width=16, num_layers=1, num_attention_heads=2, caption_channels=8)
@@ -348,8 +372,13 @@ def test_adapters_of_other_models_and_broken_files_are_refused(tuned: Path, base
         [
             (file.read_bytes()[:900], "cannot be read as an adapter"),
             (save({"transformer.blocks.0.attention.to_q.weight": torch.zeros(1)}), "no weight of a denoiser's adapter"),
-            (save({"transformer.blocks.0.attention.to_q.lora_A.weight": torch.zeros(2, 32)}), "two matrices of one rank"),
+            (save({"transformer.blocks.0.attention.to_q.lora_A.weight": torch.zeros(2, 32)}), "do not fit|not hold matrices"),
             (save({"x": torch.zeros(1)}), "no weight of a denoiser's adapter"),
+            (
+                save({"transformer.blocks.0.attention.to_q.lokr_w1": torch.zeros(2, 2)}),
+                "does not say how its matrices are scaled",
+            ),
+            (save({f"transformer.x.{name}": torch.zeros(2, 2) for name in ("lokr_w1", "lora_A.weight")}), "another method"),
             (save(dict(load_file(file)), {"ldm": "{"}), "its metadata"),
             (save(dict(load_file(file)), {"lora_adapter_metadata": '{"transformer.lora_alpha": "8"}'}), "lora_alpha"),
         ]

@@ -5,9 +5,9 @@
     python tools/bench/adapters.py --quick
 
 The base has never seen brown objects, arrows, or outlines. Every method trains on the same 200 images of one of these, in the
-same order, with the learning rate of `--rates` that gives it the lowest validation loss with the first seed. After each run
-images of prompts are scored: new ones, whose captions are in no training image, and old ones of held-out pairs. The validation
-loss is of 64 other images of the concept.
+same order, with the learning rate of `--rates` that gives it the lowest validation loss on the first concept with the first
+seed. After each run images of prompts are scored: new ones, whose captions are in no training image, and old ones of held-out
+pairs. The validation loss is of 64 other images of the concept.
 
 OUT holds a folder per run; a finished run is not repeated. Ends with `ratio NAME MEDIAN MIN MAX` over concepts and seeds: the
 steps after which LoRA has its final loss over those after which a method has it (0 where it never does), the share of the old
@@ -238,16 +238,17 @@ def compare(
     old = scenes.held_out_prompts("one", bench.prompts)
     before = shape_accuracy(generate_from_captions(base, old, 0, 64, **bench.settings()), old)["prompt_accuracy"]
     print(f"base: {before:.1%} of the old prompts right")
+    best: dict[str, float] = {}
     for concept in map(CONCEPTS.__getitem__, concepts):
         _, prompts = bench.data(concept)
         print(f"base: {concept.accuracy(base, prompts, **bench.settings()):.1%} of the new prompts right ({concept.name})")
-        best: dict[str, float] = {}
-        for method in methods:
+        for method in (each for each in methods if each not in best):
             tried = {
                 rate: [*bench.losses(bench.fit(concept, method, rate, seeds[0])).values()][-1]
                 for rate in (rates if method != "full" or rates != RATES else FULL_RATES)
             }
             best[method] = min(tried, key=lambda rate: tried[rate])
+            print(f"{method}: loss by rate: {', '.join(f'{rate:g} {loss:.4f}' for rate, loss in tried.items())}", flush=True)
         for seed in seeds:
             runs = {method: bench.fit(concept, method, best[method], seed) for method in methods}
             losses = {method: bench.losses(run) for method, run in runs.items()}
