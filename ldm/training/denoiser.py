@@ -251,6 +251,8 @@ class DenoiserTraining(EncodedTraining):
         super().setup(stage)
         if self.adapter and self.adapter.begins_along_gradients and self.trainer.ckpt_path is None:
             self._begin_along_gradients(self.adapter, datamodule_of(self.trainer))
+        if self.adapter:
+            self._store_base(self.adapter)
         if self.fp8:
             to_fp8(self.blocks())
         if self.compile_choice:
@@ -259,6 +261,12 @@ class DenoiserTraining(EncodedTraining):
                     "compile cuda_graphs cannot be used with fsdp, which moves the weights at every step; give true"
                 )
             compile_blocks(self.denoiser, self.blocks(), self.compile_choice, self.trainer.strategy.root_device)
+
+    def _store_base(self, adapter: Adapter) -> None:
+        precision = adapter.config.base_precision
+        if precision and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UsageError(f"base_precision {precision} cannot be used with fsdp, which shards weights in fp32; leave it out")
+        adapter.store_base()
 
     def _begin_along_gradients(self, adapter: Adapter, data: ShardDataModule) -> None:
         """Let the adapter begin along the gradient of the loss over some training samples, the same on all processes."""

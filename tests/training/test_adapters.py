@@ -104,39 +104,74 @@ def state(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+def trained_file(run_folder: Path) -> Path:
+    return run_folder / "adapter" / "pytorch_lora_weights.safetensors"
+
+
+def whole_as_resumed(folder: Path, latents: tuple[Path, Path], base: Path, kind: dict[str, Any], **model: Any) -> Path:
+    """A run of four steps, whose file is that of one, in ``half``, that was resumed after two."""
+    whole = tune(folder / "whole", latents, base, kind, steps=4, **model)
+    half = tune(folder / "half", latents, base, kind, steps=2, **model)
+    shutil.rmtree(half / "adapter")
+    config = json.loads((folder / "half" / "config.yaml").read_text())
+    config["trainer"]["max_steps"] = 4
+    (folder / "half" / "config.yaml").write_text(json.dumps(config))
+    dispatch(["denoiser", "fit", "--config", str(folder / "half" / "config.yaml"), "--out", str(half), "--resume", "latest"])
+    assert trained_file(whole).read_bytes() == trained_file(half).read_bytes()
+    return whole
+
+
+@pytest.mark.parametrize("kind", ["dora", "orthogonal", "gaussian", "lokr", "loha"])
+def test_other_kinds_resume_exactly(kind: str, base: Path, latents: tuple[Path, Path], tmp_path: Path) -> None:
+    whole_as_resumed(tmp_path, latents, base, KINDS[kind])
+
+
 def test_a_run_keeps_the_adapter_alone_and_resumes_exactly(base: Path, latents: tuple[Path, Path], tmp_path: Path) -> None:
     kind = {"rank": 2, "init": "pissa", "dropout": 0.1}
-    whole = tune(tmp_path / "whole", latents, base, kind, steps=4)
-    half = tune(tmp_path / "half", latents, base, kind, steps=2)
-    (half / "adapter").rename(tmp_path / "first")
-    config = json.loads((tmp_path / "half" / "config.yaml").read_text())
-    config["trainer"]["max_steps"] = 4
-    (tmp_path / "half" / "config.yaml").write_text(json.dumps(config))
-    dispatch(["denoiser", "fit", "--config", str(tmp_path / "half" / "config.yaml"), "--out", str(half), "--resume", "latest"])
-    names = ["adapter/pytorch_lora_weights.safetensors"]
-    assert [(whole / name).read_bytes() for name in names] == [(half / name).read_bytes() for name in names]
-    for one, other in zip(state(whole)["state_dict"].items(), state(half)["state_dict"].items(), strict=True):
+    whole = whole_as_resumed(tmp_path, latents, base, kind)
+    kept, half = state(whole), state(tmp_path / "half" / "run")
+    for one, other in zip(kept["state_dict"].items(), half["state_dict"].items(), strict=True):
         assert one[0] == other[0] and torch.equal(one[1], other[1])
-    kept = state(whole)
     assert all(".lora_" in name for name in kept["state_dict"])
     assert len(kept["average"]["shadow_params"]) == 2 * 20  # of A and B, and not of the base
     dispatch(["denoiser", "export", str(whole), str(tmp_path / "again")])
-    assert (tmp_path / "again" / "pytorch_lora_weights.safetensors").read_bytes() == (whole / names[0]).read_bytes()
+    assert (tmp_path / "again" / "pytorch_lora_weights.safetensors").read_bytes() == trained_file(whole).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_base_in_bf16_trains_the_same_bits_under_mixed_precision(
+    method: str, base: Path, latents: tuple[Path, Path], tmp_path: Path
+) -> None:
+    trained = []
+    for precision in (None, "bf16"):
+        kind = {"rank": 2, "method": method, "base_precision": precision}
+        out = tune(tmp_path / str(precision), latents, base, kind, "--trainer.precision", "bf16-mixed", steps=2)
+        trained.append(load_file(trained_file(out)))
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_base_in_fewer_bytes_resumes_exactly(
+    precision: str, base: Path, latents: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In fp32 arithmetic: previews, export and checkpoints are as without, and the memory that is counted is less."""
+    if precision == "int8":
+        pytest.importorskip("torchao")
+    kind = {"rank": 2, "init": "lora_ga", "base_precision": precision}
+    whole_as_resumed(tmp_path, latents, base, kind)
+    config, counted = tmp_path / "half" / "config.yaml", []
+    for options in ([], ["--model.adapter.base_precision", "null"]):
+        said = run(capsys, "denoiser", "fit", "--config", config, "--out", tmp_path / "dry", "--dry-run", *options)
+        counted.append(float(next(re.finditer(r"weights ([\d.]+) kB", said))[1]))
+    assert counted[0] < counted[1]
 
 
 def test_lora_ga_begins_along_the_gradient_and_resumes_exactly(base: Path, latents: tuple[Path, Path], tmp_path: Path) -> None:
     """The base's output stays as it was, and the file restores what it began with; LoRA+ has a rate for B."""
     kind = {"rank": 2, "init": "lora_ga", "loraplus_lr_ratio": 8.0}
     optimiser = {"learning_rate": 1e-3, "warmup_steps": 0}
-    whole = tune(tmp_path / "whole", latents, base, kind, steps=4, optimiser=optimiser)
-    half = tune(tmp_path / "half", latents, base, kind, steps=2, optimiser=optimiser)
-    shutil.rmtree(half / "adapter")
-    config = json.loads((tmp_path / "half" / "config.yaml").read_text())
-    config["trainer"]["max_steps"] = 4
-    (tmp_path / "half" / "config.yaml").write_text(json.dumps(config))
-    dispatch(["denoiser", "fit", "--config", str(tmp_path / "half" / "config.yaml"), "--out", str(half), "--resume", "latest"])
-    files = [run / "adapter" / "pytorch_lora_weights.safetensors" for run in (whole, half)]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    whole = whole_as_resumed(tmp_path, latents, base, kind, optimiser=optimiser)
     weights = state(whole)["state_dict"]
     start = {name: weight for name, weight in weights.items() if ".start." in name}
     a, b = (weight for name, weight in start.items() if "blocks.0.attention.to_q" in name)
@@ -333,6 +368,7 @@ def test_an_adapter_of_pixart_serves_the_stock_network(
         ({"adapter": {"method": "lokr", "dropout": 0.1}}, "dropout is of the methods lora and dora"),
         ({"adapter": {"method": "loha", "init": "pissa"}}, "init pissa is of the methods lora and dora"),
         ({"adapter": {"method": "lora", "lokr_factor": 4}}, "with lokr"),
+        ({"adapter": {"method": "dora", "base_precision": "int8"}}, "int8 is not of dora"),
         ({"adapter": {"method": "loha", "target_modules": ["patch_embed"], "rank": 2}}, "method loha is for linear layers"),
         ({"adapter": {}, "freeze": ["blocks.0.*"]}, "freeze cannot be used with an adapter"),
         ({"adapter": {}, "init_from": None}, "give that model as init_from"),

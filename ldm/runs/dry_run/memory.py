@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ldm.training.base import TrainingModule
+from ldm.training.frozen_base import stored_bytes
 
 
 def network_parameters(module: nn.Module) -> dict[str, tuple[int, int]]:
@@ -45,10 +46,11 @@ def static_memory(
     shards: int = 1,
     matrices: int = 0,
     eight_bit: int = 0,
+    saved: int = 0,
 ) -> StaticMemory:
     """Weights, gradients, the moments of AdamW (two a parameter, Loshchilov & Hutter 2019, arXiv 1711.05101) and averages.
 
-    All of these are fp32, in mixed precision too; its 16-bit copies live as long as activations do.
+    All of these are fp32 but for ``saved``, in mixed precision too; its 16-bit copies live as long as activations do.
 
     Args:
         trained, frozen: numbers of parameters.
@@ -57,15 +59,17 @@ def static_memory(
         shards: processes that FSDP shards all of it over.
         matrices: trained parameters that Muon updates; it keeps one moment of each.
         eight_bit: trained parameters whose moments have 8 bits, and an fp32 scale for each 256.
+        saved: bytes that frozen parameters have less than in fp32.
     """
     moments = 2 * trained - matrices - 2 * eight_bit * (3 / 4 - 1 / 256)
-    numbers = (trained + frozen, trained, moments, averaged * averages)
+    numbers = (trained + frozen - saved / 4, trained, moments, averaged * averages)
     return StaticMemory(*(4 * number / shards for number in numbers))
 
 
 def module_memory(module: TrainingModule, shards: int = 1) -> StaticMemory:
     """:func:`static_memory` of a training module with its optimisers and averages."""
     trained, frozen = map(sum, zip(*network_parameters(module).values(), strict=True))
+    saved = sum(4 * weight.numel() - stored_bytes(weight) for weight in module.parameters() if not weight.requires_grad)
     groups = [group for optimiser in module.trainer.optimizers for group in optimiser.param_groups]
     return static_memory(
         trained,
@@ -74,6 +78,7 @@ def module_memory(module: TrainingModule, shards: int = 1) -> StaticMemory:
         averages=0 if module.average.offload else 1 + len(module.average.power),
         shards=shards,
         matrices=sum(matrix.numel() for group in groups if group.get("muon") for matrix in group["params"]),
+        saved=saved,
         eight_bit=sum(
             weight.numel() for group in groups if group.get("eight_bit") for weight in group["params"] if weight.numel() >= 4096
         ),
