@@ -26,6 +26,7 @@ from ldm.runs.training_cli import TrainingCLI
 from ldm.terminal import printable, say
 from ldm.training.base import TrainingModule
 from ldm.training.denoiser import DenoiserTraining
+from ldm.training.frozen_base import plain_tensors
 
 #: writes something else than a module's ``save`` into an empty folder
 Writer = Callable[[Any, Path], None]
@@ -51,7 +52,8 @@ def write_artifact(
 
 def require_finite(network: torch.nn.Module, what: str) -> None:
     """Raise :class:`LdmError` for a weight, made from ``what``, that is NaN or infinite: it makes black images."""
-    broken = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
+    parts = ((name, part) for name, weight in network.named_parameters() for part in plain_tensors(weight))
+    broken = [name for name, part in parts if not part.isfinite().all()]
     if broken:
         raise LdmError(f"{what} has weights that are not finite ({', '.join(broken[:4])}); export an earlier checkpoint of it")
 

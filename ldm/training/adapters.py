@@ -64,8 +64,8 @@ class AdapterConfig:
             2402.12354): 4 to 16, with AdamW; None: the same for both.
         dropout: of the adapter's inputs.
         base_precision: of the base's matrices in the blocks, which are not trained: ``bf16`` halves their memory, and gives the
-            same results under ``precision: bf16-mixed``; ``int8`` takes a quarter, by torchao, and rounds them to 1/127 of the
-            largest of each row (default: fp32).
+            same results under ``precision: bf16-mixed``, but for DoRA, which also takes their lengths; ``int8`` takes a
+            quarter, by torchao, and rounds them to 1/127 of the largest of each row (default: fp32).
         target_modules: layers to adapt, by name; ``*`` stands for anything: ``blocks.*.attention.to_*``; the end of a name
             suffices: ``to_q`` (default: all linear layers of the transformer blocks).
         trigger_words: that call up what is trained; kept in the file, for its users (default: the data's default caption).

@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ldm.data.datamodule import ShardDataModule, datamodule_of
 from ldm.data.plan import PlannedSample
@@ -47,6 +48,7 @@ from ldm.training.ema import PowerAverages
 from ldm.training.encoded import EncodedTraining, by_time, fixed_noise, split_batch
 from ldm.training.evaluation import Evaluate, Evaluation
 from ldm.training.fp8 import require_fp8, to_fp8
+from ldm.training.frozen_base import plain_tensors
 from ldm.training.initial import InitialWeights
 from ldm.training.nonfinite import SkippedSteps
 from ldm.training.optimiser import MuonConfig
@@ -267,6 +269,9 @@ class DenoiserTraining(EncodedTraining):
         if precision and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UsageError(f"base_precision {precision} cannot be used with fsdp, which shards weights in fp32; leave it out")
         adapter.store_base()
+        # each process has read them, and torchao's tensors cannot be sent
+        frozen = [name for name, weight in self.named_parameters() if len(plain_tensors(weight)) > 1]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
     def _begin_along_gradients(self, adapter: Adapter, data: ShardDataModule) -> None:
         """Let the adapter begin along the gradient of the loss over some training samples, the same on all processes."""

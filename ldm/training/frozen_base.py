@@ -62,8 +62,13 @@ def _to_int8(layer: nn.Linear) -> None:
     quantize_(layer, Int8WeightOnlyConfig(), filter_fn=lambda module, _: module is layer)
 
 
-def stored_bytes(parameter: Tensor) -> int:
-    """Bytes of a parameter, which can be made of several tensors, as torchao's are."""
-    if is_traceable_wrapper_subclass(parameter):
-        return sum(stored_bytes(getattr(parameter, name)) for name in parameter.__tensor_flatten__()[0])
-    return parameter.numel() * parameter.element_size()
+def plain_tensors(weight: Tensor) -> list[Tensor]:
+    """The tensors that a weight is made of: itself, or torchao's integers and scales."""
+    if is_traceable_wrapper_subclass(weight):
+        return [part for name in weight.__tensor_flatten__()[0] for part in plain_tensors(getattr(weight, name))]
+    return [weight]
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Bytes that a weight takes."""
+    return sum(part.numel() * part.element_size() for part in plain_tensors(weight))

@@ -138,7 +138,7 @@ def test_a_run_keeps_the_adapter_alone_and_resumes_exactly(base: Path, latents: 
     assert (tmp_path / "again" / "pytorch_lora_weights.safetensors").read_bytes() == trained_file(whole).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "lokr"])
 def test_a_base_in_bf16_trains_the_same_bits_under_mixed_precision(
     method: str, base: Path, latents: tuple[Path, Path], tmp_path: Path
 ) -> None:
