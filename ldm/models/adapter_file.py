@@ -227,7 +227,8 @@ def _config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: 
         text = metadata[LORA_ADAPTER_METADATA_KEY]
         content = parse_json(text.encode(), f"{source}: {LORA_ADAPTER_METADATA_KEY}", dict)
         given = {name.removeprefix(PREFIX): value for name, value in content.items() if name.startswith(PREFIX)}
-        said, expected = given.get("peft_type", kind().peft_type), kind().peft_type
+        expected = peft.PeftType(kind().peft_type)
+        said = given.get("peft_type", expected)
         if said != expected:
             raise UsageError(f"{source} is an adapter of the method {said}, and holds matrices of {expected.value}; restore it")
     return _lora_config(tensors, given, source) if kind is peft.LoraConfig else _lycoris_config(tensors, given, kind, source)

@@ -125,22 +125,23 @@ class FitCLI(TrainingCLI):
 
     def _require_same_optimiser(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the moments of another optimiser; torch's own error would only count them."""
-        muon = self.options.model.optimiser.muon_learning_rate is not None
+        model, states = self.options.model, checkpoint.get("optimizer_states", [])  # which a sharded one has elsewhere
+        muon = model.optimiser.muon_learning_rate is not None
         rates = checkpoint["lr_schedulers"][0]["base_lrs"]  # the second is Muon's, or of an adapter's B
-        ratio = (self.options.model.get("adapter") or {}).get("loraplus_lr_ratio") or 1  # with 1 all have one rate
-        if self.options.model.get("adapter") and not muon:
-            if (len(rates) > 1) != (ratio != 1):
-                before = f"{rates[1] / rates[0]:g}" if len(rates) > 1 else "null"
-                raise UsageError(
-                    f"{self.checkpoint} was trained with another loraplus_lr_ratio: give --model.adapter.loraplus_lr_ratio "
-                    f"{before} to resume from it"
-                )
-        elif (len(rates) > 1) != muon:
-            how, fix = ("without", "null") if muon else ("with", f"{rates[1]:g}")
+        ratio = (model.get("adapter") or {}).get("loraplus_lr_ratio") or 1  # with 1 all have one rate
+        groups = states[0]["param_groups"] if states else []
+        had_muon = any(group.get("muon") for group in groups) if states else len(rates) > 1 and ratio == 1
+        if had_muon != muon:
+            how, fix = ("without", "null") if muon else ("with", f"{rates[-1]:g}")
             raise UsageError(
                 f"{self.checkpoint} was trained {how} Muon: give --model.optimiser.muon_learning_rate {fix} to resume from it"
             )
-        model, states = self.options.model, checkpoint.get("optimizer_states", [])  # which a sharded one has elsewhere
+        if not muon and (len(rates) > 1) != (ratio != 1):
+            before = f"{rates[1] / rates[0]:g}" if len(rates) > 1 else "null"
+            raise UsageError(
+                f"{self.checkpoint} was trained with another loraplus_lr_ratio: give --model.adapter.loraplus_lr_ratio "
+                f"{before} to resume from it"
+            )
         for number, name in enumerate(name for name in ("optimiser", "discriminator_optimiser") if name in model):
             asked = model[name].eight_bit
             groups = states[number]["param_groups"] if number < len(states) else []

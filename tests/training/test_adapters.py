@@ -180,6 +180,13 @@ def test_lora_ga_begins_along_the_gradient_and_resumes_exactly(base: Path, laten
     torch.testing.assert_close(b.T @ b, identity, rtol=0, atol=1e-5)
     groups = state(whole)["optimizer_states"][0]["param_groups"]
     assert [group["lr"] for group in groups] == [1e-3, 8e-3] and [len(group["params"]) for group in groups] == [20, 20]
+    again = ["denoiser", "fit", "--config", str(tmp_path / "half" / "config.yaml"), "--out", str(tmp_path / "half" / "run")]
+    longer = ["--resume", "latest", "--trainer.max_steps", "6"]
+    with pytest.raises(UsageError, match=r"another loraplus_lr_ratio: give --model.adapter.loraplus_lr_ratio 8"):
+        dispatch([*again, *longer, "--model.adapter.loraplus_lr_ratio", "null"])
+    muon = ["--model.adapter.loraplus_lr_ratio", "null", "--model.optimiser.muon_learning_rate", "0.01"]
+    with pytest.raises(UsageError, match=r"without Muon: give --model.optimiser.muon_learning_rate null"):
+        dispatch([*again, *longer, *muon])
     with pytest.raises(UsageError, match="loraplus_lr_ratio is of AdamW's rates"):
         tune(tmp_path / "muon", latents, base, kind, steps=1, optimiser=optimiser | {"muon_learning_rate": 1e-3})
 
