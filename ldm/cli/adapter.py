@@ -117,6 +117,7 @@ def run_merge(options: argparse.Namespace) -> None:
 def run_extract(options: argparse.Namespace) -> None:
     from ldm.models.adapter_file import RECORD_VERSION
     from ldm.models.adapters import base_of
+    from ldm.models.directories import model_name
     from ldm.models.low_rank import difference
     from ldm.progress import Progress
 
@@ -124,10 +125,10 @@ def run_extract(options: argparse.Namespace) -> None:
     tuned, base = _directory(options.tuned).network(), _directory(options.base).network()
     with Progress("weights", len([*base.parameters()])) as progress:
         found = difference(tuned, base, options.rank, progress.update)
-    extracted = {"from": Path(options.tuned).name, "rank": options.rank, "kept": round(found.kept, 6)}
+    extracted = {"from": model_name(options.tuned), "rank": options.rank, "kept": round(found.kept, 6)}
     record: Record = {
         "format_version": RECORD_VERSION,
-        "base": base_of(base, Path(options.base).name),
+        "base": base_of(base, model_name(options.base)),
         "trigger_words": [],
         "training": {"extracted": extracted},
     }

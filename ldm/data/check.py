@@ -196,8 +196,9 @@ def index_shard(path: Path, key_dot: KeyDot = "first") -> Indexed:
                 continue
             if "safetensors" in files:
                 raise UsageError(f"{path} holds latents, not images; run `ldm latents export` again for their manifest")
-            images += not files.keys().isdisjoint(IMAGE_EXTENSIONS)
-            captioned += _has_caption(reader, index)
+            if not files.keys().isdisjoint(IMAGE_EXTENSIONS):
+                images += 1
+                captioned += _has_caption(reader, index)  # a caption without an image is none of a sample
         unread = tuple(unread_images(path, key_dot))
         if not images:
             told = f", and {unread[0]}; {unread[0].fix}" if unread else ""

@@ -98,6 +98,11 @@ def is_hub_name(name: str) -> bool:
     return hub_name and not (os.path.lexists(name) or os.path.lexists(name.split("/")[0]))
 
 
+def model_name(name: str) -> str:
+    """A name on the hub, or that of a directory without those that it lies in: what a file records that others may read."""
+    return name if is_hub_name(name) else os.path.basename(os.path.abspath(name))
+
+
 def downloaded(path: str | Path, *subfolders: str) -> Path:
     """``path``, or where what it names on the Hugging Face hub has been downloaded to: a network, or the pipeline of one.
 

@@ -51,6 +51,7 @@ class DataConfig(TypedDict):
 
     train: NotRequired[str | list[SourceConfig]]
     validation: NotRequired[str]
+    default_caption: NotRequired[str | None]
 
 
 class RunConfig(TypedDict):

@@ -317,6 +317,13 @@ def _what(page: Report, run: RunRecord) -> None:
     names = dict.fromkeys([*counts, *(name for name in ("denoiser", "matcher", "autoencoder") if name in model)])
     rows = [[name, _class_of(model.get(name)), counts.get(name)] for name in names]
     page.table("Networks", ["part", "class or directory", "parameters"], rows)
+    if adapter := model.get("adapter"):
+        words = adapter.get("trigger_words")
+        if words is None:  # as training/denoiser.py has them
+            words = filter(None, [run.config.get("data", {}).get("default_caption")])
+        given = {"base": model.get("init_from")} | adapter | {"trigger_words": ", ".join(words) or "none"}
+        rows = [[name.replace("_", " "), value] for name, value in given.items() if value is not None]
+        page.table("Adapter", ["", ""], rows)
     if last:
         rows = []
         for start in run.starts:

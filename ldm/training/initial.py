@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from ldm.errors import UsageError
-from ldm.models.directories import is_hub_name
+from ldm.models.directories import model_name
 from ldm.training.base import FREE, require_settings, require_weights
 from ldm.training.encoders import Statistics
 
@@ -103,7 +103,7 @@ class InitialWeights:
     @property
     def name(self) -> str:
         """Of the model, without the folders that it lies in."""
-        return self.source if is_hub_name(self.source) else Path(self.source).name
+        return model_name(self.source)
 
     def require_same(self, network: ModelMixin, diffusion: Mapping[str, Any]) -> None:
         """Raise :class:`UsageError` unless ``network``, trained with ``diffusion``, is used as that of these weights was: what

@@ -106,6 +106,17 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert page_of(run).words[0] == "run: finished"
 
 
+def test_the_run_of_an_adapter_names_its_base_and_trigger_words(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows=TWO_ROWS, processes=1)
+    config = yaml.safe_load((run / "logs" / "config.yaml").read_text())
+    config["model"] |= {"init_from": "quickstart/pipeline", "adapter": {"rank": 4, "method": "dora", "trigger_words": None}}
+    config["data"]["default_caption"] = "a photo of sks dog"
+    (run / "logs" / "config.yaml").write_text(yaml.safe_dump(config))
+    words = page_of(run).words
+    for name, value in {"base": "quickstart/pipeline", "method": "dora", "trigger words": "a photo of sks dog"}.items():
+        assert words[words.index(name) + 1] == value
+
+
 def test_the_page_of_a_stopped_run_says_how_to_resume(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a run", rows=TWO_ROWS, ended={"time": "then", "step": 23, "why": "as asked"})
     page = page_of(run)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -161,7 +161,8 @@ class Bench:
         seen = {sample.caption for sample in trained}
         captions = (concept.caption(scene.caption) for scene in scenes.all_scenes("one") if concept.shows(scene.caption))
         unseen = sorted({*captions} - seen)
-        return folder, [unseen[i] for i in np.random.default_rng(0).permutation(len(unseen))[: self.prompts]]
+        order = [unseen[i] for i in np.random.default_rng(0).permutation(len(unseen))]
+        return folder, [*islice(cycle(order), self.prompts)]  # few: each several times, from other noise
 
     def fit(self, concept: Concept, method: str, rate: float, seed: int) -> Path:
         """The run of a method, which is trained unless it is finished."""
