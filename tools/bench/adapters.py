@@ -47,7 +47,7 @@ from ldm.shapes import scenes, scorer
 from ldm.training.adapters import Adapter, AdapterConfig
 
 RECIPE = common.CONFIGS / "shapes" / "denoiser.yaml"
-BROWN = (110, 65, 20)
+BROWN = (140, 80, 35)  # one that the scorer still reads from images which the autoencoder has reconstructed
 ARROW = np.array([(0, -1), (0.85, -0.1), (0.35, -0.1), (0.35, 0.95), (-0.35, 0.95), (-0.35, -0.1), (-0.85, -0.1)])
 INSIDE = 0.55  # of an outline, in radii
 RATES = (1e-3, 3e-3, 1e-2)
