@@ -114,6 +114,10 @@ class AdapterFile:
                 f"{where} holds {foreign[0] if foreign else 'nothing'}, which is no weight of a denoiser's adapter; give a "
                 f"file in diffusers' format, whose names begin with {PREFIX}"
             )
+        for name, tensor in tensors.items():
+            if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+                what = "numbers that are not finite" if tensor.is_floating_point() else "integers"
+                raise UsageError(f"{where}: {name} holds {what}; give a whole file")
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         record = _read_record(metadata, str(where))
         return cls(str(where), path, tensors, _config(tensors, metadata, str(where)), record, metadata)

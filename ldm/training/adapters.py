@@ -123,7 +123,8 @@ class AdapterConfig:
             chosen = [name for name in layers if any(_matches(name, pattern) for pattern in self.target_modules)]
         for pattern in self.target_modules or []:
             if not any(_matches(name, pattern) for name in layers):
-                near = [*dict.fromkeys([*difflib.get_close_matches(pattern, layers, NEAR_NAMES), *layers])][:NEAR_NAMES]
+                known = dict.fromkeys(given for name in layers for given in (name.rpartition(".")[2], name))
+                near = [*dict.fromkeys([*difflib.get_close_matches(pattern, known, NEAR_NAMES), *layers])][:NEAR_NAMES]
                 raise UsageError(f"target_modules {pattern} matches no layer; give names such as {', '.join(near)}, or with *")
         if not chosen:
             raise UsageError("target_modules is empty, so that nothing would be trained; leave it out, or name layers")

@@ -366,7 +366,7 @@ def test_an_adapter_of_pixart_serves_the_stock_network(
     ("options", "said"),
     [
         ({"adapter": {"rank": 64}}, "give at most 32"),
-        ({"adapter": {"target_modules": ["to_kv"]}}, "to_kv matches no layer; give names such as"),
+        ({"adapter": {"target_modules": ["to_kv"]}}, "to_kv matches no layer; give names such as to_v, to_k"),
         ({"adapter": {"rank": 3, "init": "orthogonal"}}, "give an even one"),
         ({"adapter": {"rank": 17, "init": "lora_ga"}}, "give at most 16"),
         ({"adapter": {"loraplus_lr_ratio": 0}}, "loraplus_lr_ratio is 0; give a number above 0"),
@@ -408,6 +408,8 @@ def test_adapters_of_two_kinds_are_not_used_together(
 
 def test_adapters_of_other_models_and_broken_files_are_refused(tuned: Path, base: Path, tmp_path: Path) -> None:
     pipeline, file = load_pipeline(base, "cpu"), tuned / "pytorch_lora_weights.safetensors"
+    whole = load_file(file)
+    first = next(iter(whole))
     other = DiT(sample_size=16, patch_size=4, width=16, num_layers=1, num_attention_heads=2, caption_channels=8)
     with pytest.raises(UsageError, match=r"of \(32, 32\), which is \(16, 16\) in this model"):
         AdapterFile.read(tuned).require_fits(other)
@@ -416,6 +418,8 @@ def test_adapters_of_other_models_and_broken_files_are_refused(tuned: Path, base
             (file.read_bytes()[:900], "cannot be read as an adapter"),
             (save({"transformer.blocks.0.attention.to_q.weight": torch.zeros(1)}), "no weight of a denoiser's adapter"),
             (save({"transformer.blocks.0.attention.to_q.lora_A.weight": torch.zeros(2, 32)}), "do not fit|not hold matrices"),
+            (save(whole | {first: whole[first] * torch.nan}), "holds numbers that are not finite"),
+            (save(whole | {first: whole[first].int()}), "holds integers"),
             (save({"x": torch.zeros(1)}), "no weight of a denoiser's adapter"),
             (
                 save({"transformer.blocks.0.attention.to_q.lokr_w1": torch.zeros(2, 2)}),

@@ -5,9 +5,9 @@
     python tools/bench/adapters.py --quick
 
 The base has never seen brown objects, arrows, or outlines. Every method trains on the same 200 images of one of these, in the
-same order, with the learning rate of `--rates` that gives it the lowest validation loss on the first concept with the first
-seed. After each run images of prompts are scored: new ones, whose captions are in no training image, and old ones of held-out
-pairs. The validation loss is of 64 other images of the concept.
+same order, with the learning rate of `RATES`; `--rates` tries others on the first concept with the first seed, and takes the one
+with the lowest validation loss. After each run images of prompts are scored: new ones, whose captions are in no training image,
+and old ones of held-out pairs. The validation loss is of 64 other images of the concept.
 
 OUT holds a folder per run; a finished run is not repeated. Ends with `ratio NAME MEDIAN MIN MAX` over concepts and seeds: the
 steps after which LoRA has its final loss over those after which a method has it (0 where it never does), the share of the old
@@ -50,17 +50,17 @@ RECIPE = common.CONFIGS / "shapes" / "denoiser.yaml"
 BROWN = (140, 80, 35)  # one that the scorer still reads from images which the autoencoder has reconstructed
 ARROW = np.array([(0, -1), (0.85, -0.1), (0.35, -0.1), (0.35, 0.95), (-0.35, 0.95), (-0.35, -0.1), (-0.85, -0.1)])
 INSIDE = 0.55  # of an outline, in radii
-RATES = (1e-3, 3e-3, 1e-2)
-FULL_RATES = (3e-4, 1e-3, 3e-3)
-# 0.9% of the weights of the quickstart's network
-SMALL = {"rank": 2, "target_modules": ["to_q", "to_k", "to_v", "to_out"]}
-METHODS: dict[str, dict[str, Any] | None] = {
-    "lora": SMALL,
-    "rslora": SMALL | {"rank_stabilised": True},
-    "lora_plus": SMALL | {"loraplus_lr_ratio": 8.0},
-    "dora": SMALL | {"method": "dora"},
-    "pissa": SMALL | {"init": "pissa"},
-    "lora_ga": SMALL | {"init": "lora_ga", "rank_stabilised": True},
+# of 1e-3, 3e-3, 1e-2 and 2e-2 (3e-4, 1e-3 and 3e-3 for all weights) the ones with the lowest loss on brown objects
+RATES = {"lora": 1e-2, "lora_plus": 3e-3, "dora": 1e-2, "pissa": 1e-2, "lora_ga": 1e-2, "lora_4": 1e-2, "rslora_4": 1e-2}
+RATES |= {"full": 3e-4}
+METHODS: dict[str, dict[str, Any] | None] = {  # rank 1 of all linear layers is 0.7% of the quickstart's weights
+    "lora": {"rank": 1},
+    "lora_plus": {"rank": 1, "loraplus_lr_ratio": 8.0},
+    "dora": {"rank": 1, "method": "dora"},
+    "pissa": {"rank": 1, "init": "pissa"},
+    "lora_ga": {"rank": 1, "init": "lora_ga"},
+    "lora_4": {"rank": 4},
+    "rslora_4": {"rank": 4, "rank_stabilised": True},  # at rank 1 it is LoRA
     "full": None,
 }
 
@@ -140,7 +140,7 @@ class Bench:
     base: Path  # holds autoencoder and pipeline
     out: Path
     steps: int
-    batch_size: int = 32
+    batch_size: int = 16
     images: int = 200
     prompts: int = 256
     size: int = 40
@@ -231,23 +231,20 @@ def steps_to(losses: dict[int, float], goal: float) -> int | None:
 
 
 def compare(
-    bench: Bench, concepts: Sequence[str], methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float]
+    bench: Bench, concepts: Sequence[str], methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float] = ()
 ) -> None:
-    """Train, print a table, then the ratios."""
+    """Train, print a table, then the ratios. ``rates``: tried first; none: those of :data:`RATES`."""
     ratios: dict[str, list[float]] = {}
     base = load_pipeline(bench.base / "pipeline")
     old = scenes.held_out_prompts("one", bench.prompts)
     before = shape_accuracy(generate_from_captions(base, old, 0, 64, **bench.settings()), old)["prompt_accuracy"]
     print(f"base: {before:.1%} of the old prompts right")
-    best: dict[str, float] = {}
+    best = {} if rates else dict(RATES)
     for concept in map(CONCEPTS.__getitem__, concepts):
         _, prompts = bench.data(concept)
         print(f"base: {concept.accuracy(base, prompts, **bench.settings()):.1%} of the new prompts right ({concept.name})")
         for method in (each for each in methods if each not in best):
-            tried = {
-                rate: [*bench.losses(bench.fit(concept, method, rate, seeds[0])).values()][-1]
-                for rate in (rates if method != "full" or rates != RATES else FULL_RATES)
-            }
+            tried = {rate: [*bench.losses(bench.fit(concept, method, rate, seeds[0])).values()][-1] for rate in rates}
             best[method] = min(tried, key=lambda rate: tried[rate])
             print(f"{method}: loss by rate: {', '.join(f'{rate:g} {loss:.4f}' for rate, loss in tried.items())}", flush=True)
         for seed in seeds:
@@ -336,8 +333,8 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", choices=[*CONCEPTS], default=[*CONCEPTS])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="with lora among them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="tried with the first seed")
-    parser.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="tried with the first seed (default: none)")
+    parser.add_argument("--steps", type=int, default=300, help="of each run (default: 300)")
     options = parser.parse_args()
     common.quieten()
     if options.quick:
