@@ -4,8 +4,8 @@
     python tools/bench/adapters.py --quickstart quickstart --out adapters-bench [--concepts colour] [--seeds 0 1 2]
     python tools/bench/adapters.py --quick
 
-The base has never seen brown objects, arrows, or outlines. Every method trains on the same 200 images of one of these, in the
-same order, with the learning rate of `RATES`; `--rates` tries others on the first concept with the first seed, and takes the one
+The base has never seen brown objects, arrows, or outlines. Every method trains on the same 200 images of one of these and, half
+of each batch, on 200 that the base has generated (prior preservation), in the same order, with the learning rate of `RATES`; `--rates` tries others on the first concept with the first seed, and takes the one
 with the lowest validation loss. After each run images of prompts are scored: new ones, whose captions are in no training image,
 and old ones of held-out pairs. The validation loss is of 64 other images of the concept.
 
@@ -152,17 +152,26 @@ class Bench:
     def data(self, concept: Concept) -> tuple[Path, list[str]]:
         """The folder of the concept's latents, and prompts that are in none of the training images."""
         folder, trained = self.out / concept.name, concept.images(self.images, self.size, 100)
-        others = concept.images(64, self.size, 101)
-        for name, samples in (("train", trained), ("validation", others)):
-            if not (folder / name / "manifest.json").is_file():
-                write_images(folder / f"{name}-shards", concept.name, samples, extra={"captioned": len(samples)})
-                export = ["latents", "export", "--autoencoder", str(self.base / "autoencoder"), "--out", str(folder / name)]
-                dispatch([*export, "--shards", str(folder / f"{name}-shards")])
+        self.export(folder / "train", trained)
+        self.export(folder / "validation", concept.images(64, self.size, 101))
+        if not (self.out / "prior").is_dir():  # what the base makes of captions that it knows
+            captions = [sample.caption for sample in islice(scenes.generate(self.images, self.size, 102), self.images)]
+            images = generate_from_captions(load_pipeline(self.base / "pipeline"), captions, 0, 64, **self.settings())
+            named = zip(captions, images, strict=True)
+            self.export(self.out / "prior", [(f"{i:06}", image, caption) for i, (caption, image) in enumerate(named)])
         seen = {sample.caption for sample in trained}
         captions = (concept.caption(scene.caption) for scene in scenes.all_scenes("one") if concept.shows(scene.caption))
         unseen = sorted({*captions} - seen)
         order = [unseen[i] for i in np.random.default_rng(0).permutation(len(unseen))]
         return folder, [*islice(cycle(order), self.prompts)]  # few: each several times, from other noise
+
+    def export(self, folder: Path, samples: Sequence[Any]) -> None:
+        """Latents of images with captions, unless they are there."""
+        if not folder.is_dir():
+            shards = folder.with_name(f"{folder.name}-shards")
+            write_images(shards, "images", samples, extra={"captioned": len(samples)})
+            export = ["latents", "export", "--autoencoder", str(self.base / "autoencoder"), "--out", str(folder)]
+            dispatch([*export, "--shards", str(shards)])
 
     def fit(self, concept: Concept, method: str, rate: float, seed: int) -> Path:
         """The run of a method, which is trained unless it is finished."""
@@ -177,6 +186,7 @@ class Bench:
             "data": {
                 "train": str(self.out / concept.name / "train"),
                 "validation": str(self.out / concept.name / "validation"),
+                "regularisation": str(self.out / "prior"),
                 "batch_size": self.batch_size,
             },
             "model": {
