@@ -38,7 +38,7 @@ FINE_TUNED = ("denoiser/pixart_finetune_24gb",)
 # given after another recipe
 TEXT = "denoiser/two_text_encoders"
 # in tests/training
-FEW = ("denoiser/few_images", "denoiser/lora_8gb", "shapes/embedding")
+FEW = ("denoiser/few_images", "denoiser/lora_8gb", "shapes/embedding", "shapes/lora")
 STAGES = (256, 512, 1024)  # each starts from the one before
 # both stages: sizes of the images here, and options of the export between them, as in the recipe's header
 BUCKETS = ["--captions", "all", "--buckets", "64", "--bucket-step", "8", "--max-aspect", "3", "--max-upscale", "2"]

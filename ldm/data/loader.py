@@ -427,7 +427,8 @@ class ShardLoader:
             return {"draws": numbers}
         ends = np.cumsum([source.manifest.samples for source in self.dataset.sources])
         weights = np.array(self.loss_weights, np.float32)[np.searchsorted(ends, numbers[:, 0], side="right")]
-        return {"draws": numbers, "loss_weight": torch.from_numpy(weights)}
+        loss_weight = torch.from_numpy(weights)
+        return {"draws": numbers, "loss_weight": loss_weight.pin_memory() if self.pin_memory else loss_weight}
 
     def record(self) -> LoaderRecord:
         """All that the order of the samples depends on from here on, but the number of processes; the same on every rank."""

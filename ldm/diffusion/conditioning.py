@@ -82,7 +82,8 @@ def micro_conditions(original_size: Tensor, crop: Tensor, target_size: tuple[int
         (B, 6), float32: height and width of the original; top and left of the crop, in pixels of the target; height and width
         of the target.
     """
-    target = torch.tensor(target_size, dtype=torch.float32, device=crop.device).expand(len(crop), 2)
+    # filled on the device: the host would wait for a copy of its own numbers
+    target = torch.stack([torch.full((len(crop),), float(side), device=crop.device) for side in target_size], 1)
     return torch.cat([original_size.float(), crop[:, :2] * target / crop[:, 2:], target], 1)
 
 

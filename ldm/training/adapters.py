@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any, Literal, cast
 
 import peft
@@ -163,6 +164,12 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
+def _in_evaluation_mode(layer: nn.Module, mode: bool = True) -> nn.Module:
+    """``train`` of peft's LoKr and LoHa layers, which else draw a number at every call, for a dropout of whole layers that is
+    not offered here: it cuts compiled blocks into pieces."""
+    return layer
+
+
 class Adapter:
     """The adapter that is trained in a network, whose own weights are frozen from here on.
 
@@ -178,10 +185,16 @@ class Adapter:
         self.layers = config.layers(network)
         network.requires_grad_(False)
         own = {name: cast(Tensor, layer.weight).data for name, layer in adaptable_layers(network).items()}
+        empty = [name for name in self.layers if not own[name].flatten(1).any(1).all()]
+        if config.method == "dora" and empty:
+            raise UsageError(f"{empty[0]} has rows of zeros, which have no direction for dora to keep; give the method lora")
         init = True if config.init in ("default", "lora_ga") else config.init
         adaptable(network).add_adapter(config.peft_config(self.layers, init), TRAINED)
         if config.init in BEGIN_WITH:
             self._take_away_the_start(own)
+        if config.method in LYCORIS:
+            for _, layer in adapted_layers(network):
+                layer.train = MethodType(_in_evaluation_mode, layer.eval())
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(is_adapter_weight(name) and f".{START}" not in name)
 

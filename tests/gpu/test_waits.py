@@ -57,7 +57,9 @@ def require(most: int, found: dict[str, list[dict[str, int]]]) -> None:
 def test_stage_two(tiny_runs: TinyRuns, tiny_text_encoder: str, tmp_path: Path) -> None:
     shards = f"{tiny_runs.folder}/shards"
     online = ["--data.train", shards, "--data.validation", shards, "--model.text_encoder", tiny_text_encoder]
+    prior = ["--model.denoiser.init_args.micro_conditioning", "true", "--data.regularisation", f"{tiny_runs.folder}/latents"]
     runs = {"denoiser": [], "variance preserving": VARIANCE_PRESERVING, "online": [*online, "--model.online", "true"]}
+    runs["sizes and weights"] = prior
     require(MOST_WAITS, on_pretended_gpu(waits_of_runs, str(tiny_runs.folder), "denoiser", str(tmp_path), runs))
 
 

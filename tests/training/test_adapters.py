@@ -406,6 +406,13 @@ def test_adapters_of_two_kinds_are_not_used_together(
         dispatch(["adapter", "resize", str(other), str(tmp_path / "small"), "--rank", "1"])
 
 
+def test_dora_of_rows_without_a_direction_is_refused(tiny_dit: Any) -> None:
+    with torch.no_grad():
+        tiny_dit.blocks[0].text_attention.to_out.weight[3] = 0
+    with pytest.raises(UsageError, match=r"blocks.0.text_attention.to_out has rows of zeros"):
+        Adapter(AdapterConfig(method="dora"), tiny_dit, "tiny")
+
+
 def test_adapters_of_other_models_and_broken_files_are_refused(tuned: Path, base: Path, tmp_path: Path) -> None:
     pipeline, file = load_pipeline(base, "cpu"), tuned / "pytorch_lora_weights.safetensors"
     whole = load_file(file)

@@ -18,8 +18,9 @@ from ldm.errors import UsageError
 from ldm.losses.adversarial import GradientPenalty
 from ldm.losses.equivariance import Equivariance
 from ldm.models.compiling import compile_blocks
-from ldm.models.dit import AdaLN, DiT
+from ldm.models.dit import AdaLN, DiT, transformer_blocks
 from ldm.shapes.scenes import generate
+from ldm.training.adapters import Adapter, AdapterConfig
 from ldm.training.autoencoder import PREVIEW_IMAGES, AutoencoderTraining
 from ldm.training.base import TrainingModule
 from tests.tiny import make_trainer
@@ -82,6 +83,24 @@ def test_stage_two(latents: tuple[Path, Path], tmp_path: Path, graphs: Graphs, a
     assert len(calls) == 3 + 6 + 2 + 3  # preview, training, validation, preview
     assert graphs.ran == (3 + 1) * len(calls)  # the blocks and the last layers
     assert graphs.made == 2 * 4  # previews, training, validation, its last batch
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"method": "dora"}, {"method": "lokr"}, {"method": "loha"}, {"init": "pissa", "base_precision": "bf16"}],
+    ids=str,
+)
+def test_blocks_with_an_adapter(kind: dict[str, Any], graphs: Graphs, tiny_dit: DiT) -> None:
+    adapter = Adapter(AdapterConfig(rank=2, **kind), tiny_dit.train(), "tiny")
+    adapter.store_base()
+    inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 16), torch.tensor([3.0, 500.0])
+    expected = tiny_dit(*inputs).sample
+    compile_blocks(tiny_dit, transformer_blocks(tiny_dit), True, torch.device("cpu"))
+    for _ in range(2):
+        found = tiny_dit(*inputs).sample
+        found.square().mean().backward()
+        torch.testing.assert_close(found, expected)
+    assert graphs.made == 3  # the first block's input needs no gradient; the last layers have another
 
 
 def test_stage_two_of_three_sizes(latents: tuple[Path, Path], three_sizes: Path, tmp_path: Path, graphs: Graphs) -> None:

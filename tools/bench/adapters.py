@@ -6,9 +6,9 @@
 
 The base has never seen brown objects, arrows, or outlines. Every method trains on the same 200 images of one of these and, half
 of each batch, on 200 that the base has generated (prior preservation), in the same order, with the learning rate of `RATES`;
-`--rates` tries others on the first concept with the first seed, and takes the one with the lowest validation loss. After each run
-images of prompts are scored: new ones, whose captions are in no training image, and old ones of held-out pairs. The validation
-loss is of 64 other images of the concept.
+`--rates` tries others on the first concept with the first seed, and takes the one with the lowest validation loss. After each
+run images of prompts are scored: new ones, whose captions are in no training image, and old ones of held-out pairs. The
+validation loss is of 64 other images of the concept.
 
 OUT holds a folder per run; a finished run is not repeated. Ends with `ratio NAME MEDIAN MIN MAX` over concepts and seeds: the
 steps after which LoRA has its final loss over those after which a method has it (0 where it never does), the share of the old

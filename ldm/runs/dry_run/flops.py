@@ -23,6 +23,7 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.diffusion.conditioning import Condition, denoise, takes_sizes
 from ldm.runs.dry_run.peaks import peaks_of
 from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.denoiser import DenoiserTraining
 from ldm.training.encoded import EncodedTraining
 from ldm.training.matcher import MatcherTraining
 
@@ -154,7 +155,7 @@ class ImageFlops:
         if isinstance(module, AutoencoderTraining):
             networks = [module.autoencoder, module.perceptual, module.adversary.discriminator]
         elif isinstance(module, EncodedTraining):
-            networks = [module.averaged()]
+            networks = [module.denoiser if isinstance(module, DenoiserTraining) else module.averaged()]
         else:
             raise TypeError(f"{type(module).__name__}: its FLOPs cannot be counted")
         self._module, self._networks = module, [on_meta(network) for network in networks]
@@ -185,8 +186,10 @@ class ImageFlops:
         """Latents (1, C, h, w), text embeddings (1, L, D) and their mask (1, L)."""
         (denoiser,) = self._networks
         sizes = torch.ones(1, 6, device="meta") if takes_sizes(denoiser) else None
+        frozen = not any(weight.requires_grad for weight in denoiser.parameters())
+        text = text.float().requires_grad_(frozen)  # a token's embedding is trained through it
         with StepFlops() as flops:
-            condition, time = Condition(text.float(), mask, sizes), torch.ones(1, device="meta")
+            condition, time = Condition(text, mask, sizes), torch.ones(1, device="meta")
             denoise(denoiser, latents.float(), time, condition).sum().backward()
         return flops.total
 
