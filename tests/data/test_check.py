@@ -104,7 +104,8 @@ def test_halves_and_twins_are_found_without_decoding_and_captions_where_the_fold
     members = [("1.png", PNG), ("1.txt", b"one"), ("2.txt", b"two"), ("3.png", PNG), ("3.png", PNG), ("4.png", PNG)]
     write_tar(tmp_path / "a.tar", members)
     manifest = index_folder(tmp_path)
-    assert (manifest.samples, manifest.extra["captioned"], manifest.extra["unusable"]) == (4, 1, 2)  # the caption of 2 is none of an image
+    # the caption of 2 is none of an image
+    assert (manifest.samples, manifest.extra["captioned"], manifest.extra["unusable"]) == (4, 1, 2)
     manifest.save(tmp_path)
     halves = [("a.tar: 2", "has no image"), ("a.tar: 3", "comes twice in the shard (two .png)")]
     assert found(tmp_path) == (halves, [2])
